@@ -1,0 +1,38 @@
+"""Distill a pretrained diffusion model into a generator that needs one to four steps.
+
+    import diffdistill
+
+    run = diffdistill.distill(method="dmd2", teacher="digits", steps=600, out="runs/digits")
+
+Heavy modules are imported on first use, so that `import diffdistill` and `diffdistill --help` are quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .errors import UserError
+from .version import __version__
+
+_WHERE = {
+    "distill": "run",
+    "load_student": "families",
+    "load_teacher": "families",
+    "train_teacher": "teacher",
+    "open_data": "data",
+    "Denoiser": "denoiser",
+    "guided": "guidance",
+}
+
+__all__ = ["UserError", "__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

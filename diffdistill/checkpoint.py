@@ -1,0 +1,71 @@
+"""Checkpoints: folders of safetensors and one JSON, complete or absent.
+
+A checkpoint is written beside its place and renamed into it, so an interrupted write never costs the last
+good one. It holds no generator state: all randomness is a function of (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import UserError
+from .files import atomic_folder
+
+_NAME = re.compile(r"step-(\d{8})$")
+
+
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's tensors by '<parameter>|<slot>'; every slot of AdamW is a tensor."""
+    flat = {}
+    for name, parameter in module.named_parameters():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            flat[f"{name}|{slot}"] = value
+    return flat
+
+
+def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        prefix = f"{name}|"
+        slots = {key[len(prefix) :]: value for key, value in flat.items() if key.startswith(prefix)}
+        # AdamW's step count lives on the device of its parameter when fused.
+        optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in slots.items()}
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write `<folder>/step-<step>` whole: one safetensors file for each key of `tensors`, and state.json."""
+    with atomic_folder(folder / f"step-{step:08d}") as partial:
+        for name, group in tensors.items():
+            # clone(): tensors that share memory are refused by safetensors.
+            whole = {k: v.detach().cpu().contiguous().clone() for k, v in group.items()}
+            save_file(whole, partial / f"{name}.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    for path in checkpoints(folder)[:-keep]:
+        shutil.rmtree(path)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if _NAME.match(p.name) and (p / "state.json").is_file())
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors and the state of one checkpoint; UserError if a file of it is damaged."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        return {f.stem: load_file(f) for f in sorted(path.glob("*.safetensors"))}, state
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"checkpoint: {path} is damaged ({error}); remove it to resume from the one before") from None

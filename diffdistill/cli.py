@@ -1,0 +1,281 @@
+"""The command line. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from . import config as options
+from .errors import UserError
+from .version import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 (verify failed), 2 (bad input), 130 (interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser = _parser(argv)
+        known, unknown = parser.parse_known_args(argv)
+        if unknown:
+            _refuse_unknown(parser, known.command, unknown)
+        if known.command is None:
+            parser.print_help()
+            return 0
+        return _COMMANDS[known.command](known)
+    except UserError as error:
+        print(f"diffdistill: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("diffdistill: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="diffdistill",
+        allow_abbrev=False,
+        description="Distill a pretrained diffusion model into a generator that needs one to four steps.",
+    )
+    parser.add_argument("--version", action="version", version=f"diffdistill {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, help: str, **kw: Any) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help, allow_abbrev=False, **kw)
+
+    train = command("train", "distill a teacher into a few-step student, and export it")
+    _config_arguments(train)
+    train.add_argument("--preset", metavar="NAME", help="the method's named settings, e.g. its paper's; see `methods`")
+    _options(train, options.TrainConfig, "options of every training")
+    if argv[:1] == ["train"]:
+        info = options.describe_method(_method_of(argv))
+        _options(train, info.config, f"options of {info.name} ({info.paper})")
+
+    sample = command("sample", "draw images from a teacher or student folder as one PNG")
+    sample.add_argument("folder", help="a folder made by train, export or teacher, or 'digits'")
+    sample.add_argument("--count", default="64", metavar="N", help="images (default: 64)")
+    sample.add_argument("--classes", metavar="A,B,..", help="class labels, repeated as needed (default: all in turn)")
+    sample.add_argument("--steps", metavar="N", help="sampling steps (default: the student's own; 16 for a teacher)")
+    sample.add_argument("--guidance-scale", default="1", metavar="X", help="of a teacher (default: 1, none)")
+    sample.add_argument(
+        "--seed", default="0", metavar="N", help="image i is drawn from seed 1000000 * N + i (default: 0)"
+    )
+    sample.add_argument("--out", default="samples.png", metavar="FILE", help="the picture (default: samples.png)")
+
+    evaluate = command("eval", "compare a student with its teacher at several numbers of steps")
+    evaluate.add_argument("folder", help="a run folder made by train, or a student's folder")
+    evaluate.add_argument("--teacher", help="the teacher (default: the run's own)")
+    evaluate.add_argument("--teacher-steps", default="1,2,4,8,16,32", metavar="A,B,..", help="(default: 1,2,4,8,16,32)")
+    evaluate.add_argument("--data", default="digits", help="the real images compared with (default: digits)")
+    evaluate.add_argument("--count", metavar="N", help="images a row (default: as many as the data have)")
+    evaluate.add_argument("--seed", default="0", metavar="N", help="of the samples (default: 0)")
+    evaluate.add_argument("--out", metavar="DIR", help="where the table and pictures go (default: FOLDER/eval)")
+
+    export = command("export", "save a run's student from a checkpoint as a diffusers folder")
+    export.add_argument("run", help="a run folder made by train")
+    export.add_argument("--step", metavar="N", help="the checkpoint's step (default: the last)")
+    export.add_argument("--out", metavar="DIR", help="the folder to make (default: RUN/student)")
+
+    teacher = command("teacher", "train a teacher from data and save it as a diffusers folder")
+    _config_arguments(teacher)
+    _options(teacher, options.TeacherConfig, "options")
+
+    methods = command("methods", "list the methods, or describe one: its options, presets and equations")
+    methods.add_argument("method", nargs="?", help="a method's name or file")
+
+    verify = command("verify", "run a method's exact checks against closed forms")
+    verify.add_argument("method", nargs="?", help="a method's name or file")
+    verify.add_argument("--all", action="store_true", help="every method")
+    verify.add_argument("--json", metavar="FILE", help="also write the rows there")
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of options; the command line overrides it")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its last checkpoint")
+
+
+def _options(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
+    group = parser.add_argument_group(title)
+    hints = typing.get_type_hints(cls)
+    # All strings here: config.coerce gives the types, the same for the command line and for YAML.
+    for f in dataclasses.fields(cls):
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        group.add_argument(
+            f"--{f.name.replace('_', '-')}",
+            dest=f"option.{f.name}",
+            default=argparse.SUPPRESS,
+            metavar=_metavar(hints[f.name]),
+            help=text,
+        )
+
+
+def _metavar(hint: Any) -> str:
+    kinds = [k for k in typing.get_args(hint) or (hint,) if k is not type(None)]
+    if typing.get_origin(kinds[0]) is typing.Literal:
+        kinds = list(typing.get_args(kinds[0]))
+    names = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
+    return "|".join(names.get(k, str(k)) if isinstance(k, type) else str(k) for k in kinds)
+
+
+def _method_of(argv: Sequence[str]) -> str:
+    """The method that a `train` command line means, needed before its options are known."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--method", "--config", "--resume"):
+        first.add_argument(name)
+    try:
+        given, _ = first.parse_known_args(list(argv[1:]))
+    except SystemExit:  # an option without its value: the full parser says so
+        return "dmd2"
+    if given.method:
+        return given.method
+    file = f"{given.resume}/config.yaml" if given.resume else given.config
+    values = options.read_yaml(file) if file else {}
+    return str(values.get("method", options.TrainConfig.method))
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, command: str | None, unknown: Sequence[str]) -> NoReturn:
+    name = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    chosen = subparsers.choices[command] if command else parser
+    known = [o for a in chosen._actions for o in a.option_strings if o.startswith("--")]
+    raise UserError(f"{name}: no such option of {command or 'diffdistill'}; {options.nearest(name, known)}")
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Options from the YAML file, overridden by the command line."""
+    values = options.read_yaml(args.config) if args.config else {}
+    return values | {k.removeprefix("option."): v for k, v in vars(args).items() if k.startswith("option.")}
+
+
+def _whole(name: str, value: str | None, at_least: int = 0) -> int | None:
+    return options.coerce(name, value, int | None, {"at_least": at_least})
+
+
+def _whole_list(name: str, value: str, at_least: int = 0) -> list[int]:
+    return [options.coerce(name, part, int, {"at_least": at_least}) for part in value.split(",")]
+
+
+# -- commands ----------------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .run import distill
+
+    return _training("train", args, lambda: distill(preset=args.preset, resume=args.resume, **_given(args)))
+
+
+def _teacher(args: argparse.Namespace) -> int:
+    from .teacher import teacher_from
+
+    return _training("teacher", args, lambda: teacher_from(resume=args.resume, **_given(args)))
+
+
+def _training(command: str, args: argparse.Namespace, start: Any) -> int:
+    from .trainer import Interrupted
+
+    try:
+        folder = start()
+    except Interrupted as stopped:
+        print(f"stopped; resume with: diffdistill {command} --resume {stopped}", file=sys.stderr)
+        return 130
+    print(f"saved {folder}")
+    if command == "train":
+        print(f"compare it with its teacher: diffdistill eval {folder.parent}")
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from .eval.evaluate import sample_picture
+
+    classes = None if args.classes is None else _whole_list("classes", args.classes)
+    scale = options.coerce("guidance_scale", args.guidance_scale, float, {"at_least": 0})
+    count, seed = _whole("count", args.count, 1), _whole("seed", args.seed)
+    print(sample_picture(args.folder, count, classes, _whole("steps", args.steps, 1), scale, seed, args.out))
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from .eval.evaluate import evaluate_run
+
+    steps = _whole_list("teacher_steps", args.teacher_steps, 1)
+    count, seed = _whole("count", args.count, 2), _whole("seed", args.seed)
+    evaluate_run(args.folder, args.teacher, steps, args.data, count, seed, args.out)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .run import export_run
+
+    print(f"saved {export_run(args.run, step=_whole('step', args.step), out=args.out)}")
+    return 0
+
+
+def _methods(args: argparse.Namespace) -> int:
+    if args.method is None:
+        infos = [options.describe_method(name) for name in options.method_names()]
+        for info in infos:
+            print(f"{info.name:22} {info.doc.splitlines()[0]}")
+            print(f"{'':22} {info.paper}; data: {info.data}")
+        return 0
+    info = options.describe_method(args.method)
+    print(info.doc.strip(), f"\npaper: {info.paper}", f"data:  {info.data}", "\nequations:", sep="\n")
+    for equation, where in info.equations.items():
+        print(f"  {equation}\n      {where}")
+    print("\noptions:")
+    for f in dataclasses.fields(info.config):
+        print(f"  --{f.name.replace('_', '-'):22} {f.metadata['help']} (default: {f.default})")
+    print("\npresets:")
+    for name, values in info.presets.items():
+        print(f"  {name:22} {'  '.join(f'{k}={v}' for k, v in values.items())}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .verify import run_checks
+
+    if bool(args.method) == args.all:
+        raise UserError("verify: name one method, or give --all")
+    rows, failed = [], 0
+    for name in options.method_names() if args.all else [args.method]:
+        info = options.describe_method(name)
+        checks = run_checks(info.load().verify)
+        print(f"{info.name}: {info.paper}")
+        print(f"  {'':4} {'expected':>12} {'got':>12} {'error':>9} {'limit':>9}  check")
+        for c in checks:
+            sign = "<=" if c.kind == "equal" else "> "
+            verdict = "ok" if c.ok else "FAIL"
+            print(f"  {verdict:4} {c.expected:12.6g} {c.got:12.6g} {c.error:9.1e} {sign}{c.tolerance:7.0e}  {c.name}")
+            rows.append({"method": info.name, **dataclasses.asdict(c), "ok": c.ok})
+            failed += not c.ok
+        print(f"  {len(checks) - sum(not c.ok for c in checks)} of {len(checks)} hold\n")
+    if args.json:
+        from .files import atomic_write
+
+        atomic_write(args.json, json.dumps(rows, indent=2) + "\n")
+    return 1 if failed else 0
+
+
+_COMMANDS = {
+    "train": _train,
+    "sample": _sample,
+    "eval": _eval,
+    "export": _export,
+    "teacher": _teacher,
+    "methods": _methods,
+    "verify": _verify,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

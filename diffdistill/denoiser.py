@@ -1,0 +1,80 @@
+"""A pretrained network seen in the normal form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .prediction import Prediction, Row, expand
+from .schedule import Schedule
+
+Cond = dict[str, Tensor]
+"""Conditions by the network's own argument name, each (B, ...); empty when unconditional."""
+
+Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+"""(network, input, time, cond) -> raw output."""
+
+
+def call_by_keyword(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    return network(x, time, **cond)
+
+
+class _Reached(Exception):
+    """Leaves a forward pass once the wanted layer has been computed."""
+
+
+class Denoiser(nn.Module):
+    """`forward(x_t, t, cond)` is a pure function of (x_t, t): no host read, no branch on data.
+
+    Only this class knows the network's own time, scaling and output. `null` maps conditions to the
+    null conditions of classifier-free guidance; `feature_layer` names the sub-module whose output a
+    discriminator reads. Both are optional.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        row: Row,
+        *,
+        call: Call = call_by_keyword,
+        null: Callable[[Cond], Cond] | None = None,
+        feature_layer: str | None = None,
+    ):
+        super().__init__()
+        self.network = network
+        self.schedule = schedule
+        self.row = row
+        self.call = call
+        self.null = null
+        self.feature_layer = feature_layer
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x_t (B, ...) of unit variance, t (B,) float64 angles; t is clamped to what the network knows."""
+        t = t.clamp(self.schedule.t_min, self.schedule.t_max)
+        native = self.schedule.native(t)
+        a, b = self.row(native.alpha, native.sigma, self.schedule.data_std)
+        time = native.time.to(x_t.dtype)
+        y = self.call(self.network, expand(native.scale, x_t) * x_t, time, cond)
+        return Prediction(x_t, t, y.to(x_t.dtype), a * self.schedule.data_std, b)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """(B, C, ...) the output of `feature_layer`, in float32; what comes after it is not computed."""
+        if self.feature_layer is None:
+            raise ValueError("this denoiser has no feature_layer")
+        found: list[Tensor] = []
+
+        def leave(module: nn.Module, args: object, output: Tensor) -> None:
+            found.append(output)
+            raise _Reached
+
+        handle = self.network.get_submodule(self.feature_layer).register_forward_hook(leave)
+        try:
+            self(x_t, t, cond)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return found[0].float() if found[0].dtype in (torch.float16, torch.bfloat16) else found[0]

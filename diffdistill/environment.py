@@ -1,0 +1,40 @@
+"""Versions, machine and commit, for run folders and published results."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on besides its options."""
+    import torch
+
+    packages = ("diffdistill", "torch", "diffusers", "accelerate", "peft", "safetensors", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of this package's checkout, with '+' when it has local changes; None outside of one."""
+
+    def git(*args: str) -> str:
+        root = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        # A package in site-packages may lie inside somebody else's repository.
+        if not git("ls-files", "environment.py"):
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

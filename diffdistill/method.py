@@ -1,0 +1,65 @@
+"""What a method is: a game between players, told to the trainer turn by turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .denoiser import Cond
+from .players import FewStepSampler
+from .rng import generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's conditions, its data if there are any, and its randomness."""
+
+    size: int
+    shape: tuple[int, ...]  #: of one sample
+    cond: Cond
+    x0: Tensor | None  #: (B, *shape) real data of unit variance, or None in data-free training
+    device: torch.device
+    key: tuple[int, ...]  #: (seed, step, rank)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator that is a function of (seed, step, rank, purpose)."""
+        return generator(self.device, *self.key, purpose)
+
+    def randn(self, purpose: str) -> Tensor:
+        """(B, *shape) standard normal noise for that purpose."""
+        return torch.randn(self.size, *self.shape, generator=self.generator(purpose), device=self.device)
+
+
+class Optimizer(NamedTuple):
+    """AdamW's settings for one player."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    decay: Literal["constant", "cosine"] = "constant"
+
+
+class Turn(NamedTuple):
+    """One player's move. `loss` returns {"loss": scalar, and detached scalars to log}."""
+
+    player: str
+    loss: Callable[[Batch], dict[str, Tensor]]
+
+
+class Method(Protocol):
+    """Trainable players by role, one optimizer each; the first is the one that is averaged and exported.
+
+    `needs_data`: whether `Batch.x0` must be there.
+    """
+
+    players: dict[str, nn.Module]
+    needs_data: bool
+
+    def optimizer(self, player: str) -> Optimizer: ...
+    def turns(self, step: int) -> Sequence[Turn]: ...
+    def after_step(self, step: int) -> None: ...
+    def sampler(self) -> FewStepSampler: ...

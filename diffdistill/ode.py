@@ -1,0 +1,50 @@
+"""Solvers of the probability-flow ODE in the normal form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .denoiser import Cond
+from .prediction import Prediction, expand
+
+Denoise = Callable[[Tensor, Tensor, Cond], Prediction]
+Step = Callable[[Denoise, Tensor, Tensor, Tensor, Cond], Tensor]
+
+# Heun averages eps, which has a pole at pure noise; EDM's own range ends at tan(t) = 160.
+_EPS_FORM_UNTIL = math.atan(200.0)
+
+
+def ddim_step(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """The rotation x_s = cos(t-s) x_t - sin(t-s) v (Song et al. 2021, arXiv:2010.02502, eq. 12, eta = 0).
+
+    It is Euler's method in sigma/alpha, so it is also the Euler step of EDM and of flow matching.
+    """
+    return denoise(x_t, t, cond).at(s)
+
+
+def heun_step(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """Algorithm 1 of Karras et al. 2022 (arXiv:2206.00364) without churn: eps averaged over both ends.
+
+    A step to s = 0 is Euler's, as there. Close to pure noise, where that form has a pole, x0 is averaged
+    instead, which is of second order too.
+    """
+    first = denoise(x_t, t, cond)
+    second = denoise(first.at(s), s, cond)
+    noisy = t > _EPS_FORM_UNTIL
+    x0 = torch.lerp(first.x0, second.x0, 0.5)
+    eps = torch.where(expand(s, x_t) > 0, torch.lerp(first.eps, second.eps, 0.5), first.eps)
+    y = torch.where(expand(noisy, x_t) > 0, x0, eps)
+    return Prediction(x_t, t, y, noisy.to(t.dtype), (~noisy).to(t.dtype)).at(s)
+
+
+def solve(step: Step, denoise: Denoise, x: Tensor, grid: Tensor, cond: Cond) -> Tensor:
+    """Carry x (B, ...) from the angle grid[0] to grid[-1] through the descending angles of grid (n+1,)."""
+    grid = grid.to(x.device)
+    for t, s in pairwise(grid):
+        x = step(denoise, x, t.expand(len(x)), s.expand(len(x)), cond)
+    return x

@@ -1,0 +1,153 @@
+"""The networks of a distillation: teacher, student, fake score, discriminator head, moving average."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .denoiser import Cond, Denoiser
+from .prediction import expand
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A pretrained denoiser and what its samples look like."""
+
+    denoiser: Denoiser
+    shape: tuple[int, ...]  #: of one sample, (C, H, W) for images
+    num_classes: int | None = None
+    family: str = ""  #: the entry of families.py that loads and exports it
+    source: str = ""  #: the folder, hub id or 'digits' it came from
+    scheduler: dict[str, Any] = field(default_factory=dict)  #: the config of its diffusers scheduler
+
+    def random_cond(self, n: int, generator: torch.Generator) -> Cond:
+        """Conditions drawn uniformly over the classes; empty for an unconditional teacher."""
+        if self.num_classes is None:
+            return {}
+        device = generator.device
+        return {"class_labels": torch.randint(self.num_classes, (n,), generator=generator, device=device)}
+
+
+def trainable_copy(denoiser: Denoiser) -> Denoiser:
+    """A full copy with its own weights, all of them trainable, in training mode."""
+    return copy.deepcopy(denoiser).requires_grad_(True).train()
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """The module itself, with no trainable parameter and in evaluation mode."""
+    return module.requires_grad_(False).eval()
+
+
+def only_trains(active: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Let gradients accumulate in `active` alone; they still flow through the others to their inputs."""
+    for module in modules:
+        module.requires_grad_(module is active)
+
+
+class DiscriminatorHead(nn.Module):
+    """Logits (B,) from feature maps (B, C, H, W): strided convolutions to 1x1, then a 1x1 convolution.
+
+    The classification head of DMD2 (Yin et al. 2024, arXiv:2405.14867, section 4.3) reads the bottleneck
+    of the fake score this way: 8x8 -> 4x4 -> 1x1, with group normalisation and SiLU between.
+    """
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
+
+        def block(kernel: int, stride: int, padding: int) -> list[nn.Module]:
+            conv = nn.Conv2d(channels, channels, kernel, stride, padding)
+            return [conv, nn.GroupNorm(groups, channels), nn.SiLU()]
+
+        layers: list[nn.Module] = []
+        while size > 4:
+            layers += block(4, 2, 1)
+            size //= 2
+        layers += block(size, size, 0)
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features).flatten(1).mean(1)
+
+
+class FewStepSampler:
+    """How a few-step student is sampled: one denoising a level, from noise at the first level.
+
+    After a level, `renoise` adds fresh noise up to the next one (Song et al. 2023, Algorithm 1; DMD2's
+    sampler); otherwise the DDIM step goes there. A one-step student has one level, and both are the same.
+    """
+
+    def __init__(self, denoiser: Denoiser, levels: Sequence[float], *, renoise: bool = True):
+        self.denoiser = denoiser
+        self.levels = tuple(float(level) for level in levels)
+        self.renoise = renoise
+
+    def start(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and t (B,) at the first level, for standard normal z (B, ...)."""
+        t = self.denoiser.schedule.angle(self.levels[0])
+        scale = self.denoiser.schedule.init_scale(float(t))
+        return z * scale, t.to(z.device).expand(len(z))
+
+    def one_step(self, z: Tensor, cond: Cond) -> Tensor:
+        """x0 (B, ...) of unit variance after the first level; gradients flow."""
+        x_t, t = self.start(z)
+        return self.denoiser(x_t, t, cond).x0
+
+    @torch.no_grad()
+    def __call__(self, shape: Sequence[int], cond: Cond, generators: Sequence[torch.Generator]) -> Tensor:
+        """Samples (B, *shape) in the data's own units; sample i draws from generators[i] alone."""
+        schedule = self.denoiser.schedule
+        parameter = next(self.denoiser.parameters())
+
+        def noise() -> Tensor:
+            drawn = [torch.randn(tuple(shape), generator=g, device=g.device) for g in generators]
+            return torch.stack(drawn).to(parameter)
+
+        x, t = self.start(noise())
+        for level in self.levels[1:]:
+            s = schedule.angle(level).to(x.device).expand(len(x))
+            pred = self.denoiser(x, t, cond)
+            x = expand(torch.cos(s), x) * pred.x0 + expand(torch.sin(s), x) * noise() if self.renoise else pred.at(s)
+            t = s
+        return self.denoiser(x, t, cond).x0 * schedule.data_std
+
+
+class MovingAverage:
+    """An exponential moving average of a module's parameters, in float32 beside it."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.module = module
+        self.decay = decay
+        self.averages = [p.detach().clone() for p in module.parameters()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step `step` (0-based); the decay warms up as (1 + step)/(10 + step)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.module.parameters()], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module carries the average inside the block and its own parameters after it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for index, p in enumerate(self.module.parameters()):
+            p.data, self.averages[index] = self.averages[index], p.data
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(zip((name for name, _ in self.module.named_parameters()), self.averages, strict=True))
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, average in self.state().items():
+            average.copy_(state[name])

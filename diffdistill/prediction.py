@@ -1,0 +1,94 @@
+"""What a network predicts, and x0, eps and v from it by one 2x2 solve.
+
+A network output is a row `y = a x0 + b eps` at `x_t = cos(t) x0 + sin(t) eps`. With
+`D = cos(t) b - sin(t) a` the inverse is `x0 = (b x_t - sin(t) y)/D`, `eps = (cos(t) y - a x_t)/D`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Row = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""(alpha, sigma, data_std) -> (a, b) in y = a x0_data + b eps at x_native = alpha x0_data + sigma eps."""
+
+
+def _edm(alpha: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor]:
+    r = torch.sqrt(sigma**2 + data_std**2)
+    return sigma / (data_std * r), -data_std / r
+
+
+ROWS: dict[str, Row] = {
+    "sample": lambda alpha, sigma, data_std: (torch.ones_like(alpha), torch.zeros_like(alpha)),
+    "epsilon": lambda alpha, sigma, data_std: (torch.zeros_like(alpha), torch.ones_like(alpha)),
+    "v_prediction": lambda alpha, sigma, data_std: (-sigma, alpha),
+    "flow_prediction": lambda alpha, sigma, data_std: (-torch.ones_like(alpha), torch.ones_like(alpha)),
+    "edm": _edm,
+}
+
+
+def edm_boundary(sigma_min: float) -> Row:
+    """F in the consistency model's form, which is exactly the identity at sigma_min.
+
+    x0 = c_skip x + c_out F with sigma - sigma_min in c_skip and c_out (Song et al. 2023, arXiv:2303.01469,
+    appendix C), as diffusers' CMStochasticIterativeScheduler computes it.
+    """
+
+    def row(alpha: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor]:
+        excess = sigma - sigma_min
+        c_skip = data_std**2 / (excess**2 + data_std**2)
+        c_out = excess * data_std / torch.sqrt(sigma**2 + data_std**2)
+        return (1 - c_skip) / c_out, -c_skip * sigma / c_out
+
+    return row
+
+
+def expand(coefficient: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1) in the dtype and on the device of `like`."""
+    return coefficient.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A raw output y (B, ...) at x_t (B, ...); a, b, t are (B,) float64, in units where x0 has variance one.
+
+    The output is kept as it came and converted on demand: eps is singular at t = pi/2 for a network that
+    predicts eps, and eps is singular at t = 0 for one that predicts x0.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    y: Tensor
+    a: Tensor
+    b: Tensor
+
+    def _combine(self, of_x: Tensor, of_y: Tensor) -> Tensor:
+        det = torch.cos(self.t) * self.b - torch.sin(self.t) * self.a
+        return expand(of_x / det, self.x_t) * self.x_t + expand(of_y / det, self.x_t) * self.y
+
+    @property
+    def x0(self) -> Tensor:
+        """(B, ...) the predicted clean sample, of unit variance."""
+        return self._combine(self.b, -torch.sin(self.t))
+
+    @property
+    def eps(self) -> Tensor:
+        """(B, ...) the predicted noise; the score of x_t is -eps/sin(t)."""
+        return self._combine(-self.a, torch.cos(self.t))
+
+    @property
+    def v(self) -> Tensor:
+        """(B, ...) dx_t/dt of the probability-flow ODE, cos(t) eps - sin(t) x0."""
+        cos, sin = torch.cos(self.t), torch.sin(self.t)
+        return self._combine(-(self.a * cos + self.b * sin), torch.ones_like(cos))
+
+    def at(self, s: Tensor) -> Tensor:
+        """(B, ...) the DDIM step to the angle s (B,): cos(s) x0 + sin(s) eps, in one combination."""
+        return self._combine(self.b * torch.cos(s) - self.a * torch.sin(s), torch.sin(s - self.t))
+
+    def with_output(self, y: Tensor) -> Prediction:
+        """The same point with another raw output of the same kind."""
+        return replace(self, y=y)

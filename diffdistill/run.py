@@ -1,0 +1,250 @@
+"""Wiring: options to teacher, data, method, trainer and a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import checkpoints, load_checkpoint
+from .config import FitConfig, MethodInfo, TrainConfig, build, describe_method, nearest, run_options, split
+from .data import Data, batch_indices, open_data
+from .environment import environment
+from .errors import UserError
+from .families import load_teacher
+from .files import atomic_write
+from .method import Batch, Method
+from .pipelines.export import model_card, save_pipeline, student_scheduler
+from .players import FewStepSampler, Teacher
+from .rng import generator, image_generators, seed_for
+from .trainer import Accelerator, Trainer, accelerator_for
+
+
+def start_folder(out: Path, options: dict[str, Any], player_bytes: int) -> None:
+    """Make the run folder with its resolved options and environment.
+
+    Fails here, not after the training, where the folder cannot be written or the disk has no room for the
+    checkpoints: parameters, two moments and an average each, of which one more than is kept exists at times.
+    """
+    import yaml
+
+    if (out / "config.yaml").exists():
+        raise UserError(f"out: {str(out)!r} already holds a run; resume it with --resume {out}, or choose another")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        need, free = 4 * player_bytes * (options["keep_checkpoints"] + 1), shutil.disk_usage(out).free
+        if free < need:
+            raise UserError(f"out: {str(out)!r} has {free >> 20} MiB free and this run needs {need >> 20} MiB")
+        atomic_write(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        atomic_write(out / "config.yaml", yaml.safe_dump(options, sort_keys=False))
+    except OSError as error:
+        raise UserError(f"out: cannot write to {str(out)!r} ({error.strerror}); choose another --out") from None
+
+
+def batches(
+    config: FitConfig,
+    teacher: Teacher,
+    data: Data | None,
+    accelerator: Accelerator,
+    label_dropout: float = 0.0,
+) -> Callable[[int], Batch]:
+    """step -> Batch: a function of (seed, step, rank) alone. Without data, conditions are drawn uniformly."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    device, size = accelerator.device, config.batch_size
+    if data is not None:
+        batch_indices(len(data), size, 0, seed=config.seed, rank=rank, world_size=world)  # refuses now, not later
+
+    def batch(step: int) -> Batch:
+        key = (config.seed, step, rank)
+        if data is None:
+            cond = teacher.random_cond(size, generator(device, *key, "condition"))
+            return Batch(size, teacher.shape, cond, None, device, key)
+        got = data.get(batch_indices(len(data), size, step, seed=config.seed, rank=rank, world_size=world))
+        x0 = got.images.to(device) / teacher.denoiser.schedule.data_std
+        cond = {}
+        if teacher.num_classes is not None and got.labels is not None:
+            labels = got.labels.to(device)
+            if label_dropout and teacher.denoiser.null is not None:
+                drop = torch.rand(size, generator=generator(device, *key, "label dropout"), device=device)
+                null = teacher.denoiser.null({"class_labels": labels})["class_labels"]
+                labels = torch.where(drop < label_dropout, null, labels)
+            cond = {"class_labels": labels}
+        return Batch(size, teacher.shape, cond, x0, device, key)
+
+    return batch
+
+
+def check_data(teacher: Teacher, data: Data) -> None:
+    """UserError unless the data's shape and labels are the teacher's."""
+    if tuple(data.shape) != tuple(teacher.shape):
+        raise UserError(
+            f"data: {data.name!r} has samples of shape {tuple(data.shape)}; the teacher's are {tuple(teacher.shape)}"
+        )
+    if teacher.num_classes is not None:
+        if data.num_classes is None:
+            raise UserError(f"data: {data.name!r} has no labels and the teacher has {teacher.num_classes} classes")
+        if data.num_classes > teacher.num_classes:
+            raise UserError(
+                f"data: {data.name!r} has {data.num_classes} classes; the teacher knows {teacher.num_classes}"
+            )
+
+
+def grid_writer(out: Path, sampler: FewStepSampler, teacher: Teacher) -> Callable[[int], None]:
+    """step -> writes <out>/samples/step-<step>.png, always of the same noise and conditions."""
+    from .eval.report import image_grid, save_png
+
+    count = 8 * (teacher.num_classes or 8)
+    columns = teacher.num_classes or 8
+
+    def write(step: int) -> None:
+        device = next(sampler.denoiser.parameters()).device
+        cond = {} if teacher.num_classes is None else {"class_labels": torch.arange(count, device=device) % columns}
+        images = sampler(teacher.shape, cond, image_generators(0, range(count)))
+        save_png(out / "samples" / f"step-{step:08d}.png", image_grid(images.cpu().float(), columns))
+
+    return write
+
+
+# -- distillation ------------------------------------------------------------------------------------------
+
+_ON_RESUME = {
+    "steps",
+    "device",
+    "threads",
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tracker",
+}
+
+
+@dataclasses.dataclass
+class _Game:
+    """A distillation's parts, put together from its options."""
+
+    config: TrainConfig
+    info: MethodInfo
+    method_config: Any
+    teacher: Teacher
+    method: Method
+
+    def options(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config) | dataclasses.asdict(self.method_config)
+
+
+def _game(values: dict[str, Any]) -> _Game:
+    info = describe_method(str(values.get("method", TrainConfig.method)))
+    shared, own = split(values, TrainConfig, info.config)
+    config, method_config = build(TrainConfig, shared), build(info.config, own)
+    module = info.load()
+    teacher = load_teacher(config.teacher, null_class=config.null_class)
+    # The method's own Config has the same fields; the one read from source served only to parse options.
+    torch.manual_seed(seed_for(config.seed, "initial weights"))
+    method = module.METHOD(teacher, module.Config(**dataclasses.asdict(method_config)))
+    return _Game(config, info, method_config, teacher, method)
+
+
+def distill(*, preset: str | None = None, resume: str | Path | None = None, **values: Any) -> Path:
+    """Distill a teacher into a few-step student and export it; returns the student's diffusers folder.
+
+    Options are those of `diffdistill train`, with underscores: method, teacher, data, out, steps,
+    batch_size, ... and the method's own. `resume` continues a run folder from its last checkpoint.
+    Raises UserError for whatever cannot be used.
+    """
+    if resume is not None:
+        values = _resumed(Path(resume), values)
+    elif preset is not None:
+        presets = describe_method(str(values.get("method", TrainConfig.method))).presets
+        if preset not in presets:
+            raise UserError(f"preset: {preset!r} is not known; {nearest(preset, presets)}")
+        values = dict(presets[preset]) | values
+    out = Path(str(values.get("out", TrainConfig.out)))
+    game = _game(values)
+    config, method, teacher = game.config, game.method, game.teacher
+    accelerator = accelerator_for(config, out)
+    data = _data_for(game)
+    draw = batches(config, teacher, data, accelerator)
+    if resume is None and accelerator.is_main_process:
+        start_folder(out, game.options(), sum(_size(module) for module in method.players.values()))
+    teacher.denoiser.to(accelerator.device)
+    grids = grid_writer(out, method.sampler(), teacher)
+    trainer = Trainer(method, draw, config, out, accelerator, grids)
+    if resume is not None:
+        trainer.resume()
+    trainer.fit()
+    if accelerator.is_main_process:
+        with trainer.evaluating():
+            _export(game, out / "student", config.steps)
+    return out / "student"
+
+
+def _resumed(run: Path, values: dict[str, Any]) -> dict[str, Any]:
+    saved = run_options(run)
+    for name in values:
+        if name not in _ON_RESUME:
+            raise UserError(f"{name}: cannot change when a run is resumed; what can is {', '.join(sorted(_ON_RESUME))}")
+    return saved | values | {"out": str(run)}
+
+
+def _data_for(game: _Game) -> Data | None:
+    if not game.method.needs_data:
+        return None
+    if game.config.data is None:
+        raise UserError(f"data: {game.info.name} with these options needs real images; give --data ({game.info.data})")
+    channels, size = game.teacher.shape[0], game.teacher.shape[1]
+    data = open_data(game.config.data, resolution=size, channels=channels)
+    check_data(game.teacher, data)
+    return data
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _export(game: _Game, folder: Path, step: int) -> Path:
+    sampler = game.method.sampler()
+    scheduler = student_scheduler(game.teacher, sampler)
+    metadata = {
+        "levels": list(sampler.levels),
+        "renoise": sampler.renoise,
+        "num_classes": game.teacher.num_classes,
+        "null_class": _null_class(game.teacher),
+        "teacher": game.teacher.source,
+        "method": game.info.name,
+        "step": step,
+        "options": game.options(),
+        "environment": environment(),
+    }
+    card = model_card(game.info, game.options(), game.teacher, sampler, step)
+    return save_pipeline(folder, game.teacher.family, sampler.denoiser.network, scheduler, metadata, card)
+
+
+def _null_class(teacher: Teacher) -> int | None:
+    return teacher.num_classes if teacher.denoiser.null is not None else None
+
+
+def export_run(run: str | Path, *, step: int | None = None, out: str | Path | None = None) -> Path:
+    """Save a run's student from its checkpoint at `step` (default: the last); returns the folder."""
+    run = Path(run)
+    game = _game(run_options(run))
+    found = {int(path.name.split("-")[1]): path for path in checkpoints(run / "checkpoints")}
+    if not found:
+        raise UserError(f"run: {str(run)!r} has no checkpoint yet")
+    step = max(found) if step is None else step
+    if step not in found:
+        raise UserError(f"step: no checkpoint at {step}; there are {', '.join(map(str, sorted(found)))}")
+    tensors, _ = load_checkpoint(found[step])
+    student = game.method.sampler().denoiser
+    if "average" in tensors:
+        for name, parameter in student.named_parameters():
+            parameter.data.copy_(tensors["average"][name])
+    else:
+        student.load_state_dict(tensors["student"])
+    return _export(game, Path(out) if out else run / "student", step)

@@ -1,0 +1,166 @@
+"""Training a teacher from data: denoising score matching with one player, saved as a diffusers folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TeacherConfig, build
+from .data import Data, open_data
+from .errors import UserError
+from .families import new_unet2d
+from .losses import denoising_loss
+from .method import Batch, Optimizer, Turn
+from .pipelines.export import save_pipeline, scheduler_config, teacher_scheduler
+from .players import FewStepSampler, Teacher
+from .prediction import expand
+from .rng import seed_for
+from .run import batches, environment, grid_writer, run_options, start_folder
+from .schedule import EDM, DiscreteVP, LinearFlow, Schedule
+from .times import log_normal, logit_normal, native_uniform
+from .trainer import Trainer, accelerator_for
+
+
+class Denoising:
+    """A method with one player: E |v_theta(x_t, t) - v|^2 over the parameterisation's own times."""
+
+    needs_data = True
+
+    def __init__(self, teacher: Teacher, config: TeacherConfig):
+        self.denoiser = teacher.denoiser
+        self.config = config
+        self.players: dict[str, nn.Module] = {"teacher": teacher.denoiser}
+
+    def optimizer(self, player: str) -> Optimizer:
+        return Optimizer(self.config.lr, weight_decay=self.config.weight_decay, decay="cosine")
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("teacher", self.loss)]
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.x0 is not None
+        t = self._times(batch)
+        eps = batch.randn("eps")
+        x_t = expand(torch.cos(t), eps) * batch.x0 + expand(torch.sin(t), eps) * eps
+        return {"loss": denoising_loss(self.denoiser(x_t, t, batch.cond), batch.x0, eps)}
+
+    def _times(self, batch: Batch) -> Tensor:
+        schedule, draw = self.denoiser.schedule, batch.generator("t")
+        if isinstance(schedule, EDM):
+            return log_normal(schedule, batch.size, draw, -1.2, 1.2)
+        if isinstance(schedule, LinearFlow):
+            return logit_normal(schedule, batch.size, draw, 0.0, 1.0)
+        return native_uniform(schedule, batch.size, draw)
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def sampler(self) -> FewStepSampler:
+        """The teacher with 16 DDIM steps, for the sample grids."""
+        schedule = self.denoiser.schedule
+        levels = [level_of(schedule, float(t)) for t in schedule.grid(16)[:-1]]
+        return FewStepSampler(self.denoiser, levels, renoise=False)
+
+
+def level_of(schedule: Schedule, t: float) -> float:
+    """The level (timestep, sigma) of an angle."""
+    native = schedule.native(torch.tensor(t, dtype=torch.float64))
+    return float(native.time if isinstance(schedule, DiscreteVP) else native.sigma)
+
+
+def new_teacher(config: TeacherConfig, data: Data) -> Teacher:
+    """An untrained UNet2DModel for the data; its weights are a function of the seed."""
+    widths = _whole_numbers("widths", config.widths)
+    attention = _whole_numbers("attention", config.attention)
+    size = data.shape[1]
+    if data.shape[1] != data.shape[2]:
+        raise UserError(f"resolution: samples of shape {tuple(data.shape)} are not square; give --resolution")
+    if not widths or size % 2 ** (len(widths) - 1) or min(widths) % 8:
+        raise UserError(
+            f"widths: {config.widths!r} needs multiples of 8, and {len(widths)} levels to divide {size} pixels"
+        )
+    torch.manual_seed(seed_for(config.seed, "initial weights"))
+    teacher = new_unet2d(
+        data.shape,
+        data.num_classes,
+        scheduler_config(teacher_scheduler(config.parameterization)),
+        widths=widths,
+        layers=config.layers,
+        attention=attention,
+        dropout=config.dropout,
+    )
+    teacher.denoiser.train()
+    return teacher
+
+
+def train_teacher(config: TeacherConfig, *, resume: bool = False) -> Path:
+    """Train and save a teacher; returns its diffusers folder, `<out>/teacher`."""
+    out = Path(config.out)
+    accelerator = accelerator_for(config, out)
+    data = open_data(config.data, resolution=config.resolution, channels=config.channels)
+    teacher = new_teacher(config, data)
+    draw = batches(config, teacher, data, accelerator, config.label_dropout)
+    if not resume and accelerator.is_main_process:
+        start_folder(out, dataclasses.asdict(config), sum(p.numel() * 4 for p in teacher.denoiser.parameters()))
+    method = Denoising(teacher, config)
+    grids = grid_writer(out, method.sampler(), teacher)
+    trainer = Trainer(method, draw, config, out, accelerator, grids)
+    if resume:
+        trainer.resume()
+    trainer.fit()
+    if accelerator.is_main_process:
+        with trainer.evaluating():
+            scheduler = teacher_scheduler(config.parameterization)
+            metadata = {
+                "null_class": data.num_classes,
+                "recipe": {**dataclasses.asdict(config), "data_fingerprint": data.fingerprint},
+                "environment": environment(),
+            }
+            card = _card(config, data)
+            save_pipeline(out / "teacher", "unet2d", teacher.denoiser.network, scheduler, metadata, card)
+    return out / "teacher"
+
+
+def teacher_from(*, resume: str | Path | None = None, **values: Any) -> Path:
+    """`train_teacher` from option values, as the command line and YAML give them."""
+    if resume is not None:
+        values = run_options(Path(resume)) | values | {"out": str(resume)}
+    return train_teacher(build(TeacherConfig, values), resume=resume is not None)
+
+
+def _card(config: TeacherConfig, data: Data) -> str:
+    options = " ".join(
+        f"--{f.name.replace('_', '-')} {getattr(config, f.name)}"
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != f.default and f.name != "out"
+    )
+    return f"""---
+library_name: diffusers
+tags: [diffusion, diffdistill]
+---
+# A diffusion model of {data.name!r}
+
+Trained by diffdistill on {len(data)} samples of shape {tuple(data.shape)} ({config.parameterization}
+parameterisation, {config.steps} steps, batch {config.batch_size}, seed {config.seed}):
+
+    diffdistill teacher {options} --out runs/teacher
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("FOLDER")
+image = pipeline({"" if data.num_classes is None else "class_labels=[3], "}num_inference_steps=16).images[0]
+```
+"""
+
+
+def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"{name}: {text!r} is not a list of whole numbers such as 32,64") from None

@@ -1,0 +1,177 @@
+"""A small classifier of the 8x8 digits, whose penultimate layer is the feature space of their metrics.
+
+Distances measured here compare runs on these digits with each other and with nothing else: the
+feature space is neither Inception's nor any other paper's.
+
+The shipped weights (`assets/digit_classifier.safetensors`, card beside them) come from
+
+    python -m diffdistill.eval.digit_classifier --out DIR --seed 0
+
+which repeats bit for bit on one machine and torch version.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffdistill.data import open_data
+from diffdistill.eval.metrics import class_agreement
+from diffdistill.files import atomic_write
+
+WEIGHTS = "digit_classifier.safetensors"
+CARD = "digit_classifier.json"
+EPOCHS = 100
+BATCH = 64
+LEARNING_RATE = 6e-3
+HELD_OUT = 360
+MAX_SHIFT = 0.75  # pixels
+MAX_NOISE = 0.1  # standard deviation; ink to paper is 2
+
+
+class DigitClassifier(nn.Module):
+    """Images `(B, 1, 8, 8)` in [-1, 1] to logits `(B, 10)`.
+
+    SiLU keeps the features smooth in the image, and there is no normalisation layer, so that an
+    image's features never depend on its batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 32, 3, padding=1, stride=2),  # 4x4
+            nn.SiLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.SiLU(),
+            nn.AvgPool2d(2),  # 2x2
+            nn.Flatten(),
+            nn.Linear(256, 64),
+            nn.SiLU(),
+        )
+        self.head = nn.Linear(64, 10)
+        # The unit of the features; `train` sets it.
+        self.scale: Tensor
+        self.register_buffer("scale", torch.ones(()))
+
+    def features(self, x: Tensor) -> Tensor:
+        """The penultimate layer, `(B, 64)`, in units of its root mean variance over the real digits.
+
+        So the digits have a total variance of 64, which gives a Frechet distance something to be
+        compared with. Raises ValueError unless x is `(B, 1, 8, 8)`.
+        """
+        if x.shape[1:] != (1, 8, 8):
+            raise ValueError(f"want digits (B, 1, 8, 8), got {tuple(x.shape)}")
+        return self.trunk(x) / self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x) * self.scale)
+
+
+def load_digit_classifier() -> DigitClassifier:
+    """The shipped classifier, on the CPU, in eval mode, its parameters frozen."""
+    model = DigitClassifier()
+    weights = files("diffdistill.eval").joinpath("assets", WEIGHTS).read_bytes()
+    model.load_state_dict(safetensors.torch.load(weights))
+    return model.eval().requires_grad_(False)
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """All images `(1797, 1, 8, 8)` float32 in [-1, 1], ink at 1, and labels `(1797,)` int64."""
+    data = open_data("digits")
+    digits = data.get(torch.arange(len(data)))
+    assert digits.labels is not None
+    return digits.images, digits.labels
+
+
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Sub-pixel shifts and noise: small changes of the image that must not move the class."""
+    shift = (torch.rand(len(x), 2, generator=generator) * 2 - 1) * MAX_SHIFT
+    affine = torch.eye(2, 3).repeat(len(x), 1, 1)
+    affine[:, :, 2] = shift * 2 / x.shape[-1]  # the grid spans [-1, 1]
+    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+    shifted = F.grid_sample(x + 1, grid, align_corners=False) - 1  # it pads with 0, paper is -1
+    scale = MAX_NOISE * torch.rand(len(x), 1, 1, 1, generator=generator)
+    return shifted + scale * torch.randn(x.shape, generator=generator)
+
+
+def train(images: Tensor, labels: Tensor, seed: int, epochs: int) -> DigitClassifier:
+    """Cross-entropy with AdamW under a one-cycle learning rate; random only through `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DigitClassifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    steps = epochs * math.ceil(len(images) / BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images), generator=generator).split(BATCH):
+            loss = F.cross_entropy(model(augment(images[batch], generator)), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        model.scale.copy_(model.trunk(images).var(0).mean().sqrt())
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
+    return class_agreement(model(images), labels)
+
+
+def make(out: Path, seed: int, epochs: int) -> dict:
+    """Train without the held-out digits for the accuracy, then on all for the weights; write both files.
+
+    Returns the card. The fold is random: the digits carry no writer, so a writer can be on both sides.
+    """
+    images, labels = load_digits()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    held_out, rest = order[:HELD_OUT], order[HELD_OUT:]
+    judged = train(images[rest], labels[rest], seed, epochs)
+    model = train(images, labels, seed, epochs)
+    weights = safetensors.torch.save(model.state_dict())
+    card = {
+        "weights": WEIGHTS,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": f"the {len(images)} digits of diffdistill/assets/digits.safetensors",
+        "feature_unit": "root mean variance of the features over these digits",
+        "held_out_images": HELD_OUT,
+        "held_out_accuracy": accuracy(judged, images[held_out], labels[held_out]),
+        "accuracy_on_all_after_training_on_all": accuracy(model, images, labels),
+        "seed": seed,
+        "epochs": epochs,
+        "torch": torch.__version__,
+        "command": f"python -m diffdistill.eval.digit_classifier --out DIR --seed {seed} --epochs {epochs}",
+    }
+    atomic_write(out / WEIGHTS, weights)
+    atomic_write(out / CARD, json.dumps(card, indent=2) + "\n")
+    return card
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffdistill.eval.digit_classifier",
+        description="Train the digit classifier and write its weights and card.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # the order of a parallel sum would depend on the machine
+    print(json.dumps(make(given.out, given.seed, given.epochs), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,363 @@
+"""DMD2: Improved Distribution Matching Distillation for Fast Image Synthesis.
+
+Yin, Gharbi, Park, Zhang, Shechtman, Durand, Freeman, NeurIPS 2024, arXiv:2405.14867 (code: tianweiy/DMD2).
+
+The student x = G(z, c) follows the gradient of KL(q_t || p_t) between its own noised samples and the
+teacher's, at all noise levels: the teacher's score minus that of a "fake score" network, which is trained on
+the student's samples. The fake score takes `update_ratio` steps for each of the student's (two time-scale
+update rule). A discriminator head on the fake score's bottleneck, which reads noised real and generated
+images, adds a GAN loss. There is no regression on teacher pairs.
+
+Deviations: one step only so far (the multi-step student with backward simulation is another turn of this
+file); the normaliser is clamped at 1e-5 where the authors replace nan by 0; mean|x - D| is taken for each
+sample. With `normalise: false` the gradient is the exact one of the KL divergence, which `verify` compares
+with its closed form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.analytic import AffineGenerator, gaussian_teacher, mixture_teacher
+from diffdistill.config import option
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.errors import UserError
+from diffdistill.guidance import guided
+from diffdistill.losses import (
+    denoising_loss,
+    gan_discriminator_loss,
+    gan_generator_loss,
+    gradient_injection,
+    l1_normaliser,
+    per_sample_mean,
+)
+from diffdistill.method import Batch, Optimizer, Turn
+from diffdistill.ode import Denoise
+from diffdistill.players import (
+    DiscriminatorHead,
+    FewStepSampler,
+    Teacher,
+    frozen,
+    only_trains,
+    trainable_copy,
+)
+from diffdistill.prediction import expand
+from diffdistill.times import native_uniform
+from diffdistill.verify import Check, differs, equal, gauss_hermite, gradient
+
+PAPER = "Yin et al. 2024, arXiv:2405.14867"
+DATA = "none for distribution matching; real images when gan_weight > 0"
+EQUATIONS = {
+    "distribution matching gradient (section 3; DMD, arXiv:2311.18828, eq. 7 and 8)": "distribution_matching_gradient",
+    "denoising loss of the fake score (section 3)": "losses.denoising_loss",
+    "two time-scale update rule (section 4.2)": "DMD2.turns",
+    "GAN loss on noised images, head on the fake score (section 4.3)": "DMD2.logits, losses.gan_*",
+}
+PRESETS = {
+    "digits": {
+        "teacher": "digits",
+        "steps": 600,
+        "batch_size": 64,
+        "update_ratio": 1,
+        "student_lr": 1e-4,
+        "fake_score_lr": 2e-4,
+        "beta1": 0.0,
+        "ema": 0.99,
+    },
+    "imagenet64": {
+        "batch_size": 40,
+        "update_ratio": 5,
+        "student_lr": 2e-6,
+        "fake_score_lr": 2e-6,
+        "gan_weight": 3e-3,
+    },
+    "sd15": {
+        "batch_size": 32,
+        "update_ratio": 10,
+        "student_lr": 1e-5,
+        "fake_score_lr": 1e-5,
+        "guidance_scale": 1.75,
+        "fake_score_loss": "epsilon",
+    },
+    "sdxl": {
+        "batch_size": 2,
+        "update_ratio": 5,
+        "student_lr": 5e-7,
+        "fake_score_lr": 5e-7,
+        "guidance_scale": 8.0,
+        "gan_weight": 5e-3,
+        "fake_score_loss": "epsilon",
+        "student_level": 399.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """DMD2's options."""
+
+    student_lr: float = option(1e-5, "AdamW's learning rate for the student", above=0)
+    fake_score_lr: float = option(1e-5, "AdamW's learning rate for the fake score and its head", above=0)
+    beta1: float = option(0.9, "AdamW's first beta, for all players", at_least=0, below=1)
+    weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
+    update_ratio: int = option(5, "steps of the fake score for one of the student", at_least=1)
+    guidance_scale: float = option(1.0, "classifier-free guidance of the teacher (1: none); never of the fake score")
+    student_level: float | None = option(
+        None, "the timestep or sigma at which the student reads pure noise; default: the noisiest", at_least=0
+    )
+    time_low: float = option(0.02, "distribution matching draws its times uniformly from here", at_least=0, below=1)
+    time_high: float = option(0.98, "... to here, as fractions of the teacher's own time", above=0, at_most=1)
+    normalise: bool = option(True, "divide the gradient by mean|x - D_teacher|; false: the exact KL gradient")
+    fake_score_loss: Literal["v", "epsilon"] = option("v", "v: EDM's weight, as for ImageNet; epsilon: as for SD")
+    gan_weight: float = option(0.0, "weight of the GAN loss in the student's; needs data", at_least=0)
+    discriminator_weight: float = option(0.01, "weight of the GAN loss in the fake score's", at_least=0)
+
+
+def distribution_matching_gradient(
+    x: Tensor, x_t: Tensor, t: Tensor, cond: Cond, teacher: Denoise, fake_score: Denoise, normalise: bool
+) -> tuple[Tensor, Tensor]:
+    """The direction (B, ...) in which x is pushed away, and its mean size (B,) relative to |x - D_teacher|.
+
+    The score gap s_fake - s_teacher is cos(t)/sin(t)^2 (D_fake - D_teacher), and x enters x_t with cos(t);
+    so the gradient of KL(q_t || p_t) is cot(t)^2 (D_fake - D_teacher). DMD replaces cot(t)^2 by
+    1/mean|x - D_teacher|. No gradient passes through either network.
+    """
+    with torch.no_grad():
+        x0_teacher, x0_fake = teacher(x_t, t, cond).x0, fake_score(x_t, t, cond).x0
+        gap = x0_fake - x0_teacher
+        normaliser = l1_normaliser(x, x0_teacher)
+        relative = per_sample_mean(gap.abs()) / normaliser
+        weight = 1 / normaliser if normalise else torch.tan(t) ** -2
+        return expand(weight, gap) * gap, relative
+
+
+class DMD2:
+    """Players: student; fake_score with the discriminator head, which share a loss and an optimizer."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        config: Config,
+        *,
+        student: Denoiser | None = None,
+        fake_score: Denoiser | None = None,
+    ):
+        if config.time_low >= config.time_high:
+            raise UserError(f"time_low: {config.time_low} must be less than time_high ({config.time_high})")
+        self.config = config
+        self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
+        self.student = student or trainable_copy(teacher.denoiser)
+        self.fake_score = fake_score or trainable_copy(teacher.denoiser)
+        self.schedule = teacher.denoiser.schedule
+        self.needs_data = config.gan_weight > 0
+        critic = nn.ModuleDict({"denoiser": self.fake_score})
+        if self.needs_data:
+            self.head = _head(self.fake_score, teacher)
+            critic["head"] = self.head
+        self.players: dict[str, nn.Module] = {"student": self.student, "fake_score": critic}
+
+    def optimizer(self, player: str) -> Optimizer:
+        c = self.config
+        return Optimizer(c.student_lr if player == "student" else c.fake_score_lr, (c.beta1, 0.999), c.weight_decay)
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        """The student moves first, every `update_ratio`-th step; the fake score moves in every step."""
+        student = [Turn("student", self.student_turn)] if step % self.config.update_ratio == 0 else []
+        return [*student, Turn("fake_score", self.fake_score_turn)]
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def sampler(self) -> FewStepSampler:
+        level = self.config.student_level
+        return FewStepSampler(self.student, [self.schedule.init_level if level is None else level])
+
+    # -- the student's turn ------------------------------------------------------------------------------
+
+    def student_turn(self, batch: Batch) -> dict[str, Tensor]:
+        c = self.config
+        t = native_uniform(self.schedule, batch.size, batch.generator("student/t"), c.time_low, c.time_high)
+        x = self.sampler().one_step(batch.randn("student/z"), batch.cond)
+        logs = self.matching(x, t, batch.randn("student/eps"), batch.cond)
+        if self.needs_data:
+            t = native_uniform(self.schedule, batch.size, batch.generator("student/gan t"))
+            adversarial = gan_generator_loss(self.logits(x, t, batch.randn("student/gan eps"), batch.cond))
+            logs["loss"] = logs["loss"] + c.gan_weight * adversarial
+            logs["gan"] = adversarial
+        return logs
+
+    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> dict[str, Tensor]:
+        """Distribution matching at angles t (B,) with noise eps (B, ...)."""
+        x_t = diffuse(x, t, eps)
+        grad, gap = distribution_matching_gradient(
+            x, x_t, t, cond, self.teacher, self.fake_score, self.config.normalise
+        )
+        return {"loss": gradient_injection(x, grad), "gap": gap.mean()}
+
+    # -- the fake score's turn ---------------------------------------------------------------------------
+
+    def fake_score_turn(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            x = self.sampler().one_step(batch.randn("fake_score/z"), batch.cond)
+        t = native_uniform(self.schedule, batch.size, batch.generator("fake_score/t"))
+        loss = self.denoising(x, t, batch.randn("fake_score/eps"), batch.cond)
+        logs = {"loss": loss, "denoising": loss}
+        if self.needs_data:
+            assert batch.x0 is not None
+            t = native_uniform(self.schedule, batch.size, batch.generator("fake_score/gan t"))
+            real = self.logits(batch.x0, t, batch.randn("fake_score/gan eps real"), batch.cond)
+            fake = self.logits(x, t, batch.randn("fake_score/gan eps fake"), batch.cond)
+            logs["gan"] = gan_discriminator_loss(real, fake)
+            logs["loss"] = loss + self.config.discriminator_weight * logs["gan"]
+        return logs
+
+    def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        """Denoising score matching of the fake score on the student's samples x, which get no gradient."""
+        x = x.detach()
+        return denoising_loss(self.fake_score(diffuse(x, t, eps), t, cond), x, eps, self.config.fake_score_loss)
+
+    def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        """(B,) the discriminator's logits of x noised to t."""
+        return self.head(self.fake_score.features(diffuse(x, t, eps), t, cond))
+
+
+def diffuse(x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x_t = cos(t) x + sin(t) eps for t (B,)."""
+    return expand(torch.cos(t), x) * x + expand(torch.sin(t), x) * eps
+
+
+def _head(fake_score: Denoiser, teacher: Teacher) -> DiscriminatorHead:
+    if fake_score.feature_layer is None:
+        raise UserError("gan_weight: this teacher's network has no bottleneck for a discriminator; use 0")
+    parameter = next(fake_score.parameters())
+    cond = teacher.random_cond(1, torch.Generator(parameter.device).manual_seed(0))
+    with torch.no_grad():
+        t = torch.ones(1, dtype=torch.float64, device=parameter.device)
+        features = fake_score.features(torch.zeros(1, *teacher.shape).to(parameter), t, cond)
+    return DiscriminatorHead(features.shape[1], features.shape[2]).to(parameter)
+
+
+METHOD = DMD2
+
+
+def verify() -> Iterator[Check]:
+    """Appendix B's rows for distribution matching, on Gaussians whose every quantity is known."""
+    mu, s = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
+    m, b = torch.tensor([-0.3, 0.5]).double(), torch.tensor([0.9, 0.6]).double()
+    teacher = gaussian_teacher(mu.tolist(), s)
+    exact = Config(normalise=False)
+
+    def game(mean: Tensor, scale: Tensor, config: Config = exact) -> tuple[DMD2, AffineGenerator, Denoiser]:
+        generator = AffineGenerator(mean, scale)
+        student = Denoiser(generator, teacher.denoiser.schedule, teacher.denoiser.row)
+        fake_score = generator.exact_score()
+        fake_score.network.means.requires_grad_()
+        fake_score.network.stds.requires_grad_()
+        method = DMD2(teacher, config, student=student, fake_score=fake_score)
+        only_trains(student, method.players.values())
+        return method, generator, fake_score
+
+    # Two points +-1 an axis integrate polynomials to degree 3 exactly, and everything here has degree 2.
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 4)
+    z, eps = signs[:, :2], signs[:, 2:]
+    for t in (0.2, 0.8, 1.4):
+        angle = torch.full((len(z),), t).double()
+        cos2, sin2 = torch.cos(angle[0]) ** 2, torch.sin(angle[0]) ** 2
+        big_v, big_u = cos2 * s**2 + sin2, cos2 * b**2 + sin2
+        kl = torch.cat([cos2 * (m - mu) / big_v, cos2 * b * (1 / big_v - 1 / big_u)])
+        method, generator, fake = game(m, b)
+        x = method.sampler().one_step(z, {})
+        # gradient_injection averages over the two dimensions; the divergence sums over them.
+        loss = 2 * method.matching(x, angle, eps, {})["loss"]
+        got = gradient(loss, generator.mean, generator.scale)
+        yield equal(f"gradient of KL(q_t || p_t) in mean and scale, t = {t}", kl, got, 1e-6)
+        yield differs(f"the opposite sign is caught, t = {t}", kl, -got, 1e-6)
+        through = _through_both_networks(method, x, angle, eps)
+        yield differs(
+            f"a gradient through the two networks is caught, t = {t}",
+            kl,
+            gradient(through, generator.mean, generator.scale),
+            1e-6,
+        )
+
+        rate = torch.sqrt(cos2 * sin2) * (1 - b**2) / big_u
+        off = rate * cos2.sqrt() + sin2.sqrt()
+        expected = ((b * off) ** 2 + (rate * sin2.sqrt() - cos2.sqrt()) ** 2).mean()
+        denoising = method.denoising(x, angle, eps, {})
+        yield equal(f"the fake score's loss at its optimum, t = {t}", expected, denoising, 1e-9)
+        slope = gradient(denoising, fake.network.means, fake.network.stds)
+        yield equal(f"its gradient there is zero, t = {t}", 0.0, slope, 1e-9, scale=1.0)
+
+        for normalise in (False, True):
+            settled, at_optimum, _ = game(mu, s, Config(normalise=normalise))
+            x = settled.sampler().one_step(z, {})
+            zero = gradient(settled.matching(x, angle, eps, {})["loss"], at_optimum.mean, at_optimum.scale)
+            label = "with" if normalise else "without"
+            yield equal(f"zero at the optimum, {label} the normaliser, t = {t}", 0.0, zero, 1e-9, scale=1.0)
+        method, generator, _ = game(m, b, Config())
+        x = method.sampler().one_step(z, {})
+        got = gradient(method.matching(x, angle, eps, {})["loss"], generator.mean)
+        yield equal(f"signs of the mean's gradient with the normaliser, t = {t}", (m - mu).sign(), got.sign(), 0.0)
+
+    yield from _gan_checks()
+    for ratio in (1, 3):
+        order = [[turn.player for turn in DMD2(teacher, Config(update_ratio=ratio)).turns(k)] for k in range(2 * ratio)]
+        expected_order = [(["student"] if k % ratio == 0 else []) + ["fake_score"] for k in range(2 * ratio)]
+        same = float(order == expected_order)
+        yield equal(f"order of turns, update_ratio {ratio}: the student first, every {ratio}", 1.0, same, 0.0)
+
+
+def _through_both_networks(method: DMD2, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """The mistake of leaving both networks in the graph: 2 x the same loss without its stop-gradients."""
+    x_t = diffuse(x, t, eps)
+    gap = method.fake_score(x_t, t, {}).x0 - method.teacher(x_t, t, {}).x0
+    return (expand(torch.tan(t) ** -2, gap) * gap * x).sum(1).mean()
+
+
+def _gan_checks() -> Iterator[Check]:
+    """The GAN losses with the optimal discriminator d = log p_t/q_t, by quadrature over z."""
+    t, nodes, weights = 0.8, *gauss_hermite(80)
+    angle = torch.full((len(nodes),), t).double()
+    p = mixture_teacher([[0.7]], [0.5]).denoiser.network
+    q = mixture_teacher([[0.2]], [0.9]).denoiser.network
+
+    def points(mean: Tensor | float, std: float) -> Tensor:
+        """(n, 1) nodes of the marginal at t of N(mean, std^2)."""
+        spread = (torch.cos(angle) ** 2 * std**2 + torch.sin(angle) ** 2).sqrt()
+        return (torch.cos(angle) * mean + spread * nodes)[:, None]
+
+    def logit(x_t: Tensor) -> Tensor:
+        return p.log_density(x_t, angle) - q.log_density(x_t, angle)
+
+    def expected(loss_of: Callable[..., Tensor], *logits: Tensor) -> Tensor:
+        terms = [loss_of(*(d[i : i + 1] for d in logits)) for i in range(len(nodes))]
+        return (weights * torch.stack(terms)).sum()
+
+    h = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    real, fake = points(0.7, 0.5), points(0.2, 0.9)
+    for name, bump in (("x", lambda x: x[:, 0]), ("cos x", lambda x: torch.cos(x[:, 0]))):
+        loss = expected(gan_discriminator_loss, logit(real) + h * bump(real), logit(fake) + h * bump(fake))
+        yield equal(
+            f"log p_t/q_t minimises the discriminator's loss along {name}",
+            0.0,
+            gradient(loss, h),
+            1e-6,
+            scale=1,
+        )
+        swapped = expected(gan_discriminator_loss, logit(fake) + h * bump(fake), logit(real) + h * bump(real))
+        yield differs("real and generated swapped are caught", 0.0, gradient(swapped, h), 1e-6, scale=1.0)
+
+    mean = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    got = gradient(expected(gan_generator_loss, logit(points(mean, 0.9))), mean)
+    pull = (p.score(fake, angle) - q.score(fake, angle))[:, 0] * torch.cos(angle)
+    closed = -(weights * torch.sigmoid(-logit(fake)) * pull).sum()
+    yield equal("the student's GAN gradient is -E[q/(p+q) (s_p - s_q)]", closed, got, 1e-9)
+    level = torch.zeros(4, dtype=torch.float64)
+    two_log_two = 2 * math.log(2)
+    yield equal("the GAN loss at p = q is 2 log 2", two_log_two, gan_discriminator_loss(level, level), 1e-12)

@@ -1,0 +1,149 @@
+"""Saving networks as diffusers folders that stock diffusers loads, with their own scheduler."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import SchedulerMixin
+from torch import nn
+
+from diffdistill.config import MethodInfo
+from diffdistill.errors import UserError
+from diffdistill.families import FAMILIES, METADATA
+from diffdistill.files import atomic_folder
+from diffdistill.players import FewStepSampler, Teacher
+from diffdistill.schedule import EDM, DiscreteVP, LinearFlow
+
+# What a student keeps of its teacher's discrete VP scheduler: the chain and the kind of output.
+_VP_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+
+
+def student_scheduler(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
+    """The stock scheduler that repeats the sampler exactly at its default number of steps.
+
+    Raises UserError where no stock scheduler can start at the student's level.
+    """
+    schedule, level = sampler.denoiser.schedule, sampler.levels[0]
+    if len(sampler.levels) != 1:
+        raise UserError(f"export: {len(sampler.levels)} levels; only one-step students can be exported")
+    if isinstance(schedule, DiscreteVP):
+        kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
+        # One trailing step is at the last timestep; one leading step is at `steps_offset`.
+        last = level == len(schedule.alphas_cumprod) - 1
+        if level != int(level):
+            raise UserError(f"export: level {level} is between two timesteps; choose a whole one")
+        spacing = (
+            {"timestep_spacing": "trailing"} if last else {"timestep_spacing": "leading", "steps_offset": int(level)}
+        )
+        return diffusers.DDIMScheduler(**kept, **spacing, clip_sample=False, set_alpha_to_one=True)
+    if isinstance(schedule, EDM):
+        shared = {
+            "sigma_min": schedule.sigma_min,
+            "sigma_max": level,
+            "sigma_data": schedule.data_std,
+            "rho": schedule.rho,
+        }
+        if schedule.unit_init:
+            kind = teacher.scheduler.get("prediction_type", "epsilon")
+            return diffusers.EDMEulerScheduler(**shared, prediction_type=kind)
+        return diffusers.CMStochasticIterativeScheduler(**shared, clip_denoised=False)
+    if isinstance(schedule, LinearFlow):
+        return _flow_scheduler(_flow_shift_for(level, schedule), schedule.train_timesteps)
+    raise UserError(f"export: no stock scheduler for a {type(schedule).__name__} student")
+
+
+def _flow_scheduler(shift: float, timesteps: int) -> SchedulerMixin:
+    """Euler steps of flow matching, in the one stock scheduler that pixel pipelines can drive."""
+    return diffusers.DPMSolverMultistepScheduler(
+        num_train_timesteps=timesteps,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        solver_order=1,
+        final_sigmas_type="zero",
+    )
+
+
+def _flow_shift_for(level: float, schedule: LinearFlow) -> float:
+    """The shift that moves that scheduler's one-step sigma, 1 - 1/T, to the level."""
+    first = 1 - 1 / schedule.train_timesteps
+    if not 0 < level < 1:
+        raise UserError(f"export: level {level} is not inside (0, 1), where the stock flow scheduler starts")
+    return level * (1 - first) / (first * (1 - level))
+
+
+def teacher_scheduler(parameterization: str) -> SchedulerMixin:
+    """The stock scheduler of a teacher of ours: DDIM ('vp'), EDM's Euler ('edm') or Euler steps of a flow."""
+    if parameterization == "edm":
+        return diffusers.EDMEulerScheduler()
+    if parameterization == "flow":
+        return _flow_scheduler(1.0, 1000)
+    return diffusers.DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+def scheduler_config(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """The config as scheduler_config.json would hold it."""
+    return {**scheduler.config, "_class_name": type(scheduler).__name__}
+
+
+def save_pipeline(
+    folder: Path,
+    family: str,
+    network: nn.Module,
+    scheduler: SchedulerMixin,
+    metadata: dict[str, Any],
+    card: str,
+) -> Path:
+    """Write a diffusers folder with its model card, whole or not at all."""
+    with atomic_folder(folder) as partial:
+        FAMILIES[family].pipeline(network, scheduler).save_pretrained(partial, safe_serialization=True)
+        (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def model_card(info: MethodInfo, options: dict[str, Any], teacher: Teacher, sampler: FewStepSampler, step: int) -> str:
+    """README.md of a student: teacher, method, settings, and the lines that load it."""
+    settings = "\n".join(f"| {name} | {value} |" for name, value in options.items())
+    levels = ", ".join(f"{level:g}" for level in sampler.levels)
+    labels = "" if teacher.num_classes is None else "batch_size=4, class_labels=[0, 1, 2, 3]"
+    return f"""---
+library_name: diffusers
+tags: [diffusion, distillation, diffdistill, {info.name}]
+---
+# A {len(sampler.levels)}-step student of {teacher.source}
+
+Distilled with diffdistill by {info.name} ({info.paper}), {step} steps.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("FOLDER")
+images = pipeline({labels}).images
+```
+
+The plain call makes {len(sampler.levels)} step(s), with the student's own scheduler in `scheduler/`; its levels
+(timestep or sigma) are {levels}. diffdistill need not be installed. Image i of `diffdistill sample --seed S` is
+that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
+
+| option | value |
+|---|---|
+{settings}
+"""
