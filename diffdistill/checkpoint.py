@@ -36,8 +36,15 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, fl
     for name, parameter in module.named_parameters():
         prefix = f"{name}|"
         slots = {key[len(prefix) :]: value for key, value in flat.items() if key.startswith(prefix)}
-        # AdamW's step count lives on the device of its parameter when fused.
-        optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in slots.items()}
+        optimizer.state[parameter] = {k: _laid_out_like(parameter, v) for k, v in slots.items()}
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    # Fused AdamW walks parameter and moments by address, so a channels_last parameter needs channels_last
+    # moments; its step count must be on the device too.
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:

@@ -136,7 +136,9 @@ def _scalar(value: Any, kind: type) -> Any:
         if str(value).lower() not in _BOOLS:
             raise TypeError
         return _BOOLS[str(value).lower()]
-    if isinstance(value, (bool, list, dict)) or value is None or (kind is int and value != int(value)):
+    if isinstance(value, (bool, list, dict)) or value is None:
+        raise TypeError
+    if kind is int and isinstance(value, float) and value != int(value):
         raise TypeError
     return kind(value)
 

@@ -56,7 +56,8 @@ class Denoiser(nn.Module):
         t = t.clamp(self.schedule.t_min, self.schedule.t_max)
         native = self.schedule.native(t)
         a, b = self.row(native.alpha, native.sigma, self.schedule.data_std)
-        time = native.time.to(x_t.dtype)
+        # A half-precision time would round the timestep 999 to 1000.
+        time = native.time.to(torch.promote_types(x_t.dtype, torch.float32))
         y = self.call(self.network, expand(native.scale, x_t) * x_t, time, cond)
         return Prediction(x_t, t, y.to(x_t.dtype), a * self.schedule.data_std, b)
 

@@ -36,8 +36,9 @@ def heun_step(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -
     first = denoise(x_t, t, cond)
     second = denoise(first.at(s), s, cond)
     noisy = t > _EPS_FORM_UNTIL
-    x0 = torch.lerp(first.x0, second.x0, 0.5)
-    eps = torch.where(expand(s, x_t) > 0, torch.lerp(first.eps, second.eps, 0.5), first.eps)
+    last = expand(s, x_t) == 0
+    x0 = torch.where(last, first.x0, torch.lerp(first.x0, second.x0, 0.5))
+    eps = torch.where(last, first.eps, torch.lerp(first.eps, second.eps, 0.5))
     y = torch.where(expand(noisy, x_t) > 0, x0, eps)
     return Prediction(x_t, t, y, noisy.to(t.dtype), (~noisy).to(t.dtype)).at(s)
 

@@ -59,7 +59,8 @@ class DiscriminatorHead(nn.Module):
 
     def __init__(self, channels: int, size: int):
         super().__init__()
-        groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
+        # At 1x1 a group of one channel would be normalised to a constant.
+        groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= min(8, channels))
 
         def block(kernel: int, stride: int, padding: int) -> list[nn.Module]:
             conv = nn.Conv2d(channels, channels, kernel, stride, padding)

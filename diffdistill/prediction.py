@@ -38,7 +38,8 @@ def edm_boundary(sigma_min: float) -> Row:
     """
 
     def row(alpha: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor]:
-        excess = sigma - sigma_min
+        # At sigma_min itself F has no weight; the least one keeps the row finite.
+        excess = (sigma - sigma_min).clamp_min(1e-12 * sigma_min)
         c_skip = data_std**2 / (excess**2 + data_std**2)
         c_out = excess * data_std / torch.sqrt(sigma**2 + data_std**2)
         return (1 - c_skip) / c_out, -c_skip * sigma / c_out

@@ -106,7 +106,7 @@ def grid_writer(out: Path, sampler: FewStepSampler, teacher: Teacher) -> Callabl
         device = next(sampler.denoiser.parameters()).device
         cond = {} if teacher.num_classes is None else {"class_labels": torch.arange(count, device=device) % columns}
         images = sampler(teacher.shape, cond, image_generators(0, range(count)))
-        save_png(out / "samples" / f"step-{step:08d}.png", image_grid(images.cpu().float(), columns))
+        save_png(image_grid(images.float(), columns, scale=4), out / "samples" / f"step-{step:08d}.png")
 
     return write
 

@@ -101,7 +101,8 @@ class DiscreteVP:
     def native(self, t: Tensor) -> Native:
         """Between two timesteps the time is interpolated linearly in the angle; at a timestep it is exact."""
         table = self._table(t.device)
-        above = torch.searchsorted(table, t.detach()).clamp(1, len(table) - 1)
+        # contiguous: searchsorted warns about an expanded t.
+        above = torch.searchsorted(table, t.detach().contiguous()).clamp(1, len(table) - 1)
         low, high = table[above - 1], table[above]
         time = (above - 1) + ((t - low) / (high - low)).clamp(0, 1)
         cos, sin = torch.cos(t) / self.data_std, torch.sin(t)
@@ -123,7 +124,8 @@ class DiscreteVP:
         count = len(self.alphas_cumprod)
         if _positive_steps(steps) > count:
             raise UserError(f"steps: {steps} is more than the teacher's {count} timesteps; give {count} or fewer")
-        levels = torch.arange(steps, 0, -1, dtype=torch.float64) * (count / steps)
+        # Rounded as numpy's arange(count, 0, -count / steps) rounds, which decides ties such as 937.5.
+        levels = count + torch.arange(steps, dtype=torch.float64) * ((count - count / steps) - count)
         angles = self._table(torch.device("cpu"))[levels.round().long() - 1]
         return torch.cat([angles, angles.new_zeros(1)])
 

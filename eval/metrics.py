@@ -5,7 +5,7 @@ pure and deterministic, takes any floating dtype, computes in float64 on the inp
 raises ValueError on sets that are not (N, D), not finite, too small, or of different D.
 
 - `frechet_distance`: Heusel et al. 2017 (arXiv:1706.08500), eq. 6.
-- `kernel_distance`: Binkowski et al. 2018 (arXiv:1801.01401), section 3 and eq. 4.
+- `kernel_distance`: Binkowski et al. 2018 (arXiv:1801.01401), KID without its subsets.
 - `precision_recall`: Kynkaanniemi et al. 2019 (arXiv:1904.06991), eqs. 1 and 2.
 """
 

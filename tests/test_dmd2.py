@@ -1,0 +1,155 @@
+"""DMD2: its exact checks hold, known mistakes are caught, and it reaches a known answer end to end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffdistill import UserError, distill, load_teacher
+from diffdistill.analytic import AffineGenerator, gaussian_teacher
+from diffdistill.config import FitConfig
+from diffdistill.denoiser import Denoiser
+from diffdistill.method import Batch
+from diffdistill.methods import dmd2
+from diffdistill.methods.dmd2 import DMD2, Config
+from diffdistill.trainer import Trainer, accelerator_for
+from diffdistill.verify import run_checks
+
+
+def test_every_exact_check_holds() -> None:
+    checks = run_checks(dmd2.verify)
+    assert [c for c in checks if not c.ok] == []
+    assert sum(c.name.startswith("gradient of KL") for c in checks) == 3
+
+
+def opposite_sign(x: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
+    grad, gap = REAL_GRADIENT(x, *args, **kw)
+    return -grad, gap
+
+
+def not_detached(x: Tensor, grad: Tensor) -> Tensor:
+    return 0.5 * ((x - (x - grad)) ** 2).mean()
+
+
+def detached(x: Tensor, grad: Tensor) -> Tensor:
+    return REAL_INJECTION(x.detach() + 0 * x, grad)
+
+
+def without_detach(self: DMD2, x: Tensor, t: Tensor, eps: Tensor, cond: Any) -> Tensor:
+    x_t = dmd2.diffuse(x, t, eps)
+    return dmd2.denoising_loss(self.fake_score(x_t, t, cond), x.flip(0), eps)
+
+
+REAL_GRADIENT, REAL_INJECTION = dmd2.distribution_matching_gradient, dmd2.gradient_injection
+MUTANTS: dict[str, tuple[Any, str, Any]] = {
+    "opposite sign": (dmd2, "distribution_matching_gradient", opposite_sign),
+    "the gradient's target is not detached": (dmd2, "gradient_injection", not_detached),
+    "the student is detached": (dmd2, "gradient_injection", detached),
+    "the fake score is trained on the wrong samples": (DMD2, "denoising", without_detach),
+    "the student moves last": (DMD2, "turns", lambda self, step: REAL_TURNS(self, step)[::-1]),
+    "the ratio is ignored": (DMD2, "turns", lambda self, step: REAL_TURNS(self, 0)),
+    "the discriminator's labels are swapped": (
+        dmd2,
+        "gan_discriminator_loss",
+        lambda real, fake, f=dmd2.gan_discriminator_loss: f(fake, real),
+    ),
+    "the saturating generator loss": (dmd2, "gan_generator_loss", lambda fake: -nn.functional.softplus(fake).mean()),
+}
+REAL_TURNS = DMD2.turns
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*MUTANTS[name])
+    assert any(not c.ok for c in run_checks(dmd2.verify))
+
+
+class LearnedScore(nn.Module):
+    """The velocity of N(mean, std^2) with both learned: the fake score of an affine generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(2))
+        self.log_std = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        cos, sin, variance = torch.cos(t)[:, None], torch.sin(t)[:, None], torch.exp(2 * self.log_std)
+        slope = cos * sin * (1 - variance) / (cos**2 * variance + sin**2)
+        return slope * (x_t - cos * self.mean) - sin * self.mean
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_an_affine_student_reaches_the_gaussian(normalise: bool, tmp_path: Path) -> None:
+    mean, std = torch.tensor([0.8, -0.5]), torch.tensor([0.5, 1.4])
+    teacher = gaussian_teacher(mean.tolist(), std.double())
+    generator = AffineGenerator(torch.zeros(2), torch.ones(2))
+    schedule, row = teacher.denoiser.schedule, teacher.denoiser.row
+    method = DMD2(
+        teacher,
+        Config(student_lr=5e-3, fake_score_lr=2e-2, update_ratio=3, normalise=normalise, beta1=0.0, time_low=0.1),
+        student=Denoiser(generator, schedule, row),
+        fake_score=Denoiser(LearnedScore(), schedule, row),
+    )
+    config = FitConfig(steps=2400, batch_size=256, ema=0.99, max_grad_norm=0, sample_every=0, device="cpu")
+    accelerator = accelerator_for(config, tmp_path)
+    trainer = Trainer(
+        method,
+        lambda step: Batch(256, (2,), {}, None, accelerator.device, (0, step, 0)),
+        config,
+        tmp_path,
+        accelerator,
+    )
+    trainer.fit()
+    with trainer.evaluating():
+        assert torch.allclose(generator.mean.detach().float(), mean, rtol=0.02, atol=0), generator.mean
+        assert torch.allclose(generator.scale.detach().abs().float(), std, rtol=0.02, atol=0), generator.scale
+
+
+def test_guidance_is_the_teachers_alone(tiny_teacher: Callable[[str], Path]) -> None:
+    method = DMD2(load_teacher(tiny_teacher("vp")), Config(guidance_scale=3.0))
+    seen = []
+    method.fake_score.network.register_forward_hook(lambda module, args, out: seen.append(("fake", len(args[0]))))
+    method.teacher.denoiser.network.register_forward_hook(lambda module, args, out: seen.append(("teacher", len(args[0]))))
+    x = torch.zeros(4, 1, 8, 8)
+    t = torch.full((4,), 0.7, dtype=torch.float64)
+    method.matching(x, t, torch.randn_like(x), {"class_labels": torch.arange(4)})
+    assert sorted(seen) == [("fake", 4), ("teacher", 8)]
+
+
+def test_the_students_gan_gradient_leaves_the_critic_alone(tiny_teacher: Callable[[str], Path]) -> None:
+    method = DMD2(load_teacher(tiny_teacher("vp")), Config(gan_weight=1.0))
+    dmd2.only_trains(method.players["student"], method.players.values())
+    data = torch.randn(4, 1, 8, 8)
+    batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, data, torch.device("cpu"), (0, 0, 0))
+    logs = method.student_turn(batch)
+    logs["gan"].backward()
+    assert all(p.grad is None for p in method.players["fake_score"].parameters())
+    assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in method.student.parameters())
+
+
+def test_gan_needs_data_and_matching_does_not(tiny_teacher: Callable[[str], Path], tmp_path: Path) -> None:
+    shared = {"teacher": str(tiny_teacher("vp")), "steps": 1, "batch_size": 4, "sample_every": 0, "device": "cpu"}
+    distill(**shared, out=str(tmp_path / "free"))
+    with pytest.raises(UserError, match=r"data: dmd2 .* needs real images"):
+        distill(**shared, gan_weight=0.1, out=str(tmp_path / "gan"))
+
+
+@pytest.mark.parametrize("parameterization", ["vp", "edm", "flow"])
+def test_it_trains_every_parameterisation(
+    parameterization: str, tiny_teacher: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = distill(
+        teacher=str(tiny_teacher(parameterization)),
+        data="digits",
+        steps=2,
+        batch_size=4,
+        update_ratio=1,
+        gan_weight=0.1,
+        out=str(tmp_path / "run"),
+        sample_every=0,
+        device="cpu",
+    )
+    assert (folder / "model_index.json").is_file()

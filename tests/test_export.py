@@ -1,0 +1,211 @@
+"""Students load with stock diffusers where diffdistill is not installed, and give the same images."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffdistill import UserError, distill, load_student, load_teacher
+from diffdistill.families import METADATA
+from diffdistill.pipelines.export import student_scheduler
+from diffdistill.players import FewStepSampler
+from diffdistill.rng import image_generators
+from diffdistill.run import export_run
+
+Teachers = Callable[[str], Path]
+
+# What a stranger would run: stock diffusers, the plain call, one generator an image.
+STOCK = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "diffdistill":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+try:
+    import diffdistill
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("diffdistill can be imported here")
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+generators = [torch.Generator().manual_seed(i) for i in range(8)]
+made = pipeline(batch_size=8, class_labels=list(range(8)), generator=generators, output_type="pt")
+save_file({"images": made.images.contiguous()}, sys.argv[2])
+print(len(pipeline.scheduler.timesteps))
+"""
+
+
+@pytest.mark.parametrize(
+    ("parameterization", "level"),
+    [("vp", None), ("vp", 399.0), ("edm", None), ("edm", 2.5), ("flow", None), ("flow", 0.8)],
+)
+def test_a_student_gives_the_same_images_in_stock_diffusers(
+    parameterization: str, level: float | None, tiny_teacher: Teachers, tmp_path: Path
+) -> None:
+    folder = distill(
+        teacher=str(tiny_teacher(parameterization)),
+        student_level=level,
+        steps=2,
+        batch_size=4,
+        student_lr=1e-3,
+        update_ratio=1,
+        ema=0.5,
+        sample_every=0,
+        device="cpu",
+        out=str(tmp_path / "run"),
+    )
+    script = tmp_path / "stock.py"
+    script.write_text(STOCK)
+    done = subprocess.run(
+        [sys.executable, script, folder, tmp_path / "images.safetensors"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "1", "the plain call makes one step"
+    assert "Warning" not in done.stderr and "Expected types" not in done.stderr, done.stderr
+    stock = load_file(tmp_path / "images.safetensors")["images"] * 2 - 1
+    sampler, student = load_student(folder)
+    ours = sampler(student.shape, {"class_labels": torch.arange(8)}, image_generators(0, range(8)))
+    assert float(stock.std()) > 0.05, "not all black, white or grey"
+    assert torch.allclose(ours.clamp(-1, 1), stock, rtol=0, atol=1e-4)
+
+
+def test_the_training_time_sampler_is_what_is_exported(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    """The moving average, not the raw weights, is exported; a checkpoint exports to the same weights."""
+    run = tmp_path / "run"
+    folder = distill(
+        teacher=str(tiny_teacher("vp")), steps=3, batch_size=4, student_lr=1e-2, update_ratio=1, ema=0.9,
+        sample_every=0, device="cpu", out=str(run),
+    )  # fmt: skip
+    exported = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    average = load_file(run / "checkpoints" / "step-00000003" / "average.safetensors")
+    raw = load_file(run / "checkpoints" / "step-00000003" / "student.safetensors")
+    assert all(torch.equal(exported[k.removeprefix("network.")], v) for k, v in average.items())
+    assert not all(torch.equal(exported[k.removeprefix("network.")], v) for k, v in raw.items())
+    again = export_run(run, out=tmp_path / "again")
+    other = load_file(again / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(exported[k], other[k]) for k in exported)
+    with pytest.raises(UserError, match="step: no checkpoint at 7; there are 3"):
+        export_run(run, step=7)
+
+
+def test_the_folder_says_how_it_was_made(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    folder = distill(
+        teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(tmp_path / "run")
+    )
+    card = (folder / "README.md").read_text()
+    assert "2405.14867" in card and "from_pretrained" in card and "| student_lr | 1e-05 |" in card
+    meta = json.loads((folder / METADATA).read_text())
+    assert meta["levels"] == [999.0] and meta["method"] == "dmd2" and meta["options"]["steps"] == 1
+
+
+def test_an_unconditional_student_of_a_ddpm_pipeline(tmp_path: Path) -> None:
+    """A folder that diffdistill did not make: DDPMPipeline, no classes, three channels, eps."""
+    import diffusers
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4,
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    folder = distill(
+        teacher=str(tmp_path / "ddpm"), steps=1, batch_size=2, sample_every=0, device="cpu", out=str(tmp_path / "run")
+    )
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    sampler, student = load_student(folder)
+    ours = sampler(student.shape, {}, image_generators(3, range(2)))
+    stock = pipeline(batch_size=2, generator=image_generators(3, range(2)), output_type="pt").images * 2 - 1
+    assert torch.allclose(ours.clamp(-1, 1), stock, rtol=0, atol=1e-4)
+
+
+def test_levels_that_no_stock_scheduler_has_are_refused(tiny_teacher: Teachers) -> None:
+    teacher = load_teacher(tiny_teacher("vp"))
+    with pytest.raises(UserError, match="between two timesteps"):
+        student_scheduler(teacher, FewStepSampler(teacher.denoiser, [399.5]))
+    with pytest.raises(UserError, match="one-step"):
+        student_scheduler(teacher, FewStepSampler(teacher.denoiser, [999, 499]))
+
+
+def test_a_failed_export_leaves_the_last_one(
+    tiny_teacher: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffdistill.pipelines.export as export
+
+    run = tmp_path / "run"
+    folder = distill(
+        teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(run)
+    )
+    before = (folder / "README.md").read_bytes()
+    monkeypatch.setattr(export.json, "dumps", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        export_run(run)
+    assert (folder / "README.md").read_bytes() == before
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    assert [p.name for p in run.iterdir() if p.name.startswith(".")] == []
+
+
+def test_teacher_folders_that_cannot_be_used(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    import shutil
+
+    def broken(name: str) -> Path:
+        return Path(shutil.copytree(tiny_teacher("vp"), tmp_path / name))
+
+    weights = Path("unet") / "diffusion_pytorch_model.safetensors"
+    for missing in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", str(weights)):
+        folder = broken(missing.replace("/", "-"))
+        (folder / missing).unlink()
+        with pytest.raises(UserError, match=r"safetensors weights" if missing == str(weights) else f"{missing} is missing"):
+            load_teacher(folder)
+
+    cut = broken("cut")
+    (cut / weights).write_bytes((cut / weights).read_bytes()[:5000])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_teacher(cut)
+
+    lacking = broken("lacking")
+    tensors = load_file(lacking / weights)
+    tensors["conv_in.weight"] = torch.zeros(3, 3)
+    save_file(tensors, lacking / weights)
+    with pytest.raises(UserError, match="does not load as UNet2DModel"):
+        load_teacher(lacking)
+
+    strange = broken("strange")
+    config = json.loads((strange / "scheduler" / "scheduler_config.json").read_text())
+    config["_class_name"] = "ScoreSdeVeScheduler"
+    (strange / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"'ScoreSdeVeScheduler' is not supported; supported are .*DDIMScheduler"):
+        load_teacher(strange)
+
+    other = broken("other")
+    (other / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(UserError, match=r"'FluxPipeline' is not supported; supported are ConsistencyModelPipeline"):
+        load_teacher(other)
+
+    with pytest.raises(UserError, match="is not a folder"):
+        load_teacher(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="'someone/something' is no folder here, nor could it be had from the hub"):
+        load_teacher("someone/something")
+
+
+def test_the_embedded_teacher_is_small_and_says_its_recipe() -> None:
+    teacher = load_teacher("digits")
+    assert teacher.num_classes == 10 and teacher.shape == (1, 8, 8)
+    from diffdistill.families import _EMBEDDED
+
+    folder = _EMBEDDED["digits"]
+    assert sum(p.stat().st_size for p in folder.rglob("*.safetensors")) < 4e6
+    recipe = json.loads((folder / METADATA).read_text())
+    assert recipe["recipe"]["data"] == "digits" and recipe["metrics"]["rows"]
