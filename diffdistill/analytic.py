@@ -37,8 +37,8 @@ class GaussianMixture(nn.Module):
 
     def __init__(
         self,
-        means: Tensor,
-        stds: Tensor | float,
+        means: Tensor | Sequence[Sequence[float]],
+        stds: Tensor | Sequence[float] | float,
         weights: Tensor | None = None,
         *,
         rotations: Tensor | None = None,
@@ -108,6 +108,15 @@ class GaussianMixture(nn.Module):
         noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
         return self.means[k] + torch.einsum("be,bde->bd", self.stds[k] * noise, self.rotations[k])
 
+    def denoiser(self) -> Denoiser:
+        """This density as a denoiser in the normal form; the null condition is the label num_classes."""
+        no_class = self.num_classes
+
+        def null(cond: Cond) -> Cond:
+            return {"class_labels": torch.full_like(cond["class_labels"], no_class or 0)}
+
+        return Denoiser(self, TrigFlow(), ROWS["v_prediction"], null=None if no_class is None else null)
+
     def flow_map(self, x_t: Tensor, t: Tensor, s: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """(B, d) the exact probability-flow map from the angle t to s (both (B,)).
 
@@ -122,7 +131,7 @@ class GaussianMixture(nn.Module):
         cond = {} if class_labels is None else {"class_labels": class_labels}
         if self.means.shape[1] == 1:
             return self._quantile_map(x_t, t, s, class_labels)
-        x, denoise = x_t, _denoiser(self)
+        x, denoise = x_t, self.denoiser()
         for i in range(2000):
             now, then = torch.lerp(t, s, i / 2000), torch.lerp(t, s, (i + 1) / 2000)
             x = heun_step(denoise, x, now, then, cond)
@@ -148,24 +157,17 @@ class GaussianMixture(nn.Module):
         return (low + high) / 2
 
 
-def _denoiser(network: GaussianMixture) -> Denoiser:
-    def null(cond: Cond) -> Cond:
-        return {"class_labels": torch.full_like(cond["class_labels"], network.num_classes)}
-
-    return Denoiser(network, TrigFlow(), ROWS["v_prediction"], null=None if network.num_classes is None else null)
-
-
 def mixture_teacher(
     means: Tensor | Sequence[Sequence[float]],
-    stds: Tensor | float,
+    stds: Tensor | Sequence[float] | float,
     weights: Tensor | None = None,
     *,
     rotations: Tensor | None = None,
     labels: Sequence[int] | None = None,
 ) -> Teacher:
     """An exact teacher of a Gaussian mixture; the arguments are GaussianMixture's."""
-    network = GaussianMixture(torch.as_tensor(means), stds, weights, rotations=rotations, labels=labels)
-    return Teacher(_denoiser(network), (network.means.shape[1],), network.num_classes, "analytic", "mixture")
+    network = GaussianMixture(means, stds, weights, rotations=rotations, labels=labels)
+    return Teacher(network.denoiser(), (network.means.shape[1],), network.num_classes, "analytic", "mixture")
 
 
 def gaussian_teacher(mean: Sequence[float], std: Tensor | float, rotation: Tensor | None = None) -> Teacher:
@@ -188,7 +190,6 @@ class AffineGenerator(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         return -(self.mean + self.scale * x_t)
 
-    def exact_score(self) -> Denoiser:
-        """The denoiser of the distribution that the generator has now; no gradient reaches (m, b)."""
-        stds = self.scale.detach().abs()
-        return _denoiser(GaussianMixture(self.mean.detach()[None], stds[None]))
+    def exact_score(self) -> GaussianMixture:
+        """The distribution that the generator has now; no gradient reaches (m, b)."""
+        return GaussianMixture(self.mean.detach()[None], self.scale.detach().abs()[None])

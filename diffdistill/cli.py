@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"diffdistill: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a lost mount
+        print(f"diffdistill: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("diffdistill: interrupted", file=sys.stderr)
         return 130
@@ -73,9 +76,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     sample.add_argument("--out", default="samples.png", metavar="FILE", help="the picture (default: samples.png)")
 
-    evaluate = command("eval", "compare a student with its teacher at several numbers of steps")
-    evaluate.add_argument("folder", help="a run folder made by train, or a student's folder")
-    evaluate.add_argument("--teacher", help="the teacher (default: the run's own)")
+    evaluate = command("eval", "compare a student with its teacher at several numbers of steps, or judge a teacher")
+    evaluate.add_argument("folder", help="a run folder, or the folder of a student or a teacher")
+    evaluate.add_argument("--teacher", help="a student's teacher (default: the one it was distilled from)")
     evaluate.add_argument("--teacher-steps", default="1,2,4,8,16,32", metavar="A,B,..", help="(default: 1,2,4,8,16,32)")
     evaluate.add_argument("--data", default="digits", help="the real images compared with (default: digits)")
     evaluate.add_argument("--count", metavar="N", help="images a row (default: as many as the data have)")
@@ -159,8 +162,12 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return values | {k.removeprefix("option."): v for k, v in vars(args).items() if k.startswith("option.")}
 
 
-def _whole(name: str, value: str | None, at_least: int = 0) -> int | None:
-    return options.coerce(name, value, int | None, {"at_least": at_least})
+def _whole(name: str, value: str, at_least: int = 0) -> int:
+    return options.coerce(name, value, int, {"at_least": at_least})
+
+
+def _whole_or_none(name: str, value: str | None, at_least: int = 0) -> int | None:
+    return None if value is None else _whole(name, value, at_least)
 
 
 def _whole_list(name: str, value: str, at_least: int = 0) -> list[int]:
@@ -202,7 +209,7 @@ def _sample(args: argparse.Namespace) -> int:
     classes = None if args.classes is None else _whole_list("classes", args.classes)
     scale = options.coerce("guidance_scale", args.guidance_scale, float, {"at_least": 0})
     count, seed = _whole("count", args.count, 1), _whole("seed", args.seed)
-    print(sample_picture(args.folder, count, classes, _whole("steps", args.steps, 1), scale, seed, args.out))
+    print(sample_picture(args.folder, count, classes, _whole_or_none("steps", args.steps, 1), scale, seed, args.out))
     return 0
 
 
@@ -210,7 +217,7 @@ def _eval(args: argparse.Namespace) -> int:
     from .eval.evaluate import evaluate_run
 
     steps = _whole_list("teacher_steps", args.teacher_steps, 1)
-    count, seed = _whole("count", args.count, 2), _whole("seed", args.seed)
+    count, seed = _whole_or_none("count", args.count, 2), _whole("seed", args.seed)
     evaluate_run(args.folder, args.teacher, steps, args.data, count, seed, args.out)
     return 0
 
@@ -218,7 +225,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from .run import export_run
 
-    print(f"saved {export_run(args.run, step=_whole('step', args.step), out=args.out)}")
+    print(f"saved {export_run(args.run, step=_whole_or_none('step', args.step), out=args.out)}")
     return 0
 
 

@@ -33,6 +33,8 @@ class Denoiser(nn.Module):
     discriminator reads. Both are optional.
     """
 
+    network: nn.Module
+
     def __init__(
         self,
         network: nn.Module,

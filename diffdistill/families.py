@@ -116,7 +116,7 @@ def unet2d_teacher(network: UNet2DModel, scheduler: dict[str, Any], meta: dict[s
         num_classes -= 1
 
     def null(cond: Cond) -> Cond:
-        return {"class_labels": torch.full_like(cond["class_labels"], null_class)}
+        return {"class_labels": torch.full_like(cond["class_labels"], int(null_class or 0))}
 
     def call(module: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         if config.time_embedding_type == "learned":
@@ -196,7 +196,7 @@ def load_teacher(path_or_hub_id: str | Path, *, null_class: int | None = None) -
     if family is None:
         known = ", ".join(p for f in FAMILIES.values() for p in f.pipelines)
         raise UserError(f"teacher: pipeline class {name!r} is not supported; supported are {known}")
-    meta = _read_json(folder / METADATA) if (folder / METADATA).exists() else {}
+    meta = read_metadata(folder)
     if null_class is not None:
         meta["null_class"] = null_class
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
@@ -260,14 +260,25 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def load_student(folder: str | Path) -> tuple[FewStepSampler, Teacher]:
+def read_metadata(path_or_hub_id: str | Path) -> dict[str, Any]:
+    """What diffdistill wrote into the folder beside diffusers' own files; empty if it did not make it."""
+    path = _folder(str(path_or_hub_id)) / METADATA
+    return _read_json(path) if path.is_file() else {}
+
+
+def is_student(path_or_hub_id: str | Path) -> bool:
+    """Whether the folder is a student exported by diffdistill."""
+    return "levels" in read_metadata(path_or_hub_id)
+
+
+def load_student(path_or_hub_id: str | Path) -> tuple[FewStepSampler, Teacher]:
     """A student's sampler from an exported folder, and its shape and classes as a Teacher.
 
     Raises UserError if the folder was not exported by diffdistill.
     """
-    described = load_teacher(folder)
-    path = Path(folder) / METADATA
-    meta = json.loads(path.read_text()) if path.is_file() else {}
+    described, meta = load_teacher(path_or_hub_id), read_metadata(path_or_hub_id)
     if "levels" not in meta:
-        raise UserError(f"student: {str(folder)!r} says no levels in {METADATA}; it is not a student of diffdistill")
+        raise UserError(
+            f"student: {str(path_or_hub_id)!r} has no levels in {METADATA}; it is no student of diffdistill"
+        )
     return FewStepSampler(described.denoiser, meta["levels"], renoise=meta["renoise"]), described

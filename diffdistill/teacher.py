@@ -37,7 +37,7 @@ class Denoising:
         self.players: dict[str, nn.Module] = {"teacher": teacher.denoiser}
 
     def optimizer(self, player: str) -> Optimizer:
-        return Optimizer(self.config.lr, weight_decay=self.config.weight_decay, decay="cosine")
+        return Optimizer(self.config.lr, weight_decay=self.config.weight_decay)
 
     def turns(self, step: int) -> Sequence[Turn]:
         return [Turn("teacher", self.loss)]

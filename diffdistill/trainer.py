@@ -114,22 +114,21 @@ class Trainer:
         return {k: v.detach() for k, v in logs.items()} | {"grad_norm": norm.detach()}
 
     def _learning_rate(self, player: str) -> float:
-        wanted = self.settings[player]
-        warmup = min(1.0, (self.step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
-        if wanted.decay == "cosine":
-            return wanted.lr * warmup * 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps))
-        return wanted.lr * warmup
+        c = self.config
+        factor = min(1.0, (self.step + 1) / c.warmup_steps) if c.warmup_steps else 1.0
+        if c.lr_schedule == "cosine":
+            factor *= 0.5 * (1 + math.cos(math.pi * self.step / c.steps))
+        return self.settings[player].lr * factor
 
     def _averaged_over_processes(self, player: str) -> list[Tensor]:
         # One flat reduction. Players take several passes a turn, which DistributedDataParallel does not
         # allow for; a parameter without a gradient on one rank counts as zero there.
-        for p in self.parameters[player]:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        grads = [p.grad for p in self.parameters[player]]
+        parameters = self.parameters[player]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in grads]), "mean")
-        for p, part in zip(self.parameters[player], flat.split([g.numel() for g in grads]), strict=True):
-            p.grad = part.view_as(p)
-        return [p.grad for p in self.parameters[player]]
+        for p, grad, part in zip(parameters, grads, flat.split([g.numel() for g in grads]), strict=True):
+            p.grad = grad.copy_(part.view_as(p))
+        return grads
 
     def _stop_if_not_finite(self, turn: Turn, logs: dict[str, Tensor], norm: Tensor) -> None:
         if bool(torch.isfinite(logs["loss"].detach() + norm)):
@@ -140,6 +139,18 @@ class Trainer:
             f"step {self.step}, player {turn.player!r}: loss {float(logs['loss'].detach())}, gradient norm "
             f"{float(norm)}; nothing was updated, {last}; try a lower learning rate"
         )
+
+    def iteration(self) -> dict[str, Tensor]:
+        """All turns of one step, the moving average and the method's after_step; logs by '<player>/<name>'."""
+        batch = self.batches(self.step)
+        logs: dict[str, Tensor] = {}
+        for turn in self.method.turns(self.step):
+            logs |= {f"{turn.player}/{key}": value for key, value in self.take(turn, batch).items()}
+        if self.average:
+            self.average.update(self.step)
+        self.method.after_step(self.step)
+        self.step += 1
+        return logs
 
     # -- the loop ----------------------------------------------------------------------------------------
 
@@ -158,15 +169,9 @@ class Trainer:
             if self.step == 0:
                 self._sample()
             while self.step < config.steps:
-                batch = self.batches(self.step)
-                for turn in self.method.turns(self.step):
-                    for key, value in self.take(turn, batch).items():
-                        total, count = totals.get(f"{turn.player}/{key}", (0.0, 0))
-                        totals[f"{turn.player}/{key}"] = (total + value, count + 1)
-                if self.average:
-                    self.average.update(self.step)
-                self.method.after_step(self.step)
-                self.step += 1
+                for key, value in self.iteration().items():
+                    total, count = totals.get(key, (0.0, 0))
+                    totals[key] = (total + value, count + 1)
                 bar.update()
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     means = {k: float(total) / count for k, (total, count) in totals.items()}
@@ -295,7 +300,7 @@ def signals() -> Iterator[threading.Event]:
 
     def stop(number: int, frame: Any) -> None:
         stopped.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -321,7 +326,8 @@ def accelerator_for(config: FitConfig, out: Path) -> Accelerator:
         project_dir=str(out / "logs"),
     )
     if tracker:
-        accelerator.init_trackers("diffdistill", config=dataclasses.asdict(config))
+        told = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}  # TensorBoard takes no None
+        accelerator.init_trackers("diffdistill", config=told)
     return accelerator
 
 

@@ -65,9 +65,8 @@ def gauss_hermite(n: int) -> tuple[Tensor, Tensor]:
     """Nodes (n,) and weights (n,) with sum_i w_i f(z_i) = E f(z), z ~ N(0, 1); exact to degree 2n - 1."""
     import numpy
 
-    nodes, weights = numpy.polynomial.hermite_e.hermegauss(n)
-    weights = torch.from_numpy(weights)
-    return torch.from_numpy(nodes), weights / weights.sum()
+    nodes, weights = (torch.from_numpy(a) for a in numpy.polynomial.hermite_e.hermegauss(n))
+    return nodes, weights / weights.sum()
 
 
 def run_checks(checks: Callable[[], Iterable[Check]]) -> list[Check]:

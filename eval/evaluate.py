@@ -9,18 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffdistill.config import run_options
 from diffdistill.data import Data, open_data
 from diffdistill.denoiser import Cond
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
-from diffdistill.families import load_student, load_teacher
+from diffdistill.families import is_student, load_student, load_teacher, read_metadata
 from diffdistill.guidance import guided
 from diffdistill.ode import ddim_step, solve
 from diffdistill.players import Teacher
@@ -51,6 +51,14 @@ def teacher_images(
     x = z * denoiser.schedule.init_scale(float(grid[0]))
     x0 = solve(ddim_step, guided(denoiser, guidance_scale), x, grid, cond)
     return x0 * denoiser.schedule.data_std
+
+
+class Row(NamedTuple):
+    """A model at a number of steps."""
+
+    model: str
+    steps: int
+    draw: Draw
 
 
 @dataclass(frozen=True)
@@ -108,82 +116,89 @@ class DigitJudge:
         }
 
 
+def draws_of(folder: Path, teacher: str | None, teacher_steps: Sequence[int]) -> tuple[Teacher, str, list[Row]]:
+    """The teacher, where it came from, and the rows to draw: its own steps, and the student's if there is one."""
+    described = load_teacher(folder)
+    student = is_student(folder)
+    source = (teacher or read_metadata(folder)["teacher"]) if student else str(folder)
+    judged = load_teacher(source) if student else described
+    rows = [Row("teacher", steps, partial(teacher_images, judged, steps, 1.0)) for steps in teacher_steps]
+    if student:
+        sampler, _ = load_student(folder)
+        rows.append(Row("student", len(sampler.levels), partial(sampler, described.shape)))
+    return judged, source, rows
+
+
 def compare(
-    student_folder: str | Path,
-    teacher_source: str,
-    teacher_steps: Sequence[int],
-    data: Data,
-    count: int | None,
-    seed: int,
+    teacher: Teacher, rows: Sequence[Row], data: Data, count: int, seed: int
 ) -> tuple[list[dict[str, Any]], list[tuple[str, Tensor]]]:
-    """The table's rows, and for the picture ten images a row, all from the same noise."""
+    """The table, and for the picture twenty images a row, all from the same noise and classes."""
     judge = DigitJudge(data)
-    sampler, student = load_student(student_folder)
-    teacher = load_teacher(teacher_source)
-    count = count or len(data)
-    if count < 100:
-        raise UserError(f"count: {count} images say too little of a distribution; give 100 or more")
-    labels = None
+    labels = shown_cond = None
     if teacher.num_classes is not None:
         real = data.get(torch.arange(len(data))).labels
-        assert real is not None
+        if real is None:
+            raise UserError(f"data: {data.name!r} has no labels and the teacher has {teacher.num_classes} classes")
         labels = real[torch.arange(count) % len(data)]
-    draws: list[tuple[str, int, Draw]] = [
-        ("teacher", steps, lambda cond, gens, n=steps: teacher_images(teacher, n, 1.0, cond, gens))
-        for steps in teacher_steps
-    ]
-    draws.append(("student", len(sampler.levels), lambda cond, gens: sampler(student.shape, cond, gens)))
-    rows, shown = [], []
+        shown_cond = torch.arange(20) % teacher.num_classes
+    table, shown = [], []
     # The first call of a process pays for set-up; without this the first row would look slow.
-    draws[0][2]({} if labels is None else {"class_labels": labels[:64]}, image_generators(seed, range(64)))
-    for name, steps, draw in draws:
-        drawn = draw_all(draw, labels, count, seed)
-        rows.append(
-            {
-                "model": name,
-                "steps": steps,
-                **judge(drawn.images, labels),
-                "ms per image": 1000 * drawn.seconds_per_image,
-            }
-        )
-        cond = {} if labels is None else {"class_labels": torch.arange(20) % teacher.num_classes}
-        plural = "" if steps == 1 else "s"
-        shown.append((f"{name}, {steps} step{plural}", draw(cond, image_generators(seed, range(20)))))
-    return rows, shown
+    draw_all(rows[0].draw, labels, 64, seed)
+    for row in rows:
+        drawn = draw_all(row.draw, labels, count, seed)
+        scores = judge(drawn.images, labels)
+        table.append({"model": row.model, "steps": row.steps, **scores, "ms per image": 1000 * drawn.seconds_per_image})
+        label = f"{row.model}, {row.steps} step{'' if row.steps == 1 else 's'}"
+        shown.append((label, draw_all(row.draw, shown_cond, 20, seed).images))
+    return table, shown
 
 
 def evaluate_run(
     folder: str, teacher: str | None, teacher_steps: Sequence[int], data: str, count: int | None, seed: int,
     out: str | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """`diffdistill eval`: prints the table and writes it with its pictures; returns the rows."""
+    """`diffdistill eval`: prints the table and writes it with its pictures; returns the rows.
+
+    `folder` is a run, or the folder of a student or a teacher, whose model card gets the table too.
+    """
     root = Path(folder)
-    is_run = (root / "config.yaml").is_file()
-    student = root / "student" if is_run else root
-    if not (student / "model_index.json").is_file():
-        raise UserError(f"eval: {str(student)!r} has no student yet; train it, or make it with `diffdistill export`")
-    source = teacher or (run_options(root)["teacher"] if is_run else "digits")
+    model = next((p for p in (root / "student", root / "teacher", root) if (p / "model_index.json").is_file()), None)
+    if model is None:
+        raise UserError(f"eval: {folder!r} holds no student or teacher yet; train one, or make it with export")
     images = open_data(data)
-    rows, shown = compare(student, source, teacher_steps, images, count, seed)
+    count = count or len(images)
+    if count < 100:
+        raise UserError(f"count: {count} images say too little of a distribution; give 100 or more")
+    judged, source, rows = draws_of(model, teacher, teacher_steps)
+    table, shown = compare(judged, rows, images, count, seed)
     into = Path(out) if out else root / "eval"
     report = {
-        "student": str(student),
+        "model": str(model),
         "teacher": source,
         "data": data,
-        "count": count or len(images),
+        "count": count,
         "seed": seed,
         "features": "digit classifier shipped with diffdistill (not Inception: never compare with FID)",
         "environment": environment(),
-        "rows": rows,
+        "rows": table,
     }
     write_json(report, into / "results.json")
-    write_text(markdown_table(rows, COLUMNS), into / "table.md")
+    write_text(markdown_table(table, COLUMNS), into / "table.md")
     picture = save_png(side_by_side(shown, scale=6), into / "comparison.png")
-    print(text_table(rows, COLUMNS))
-    print(f"distances to {len(images)} real images in the features of a small digit classifier (not FID)")
-    print(f"pictures: {picture}" + (f", {root / 'samples'}/" if is_run else ""))
+    features = "in the features of a small digit classifier (not FID)"
+    told = f"{count} images of seed {seed} against {len(images)} real ones, {features}"
+    _add_to_card(model / "README.md", f"{markdown_table(table, COLUMNS)}\n{told}.\n")
+    print(text_table(table, COLUMNS))
+    print(told)
+    print(f"pictures: {picture}" + (f", {root / 'samples'}/" if (root / "samples").is_dir() else ""))
     print(f"table:    {into / 'table.md'}, {into / 'results.json'}")
-    return rows
+    return table
+
+
+def _add_to_card(card: Path, section: str) -> None:
+    heading = "\n## Evaluation\n\n"
+    before = card.read_text(encoding="utf-8").split(heading)[0] if card.exists() else ""
+    write_text(before + heading + section, card)
 
 
 def sample_picture(
@@ -198,23 +213,12 @@ def sample_picture(
     """`diffdistill sample`: images of a student's or a teacher's folder as one PNG."""
     teacher = load_teacher(folder)
     labels = _labels(teacher, count, classes)
-    draw: Draw
-    if steps is None and _is_student(folder):
-        sampler, student = load_student(folder)
-        draw = lambda cond, gens: sampler(student.shape, cond, gens)  # noqa: E731
-    else:
-        draw = lambda cond, gens: teacher_images(teacher, steps or 16, guidance_scale, cond, gens)  # noqa: E731
+    draw: Draw = partial(teacher_images, teacher, steps or 16, guidance_scale)
+    if steps is None and is_student(folder):
+        draw = partial(load_student(folder)[0], teacher.shape)
     drawn = draw_all(draw, labels, count, seed)
     columns = teacher.num_classes or 8
     return save_png(image_grid(drawn.images, columns, scale=max(1, 64 // teacher.shape[-1])), Path(out))
-
-
-def _is_student(folder: str) -> bool:
-    try:
-        load_student(folder)
-    except UserError:
-        return False
-    return True
 
 
 def _labels(teacher: Teacher, count: int, classes: Sequence[int] | None) -> Tensor | None:

@@ -80,10 +80,7 @@ def text_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> 
     right = [_numeric(rows, c) for c in columns]
     lines = [list(columns), ["-" * w for w in widths], *cells]
     return "".join(
-        "  ".join(
-            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)
-        ).rstrip()
-        + "\n"
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip() + "\n"
         for line in lines
     )
 

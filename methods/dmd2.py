@@ -19,12 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from diffdistill.analytic import AffineGenerator, gaussian_teacher, mixture_teacher
+from diffdistill.analytic import AffineGenerator, GaussianMixture, gaussian_teacher
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError
@@ -167,9 +168,13 @@ class DMD2:
         return Optimizer(c.student_lr if player == "student" else c.fake_score_lr, (c.beta1, 0.999), c.weight_decay)
 
     def turns(self, step: int) -> Sequence[Turn]:
-        """The student moves first, every `update_ratio`-th step; the fake score moves in every step."""
-        student = [Turn("student", self.student_turn)] if step % self.config.update_ratio == 0 else []
-        return [*student, Turn("fake_score", self.fake_score_turn)]
+        """The student moves first, every `update_ratio`-th step; the fake score moves in every step.
+
+        Where both move, the samples that the student was judged by are those the fake score learns from.
+        """
+        drawn: list[Tensor] = []
+        student = [Turn("student", partial(self.student_turn, drawn))] if step % self.config.update_ratio == 0 else []
+        return [*student, Turn("fake_score", partial(self.fake_score_turn, drawn))]
 
     def after_step(self, step: int) -> None:
         pass
@@ -180,10 +185,11 @@ class DMD2:
 
     # -- the student's turn ------------------------------------------------------------------------------
 
-    def student_turn(self, batch: Batch) -> dict[str, Tensor]:
+    def student_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         c = self.config
         t = native_uniform(self.schedule, batch.size, batch.generator("student/t"), c.time_low, c.time_high)
-        x = self.sampler().one_step(batch.randn("student/z"), batch.cond)
+        x = self.sampler().one_step(batch.randn("z"), batch.cond)
+        drawn.append(x.detach())
         logs = self.matching(x, t, batch.randn("student/eps"), batch.cond)
         if self.needs_data:
             t = native_uniform(self.schedule, batch.size, batch.generator("student/gan t"))
@@ -202,9 +208,9 @@ class DMD2:
 
     # -- the fake score's turn ---------------------------------------------------------------------------
 
-    def fake_score_turn(self, batch: Batch) -> dict[str, Tensor]:
+    def fake_score_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            x = self.sampler().one_step(batch.randn("fake_score/z"), batch.cond)
+            x = drawn[0] if drawn else self.sampler().one_step(batch.randn("z"), batch.cond)
         t = native_uniform(self.schedule, batch.size, batch.generator("fake_score/t"))
         loss = self.denoising(x, t, batch.randn("fake_score/eps"), batch.cond)
         logs = {"loss": loss, "denoising": loss}
@@ -253,15 +259,15 @@ def verify() -> Iterator[Check]:
     teacher = gaussian_teacher(mu.tolist(), s)
     exact = Config(normalise=False)
 
-    def game(mean: Tensor, scale: Tensor, config: Config = exact) -> tuple[DMD2, AffineGenerator, Denoiser]:
+    def game(mean: Tensor, scale: Tensor, config: Config = exact) -> tuple[DMD2, AffineGenerator, GaussianMixture]:
         generator = AffineGenerator(mean, scale)
         student = Denoiser(generator, teacher.denoiser.schedule, teacher.denoiser.row)
-        fake_score = generator.exact_score()
-        fake_score.network.means.requires_grad_()
-        fake_score.network.stds.requires_grad_()
-        method = DMD2(teacher, config, student=student, fake_score=fake_score)
+        score = generator.exact_score()
+        score.means.requires_grad_()
+        score.stds.requires_grad_()
+        method = DMD2(teacher, config, student=student, fake_score=score.denoiser())
         only_trains(student, method.players.values())
-        return method, generator, fake_score
+        return method, generator, score
 
     # Two points +-1 an axis integrate polynomials to degree 3 exactly, and everything here has degree 2.
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 4)
@@ -271,7 +277,7 @@ def verify() -> Iterator[Check]:
         cos2, sin2 = torch.cos(angle[0]) ** 2, torch.sin(angle[0]) ** 2
         big_v, big_u = cos2 * s**2 + sin2, cos2 * b**2 + sin2
         kl = torch.cat([cos2 * (m - mu) / big_v, cos2 * b * (1 / big_v - 1 / big_u)])
-        method, generator, fake = game(m, b)
+        method, generator, score = game(m, b)
         x = method.sampler().one_step(z, {})
         # gradient_injection averages over the two dimensions; the divergence sums over them.
         loss = 2 * method.matching(x, angle, eps, {})["loss"]
@@ -291,7 +297,7 @@ def verify() -> Iterator[Check]:
         expected = ((b * off) ** 2 + (rate * sin2.sqrt() - cos2.sqrt()) ** 2).mean()
         denoising = method.denoising(x, angle, eps, {})
         yield equal(f"the fake score's loss at its optimum, t = {t}", expected, denoising, 1e-9)
-        slope = gradient(denoising, fake.network.means, fake.network.stds)
+        slope = gradient(denoising, score.means, score.stds)
         yield equal(f"its gradient there is zero, t = {t}", 0.0, slope, 1e-9, scale=1.0)
 
         for normalise in (False, True):
@@ -324,8 +330,8 @@ def _gan_checks() -> Iterator[Check]:
     """The GAN losses with the optimal discriminator d = log p_t/q_t, by quadrature over z."""
     t, nodes, weights = 0.8, *gauss_hermite(80)
     angle = torch.full((len(nodes),), t).double()
-    p = mixture_teacher([[0.7]], [0.5]).denoiser.network
-    q = mixture_teacher([[0.2]], [0.9]).denoiser.network
+    p = GaussianMixture([[0.7]], [0.5])
+    q = GaussianMixture([[0.2]], [0.9])
 
     def points(mean: Tensor | float, std: float) -> Tensor:
         """(n, 1) nodes of the marginal at t of N(mean, std^2)."""

@@ -23,7 +23,9 @@ def refused(argv: list[str], capsys: Capture) -> str:
     return err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["methods"], ["methods", "dmd2"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--help"], ["methods"], ["methods", "dmd2"], ["eval", "--help"]]
+)
 def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     code = (
         "import sys\nfrom diffdistill.cli import main\n"
@@ -79,7 +81,7 @@ def test_verify_prints_expected_got_error(capsys: Capture, tmp_path: Path) -> No
         (["train", "--config", "nowhere.yaml"], "config: 'nowhere.yaml' cannot be read"),
         (["train", "--resume", "nowhere"], "config: 'nowhere/config.yaml' cannot be read"),
         (["train", "--time-low", "0.9", "--time-high", "0.5"], "time_low: 0.9 must be less than time_high"),
-        (["eval", "nowhere"], "eval: 'nowhere' has no student yet"),
+        (["eval", "nowhere"], "eval: 'nowhere' holds no student or teacher yet"),
         (["sample", "nowhere"], "teacher: 'nowhere' is not a folder"),
         (["sample", "digits", "--classes", "12"], "classes: 12 is not among the 10 classes"),
         (["sample", "digits", "--steps", "0"], "steps: 0 must be at least 1"),

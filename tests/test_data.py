@@ -117,9 +117,7 @@ def test_get_keeps_the_order_asked_for() -> None:
 def test_mnist_like_npz(tmp_path: Path) -> None:
     train, test = random_images(6, 28, 28), random_images(4, 28, 28)
     labels = np.array([3, 1, 4, 1, 5, 9], dtype=np.uint8)
-    np.savez(
-        tmp_path / "m.npz", train_images=train, train_labels=labels, test_images=test, test_labels=labels[:4]
-    )
+    np.savez(tmp_path / "m.npz", train_images=train, train_labels=labels, test_images=test, test_labels=labels[:4])
     data = open_data(f"{tmp_path}/m.npz")
     assert (data.name, data.shape, data.num_classes) == ("m.npz", (1, 28, 28), 10)
     assert torch.allclose(every(data).images[:, 0], torch.from_numpy(train) / 127.5 - 1)
@@ -263,9 +261,7 @@ def test_metadata_gives_captions_and_labels(tmp_path: Path) -> None:
     save_image(tmp_path / "unlisted.png")
     data = open_data(str(tmp_path))
     images, _, captions = every(data)
-    assert (
-        captions == ["a red\u2028square", ""] and labels_of(every(data)) == [1, 0] and data.num_classes == 2
-    )
+    assert captions == ["a red\u2028square", ""] and labels_of(every(data)) == [1, 0] and data.num_classes == 2
     assert images.mean((1, 2, 3)).tolist() == [-1, 1]
     assert data.get(torch.tensor([1, 0])).captions == ["", "a red\u2028square"]
 

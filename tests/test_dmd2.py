@@ -112,7 +112,9 @@ def test_guidance_is_the_teachers_alone(tiny_teacher: Callable[[str], Path]) -> 
     method = DMD2(load_teacher(tiny_teacher("vp")), Config(guidance_scale=3.0))
     seen = []
     method.fake_score.network.register_forward_hook(lambda module, args, out: seen.append(("fake", len(args[0]))))
-    method.teacher.denoiser.network.register_forward_hook(lambda module, args, out: seen.append(("teacher", len(args[0]))))
+    method.teacher.denoiser.network.register_forward_hook(
+        lambda module, args, out: seen.append(("teacher", len(args[0])))
+    )
     x = torch.zeros(4, 1, 8, 8)
     t = torch.full((4,), 0.7, dtype=torch.float64)
     method.matching(x, t, torch.randn_like(x), {"class_labels": torch.arange(4)})
@@ -124,7 +126,7 @@ def test_the_students_gan_gradient_leaves_the_critic_alone(tiny_teacher: Callabl
     dmd2.only_trains(method.players["student"], method.players.values())
     data = torch.randn(4, 1, 8, 8)
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, data, torch.device("cpu"), (0, 0, 0))
-    logs = method.student_turn(batch)
+    logs = method.student_turn([], batch)
     logs["gan"].backward()
     assert all(p.grad is None for p in method.players["fake_score"].parameters())
     assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in method.student.parameters())

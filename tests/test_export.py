@@ -145,9 +145,7 @@ def test_a_failed_export_leaves_the_last_one(
     import diffdistill.pipelines.export as export
 
     run = tmp_path / "run"
-    folder = distill(
-        teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(run)
-    )
+    folder = distill(teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(run))
     before = (folder / "README.md").read_bytes()
     monkeypatch.setattr(export.json, "dumps", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
@@ -167,7 +165,9 @@ def test_teacher_folders_that_cannot_be_used(tiny_teacher: Teachers, tmp_path: P
     for missing in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", str(weights)):
         folder = broken(missing.replace("/", "-"))
         (folder / missing).unlink()
-        with pytest.raises(UserError, match=r"safetensors weights" if missing == str(weights) else f"{missing} is missing"):
+        with pytest.raises(
+            UserError, match=r"safetensors weights" if missing == str(weights) else f"{missing} is missing"
+        ):
             load_teacher(folder)
 
     cut = broken("cut")
@@ -207,5 +207,8 @@ def test_the_embedded_teacher_is_small_and_says_its_recipe() -> None:
 
     folder = _EMBEDDED["digits"]
     assert sum(p.stat().st_size for p in folder.rglob("*.safetensors")) < 4e6
-    recipe = json.loads((folder / METADATA).read_text())
-    assert recipe["recipe"]["data"] == "digits" and recipe["metrics"]["rows"]
+    recipe = json.loads((folder / METADATA).read_text())["recipe"]
+    assert recipe["data"] == "digits" and recipe["seed"] == 0
+    steps = [row["steps"] for row in json.loads((folder / "eval" / "results.json").read_text())["rows"]]
+    assert steps == [1, 2, 4, 8, 16, 32, 50]
+    assert "diffdistill teacher " in (folder / "README.md").read_text()

@@ -15,22 +15,23 @@ LAYERS = [
     {"errors", "version", "rng", "files", "environment"},
     {"schedule", "prediction"},
     {"denoiser", "guidance", "losses", "ode", "times"},
-    {"families", "players", "analytic", "method", "data", "config", "checkpoint", "verify"},
+    {"families", "players", "analytic", "method", "config", "checkpoint", "verify"}
+    | {"data", "data_folder", "data_hub"},
     {"trainer"},
     {"methods", "pipelines"},
     {"eval"},
     {"run", "teacher"},
-    {"cli"},
+    {"cli", "eval.digits_benchmark"},
     {"__init__", "__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 METHODS_MAY_USE = LAYERS[1] | LAYERS[2] | {"errors", "rng", "players", "analytic", "method", "config", "verify"}
 PURE_TORCH = {"schedule", "prediction", "losses", "ode", "times"}
 ONLY_IN = {
-    "diffusers": {"families", "data", "pipelines", "eval"},
+    "diffusers": {"families", "pipelines", "eval"},
     "peft": {"players"},
     "accelerate": {"trainer", "checkpoint"},
-    "datasets": {"data"},
+    "datasets": {"data_hub"},
 }
 HEAVY = {"torch", "diffusers", "numpy", "accelerate", "peft", "PIL", "transformers"}
 LIGHT = {"__init__", "__main__", "cli", "config", "errors", "version"}
@@ -51,7 +52,7 @@ MODULES = find_modules()
 
 def top(name: str) -> str:
     """The part that has a layer: a module of diffdistill/, or a mapped folder."""
-    return name.split(".")[0]
+    return name if name in LAYER else name.split(".")[0]
 
 
 def import_nodes(tree: ast.AST, at_start: bool = False) -> Iterator[ast.Import | ast.ImportFrom]:

@@ -175,7 +175,7 @@ def test_edm_row_is_karras_preconditioning() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_eps_to_x0_to_v_to_eps(case: str) -> None:
     schedule = CASES[case].schedule
-    t = torch.linspace(max(schedule.t_min, 0.01), min(schedule.t_max, 1.56), 64, dtype=torch.float64)
+    t = torch.linspace(max(schedule.t_min, 0.01), min(schedule.t_max, 1.5), 64, dtype=torch.float64)
     x_t, eps = torch.randn(2, 64, 6, dtype=torch.float64)
 
     def through(row: str, y: Tensor) -> Prediction:
@@ -186,12 +186,11 @@ def test_eps_to_x0_to_v_to_eps(case: str) -> None:
     native = schedule.native(t)
     v = through("sample", x0 * schedule.data_std).v
     v_native = native.alpha[:, None] * eps - native.sigma[:, None] * x0 * schedule.data_std
-    close(through("v_prediction", v_native).v, v, atol=1e-11)
+    close(through("v_prediction", v_native).v, v)
     if schedule.data_std == 1 and isinstance(schedule, (DiscreteVP, TrigFlow)):
-        close(v_native, v, atol=1e-11)
+        close(v_native, v)
     a, b = -torch.sin(t), torch.cos(t)
-    # x0 is up to 100 here, where cos(t) is small.
-    close(Prediction(x_t, t, v, a, b).eps, eps, atol=1e-12 * float(x0.abs().max().clamp_min(1)))
+    close(Prediction(x_t, t, v, a, b).eps, eps)
 
 
 ENDS_OF = [(c, r) for c, r in COMBINATIONS if r not in ("epsilon", "sample")]
