@@ -1,4 +1,4 @@
-"""Exact teachers against textbook formulas, autograd, and each other. Nothing here is estimated from samples but samples."""
+"""Exact teachers against textbook formulas, autograd and each other; only tests of samples draw samples."""
 
 import math
 from collections.abc import Callable

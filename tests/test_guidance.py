@@ -35,7 +35,7 @@ def null(cond: Cond) -> Cond:
     return {**cond, "class_labels": torch.full_like(cond["class_labels"], NULL)}
 
 
-def denoiser(schedule: Schedule | None = None, row: str = "flow_prediction") -> Denoiser:
+def denoiser(schedule: Schedule | None = None, row: str = "flow_prediction") -> Any:
     return Denoiser(Network(), schedule or LinearFlow(), ROWS[row], null=null)
 
 

@@ -6,6 +6,7 @@ both must match at all steps, and so must the sample at the end.
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import diffusers
@@ -93,7 +94,7 @@ def compare(scheduler: Any, step: Step, grid: Any = None, times: Sequence[Tensor
     + [("v_prediction", "zero SNR"), ("sample", "zero SNR")],
 )
 def test_ddim(kind: str, config: str) -> None:
-    configs = {"scaled": SCALED, "linear": TRAILING, "zero SNR": ZERO_SNR}
+    configs: dict[str, Any] = {"scaled": SCALED, "linear": TRAILING, "zero SNR": ZERO_SNR}
     scheduler = diffusers.DDIMScheduler(**configs[config], prediction_type=kind, clip_sample=False)
     scheduler.set_timesteps(STEPS)
     compare(scheduler, ddim_step)
@@ -158,7 +159,7 @@ def test_edm_heun() -> None:
 
     sigmas = [scheduler.schedule[t].sqrt() for t in scheduler.timesteps] + [torch.tensor(0.0)]
     start = x / math.sqrt(100 + sd**2)
-    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, after in pairwise(sigmas):
         y = minus_eps(x, sigma)
         out = scheduler.step(y, sigma, after, x)
         if after > 0:
@@ -196,7 +197,7 @@ def gaussian_error(step: Step, steps: int, top: float, bottom: float) -> float:
 def test_order_of_convergence(step: Step, order: int) -> None:
     """Halving the step divides the error by 2^order."""
     errors = [gaussian_error(step, n, 1.4, 0.2) for n in (50, 100, 200)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.05)
 
 
@@ -245,6 +246,6 @@ def test_solve_visits_the_grid_and_passes_conditions_on() -> None:
         return x + 1
 
     cond = {"label": torch.zeros(2)}
-    x = solve(step, lambda *_: None, torch.zeros(2, 3), torch.tensor([3.0, 2.0, 0.0]), cond)  # type: ignore[arg-type, return-value]
+    x = solve(step, lambda *_: None, torch.zeros(2, 3), torch.tensor([3.0, 2.0, 0.0]), cond)  # type: ignore[arg-type]
     assert seen == [(3.0, 2.0, (2,), cond), (2.0, 0.0, (2,), cond)]
     assert torch.equal(x, torch.full((2, 3), 2.0))

@@ -161,7 +161,7 @@ def test_one_step_is_one_call_of_the_denoiser(schedule: Any) -> None:
     assert not x.requires_grad
     inside = sampler.one_step(z, {})
     torch.testing.assert_close(inside, want, atol=0, rtol=0)
-    assert float(torch.autograd.grad(inside.square().sum(), student.network.gain)[0].abs()) > 0
+    assert float(torch.autograd.grad(inside.square().sum(), list(student.parameters()))[0].abs()) > 0
 
 
 def test_conditions_reach_the_sampler() -> None:
@@ -281,7 +281,7 @@ def test_applied_swaps_the_average_in_and_the_bits_back() -> None:
 
 
 def test_state_of_a_moving_average_survives_a_round_trip() -> None:
-    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    module: Any = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     average = MovingAverage(module, 0.9)
     with torch.no_grad():
         module[0].weight.add_(1.0)
