@@ -55,7 +55,7 @@ from diffdistill.verify import Check, differs, equal, gauss_hermite, gradient
 PAPER = "Yin et al. 2024, arXiv:2405.14867"
 DATA = "none for distribution matching; real images when gan_weight > 0"
 EQUATIONS = {
-    "distribution matching gradient (section 3; DMD, arXiv:2311.18828, eq. 7 and 8)": "distribution_matching_gradient",
+    "distribution matching gradient (section 3; DMD, arXiv:2311.18828, Algorithm 2)": "distribution_matching_gradient",
     "denoising loss of the fake score (section 3)": "losses.denoising_loss",
     "two time-scale update rule (section 4.2)": "DMD2.turns",
     "GAN loss on noised images, head on the fake score (section 4.3)": "DMD2.logits, losses.gan_*",
