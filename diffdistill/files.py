@@ -37,8 +37,11 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     partial = final.parent / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    mode = partial.stat().st_mode & 0o666
     try:
         yield partial
+        for path in partial.rglob("*.safetensors"):
+            path.chmod(mode)  # safetensors makes its files private, whatever the umask
         for path in [*partial.rglob("*"), partial]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def teacher_from(*, resume: str | Path | None = None, **values: Any) -> Path:
 
 def _card(config: TeacherConfig, data: Data) -> str:
     options = " ".join(
-        f"--{f.name.replace('_', '-')} {getattr(config, f.name)}"
+        f"--{f.name.replace('_', '-')} {shlex.quote(str(getattr(config, f.name)))}"
         for f in dataclasses.fields(config)
         if getattr(config, f.name) != f.default and f.name != "out"
     )
