@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
 from .errors import UserError
-from .ode import heun_step
 from .players import Teacher
 from .prediction import ROWS
 from .schedule import TrigFlow
@@ -51,10 +50,10 @@ class GaussianMixture(nn.Module):
         count, d = means.shape
         stds = torch.as_tensor(stds, dtype=torch.float64)
         stds = (stds[:, None] if stds.ndim == 1 and len(stds) == count != d else stds).expand(count, d)
-        weights = torch.ones(count) if weights is None else torch.as_tensor(weights)
+        weights = torch.ones(count) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
         if bool((stds < 0).any()) or bool((weights <= 0).any()) or weights.shape != (count,):
             raise UserError("stds must not be negative, and weights must be positive, one for each component")
-        self.register_buffer("means", means)
+        self.register_buffer("means", means.clone())  # float64 input, a parameter say, would be shared
         self.register_buffer("stds", stds.clone())
         self.register_buffer("log_weights", (weights.double() / weights.double().sum()).log())
         eye = torch.eye(d, dtype=torch.float64).expand(count, d, d)
@@ -121,20 +120,25 @@ class GaussianMixture(nn.Module):
         """(B, d) the exact probability-flow map from the angle t to s (both (B,)).
 
         One component: affine in closed form. One dimension: the quantile map CDF_s^-1(CDF_t(x)), by
-        bisection. Else Heun's method with 2,000 steps, whose error is of the order of 1e-7.
+        bisection. Else the Runge-Kutta method of fourth order with 400 steps: v has no pole, and the
+        error is about 1e-9 for components as narrow as 0.2.
         """
         if len(self.means) == 1:
             _, residual, variance = self._components(x_t, t, None)
             end = torch.cos(s)[:, None] ** 2 * self.stds[0] ** 2 + torch.sin(s)[:, None] ** 2
             moved = (residual * torch.sqrt(end[:, None] / variance))[:, 0]
             return torch.cos(s)[:, None] * self.means[0] + moved @ self.rotations[0].T
-        cond = {} if class_labels is None else {"class_labels": class_labels}
         if self.means.shape[1] == 1:
             return self._quantile_map(x_t, t, s, class_labels)
-        x, denoise = x_t, self.denoiser()
-        for i in range(2000):
-            now, then = torch.lerp(t, s, i / 2000), torch.lerp(t, s, (i + 1) / 2000)
-            x = heun_step(denoise, x, now, then, cond)
+        x, h = x_t, (s - t) / 400
+        step = h[:, None]
+        for i in range(400):
+            now = t + i * h
+            k1 = self(x, now, class_labels)
+            k2 = self(x + step / 2 * k1, now + h / 2, class_labels)
+            k3 = self(x + step / 2 * k2, now + h / 2, class_labels)
+            k4 = self(x + step * k3, now + h, class_labels)
+            x = x + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         return x
 
     def _cdf(self, x: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -173,7 +177,8 @@ def mixture_teacher(
 def gaussian_teacher(mean: Sequence[float], std: Tensor | float, rotation: Tensor | None = None) -> Teacher:
     """An exact teacher of N(mean, Q diag(std^2) Q^T)."""
     rotations = None if rotation is None else rotation[None]
-    return mixture_teacher([list(mean)], torch.as_tensor(std).expand(1, len(mean)), rotations=rotations)
+    stds = torch.as_tensor(std, dtype=torch.float64).expand(1, len(mean))
+    return mixture_teacher([list(mean)], stds, rotations=rotations)
 
 
 class AffineGenerator(nn.Module):
@@ -184,8 +189,8 @@ class AffineGenerator(nn.Module):
 
     def __init__(self, mean: Tensor, scale: Tensor):
         super().__init__()
-        self.mean = nn.Parameter(mean.double())
-        self.scale = nn.Parameter(scale.double())
+        self.mean = nn.Parameter(mean.double().clone())
+        self.scale = nn.Parameter(scale.double().clone())
 
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         return -(self.mean + self.scale * x_t)

@@ -31,7 +31,7 @@ _VP = {
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
     *("DEISMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
     *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
-    *("LMSDiscreteScheduler", "LCMScheduler", "TCDScheduler"),
+    *("LMSDiscreteScheduler", "TCDScheduler"),
 }
 _FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}
 _EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler"}
@@ -44,11 +44,17 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Row]:
     """
     name = config.get("_class_name", "")
     kind = config.get("prediction_type", "epsilon")
+    for option in ("use_dynamic_shifting", "invert_sigmas"):
+        if config.get(option):
+            raise UserError(f"scheduler: {option} is not supported; set it to false")
+    if config.get("timestep_type") == "continuous":
+        raise UserError("scheduler: timestep_type 'continuous' is not supported; use 'discrete'")
     if name in _FLOW or (name in _VP and config.get("use_flow_sigmas")):
+        if name in _VP and kind != "flow_prediction":
+            raise UserError(f"scheduler: use_flow_sigmas with prediction_type {kind!r}; flow_prediction is supported")
+        count = config.get("num_train_timesteps", 1000)
         shift = config.get("shift", 1.0) if name in _FLOW else config.get("flow_shift", 1.0)
-        if config.get("use_dynamic_shifting"):
-            raise UserError("scheduler: use_dynamic_shifting is for families whose size varies; use a fixed shift")
-        return LinearFlow(shift, train_timesteps=config.get("num_train_timesteps", 1000)), ROWS["flow_prediction"]
+        return LinearFlow(shift, time_scale=count, train_timesteps=count), ROWS["flow_prediction"]
     if name == "CMStochasticIterativeScheduler":
         low, high = config.get("sigma_min", 0.002), config.get("sigma_max", 80.0)
         edm = EDM(low, high, config.get("sigma_data", 0.5), config.get("rho", 7.0), 250.0, unit_init=False)
@@ -111,8 +117,8 @@ def unet2d_teacher(network: UNet2DModel, scheduler: dict[str, Any], meta: dict[s
     null_class = meta.get("null_class")
     num_classes = config.num_class_embeds
     if num_classes is not None and null_class is not None:
-        if not 0 <= null_class < num_classes:
-            raise UserError(f"null_class: {null_class} is not among the teacher's {num_classes} class embeddings")
+        if null_class != num_classes - 1:
+            raise UserError(f"null_class: {null_class} is not the last of the teacher's {num_classes} labels")
         num_classes -= 1
 
     def null(cond: Cond) -> Cond:

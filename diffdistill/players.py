@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,8 +38,13 @@ class Teacher:
 
 
 def trainable_copy(denoiser: Denoiser) -> Denoiser:
-    """A full copy with its own weights, all of them trainable, in training mode."""
-    return copy.deepcopy(denoiser).requires_grad_(True).train()
+    """A full copy with its own weights, all of them trainable, in training mode; half precision becomes float32.
+
+    A bf16 weight does not move by a learning rate's worth, nor its average by 1 - decay.
+    """
+    twin = copy.deepcopy(denoiser).requires_grad_(True).train()
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters())
+    return twin.float() if half else twin
 
 
 def frozen(module: Module) -> Module:
@@ -106,11 +112,11 @@ class FewStepSampler:
     def __call__(self, shape: Sequence[int], cond: Cond, generators: Sequence[torch.Generator]) -> Tensor:
         """Samples (B, *shape) in the data's own units; sample i draws from generators[i] alone."""
         schedule = self.denoiser.schedule
-        parameter = next(self.denoiser.parameters())
+        weight = next(itertools.chain(self.denoiser.parameters(), self.denoiser.buffers()))
 
         def noise() -> Tensor:
             drawn = [torch.randn(tuple(shape), generator=g, device=g.device) for g in generators]
-            return torch.stack(drawn).to(parameter)
+            return torch.stack(drawn).to(weight)
 
         x, t = self.start(noise())
         for level in self.levels[1:]:
@@ -122,7 +128,7 @@ class FewStepSampler:
 
 
 class MovingAverage:
-    """An exponential moving average of a module's parameters, in float32 beside it."""
+    """An exponential moving average of a module's parameters, in their own precision, beside it."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.module = module

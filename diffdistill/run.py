@@ -99,8 +99,8 @@ def grid_writer(out: Path, sampler: FewStepSampler, teacher: Teacher) -> Callabl
     """step -> writes <out>/samples/step-<step>.png, always of the same noise and conditions."""
     from .eval.report import image_grid, save_png
 
-    count = 8 * (teacher.num_classes or 8)
-    columns = teacher.num_classes or 8
+    columns = min(teacher.num_classes or 8, 10)
+    count = 8 * columns
 
     def write(step: int) -> None:
         device = next(sampler.denoiser.parameters()).device

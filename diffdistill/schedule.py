@@ -180,7 +180,7 @@ class LinearFlow:
 
     @property
     def init_level(self) -> float:
-        return float(self._shifted(_f64(1 - 1 / self.train_timesteps)))
+        return 1 - 1 / self.train_timesteps
 
     def init_scale(self, t: float) -> float:
         return 1 / float(self.native(_f64(t)).scale)

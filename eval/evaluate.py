@@ -61,6 +61,10 @@ class Row(NamedTuple):
     draw: Draw
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass(frozen=True)
 class Drawn:
     """Images of one row and the seconds they took, without the first batch, which warms up."""
@@ -73,9 +77,10 @@ def draw_all(draw: Draw, labels: Tensor | None, count: int, seed: int, batch_siz
     """Images 0..count-1 of the seed."""
     images: list[Tensor] = []
     timed, seconds = 0, 0.0
+    device = _device()
     for first in range(0, count, batch_size):
         indices = range(first, min(first + batch_size, count))
-        cond = {} if labels is None else {"class_labels": labels[list(indices)]}
+        cond = {} if labels is None else {"class_labels": labels[list(indices)].to(device)}
         started = time.perf_counter()
         images.append(draw(cond, image_generators(seed, indices)).float().cpu())
         if first > 0 or count <= batch_size:
@@ -116,15 +121,21 @@ class DigitJudge:
         }
 
 
+def _on_device(teacher: Teacher) -> Teacher:
+    teacher.denoiser.to(_device())
+    return teacher
+
+
 def draws_of(folder: Path, teacher: str | None, teacher_steps: Sequence[int]) -> tuple[Teacher, str, list[Row]]:
     """The teacher, where it came from, and the rows to draw: its own steps, and the student's if there is one."""
-    described = load_teacher(folder)
+    described = _on_device(load_teacher(folder))
     student = is_student(folder)
     source = (teacher or read_metadata(folder)["teacher"]) if student else str(folder)
-    judged = load_teacher(source) if student else described
+    judged = _on_device(load_teacher(source)) if student else described
     rows = [Row("teacher", steps, partial(teacher_images, judged, steps, 1.0)) for steps in teacher_steps]
     if student:
         sampler, _ = load_student(folder)
+        sampler.denoiser.to(_device())
         rows.append(Row("student", len(sampler.levels), partial(sampler, described.shape)))
     return judged, source, rows
 
@@ -211,11 +222,13 @@ def sample_picture(
     out: str,
 ) -> Path:
     """`diffdistill sample`: images of a student's or a teacher's folder as one PNG."""
-    teacher = load_teacher(folder)
+    teacher = _on_device(load_teacher(folder))
     labels = _labels(teacher, count, classes)
     draw: Draw = partial(teacher_images, teacher, steps or 16, guidance_scale)
     if steps is None and is_student(folder):
-        draw = partial(load_student(folder)[0], teacher.shape)
+        sampler, _ = load_student(folder)
+        sampler.denoiser.to(_device())
+        draw = partial(sampler, teacher.shape)
     drawn = draw_all(draw, labels, count, seed)
     columns = teacher.num_classes or 8
     return save_png(image_grid(drawn.images, columns, scale=max(1, 64 // teacher.shape[-1])), Path(out))

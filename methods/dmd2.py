@@ -63,11 +63,12 @@ EQUATIONS = {
 PRESETS = {
     "digits": {
         "teacher": "digits",
-        "steps": 600,
+        "steps": 400,
         "batch_size": 64,
         "update_ratio": 1,
-        "student_lr": 1e-4,
-        "fake_score_lr": 2e-4,
+        "student_lr": 3e-4,
+        "fake_score_lr": 1e-3,
+        "lr_schedule": "cosine",
         "beta1": 0.0,
         "ema": 0.99,
     },

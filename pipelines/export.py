@@ -77,9 +77,10 @@ def _flow_scheduler(shift: float, timesteps: int) -> SchedulerMixin:
 
 def _flow_shift_for(level: float, schedule: LinearFlow) -> float:
     """The shift that moves that scheduler's one-step sigma, 1 - 1/T, to the level."""
-    first = 1 - 1 / schedule.train_timesteps
-    if not 0 < level < 1:
-        raise UserError(f"export: level {level} is not inside (0, 1), where the stock flow scheduler starts")
+    first, time = 1 - 1 / schedule.train_timesteps, level * schedule.train_timesteps
+    # That scheduler hands the network whole timesteps only.
+    if not 0 < level < 1 or abs(time - round(time)) > 1e-6:
+        raise UserError(f"export: flow level {level} is not k/{schedule.train_timesteps} inside (0, 1)")
     return level * (1 - first) / (first * (1 - level))
 
 

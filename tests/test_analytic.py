@@ -245,7 +245,7 @@ def test_flow_map_in_two_dimensions_is_that_of_one_where_they_are_independent() 
     t, s = span(6, math.pi / 2, 0.0)
     want = torch.cat([first.flow_map(x[:, :1], t, s), second.flow_map(x[:, 1:], t, s)], 1)
     got = product(first, second, turn).flow_map(x @ turn.T, t, s)
-    close(got @ turn, want, atol=1e-5)
+    close(got @ turn, want, atol=1e-8)
 
 
 @pytest.mark.parametrize(("step", "order"), [(ddim_step, 1), (heun_step, 2)])
@@ -379,3 +379,15 @@ def test_affine_generator() -> None:
     pred = exact(points(T), T, {})
     close(pred.v, want(points(T), T))
     assert not pred.v.requires_grad
+    with torch.no_grad():
+        generator.mean.add_(1.0)
+        generator.scale.add_(1.0)
+    close(exact(points(T), T, {}).v, pred.v)
+
+
+def test_numbers_keep_their_digits() -> None:
+    network: Any = mixture_teacher([[0.3, 0.1], [0.7, 0.2]], [0.1, 0.3], weights=[0.3, 0.7]).denoiser.network  # type: ignore[arg-type]
+    close(network.means, f64([[0.3, 0.1], [0.7, 0.2]]), atol=0)
+    close(network.log_weights.exp(), f64([0.3, 0.7]), atol=1e-15)
+    network = gaussian_teacher([0.3], 0.7).denoiser.network
+    assert float(network.stds) == 0.7 and float(network.means) == 0.3
