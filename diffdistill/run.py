@@ -168,6 +168,7 @@ def distill(*, preset: str | None = None, resume: str | Path | None = None, **va
     out = Path(str(values.get("out", TrainConfig.out)))
     game = _game(values)
     config, method, teacher = game.config, game.method, game.teacher
+    student_scheduler(teacher, method.sampler())  # a level that cannot be exported is refused now
     accelerator = accelerator_for(config, out)
     data = _data_for(game)
     draw = batches(config, teacher, data, accelerator)
@@ -215,7 +216,7 @@ def _export(game: _Game, folder: Path, step: int) -> Path:
         "levels": list(sampler.levels),
         "renoise": sampler.renoise,
         "num_classes": game.teacher.num_classes,
-        "null_class": _null_class(game.teacher),
+        "null_class": game.teacher.num_classes if game.teacher.denoiser.null is not None else None,
         "teacher": game.teacher.source,
         "method": game.info.name,
         "step": step,
@@ -224,10 +225,6 @@ def _export(game: _Game, folder: Path, step: int) -> Path:
     }
     card = model_card(game.info, game.options(), game.teacher, sampler, step)
     return save_pipeline(folder, game.teacher.family, sampler.denoiser.network, scheduler, metadata, card)
-
-
-def _null_class(teacher: Teacher) -> int | None:
-    return teacher.num_classes if teacher.denoiser.null is not None else None
 
 
 def export_run(run: str | Path, *, step: int | None = None, out: str | Path | None = None) -> Path:
@@ -242,9 +239,5 @@ def export_run(run: str | Path, *, step: int | None = None, out: str | Path | No
         raise UserError(f"step: no checkpoint at {step}; there are {', '.join(map(str, sorted(found)))}")
     tensors, _ = load_checkpoint(found[step])
     student = game.method.sampler().denoiser
-    if "average" in tensors:
-        for name, parameter in student.named_parameters():
-            parameter.data.copy_(tensors["average"][name])
-    else:
-        student.load_state_dict(tensors["student"])
+    student.load_state_dict(tensors["student"] | tensors.get("average", {}))
     return _export(game, Path(out) if out else run / "student", step)

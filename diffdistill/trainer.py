@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -319,6 +320,9 @@ def accelerator_for(config: FitConfig, out: Path) -> Accelerator:
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and not _installed(tracker):
         raise UserError(f"tracker: {tracker!r} is not installed; pip install 'diffdistill[tracking]'")
+    if not torch.distributed.is_initialized():
+        # Accelerate keeps its first settings for the whole process; a second run here may have others.
+        AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         cpu=config.device == "cpu",
         mixed_precision=config.mixed_precision,

@@ -40,14 +40,17 @@ def student_scheduler(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMix
     if isinstance(schedule, DiscreteVP):
         kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
         # One trailing step is at the last timestep; one leading step is at `steps_offset`.
-        last = level == len(schedule.alphas_cumprod) - 1
-        if level != int(level):
-            raise UserError(f"export: level {level} is between two timesteps; choose a whole one")
+        noisiest = len(schedule.alphas_cumprod) - 1
+        last = level == noisiest
+        if level != int(level) or not 0 <= level <= noisiest:
+            raise UserError(f"student_level: {level} is not a whole timestep from 0 to {noisiest}")
         spacing = (
             {"timestep_spacing": "trailing"} if last else {"timestep_spacing": "leading", "steps_offset": int(level)}
         )
         return diffusers.DDIMScheduler(**kept, **spacing, clip_sample=False, set_alpha_to_one=True)
     if isinstance(schedule, EDM):
+        if not schedule.sigma_min < level <= schedule.sigma_max:
+            raise UserError(f"student_level: {level} is not a sigma from {schedule.sigma_min} to {schedule.sigma_max}")
         shared = {
             "sigma_min": schedule.sigma_min,
             "sigma_max": level,
@@ -80,7 +83,7 @@ def _flow_shift_for(level: float, schedule: LinearFlow) -> float:
     first, time = 1 - 1 / schedule.train_timesteps, level * schedule.train_timesteps
     # That scheduler hands the network whole timesteps only.
     if not 0 < level < 1 or abs(time - round(time)) > 1e-6:
-        raise UserError(f"export: flow level {level} is not k/{schedule.train_timesteps} inside (0, 1)")
+        raise UserError(f"student_level: {level} is not k/{schedule.train_timesteps} inside (0, 1)")
     return level * (1 - first) / (first * (1 - level))
 
 

@@ -81,6 +81,7 @@ def test_verify_prints_expected_got_error(capsys: Capture, tmp_path: Path) -> No
         (["train", "--config", "nowhere.yaml"], "config: 'nowhere.yaml' cannot be read"),
         (["train", "--resume", "nowhere"], "config: 'nowhere/config.yaml' cannot be read"),
         (["train", "--time-low", "0.9", "--time-high", "0.5"], "time_low: 0.9 must be less than time_high"),
+        (["train", "--student-level", "5000"], "student_level: 5000.0 is not a whole timestep from 0 to 999"),
         (["eval", "nowhere"], "eval: 'nowhere' holds no student or teacher yet"),
         (["sample", "nowhere"], "teacher: 'nowhere' is not a folder"),
         (["sample", "digits", "--classes", "12"], "classes: 12 is not among the 10 classes"),

@@ -133,7 +133,7 @@ def test_an_unconditional_student_of_a_ddpm_pipeline(tmp_path: Path) -> None:
 
 def test_levels_that_no_stock_scheduler_has_are_refused(tiny_teacher: Teachers) -> None:
     teacher = load_teacher(tiny_teacher("vp"))
-    with pytest.raises(UserError, match="between two timesteps"):
+    with pytest.raises(UserError, match=r"student_level: 399.5 is not a whole timestep from 0 to 999"):
         student_scheduler(teacher, FewStepSampler(teacher.denoiser, [399.5]))
     with pytest.raises(UserError, match="one-step"):
         student_scheduler(teacher, FewStepSampler(teacher.denoiser, [999, 499]))
