@@ -212,3 +212,47 @@ def test_the_embedded_teacher_is_small_and_says_its_recipe() -> None:
     steps = [row["steps"] for row in json.loads((folder / "eval" / "results.json").read_text())["rows"]]
     assert steps == [1, 2, 4, 8, 16, 32, 50]
     assert "diffdistill teacher " in (folder / "README.md").read_text()
+
+
+def test_a_hub_id_is_downloaded_without_anything_but_safetensors(
+    tiny_teacher: Teachers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: dict[str, object] = {}
+
+    def snapshot_download(name: str, **options: object) -> str:
+        asked.update(options, name=name)
+        return str(tiny_teacher("vp"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert load_teacher("someone/something").source == "someone/something"
+    assert asked["name"] == "someone/something" and "*.bin" in asked["ignore_patterns"]  # type: ignore[operator]
+
+
+def test_the_null_class_must_be_the_last_label(tiny_teacher: Teachers) -> None:
+    assert load_teacher(tiny_teacher("vp"), null_class=10).num_classes == 10
+    with pytest.raises(UserError, match="null_class: 3 is not the last of the teacher's 11 labels"):
+        load_teacher(tiny_teacher("vp"), null_class=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prediction_type": "epsilon"}, "zero terminal SNR"),
+        ({"prediction_type": "flow"}, "'flow' is not supported"),
+        ({"beta_schedule": "wavy"}, "beta_schedule: 'wavy'"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "flow_prediction is supported"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "'continuous' is not supported"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "sample"}, "'sample' is not EDM's"),
+    ],
+)
+def test_scheduler_options_that_would_be_misread_are_refused(
+    changes: dict[str, object], says: str, tiny_teacher: Teachers
+) -> None:
+    from diffdistill.families import schedule_of
+
+    config = json.loads((tiny_teacher("vp") / "scheduler" / "scheduler_config.json").read_text())
+    with pytest.raises(UserError, match=says):
+        schedule_of(config | changes)

@@ -211,3 +211,21 @@ def test_a_non_finite_loss_stops_before_anything_is_updated(tmp_path: Path) -> N
         trainer.fit()
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
     assert all(bool(p.isfinite().all()) for m in method.players.values() for p in m.parameters())
+
+
+def test_two_runs_in_one_process_may_differ_in_precision(tmp_path: Path) -> None:
+    trainer_of(TwoPlayers(), tmp_path / "a", steps=1).fit()
+    trainer = trainer_of(TwoPlayers(), tmp_path / "b", steps=1, mixed_precision="bf16")
+    trainer.fit()
+    assert trainer.accelerator.mixed_precision == "bf16"
+    assert all(p.dtype == torch.float32 for m in trainer.method.players.values() for p in m.parameters())
+
+
+def test_warm_up_and_cosine(tmp_path: Path) -> None:
+    trainer = trainer_of(TwoPlayers(), tmp_path, steps=8, warmup_steps=4, lr_schedule="cosine")
+    rates = []
+    for step in range(8):
+        trainer.step = step
+        rates.append(trainer._learning_rate("a") / 1e-2)
+    assert rates[0] == pytest.approx(0.25) and max(rates) < 1
+    assert rates[4] == pytest.approx(0.5) and rates[7] == pytest.approx(0.0381, abs=1e-4)
