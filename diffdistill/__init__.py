@@ -2,7 +2,7 @@
 
     import diffdistill
 
-    run = diffdistill.distill(method="dmd2", teacher="digits", steps=600, out="runs/digits")
+    folder = diffdistill.distill(method="dmd2", preset="digits", out="runs/digits")
 
 Heavy modules are imported on first use, so that `import diffdistill` and `diffdistill --help` are quick.
 """

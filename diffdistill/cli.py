@@ -7,7 +7,8 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from . import config as options
@@ -66,11 +67,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         _options(train, info.config, f"options of {info.name} ({info.paper})")
 
     sample = command("sample", "draw images from a teacher or student folder as one PNG")
-    sample.add_argument("folder", help="a folder made by train, export or teacher, or 'digits'")
+    sample.add_argument("folder", help="a run, the folder of a student or a teacher, a hub id, or 'digits'")
     sample.add_argument("--count", default="64", metavar="N", help="images (default: 64)")
     sample.add_argument("--classes", metavar="A,B,..", help="class labels, repeated as needed (default: all in turn)")
-    sample.add_argument("--steps", metavar="N", help="sampling steps (default: the student's own; 16 for a teacher)")
-    sample.add_argument("--guidance-scale", default="1", metavar="X", help="of a teacher (default: 1, none)")
+    sample.add_argument("--steps", metavar="N", help="sampling steps of a teacher (default: 16); a student has its own")
+    sample.add_argument("--guidance-scale", metavar="X", help="of a teacher (default: 1, none)")
     sample.add_argument(
         "--seed", default="0", metavar="N", help="image i is drawn from seed 1000000 * N + i (default: 0)"
     )
@@ -134,13 +135,10 @@ def _metavar(hint: Any) -> str:
 
 def _method_of(argv: Sequence[str]) -> str:
     """The method that a `train` command line means, needed before its options are known."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = _Parser(add_help=False, allow_abbrev=False)
     for name in ("--method", "--config", "--resume"):
         first.add_argument(name)
-    try:
-        given, _ = first.parse_known_args(list(argv[1:]))
-    except SystemExit:  # an option without its value: the full parser says so
-        return "dmd2"
+    given, _ = first.parse_known_args(list(argv[1:]))
     if given.method:
         return given.method
     file = f"{given.resume}/config.yaml" if given.resume else given.config
@@ -159,6 +157,8 @@ def _refuse_unknown(parser: argparse.ArgumentParser, command: str | None, unknow
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """Options from the YAML file, overridden by the command line."""
     values = options.read_yaml(args.config) if args.config else {}
+    if getattr(args, "preset", None) is not None:
+        values["preset"] = args.preset
     return values | {k.removeprefix("option."): v for k, v in vars(args).items() if k.startswith("option.")}
 
 
@@ -180,20 +180,23 @@ def _whole_list(name: str, value: str, at_least: int = 0) -> list[int]:
 def _train(args: argparse.Namespace) -> int:
     from .run import distill
 
-    return _training("train", args, lambda: distill(preset=args.preset, resume=args.resume, **_given(args)))
+    return _training("train", args, distill)
 
 
 def _teacher(args: argparse.Namespace) -> int:
-    from .teacher import teacher_from
+    from .teacher import train_teacher
 
-    return _training("teacher", args, lambda: teacher_from(resume=args.resume, **_given(args)))
+    return _training("teacher", args, train_teacher)
 
 
-def _training(command: str, args: argparse.Namespace, start: Any) -> int:
+def _training(command: str, args: argparse.Namespace, start: Callable[..., Path]) -> int:
     from .trainer import Interrupted
 
+    values = _given(args)
+    if "resume" in values:
+        raise UserError("resume: give it on the command line, not in a config file")
     try:
-        folder = start()
+        folder = start(resume=args.resume, **values)
     except Interrupted as stopped:
         print(f"stopped; resume with: diffdistill {command} --resume {stopped}", file=sys.stderr)
         return 130
@@ -207,7 +210,7 @@ def _sample(args: argparse.Namespace) -> int:
     from .eval.evaluate import sample_picture
 
     classes = None if args.classes is None else _whole_list("classes", args.classes)
-    scale = options.coerce("guidance_scale", args.guidance_scale, float, {"at_least": 0})
+    scale = options.coerce("guidance_scale", args.guidance_scale, float | None, {"at_least": 0})
     count, seed = _whole("count", args.count, 1), _whole("seed", args.seed)
     print(sample_picture(args.folder, count, classes, _whole_or_none("steps", args.steps, 1), scale, seed, args.out))
     return 0
@@ -217,7 +220,7 @@ def _eval(args: argparse.Namespace) -> int:
     from .eval.evaluate import evaluate_run
 
     steps = _whole_list("teacher_steps", args.teacher_steps, 1)
-    count, seed = _whole_or_none("count", args.count, 2), _whole("seed", args.seed)
+    count, seed = _whole_or_none("count", args.count, 100), _whole("seed", args.seed)
     evaluate_run(args.folder, args.teacher, steps, args.data, count, seed, args.out)
     return 0
 

@@ -123,7 +123,7 @@ def coerce(name: str, value: Any, hint: Any, bounds: Mapping[str, float]) -> Any
         raise UserError(f"{name}: {value!r} is not one of {', '.join(map(str, choices))}")
     try:
         return _in_range(name, _scalar(value, kind), bounds)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -197,10 +197,11 @@ class MethodInfo:
         """Import the method's module."""
         if self.path.parent == _methods_folder():
             return importlib.import_module(f"diffdistill.methods.{self.name}")
-        spec = importlib.util.spec_from_file_location(self.name, self.path)
+        name = f"diffdistill_method_{self.name}"  # a file called random.py must not hide the real one
+        spec = importlib.util.spec_from_file_location(name, self.path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[self.name] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
         return module
 
@@ -230,30 +231,37 @@ def describe_method(name: str) -> MethodInfo:
     except (SyntaxError, UnicodeDecodeError) as error:
         raise UserError(f"method: {path} does not parse ({error})") from None
     said: dict[str, Any] = {}
-    config: type | None = None
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            if node.targets[0].id in ("PAPER", "DATA", "EQUATIONS", "PRESETS"):
-                said[node.targets[0].id] = ast.literal_eval(node.value)
-        elif isinstance(node, ast.ClassDef) and node.name == "Config":
-            config = _config_class(node, path)
-    missing = {"PAPER", "DATA", "EQUATIONS"} - set(said) or (set() if config else {"class Config"})
+    defined: set[str] = set()
+    try:
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                defined.add(node.targets[0].id)
+                if node.targets[0].id in ("PAPER", "DATA", "EQUATIONS", "PRESETS"):
+                    said[node.targets[0].id] = ast.literal_eval(node.value)
+            elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+                defined.add(node.name)
+                if node.name == "Config":
+                    said["Config"] = _config_class(node, path)
+    except Exception as error:  # whatever the file's own text raises
+        raise UserError(f"method: {path}, line {node.lineno}: {type(error).__name__}: {error}") from None
+    missing = {"PAPER", "DATA", "EQUATIONS", "Config", "METHOD", "verify"} - defined
     if missing:
         raise UserError(f"method: {path} does not define {', '.join(sorted(missing))}; see CONTRIBUTING.md")
-    assert config is not None
+    config: type = said["Config"]
+    clash = {f.name for f in dataclasses.fields(config)} & {f.name for f in dataclasses.fields(TrainConfig)}
+    if clash:
+        raise UserError(f"method: {path} has options of every training: {', '.join(sorted(clash))}; rename them")
     doc = ast.get_docstring(tree) or ""
     return MethodInfo(
         path.stem, path, doc, said["PAPER"], said["DATA"], said["EQUATIONS"], said.get("PRESETS", {}), config
     )
 
 
-def _config_class(node: ast.ClassDef, path: Path) -> type:
+def _config_class(node: ast.stmt, path: Path) -> type:
     """The options class alone, executed with nothing but what an options class needs."""
-    namespace: dict[str, Any] = {"dataclass": dataclass, "option": option, "Literal": Literal}
     module = types.ModuleType(f"diffdistill._options.{path.stem}")
-    module.__dict__.update(namespace)
+    module.__dict__.update({"dataclass": dataclass, "option": option, "Literal": Literal})
     sys.modules[module.__name__] = module  # get_type_hints looks names up there
-    module.__dict__["__name__"] = module.__name__
     exec(compile(ast.Module([node], []), str(path), "exec"), module.__dict__)
     return module.__dict__["Config"]
 

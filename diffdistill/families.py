@@ -116,9 +116,9 @@ def unet2d_teacher(network: UNet2DModel, scheduler: dict[str, Any], meta: dict[s
     network.to(memory_format=torch.channels_last)
     null_class = meta.get("null_class")
     num_classes = config.num_class_embeds
-    if num_classes is not None and null_class is not None:
-        if null_class != num_classes - 1:
-            raise UserError(f"null_class: {null_class} is not the last of the teacher's {num_classes} labels")
+    if null_class is not None:
+        if num_classes is None or null_class != num_classes - 1:
+            raise UserError(f"null_class: {null_class} is not the last of the teacher's {num_classes or 0} labels")
         num_classes -= 1
 
     def null(cond: Cond) -> Cond:
@@ -138,8 +138,9 @@ def unet2d_teacher(network: UNet2DModel, scheduler: dict[str, Any], meta: dict[s
         feature_layer="mid_block" if network.mid_block is not None else None,
     )
     size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return Teacher(denoiser, (config.in_channels, height, width), num_classes, "unet2d", "", scheduler)
+    if not isinstance(size, int):
+        raise UserError(f"teacher: sample_size {size} of the UNet is not one number, which its pipelines take")
+    return Teacher(denoiser, (config.in_channels, size, size), num_classes, "unet2d", "", scheduler)
 
 
 def new_unet2d(
@@ -163,7 +164,7 @@ def new_unet2d(
         down_block_types=tuple("AttnDownBlock2D" if i in attention else "DownBlock2D" for i in levels),
         up_block_types=tuple("AttnUpBlock2D" if i in attention else "UpBlock2D" for i in reversed(levels)),
         norm_num_groups=8,
-        attention_head_dim=min(widths[-1], 32),
+        attention_head_dim=min(*widths, 32),
         dropout=dropout,
         num_class_embeds=None if num_classes is None else num_classes + 1,
     )
@@ -226,7 +227,7 @@ def _folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.bin", "*.msgpack"]))
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
         raise UserError(f"teacher: {name!r} is no folder here, nor could it be had from the hub ({reason})") from error
 
 

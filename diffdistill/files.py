@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
     """Write `data` (text as UTF-8) so that a reader sees the old file or the whole new one.
@@ -54,5 +56,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(replaced)
         else:
             partial.rename(final)
+    except SafetensorError as error:  # its I/O errors are no OSErrors
+        raise OSError(f"{final} cannot be written ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .checkpoint import checkpoints, load_checkpoint
 from .config import FitConfig, MethodInfo, TrainConfig, build, describe_method, nearest, run_options, split
@@ -26,25 +25,30 @@ from .rng import generator, image_generators, seed_for
 from .trainer import Accelerator, Trainer, accelerator_for
 
 
-def start_folder(out: Path, options: dict[str, Any], player_bytes: int) -> None:
-    """Make the run folder with its resolved options and environment.
+def start_folder(
+    out: Path, options: dict[str, Any], player_bytes: int, accelerator: Accelerator, *, resume: bool
+) -> None:
+    """Make the run folder with its resolved options and environment, and start the tracker.
 
     Fails here, not after the training, where the folder cannot be written or the disk has no room for the
     checkpoints: parameters, two moments and an average each, of which one more than is kept exists at times.
     """
     import yaml
 
-    if (out / "config.yaml").exists():
-        raise UserError(f"out: {str(out)!r} already holds a run; resume it with --resume {out}, or choose another")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        need, free = 4 * player_bytes * (options["keep_checkpoints"] + 1), shutil.disk_usage(out).free
+    if accelerator.is_main_process:
+        if (out / "config.yaml").exists() and not resume:
+            raise UserError(f"out: {str(out)!r} already holds a run; resume it with --resume {out}, or choose another")
+        existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+        need, free = 4 * player_bytes * (options["keep_checkpoints"] + 1), shutil.disk_usage(existing).free
         if free < need:
             raise UserError(f"out: {str(out)!r} has {free >> 20} MiB free and this run needs {need >> 20} MiB")
-        atomic_write(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        atomic_write(out / "config.yaml", yaml.safe_dump(options, sort_keys=False))
-    except OSError as error:
-        raise UserError(f"out: cannot write to {str(out)!r} ({error.strerror}); choose another --out") from None
+        try:
+            atomic_write(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            atomic_write(out / "config.yaml", yaml.safe_dump(options, sort_keys=False))
+        except OSError as error:
+            raise UserError(f"out: cannot write to {str(out)!r} ({error.strerror}); choose another --out") from None
+    told = {k: v for k, v in options.items() if v is not None}  # TensorBoard takes no None
+    accelerator.init_trackers("diffdistill", config=told)
 
 
 def batches(
@@ -155,11 +159,11 @@ def distill(*, preset: str | None = None, resume: str | Path | None = None, **va
     """Distill a teacher into a few-step student and export it; returns the student's diffusers folder.
 
     Options are those of `diffdistill train`, with underscores: method, teacher, data, out, steps,
-    batch_size, ... and the method's own. `resume` continues a run folder from its last checkpoint.
-    Raises UserError for whatever cannot be used.
+    batch_size, ... and the method's own. `resume` continues a run folder from its last checkpoint; a few
+    options, `steps` among them, may change then. Raises UserError for whatever cannot be used.
     """
     if resume is not None:
-        values = _resumed(Path(resume), values)
+        values = resumed_options(Path(resume), values | ({} if preset is None else {"preset": preset}))
     elif preset is not None:
         presets = describe_method(str(values.get("method", TrainConfig.method))).presets
         if preset not in presets:
@@ -172,21 +176,23 @@ def distill(*, preset: str | None = None, resume: str | Path | None = None, **va
     accelerator = accelerator_for(config, out)
     data = _data_for(game)
     draw = batches(config, teacher, data, accelerator)
-    if resume is None and accelerator.is_main_process:
-        start_folder(out, game.options(), sum(_size(module) for module in method.players.values()))
+    player_bytes = sum(p.numel() * p.element_size() for m in method.players.values() for p in m.parameters())
     teacher.denoiser.to(accelerator.device)
     grids = grid_writer(out, method.sampler(), teacher)
     trainer = Trainer(method, draw, config, out, accelerator, grids)
     if resume is not None:
         trainer.resume()
+    start_folder(out, game.options(), player_bytes, accelerator, resume=resume is not None)
     trainer.fit()
     if accelerator.is_main_process:
         with trainer.evaluating():
-            _export(game, out / "student", config.steps)
+            _export(game, out / "student", trainer.step)
+    accelerator.end_training()
     return out / "student"
 
 
-def _resumed(run: Path, values: dict[str, Any]) -> dict[str, Any]:
+def resumed_options(run: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """A run folder's options with those given now; UserError for one that cannot change on the way."""
     saved = run_options(run)
     for name in values:
         if name not in _ON_RESUME:
@@ -203,10 +209,6 @@ def _data_for(game: _Game) -> Data | None:
     data = open_data(game.config.data, resolution=size, channels=channels)
     check_data(game.teacher, data)
     return data
-
-
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _export(game: _Game, folder: Path, step: int) -> Path:

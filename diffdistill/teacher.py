@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import TeacherConfig, build
 from .data import Data, open_data
+from .environment import environment
 from .errors import UserError
 from .families import new_unet2d
 from .losses import denoising_loss
@@ -21,7 +22,7 @@ from .pipelines.export import save_pipeline, scheduler_config, teacher_scheduler
 from .players import FewStepSampler, Teacher
 from .prediction import expand
 from .rng import seed_for
-from .run import batches, environment, grid_writer, run_options, start_folder
+from .run import batches, grid_writer, resumed_options, start_folder
 from .schedule import EDM, DiscreteVP, LinearFlow, Schedule
 from .times import log_normal, logit_normal, native_uniform
 from .trainer import Trainer, accelerator_for
@@ -81,10 +82,12 @@ def new_teacher(config: TeacherConfig, data: Data) -> Teacher:
     size = data.shape[1]
     if data.shape[1] != data.shape[2]:
         raise UserError(f"resolution: samples of shape {tuple(data.shape)} are not square; give --resolution")
-    if not widths or size % 2 ** (len(widths) - 1) or min(widths) % 8:
+    if not widths or size % 2 ** (len(widths) - 1) or any(w < 8 or w % 8 for w in widths):
         raise UserError(
             f"widths: {config.widths!r} needs multiples of 8, and {len(widths)} levels to divide {size} pixels"
         )
+    if any(level not in range(len(widths)) for level in attention):
+        raise UserError(f"attention: {config.attention!r} names a level that is not among 0 to {len(widths) - 1}")
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     teacher = new_unet2d(
         data.shape,
@@ -99,20 +102,24 @@ def new_teacher(config: TeacherConfig, data: Data) -> Teacher:
     return teacher
 
 
-def train_teacher(config: TeacherConfig, *, resume: bool = False) -> Path:
-    """Train and save a teacher; returns its diffusers folder, `<out>/teacher`."""
+def train_teacher(*, resume: str | Path | None = None, **values: Any) -> Path:
+    """Train and save a teacher; returns its diffusers folder, `<out>/teacher`.
+
+    Options are those of `diffdistill teacher`, with underscores; `resume` continues a run folder. Raises
+    UserError for whatever cannot be used.
+    """
+    config = build(TeacherConfig, values if resume is None else resumed_options(Path(resume), values))
     out = Path(config.out)
     accelerator = accelerator_for(config, out)
     data = open_data(config.data, resolution=config.resolution, channels=config.channels)
     teacher = new_teacher(config, data)
     draw = batches(config, teacher, data, accelerator, config.label_dropout)
-    if not resume and accelerator.is_main_process:
-        start_folder(out, dataclasses.asdict(config), sum(p.numel() * 4 for p in teacher.denoiser.parameters()))
     method = Denoising(teacher, config)
-    grids = grid_writer(out, method.sampler(), teacher)
-    trainer = Trainer(method, draw, config, out, accelerator, grids)
-    if resume:
+    trainer = Trainer(method, draw, config, out, accelerator, grid_writer(out, method.sampler(), teacher))
+    if resume is not None:
         trainer.resume()
+    parameter_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters())
+    start_folder(out, dataclasses.asdict(config), parameter_bytes, accelerator, resume=resume is not None)
     trainer.fit()
     if accelerator.is_main_process:
         with trainer.evaluating():
@@ -124,14 +131,8 @@ def train_teacher(config: TeacherConfig, *, resume: bool = False) -> Path:
             }
             card = _card(config, data)
             save_pipeline(out / "teacher", "unet2d", teacher.denoiser.network, scheduler, metadata, card)
+    accelerator.end_training()
     return out / "teacher"
-
-
-def teacher_from(*, resume: str | Path | None = None, **values: Any) -> Path:
-    """`train_teacher` from option values, as the command line and YAML give them."""
-    if resume is not None:
-        values = run_options(Path(resume)) | values | {"out": str(resume)}
-    return train_teacher(build(TeacherConfig, values), resume=resume is not None)
 
 
 def _card(config: TeacherConfig, data: Data) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import signal
@@ -104,7 +103,9 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             grads = self._averaged_over_processes(turn.player)
         norm = torch.nn.utils.get_total_norm(grads)
-        self._stop_if_not_finite(turn, logs, norm)
+        if self._anywhere(not bool(torch.isfinite(logs["loss"].detach() + norm))):
+            loss = float(logs["loss"].detach())
+            raise self._non_finite(turn.player, f"loss {loss}, gradient norm {float(norm)}; it was not updated")
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters[turn.player], self.config.max_grad_norm, norm)
         optimizer = self.optimizers[turn.player]
@@ -131,23 +132,31 @@ class Trainer:
             p.grad = grad.copy_(part.view_as(p))
         return grads
 
-    def _stop_if_not_finite(self, turn: Turn, logs: dict[str, Tensor], norm: Tensor) -> None:
-        if bool(torch.isfinite(logs["loss"].detach() + norm)):
-            return
+    def _non_finite(self, player: str, what: str) -> NonFinite:
         kept = checkpoints(self.out / "checkpoints")
         last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
-        raise NonFinite(
-            f"step {self.step}, player {turn.player!r}: loss {float(logs['loss'].detach())}, gradient norm "
-            f"{float(norm)}; nothing was updated, {last}; try a lower learning rate"
-        )
+        return NonFinite(f"step {self.step}, player {player!r}: {what}; {last}; try a lower learning rate")
+
+    def _check_parameters(self) -> None:
+        """Before anything is drawn or written with them: no player has overflowed in its last step."""
+        for player, parameters in self.parameters.items():
+            if not bool(torch.isfinite(torch.nn.utils.get_total_norm(parameters))):
+                raise self._non_finite(player, "its parameters are no longer finite")
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set in any process, so that all of them stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
 
     def iteration(self) -> dict[str, Tensor]:
         """All turns of one step, the moving average and the method's after_step; logs by '<player>/<name>'."""
         batch = self.batches(self.step)
         logs: dict[str, Tensor] = {}
-        for turn in self.method.turns(self.step):
+        turns = self.method.turns(self.step)
+        for turn in turns:
             logs |= {f"{turn.player}/{key}": value for key, value in self.take(turn, batch).items()}
-        if self.average:
+        if self.average and self.averaged in [turn.player for turn in turns]:
             self.average.update(self.step)
         self.method.after_step(self.step)
         self.step += 1
@@ -157,7 +166,9 @@ class Trainer:
 
     def fit(self) -> None:
         """Train up to config.steps; raises Interrupted after a signal, once a checkpoint has been written."""
-        config, writer = self.config, MetricsFile(self.out / "metrics.jsonl", self.step)
+        config, writer = self.config, None
+        if self.accelerator.is_main_process:
+            writer = MetricsFile(self.out / "metrics.jsonl", self.step)
         totals: dict[str, tuple[Tensor, int]] = {}
         bar = tqdm(
             total=config.steps,
@@ -181,19 +192,23 @@ class Trainer:
                     self._log(writer, means, seconds, bar)
                 if config.sample_every and self.step % config.sample_every == 0 and self.step < config.steps:
                     self._sample()
-                last = self.step == config.steps
-                if last or stopped.is_set() or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                last, stop = self.step == config.steps, self._anywhere(stopped.is_set())
+                if last or stop or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
                     self.save()
-                if stopped.is_set() and not last:
+                if stop and not last:
                     raise Interrupted(self.out)
         self._sample()
 
-    def _log(self, writer: MetricsFile, means: dict[str, float], seconds: float, bar: tqdm) -> None:
+    def _log(self, writer: MetricsFile | None, means: dict[str, float], seconds: float, bar: tqdm) -> None:
         self.accelerator.log(means, step=self.step)
-        if not self.accelerator.is_main_process:
+        if writer is None:
             return
         writer.write({"step": self.step, "seconds_per_step": round(seconds, 5), **means})
-        shown = {k: f"{v:.3g}" for k, v in means.items() if not k.endswith("grad_norm")}
+        # What is minimised says little (the gradient injection has no meaning as a number) where a method
+        # logs something that does.
+        named = {k.split("/")[0] for k in means if not k.endswith(("/loss", "/grad_norm"))}
+        hidden = {f"{player}/loss" for player in named}
+        shown = {k: f"{v:.3g}" for k, v in means.items() if not k.endswith("/grad_norm") and k not in hidden}
         bar.set_postfix(shown)
         # Without a terminal there is no bar: ten lines a run say where it is.
         if bar.disable and (self.step * 10 // self.config.steps) != (
@@ -207,7 +222,10 @@ class Trainer:
             )
 
     def _sample(self) -> None:
-        if self.on_sample and self.config.sample_every and self.accelerator.is_main_process:
+        if not (self.on_sample and self.config.sample_every):
+            return
+        self._check_parameters()
+        if self.accelerator.is_main_process:
             with self.evaluating():
                 self.on_sample(self.step)
 
@@ -231,6 +249,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; only the main process does."""
+        self._check_parameters()
         if self.accelerator.is_main_process:
             tensors: dict[str, dict[str, Tensor]] = {}
             for name, module in self.method.players.items():
@@ -261,6 +280,8 @@ class Trainer:
         if self.average:
             self.average.load(tensors["average"])
         self.step = state["step"]
+        if self.step > self.config.steps:
+            raise UserError(f"steps: {self.config.steps} is fewer than the {self.step} that are done already")
 
 
 def _load(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -324,14 +345,12 @@ def accelerator_for(config: FitConfig, out: Path) -> Accelerator:
         # Accelerate keeps its first settings for the whole process; a second run here may have others.
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
-        cpu=config.device == "cpu",
+        # 'auto' is a CUDA GPU or the CPU: Apple's MPS has no float64, in which times are kept.
+        cpu=config.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision=config.mixed_precision,
         log_with=tracker,
         project_dir=str(out / "logs"),
     )
-    if tracker:
-        told = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}  # TensorBoard takes no None
-        accelerator.init_trackers("diffdistill", config=told)
     return accelerator
 
 

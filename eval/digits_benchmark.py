@@ -18,6 +18,7 @@ from typing import Any
 
 from diffdistill.config import coerce
 from diffdistill.environment import environment
+from diffdistill.errors import UserError
 
 from .evaluate import COLUMNS, evaluate_run
 from .report import markdown_table, text_table, write_json, write_text
@@ -27,10 +28,13 @@ def one_seed(seed: int, steps: int, teacher_steps: Sequence[int], out: Path) -> 
     """Train (or resume) and evaluate one seed; the finished report is read back if it is there."""
     from diffdistill.run import distill
 
-    run = out / f"seed-{seed}"
+    run, asked = out / f"seed-{seed}", {"steps": steps, "teacher_steps": list(teacher_steps)}
     report = run / "report.json"
     if report.exists():
-        return json.loads(report.read_text())
+        done = json.loads(report.read_text())
+        if done["asked"] != asked:
+            raise UserError(f"out: {str(run)!r} was made with {done['asked']}, not {asked}; choose another --out")
+        return done
     started = time.perf_counter()
     if not (run / "student").exists():
         if (run / "config.yaml").exists():
@@ -39,7 +43,7 @@ def one_seed(seed: int, steps: int, teacher_steps: Sequence[int], out: Path) -> 
             distill(method="dmd2", preset="digits", steps=steps, seed=seed, sample_every=0, out=str(run))
     seconds = time.perf_counter() - started
     rows = evaluate_run(str(run), None, teacher_steps, "digits", None, seed, None)
-    result = {"seed": seed, "training seconds": seconds, "rows": rows}
+    result = {"seed": seed, "asked": asked, "training seconds": seconds, "rows": rows}
     write_json(result, report)
     return result
 

@@ -20,7 +20,7 @@ from diffdistill.data import Data, open_data
 from diffdistill.denoiser import Cond
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
-from diffdistill.families import is_student, load_student, load_teacher, read_metadata
+from diffdistill.families import METADATA, is_student, load_student, load_teacher, read_metadata
 from diffdistill.guidance import guided
 from diffdistill.ode import ddim_step, solve
 from diffdistill.players import Teacher
@@ -98,7 +98,7 @@ class DigitJudge:
                 f"data: {data.name!r} has samples of shape {tuple(data.shape)}; the feature network that this "
                 "version ships is for 8x8 digits, shape (1, 8, 8)"
             )
-        self.network = load_digit_classifier().eval()
+        self.network = load_digit_classifier()
         self.real = self._features(data.get(torch.arange(len(data))).images)
         self.statistics = statistics(self.real)
 
@@ -128,16 +128,22 @@ def _on_device(teacher: Teacher) -> Teacher:
 
 def draws_of(folder: Path, teacher: str | None, teacher_steps: Sequence[int]) -> tuple[Teacher, str, list[Row]]:
     """The teacher, where it came from, and the rows to draw: its own steps, and the student's if there is one."""
-    described = _on_device(load_teacher(folder))
-    student = is_student(folder)
-    source = (teacher or read_metadata(folder)["teacher"]) if student else str(folder)
-    judged = _on_device(load_teacher(source)) if student else described
-    rows = [Row("teacher", steps, partial(teacher_images, judged, steps, 1.0)) for steps in teacher_steps]
-    if student:
-        sampler, _ = load_student(folder)
-        sampler.denoiser.to(_device())
-        rows.append(Row("student", len(sampler.levels), partial(sampler, described.shape)))
-    return judged, source, rows
+    if not is_student(folder):
+        judged = _on_device(load_teacher(folder))
+        return judged, str(folder), _teacher_rows(judged, teacher_steps, 1.0)
+    sampler, described = load_student(folder)
+    sampler.denoiser.to(_device())
+    meta = read_metadata(folder)
+    source, used = teacher or meta["teacher"], meta["options"]
+    judged = _on_device(load_teacher(source, null_class=used.get("null_class")))
+    # The student imitates the teacher as it was guided.
+    rows = _teacher_rows(judged, teacher_steps, used.get("guidance_scale", 1.0))
+    return judged, source, [*rows, Row("student", len(sampler.levels), partial(sampler, described.shape))]
+
+
+def _teacher_rows(teacher: Teacher, teacher_steps: Sequence[int], guidance_scale: float) -> list[Row]:
+    name = "teacher" if guidance_scale == 1 else f"teacher, guidance {guidance_scale:g}"
+    return [Row(name, steps, partial(teacher_images, teacher, steps, guidance_scale)) for steps in teacher_steps]
 
 
 def compare(
@@ -157,11 +163,19 @@ def compare(
     draw_all(rows[0].draw, labels, 64, seed)
     for row in rows:
         drawn = draw_all(row.draw, labels, count, seed)
+        if not bool(drawn.images.isfinite().all()):
+            raise UserError(f"eval: the {row.model}'s images are not finite; its training diverged")
         scores = judge(drawn.images, labels)
         table.append({"model": row.model, "steps": row.steps, **scores, "ms per image": 1000 * drawn.seconds_per_image})
         label = f"{row.model}, {row.steps} step{'' if row.steps == 1 else 's'}"
         shown.append((label, draw_all(row.draw, shown_cond, 20, seed).images))
     return table, shown
+
+
+def model_folder(folder: str) -> Path:
+    """The student or teacher in a run folder; else the folder, hub id or name as it is."""
+    runs = (Path(folder) / "student", Path(folder) / "teacher")
+    return next((p for p in runs if (p / "model_index.json").is_file()), Path(folder))
 
 
 def evaluate_run(
@@ -172,17 +186,15 @@ def evaluate_run(
 
     `folder` is a run, or the folder of a student or a teacher, whose model card gets the table too.
     """
-    root = Path(folder)
-    model = next((p for p in (root / "student", root / "teacher", root) if (p / "model_index.json").is_file()), None)
-    if model is None:
+    root, model = Path(folder), model_folder(folder)
+    if not (model / "model_index.json").is_file():
         raise UserError(f"eval: {folder!r} holds no student or teacher yet; train one, or make it with export")
+    into = Path(out) if out else root / "eval"
+    write_text("", into / ".probe").unlink()  # an unwritable folder shows now
     images = open_data(data)
     count = count or len(images)
-    if count < 100:
-        raise UserError(f"count: {count} images say too little of a distribution; give 100 or more")
     judged, source, rows = draws_of(model, teacher, teacher_steps)
     table, shown = compare(judged, rows, images, count, seed)
-    into = Path(out) if out else root / "eval"
     report = {
         "model": str(model),
         "teacher": source,
@@ -198,7 +210,8 @@ def evaluate_run(
     picture = save_png(side_by_side(shown, scale=6), into / "comparison.png")
     features = "in the features of a small digit classifier (not FID)"
     told = f"{count} images of seed {seed} against {len(images)} real ones, {features}"
-    _add_to_card(model / "README.md", f"{markdown_table(table, COLUMNS)}\n{told}.\n")
+    if (model / METADATA).is_file():  # a folder of ours
+        _add_to_card(model / "README.md", f"{markdown_table(table, COLUMNS)}\n{told}.\n")
     print(text_table(table, COLUMNS))
     print(told)
     print(f"pictures: {picture}" + (f", {root / 'samples'}/" if (root / "samples").is_dir() else ""))
@@ -208,7 +221,7 @@ def evaluate_run(
 
 def _add_to_card(card: Path, section: str) -> None:
     heading = "\n## Evaluation\n\n"
-    before = card.read_text(encoding="utf-8").split(heading)[0] if card.exists() else ""
+    before = card.read_text(encoding="utf-8").split(heading)[0]
     write_text(before + heading + section, card)
 
 
@@ -217,20 +230,26 @@ def sample_picture(
     count: int,
     classes: Sequence[int] | None,
     steps: int | None,
-    guidance_scale: float,
+    guidance_scale: float | None,
     seed: int,
     out: str,
 ) -> Path:
     """`diffdistill sample`: images of a student's or a teacher's folder as one PNG."""
-    teacher = _on_device(load_teacher(folder))
-    labels = _labels(teacher, count, classes)
-    draw: Draw = partial(teacher_images, teacher, steps or 16, guidance_scale)
-    if steps is None and is_student(folder):
-        sampler, _ = load_student(folder)
+    model = model_folder(folder)
+    draw: Draw
+    if is_student(model):
+        for name, value in (("steps", steps), ("guidance_scale", guidance_scale)):
+            if value is not None:
+                raise UserError(f"{name}: {value} was given, and a student's own are part of it")
+        sampler, teacher = load_student(model)
         sampler.denoiser.to(_device())
         draw = partial(sampler, teacher.shape)
+    else:
+        teacher = _on_device(load_teacher(model))
+        draw = partial(teacher_images, teacher, steps or 16, 1.0 if guidance_scale is None else guidance_scale)
+    labels = _labels(teacher, count, classes)
     drawn = draw_all(draw, labels, count, seed)
-    columns = teacher.num_classes or 8
+    columns = min(teacher.num_classes or 8, 10)
     return save_png(image_grid(drawn.images, columns, scale=max(1, 64 // teacher.shape[-1])), Path(out))
 
 

@@ -46,21 +46,23 @@ def network(milliseconds: float, batch: int) -> tuple[Teacher, float]:
             attention=(1,),
             dropout=0.0,
         )
-        taken = statistics.median(_timed(partial(_forward, teacher.denoiser, batch, grad=False)) for _ in range(5))
+        taken = statistics.median(
+            _timed(partial(_forward, teacher.denoiser, _inputs(batch), grad=False)) for _ in range(5)
+        )
         if 1000 * taken >= milliseconds:
             break
     return teacher, taken
 
 
-def _inputs(denoiser: nn.Module, batch: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def _inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 3, 16, 16, generator=generator)
     return x, torch.full((batch,), 0.8, dtype=torch.float64), {"class_labels": torch.arange(batch) % 10}
 
 
-def _forward(denoiser: nn.Module, batch: int, *, grad: bool) -> torch.Tensor:
+def _forward(denoiser: nn.Module, inputs: tuple, *, grad: bool) -> torch.Tensor:
     with torch.set_grad_enabled(grad):
-        return denoiser(*_inputs(denoiser, batch)).y
+        return denoiser(*inputs).y
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -80,37 +82,36 @@ class Bare:
             name: torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
             for name, module in self.method.players.items()
         }
-        for p in self.method.players["fake_score"].parameters():
-            p.grad = torch.zeros_like(p)
+        self.inputs = _inputs(fit.batch_size)
 
     def cycle(self) -> None:
         for step in range(self.config.update_ratio):
             if step == 0:
                 self._student()
             self._fake_score(draw=step > 0)
-            self.average.update(10**6)
 
     def _student(self) -> None:
-        batch, m = self.fit.batch_size, self.method
+        m, inputs = self.method, self.inputs
         only_trains(m.student, m.players.values())
-        y = _forward(m.student, batch, grad=True)
-        _forward(self.teacher, batch, grad=False)
-        _forward(m.fake_score, batch, grad=False)
+        y = _forward(m.student, inputs, grad=True)
+        _forward(self.teacher, inputs, grad=False)
+        _forward(m.fake_score, inputs, grad=False)
         total = y.sum()
         if m.needs_data:
-            x, t, cond = _inputs(m.student, batch)
+            x, t, cond = inputs
             total = total + m.head(m.fake_score.features(x + 0 * y, t, cond)).sum()
         self._step("student", total)
+        self.average.update(10**6)
 
     def _fake_score(self, draw: bool) -> None:
-        batch, m = self.fit.batch_size, self.method
+        m, inputs = self.method, self.inputs
         only_trains(m.players["fake_score"], m.players.values())
         if draw:
-            _forward(m.student, batch, grad=False)
-        total = _forward(m.fake_score, batch, grad=True).sum()
+            _forward(m.student, inputs, grad=False)
+        total = _forward(m.fake_score, inputs, grad=True).sum()
         if m.needs_data:
             for _ in range(2):
-                total = total + m.head(m.fake_score.features(*_inputs(m.fake_score, batch))).sum()
+                total = total + m.head(m.fake_score.features(*inputs)).sum()
         self._step("fake_score", total)
 
     def _step(self, player: str, total: torch.Tensor) -> None:

@@ -9,9 +9,8 @@ update rule). A discriminator head on the fake score's bottleneck, which reads n
 images, adds a GAN loss. There is no regression on teacher pairs.
 
 Deviations: one step only so far (the multi-step student with backward simulation is another turn of this
-file); the normaliser is clamped at 1e-5 where the authors replace nan by 0; mean|x - D| is taken for each
-sample. With `normalise: false` the gradient is the exact one of the KL divergence, which `verify` compares
-with its closed form.
+file); the normaliser is clamped at 1e-5 where the authors replace nan by 0. With `normalise: false` the gradient
+is the exact one of the KL divergence, which `verify` compares with its closed form.
 """
 
 from __future__ import annotations
@@ -79,24 +78,6 @@ PRESETS = {
         "fake_score_lr": 2e-6,
         "gan_weight": 3e-3,
     },
-    "sd15": {
-        "batch_size": 32,
-        "update_ratio": 10,
-        "student_lr": 1e-5,
-        "fake_score_lr": 1e-5,
-        "guidance_scale": 1.75,
-        "fake_score_loss": "epsilon",
-    },
-    "sdxl": {
-        "batch_size": 2,
-        "update_ratio": 5,
-        "student_lr": 5e-7,
-        "fake_score_lr": 5e-7,
-        "guidance_scale": 8.0,
-        "gan_weight": 5e-3,
-        "fake_score_loss": "epsilon",
-        "student_level": 399.0,
-    },
 }
 
 
@@ -109,7 +90,9 @@ class Config:
     beta1: float = option(0.9, "AdamW's first beta, for all players", at_least=0, below=1)
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
     update_ratio: int = option(5, "steps of the fake score for one of the student", at_least=1)
-    guidance_scale: float = option(1.0, "classifier-free guidance of the teacher (1: none); never of the fake score")
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance of the teacher (1: none); never of the fake score", at_least=0
+    )
     student_level: float | None = option(
         None, "the timestep or sigma at which the student reads pure noise; default: the noisiest", at_least=0
     )

@@ -1,5 +1,6 @@
 """The command line as a user meets it: quick help, one clear line for bad input, exit codes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from diffdistill import config
 from diffdistill.cli import main
 
 Teachers = Callable[[str], Path]
@@ -41,8 +43,10 @@ def test_help_explains_every_option_with_its_default(capsys: Capture) -> None:
         main(["train", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--student-lr X AdamW's learning rate for the student (default: 1e-05)" in text
-    assert "--steps N iterations; a method's turns of one step count as one (default: 1000)" in text
+    info = config.describe_method("dmd2")
+    for f in [*dataclasses.fields(config.TrainConfig), *dataclasses.fields(info.config)]:
+        assert f"--{f.name.replace('_', '-')} " in text
+        assert f"{' '.join(f.metadata['help'].split())} (default: {f.default})" in text
 
 
 def test_methods_lists_and_describes(capsys: Capture) -> None:
@@ -82,6 +86,7 @@ def test_verify_prints_expected_got_error(capsys: Capture, tmp_path: Path) -> No
         (["train", "--resume", "nowhere"], "config: 'nowhere/config.yaml' cannot be read"),
         (["train", "--time-low", "0.9", "--time-high", "0.5"], "time_low: 0.9 must be less than time_high"),
         (["train", "--student-level", "5000"], "student_level: 5000.0 is not a whole timestep from 0 to 999"),
+        (["eval", "nowhere", "--count", "50"], "count: 50 must be at least 100"),
         (["eval", "nowhere"], "eval: 'nowhere' holds no student or teacher yet"),
         (["sample", "nowhere"], "teacher: 'nowhere' is not a folder"),
         (["sample", "digits", "--classes", "12"], "classes: 12 is not among the 10 classes"),
@@ -145,6 +150,7 @@ def test_a_full_disk_is_noticed_at_the_start(
     monkeypatch.setattr("diffdistill.run.shutil.disk_usage", lambda path: usage(10, 10, 0))
     says = refused(["train", "--teacher", str(tiny_teacher("vp")), "--out", str(tmp_path / "run")], capsys)
     assert "0 MiB free and this run needs" in says
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unwritable_folder_is_noticed_at_the_start(tiny_teacher: Teachers, tmp_path: Path, capsys: Capture) -> None:
@@ -166,6 +172,7 @@ def test_train_then_sample_then_eval(tiny_teacher: Teachers, tmp_path: Path, cap
     argv = ["train", "--teacher", str(tiny_teacher("vp")), "--steps", "1", "--batch-size", "4", "--out", str(run)]
     assert main([*argv, "--device", "cpu"]) == 0
     assert f"diffdistill eval {run}" in capsys.readouterr().out
+    assert "a student's own are part of it" in refused(["sample", str(run), "--steps", "4"], capsys)
     picture = tmp_path / "picture.png"
     assert main(["sample", str(run / "student"), "--count", "6", "--classes", "3,5", "--out", str(picture)]) == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -197,4 +204,4 @@ def test_a_method_file_of_the_users_own(tiny_teacher: Teachers, tmp_path: Path, 
                  "4", "--out", str(tmp_path / "run"), "--device", "cpu", "--student-lr", "1e-4"]) == 0  # fmt: skip
     mine.write_text('"""No options."""\nPAPER = "x"\nDATA = "x"\nEQUATIONS = {}\n')
     capsys.readouterr()
-    assert "does not define class Config" in refused(["train", "--method", str(mine)], capsys)
+    assert "does not define Config, METHOD, verify" in refused(["train", "--method", str(mine)], capsys)

@@ -123,6 +123,44 @@ def test_an_interrupted_write_costs_no_checkpoint(
     assert metrics(whole) == metrics(tmp_path / "run")
 
 
+def test_a_resumed_run_remembers_what_changed(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    import yaml
+
+    out = tmp_path / "run"
+    distill(**options(tiny_teacher("vp"), out, steps=2))
+    distill(resume=out, steps=4)
+    assert yaml.safe_load((out / "config.yaml").read_text())["steps"] == 4
+    assert json.loads((out / "student" / "diffdistill.json").read_text())["step"] == 4
+    with pytest.raises(UserError, match="steps: 3 is fewer than the 4 that are done"):
+        distill(resume=out, steps=3)
+    with pytest.raises(UserError, match="seed: cannot change when a run is resumed"):
+        distill(resume=out, seed=1)
+    assert yaml.safe_load((out / "config.yaml").read_text())["steps"] == 4
+
+
+def test_the_average_moves_only_with_its_player(tmp_path: Path) -> None:
+    class EveryThird(TwoPlayers):
+        def turns(self, step: int) -> list[Turn]:
+            return [turn for turn in super().turns(step) if turn.player != "a" or step % 3 == 0]
+
+    trainer = trainer_of(EveryThird(), tmp_path, steps=3, ema=0.5)
+    assert trainer.average is not None
+    before = []
+    for _ in range(3):
+        trainer.iteration()
+        before.append(trainer.average.averages[0].clone())
+    assert torch.equal(before[0], before[1]) and torch.equal(before[1], before[2])
+
+
+def test_overflowing_parameters_are_not_saved(tmp_path: Path) -> None:
+    method = TwoPlayers()
+    trainer = trainer_of(method, tmp_path, steps=5, checkpoint_every=1)
+    method.after_step = lambda step: step == 2 and method.players["a"].weight.data.fill_(torch.inf)  # type: ignore
+    with pytest.raises(NonFinite, match=r"player .a.: its parameters are no longer finite.*step-00000002"):
+        trainer.fit()
+    assert checkpoints(tmp_path / "checkpoints")[-1].name == "step-00000002"
+
+
 def test_only_the_newest_checkpoints_are_kept(whole: Path) -> None:
     assert [p.name for p in checkpoints(whole / "checkpoints")] == ["step-00000004", "step-00000006"]
 
@@ -207,7 +245,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
 def test_a_non_finite_loss_stops_before_anything_is_updated(tmp_path: Path) -> None:
     method = TwoPlayers(poison=3)
     trainer = trainer_of(method, tmp_path, steps=5, checkpoint_every=2)
-    with pytest.raises(NonFinite, match=r"step 3, player 'a'.*step-00000002"):
+    with pytest.raises(NonFinite, match=r"step 3, player 'a': loss inf.*step-00000002"):
         trainer.fit()
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
     assert all(bool(p.isfinite().all()) for m in method.players.values() for p in m.parameters())
