@@ -67,6 +67,7 @@ class Trainer:
         self.accelerator = accelerator
         self.on_sample = on_sample
         self.step = 0
+        self.totals: dict[str, tuple[Tensor | float, int]] = {}  # sums since the last line of metrics.jsonl
         self.averaged = next(iter(method.players)) if config.ema else None
         self._start_players()
         self.average = MovingAverage(method.players[self.averaged], config.ema) if self.averaged else None
@@ -169,7 +170,6 @@ class Trainer:
         config, writer = self.config, None
         if self.accelerator.is_main_process:
             writer = MetricsFile(self.out / "metrics.jsonl", self.step)
-        totals: dict[str, tuple[Tensor, int]] = {}
         bar = tqdm(
             total=config.steps,
             initial=self.step,
@@ -182,13 +182,13 @@ class Trainer:
                 self._sample()
             while self.step < config.steps:
                 for key, value in self.iteration().items():
-                    total, count = totals.get(key, (0.0, 0))
-                    totals[key] = (total + value, count + 1)
+                    total, count = self.totals.get(key, (0.0, 0))
+                    self.totals[key] = (total + value, count + 1)
                 bar.update()
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    means = {k: float(total) / count for k, (total, count) in totals.items()}
+                    means = {k: float(total) / count for k, (total, count) in self.totals.items()}
                     seconds = (time.perf_counter() - started) / (self.step - since)
-                    totals = {}
+                    self.totals = {}
                     self._log(writer, means, seconds, bar)
                 if config.sample_every and self.step % config.sample_every == 0 and self.step < config.steps:
                     self._sample()
@@ -257,9 +257,9 @@ class Trainer:
                 tensors[f"{name}.optimizer"] = optimizer_state(module, self.optimizers[name])
             if self.average:
                 tensors["average"] = self.average.state()
-            save_checkpoint(
-                self.out / "checkpoints", self.step, tensors, {"world_size": self.accelerator.num_processes}
-            )
+            totals = {key: (float(total), count) for key, (total, count) in self.totals.items()}
+            state = {"world_size": self.accelerator.num_processes, "totals": totals}
+            save_checkpoint(self.out / "checkpoints", self.step, tensors, state)
             remove_old(self.out / "checkpoints", self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -280,6 +280,7 @@ class Trainer:
         if self.average:
             self.average.load(tensors["average"])
         self.step = state["step"]
+        self.totals = {key: (total, count) for key, (total, count) in state["totals"].items()}
         if self.step > self.config.steps:
             raise UserError(f"steps: {self.config.steps} is fewer than the {self.step} that are done already")
 
