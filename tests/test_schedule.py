@@ -213,8 +213,8 @@ def test_init_scale_with_data_that_is_not_of_unit_variance() -> None:
         native = schedule.native(t)
         close(native.scale * schedule.init_scale(float(t)), torch.tensor(1.0), atol=1e-14)
     assert TrigFlow().init_scale(1.0) == 1 and TrigFlow().init_level == math.pi / 2
-    level = LinearFlow(3.0).init_level
-    assert level == pytest.approx(3 * 0.999 / (1 + 2 * 0.999), abs=1e-15)
+    # A whole timestep whatever the shift: the stock flow scheduler truncates the times it gives the network.
+    assert LinearFlow(3.0).init_level * 1000 == 999
 
 
 # -- distributions over the angle ------------------------------------------------------------------------------
