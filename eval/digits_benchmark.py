@@ -1,6 +1,6 @@
 """Benchmark: DMD2's one-step student of the embedded digits teacher against the teacher's own steps.
 
-    python -m diffdistill.eval.digits_benchmark --seeds 0,1,2 --steps 900 --out runs/digits-benchmark
+    python -m diffdistill.eval.digits_benchmark --seeds 0,1,2 --steps 1100 --out runs/digits-benchmark
 
 Each seed trains a student and evaluates it and the teacher on noise of that seed. Reported are means and
 standard deviations over the seeds. Seeds that are done are not repeated; a stopped one is resumed.
@@ -65,7 +65,7 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=900, help="training steps of a student (default: 900)")
+    parser.add_argument("--steps", type=int, default=1100, help="training steps of a student (default: 1100)")
     parser.add_argument("--teacher-steps", default="8,16,32")
     parser.add_argument("--out", default="runs/digits-benchmark")
     args = parser.parse_args(argv)
