@@ -111,8 +111,9 @@ def test_the_folder_says_how_it_was_made(tiny_teacher: Teachers, tmp_path: Path)
     assert meta["levels"] == [999.0] and meta["method"] == "dmd2" and meta["options"]["steps"] == 1
 
 
-def test_an_unconditional_student_of_a_ddpm_pipeline(tmp_path: Path) -> None:
-    """A folder that diffdistill did not make: DDPMPipeline, no classes, three channels, eps."""
+@pytest.mark.parametrize("kind", ["ddpm", "consistency"])
+def test_an_unconditional_student_of_a_folder_that_is_not_ours(kind: str, tmp_path: Path) -> None:
+    """DDPMPipeline with eps, or ConsistencyModelPipeline with its own scheduler; no classes, three channels."""
     import diffusers
 
     torch.manual_seed(0)
@@ -120,9 +121,18 @@ def test_an_unconditional_student_of_a_ddpm_pipeline(tmp_path: Path) -> None:
         sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4,
     )  # fmt: skip
-    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    made = {
+        "ddpm": lambda: diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()),
+        "consistency": lambda: diffusers.ConsistencyModelPipeline(unet, diffusers.CMStochasticIterativeScheduler()),
+    }
+    made[kind]().save_pretrained(tmp_path / "teacher")
     folder = distill(
-        teacher=str(tmp_path / "ddpm"), steps=1, batch_size=2, sample_every=0, device="cpu", out=str(tmp_path / "run")
+        teacher=str(tmp_path / "teacher"),
+        steps=1,
+        batch_size=2,
+        sample_every=0,
+        device="cpu",
+        out=str(tmp_path / "run"),
     )
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     sampler, student = load_student(folder)
