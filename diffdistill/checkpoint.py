@@ -33,10 +33,10 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    for name, parameter in module.named_parameters():
-        prefix = f"{name}|"
-        slots = {key[len(prefix) :]: value for key, value in flat.items() if key.startswith(prefix)}
-        optimizer.state[parameter] = {k: _laid_out_like(parameter, v) for k, v in slots.items()}
+    parameters = dict(module.named_parameters())
+    for key, value in flat.items():
+        name, slot = key.rsplit("|", 1)
+        optimizer.state[parameters[name]][slot] = _laid_out_like(parameters[name], value)
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:

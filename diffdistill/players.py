@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
-from .prediction import expand
+from .prediction import diffuse
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -122,7 +122,7 @@ class FewStepSampler:
         for level in self.levels[1:]:
             s = schedule.angle(level).to(x.device).expand(len(x))
             pred = self.denoiser(x, t, cond)
-            x = expand(torch.cos(s), x) * pred.x0 + expand(torch.sin(s), x) * noise() if self.renoise else pred.at(s)
+            x = diffuse(pred.x0, s, noise()) if self.renoise else pred.at(s)
             t = s
         return self.denoiser(x, t, cond).x0 * schedule.data_std
 

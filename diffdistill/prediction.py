@@ -52,6 +52,11 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
+def diffuse(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """(B, ...) x_t = cos(t) x0 + sin(t) eps for t (B,)."""
+    return expand(torch.cos(t), x0) * x0 + expand(torch.sin(t), x0) * eps
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A raw output y (B, ...) at x_t (B, ...); a, b, t are (B,) float64, in units where x0 has variance one.

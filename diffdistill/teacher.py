@@ -20,7 +20,7 @@ from .losses import denoising_loss
 from .method import Batch, Optimizer, Turn
 from .pipelines.export import save_pipeline, scheduler_config, teacher_scheduler
 from .players import FewStepSampler, Teacher
-from .prediction import expand
+from .prediction import diffuse
 from .rng import seed_for
 from .run import batches, grid_writer, resumed_options, start_folder
 from .schedule import EDM, DiscreteVP, LinearFlow, Schedule
@@ -48,7 +48,7 @@ class Denoising:
         assert batch.x0 is not None
         t = self._times(batch)
         eps = batch.randn("eps")
-        x_t = expand(torch.cos(t), eps) * batch.x0 + expand(torch.sin(t), eps) * eps
+        x_t = diffuse(batch.x0, t, eps)
         return {"loss": denoising_loss(self.denoiser(x_t, t, batch.cond), batch.x0, eps)}
 
     def _times(self, batch: Batch) -> Tensor:

@@ -47,7 +47,7 @@ from diffdistill.players import (
     only_trains,
     trainable_copy,
 )
-from diffdistill.prediction import expand
+from diffdistill.prediction import diffuse, expand
 from diffdistill.times import native_uniform
 from diffdistill.verify import Check, differs, equal, gauss_hermite, gradient
 
@@ -215,11 +215,6 @@ class DMD2:
     def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
         """(B,) the discriminator's logits of x noised to t."""
         return self.head(self.fake_score.features(diffuse(x, t, eps), t, cond))
-
-
-def diffuse(x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """x_t = cos(t) x + sin(t) eps for t (B,)."""
-    return expand(torch.cos(t), x) * x + expand(torch.sin(t), x) * eps
 
 
 def _head(fake_score: Denoiser, teacher: Teacher) -> DiscriminatorHead:
