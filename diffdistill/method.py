@@ -14,6 +14,14 @@ from .players import FewStepSampler
 from .rng import generator
 
 
+class Pair(NamedTuple):
+    """Noise and the image that the teacher's sampler makes of it (see pairs.py)."""
+
+    z: Tensor  #: (B, ...) standard normal
+    x0: Tensor  #: (B, ...) of unit variance
+    cond: Cond
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step's conditions, its data if there are any, and its randomness."""
@@ -24,6 +32,7 @@ class Batch:
     x0: Tensor | None  #: (B, *shape) real data of unit variance, or None in data-free training
     device: torch.device
     key: tuple[int, ...]  #: (seed, step, rank)
+    pair: Pair | None = None  #: where the method asks for pairs
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator that is a function of (seed, step, rank, purpose)."""
@@ -43,20 +52,29 @@ class Optimizer(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One player's move. `loss` returns {"loss": scalar, and detached scalars to log}."""
+    """One player's move. `loss` returns {"loss": scalar, and detached scalars to log}.
+
+    `lr_factor` multiplies the learning rate of this move; `restart` gives the player a new optimizer first.
+    """
 
     player: str
     loss: Callable[[Batch], dict[str, Tensor]]
+    lr_factor: float = 1.0
+    restart: bool = False
 
 
 class Method(Protocol):
     """Trainable players by role, one optimizer each; the first is the one that is averaged and exported.
 
-    `needs_data`: whether `Batch.x0` must be there.
+    Of a player, what requires a gradient when training starts is trained, and nothing else. `state` is what
+    a checkpoint holds besides the players: an averaged target, the teacher of the present stage.
+    `needs_data`, `needs_pairs`: whether `Batch.x0` and `Batch.pair` must be there.
     """
 
     players: dict[str, nn.Module]
+    state: dict[str, nn.Module]
     needs_data: bool
+    needs_pairs: bool
 
     def optimizer(self, player: str) -> Optimizer: ...
     def turns(self, step: int) -> Sequence[Turn]: ...

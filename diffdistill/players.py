@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ class Teacher:
     family: str = ""  #: the entry of families.py that loads and exports it
     source: str = ""  #: the folder, hub id or 'digits' it came from
     scheduler: dict[str, Any] = field(default_factory=dict)  #: the config of its diffusers scheduler
+    start: Denoiser | None = None  #: what players begin as copies of; None: the denoiser itself
 
     def random_cond(self, n: int, generator: torch.Generator) -> Cond:
         """Conditions drawn uniformly over the classes; empty for an unconditional teacher."""
@@ -35,6 +36,10 @@ class Teacher:
             return {}
         device = generator.device
         return {"class_labels": torch.randint(self.num_classes, (n,), generator=generator, device=device)}
+
+    def player(self) -> Denoiser:
+        """A trainable copy, for a player that begins as the teacher."""
+        return trainable_copy(self.start or self.denoiser)
 
 
 def trainable_copy(denoiser: Denoiser) -> Denoiser:
@@ -52,10 +57,19 @@ def frozen(module: Module) -> Module:
     return module.requires_grad_(False).eval()
 
 
-def only_trains(active: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Let gradients accumulate in `active` alone; they still flow through the others to their inputs."""
-    for module in modules:
-        module.requires_grad_(module is active)
+def trainable(players: Mapping[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
+    """Each player's parameters that require a gradient; a LoRA player's frozen base is not among them."""
+    return {name: [p for p in module.parameters() if p.requires_grad] for name, module in players.items()}
+
+
+def only_trains(player: str, parameters: Mapping[str, Iterable[nn.Parameter]]) -> None:
+    """Let gradients accumulate in that player alone; they still flow through the others to their inputs.
+
+    `parameters` is what `trainable` gave before the first call.
+    """
+    for name, owned in parameters.items():
+        for p in owned:
+            p.requires_grad_(name == player)
 
 
 class DiscriminatorHead(nn.Module):
@@ -103,6 +117,16 @@ class FewStepSampler:
         scale = self.denoiser.schedule.init_scale(float(t))
         return z * scale, t.to(z.device).expand(len(z))
 
+    def input_at(self, k: int, z: Tensor, cond: Cond, noise: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+        """x_t and t (B,) that level k reads, after the levels before it; noise(j) (B, ...) is added for level j."""
+        x, t = self.start(z)
+        for j in range(1, k + 1):
+            s = self.denoiser.schedule.angle(self.levels[j]).to(x.device).expand(len(x))
+            pred = self.denoiser(x, t, cond)
+            x = diffuse(pred.x0, s, noise(j)) if self.renoise else pred.at(s)
+            t = s
+        return x, t
+
     def one_step(self, z: Tensor, cond: Cond) -> Tensor:
         """x0 (B, ...) of unit variance after the first level; gradients flow."""
         x_t, t = self.start(z)
@@ -111,35 +135,29 @@ class FewStepSampler:
     @torch.no_grad()
     def __call__(self, shape: Sequence[int], cond: Cond, generators: Sequence[torch.Generator]) -> Tensor:
         """Samples (B, *shape) in the data's own units; sample i draws from generators[i] alone."""
-        schedule = self.denoiser.schedule
         weight = next(itertools.chain(self.denoiser.parameters(), self.denoiser.buffers()))
 
-        def noise() -> Tensor:
+        def noise(j: int) -> Tensor:
             drawn = [torch.randn(tuple(shape), generator=g, device=g.device) for g in generators]
             return torch.stack(drawn).to(weight)
 
-        x, t = self.start(noise())
-        for level in self.levels[1:]:
-            s = schedule.angle(level).to(x.device).expand(len(x))
-            pred = self.denoiser(x, t, cond)
-            x = diffuse(pred.x0, s, noise()) if self.renoise else pred.at(s)
-            t = s
-        return self.denoiser(x, t, cond).x0 * schedule.data_std
+        x, t = self.input_at(len(self.levels) - 1, noise(0), cond, noise)
+        return self.denoiser(x, t, cond).x0 * self.denoiser.schedule.data_std
 
 
 class MovingAverage:
-    """An exponential moving average of a module's parameters, in their own precision, beside it."""
+    """An exponential moving average of a module's trainable parameters, in their own precision, beside it."""
 
     def __init__(self, module: nn.Module, decay: float):
-        self.module = module
         self.decay = decay
-        self.averages = [p.detach().clone() for p in module.parameters()]
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.averages = [p.detach().clone() for p in self.parameters.values()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step `step` (0-based); the decay warms up as (1 + step)/(10 + step)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.module.parameters()], 1 - decay)
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters.values()], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -151,11 +169,11 @@ class MovingAverage:
             self._swap()
 
     def _swap(self) -> None:
-        for index, p in enumerate(self.module.parameters()):
+        for index, p in enumerate(self.parameters.values()):
             p.data, self.averages[index] = self.averages[index], p.data
 
     def state(self) -> dict[str, Tensor]:
-        return dict(zip((name for name, _ in self.module.named_parameters()), self.averages, strict=True))
+        return dict(zip(self.parameters, self.averages, strict=True))
 
     def load(self, state: dict[str, Tensor]) -> None:
         for name, average in self.state().items():

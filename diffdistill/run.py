@@ -99,7 +99,7 @@ def check_data(teacher: Teacher, data: Data) -> None:
             )
 
 
-def grid_writer(out: Path, sampler: FewStepSampler, teacher: Teacher) -> Callable[[int], None]:
+def grid_writer(out: Path, sampler_now: Callable[[], FewStepSampler], teacher: Teacher) -> Callable[[int], None]:
     """step -> writes <out>/samples/step-<step>.png, always of the same noise and conditions."""
     from .eval.report import image_grid, save_png
 
@@ -107,6 +107,7 @@ def grid_writer(out: Path, sampler: FewStepSampler, teacher: Teacher) -> Callabl
     count = 8 * columns
 
     def write(step: int) -> None:
+        sampler = sampler_now()
         device = next(sampler.denoiser.parameters()).device
         cond = {} if teacher.num_classes is None else {"class_labels": torch.arange(count, device=device) % columns}
         images = sampler(teacher.shape, cond, image_generators(0, range(count)))
@@ -178,7 +179,7 @@ def distill(*, preset: str | None = None, resume: str | Path | None = None, **va
     draw = batches(config, teacher, data, accelerator)
     player_bytes = sum(p.numel() * p.element_size() for m in method.players.values() for p in m.parameters())
     teacher.denoiser.to(accelerator.device)
-    grids = grid_writer(out, method.sampler(), teacher)
+    grids = grid_writer(out, method.sampler, teacher)
     trainer = Trainer(method, draw, config, out, accelerator, grids)
     if resume is not None:
         trainer.resume()
@@ -240,6 +241,7 @@ def export_run(run: str | Path, *, step: int | None = None, out: str | Path | No
     if step not in found:
         raise UserError(f"step: no checkpoint at {step}; there are {', '.join(map(str, sorted(found)))}")
     tensors, _ = load_checkpoint(found[step])
-    student = game.method.sampler().denoiser
-    student.load_state_dict(tensors["student"] | tensors.get("average", {}))
+    for name, module in game.method.state.items():
+        module.load_state_dict(tensors[f"state.{name}"])
+    game.method.players["student"].load_state_dict(tensors["student"] | tensors.get("average", {}))
     return _export(game, Path(out) if out else run / "student", step)

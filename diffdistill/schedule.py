@@ -32,6 +32,7 @@ class Native(NamedTuple):
 class Schedule(Protocol):
     """t_min and t_max are the least and greatest noise angle that the network knows.
 
+    `levels(steps)` (steps,) is the stock sampler's descending row of levels.
     `init_level` is where a one-step student reads pure noise unless told otherwise: the noisiest level from
     which a stock scheduler can start. `init_scale(t)` is the standard deviation of x_t when that scheduler
     draws the initial noise.
@@ -46,7 +47,7 @@ class Schedule(Protocol):
     def native(self, t: Tensor) -> Native: ...
     def angle(self, level: Tensor | float) -> Tensor: ...
     def at_fraction(self, u: Tensor) -> Tensor: ...
-    def grid(self, steps: int) -> Tensor: ...
+    def levels(self, steps: int) -> Tensor: ...
     @property
     def init_level(self) -> float: ...
     def init_scale(self, t: float) -> float: ...
@@ -119,15 +120,14 @@ class DiscreteVP:
         table = self._table(u.device)
         return table[(u * len(table)).long().clamp(0, len(table) - 1)]
 
-    def grid(self, steps: int) -> Tensor:
+    def levels(self, steps: int) -> Tensor:
         """DDIM with trailing spacing: the first step is at the noisiest timestep."""
         count = len(self.alphas_cumprod)
         if _positive_steps(steps) > count:
             raise UserError(f"steps: {steps} is more than the teacher's {count} timesteps; give {count} or fewer")
         # Rounded as numpy's arange(count, 0, -count / steps) rounds, which decides ties such as 937.5.
         levels = count + torch.arange(steps, dtype=torch.float64) * ((count - count / steps) - count)
-        angles = self._table(torch.device("cpu"))[levels.round().long() - 1]
-        return torch.cat([angles, angles.new_zeros(1)])
+        return levels.round() - 1
 
     @property
     def init_level(self) -> float:
@@ -171,12 +171,12 @@ class LinearFlow:
     def at_fraction(self, u: Tensor) -> Tensor:
         return self.angle(self._shifted(u))
 
-    def grid(self, steps: int) -> Tensor:
+    def levels(self, steps: int) -> Tensor:
         """FlowMatchEulerDiscreteScheduler's: uniform between the end points of the shifted range, then shifted."""
         # The scheduler takes both ends from its already shifted training table, and shifts once more.
         ends = self._shifted(torch.tensor([1.0, 1.0 / self.train_timesteps], dtype=torch.float64))
         sigma = torch.linspace(float(ends[0]), float(ends[1]), _positive_steps(steps), dtype=torch.float64)
-        return self.angle(torch.cat([self._shifted(sigma), sigma.new_zeros(1)]))
+        return self._shifted(sigma)
 
     @property
     def init_level(self) -> float:
@@ -224,10 +224,9 @@ class EDM:
     def at_fraction(self, u: Tensor) -> Tensor:
         return self.angle(self._karras(u))
 
-    def grid(self, steps: int) -> Tensor:
-        """Eq. 5 of the paper, then zero."""
-        sigma = self._karras(torch.linspace(1, 0, _positive_steps(steps), dtype=torch.float64))
-        return self.angle(torch.cat([sigma, sigma.new_zeros(1)]))
+    def levels(self, steps: int) -> Tensor:
+        """Eq. 5 of the paper."""
+        return self._karras(torch.linspace(1, 0, _positive_steps(steps), dtype=torch.float64))
 
     @property
     def init_level(self) -> float:
@@ -255,8 +254,8 @@ class TrigFlow:
     def at_fraction(self, u: Tensor) -> Tensor:
         return self.t_min + u * (self.t_max - self.t_min)
 
-    def grid(self, steps: int) -> Tensor:
-        return torch.linspace(self.t_max, 0, _positive_steps(steps) + 1, dtype=torch.float64)
+    def levels(self, steps: int) -> Tensor:
+        return torch.linspace(self.t_max, 0, _positive_steps(steps) + 1, dtype=torch.float64)[:-1]
 
     @property
     def init_level(self) -> float:
@@ -264,6 +263,11 @@ class TrigFlow:
 
     def init_scale(self, t: float) -> float:
         return 1.0
+
+
+def sampling_grid(schedule: Schedule, steps: int) -> Tensor:
+    """(steps + 1,) the angles of `schedule.levels(steps)`, and zero."""
+    return torch.cat([schedule.angle(schedule.levels(steps)), torch.zeros(1, dtype=torch.float64)])
 
 
 def _betas(config: dict) -> Tensor:

@@ -23,7 +23,7 @@ from .players import FewStepSampler, Teacher
 from .prediction import diffuse
 from .rng import seed_for
 from .run import batches, grid_writer, resumed_options, start_folder
-from .schedule import EDM, DiscreteVP, LinearFlow, Schedule
+from .schedule import EDM, LinearFlow
 from .times import log_normal, logit_normal, native_uniform
 from .trainer import Trainer, accelerator_for
 
@@ -32,11 +32,13 @@ class Denoising:
     """A method with one player: E |v_theta(x_t, t) - v|^2 over the parameterisation's own times."""
 
     needs_data = True
+    needs_pairs = False
 
     def __init__(self, teacher: Teacher, config: TeacherConfig):
         self.denoiser = teacher.denoiser
         self.config = config
         self.players: dict[str, nn.Module] = {"teacher": teacher.denoiser}
+        self.state: dict[str, nn.Module] = {}
 
     def optimizer(self, player: str) -> Optimizer:
         return Optimizer(self.config.lr, weight_decay=self.config.weight_decay)
@@ -64,15 +66,7 @@ class Denoising:
 
     def sampler(self) -> FewStepSampler:
         """The teacher with 16 DDIM steps, for the sample grids."""
-        schedule = self.denoiser.schedule
-        levels = [level_of(schedule, float(t)) for t in schedule.grid(16)[:-1]]
-        return FewStepSampler(self.denoiser, levels, renoise=False)
-
-
-def level_of(schedule: Schedule, t: float) -> float:
-    """The level (timestep, sigma) of an angle."""
-    native = schedule.native(torch.tensor(t, dtype=torch.float64))
-    return float(native.time if isinstance(schedule, DiscreteVP) else native.sigma)
+        return FewStepSampler(self.denoiser, self.denoiser.schedule.levels(16).tolist(), renoise=False)
 
 
 def new_teacher(config: TeacherConfig, data: Data) -> Teacher:
@@ -115,7 +109,7 @@ def train_teacher(*, resume: str | Path | None = None, **values: Any) -> Path:
     teacher = new_teacher(config, data)
     draw = batches(config, teacher, data, accelerator, config.label_dropout)
     method = Denoising(teacher, config)
-    trainer = Trainer(method, draw, config, out, accelerator, grid_writer(out, method.sampler(), teacher))
+    trainer = Trainer(method, draw, config, out, accelerator, grid_writer(out, method.sampler, teacher))
     if resume is not None:
         trainer.resume()
     parameter_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters())

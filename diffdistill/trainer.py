@@ -32,7 +32,7 @@ from .config import FitConfig
 from .errors import UserError
 from .files import atomic_write
 from .method import Batch, Method, Optimizer, Turn
-from .players import MovingAverage, only_trains
+from .players import MovingAverage, only_trains, trainable
 from .rng import seed_for
 
 
@@ -73,10 +73,10 @@ class Trainer:
         self.average = MovingAverage(method.players[self.averaged], config.ema) if self.averaged else None
 
     def _start_players(self) -> None:
-        for module in self.method.players.values():
+        for module in (*self.method.players.values(), *self.method.state.values()):
             module.to(self.accelerator.device)
         self.settings: dict[str, Optimizer] = {name: self.method.optimizer(name) for name in self.method.players}
-        self.parameters = {name: list(module.parameters()) for name, module in self.method.players.items()}
+        self.parameters = trainable(self.method.players)
         self.optimizers = {name: self._optimizer(name) for name in self.method.players}
 
     def _optimizer(self, player: str) -> torch.optim.Optimizer:
@@ -94,7 +94,9 @@ class Trainer:
 
     def take(self, turn: Turn, batch: Batch) -> dict[str, Tensor]:
         """One player's move; returns its detached losses and 'grad_norm'."""
-        only_trains(self.method.players[turn.player], self.method.players.values())
+        only_trains(turn.player, self.parameters)
+        if turn.restart:
+            self.optimizers[turn.player] = self._optimizer(turn.player)
         # Dropout draws from the global generator; seeding it makes the masks a function of the step too.
         torch.manual_seed(seed_for(*batch.key, turn.player, "global"))
         with self.accelerator.autocast():
@@ -111,7 +113,7 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self.parameters[turn.player], self.config.max_grad_norm, norm)
         optimizer = self.optimizers[turn.player]
         for group in optimizer.param_groups:
-            group["lr"] = self._learning_rate(turn.player)
+            group["lr"] = self._learning_rate(turn.player) * turn.lr_factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return {k: v.detach() for k, v in logs.items()} | {"grad_norm": norm.detach()}
@@ -255,6 +257,8 @@ class Trainer:
             for name, module in self.method.players.items():
                 tensors[name] = module.state_dict()
                 tensors[f"{name}.optimizer"] = optimizer_state(module, self.optimizers[name])
+            for name, module in self.method.state.items():
+                tensors[f"state.{name}"] = module.state_dict()
             if self.average:
                 tensors["average"] = self.average.state()
             totals = {key: (float(total), count) for key, (total, count) in self.totals.items()}
@@ -277,6 +281,8 @@ class Trainer:
         for name, module in self.method.players.items():
             _load(module, tensors[name], found[-1])
             load_optimizer_state(module, self.optimizers[name], tensors[f"{name}.optimizer"])
+        for name, module in self.method.state.items():
+            _load(module, tensors[f"state.{name}"], found[-1])
         if self.average:
             self.average.load(tensors["average"])
         self.step = state["step"]

@@ -9,6 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .analytic import AffineGenerator, GaussianMixture, gaussian_teacher
+from .denoiser import Denoiser
+from .players import Teacher
+
 
 @dataclass(frozen=True)
 class Check:
@@ -67,6 +71,37 @@ def gauss_hermite(n: int) -> tuple[Tensor, Tensor]:
 
     nodes, weights = (torch.from_numpy(a) for a in numpy.polynomial.hermite_e.hermegauss(n))
     return nodes, weights / weights.sum()
+
+
+@dataclass(frozen=True)
+class AffineGame:
+    """A teacher N(mu, s^2), an affine student N(m, b^2) of it, and the student's exact fake score, per dimension.
+
+    The score's own means and stds require gradients, so that its training can be checked too.
+    """
+
+    teacher: Teacher
+    generator: AffineGenerator
+    student: Denoiser
+    score: GaussianMixture
+    fake_score: Denoiser
+
+
+def affine_game(mu: Tensor, s: Tensor, m: Tensor, b: Tensor) -> AffineGame:
+    """All four are (d,) float64."""
+    teacher = gaussian_teacher(mu.tolist(), s)
+    generator = AffineGenerator(m, b)
+    student = Denoiser(generator, teacher.denoiser.schedule, teacher.denoiser.row)
+    score = generator.exact_score()
+    score.means.requires_grad_()
+    score.stds.requires_grad_()
+    return AffineGame(teacher, generator, student, score, score.denoiser())
+
+
+def two_points(d: int) -> tuple[Tensor, Tensor]:
+    """z and eps (4^d, d), all signs: their mean is exact for polynomials of degree 3 in each coordinate."""
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * (2 * d))
+    return signs[:, :d], signs[:, d:]
 
 
 def run_checks(checks: Callable[[], Iterable[Check]]) -> list[Check]:

@@ -25,6 +25,7 @@ from diffdistill.guidance import guided
 from diffdistill.ode import ddim_step, solve
 from diffdistill.players import Teacher
 from diffdistill.rng import image_generators
+from diffdistill.schedule import sampling_grid
 
 from .digit_classifier import load_digit_classifier
 from .metrics import class_agreement, frechet_distance, kernel_distance, precision_recall, statistics
@@ -45,7 +46,7 @@ def teacher_images(
 ) -> Tensor:
     """DDIM (first order) on the teacher's own grid of `steps` steps, from its own initial noise."""
     denoiser = teacher.denoiser
-    grid = denoiser.schedule.grid(steps)
+    grid = sampling_grid(denoiser.schedule, steps)
     parameter = next(denoiser.parameters())
     z = torch.stack([torch.randn(teacher.shape, generator=g) for g in generators]).to(parameter)
     x = z * denoiser.schedule.init_scale(float(grid[0]))

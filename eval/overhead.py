@@ -28,7 +28,7 @@ from diffdistill.families import new_unet2d
 from diffdistill.method import Batch
 from diffdistill.methods.dmd2 import DMD2, Config
 from diffdistill.pipelines.export import scheduler_config, teacher_scheduler
-from diffdistill.players import MovingAverage, Teacher, only_trains
+from diffdistill.players import MovingAverage, Teacher, only_trains, trainable
 from diffdistill.trainer import Trainer, accelerator_for
 
 from .report import text_table, write_json
@@ -83,6 +83,7 @@ class Bare:
             name: torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
             for name, module in self.method.players.items()
         }
+        self.parameters = trainable(self.method.players)
         self.inputs = _inputs(fit.batch_size)
 
     def cycle(self) -> None:
@@ -93,7 +94,7 @@ class Bare:
 
     def _student(self) -> None:
         m, inputs = self.method, self.inputs
-        only_trains(m.student, m.players.values())
+        only_trains("student", self.parameters)
         y = _forward(m.student, inputs, grad=True)
         _forward(self.teacher, inputs, grad=False)
         _forward(m.fake_score, inputs, grad=False)
@@ -106,7 +107,7 @@ class Bare:
 
     def _fake_score(self, draw: bool) -> None:
         m, inputs = self.method, self.inputs
-        only_trains(m.players["fake_score"], m.players.values())
+        only_trains("fake_score", self.parameters)
         if draw:
             _forward(m.student, inputs, grad=False)
         total = _forward(m.fake_score, inputs, grad=True).sum()

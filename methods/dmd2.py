@@ -8,9 +8,11 @@ the student's samples. The fake score takes `update_ratio` steps for each of the
 update rule). A discriminator head on the fake score's bottleneck, which reads noised real and generated
 images, adds a GAN loss. There is no regression on teacher pairs.
 
-Deviations: one step only so far (the multi-step student with backward simulation is another turn of this
-file); the normaliser is clamped at 1e-5 where the authors replace nan by 0. With `normalise: false` the gradient
-is the exact one of the KL divergence, which `verify` compares with its closed form.
+A student of several steps (`student_steps`) is trained on inputs that its own sampler makes (backward
+simulation): a level is drawn, the sampler runs down to it without gradients, and that level's pass gives x.
+
+Deviations: the normaliser is clamped at 1e-5 where the authors replace nan by 0. With `normalise: false` the
+gradient is the exact one of the KL divergence, which `verify` compares with its closed form.
 """
 
 from __future__ import annotations
@@ -24,40 +26,28 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.analytic import AffineGenerator, GaussianMixture, gaussian_teacher
+from diffdistill.analytic import GaussianMixture
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError
 from diffdistill.guidance import guided
-from diffdistill.losses import (
-    denoising_loss,
-    gan_discriminator_loss,
-    gan_generator_loss,
-    gradient_injection,
-    l1_normaliser,
-    per_sample_mean,
-)
+from diffdistill.losses import gan_discriminator_loss, gan_generator_loss, gradient_injection
+from diffdistill.matching import distribution_matching_gradient, fake_score_loss
 from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.ode import Denoise
-from diffdistill.players import (
-    DiscriminatorHead,
-    FewStepSampler,
-    Teacher,
-    frozen,
-    only_trains,
-    trainable_copy,
-)
+from diffdistill.players import DiscriminatorHead, FewStepSampler, Teacher, frozen, only_trains, trainable
 from diffdistill.prediction import diffuse, expand
+from diffdistill.rng import generator
 from diffdistill.times import native_uniform
-from diffdistill.verify import Check, differs, equal, gauss_hermite, gradient
+from diffdistill.verify import AffineGame, Check, affine_game, differs, equal, gauss_hermite, gradient, two_points
 
 PAPER = "Yin et al. 2024, arXiv:2405.14867"
 DATA = "none for distribution matching; real images when gan_weight > 0"
 EQUATIONS = {
-    "distribution matching gradient (section 3; DMD, arXiv:2311.18828, Algorithm 2)": "distribution_matching_gradient",
-    "denoising loss of the fake score (section 3)": "losses.denoising_loss",
+    "distribution matching gradient (section 3; DMD, arXiv:2311.18828)": "matching.distribution_matching_gradient",
+    "denoising loss of the fake score (section 3)": "matching.fake_score_loss",
     "two time-scale update rule (section 4.2)": "DMD2.turns",
     "GAN loss on noised images, head on the fake score (section 4.3)": "DMD2.logits, losses.gan_*",
+    "multi-step student and backward simulation (sections 4.4, 4.5)": "DMD2.generate",
 }
 PRESETS = {
     "digits": {
@@ -93,8 +83,9 @@ class Config:
     guidance_scale: float = option(
         1.0, "classifier-free guidance of the teacher (1: none); never of the fake score", at_least=0
     )
+    student_steps: int = option(1, "the student's sampling steps, at the teacher's own evenly spaced times", at_least=1)
     student_level: float | None = option(
-        None, "the timestep or sigma at which the student reads pure noise; default: the noisiest", at_least=0
+        None, "the timestep or sigma at which a one-step student reads pure noise; default: the noisiest", at_least=0
     )
     time_low: float = option(0.02, "distribution matching draws its times uniformly from here", at_least=0, below=1)
     time_high: float = option(0.98, "... to here, as fractions of the teacher's own time", above=0, at_most=1)
@@ -102,24 +93,6 @@ class Config:
     fake_score_loss: Literal["v", "epsilon"] = option("v", "v: EDM's weight, as for ImageNet; epsilon: as for SD")
     gan_weight: float = option(0.0, "weight of the GAN loss in the student's; needs data", at_least=0)
     discriminator_weight: float = option(0.01, "weight of the GAN loss in the fake score's", at_least=0)
-
-
-def distribution_matching_gradient(
-    x: Tensor, x_t: Tensor, t: Tensor, cond: Cond, teacher: Denoise, fake_score: Denoise, normalise: bool
-) -> tuple[Tensor, Tensor]:
-    """The direction (B, ...) in which x is pushed away, and its mean size (B,) relative to |x - D_teacher|.
-
-    The score gap s_fake - s_teacher is cos(t)/sin(t)^2 (D_fake - D_teacher), and x enters x_t with cos(t);
-    so the gradient of KL(q_t || p_t) is cot(t)^2 (D_fake - D_teacher). DMD replaces cot(t)^2 by
-    1/mean|x - D_teacher|. No gradient passes through either network.
-    """
-    with torch.no_grad():
-        x0_teacher, x0_fake = teacher(x_t, t, cond).x0, fake_score(x_t, t, cond).x0
-        gap = x0_fake - x0_teacher
-        normaliser = l1_normaliser(x, x0_teacher)
-        relative = per_sample_mean(gap.abs()) / normaliser
-        weight = 1 / normaliser if normalise else torch.tan(t) ** -2
-        return expand(weight, gap) * gap, relative
 
 
 class DMD2:
@@ -135,17 +108,22 @@ class DMD2:
     ):
         if config.time_low >= config.time_high:
             raise UserError(f"time_low: {config.time_low} must be less than time_high ({config.time_high})")
+        if config.student_level is not None and config.student_steps > 1:
+            raise UserError(
+                f"student_level: {config.student_level} is for one step, and student_steps is {config.student_steps}"
+            )
         self.config = config
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
-        self.student = student or trainable_copy(teacher.denoiser)
-        self.fake_score = fake_score or trainable_copy(teacher.denoiser)
+        self.student = student or teacher.player()
+        self.fake_score = fake_score or teacher.player()
         self.schedule = teacher.denoiser.schedule
-        self.needs_data = config.gan_weight > 0
+        self.needs_data, self.needs_pairs = config.gan_weight > 0, False
         critic = nn.ModuleDict({"denoiser": self.fake_score})
         if self.needs_data:
             self.head = _head(self.fake_score, teacher)
             critic["head"] = self.head
         self.players: dict[str, nn.Module] = {"student": self.student, "fake_score": critic}
+        self.state: dict[str, nn.Module] = {}
 
     def optimizer(self, player: str) -> Optimizer:
         c = self.config
@@ -164,15 +142,26 @@ class DMD2:
         pass
 
     def sampler(self) -> FewStepSampler:
-        level = self.config.student_level
-        return FewStepSampler(self.student, [self.schedule.init_level if level is None else level])
+        c = self.config
+        if c.student_steps > 1:
+            return FewStepSampler(self.student, self.schedule.levels(c.student_steps).tolist())
+        return FewStepSampler(self.student, [self.schedule.init_level if c.student_level is None else c.student_level])
+
+    def generate(self, batch: Batch) -> Tensor:
+        """x (B, ...) of the level drawn for this step, the same in all processes; gradients flow through its pass."""
+        sampler = self.sampler()
+        draw = generator("cpu", *batch.key[:2], "student/level")  # without the rank
+        k = int(torch.randint(len(sampler.levels), (), generator=draw))
+        with torch.no_grad():
+            x_t, t = sampler.input_at(k, batch.randn("z"), batch.cond, lambda j: batch.randn(f"z {j}"))
+        return self.student(x_t, t, batch.cond).x0
 
     # -- the student's turn ------------------------------------------------------------------------------
 
     def student_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         c = self.config
         t = native_uniform(self.schedule, batch.size, batch.generator("student/t"), c.time_low, c.time_high)
-        x = self.sampler().one_step(batch.randn("z"), batch.cond)
+        x = self.generate(batch)
         drawn.append(x.detach())
         logs = self.matching(x, t, batch.randn("student/eps"), batch.cond)
         if self.needs_data:
@@ -194,7 +183,7 @@ class DMD2:
 
     def fake_score_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            x = drawn[0] if drawn else self.sampler().one_step(batch.randn("z"), batch.cond)
+            x = drawn[0] if drawn else self.generate(batch)
         t = native_uniform(self.schedule, batch.size, batch.generator("fake_score/t"))
         loss = self.denoising(x, t, batch.randn("fake_score/eps"), batch.cond)
         logs = {"loss": loss, "denoising": loss}
@@ -208,9 +197,7 @@ class DMD2:
         return logs
 
     def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
-        """Denoising score matching of the fake score on the student's samples x, which get no gradient."""
-        x = x.detach()
-        return denoising_loss(self.fake_score(diffuse(x, t, eps), t, cond), x, eps, self.config.fake_score_loss)
+        return fake_score_loss(self.fake_score, x, t, eps, cond, self.config.fake_score_loss)
 
     def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
         """(B,) the discriminator's logits of x noised to t."""
@@ -235,39 +222,33 @@ def verify() -> Iterator[Check]:
     """Appendix B's rows for distribution matching, on Gaussians whose every quantity is known."""
     mu, s = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
     m, b = torch.tensor([-0.3, 0.5]).double(), torch.tensor([0.9, 0.6]).double()
-    teacher = gaussian_teacher(mu.tolist(), s)
     exact = Config(normalise=False)
 
-    def game(mean: Tensor, scale: Tensor, config: Config = exact) -> tuple[DMD2, AffineGenerator, GaussianMixture]:
-        generator = AffineGenerator(mean, scale)
-        student = Denoiser(generator, teacher.denoiser.schedule, teacher.denoiser.row)
-        score = generator.exact_score()
-        score.means.requires_grad_()
-        score.stds.requires_grad_()
-        method = DMD2(teacher, config, student=student, fake_score=score.denoiser())
-        only_trains(student, method.players.values())
-        return method, generator, score
+    def game(mean: Tensor, scale: Tensor, config: Config = exact) -> tuple[DMD2, AffineGame]:
+        parts = affine_game(mu, s, mean, scale)
+        method = DMD2(parts.teacher, config, student=parts.student, fake_score=parts.fake_score)
+        only_trains("student", trainable(method.players))
+        return method, parts
 
-    # Two points +-1 an axis integrate polynomials to degree 3 exactly, and everything here has degree 2.
-    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 4)
-    z, eps = signs[:, :2], signs[:, 2:]
+    z, eps = two_points(2)  # everything here has degree 2
     for t in (0.2, 0.8, 1.4):
         angle = torch.full((len(z),), t).double()
         cos2, sin2 = torch.cos(angle[0]) ** 2, torch.sin(angle[0]) ** 2
         big_v, big_u = cos2 * s**2 + sin2, cos2 * b**2 + sin2
         kl = torch.cat([cos2 * (m - mu) / big_v, cos2 * b * (1 / big_v - 1 / big_u)])
-        method, generator, score = game(m, b)
+        method, parts = game(m, b)
         x = method.sampler().one_step(z, {})
         # gradient_injection averages over the two dimensions; the divergence sums over them.
         loss = 2 * method.matching(x, angle, eps, {})["loss"]
-        got = gradient(loss, generator.mean, generator.scale)
+        affine, score = parts.generator, parts.score
+        got = gradient(loss, affine.mean, affine.scale)
         yield equal(f"gradient of KL(q_t || p_t) in mean and scale, t = {t}", kl, got, 1e-6)
         yield differs(f"the opposite sign is caught, t = {t}", kl, -got, 1e-6)
         through = _through_both_networks(method, x, angle, eps)
         yield differs(
             f"a gradient through the two networks is caught, t = {t}",
             kl,
-            gradient(through, generator.mean, generator.scale),
+            gradient(through, affine.mean, affine.scale),
             1e-6,
         )
 
@@ -280,19 +261,21 @@ def verify() -> Iterator[Check]:
         yield equal(f"its gradient there is zero, t = {t}", 0.0, slope, 1e-9, scale=1.0)
 
         for normalise in (False, True):
-            settled, at_optimum, _ = game(mu, s, Config(normalise=normalise))
+            settled, at_optimum = game(mu, s, Config(normalise=normalise))
             x = settled.sampler().one_step(z, {})
-            zero = gradient(settled.matching(x, angle, eps, {})["loss"], at_optimum.mean, at_optimum.scale)
+            matching = settled.matching(x, angle, eps, {})["loss"]
+            zero = gradient(matching, at_optimum.generator.mean, at_optimum.generator.scale)
             label = "with" if normalise else "without"
             yield equal(f"zero at the optimum, {label} the normaliser, t = {t}", 0.0, zero, 1e-9, scale=1.0)
-        method, generator, _ = game(m, b, Config())
+        method, parts = game(m, b, Config())
         x = method.sampler().one_step(z, {})
-        got = gradient(method.matching(x, angle, eps, {})["loss"], generator.mean)
+        got = gradient(method.matching(x, angle, eps, {})["loss"], parts.generator.mean)
         yield equal(f"signs of the mean's gradient with the normaliser, t = {t}", (m - mu).sign(), got.sign(), 0.0)
 
     yield from _gan_checks()
     for ratio in (1, 3):
-        order = [[turn.player for turn in DMD2(teacher, Config(update_ratio=ratio)).turns(k)] for k in range(2 * ratio)]
+        method, _ = game(m, b, Config(update_ratio=ratio))
+        order = [[turn.player for turn in method.turns(k)] for k in range(2 * ratio)]
         expected_order = [(["student"] if k % ratio == 0 else []) + ["fake_score"] for k in range(2 * ratio)]
         same = float(order == expected_order)
         yield equal(f"order of turns, update_ratio {ratio}: the student first, every {ratio}", 1.0, same, 0.0)

@@ -12,9 +12,11 @@ from diffdistill import UserError, distill, load_teacher
 from diffdistill.analytic import AffineGenerator, gaussian_teacher
 from diffdistill.config import FitConfig
 from diffdistill.denoiser import Denoiser
+from diffdistill.losses import denoising_loss
 from diffdistill.method import Batch
 from diffdistill.methods import dmd2
 from diffdistill.methods.dmd2 import DMD2, Config
+from diffdistill.players import only_trains, trainable
 from diffdistill.trainer import Trainer, accelerator_for
 from diffdistill.verify import run_checks
 
@@ -38,9 +40,8 @@ def detached(x: Tensor, grad: Tensor) -> Tensor:
     return REAL_INJECTION(x.detach() + 0 * x, grad)
 
 
-def without_detach(self: DMD2, x: Tensor, t: Tensor, eps: Tensor, cond: Any) -> Tensor:
-    x_t = dmd2.diffuse(x, t, eps)
-    return dmd2.denoising_loss(self.fake_score(x_t, t, cond), x.flip(0), eps)
+def wrong_samples(fake_score: Any, x: Tensor, t: Tensor, eps: Tensor, cond: Any, kind: str) -> Tensor:
+    return denoising_loss(fake_score(dmd2.diffuse(x, t, eps), t, cond), x.flip(0), eps)
 
 
 REAL_GRADIENT, REAL_INJECTION = dmd2.distribution_matching_gradient, dmd2.gradient_injection
@@ -48,7 +49,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "opposite sign": (dmd2, "distribution_matching_gradient", opposite_sign),
     "the gradient's target is not detached": (dmd2, "gradient_injection", not_detached),
     "the student is detached": (dmd2, "gradient_injection", detached),
-    "the fake score is trained on the wrong samples": (DMD2, "denoising", without_detach),
+    "the fake score is trained on the wrong samples": (dmd2, "fake_score_loss", wrong_samples),
     "the student moves last": (DMD2, "turns", lambda self, step: REAL_TURNS(self, step)[::-1]),
     "the ratio is ignored": (DMD2, "turns", lambda self, step: REAL_TURNS(self, 0)),
     "the discriminator's labels are swapped": (
@@ -123,7 +124,7 @@ def test_guidance_is_the_teachers_alone(tiny_teacher: Callable[[str], Path]) -> 
 
 def test_the_students_gan_gradient_leaves_the_critic_alone(tiny_teacher: Callable[[str], Path]) -> None:
     method = DMD2(load_teacher(tiny_teacher("vp")), Config(gan_weight=1.0))
-    dmd2.only_trains(method.players["student"], method.players.values())
+    only_trains("student", trainable(method.players))
     data = torch.randn(4, 1, 8, 8)
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, data, torch.device("cpu"), (0, 0, 0))
     logs = method.student_turn([], batch)

@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"errors", "version", "rng", "files", "environment"},
     {"schedule", "prediction"},
-    {"denoiser", "guidance", "losses", "ode", "times"},
+    {"denoiser", "guidance", "losses", "matching", "halving", "ode", "times"},
     {"families", "players", "analytic", "method", "config", "checkpoint", "verify"}
-    | {"data", "data_folder", "data_hub"},
+    | {"adapters", "data", "data_folder", "data_hub"},
     {"trainer"},
     {"methods", "pipelines"},
     {"eval"},
@@ -25,11 +25,13 @@ LAYERS = [
     {"__init__", "__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-METHODS_MAY_USE = LAYERS[1] | LAYERS[2] | {"errors", "rng", "players", "analytic", "method", "config", "verify"}
-PURE_TORCH = {"schedule", "prediction", "losses", "ode", "times"}
+METHODS_MAY_USE = (
+    LAYERS[1] | LAYERS[2] | {"errors", "rng", "players", "adapters", "analytic", "method", "config", "verify"}
+)
+PURE_TORCH = {"schedule", "prediction", "losses", "matching", "halving", "ode", "times"}
 ONLY_IN = {
     "diffusers": {"families", "pipelines", "eval"},
-    "peft": {"players"},
+    "peft": {"players", "adapters"},
     "accelerate": {"trainer", "checkpoint"},
     "datasets": {"data_hub"},
 }

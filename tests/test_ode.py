@@ -19,7 +19,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.families import schedule_of
 from diffdistill.ode import Step, ddim_step, heun_step, solve
 from diffdistill.prediction import ROWS
-from diffdistill.schedule import LinearFlow, TrigFlow
+from diffdistill.schedule import LinearFlow, TrigFlow, sampling_grid
 
 STEPS = 20
 TRAILING = {"timestep_spacing": "trailing"}
@@ -70,7 +70,7 @@ def stock(scheduler: Any, net: nn.Module, times: Sequence[Tensor]) -> Tensor:
 
 def ours(scheduler: Any, net: Network, first: Tensor, grid: Tensor | None, step: Step) -> Tensor:
     schedule, row = schedule_of({**scheduler.config, "_class_name": type(scheduler).__name__})
-    grid = schedule.grid(STEPS) if grid is None else grid(schedule) if callable(grid) else grid
+    grid = sampling_grid(schedule, STEPS) if grid is None else grid(schedule) if callable(grid) else grid
     start = first / float(schedule.native(grid[0]).scale)
     return solve(step, Denoiser(net, schedule, row), start, grid, {}) * schedule.data_std
 

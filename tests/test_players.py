@@ -18,6 +18,7 @@ from diffdistill.players import (
     Teacher,
     frozen,
     only_trains,
+    trainable,
     trainable_copy,
 )
 from diffdistill.prediction import ROWS
@@ -47,13 +48,15 @@ class Elementwise(nn.Module):
 
 def test_only_trains_leaves_gradients_to_one_and_lets_them_through_the_others() -> None:
     student, critic, head = nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 1)
-    for active in (student, critic, head):
-        only_trains(active, [student, critic, head])
+    players = {"student": student, "critic": critic, "head": head}
+    parameters = trainable(players)
+    for active, own in players.items():
+        only_trains(active, parameters)
         for module in (student, critic, head):
             module.zero_grad()
         head(critic(student(torch.ones(1, 2)))).sum().backward()
         for module in (student, critic, head):
-            assert (module.weight.grad is not None) == (module is active)
+            assert (module.weight.grad is not None) == (module is own)
 
 
 def test_trainable_copy_shares_nothing_and_frozen_is_the_module_itself() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.errors import UserError
-from diffdistill.schedule import EDM, DiscreteVP, LinearFlow, Schedule, TrigFlow
+from diffdistill.schedule import EDM, DiscreteVP, LinearFlow, Schedule, TrigFlow, sampling_grid
 from diffdistill.times import log_normal, logit_normal, native_uniform
 
 TRAINED = [0.001 + 0.0003 * i for i in range(50)]
@@ -97,7 +97,7 @@ def test_vp_grid_is_ddims_trailing_one(name: str, steps: int) -> None:
     stock = diffusers.DDIMScheduler(**VP_CONFIGS[name], timestep_spacing="trailing")
     stock.set_timesteps(steps)
     schedule = vp(name)
-    grid = schedule.grid(steps)
+    grid = sampling_grid(schedule, steps)
     assert schedule.native(grid[:-1]).time.tolist() == stock.timesteps.tolist()
     assert float(grid[-1]) == 0
 
@@ -106,9 +106,9 @@ def test_impossible_numbers_of_steps_are_refused() -> None:
     every: list[Schedule] = [vp("linear"), LinearFlow(), EDM(), TrigFlow()]
     for schedule in every:
         with pytest.raises(UserError, match="steps: 0"):
-            schedule.grid(0)
+            schedule.levels(0)
     with pytest.raises(UserError, match="1000 or fewer"):
-        vp("linear").grid(1001)
+        vp("linear").levels(1001)
 
 
 def test_an_expanded_angle_gives_no_warning() -> None:
@@ -132,7 +132,7 @@ def test_flow_grid_is_that_of_flow_match_euler(shift: float, timesteps: int, ste
     stock = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, num_train_timesteps=timesteps)
     stock.set_timesteps(steps)
     schedule = LinearFlow(shift, time_scale=timesteps, train_timesteps=timesteps)
-    native = schedule.native(schedule.grid(steps))
+    native = schedule.native(sampling_grid(schedule, steps))
     close(native.sigma, stock.sigmas, atol=1e-6)
     close(native.time[:-1], stock.timesteps, atol=1e-4)
 
@@ -143,7 +143,7 @@ def test_edm_grid_is_that_of_edm_euler(rho: float, steps: int) -> None:
     stock = diffusers.EDMEulerScheduler(sigma_min=0.01, sigma_max=50.0, sigma_data=0.7, rho=rho)
     stock.set_timesteps(steps)
     schedule = EDM(0.01, 50.0, 0.7, rho)
-    grid = schedule.grid(steps)
+    grid = sampling_grid(schedule, steps)
     close(0.7 * torch.tan(grid), stock.sigmas, atol=0, rtol=1e-6)
     native = schedule.native(grid[:-1])
     close(native.sigma, stock.sigmas[:-1], atol=0, rtol=1e-6)
@@ -151,7 +151,7 @@ def test_edm_grid_is_that_of_edm_euler(rho: float, steps: int) -> None:
 
 
 def test_trigflow_grid_is_uniform_from_noise_to_data() -> None:
-    close(TrigFlow().grid(4), torch.arange(4, -1, -1, dtype=torch.float64) * math.pi / 8, atol=1e-15)
+    close(sampling_grid(TrigFlow(), 4), torch.arange(4, -1, -1, dtype=torch.float64) * math.pi / 8, atol=1e-15)
 
 
 @pytest.mark.parametrize("data_std", [1.0, 0.5])

@@ -178,10 +178,11 @@ def test_a_damaged_checkpoint_is_named(whole: Path, tmp_path: Path) -> None:
 class TwoPlayers:
     """Each player's loss also depends on the other; `poison` makes one loss infinite at one step."""
 
-    needs_data = False
+    needs_data = needs_pairs = False
 
     def __init__(self, poison: int | None = None):
         self.players: dict[str, nn.Module] = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}
+        self.state: dict[str, nn.Module] = {}
         self.poison = poison
         self.moves: list[tuple[int, str]] = []
         self.ends: list[int] = []
