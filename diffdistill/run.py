@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .adapters import plain_network
 from .checkpoint import checkpoints, load_checkpoint
 from .config import FitConfig, MethodInfo, TrainConfig, build, describe_method, nearest, run_options, split
 from .data import Data, batch_indices, open_data
@@ -227,7 +228,8 @@ def _export(game: _Game, folder: Path, step: int) -> Path:
         "environment": environment(),
     }
     card = model_card(game.info, game.options(), game.teacher, sampler, step)
-    return save_pipeline(folder, game.teacher.family, sampler.denoiser.network, scheduler, metadata, card)
+    network = plain_network(sampler.denoiser.network)
+    return save_pipeline(folder, game.teacher.family, network, scheduler, metadata, card)
 
 
 def export_run(run: str | Path, *, step: int | None = None, out: str | Path | None = None) -> Path:
