@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
@@ -30,13 +31,13 @@ _VP_KEYS = (
 
 
 def student_scheduler(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
-    """The stock scheduler that repeats the sampler exactly at its default number of steps.
+    """The stock scheduler that repeats the sampler exactly when it is given the student's number of steps.
 
-    Raises UserError where no stock scheduler can start at the student's level.
+    Raises UserError where no stock scheduler can start at the student's level, or take its steps.
     """
     schedule, level = sampler.denoiser.schedule, sampler.levels[0]
-    if len(sampler.levels) != 1:
-        raise UserError(f"export: {len(sampler.levels)} levels; only one-step students can be exported")
+    if len(sampler.levels) > 1:
+        return _several_steps(teacher, sampler)
     if isinstance(schedule, DiscreteVP):
         kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
         # One trailing step is at the last timestep; one leading step is at `steps_offset`.
@@ -64,6 +65,30 @@ def student_scheduler(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMix
     if isinstance(schedule, LinearFlow):
         return _flow_scheduler(_flow_shift_for(level, schedule), schedule.train_timesteps)
     raise UserError(f"export: no stock scheduler for a {type(schedule).__name__} student")
+
+
+def _several_steps(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
+    schedule, steps = sampler.denoiser.schedule, len(sampler.levels)
+    own = torch.tensor(sampler.levels, dtype=torch.float64)
+    if isinstance(schedule, DiscreteVP):
+        count = len(schedule.alphas_cumprod)
+        if count % steps or not torch.equal(schedule.levels(steps), own):
+            raise UserError(
+                f"export: {steps} steps do not divide the teacher's {count} timesteps evenly; use 2, 4 or 8"
+            )
+        kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
+        if sampler.renoise:
+            # The scaling makes its c_skip less than 1e-12, so that it takes the network's x0 as it is.
+            return diffusers.LCMScheduler(**kept, original_inference_steps=steps, timestep_scaling=1e6)
+        return diffusers.DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
+    deterministic_edm = isinstance(schedule, EDM) and schedule.unit_init and not sampler.renoise
+    if deterministic_edm and torch.allclose(schedule.levels(steps), own):
+        return student_scheduler(teacher, FewStepSampler(sampler.denoiser, own[:1].tolist()))
+    how = "renoising" if sampler.renoise else "deterministic"
+    raise UserError(
+        f"export: no stock scheduler takes {steps} {how} steps on this teacher's {type(schedule).__name__} schedule; "
+        "use one step"
+    )
 
 
 def _flow_scheduler(shift: float, timesteps: int) -> SchedulerMixin:
@@ -127,12 +152,14 @@ def model_card(info: MethodInfo, options: dict[str, Any], teacher: Teacher, samp
     """README.md of a student: teacher, method, settings, and the lines that load it."""
     settings = "\n".join(f"| {name} | {value} |" for name, value in options.items())
     levels = ", ".join(f"{level:g}" for level in sampler.levels)
-    labels = "" if teacher.num_classes is None else "batch_size=4, class_labels=[0, 1, 2, 3]"
+    steps = len(sampler.levels)
+    given = [] if teacher.num_classes is None else ["batch_size=4", "class_labels=[0, 1, 2, 3]"]
+    call = ", ".join(given + ([f"num_inference_steps={steps}"] if steps > 1 else []))
     return f"""---
 library_name: diffusers
 tags: [diffusion, distillation, diffdistill, {info.name}]
 ---
-# A {len(sampler.levels)}-step student of {teacher.source}
+# A {steps}-step student of {teacher.source}
 
 Distilled with diffdistill by {info.name} ({info.paper}), {step} steps.
 
@@ -140,10 +167,10 @@ Distilled with diffdistill by {info.name} ({info.paper}), {step} steps.
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("FOLDER")
-images = pipeline({labels}).images
+images = pipeline({call}).images
 ```
 
-The plain call makes {len(sampler.levels)} step(s), with the student's own scheduler in `scheduler/`; its levels
+The call makes {steps} step{"s" if steps > 1 else ""}, with the student's own scheduler in `scheduler/`; the levels
 (timestep or sigma) are {levels}. diffdistill need not be installed. Image i of `diffdistill sample --seed S` is
 that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from diffdistill.run import export_run
 
 Teachers = Callable[[str], Path]
 
-# What a stranger would run: stock diffusers, the plain call, one generator an image.
+# What a stranger would run: stock diffusers, the model card's call, one generator an image.
 STOCK = """
 import sys
 
@@ -42,26 +43,42 @@ from safetensors.torch import save_file
 
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
 generators = [torch.Generator().manual_seed(i) for i in range(8)]
-made = pipeline(batch_size=8, class_labels=list(range(8)), generator=generators, output_type="pt")
+steps = {"num_inference_steps": int(sys.argv[3])} if sys.argv[3] != "1" else {}
+made = pipeline(batch_size=8, class_labels=list(range(8)), generator=generators, output_type="pt", **steps)
 save_file({"images": made.images.contiguous()}, sys.argv[2])
 print(len(pipeline.scheduler.timesteps))
 """
 
 
+DMD2 = {"method": "dmd2", "update_ratio": 1}
+PROGRESSIVE = {"method": "progressive", "data": "digits", "start_steps": 8, "stage_steps": 1}
+
+
 @pytest.mark.parametrize(
-    ("parameterization", "level"),
-    [("vp", None), ("vp", 399.0), ("edm", None), ("edm", 2.5), ("flow", None), ("flow", 0.8)],
+    ("parameterization", "number", "options"),
+    [
+        ("vp", 1, DMD2),
+        ("vp", 1, DMD2 | {"student_level": 399.0}),
+        ("vp", 2, DMD2 | {"student_steps": 2}),
+        ("vp", 4, DMD2 | {"student_steps": 4}),
+        ("vp", 2, PROGRESSIVE | {"final_steps": 2}),
+        ("vp", 1, PROGRESSIVE | {"start_steps": 4, "final_steps": 1}),
+        ("edm", 1, DMD2),
+        ("edm", 1, DMD2 | {"student_level": 2.5}),
+        ("edm", 1, PROGRESSIVE | {"start_steps": 4, "final_steps": 1}),
+        ("flow", 1, DMD2),
+        ("flow", 1, DMD2 | {"student_level": 0.8}),
+    ],
 )
 def test_a_student_gives_the_same_images_in_stock_diffusers(
-    parameterization: str, level: float | None, tiny_teacher: Teachers, tmp_path: Path
+    parameterization: str, number: int, options: dict[str, Any], tiny_teacher: Teachers, tmp_path: Path
 ) -> None:
     folder = distill(
+        **options,
         teacher=str(tiny_teacher(parameterization)),
-        student_level=level,
         steps=2,
         batch_size=4,
         student_lr=1e-3,
-        update_ratio=1,
         ema=0.5,
         sample_every=0,
         device="cpu",
@@ -70,10 +87,14 @@ def test_a_student_gives_the_same_images_in_stock_diffusers(
     script = tmp_path / "stock.py"
     script.write_text(STOCK)
     done = subprocess.run(
-        [sys.executable, script, folder, tmp_path / "images.safetensors"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, script, folder, tmp_path / "images.safetensors", str(number)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "1", "the plain call makes one step"
+    assert done.stdout.strip() == str(number), "the call of the card makes so many steps"
+    assert number == 1 or f"num_inference_steps={number}" in (folder / "README.md").read_text()
     assert "Warning" not in done.stderr and "Expected types" not in done.stderr, done.stderr
     stock = load_file(tmp_path / "images.safetensors")["images"] * 2 - 1
     sampler, student = load_student(folder)
@@ -145,8 +166,11 @@ def test_levels_that_no_stock_scheduler_has_are_refused(tiny_teacher: Teachers) 
     teacher = load_teacher(tiny_teacher("vp"))
     with pytest.raises(UserError, match=r"student_level: 399.5 is not a whole timestep from 0 to 999"):
         student_scheduler(teacher, FewStepSampler(teacher.denoiser, [399.5]))
-    with pytest.raises(UserError, match="one-step"):
-        student_scheduler(teacher, FewStepSampler(teacher.denoiser, [999, 499]))
+    with pytest.raises(UserError, match="3 steps do not divide the teacher's 1000 timesteps"):
+        student_scheduler(teacher, FewStepSampler(teacher.denoiser, [999, 665, 332]))
+    flow = load_teacher(tiny_teacher("flow"))
+    with pytest.raises(UserError, match="no stock scheduler takes 2 renoising steps on this teacher's LinearFlow"):
+        student_scheduler(flow, FewStepSampler(flow.denoiser, [0.999, 0.5]))
 
 
 def test_a_failed_export_leaves_the_last_one(

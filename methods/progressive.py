@@ -1,0 +1,280 @@
+"""Progressive distillation: Progressive Distillation for Fast Sampling of Diffusion Models.
+
+Salimans & Ho, ICLR 2022, arXiv:2202.00512 (code: google-research/diffusion_distillation).
+
+The student learns to land with one DDIM step where the teacher lands with two. Then it becomes the teacher of
+the next stage, with half as many steps, until `final_steps` are left. Every stage has a new optimizer whose
+learning rate falls linearly to zero, and starts from the weights of the stage before.
+
+Deviations: the grid is the teacher's own timesteps with trailing spacing (`schedule.levels(start_steps)`, of which
+every stage keeps every second), so that stock DDIM repeats the student; the authors use a continuous cosine
+schedule, evenly spaced. x is not clipped. A guided teacher (`guidance_scale`) is guided in the first stage, which
+its student then reproduces without guidance. The number of steps in the presets that start from many steps is
+the authors'; their iterations per stage for ImageNet and LSUN are not verified, so there is no preset for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.analytic import gaussian_teacher
+from diffdistill.config import option
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.errors import UserError
+from diffdistill.guidance import guided
+from diffdistill.halving import Halving, two_step_target, weighted_x0_loss
+from diffdistill.method import Batch, Optimizer, Turn
+from diffdistill.ode import ddim_step
+from diffdistill.players import FewStepSampler, Teacher, frozen
+from diffdistill.prediction import ROWS, diffuse
+from diffdistill.schedule import DiscreteVP, sampling_grid
+from diffdistill.verify import Check, differs, equal, gradient
+
+PAPER = "Salimans & Ho 2022, arXiv:2202.00512"
+DATA = "real images, which are noised to where the steps begin"
+EQUATIONS = {
+    "target of two DDIM steps (Algorithm 2)": "halving.two_step_target",
+    "truncated SNR and SNR + 1 weights (section 4)": "halving.weighted_x0_loss",
+    "halving, optimizer restarted, learning rate to zero (Algorithm 2; authors' code)": "halving.Halving",
+    "DDIM sampler (section 2.1, eq. 8)": "ode.ddim_step, players.FewStepSampler",
+}
+PRESETS = {
+    "digits": {
+        "teacher": "digits",
+        "data": "digits",
+        "steps": 600,
+        "batch_size": 64,
+        "start_steps": 16,
+        "final_steps": 1,
+        "stage_steps": 150,
+        "student_lr": 5e-4,
+    },
+    "cifar10": {
+        "batch_size": 128,
+        "start_steps": 512,
+        "final_steps": 1,
+        "stage_steps": 50000,
+        "steps": 450000,
+        "student_lr": 5e-5,
+        "weight_decay": 0.0,
+    },
+}
+END_TO_END = {
+    "kind": "trajectory",
+    "limit": 0.1,
+    "options": {"start_steps": 16, "final_steps": 1, "stage_steps": 500, "steps": 2000, "student_lr": 1e-3},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Progressive distillation's options."""
+
+    start_steps: int = option(
+        16, "the teacher's DDIM steps in the first stage; final_steps times a power of two", at_least=2
+    )
+    final_steps: int = option(1, "the last stage's student has so many steps", at_least=1)
+    stage_steps: int = option(1000, "training steps of each halving", at_least=1)
+    student_lr: float = option(
+        5e-5, "AdamW's learning rate at the start of a stage; it falls linearly to zero", above=0
+    )
+    beta1: float = option(0.9, "AdamW's first beta", at_least=0, below=1)
+    weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
+    weight: Literal["truncated_snr", "snr_plus_one"] = option(
+        "truncated_snr", "of the error in x0: max(1, SNR), or SNR + 1, which is the error in v"
+    )
+    guidance_scale: float = option(1.0, "classifier-free guidance of the teacher (1: none)", at_least=0)
+
+
+class Stage(nn.Module):
+    """The present teacher and how many training steps are done: what a checkpoint needs besides the student."""
+
+    done: Tensor
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.teacher = frozen(denoiser)
+        self.register_buffer("done", torch.zeros((), dtype=torch.int64))
+
+
+class Progressive:
+    """One player; the teacher of the present stage is its former self."""
+
+    needs_data = True
+    needs_pairs = False
+
+    def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
+        if teacher.denoiser.row is ROWS["epsilon"]:
+            raise UserError(
+                "teacher: it predicts the noise, which says nothing of the image at the noisiest step of a few; "
+                "progressive distillation needs one that predicts v, x0 or a flow velocity"
+            )
+        self.config = config
+        self.halving = Halving(config.start_steps, config.final_steps, config.stage_steps)
+        self.schedule = teacher.denoiser.schedule
+        self.first = guided(frozen(teacher.denoiser), config.guidance_scale)
+        self.student = student or teacher.player()
+        self.stage = Stage(teacher.player())
+        self.grid = sampling_grid(self.schedule, config.start_steps)
+        self.players: dict[str, nn.Module] = {"student": self.student}
+        self.state: dict[str, nn.Module] = {"stage": self.stage}
+
+    def optimizer(self, player: str) -> Optimizer:
+        return Optimizer(self.config.student_lr, (self.config.beta1, 0.999), self.config.weight_decay)
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        def loss(batch: Batch) -> dict[str, Tensor]:
+            return self.loss(batch, step)
+
+        return [Turn("student", loss, self.halving.lr_factor(step), self.halving.starts(step))]
+
+    def after_step(self, step: int) -> None:
+        self.stage.done.fill_(step + 1)
+        if self.halving.starts(step + 1):
+            self.stage.teacher.load_state_dict(self.student.state_dict())
+
+    def sampler(self) -> FewStepSampler:
+        """DDIM with the steps of the student as it stands; before training, with those it will have."""
+        done = int(self.stage.done)
+        steps = self.halving.student_steps(done - 1) if done else self.config.final_steps
+        levels = self.schedule.levels(self.config.start_steps)[:: self.config.start_steps // steps]
+        return FewStepSampler(self.student, levels.tolist(), renoise=False)
+
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        assert batch.x0 is not None
+        stride = self.config.start_steps // self.halving.student_steps(step)
+        draw = batch.generator("i")
+        i = stride * torch.randint(self.config.start_steps // stride, (batch.size,), generator=draw, device=draw.device)
+        grid = self.grid.to(i.device)
+        t, mid, s = grid[i], grid[i + stride // 2], grid[i + stride]
+        teacher = self.first if self.halving.stage(step) == 0 else self.stage.teacher
+        return self.matching(teacher, diffuse(batch.x0, t, batch.randn("eps")), t, mid, s, batch.cond)
+
+    def matching(
+        self, teacher: nn.Module, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, cond: Cond
+    ) -> dict[str, Tensor]:
+        """One student step from t to s against two teacher steps over mid, at x_t (B, ...); angles (B,)."""
+        target = two_step_target(teacher, x_t, t, mid, s, cond)
+        loss = weighted_x0_loss(self.student(x_t, t, cond).x0, target, t, self.config.weight)
+        return {"loss": loss, "x0_error": loss}
+
+
+METHOD = Progressive
+
+
+class PerNode(nn.Module):
+    """An x0 that is affine in x_t with its own slope and offset at each angle of a grid: any DDIM map fits."""
+
+    def __init__(self, grid: Tensor, d: int):
+        super().__init__()
+        self.grid = grid
+        self.slope = nn.Parameter(torch.zeros(len(grid), d, dtype=torch.float64))
+        self.offset = nn.Parameter(torch.zeros(len(grid), d, dtype=torch.float64))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        node = (t[:, None] - self.grid).abs().argmin(1)
+        return self.slope[node] * x_t + self.offset[node]
+
+
+def verify() -> Iterator[Check]:
+    """Appendix B row 5 and section 5.1's sanity items, on a Gaussian: every DDIM step is affine there."""
+    mu, s = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
+    teacher = gaussian_teacher(mu.tolist(), s)
+    schedule = teacher.denoiser.schedule
+    grid = sampling_grid(schedule, 8)
+    draw = torch.Generator().manual_seed(0)
+
+    def slope(t: Tensor, r: Tensor) -> Tensor:
+        """k in x_r - cos(r) mu = k (x_t - cos(t) mu) for one DDIM step with the exact denoiser."""
+        rho = torch.cos(t) * s**2 / (torch.cos(t) ** 2 * s**2 + torch.sin(t) ** 2)
+        return torch.cos(r) * rho + torch.sin(r) * (1 - torch.cos(t) * rho) / torch.sin(t)
+
+    def angles(value: Tensor) -> Tensor:
+        return value.expand(16)
+
+    for i, name in ((0, "pure noise"), (2, "the middle"), (6, "the last step")):
+        x_t = torch.randn(16, 2, generator=draw, dtype=torch.float64)
+        t, mid, r = angles(grid[i]), angles(grid[i + 1]), angles(grid[i + 2])
+        target = two_step_target(teacher.denoiser, x_t, t, mid, r, {})
+        landed = (torch.sin(r)[:, None] * x_t + torch.sin(t - r)[:, None] * target) / torch.sin(t)[:, None]
+        closed = torch.cos(r)[:, None] * mu + slope(grid[i], grid[i + 1]) * slope(grid[i + 1], grid[i + 2]) * (
+            x_t - torch.cos(t)[:, None] * mu
+        )
+        yield equal(f"one step with the target lands where two exact steps land, from {name}", closed, landed, 1e-12)
+        x0_once = teacher.denoiser(x_t, t, {}).x0
+        yield differs(f"a target of one teacher step is caught, from {name}", target, x0_once, 1e-6)
+        if i + 2 == len(grid) - 1:
+            at_mid = ddim_step(teacher.denoiser, x_t, t, mid, {})
+            yield equal(
+                "at s = 0 the target is the teacher's x0 at the middle",
+                teacher.denoiser(at_mid, mid, {}).x0,
+                target,
+                1e-12,
+            )
+
+    # An affine student per node can follow exactly: the loss reaches zero in every stage, and the last student
+    # is the product of all the teacher's factors.
+    network = PerNode(grid, 2)
+    student = Denoiser(network, schedule, ROWS["sample"])
+    stages = Teacher(teacher.denoiser, (2,), None, start=student)
+    method = Progressive(stages, Config(start_steps=8, final_steps=1, stage_steps=1), student=student)
+    x_t = torch.randn(64, 2, generator=draw, dtype=torch.float64)
+    for stage in range(3):
+        stride = 2 << stage
+        current = method.first if stage == 0 else method.stage.teacher
+        for i in range(0, 8, stride):
+            t, mid, r = (grid[j].expand(64) for j in (i, i + stride // 2, i + stride))
+            wanted = two_step_target(current, x_t, t, mid, r, {})
+            _fit(network, i, x_t, wanted)
+            loss = method.matching(current, x_t, t, mid, r, {})["loss"]
+            slopes = gradient(loss, network.slope, network.offset)
+            yield equal(f"loss at the optimum, stage {stage + 1}, node {i}", 0.0, loss, 1e-20, scale=1.0)
+            yield equal(f"its gradient there, stage {stage + 1}, node {i}", 0.0, slopes, 1e-10, scale=1.0)
+        method.after_step(stage)
+    z = torch.randn(64, 2, generator=draw, dtype=torch.float64)
+    product = torch.stack([slope(grid[i], grid[i + 1]) for i in range(8)]).prod(0)
+    closed = mu + product * (z - torch.cos(grid[0]) * mu)
+    got = method.sampler().one_step(z, {})
+    yield equal("three stages from 8 steps: the product of eight DDIM factors", closed, got, 1e-10)
+    exact = mu + s * z
+    yield differs("which is not yet the exact flow", exact, got, 1e-3)
+    order = []
+    for steps in (64, 128):
+        fine = sampling_grid(schedule, steps)
+        factors = torch.stack([slope(fine[i], fine[i + 1]) for i in range(steps)]).prod(0)
+        order.append((factors - s).norm())
+    yield equal("that error halves with twice the starting steps", 2.0, order[0] / order[1], 0.05)
+
+    weights = Config(weight="snr_plus_one")
+    t = torch.full((64,), 0.6, dtype=torch.float64)
+    x0, aim = torch.randn(2, 64, 2, generator=draw, dtype=torch.float64)
+    v, v_aim = ((torch.cos(t)[:, None] * x_t - y) / torch.sin(t)[:, None] for y in (x0, aim))
+    yield equal(
+        "SNR + 1 is the squared error in v",
+        (v - v_aim).square().mean(),
+        weighted_x0_loss(x0, aim, t, weights.weight),
+        1e-12,
+    )
+    for angle in (0.6, 1.2):
+        t = torch.full((64,), angle, dtype=torch.float64)
+        eps, eps_aim = ((x_t - torch.cos(t)[:, None] * y) / torch.sin(t)[:, None] for y in (x0, aim))
+        larger = torch.maximum((x0 - aim).square().mean(), (eps - eps_aim).square().mean())
+        got = weighted_x0_loss(x0, aim, t, "truncated_snr")
+        yield equal(f"truncated SNR is the larger of the errors in x0 and eps, t = {angle}", larger, got, 1e-12)
+    vp = DiscreteVP.from_config({"beta_schedule": "squaredcos_cap_v2"})
+    coarse, fine = sampling_grid(vp, 8), sampling_grid(vp, 16)
+    yield equal("a student's grid is every second point of its teacher's", coarse, fine[::2], 0.0)
+
+
+def _fit(network: PerNode, node: int, x: Tensor, y: Tensor) -> None:
+    """Least squares of y on x at one node, per dimension."""
+    with torch.no_grad():
+        centred = x - x.mean(0)
+        slope = (centred * (y - y.mean(0))).mean(0) / centred.square().mean(0)
+        network.slope[node] = slope
+        network.offset[node] = y.mean(0) - slope * x.mean(0)
