@@ -181,6 +181,36 @@ def gaussian_teacher(mean: Sequence[float], std: Tensor | float, rotation: Tenso
     return mixture_teacher([list(mean)], stds, rotations=rotations)
 
 
+class ClassGaussians(nn.Module):
+    """N(means[k], std^2) for each label k of a class-conditional network, the last label meaning no class.
+
+    "No class" is a Gaussian of its own here, not the mixture of the others, so guidance stays affine: with a
+    scale a the guided network is that of N(mu_none + a (mu_k - mu_none), std^2). means (K + 1, d), std (d,).
+    """
+
+    def __init__(self, means: Tensor, std: Tensor):
+        super().__init__()
+        self.means = nn.Parameter(means.double().clone())
+        self.std = nn.Parameter(std.double().clone())
+
+    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        """(B, d) the velocity, as GaussianMixture's."""
+        cos, sin, mean = torch.cos(t)[:, None], torch.sin(t)[:, None], self.means[class_labels]
+        slope = cos * sin * (1 - self.std**2) / (cos**2 * self.std**2 + sin**2)
+        return slope * (x_t - cos * mean) - sin * mean
+
+    def denoiser(self) -> Denoiser:
+        def null(cond: Cond) -> Cond:
+            return {"class_labels": torch.full_like(cond["class_labels"], len(self.means) - 1)}
+
+        return Denoiser(self, TrigFlow(), ROWS["v_prediction"], null=null)
+
+
+def class_gaussians_teacher(means: Tensor, std: Tensor) -> Teacher:
+    """An exact teacher with K classes and a null condition; the arguments are ClassGaussians'."""
+    return Teacher(ClassGaussians(means, std).denoiser(), (means.shape[1],), len(means) - 1, "analytic", "classes")
+
+
 class AffineGenerator(nn.Module):
     """A student x0 = m + b z per dimension, as a network for TrigFlow: its velocity at t = pi/2 is -x0.
 

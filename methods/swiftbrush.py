@@ -1,0 +1,267 @@
+"""SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation.
+
+Nguyen, Tran, CVPR 2024, arXiv:2312.05239 (code: VinAIResearch/SwiftBrush).
+
+Variational score distillation (Wang et al. 2023, arXiv:2305.16213) of a network instead of a 3D scene: the
+student x = G(z, c) moves along the difference of two guided noise predictions of its noised samples, the
+teacher's and that of a "LoRA teacher", which is the teacher with low-rank weights that learn the student's
+distribution. Both are guided, so the LoRA teacher also learns without its condition. No images are needed.
+
+Formulas and settings were read in the authors' code. Deviations: LoRA on all linear layers and convolutions,
+where the authors adapt the queries and values of a text-to-image network's attention (`lora_targets` "to_q,to_v"
+is theirs); the condition is dropped sample by sample, not for a whole batch. The teacher is a network of its
+own, not the LoRA teacher with its adapters switched off. For schedules other than variance-preserving ones,
+sigma_t and alpha_t are those of the normal form, sin t and cos t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.adapters import lora
+from diffdistill.analytic import AffineGenerator, ClassGaussians, class_gaussians_teacher
+from diffdistill.config import option
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.guidance import guided
+from diffdistill.losses import gradient_injection, per_sample_mean
+from diffdistill.method import Batch, Optimizer, Turn
+from diffdistill.players import FewStepSampler, Teacher, frozen, only_trains, trainable
+from diffdistill.prediction import diffuse, expand
+from diffdistill.times import native_uniform
+from diffdistill.verify import Check, differs, equal, gradient, two_points
+
+PAPER = "Nguyen & Tran 2024, arXiv:2312.05239"
+DATA = "none"
+EQUATIONS = {
+    "variational score distillation loss of the student (section 3)": "SwiftBrush.matching",
+    "denoising loss of the LoRA teacher (section 3)": "SwiftBrush.denoising",
+    "guidance of both networks; conditions dropped for it": "guidance.guided, SwiftBrush.dropped",
+    "one update each in turn (Algorithm 1)": "SwiftBrush.turns",
+    "low-rank weights on the teacher": "adapters.lora",
+}
+PRESETS = {
+    "digits": {
+        "teacher": "digits",
+        "steps": 400,
+        "batch_size": 64,
+        "student_lr": 3e-4,
+        "lora_lr": 3e-3,
+        "lora_rank": 16,
+        "lora_alpha": 16,
+        "lr_schedule": "cosine",
+        "beta1": 0.0,
+        "ema": 0.99,
+    },
+    "sd21": {
+        "batch_size": 16,
+        "guidance_scale": 4.5,
+        "student_lr": 1e-6,
+        "lora_lr": 1e-3,
+        "lora_rank": 64,
+        "lora_alpha": 108,
+        "lora_targets": "to_q,to_v",
+        "max_grad_norm": 1.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """SwiftBrush's options."""
+
+    student_lr: float = option(1e-6, "AdamW's learning rate for the student", above=0)
+    lora_lr: float = option(1e-3, "AdamW's learning rate for the LoRA teacher", above=0)
+    beta1: float = option(0.9, "AdamW's first beta, for both", at_least=0, below=1)
+    weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
+    guidance_scale: float = option(1.0, "classifier-free guidance of both teachers (1: none)", at_least=0)
+    lora_rank: int = option(64, "rank of the LoRA teacher's own weights", at_least=1)
+    lora_alpha: float = option(108.0, "they are multiplied by lora_alpha / lora_rank", above=0)
+    lora_targets: str | None = option(None, "layers with LoRA, by the end of their name, 'to_q,to_v' say; default: all")
+    label_drop: float = option(
+        0.1, "share of conditions dropped in the LoRA teacher's training, if the teacher knows 'no class'",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+    student_level: float | None = option(
+        None, "the timestep or sigma at which the student reads pure noise; default: the noisiest", at_least=0
+    )
+    time_low: float = option(0.02, "the student's loss draws its times uniformly from here", at_least=0, below=1)
+    time_high: float = option(0.98, "... to here, as fractions of the teacher's own time", above=0, at_most=1)
+
+
+class SwiftBrush:
+    """Players: student; lora_teacher, of which only the low-rank weights are trained."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        config: Config,
+        *,
+        student: Denoiser | None = None,
+        lora_teacher: Denoiser | None = None,
+    ):
+        self.config = config
+        self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
+        self.student = student or teacher.player()
+        targets = None if config.lora_targets is None else [name.strip() for name in config.lora_targets.split(",")]
+        start = teacher.start or teacher.denoiser
+        self.lora_teacher = lora_teacher or lora(start, config.lora_rank, config.lora_alpha, targets)
+        self.guided_lora_teacher = guided(self.lora_teacher, config.guidance_scale)
+        self.schedule = teacher.denoiser.schedule
+        self.players: dict[str, nn.Module] = {"student": self.student, "lora_teacher": self.lora_teacher}
+        self.state: dict[str, nn.Module] = {}
+        self.needs_data = self.needs_pairs = False
+
+    def optimizer(self, player: str) -> Optimizer:
+        c = self.config
+        return Optimizer(c.student_lr if player == "student" else c.lora_lr, (c.beta1, 0.999), c.weight_decay)
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        """One each; the LoRA teacher learns from the samples that the student was judged by."""
+        drawn: list[Tensor] = []
+        return [
+            Turn("student", partial(self.student_turn, drawn)),
+            Turn("lora_teacher", partial(self.lora_turn, drawn)),
+        ]
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def sampler(self) -> FewStepSampler:
+        level = self.config.student_level
+        return FewStepSampler(self.student, [self.schedule.init_level if level is None else level])
+
+    def student_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        c = self.config
+        t = native_uniform(self.schedule, batch.size, batch.generator("student/t"), c.time_low, c.time_high)
+        x = self.sampler().one_step(batch.randn("z"), batch.cond)
+        drawn.append(x.detach())
+        return self.matching(x, t, batch.randn("student/eps"), batch.cond)
+
+    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> dict[str, Tensor]:
+        """x (B, ...) is pushed along sigma_t^2 (eps_lora - eps_teacher), both guided, at angles t (B,).
+
+        Since sigma_t (eps_lora - eps_teacher) is alpha_t (D_teacher - D_lora), that is the gradient of the
+        KL divergence at t times sigma_t^3 / alpha_t, if nothing is guided.
+        """
+        with torch.no_grad():
+            x_t = diffuse(x, t, eps)
+            gap = self.teacher(x_t, t, cond).eps - self.guided_lora_teacher(x_t, t, cond).eps
+            grad = expand(torch.sin(t) ** 2, gap) * gap
+        return {"loss": gradient_injection(x, grad), "gap": gap.square().mean()}
+
+    def lora_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        t = native_uniform(self.schedule, batch.size, batch.generator("lora/t"))
+        cond = self.dropped(batch.cond, torch.rand(batch.size, generator=batch.generator("lora/drop"), device=t.device))
+        loss = self.denoising(drawn[0], t, batch.randn("lora/eps"), cond)
+        return {"loss": loss, "denoising": loss}
+
+    def dropped(self, cond: Cond, u: Tensor) -> Cond:
+        """The conditions, or the null ones where u (B,), uniform in [0, 1), is below `label_drop`."""
+        if self.lora_teacher.null is None:
+            return cond
+        null = self.lora_teacher.null(cond)
+        drop = u < self.config.label_drop
+        return {k: torch.where(drop.reshape(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in cond.items()}
+
+    def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        """The mean of |alpha_t (eps_lora - eps)|^2 on the student's samples x (B, ...), which get no gradient."""
+        x = x.detach()
+        error = per_sample_mean((self.lora_teacher(diffuse(x, t, eps), t, cond).eps - eps).square())
+        return (expand(torch.cos(t) ** 2, error) * error).mean()
+
+
+METHOD = SwiftBrush
+
+
+def verify() -> Iterator[Check]:
+    """Two classes of one variance and a Gaussian for "no class": guided or not, all is affine and by hand."""
+    mu = torch.tensor([[0.7, -0.4], [-1.1, 0.6], [0.1, 0.3]]).double()  # the last row is "no class"
+    own = torch.tensor([[0.2, 0.5], [0.3, -0.2], [-0.6, 0.8]]).double()  # the LoRA teacher's
+    s, c = torch.tensor([0.5, 1.3]).double(), torch.tensor([0.8, 0.7]).double()
+    m, b = torch.tensor([-0.3, 0.5]).double(), torch.tensor([0.9, 0.6]).double()
+    z, eps = two_points(2)  # everything here has degree 2
+    label = 1
+    cond = {"class_labels": torch.full((len(z),), label)}
+
+    def game(config: Config, means: Tensor = own, std: Tensor = c) -> tuple[SwiftBrush, AffineGenerator]:
+        teacher, generator = class_gaussians_teacher(mu, s), AffineGenerator(m, b)
+        student = Denoiser(generator, teacher.denoiser.schedule, teacher.denoiser.row)
+        method = SwiftBrush(teacher, config, student=student, lora_teacher=ClassGaussians(means, std).denoiser())
+        return method, generator
+
+    def student_gradient(method: SwiftBrush, generator: AffineGenerator, t: Tensor) -> Tensor:
+        only_trains("student", trainable(method.players))
+        x = method.sampler().one_step(z, cond)
+        # gradient_injection averages over the two dimensions; the closed form sums over them.
+        return gradient(2 * method.matching(x, t, eps, cond)["loss"], generator.mean, generator.scale)
+
+    for t in (0.2, 0.8, 1.4):
+        angle = torch.full((len(z),), t).double()
+        cos, sin = torch.cos(angle[0]), torch.sin(angle[0])
+        big_v, big_c = cos**2 * s**2 + sin**2, cos**2 * c**2 + sin**2
+        for scale in (1.0, 4.5):
+            real = mu[2] + scale * (mu[label] - mu[2])
+            fake = own[2] + scale * (own[label] - own[2])
+            exact = sin**3 * cos * torch.cat([(m - real) / big_v - (m - fake) / big_c, b * (1 / big_v - 1 / big_c)])
+            got = student_gradient(*game(Config(guidance_scale=scale)), angle)
+            at = f"t = {t}, scale {scale}"
+            yield equal(f"the student's gradient, {at}", exact, got, 1e-9)
+            yield differs(f"the opposite sign is caught, {at}", exact, -got, 1e-6)
+            yield differs(f"the weight sigma instead of sigma^2 is caught, {at}", exact, got / sin, 1e-6)
+            zero = student_gradient(*game(Config(guidance_scale=scale), mu, s), angle)
+            yield equal(f"zero where the LoRA teacher is the teacher, {at}", 0.0, zero, 1e-12, scale=1.0)
+            method, generator = game(Config(guidance_scale=scale))
+            x = method.sampler().one_step(z, cond)
+            through = _through_both_networks(method, x, angle, eps, cond)
+            wrong = gradient(2 * through, generator.mean, generator.scale)
+            yield differs(f"a gradient through the two networks is caught, {at}", exact, wrong, 1e-6)
+            if scale != 1:
+                unguided = sin**3 * cos * (m - own[label]) / big_c
+                one_sided = torch.cat([sin**3 * cos * (m - real) / big_v - unguided, exact[2:]])
+                yield differs(f"guidance of the teacher alone is caught, {at}", one_sided, got, 1e-6)
+                shifted = student_gradient(*game(Config(guidance_scale=1 + scale)), angle)
+                yield differs(f"1 + scale in place of the scale is caught, {at}", exact, shifted, 1e-6)
+
+        # The LoRA teacher at the student's own distribution, unguided: DMD's gradient with another weight.
+        everywhere = m.expand(3, 2)
+        big_u = cos**2 * b**2 + sin**2
+        kl = torch.cat([cos**2 * (m - mu[label]) / big_v, cos**2 * b * (1 / big_v - 1 / big_u)])
+        got = student_gradient(*game(Config(), everywhere, b), angle)
+        yield equal(f"sigma^3/alpha times the gradient of KL(q_t || p_t), t = {t}", sin**3 / cos * kl, got, 1e-9)
+
+        method, generator = game(Config(guidance_scale=4.5))
+        only_trains("lora_teacher", trainable(method.players))
+        network = method.lora_teacher.network
+        loss = method.denoising(generator(z, angle).neg(), angle, eps, cond)
+        parts = (sin * cos / big_c) ** 2 * ((m - own[label]) ** 2 + b**2) + (sin**2 / big_c - 1) ** 2
+        yield equal(f"the LoRA teacher's loss, t = {t}", cos**2 * parts.mean(), loss, 1e-9)
+        slope = torch.zeros_like(own)
+        slope[label] = cos**2 * (sin * cos / big_c) ** 2 * (own[label] - m)
+        got = gradient(loss, network.means)
+        yield equal(f"its gradient, of this class's mean alone, t = {t}", slope.flatten(), got, 1e-9)
+        method, generator = game(Config(), everywhere, b)
+        only_trains("lora_teacher", trainable(method.players))
+        network = method.lora_teacher.network
+        generator.requires_grad_()  # it gets no gradient all the same
+        loss = method.denoising(generator(z, angle).neg(), angle, eps, cond)
+        zero = gradient(loss, network.means, network.std, generator.mean, generator.scale)
+        yield equal(f"zero at the student's distribution, t = {t}", 0.0, zero, 1e-9, scale=1.0)
+
+    method, _ = game(Config(label_drop=0.25))
+    labels = method.dropped(cond, torch.arange(16) / 16)["class_labels"]
+    yield equal("a quarter of the conditions is dropped", torch.tensor([2] * 4 + [1] * 12), labels, 0.0)
+    for step in (0, 1):
+        players = [turn.player for turn in method.turns(step)] == ["student", "lora_teacher"]
+        yield equal(f"order of turns at step {step}: the student, then the LoRA teacher", 1.0, float(players), 0.0)
+
+
+def _through_both_networks(method: SwiftBrush, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+    """The mistake of leaving both networks in the graph: the loss without its stop-gradients."""
+    x_t = diffuse(x, t, eps)
+    gap = method.teacher(x_t, t, cond).eps - method.guided_lora_teacher(x_t, t, cond).eps
+    return (expand(torch.sin(t) ** 2, gap) * gap * x).mean()
