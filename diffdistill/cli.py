@@ -95,6 +95,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _config_arguments(teacher)
     _options(teacher, options.TeacherConfig, "options")
 
+    pairs = command("pairs", "make noise-image pairs of a teacher, for the methods that want them")
+    pairs.add_argument("--config", metavar="FILE", help="a YAML file of options; the command line overrides it")
+    _options(pairs, options.PairsConfig, "options")
+
     methods = command("methods", "list the methods, or describe one: its options, presets and equations")
     methods.add_argument("method", nargs="?", help="a method's name or file")
 
@@ -190,6 +194,18 @@ def _teacher(args: argparse.Namespace) -> int:
 
 
 def _training(command: str, args: argparse.Namespace, start: Callable[..., Path]) -> int:
+def _pairs(args: argparse.Namespace) -> int:
+    from .pairs import make_pairs
+
+    try:
+        folder = make_pairs(**_given(args))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last whole shard", file=sys.stderr)
+        return 130
+    print(f"use them with: diffdistill train --pairs {folder}")
+    return 0
+
+
     from .trainer import Interrupted
 
     values = _given(args)
@@ -288,4 +304,5 @@ _COMMANDS = {
 }
 
 if __name__ == "__main__":
+    "pairs": _pairs,
     sys.exit(main())

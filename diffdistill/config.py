@@ -62,6 +62,7 @@ class TrainConfig(FitConfig):
         None,
         "real images: digits, a folder, .npz, .safetensors, a Hugging Face dataset; a method says if it needs any",
     )
+    pairs: str | None = option(None, "a folder made by `diffdistill pairs`; a method says if it needs one")
     out: str = option("runs/train", "the run folder")
 
 
@@ -94,6 +95,23 @@ class TeacherConfig(FitConfig):
     )
     dropout: float = option(0.0, "dropout of the UNet", at_least=0, below=1)
     out: str = option("runs/teacher", "the run folder; the diffusers folder is its sub-folder 'teacher'")
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Make noise-image pairs of a teacher, for the methods that want them."""
+
+    teacher: str = option("digits", "a diffusers folder, a hub id, or 'digits', the embedded one")
+    null_class: int | None = option(None, "the class label that means 'no class', if the teacher has one", at_least=0)
+    count: int = option(2000, "pairs; all classes in turn", at_least=1)
+    solver: Literal["ddim", "heun"] = option("ddim", "ddim: first order; heun: second, two network passes a step")
+    sampling_steps: int = option(50, "the solver's steps, at the teacher's own times", at_least=1)
+    guidance_scale: float = option(1.0, "classifier-free guidance of the teacher (1: none)", at_least=0)
+    seed: int = option(0, "pair i is a function of it and i, whatever the batch", at_least=0)
+    batch_size: int = option(256, "pairs made at a time", at_least=1)
+    shard_size: int = option(1024, "pairs in a file; a stopped run goes on from the last whole file", at_least=1)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to make them; auto: a GPU if there is one")
+    out: str = option("runs/pairs", "the folder; the same command on an unfinished one goes on with it")
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

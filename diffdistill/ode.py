@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .denoiser import Cond
 from .prediction import Prediction, expand
+from .schedule import Schedule, sampling_grid
 
 Denoise = Callable[[Tensor, Tensor, Cond], Prediction]
 Step = Callable[[Denoise, Tensor, Tensor, Tensor, Cond], Tensor]
@@ -49,3 +50,9 @@ def solve(step: Step, denoise: Denoise, x: Tensor, grid: Tensor, cond: Cond) -> 
     for t, s in pairwise(grid):
         x = step(denoise, x, t.expand(len(x)), s.expand(len(x)), cond)
     return x
+
+
+def sample_ode(step: Step, denoise: Denoise, schedule: Schedule, z: Tensor, steps: int, cond: Cond) -> Tensor:
+    """x0 (B, ...) of unit variance that `steps` steps on the schedule's own grid make of standard normal z (B, ...)."""
+    grid = sampling_grid(schedule, steps)
+    return solve(step, denoise, z * schedule.init_scale(float(grid[0])), grid, cond)

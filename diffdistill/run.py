@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from .environment import environment
 from .errors import UserError
 from .families import load_teacher
 from .files import atomic_write
-from .method import Batch, Method
+from .method import Batch, Method, Pair
+from .pairs import Pairs, check_pairs, open_pairs
 from .pipelines.export import model_card, save_pipeline, student_scheduler
 from .players import FewStepSampler, Teacher
 from .rng import generator, image_generators, seed_for
@@ -58,6 +60,7 @@ def batches(
     data: Data | None,
     accelerator: Accelerator,
     label_dropout: float = 0.0,
+    pairs: Pairs | None = None,
 ) -> Callable[[int], Batch]:
     """step -> Batch: a function of (seed, step, rank) alone. Without data, conditions are drawn uniformly."""
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -65,11 +68,19 @@ def batches(
     if data is not None:
         batch_indices(len(data), size, 0, seed=config.seed, rank=rank, world_size=world)  # refuses now, not later
 
+    def pair_at(step: int) -> Pair | None:
+        if pairs is None:
+            return None
+        # Not the data's order: pair i and image i have nothing to do with each other.
+        seed = seed_for(config.seed, "pairs")
+        got = pairs.get(batch_indices(len(pairs), size, step, seed=seed, rank=rank, world_size=world))
+        return Pair(got.z.to(device), got.x0.to(device), {k: v.to(device) for k, v in got.cond.items()})
+
     def batch(step: int) -> Batch:
         key = (config.seed, step, rank)
         if data is None:
             cond = teacher.random_cond(size, generator(device, *key, "condition"))
-            return Batch(size, teacher.shape, cond, None, device, key)
+            return Batch(size, teacher.shape, cond, None, device, key, pair_at(step))
         got = data.get(batch_indices(len(data), size, step, seed=config.seed, rank=rank, world_size=world))
         x0 = got.images.to(device) / teacher.denoiser.schedule.data_std
         cond = {}
@@ -80,7 +91,7 @@ def batches(
                 null = teacher.denoiser.null({"class_labels": labels})["class_labels"]
                 labels = torch.where(drop < label_dropout, null, labels)
             cond = {"class_labels": labels}
-        return Batch(size, teacher.shape, cond, x0, device, key)
+        return Batch(size, teacher.shape, cond, x0, device, key, pair_at(step))
 
     return batch
 
@@ -177,7 +188,8 @@ def distill(*, preset: str | None = None, resume: str | Path | None = None, **va
     student_scheduler(teacher, method.sampler())  # a level that cannot be exported is refused now
     accelerator = accelerator_for(config, out)
     data = _data_for(game)
-    draw = batches(config, teacher, data, accelerator)
+    pairs = _pairs_for(game, config.batch_size * accelerator.num_processes)
+    draw = batches(config, teacher, data, accelerator, pairs=pairs)
     player_bytes = sum(p.numel() * p.element_size() for m in method.players.values() for p in m.parameters())
     teacher.denoiser.to(accelerator.device)
     grids = grid_writer(out, method.sampler, teacher)
@@ -211,6 +223,23 @@ def _data_for(game: _Game) -> Data | None:
     data = open_data(game.config.data, resolution=size, channels=channels)
     check_data(game.teacher, data)
     return data
+
+
+def _pairs_for(game: _Game, needed: int) -> Pairs | None:
+    if not game.method.needs_pairs:
+        return None
+    folder, name = game.config.pairs, game.info.name
+    if folder is None:
+        made = f"`diffdistill pairs --teacher {game.config.teacher} --out DIR`"
+        raise UserError(f"pairs: {name} with these options needs noise-image pairs; make them with {made}")
+    pairs = open_pairs(folder)
+    check_pairs(game.teacher, pairs)
+    if len(pairs) < needed:
+        raise UserError(f"pairs: {folder!r} holds {len(pairs)} and a step takes {needed}; make more")
+    own, theirs = game.options().get("guidance_scale"), pairs.settings["guidance_scale"]
+    if own is not None and own != theirs:
+        print(f"note: the pairs were made with guidance_scale {theirs:g} and {name}'s is {own:g}", file=sys.stderr)
+    return pairs
 
 
 def _export(game: _Game, folder: Path, step: int) -> Path:

@@ -22,10 +22,9 @@ from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.families import METADATA, is_student, load_student, load_teacher, read_metadata
 from diffdistill.guidance import guided
-from diffdistill.ode import ddim_step, solve
+from diffdistill.ode import ddim_step, sample_ode
 from diffdistill.players import Teacher
 from diffdistill.rng import image_generators
-from diffdistill.schedule import sampling_grid
 
 from .digit_classifier import load_digit_classifier
 from .metrics import class_agreement, frechet_distance, kernel_distance, precision_recall, statistics
@@ -46,11 +45,9 @@ def teacher_images(
 ) -> Tensor:
     """DDIM (first order) on the teacher's own grid of `steps` steps, from its own initial noise."""
     denoiser = teacher.denoiser
-    grid = sampling_grid(denoiser.schedule, steps)
     parameter = next(denoiser.parameters())
     z = torch.stack([torch.randn(teacher.shape, generator=g) for g in generators]).to(parameter)
-    x = z * denoiser.schedule.init_scale(float(grid[0]))
-    x0 = solve(ddim_step, guided(denoiser, guidance_scale), x, grid, cond)
+    x0 = sample_ode(ddim_step, guided(denoiser, guidance_scale), denoiser.schedule, z, steps, cond)
     return x0 * denoiser.schedule.data_std
 
 

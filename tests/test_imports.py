@@ -16,11 +16,11 @@ LAYERS = [
     {"schedule", "prediction"},
     {"denoiser", "guidance", "losses", "matching", "halving", "ode", "times"},
     {"families", "players", "analytic", "method", "config", "checkpoint", "verify"}
-    | {"adapters", "data", "data_folder", "data_hub"},
+    | {"adapters", "guidance_adapters", "chains", "data", "data_folder", "data_hub"},
     {"trainer"},
     {"methods", "pipelines"},
     {"eval"},
-    {"run", "teacher"},
+    {"run", "teacher", "pairs"},
     {"cli", "eval.digits_benchmark"},
     {"__init__", "__main__"},
 ]
