@@ -237,6 +237,7 @@ def verify() -> Iterator[Check]:
         method, generator = game(Config(guidance_scale=4.5))
         only_trains("lora_teacher", trainable(method.players))
         network = method.lora_teacher.network
+        assert isinstance(network, ClassGaussians)
         loss = method.denoising(generator(z, angle).neg(), angle, eps, cond)
         parts = (sin * cos / big_c) ** 2 * ((m - own[label]) ** 2 + b**2) + (sin**2 / big_c - 1) ** 2
         yield equal(f"the LoRA teacher's loss, t = {t}", cos**2 * parts.mean(), loss, 1e-9)
@@ -247,6 +248,7 @@ def verify() -> Iterator[Check]:
         method, generator = game(Config(), everywhere, b)
         only_trains("lora_teacher", trainable(method.players))
         network = method.lora_teacher.network
+        assert isinstance(network, ClassGaussians)
         generator.requires_grad_()  # it gets no gradient all the same
         loss = method.denoising(generator(z, angle).neg(), angle, eps, cond)
         zero = gradient(loss, network.means, network.std, generator.mean, generator.scale)

@@ -1,0 +1,382 @@
+"""LCM: Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference.
+
+Luo, Tan, Huang, Li, Zhao, 2023, arXiv:2310.04378; LCM-LoRA: Luo et al. 2023, arXiv:2311.05556 (code: the
+scripts train_lcm_distill_*.py of huggingface/diffusers, by the authors' recipe).
+
+Consistency distillation of the *guided* teacher: f(x_t, a, c, t) is the same along a trajectory of the
+probability-flow ODE guided by the scale a. x_r is one DDIM step of the guided teacher from x_t, over a 50th of
+all times at once ("skipping"), and f(x_t) is pulled to what a slowly moving copy of f says at x_r. The scale is
+drawn for each sample and is an input of the student, so that one student serves a range of scales in one pass.
+
+Guidance scales here are diffusers' a, 1 being none: a = 1 + w with the paper's w. (The scripts apply
+y_c + w (y_c - y_u) while their help text calls --w_min a scale; w in [5, 15] is a in [6, 16].)
+
+Formulas were read in those scripts. Deviations: the scale enters beside the class embedding with frequencies of
+at most 2, not beside the time with sinusoids of 1000 w. With `lora_rank` the scale is fixed, since that student
+has no input for it; the script draws it all the same. The timesteps of c_skip and c_out are counted on the
+scripts' grid of K steps up to 1000, for any schedule. Samplers take the network's x0 for f, whose c_skip is below
+1e-5 on the grid. Dropout, which Stable Diffusion has none of, drops the same units in both passes of the student.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffdistill.adapters import guidance_input, lora
+from diffdistill.analytic import class_gaussians_teacher
+from diffdistill.config import option
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.errors import UserError
+from diffdistill.guidance import guide, guided
+from diffdistill.method import Batch, Optimizer, Turn
+from diffdistill.ode import ddim_step, solve
+from diffdistill.players import FewStepSampler, Teacher, frozen
+from diffdistill.prediction import ROWS, diffuse, expand
+from diffdistill.rng import seed_for, seeded
+from diffdistill.verify import Check, differs, equal, gradient, two_points
+
+PAPER = "Luo et al. 2023, arXiv:2310.04378"
+DATA = "real images, to place x_t where the trajectories pass"
+EQUATIONS = {
+    "consistency distillation loss with guidance and skipping (section 4.3)": "LCM.consistency",
+    "guided probability-flow ODE, one DDIM step (section 4.2)": "LCM.less_noisy, guidance.guide",
+    "c_skip and c_out (section 4.1)": "LCM.scalings, LCM.f",
+    "the scale drawn for each sample, and as an input (section 4.2)": "LCM.scales, adapters.guidance_input",
+    "target's moving average (Algorithm 1)": "LCM.after_step",
+    "elementwise Huber distance": "LCM.distance",
+    "multistep sampling (Algorithm 3)": "LCM.sampler, players.FewStepSampler",
+    "LCM-LoRA (arXiv:2311.05556)": "adapters.lora",
+}
+PRESETS = {
+    "digits": {
+        "teacher": "digits",
+        "data": "digits",
+        "steps": 500,
+        "batch_size": 64,
+        "guidance_max": 3.0,
+        "guidance_scale": 1.5,
+        "student_lr": 5e-4,
+        "lr_schedule": "cosine",
+        "ema": 0.99,
+    },
+    "sd15": {
+        "steps": 1000,
+        "batch_size": 12,
+        "guidance_min": 6.0,
+        "guidance_max": 16.0,
+        "guidance_scale": 8.5,
+        "student_lr": 1e-6,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    },
+    "sd15-lora": {
+        "steps": 1000,
+        "batch_size": 12,
+        "lora_rank": 64,
+        "guidance_min": 8.5,
+        "guidance_max": 8.5,
+        "student_lr": 1e-6,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    },
+}
+END_TO_END = {
+    "kind": "trajectory",
+    "options": {"guidance_max": 2.0, "guidance_scale": 1.5, "steps": 4000, "student_lr": 1e-3},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """LCM's options."""
+
+    guidance_min: float = option(1.0, "guidance scales are drawn uniformly from here; 1 is none (w = 0)", at_least=0)
+    guidance_max: float = option(1.0, "... to here; equal to guidance_min, the student takes no scale", at_least=0)
+    guidance_scale: float | None = option(
+        None, "the scale of the exported student; default: the middle of the range", at_least=0
+    )
+    ddim_steps: int = option(50, "K, the teacher's steps of which each training sample takes one", at_least=1)
+    student_steps: int = option(1, "sampling steps, evenly spaced among the K; training is the same", at_least=1)
+    lora_rank: int = option(0, "train LoRA of that rank alone, at one fixed scale; 0: the whole network", at_least=0)
+    lora_alpha: float | None = option(None, "LoRA is multiplied by lora_alpha / lora_rank; default: by 1", above=0)
+    distance: Literal["huber", "l2"] = option("huber", "elementwise sqrt(d^2 + c^2) - c, or d^2")
+    huber_c: float = option(0.001, "c of that", above=0)
+    timestep_scaling: float = option(10.0, "S: c_skip = 0.25/((S t)^2 + 0.25), t the timestep up to 1000", above=0)
+    target_ema: float = option(0.95, "the target's moving average", at_least=0, below=1)
+    student_lr: float = option(1e-4, "AdamW's learning rate", above=0)
+    beta1: float = option(0.9, "AdamW's first beta", at_least=0, below=1)
+    weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
+
+
+class LCM:
+    """One player. Its moving average, the target, lies in the checkpoint; with LoRA it is its own target."""
+
+    needs_data, needs_pairs = True, False
+
+    def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
+        c = self.config = config
+        if not c.guidance_min <= c.guidance_max:
+            raise UserError(f"guidance_min: {c.guidance_min} must be at most guidance_max ({c.guidance_max})")
+        scale = (c.guidance_min + c.guidance_max) / 2 if c.guidance_scale is None else c.guidance_scale
+        if not c.guidance_min <= scale <= c.guidance_max:
+            raise UserError(
+                f"guidance_scale: {scale} is not in what is trained, {c.guidance_min} (guidance_min) to "
+                f"{c.guidance_max} (guidance_max)"
+            )
+        if c.ddim_steps % c.student_steps:
+            raise UserError(f"student_steps: {c.student_steps} does not divide ddim_steps ({c.ddim_steps}) evenly")
+        self.takes_scale = c.guidance_min < c.guidance_max
+        if self.takes_scale and c.lora_rank:
+            raise UserError("guidance_max: with lora_rank the scale is fixed; give guidance_min the same value")
+        self.teacher = frozen(teacher.denoiser)
+        self.guides = self.takes_scale or scale != 1
+        if self.guides:
+            guided(self.teacher, c.guidance_max)  # says what is wrong with a teacher without a null condition
+        self.schedule = teacher.denoiser.schedule
+        self.levels, self.grid = self._grid()
+        self.student = student or self._student(teacher, scale)
+        self.players: dict[str, nn.Module] = {"student": self.student}
+        self.state: dict[str, nn.Module] = {}
+        self.target = self.student
+        if not c.lora_rank:
+            self.target = self.state["target"] = copy.deepcopy(self.student).requires_grad_(False)
+
+    def _grid(self) -> tuple[list[float], Tensor]:
+        """The K descending levels, and their angles with the least one that the network knows, (K + 1,)."""
+        steps, schedule = self.config.ddim_steps, self.schedule
+        levels = schedule.levels(steps)
+        if float(schedule.angle(levels[-1])) <= schedule.t_min * (1 + 1e-9):
+            levels = schedule.levels(steps + 1)[:-1]  # EDM's row ends there by itself
+        levels[0] = schedule.init_level
+        return levels.tolist(), torch.cat([schedule.angle(levels), torch.tensor([schedule.t_min]).double()])
+
+    def _student(self, teacher: Teacher, scale: float) -> Denoiser:
+        c = self.config
+        if c.lora_rank:
+            return lora(teacher.start or teacher.denoiser, c.lora_rank, c.lora_alpha)
+        return guidance_input(teacher.player(), default=scale) if self.takes_scale else teacher.player()
+
+    def optimizer(self, player: str) -> Optimizer:
+        return Optimizer(self.config.student_lr, (self.config.beta1, 0.999), self.config.weight_decay)
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("student", self.student_turn)]
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """target <- mu target + (1 - mu) student."""
+        if self.state:
+            parameters = list(self.student.parameters())
+            torch._foreach_lerp_(list(self.target.parameters()), parameters, 1 - self.config.target_ema)
+
+    def sampler(self) -> FewStepSampler:
+        return FewStepSampler(self.student, self.levels[:: self.config.ddim_steps // self.config.student_steps])
+
+    def scales(self, u: Tensor) -> Tensor:
+        """(B,) guidance scales for u (B,) uniform in [0, 1)."""
+        return self.config.guidance_min + (self.config.guidance_max - self.config.guidance_min) * u
+
+    def student_turn(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.x0 is not None
+        draw = batch.generator("student/step")
+        i = torch.randint(self.config.ddim_steps, (batch.size,), generator=draw, device=draw.device)
+        draw = batch.generator("student/scale")
+        scale = self.scales(torch.rand(batch.size, generator=draw, device=draw.device, dtype=torch.float64))
+        x_t = diffuse(batch.x0, self.grid.to(i.device)[i], batch.randn("student/eps"))
+        return self.consistency(x_t, i, scale, batch.cond, seed_for(*batch.key, "student/dropout"))
+
+    def consistency(self, x_t: Tensor, i: Tensor, scale: Tensor, cond: Cond, seed: int = 0) -> dict[str, Tensor]:
+        """The loss at x_t (B, ...) on the grid's points i (B,), for the scales (B,).
+
+        Only f at the noisier point, x_t, gets a gradient; both passes of f drop the units of `seed`.
+        """
+        own = cond | {"guidance_scale": scale} if self.takes_scale else cond
+        with seeded(seed, x_t.device):
+            f = self.f(self.student, x_t, i, own)
+        with torch.no_grad():
+            x_r = self.less_noisy(x_t, i, scale, cond)
+            with seeded(seed, x_t.device):
+                target = self.f(self.target, x_r, i + 1, own)
+        loss = self.distance(f.float() if f.dtype.itemsize < 4 else f, target.to(f))
+        return {"loss": loss, "consistency": loss}
+
+    def less_noisy(self, x_t: Tensor, i: Tensor, scale: Tensor, cond: Cond) -> Tensor:
+        """x_r (B, ...), one DDIM step of the guided teacher down the grid; x0 and eps are guided alike."""
+        grid = self.grid.to(i.device)
+        pred = guide(self.teacher, x_t, grid[i], cond, scale) if self.guides else self.teacher(x_t, grid[i], cond)
+        return pred.at(grid[i + 1])
+
+    def scalings(self, i: Tensor) -> tuple[Tensor, Tensor]:
+        """c_skip and c_out, (B,) float64 each, at the grid's points i; exactly 1 and 0 at the last one.
+
+        t is the scripts' integer timestep there, 1000 (K - i)/K - 1 and 0.
+        """
+        steps = self.config.ddim_steps
+        t = (1000 * (steps - i).double() / steps - 1).clamp_min(0)
+        scaled = (self.config.timestep_scaling * t) ** 2
+        return 0.25 / (scaled + 0.25), (scaled / (scaled + 0.25)).sqrt()
+
+    def f(self, denoiser: Denoiser, x_t: Tensor, i: Tensor, cond: Cond) -> Tensor:
+        """(B, ...) c_skip x_t + c_out x0, in the normal form; for a VP teacher that is the native x_t."""
+        c_skip, c_out = self.scalings(i)
+        x0 = denoiser(x_t, self.grid.to(i.device)[i], cond).x0
+        f = expand(c_skip, x_t) * x_t + expand(c_out, x_t) * x0
+        return torch.where(expand(c_out, x_t) > 0, f, x_t)  # at t = 0 an x0 may be 0/0
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.config.distance == "l2":
+            return F.mse_loss(x, y)
+        c = self.config.huber_c
+        return (torch.sqrt((x - y).square() + c**2) - c).mean()
+
+
+METHOD = LCM
+
+
+class AffineStudent(nn.Module):
+    """x0 = slope x_t + base + scale * gain, with its own three at each of the given angles, for one class."""
+
+    def __init__(self, angles: Tensor, slope: Tensor, base: Tensor, gain: Tensor):
+        super().__init__()
+        self.angles = nn.Buffer(angles)
+        self.slope, self.base, self.gain = nn.Parameter(slope), nn.Parameter(base), nn.Parameter(gain)
+
+    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: Tensor) -> Tensor:
+        k = (t[:, None] - self.angles).abs().argmin(1)
+        return self.slope[k] * x_t + self.base[k] + guidance_scale[:, None] * self.gain[k]
+
+
+def verify() -> Iterator[Check]:
+    """A class and "no class" of one variance: guided DDIM steps are affine, and so is their composition."""
+    mu, s = torch.tensor([[0.7, -0.4], [-1.1, 0.6]]).double(), torch.tensor([0.5, 1.3]).double()
+    teacher, K = class_gaussians_teacher(mu, s), 10
+    z, eps = two_points(2)
+    cond = {"class_labels": torch.zeros(len(z), dtype=torch.int64)}
+    angles = torch.linspace(torch.pi / 2, 0, K + 1, dtype=torch.float64)
+    cos, sin = torch.cos(angles)[:, None], torch.sin(angles)[:, None]
+    # One step multiplies x - cos mu_a by a factor, mu_a = mu_none + a (mu_class - mu_none), and keeps mu_a.
+    factors = (cos[1:] * cos[:-1] * s**2 + sin[1:] * sin[:-1]) / (cos[:-1] ** 2 * s**2 + sin[:-1] ** 2)
+    product = torch.cat([factors.flip(0).cumprod(0).flip(0), torch.ones(1, 2).double()])
+    timestep = torch.cat([1000 * torch.arange(K, 0, -1).double() / K - 1, torch.zeros(1).double()])[:, None]
+    skip = 0.5**2 / ((10 * timestep) ** 2 + 0.5**2)
+    out = 10 * timestep / ((10 * timestep) ** 2 + 0.5**2).sqrt()
+    rest, inverse = 1 - product * cos, torch.where(out > 0, 1 / out, 0)
+    exact = [(product - skip) * inverse, rest * mu[1] * inverse, rest * (mu[0] - mu[1]) * inverse]
+
+    def method(shift: Tensor | None = None, **options: object) -> LCM:
+        """The student whose f is the exact composition, or that much beside it at each angle (K + 1, 2)."""
+        moved = exact[1] if shift is None else exact[1] + shift
+        network = AffineStudent(angles, exact[0].clone(), moved.clone(), exact[2].clone())
+        student = Denoiser(network, teacher.denoiser.schedule, ROWS["sample"])
+        settings: dict = {"ddim_steps": K, "guidance_min": 1.0, "guidance_max": 9.0} | options
+        return LCM(teacher, Config(**settings), student=student)
+
+    def loss(lcm: LCM, k: int, scale: Tensor) -> Tensor:
+        x_t = diffuse(z, angles[k].expand(len(z)), eps)
+        return lcm.consistency(x_t, torch.full((len(z),), k), scale, cond)["loss"]
+
+    def parameters(lcm: LCM) -> list[Tensor]:
+        return list(lcm.student.network.parameters())
+
+    def base_of(denoiser: Denoiser) -> Tensor:
+        return dict(denoiser.network.named_parameters())["base"]
+
+    lcm = method()
+    yield equal("the grid, from pure noise to the least angle", angles, lcm.grid, 1e-12)
+    both = torch.tensor([2.0, 8.5]).double()
+    for a in both.tolist():
+        scale = torch.full((len(z),), a).double()
+        x = solve(ddim_step, guided(teacher.denoiser, a), z, angles, cond)
+        mean = mu[1] + a * (mu[0] - mu[1])
+        yield equal(f"{K} guided DDIM steps are the product of the factors, scale {a}", product[0] * z + mean, x, 1e-9)
+        with_scale = cond | {"guidance_scale": scale}
+        got = lcm.f(lcm.student, z, torch.zeros(len(z), dtype=torch.int64), with_scale)
+        yield equal(f"the fixed point is their composition, scale {a}", x, got, 1e-9)
+        other = lcm.f(lcm.student, z, torch.zeros(len(z), dtype=torch.int64), cond | {"guidance_scale": scale - 1})
+        yield differs(f"w in place of 1 + w as the input is caught, scale {a}", x, other, 1e-2)
+
+    mixed = both.repeat(len(z) // 2)
+    beside = 0.1 * torch.cos(torch.arange(2 * K + 2).double()).reshape(K + 1, 2)
+    c = 0.001
+    for k in (0, 4, K - 1):
+        for distance in ("huber", "l2"):
+            lcm = method(distance=distance)
+            value = loss(lcm, k, mixed)
+            yield equal(f"{distance} is zero there, both scales in a batch, point {k}", 0.0, value, 1e-12, scale=1.0)
+            slope = gradient(value, *parameters(lcm))
+            yield equal(f"... and its gradient, point {k}", 0.0, slope, 1e-9, scale=1.0)
+            # Beside it at every point, the student by 0.3 more: f is off by c_out times that, at x_t and at x_r.
+            lcm = method(beside, distance=distance)
+            with torch.no_grad():
+                base_of(lcm.student).add_(0.3)
+            gap = out[k] * (beside[k] + 0.3) - out[k + 1] * beside[k + 1]
+            root = (gap**2 + c**2).sqrt()
+            closed = (root - c if distance == "huber" else gap**2).mean()
+            value = loss(lcm, k, mixed)
+            yield equal(f"{distance} beside it, point {k}", closed, value, 1e-7)
+
+            def pull(gap: Tensor, k: int = k, distance: str = distance) -> Tensor:
+                found = torch.zeros(K + 1, 2).double()
+                found[k] = out[k] * (gap / (gap**2 + c**2).sqrt() if distance == "huber" else 2 * gap) / 2
+                return found.flatten()
+
+            own = gradient(value, base_of(lcm.student))
+            yield equal(f"its gradient, at the noisier point alone, point {k}", pull(gap), own, 1e-7)
+            lcm = method(beside, distance=distance, guidance_max=1.0, lora_rank=1)
+            lcm.takes_scale, lcm.guides = True, True  # a LoRA student is its own target
+            closed = pull(out[k] * beside[k] - out[k + 1] * beside[k + 1])
+            own = gradient(loss(lcm, k, mixed), base_of(lcm.student))
+            yield equal(f"... and with the student as its own target, point {k}", closed, own, 1e-7)
+            x_t = diffuse(z, angles[k].expand(len(z)), eps)
+            through = gradient(_undetached(lcm, x_t, k, mixed, mixed, cond), base_of(lcm.student))
+            if k < K - 1:  # the last point's target is x_r itself
+                yield differs(f"a gradient through the target is caught, point {k}", closed, through, 1e-3)
+        wrong = _undetached(method(), x_t, k, mixed, mixed + 1, cond)
+        yield differs(f"1 + scale in the teacher is caught, point {k}", 0.0, wrong, 1e-3, scale=1.0)
+
+    lcm = method(beside)
+    i = torch.full((len(z),), K)
+    end = lcm.f(lcm.target, z, i, cond | {"guidance_scale": mixed})
+    yield equal("at the last point f is x_r itself, exactly", z, end, 0.0)
+    for k, t in ((0, 999.0), (K - 1, 99.0), (K, 0.0)):
+        closed = torch.tensor([0.25 / (100 * t**2 + 0.25), 10 * t / (100 * t**2 + 0.25) ** 0.5])
+        got = torch.stack([part[0] for part in lcm.scalings(torch.tensor([k]))])
+        yield equal(f"c_skip and c_out at timestep {t:g}", closed, got, 1e-6)
+
+    before, parameter = beside + exact[1], base_of(lcm.student)
+    with torch.no_grad():
+        parameter += 1.0
+    lcm.after_step(0)
+    averaged = base_of(lcm.target)
+    yield equal("the target follows by 1 - 0.95", before + 0.05, averaged, 1e-12)
+    ends = lcm.scales(torch.tensor([0.0, 0.25, 1.0]).double())
+    yield equal("scales from guidance_min to guidance_max", torch.tensor([1.0, 3.0, 9.0]), ends, 1e-12)
+    plain = LCM(teacher, Config(), student=teacher.denoiser)
+    x_t, ones = diffuse(z, plain.grid[3].expand(len(z)), eps), torch.ones(len(z)).double()
+    i = torch.full((len(z),), 3)
+    plain.guides = True
+    expected = plain.less_noisy(x_t, i, ones, cond)
+    plain.guides = False
+    yield equal("scale 1 is the unguided step", expected, plain.less_noisy(x_t, i, ones, cond), 1e-12)
+    for steps in (1, 2, 5):
+        levels = method(student_steps=steps).sampler().levels
+        yield equal(
+            f"{steps} sampling steps, on the grid",
+            angles[: K : K // steps],
+            torch.tensor(levels, dtype=torch.float64),
+            1e-12,
+        )
+
+
+def _undetached(lcm: LCM, x_t: Tensor, k: int, scale: Tensor, teachers: Tensor, cond: Cond) -> Tensor:
+    """The loss with the target in the graph, and with another scale for the teacher."""
+    i, own = torch.full((len(x_t),), k), cond | {"guidance_scale": scale}
+    x_r = lcm.less_noisy(x_t, i, teachers, cond)
+    return lcm.distance(lcm.f(lcm.student, x_t, i, own), lcm.f(lcm.target, x_r, i + 1, own))
