@@ -228,3 +228,30 @@ class AffineGenerator(nn.Module):
     def exact_score(self) -> GaussianMixture:
         """The distribution that the generator has now; no gradient reaches (m, b)."""
         return GaussianMixture(self.mean.detach()[None], self.scale.detach().abs()[None])
+
+
+class AffinePerAngle(nn.Module):
+    """An x0 that is affine in x_t, slope x_t + offset per dimension, with its own pair at each angle of a list.
+
+    As a network of `ROWS["sample"]` it can follow any map that is affine at each of these angles. An angle in
+    between takes the nearest one's.
+    """
+
+    angles: Tensor
+
+    def __init__(self, angles: Tensor, d: int):
+        super().__init__()
+        self.register_buffer("angles", angles.double())
+        self.slope = nn.Parameter(torch.zeros(len(angles), d, dtype=torch.float64))
+        self.offset = nn.Parameter(torch.zeros(len(angles), d, dtype=torch.float64))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        node = (t[:, None] - self.angles).abs().argmin(1)
+        return self.slope[node] * x_t + self.offset[node]
+
+    @torch.no_grad()
+    def fit(self, node: int, x_t: Tensor, x0: Tensor) -> None:
+        """Least squares of x0 (B, d) on x_t (B, d) at that angle."""
+        centred = x_t - x_t.mean(0)
+        self.slope[node] = (centred * (x0 - x0.mean(0))).mean(0) / centred.square().mean(0)
+        self.offset[node] = x0.mean(0) - self.slope[node] * x_t.mean(0)

@@ -7,7 +7,8 @@ what the uninterrupted run would have drawn, and a checkpoint needs no generator
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +28,19 @@ def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
     import torch
 
     return torch.Generator(device).manual_seed(seed_for(*parts))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's global generators start from the seed inside the block, and are as before after it.
+
+    Dropout draws from them: two passes of a network under the same seed drop the same units.
+    """
+    import torch
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
