@@ -68,7 +68,7 @@ def test_verify_prints_expected_got_error(capsys: Capture, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["train", "--method", "dmd"], "method: 'dmd' is not known; did you mean 'dmd2'?"),
+        (["train", "--method", "dmd22"], "method: 'dmd22' is not known; did you mean 'dmd2'?"),
         (["train", "--method", "./nowhere.py"], "method: './nowhere.py' is not a file"),
         (["train", "--studentlr", "1"], "--studentlr: no such option of train; did you mean '--student-lr'?"),
         (["trian"], "trian"),

@@ -14,19 +14,21 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"errors", "version", "rng", "files", "environment"},
     {"schedule", "prediction"},
-    {"denoiser", "guidance", "losses", "matching", "halving", "ode", "times"},
+    {"denoiser", "guidance", "losses", "matching", "halving", "ode", "times", "distances", "adapter_networks"},
     {"families", "players", "analytic", "method", "config", "checkpoint", "verify"}
     | {"adapters", "guidance_adapters", "chains", "data", "data_folder", "data_hub"},
     {"trainer"},
     {"methods", "pipelines"},
     {"eval"},
-    {"run", "teacher", "pairs"},
+    {"run", "teacher", "pairs", "end_to_end"},
     {"cli", "eval.digits_benchmark"},
     {"__init__", "__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 METHODS_MAY_USE = (
-    LAYERS[1] | LAYERS[2] | {"errors", "rng", "players", "adapters", "analytic", "method", "config", "verify"}
+    LAYERS[1]
+    | LAYERS[2]
+    | {"errors", "rng", "players", "adapters", "guidance_adapters", "chains", "analytic", "method", "config", "verify"}
 )
 PURE_TORCH = {"schedule", "prediction", "losses", "matching", "halving", "ode", "times"}
 ONLY_IN = {
