@@ -102,9 +102,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     methods = command("methods", "list the methods, or describe one: its options, presets and equations")
     methods.add_argument("method", nargs="?", help="a method's name or file")
 
-    verify = command("verify", "run a method's exact checks against closed forms")
+    verify = command("verify", "check a method against closed forms, and train it on a teacher known exactly")
     verify.add_argument("method", nargs="?", help="a method's name or file")
     verify.add_argument("--all", action="store_true", help="every method")
+    verify.add_argument("--exact", action="store_true", help="closed forms only, no training (seconds)")
     verify.add_argument("--json", metavar="FILE", help="also write the rows there")
     return parser
 
@@ -193,7 +194,6 @@ def _teacher(args: argparse.Namespace) -> int:
     return _training("teacher", args, train_teacher)
 
 
-def _training(command: str, args: argparse.Namespace, start: Callable[..., Path]) -> int:
 def _pairs(args: argparse.Namespace) -> int:
     from .pairs import make_pairs
 
@@ -206,6 +206,7 @@ def _pairs(args: argparse.Namespace) -> int:
     return 0
 
 
+def _training(command: str, args: argparse.Namespace, start: Callable[..., Path]) -> int:
     from .trainer import Interrupted
 
     values = _given(args)
@@ -277,6 +278,10 @@ def _verify(args: argparse.Namespace) -> int:
     for name in options.method_names() if args.all else [args.method]:
         info = options.describe_method(name)
         checks = run_checks(info.load().verify)
+        if info.end_to_end is not None and not args.exact:
+            from .end_to_end import checks as end_to_end
+
+            checks += end_to_end(info)
         print(f"{info.name}: {info.paper}")
         print(f"  {'':4} {'expected':>12} {'got':>12} {'error':>9} {'limit':>9}  check")
         for c in checks:
@@ -299,10 +304,10 @@ _COMMANDS = {
     "eval": _eval,
     "export": _export,
     "teacher": _teacher,
+    "pairs": _pairs,
     "methods": _methods,
     "verify": _verify,
 }
 
 if __name__ == "__main__":
-    "pairs": _pairs,
     sys.exit(main())

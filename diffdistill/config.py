@@ -210,6 +210,7 @@ class MethodInfo:
     equations: Mapping[str, str]
     presets: Mapping[str, Mapping[str, Any]]
     config: type
+    end_to_end: Mapping[str, Any] | None = None
 
     def load(self) -> types.ModuleType:
         """Import the method's module."""
@@ -254,7 +255,7 @@ def describe_method(name: str) -> MethodInfo:
         for node in tree.body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 defined.add(node.targets[0].id)
-                if node.targets[0].id in ("PAPER", "DATA", "EQUATIONS", "PRESETS"):
+                if node.targets[0].id in ("PAPER", "DATA", "EQUATIONS", "PRESETS", "END_TO_END"):
                     said[node.targets[0].id] = ast.literal_eval(node.value)
             elif isinstance(node, ast.ClassDef | ast.FunctionDef):
                 defined.add(node.name)
@@ -271,8 +272,9 @@ def describe_method(name: str) -> MethodInfo:
         raise UserError(f"method: {path} has options of every training: {', '.join(sorted(clash))}; rename them")
     doc = ast.get_docstring(tree) or ""
     return MethodInfo(
-        path.stem, path, doc, said["PAPER"], said["DATA"], said["EQUATIONS"], said.get("PRESETS", {}), config
-    )
+        path.stem, path, doc, said["PAPER"], said["DATA"], said["EQUATIONS"], said.get("PRESETS", {}), config,
+        said.get("END_TO_END"),
+    )  # fmt: skip
 
 
 def _config_class(node: ast.stmt, path: Path) -> type:

@@ -270,6 +270,16 @@ def sampling_grid(schedule: Schedule, steps: int) -> Tensor:
     return torch.cat([schedule.angle(schedule.levels(steps)), torch.zeros(1, dtype=torch.float64)])
 
 
+def student_levels(schedule: Schedule, steps: int) -> Tensor:
+    """(steps,) `schedule.levels(steps)`, none of them noisier than where a stock scheduler can start."""
+    return schedule.levels(steps).clamp(max=schedule.init_level)
+
+
+def student_grid(schedule: Schedule, steps: int) -> Tensor:
+    """(steps + 1,) the angles of `student_levels(schedule, steps)`, and zero."""
+    return torch.cat([schedule.angle(student_levels(schedule, steps)), torch.zeros(1, dtype=torch.float64)])
+
+
 def _betas(config: dict) -> Tensor:
     if config.get("trained_betas") is not None:
         return _f64(config["trained_betas"])

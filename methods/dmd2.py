@@ -37,6 +37,7 @@ from diffdistill.method import Batch, Optimizer, Turn
 from diffdistill.players import DiscriminatorHead, FewStepSampler, Teacher, frozen
 from diffdistill.prediction import diffuse
 from diffdistill.rng import generator
+from diffdistill.schedule import student_levels
 from diffdistill.times import native_uniform
 from diffdistill.verify import AffineGame, Check, differs, equal, gauss_hermite, gradient, matching_checks
 
@@ -57,9 +58,31 @@ PRESETS = {
         "update_ratio": 1,
         "student_lr": 3e-4,
         "fake_score_lr": 1e-3,
+        "student_level": 750,
         "lr_schedule": "cosine",
         "beta1": 0.0,
         "ema": 0.99,
+    },
+    "digits-4step": {
+        "teacher": "digits",
+        "steps": 400,
+        "batch_size": 64,
+        "update_ratio": 1,
+        "student_lr": 3e-4,
+        "fake_score_lr": 1e-3,
+        "student_steps": 4,
+        "lr_schedule": "cosine",
+        "beta1": 0.0,
+        "ema": 0.99,
+    },
+    "sdxl-4step": {
+        "update_ratio": 5,
+        "student_lr": 5e-7,
+        "fake_score_lr": 5e-7,
+        "fake_score_loss": "epsilon",
+        "guidance_scale": 8.0,
+        "gan_weight": 5e-3,
+        "student_steps": 4,
     },
     "imagenet64": {
         "batch_size": 40,
@@ -68,6 +91,11 @@ PRESETS = {
         "fake_score_lr": 2e-6,
         "gan_weight": 3e-3,
     },
+}
+
+END_TO_END = {
+    "kind": "distribution",
+    "options": {"update_ratio": 2, "student_lr": 5e-4, "fake_score_lr": 2e-3, "beta1": 0.0, "steps": 4000},
 }
 
 
@@ -144,7 +172,7 @@ class DMD2:
     def sampler(self) -> FewStepSampler:
         c = self.config
         if c.student_steps > 1:
-            return FewStepSampler(self.student, self.schedule.levels(c.student_steps).tolist())
+            return FewStepSampler(self.student, student_levels(self.schedule, c.student_steps).tolist())
         return FewStepSampler(self.student, [self.schedule.init_level if c.student_level is None else c.student_level])
 
     def generate(self, batch: Batch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
+from diffdistill import adapter_networks
+from diffdistill.adapter_networks import AdaptedNetwork
 from diffdistill.config import MethodInfo
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, METADATA
 from diffdistill.files import atomic_folder
+from diffdistill.guidance_adapters import write_adapters
 from diffdistill.players import FewStepSampler, Teacher
 from diffdistill.schedule import EDM, DiscreteVP, LinearFlow
+
+from . import adapted_pipeline
 
 # What a student keeps of its teacher's discrete VP scheduler: the chain and the kind of output.
 _VP_KEYS = (
@@ -36,6 +42,9 @@ def student_scheduler(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMix
     Raises UserError where no stock scheduler can start at the student's level, or take its steps.
     """
     schedule, level = sampler.denoiser.schedule, sampler.levels[0]
+    if isinstance(schedule, LinearFlow) and isinstance(sampler.denoiser.network, AdaptedNetwork):
+        # Its own pipeline can drive the scheduler of flow matching, which takes any number of steps.
+        return diffusers.FlowMatchEulerDiscreteScheduler(schedule.train_timesteps, schedule.shift)
     if len(sampler.levels) > 1:
         return _several_steps(teacher, sampler)
     if isinstance(schedule, DiscreteVP):
@@ -142,10 +151,27 @@ def save_pipeline(
 ) -> Path:
     """Write a diffusers folder with its model card, whole or not at all."""
     with atomic_folder(folder) as partial:
-        FAMILIES[family].pipeline(network, scheduler).save_pretrained(partial, safe_serialization=True)
+        plain = network.base if isinstance(network, AdaptedNetwork) else network
+        FAMILIES[family].pipeline(plain, scheduler).save_pretrained(partial, safe_serialization=True)
+        if isinstance(network, AdaptedNetwork):
+            _add_adapters(partial, network, len(metadata["levels"]))
         (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def _add_adapters(folder: Path, network: AdaptedNetwork, steps: int) -> None:
+    """Beside the base model: the adapters, and the code of their pipeline, which stock diffusers runs from there."""
+    (folder / "adapter").mkdir()
+    write_adapters(folder / "adapter", network)
+    for module, where in ((adapted_pipeline, folder), (adapter_networks, folder / "adapter")):
+        source = Path(inspect.getsourcefile(module) or "")
+        (where / source.name).write_bytes(source.read_bytes())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["_class_name"] = [adapted_pipeline.__name__.rpartition(".")[2], adapted_pipeline.AdaptedPipeline.__name__]
+    index["adapter"] = [adapter_networks.__name__.rpartition(".")[2], adapter_networks.GuidanceAdapters.__name__]
+    index["num_inference_steps"] = steps
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def model_card(info: MethodInfo, options: dict[str, Any], teacher: Teacher, sampler: FewStepSampler, step: int) -> str:
@@ -155,6 +181,10 @@ def model_card(info: MethodInfo, options: dict[str, Any], teacher: Teacher, samp
     steps = len(sampler.levels)
     given = [] if teacher.num_classes is None else ["batch_size=4", "class_labels=[0, 1, 2, 3]"]
     call = ", ".join(given + ([f"num_inference_steps={steps}"] if steps > 1 else []))
+    network, source = sampler.denoiser.network, '"FOLDER"'
+    if isinstance(network, AdaptedNetwork):
+        call += f", guidance_scale={float(network.guidance_scale):g}"
+        source += ", trust_remote_code=True"  # the folder's own adapted_pipeline.py
     return f"""---
 library_name: diffusers
 tags: [diffusion, distillation, diffdistill, {info.name}]
@@ -166,7 +196,7 @@ Distilled with diffdistill by {info.name} ({info.paper}), {step} steps.
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("FOLDER")
+pipeline = DiffusionPipeline.from_pretrained({source})
 images = pipeline({call}).images
 ```
 
