@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
 from .errors import UserError
+from .guidance_adapters import load_adapters
 from .players import FewStepSampler, Teacher
 from .prediction import ROWS, Row, edm_boundary
 from .schedule import EDM, DiscreteVP, LinearFlow, Schedule
@@ -180,7 +181,7 @@ def _unet2d_pipeline(network: nn.Module, scheduler: SchedulerMixin) -> Diffusion
 FAMILIES = {
     "unet2d": Family(
         "unet2d",
-        ("ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline"),
+        ("ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline", "AdaptedPipeline"),
         "unet",
         _unet2d,
         _unet2d_pipeline,
@@ -199,6 +200,8 @@ def load_teacher(path_or_hub_id: str | Path, *, null_class: int | None = None) -
     folder = _folder(str(path_or_hub_id))
     index = _read_json(folder / "model_index.json")
     name = index.get("_class_name")
+    if isinstance(name, list):  # of a file in the folder, [file, class]
+        name = name[-1]
     family = next((f for f in FAMILIES.values() if name in f.pipelines), None)
     if family is None:
         known = ", ".join(p for f in FAMILIES.values() for p in f.pipelines)
@@ -223,7 +226,13 @@ def _folder(name: str) -> Path:
         raise UserError(f"teacher: {name!r} is not a folder; give a diffusers folder, a hub id or 'digits'")
     from huggingface_hub import snapshot_download
 
-    patterns = ["model_index.json", METADATA, "scheduler/*", *(f"{f.component}/*" for f in FAMILIES.values())]
+    patterns = [
+        "model_index.json",
+        METADATA,
+        "scheduler/*",
+        "adapter/*",
+        *(f"{f.component}/*" for f in FAMILIES.values()),
+    ]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.bin", "*.msgpack"]))
     except Exception as error:  # the hub client raises a dozen unrelated types
@@ -288,4 +297,7 @@ def load_student(path_or_hub_id: str | Path) -> tuple[FewStepSampler, Teacher]:
         raise UserError(
             f"student: {str(path_or_hub_id)!r} has no levels in {METADATA}; it is no student of diffdistill"
         )
+    adapters = _folder(str(path_or_hub_id)) / "adapter"
+    if adapters.is_dir():
+        described = replace(described, denoiser=load_adapters(adapters, described.denoiser))
     return FewStepSampler(described.denoiser, meta["levels"], renoise=meta["renoise"]), described
