@@ -1,0 +1,418 @@
+"""SiD: Score identity Distillation, Exponentially Fast Distillation of Pretrained Diffusion Models.
+
+Zhou, Zheng, Wang, Yin, Huang, ICML 2024, arXiv:2404.04057 (code: mingyuanzhou/SiD); guidance from Zhou, Wang,
+Zheng, Huang, ICLR 2025, arXiv:2406.01561 (code: mingyuanzhou/SiD-LSG).
+
+The student x = G(z, c) minimises the Fisher divergence F = E|D_phi - D_psi|^2 between its noised samples and the
+teacher's, where D_psi, the fake score, is trained on the student's samples. F itself would need the change of
+D_psi with the student; score identities give a loss that does not: with Delta = D_phi - D_psi,
+<Delta, (D_phi - x) - alpha Delta>. Its gradient flows through x and through the inputs of both networks, whose
+parameters stay fixed: without those paths it is Diff-Instruct's, whatever alpha. The value of the loss says
+nothing (its expectation is (1 - alpha) F); `gap` is F.
+
+With guidance (SiD-LSG) the teacher is evaluated at scale kappa_4 (`guidance_scale`), the fake score at
+kappa_2 = kappa_3 (`fake_score_guidance`), and the fake score is trained at kappa_1
+(`fake_score_training_guidance`), each with one batched call; it then learns without a class too.
+
+Deviations: losses are means over elements, where the authors' are sums times 100, which Adam does not see.
+Samples with nan are not dropped and gradients not cleaned: the trainer refuses what is not finite. Both turns
+of a step have the same conditions, where the authors draw new ones. No augmentation of what the fake score sees.
+The student's input is what the stock scheduler draws: of standard deviation sqrt(sigma^2 + 1) for an
+EDMEulerScheduler and 1 for a VP teacher, where the authors' have sigma and SiD-LSG's sigma_t. For a teacher that is
+not EDM's the noise levels are those of EDM at the same angle; SiD-LSG's are `times: native`. SiD-LSG weights a fake
+score that predicts v by SNR/(SNR + 1); that is `fake_score_loss: epsilon` here. The paper's own weights of the
+two terms are not implemented, only the code's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.analytic import GaussianMixture, mixture_teacher
+from diffdistill.config import option
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.errors import UserError
+from diffdistill.guidance import guided
+from diffdistill.losses import l1_normaliser, per_sample_mean
+from diffdistill.matching import fake_score_loss
+from diffdistill.method import Batch, Optimizer, Turn
+from diffdistill.players import FewStepSampler, Teacher, frozen, only_trains, trainable
+from diffdistill.prediction import Prediction, diffuse
+from diffdistill.schedule import EDM
+from diffdistill.times import edm_karras, edm_log_normal, native_uniform
+from diffdistill.verify import AffineGame, Check, affine_game, differs, equal, gradient, two_points
+
+PAPER = "Zhou et al. 2024, arXiv:2404.04057; guidance: arXiv:2406.01561"
+DATA = "none"
+EQUATIONS = {
+    "the student's loss (section 4; the code's generator_loss)": "sid_loss, SiD.matching",
+    "denoising loss of the fake score (section 4)": "matching.fake_score_loss, SiD.denoising",
+    "noise levels of the student's loss (section 5)": "times.edm_karras, SiD.times",
+    "long and short guidance (arXiv:2406.01561, section 3)": "guidance.guided, SiD.drop_labels",
+}
+PRESETS = {
+    "digits": {
+        "teacher": "digits",
+        "steps": 400,
+        "batch_size": 64,
+        "student_lr": 3e-4,
+        "fake_score_lr": 1e-3,
+        "student_level": 872,
+        "lr_schedule": "cosine",
+        "ema": 0.99,
+    },
+    "cifar10": {
+        "batch_size": 256,
+        "steps": 1953125,
+        "student_level": 2.5,
+        "ema": 0.99965,
+        "max_grad_norm": 0,
+    },
+    "imagenet64": {
+        "batch_size": 8192,
+        "steps": 122070,
+        "student_lr": 4e-6,
+        "fake_score_lr": 4e-6,
+        "student_level": 2.5,
+        "ema": 0.99716,
+        "max_grad_norm": 0,
+    },
+    "lsg": {
+        "batch_size": 512,
+        "student_lr": 1e-6,
+        "fake_score_lr": 1e-6,
+        "alpha": 1.0,
+        "student_level": 625,
+        "times": "native",
+        "time_low": 0.02,
+        "time_high": 0.98,
+        "fake_score_loss": "epsilon",
+        "guidance_scale": 2.0,
+        "fake_score_guidance": 2.0,
+        "fake_score_training_guidance": 2.0,
+        "ema": 0.99293,
+        "max_grad_norm": 0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """SiD's options."""
+
+    student_lr: float = option(1e-5, "AdamW's learning rate for the student", above=0)
+    fake_score_lr: float = option(1e-5, "AdamW's learning rate for the fake score", above=0)
+    beta1: float = option(0.0, "AdamW's first beta, for both players", at_least=0, below=1)
+    weight_decay: float = option(0.0, "AdamW's weight decay; 0 is Adam", at_least=0)
+    alpha: float = option(1.2, "weight of |Delta|^2 in the student's loss; the authors' 1.0 to 1.2")
+    normalise: bool = option(True, "divide the loss by mean|x - D_teacher|; false: the exact identity")
+    student_level: float | None = option(
+        None, "the timestep or sigma at which the student reads pure noise; default: the noisiest", at_least=0
+    )
+    times: Literal["karras", "native"] = option(
+        "karras", "levels of the losses: EDM's grid and log-normal; native: uniform in the teacher's own time"
+    )
+    time_low: float = option(0.0, "the student's loss draws its levels from this fraction, 0 is no noise", at_least=0)
+    time_high: float = option(0.8, "... to this one; 0.8 of EDM's grid is sigma = 24.4", above=0, at_most=1)
+    fake_score_loss: Literal["v", "epsilon"] = option("v", "v: EDM's weight; epsilon: as for Stable Diffusion")
+    guidance_scale: float = option(1.0, "classifier-free guidance of the teacher, kappa_4 (1: none)", at_least=0)
+    fake_score_guidance: float = option(
+        1.0, "guidance of the fake score in the student's loss, kappa_2 = kappa_3", at_least=0
+    )
+    fake_score_training_guidance: float = option(1.0, "guidance of the fake score in its own loss, kappa_1", at_least=0)
+    label_dropout: float = option(
+        0.1, "share of the fake score's samples without a class, if it is ever guided", at_least=0, below=1
+    )
+
+
+class SiD:
+    """Players: student and fake_score, one turn each; the fake score moves first."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        config: Config,
+        *,
+        student: Denoiser | None = None,
+        fake_score: Denoiser | None = None,
+    ):
+        if config.time_low >= config.time_high:
+            raise UserError(f"time_low: {config.time_low} must be less than time_high ({config.time_high})")
+        self.config = config
+        self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
+        self.student = student or teacher.player()
+        self.fake_score = fake_score or teacher.player()
+        self.evaluated = guided(self.fake_score, config.fake_score_guidance)
+        self.trained = guided(self.fake_score, config.fake_score_training_guidance)
+        self.schedule = teacher.denoiser.schedule
+        self.needs_data, self.needs_pairs = False, False
+        self.players: dict[str, nn.Module] = {"student": self.student, "fake_score": self.fake_score}
+        self.state: dict[str, nn.Module] = {}
+
+    def optimizer(self, player: str) -> Optimizer:
+        c = self.config
+        return Optimizer(c.student_lr if player == "student" else c.fake_score_lr, (c.beta1, 0.999), c.weight_decay)
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("fake_score", self.fake_score_turn), Turn("student", self.student_turn)]
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def sampler(self) -> FewStepSampler:
+        level = self.config.student_level
+        return FewStepSampler(self.student, [self.schedule.init_level if level is None else level])
+
+    def only_has_dropout(self, player: str) -> None:
+        """Dropout in one of the two networks would be noise in their difference."""
+        for name, module in self.players.items():
+            module.train(name == player)
+
+    # -- the fake score's turn ---------------------------------------------------------------------------
+
+    def fake_score_turn(self, batch: Batch) -> dict[str, Tensor]:
+        self.only_has_dropout("fake_score")
+        with torch.no_grad():
+            x = self.sampler().one_step(batch.randn("fake_score/z"), batch.cond)
+        cond = self.drop_labels(batch.cond, batch.size, batch.generator("fake_score/labels"))
+        t = self.times("fake_score", batch)
+        return {"loss": self.denoising(x, t, batch.randn("fake_score/eps"), cond)}
+
+    def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        return fake_score_loss(self.trained, x, t, eps, cond, self.config.fake_score_loss)
+
+    def drop_labels(self, cond: Cond, n: int, generator: torch.Generator) -> Cond:
+        """The conditions, some replaced by the null condition where the fake score is guided."""
+        c = self.config
+        if c.fake_score_guidance == 1 and c.fake_score_training_guidance == 1:
+            return cond
+        assert self.fake_score.null is not None
+        null = self.fake_score.null(cond)
+        drop = torch.rand(n, generator=generator, device=generator.device) < c.label_dropout
+        return {k: torch.where(drop.reshape(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in cond.items()}
+
+    # -- the student's turn ------------------------------------------------------------------------------
+
+    def student_turn(self, batch: Batch) -> dict[str, Tensor]:
+        self.only_has_dropout("student")
+        x = self.sampler().one_step(batch.randn("student/z"), batch.cond)
+        return self.matching(x, self.times("student", batch), batch.randn("student/eps"), batch.cond)
+
+    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> dict[str, Tensor]:
+        """The student's loss at angles t (B,) with noise eps (B, ...), with both networks in the graph."""
+        x_t = diffuse(x, t, eps)
+        x0_teacher, x0_fake = self.teacher(x_t, t, cond).x0, self.evaluated(x_t, t, cond).x0
+        loss = sid_loss(x, x0_teacher, x0_fake, self.config.alpha, self.config.normalise)
+        return {"loss": loss, "gap": (x0_teacher - x0_fake).detach().square().mean()}
+
+    def times(self, player: str, batch: Batch) -> Tensor:
+        """(B,) the angles of a player's loss."""
+        c, draw = self.config, batch.generator(f"{player}/t")
+        if c.times == "native":
+            return native_uniform(self.schedule, batch.size, draw, c.time_low, c.time_high)
+        if player == "student":
+            return edm_karras(self.schedule, batch.size, draw, c.time_low, c.time_high)
+        return edm_log_normal(self.schedule, batch.size, draw, -1.2, 1.2)
+
+
+def sid_loss(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, alpha: float, normalise: bool) -> Tensor:
+    """<Delta, (D_phi - x) - alpha Delta>/n, Delta = D_phi - D_psi, as a mean; all (B, ...), none detached.
+
+    n = mean|x - D_phi| of each sample, detached; 1 without the normaliser.
+    """
+    delta = x0_teacher - x0_fake
+    products = per_sample_mean(delta * ((x0_teacher - x) - alpha * delta))
+    return (products / l1_normaliser(x, x0_teacher)).mean() if normalise else products.mean()
+
+
+METHOD = SiD
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """Closed forms, per dimension, for a teacher N(mu, s^2) and a student N(m, b^2) at the angle t.
+
+    x_t = cos m + sqrt(U) w with U = cos^2 b^2 + sin^2, and D = mean + k (x_t - cos mean), k = cos std^2/variance.
+    """
+
+    mu: Tensor
+    s: Tensor
+    m: Tensor
+    b: Tensor
+    t: float
+
+    def coefficients(self, m: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """(offset, slope) of Delta = offset + slope x_t, where the fake score is that of a student (m, b)."""
+        cos, sin2 = torch.cos(torch.tensor(self.t).double()), torch.sin(torch.tensor(self.t).double()) ** 2
+        k_phi = cos * self.s**2 / (cos**2 * self.s**2 + sin2)
+        k_psi = cos * b**2 / (cos**2 * b**2 + sin2)
+        return self.mu * (1 - k_phi * cos) - m * (1 - k_psi * cos), k_phi - k_psi
+
+    def fisher(self, sampling: tuple[Tensor, Tensor], score: tuple[Tensor, Tensor]) -> Tensor:
+        """E|Delta|^2 over the dimensions' mean, x_t from the student `sampling`, the fake score of `score`."""
+        cos, sin2 = torch.cos(torch.tensor(self.t).double()), torch.sin(torch.tensor(self.t).double()) ** 2
+        offset, slope = self.coefficients(*score)
+        m, b = sampling
+        return ((offset + slope * cos * m) ** 2 + slope**2 * (cos**2 * b**2 + sin2)).mean()
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of F in full, along the samples alone, and along the fake score alone (frozen distribution)."""
+        theta = self.m.clone().requires_grad_(), self.b.clone().requires_grad_()
+        now = self.m, self.b
+        parts = self.fisher(theta, theta), self.fisher(theta, now), self.fisher(now, theta)
+        full, path, frozen_distribution = (gradient(f, *theta) for f in parts)
+        return full, path, frozen_distribution
+
+
+def verify() -> Iterator[Check]:
+    """Appendix B's row for SiD, on Gaussians whose every quantity is known."""
+    mu, s = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
+    m, b = torch.tensor([-0.3, 0.5]).double(), torch.tensor([0.9, 0.6]).double()
+
+    def game(mean: Tensor, scale: Tensor, **options: bool | float) -> tuple[SiD, AffineGame]:
+        parts = affine_game(mu, s, mean, scale)
+        method = SiD(parts.teacher, Config(**options), student=parts.student, fake_score=parts.fake_score)
+        only_trains("student", trainable(method.players))
+        return method, parts
+
+    def slope(method: SiD, parts: AffineGame, angle: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and its gradient in (mean, scale)."""
+        loss = method.matching(method.sampler().one_step(z, {}), angle, eps, {})["loss"]
+        return loss, gradient(loss, parts.generator.mean, parts.generator.scale)
+
+    z, eps = two_points(2)  # without the normaliser everything here has degree 2
+    for t in (0.2, 0.8, 1.4):
+        angle = torch.full((len(z),), t).double()
+        cos2, sin2 = torch.cos(angle[0]) ** 2, torch.sin(angle[0]) ** 2
+        exact = _Exact(mu, s, m, b, t)
+        fisher = exact.fisher((m, b), (m, b))
+        full, path, frozen_distribution = exact.gradients()
+        for alpha in (0.0, 0.5, 1.0, 1.2):
+            method, parts = game(m, b, alpha=alpha, normalise=False)
+            loss, got = slope(method, parts, angle)
+            yield equal(f"E[L] = (1 - a) F, a = {alpha}, t = {t}", (1 - alpha) * fisher, loss, 1e-9, scale=1e-3)
+            expected = full / 2 + (0.5 - alpha) * path
+            yield equal(f"gradient of the loss, a = {alpha}, t = {t}", expected, got, 1e-9)
+            if alpha == 0.5:
+                yield equal(f"half the Fisher divergence's gradient at a = 1/2, t = {t}", full / 2, got, 1e-9)
+            if alpha == 1.0:
+                yield equal(f"the frozen distribution's gradient at a = 1, t = {t}", frozen_distribution / 2, got, 1e-9)
+                yield differs(f"which is not that of F, t = {t}", full / 2, got, 1e-3)
+            big_v, big_u = cos2 * s**2 + sin2, cos2 * b**2 + sin2
+            # Diff-Instruct: sin^2/cos^2 times the gradient of KL(q_t || p_t), a mean over two dimensions
+            diff_instruct = torch.cat([sin2 * (m - mu) / big_v, sin2 * b * (1 / big_v - 1 / big_u)]) / 2
+            method.teacher, method.evaluated = _Detached(method.teacher), _Detached(method.evaluated)
+            detached = slope(method, parts, angle)[1]
+            yield equal(f"both networks detached: Diff-Instruct, a = {alpha}, t = {t}", diff_instruct, detached, 1e-9)
+            yield differs(f"that this is not SiD is caught, a = {alpha}, t = {t}", expected, detached, 1e-3)
+
+            same_width, parts = game(m, s, alpha=alpha, normalise=False)
+            got = gradient(slope(same_width, parts, angle)[0], parts.generator.mean)
+            pull = (sin2 / big_v) ** 2 * (m - mu) / 2
+            yield equal(f"the mean's gradient at the teacher's width, a = {alpha}, t = {t}", pull, got, 1e-9)
+
+        for normalise in (False, True):
+            settled, parts = game(mu, s, normalise=normalise)
+            label = "with" if normalise else "without"
+            got = slope(settled, parts, angle)[1]
+            yield equal(f"zero at the optimum, {label} the normaliser, t = {t}", 0.0, got, 1e-9, scale=1.0)
+        method, parts = game(m, b)
+        yield equal(
+            f"each sample's gradient is divided by n, t = {t}",
+            _normalised(exact, z, eps, detach=True),
+            slope(method, parts, angle)[1],
+            1e-9,
+        )
+        yield differs(
+            f"a gradient through n is caught, t = {t}",
+            _normalised(exact, z, eps, detach=False),
+            slope(method, parts, angle)[1],
+            1e-3,
+        )
+        method, parts = game(m, b)
+        only_trains("fake_score", trainable(method.players))
+        x = method.sampler().one_step(z, {})
+        rate = torch.sqrt(cos2 * sin2) * (1 - b**2) / (cos2 * b**2 + sin2)  # of the exact velocity
+        residual = (b * (rate * cos2.sqrt() + sin2.sqrt())) ** 2 + (rate * sin2.sqrt() - cos2.sqrt()) ** 2
+        denoising = method.denoising(x, angle, eps, {})
+        yield equal(f"the fake score's loss at its optimum, t = {t}", residual.mean(), denoising, 1e-9)
+        zero = gradient(denoising, parts.score.means, parts.score.stds)
+        yield equal(f"its gradient there is zero, t = {t}", 0.0, zero, 1e-9, scale=1.0)
+
+    order = [turn.player for turn in game(m, b)[0].turns(0)]
+    yield equal("the fake score moves first", 1.0, float(order == ["fake_score", "student"]), 0.0)
+    for schedule in (EDM(), EDM(data_std=1.0, sigma_min=1e-9, sigma_max=1e9)):
+        for fraction, sigma in ((0.0, 0.002), (0.8, 24.40834178658), (1.0, 80.0)):
+            drawn = torch.tan(edm_karras(schedule, 1, torch.Generator(), fraction, fraction))
+            yield equal(f"sigma at {fraction} of the grid, data_std {schedule.data_std}", 2 * sigma, drawn, 1e-9)
+        drawn = torch.tan(edm_log_normal(schedule, 1, torch.Generator(), -1.2, 0.0))
+        yield equal(f"the fake score's median sigma, data_std {schedule.data_std}", 2 * math.exp(-1.2), drawn, 1e-9)
+    yield from _guidance_checks()
+
+
+class _Detached(nn.Module):
+    """The mistake of detaching a network's output where only its parameters should be fixed."""
+
+    def __init__(self, denoise: nn.Module):
+        super().__init__()
+        self.denoise = denoise
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        pred = self.denoise(x_t, t, cond)
+        return replace(pred, x_t=pred.x_t.detach(), y=pred.y.detach())
+
+
+def _normalised(exact: _Exact, z: Tensor, eps: Tensor, *, detach: bool) -> Tensor:
+    """The gradient of mean L_i/n_i at a = 1.2, from the Gaussians' formulas alone."""
+    cos, sin = torch.cos(torch.tensor(exact.t).double()), torch.sin(torch.tensor(exact.t).double())
+    m, b = exact.m.clone().requires_grad_(), exact.b.clone().requires_grad_()
+    x = m + b * z
+    x_t = cos * x + sin * eps
+    k = cos * exact.s**2 / (cos**2 * exact.s**2 + sin**2)
+    from_x = exact.mu + k * (x_t - cos * exact.mu) - x
+    offset, slope = exact.coefficients(exact.m, exact.b)
+    delta = offset + slope * x_t
+    n = from_x.abs().mean(1)
+    loss = (delta * (from_x - 1.2 * delta)).mean(1) / (n.detach() if detach else n)
+    return gradient(loss.mean(), m, b)
+
+
+def _guidance_checks() -> Iterator[Check]:
+    """Guidance on two classes in one dimension: D_null + kappa (D_class - D_null), from the exact scores."""
+    p = GaussianMixture([[-0.8], [0.9]], [[0.5], [0.3]], labels=[0, 1])
+    q = GaussianMixture([[-0.2], [0.4]], [[0.8], [0.6]], labels=[0, 1])
+    generator = torch.Generator().manual_seed(0)
+    x, eps = (torch.randn(6, 1, generator=generator, dtype=torch.float64) for _ in range(2))
+    t = torch.linspace(0.3, 1.3, 6).double()
+    labels = torch.tensor([0, 1, 0, 1, 0, 1])
+    cond = {"class_labels": labels}
+    x_t = torch.cos(t)[:, None] * x + torch.sin(t)[:, None] * eps
+
+    def denoised(network: GaussianMixture, kappa: float) -> Tensor:
+        own, none = (network.score(x_t, t, c) for c in (labels, torch.full_like(labels, 2)))
+        score = none + kappa * (own - none)
+        return (x_t + torch.sin(t)[:, None] ** 2 * score) / torch.cos(t)[:, None]
+
+    teacher = mixture_teacher(p.means, p.stds, labels=[0, 1])
+    for kappas in ((1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (1.0, 2.0, 1.0), (1.0, 1.0, 2.5), (2.0, 1.5, 4.0)):
+        training, fake, real = kappas
+        config = Config(
+            guidance_scale=real,
+            fake_score_guidance=fake,
+            fake_score_training_guidance=training,
+            normalise=False,
+        )
+        method = SiD(teacher, config, student=teacher.denoiser, fake_score=q.denoiser())
+        real_x0, fake_x0 = denoised(p, real), denoised(q, fake)
+        delta = real_x0 - fake_x0
+        expected = (delta * (real_x0 - x - 1.2 * delta)).mean()
+        name = f"kappa_1, kappa_2 = kappa_3, kappa_4 = {training}, {fake}, {real}"
+        yield equal(f"the student's loss at {name}", expected, method.matching(x, t, eps, cond)["loss"], 1e-9)
+        fit = ((denoised(q, training) - x) / torch.sin(t)[:, None]).square().mean()
+        yield equal(f"the fake score's loss at {name}", fit, method.denoising(x, t, eps, cond), 1e-9)
