@@ -33,7 +33,7 @@ def lora(denoiser: Denoiser, rank: int, alpha: float | None = None, targets: Seq
         raise UserError(f"lora: the teacher's {type(twin.network).__name__} has no {wanted} to adapt")
     config = LoraConfig(
         r=rank,
-        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]  # a float serves as well
+        lora_alpha=rank if alpha is None else alpha,
         target_modules="|".join(map(re.escape, layers)),  # matched whole, where a list would match suffixes too
         lora_dropout=0.0,
     )

@@ -173,8 +173,8 @@ class LCM:
     def after_step(self, step: int) -> None:
         """target <- mu target + (1 - mu) student."""
         if self.state:
-            parameters = list(self.student.parameters())
-            torch._foreach_lerp_(list(self.target.parameters()), parameters, 1 - self.config.target_ema)
+            averages: list[Tensor] = list(self.target.parameters())
+            torch._foreach_lerp_(averages, list(self.student.parameters()), 1 - self.config.target_ema)
 
     def sampler(self) -> FewStepSampler:
         return FewStepSampler(self.student, self.levels[:: self.config.ddim_steps // self.config.student_steps])
