@@ -71,7 +71,7 @@ def karras_grid(schedule: Schedule, n: int, rho: float = 7.0) -> Tensor:
     """
     low = schedule.t_min or math.atan(0.002 / 0.5)
     high = min(schedule.t_max, math.atan(80.0 / 0.5))
-    ends = [math.tan(t) ** (1 / rho) for t in (high, low)]
-    grid = torch.atan(torch.linspace(*ends, n, dtype=torch.float64) ** rho)
+    first, last = (math.tan(t) ** (1 / rho) for t in (high, low))
+    grid = torch.atan(torch.linspace(first, last, n, dtype=torch.float64) ** rho)
     grid[0], grid[-1] = high, low  # to the last bit: a method asks whether it is at an end
     return grid

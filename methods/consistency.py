@@ -66,7 +66,7 @@ PRESETS = {
     "digits": {
         "teacher": "digits",
         "data": "digits",
-        "steps": 500,
+        "steps": 300,
         "batch_size": 64,
         "grid": "native",
         "grid_points": 18,
@@ -187,8 +187,8 @@ class Consistency:
     def after_step(self, step: int) -> None:
         """target <- mu target + (1 - mu) student."""
         if self.state:
-            averages, parameters = list(self.target.parameters()), list(self.student.parameters())
-            torch._foreach_lerp_(averages, parameters, 1 - self.target_decay(step))
+            averages: list[Tensor] = list(self.target.parameters())
+            torch._foreach_lerp_(averages, list(self.student.parameters()), 1 - self.target_decay(step))
 
     def sampler(self) -> FewStepSampler:
         steps = self.config.student_steps
@@ -335,7 +335,8 @@ class _Gaussian:
         for i in reversed(range(len(t))):
             self.network.fit(i, x_t[i], self.method.target_x0(x_r[i], r[i], {}))
             self.copy_to_target()
-        loss = self.method.consistency(*(v.flatten(0, 1) for v in (x_t, x_r, t, r)), {})["loss"]
+        x_t, x_r, t, r = (v.flatten(0, 1) for v in (x_t, x_r, t, r))
+        loss = self.method.consistency(x_t, x_r, t, r, {})["loss"]
         return loss, gradient(loss, self.network.slope, self.network.offset)
 
     def factors(self, solver: str) -> Tensor:
@@ -358,7 +359,7 @@ def verify() -> Iterator[Check]:
     """Section 1.1's sanity items and rows 4 and 15 of Appendix B, on a Gaussian."""
     for grid in ("karras", "native"):
         for solver in ("euler", "heun"):
-            yield from _fixed_point(Config(grid=grid, solver=solver, grid_points=12, distance="l2"))  # type: ignore[arg-type]
+            yield from _fixed_point(Config(grid=grid, solver=solver, grid_points=12, distance="l2"))
     for solver, order in (("euler", 1.0), ("heun", 2.0)):
         errors = []
         for n in (60, 120):
@@ -493,8 +494,8 @@ def _easy() -> Iterator[Check]:
         yield equal(f"r of t at step {step}", expected, torch.tan(method.easy_partner(t, step)), 1e-12)
     network = game.network
     with torch.no_grad():
-        network.slope += 0.4
-        network.offset += torch.tensor([0.1, -0.2])
+        network.slope.fill_(0.4)
+        network.offset.add_(torch.tensor([0.1, -0.2]))
     x_t, x_r, t, r = game.pair(1)
     for name, r_now in (("r > 0", r), ("r = 0", torch.zeros_like(r))):
         target = x_r if name == "r = 0" else 0.4 * x_r + network.offset[2]
