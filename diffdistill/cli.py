@@ -102,6 +102,15 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     methods = command("methods", "list the methods, or describe one: its options, presets and equations")
     methods.add_argument("method", nargs="?", help="a method's name or file")
 
+    board = command("bench", "train and judge every method on the same teacher, budget, seeds and evaluation")
+    board.add_argument("--suite", default="digits", metavar="NAME", help="digits or mnist (default: digits)")
+    board.add_argument("--methods", metavar="A,B,..", help="(default: all with a preset for the suite)")
+    board.add_argument("--seeds", default="0,1,2", metavar="A,B,..", help="(default: 0,1,2)")
+    board.add_argument("--budget", metavar="N", help="network passes of a batch in a training (default: the suite's)")
+    board.add_argument("--teacher", metavar="DIR", help="(default: the suite's)")
+    board.add_argument("--data", metavar="DATA", help="the real images (default: the suite's)")
+    board.add_argument("--out", default="runs/bench", metavar="DIR", help="(default: runs/bench)")
+
     verify = command("verify", "check a method against closed forms, and train it on a teacher known exactly")
     verify.add_argument("method", nargs="?", help="a method's name or file")
     verify.add_argument("--all", action="store_true", help="every method")
@@ -298,6 +307,24 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from .eval.bench import SUITES, bench
+
+    suite = options.coerce("suite", args.suite, str, {})
+    if suite not in SUITES:
+        raise UserError(f"suite: {suite!r} is not known; {options.nearest(suite, SUITES)}")
+    bench(
+        suite,
+        methods=args.methods.split(",") if args.methods else None,
+        seeds=_whole_list("seeds", args.seeds),
+        budget=_whole_or_none("budget", args.budget, 1),
+        out=Path(args.out),
+        teacher=args.teacher,
+        data=args.data,
+    )
+    return 0
+
+
 _COMMANDS = {
     "train": _train,
     "sample": _sample,
@@ -307,6 +334,7 @@ _COMMANDS = {
     "pairs": _pairs,
     "methods": _methods,
     "verify": _verify,
+    "bench": _bench,
 }
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import importlib.util
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -210,7 +210,10 @@ class MethodInfo:
     equations: Mapping[str, str]
     presets: Mapping[str, Mapping[str, Any]]
     config: type
-    end_to_end: Mapping[str, Any] | None = None
+    end_to_end: Mapping[str, Any] | None = None  #: what its student should be on the plane (end_to_end.py)
+    passes: Mapping[str, float] = field(default_factory=dict)  #: preset -> network passes that a step needs at least
+    any_steps: bool = False  #: one student, sampled with any number of steps
+    scales: Sequence[str] = ()  #: options that count training steps
 
     def load(self) -> types.ModuleType:
         """Import the method's module."""
@@ -223,6 +226,9 @@ class MethodInfo:
         sys.modules[name] = module
         spec.loader.exec_module(module)
         return module
+
+
+_LITERALS = {"PAPER", "DATA", "EQUATIONS", "PRESETS", "END_TO_END", "PASSES", "ANY_STEPS", "SCALES"}
 
 
 def _methods_folder() -> Path:
@@ -255,7 +261,7 @@ def describe_method(name: str) -> MethodInfo:
         for node in tree.body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 defined.add(node.targets[0].id)
-                if node.targets[0].id in ("PAPER", "DATA", "EQUATIONS", "PRESETS", "END_TO_END"):
+                if node.targets[0].id in _LITERALS:
                     said[node.targets[0].id] = ast.literal_eval(node.value)
             elif isinstance(node, ast.ClassDef | ast.FunctionDef):
                 defined.add(node.name)
@@ -273,7 +279,7 @@ def describe_method(name: str) -> MethodInfo:
     doc = ast.get_docstring(tree) or ""
     return MethodInfo(
         path.stem, path, doc, said["PAPER"], said["DATA"], said["EQUATIONS"], said.get("PRESETS", {}), config,
-        said.get("END_TO_END"),
+        said.get("END_TO_END"), said.get("PASSES", {}), said.get("ANY_STEPS", False), said.get("SCALES", ()),
     )  # fmt: skip
 
 

@@ -143,7 +143,7 @@ _ON_RESUME = {
 
 
 @dataclasses.dataclass
-class _Game:
+class Game:
     """A distillation's parts, put together from its options."""
 
     config: TrainConfig
@@ -156,7 +156,8 @@ class _Game:
         return dataclasses.asdict(self.config) | dataclasses.asdict(self.method_config)
 
 
-def _game(values: dict[str, Any]) -> _Game:
+def make_game(values: dict[str, Any]) -> Game:
+    """Teacher and method from the options of `diffdistill train`, nothing trained yet."""
     info = describe_method(str(values.get("method", TrainConfig.method)))
     shared, own = split(values, TrainConfig, info.config)
     config, method_config = build(TrainConfig, shared), build(info.config, own)
@@ -165,7 +166,7 @@ def _game(values: dict[str, Any]) -> _Game:
     # The method's own Config has the same fields; the one read from source served only to parse options.
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     method = module.METHOD(teacher, module.Config(**dataclasses.asdict(method_config)))
-    return _Game(config, info, method_config, teacher, method)
+    return Game(config, info, method_config, teacher, method)
 
 
 def distill(*, preset: str | None = None, resume: str | Path | None = None, **values: Any) -> Path:
@@ -183,7 +184,7 @@ def distill(*, preset: str | None = None, resume: str | Path | None = None, **va
             raise UserError(f"preset: {preset!r} is not known; {nearest(preset, presets)}")
         values = dict(presets[preset]) | values
     out = Path(str(values.get("out", TrainConfig.out)))
-    game = _game(values)
+    game = make_game(values)
     config, method, teacher = game.config, game.method, game.teacher
     student_scheduler(teacher, method.sampler())  # a level that cannot be exported is refused now
     accelerator = accelerator_for(config, out)
@@ -214,7 +215,7 @@ def resumed_options(run: Path, values: dict[str, Any]) -> dict[str, Any]:
     return saved | values | {"out": str(run)}
 
 
-def _data_for(game: _Game) -> Data | None:
+def _data_for(game: Game) -> Data | None:
     if not game.method.needs_data:
         return None
     if game.config.data is None:
@@ -225,7 +226,7 @@ def _data_for(game: _Game) -> Data | None:
     return data
 
 
-def _pairs_for(game: _Game, needed: int) -> Pairs | None:
+def _pairs_for(game: Game, needed: int) -> Pairs | None:
     if not game.method.needs_pairs:
         return None
     folder, name = game.config.pairs, game.info.name
@@ -242,7 +243,7 @@ def _pairs_for(game: _Game, needed: int) -> Pairs | None:
     return pairs
 
 
-def _export(game: _Game, folder: Path, step: int) -> Path:
+def _export(game: Game, folder: Path, step: int) -> Path:
     sampler = game.method.sampler()
     scheduler = student_scheduler(game.teacher, sampler)
     metadata = {
@@ -261,10 +262,10 @@ def _export(game: _Game, folder: Path, step: int) -> Path:
     return save_pipeline(folder, game.teacher.family, network, scheduler, metadata, card)
 
 
-def export_run(run: str | Path, *, step: int | None = None, out: str | Path | None = None) -> Path:
-    """Save a run's student from its checkpoint at `step` (default: the last); returns the folder."""
+def load_run(run: str | Path, step: int | None = None) -> tuple[Game, int]:
+    """A run's parts with the student as its checkpoint at `step` (default: the last) has it, and that step."""
     run = Path(run)
-    game = _game(run_options(run))
+    game = make_game(run_options(run))
     found = {int(path.name.split("-")[1]): path for path in checkpoints(run / "checkpoints")}
     if not found:
         raise UserError(f"run: {str(run)!r} has no checkpoint yet")
@@ -274,5 +275,12 @@ def export_run(run: str | Path, *, step: int | None = None, out: str | Path | No
     tensors, _ = load_checkpoint(found[step])
     for name, module in game.method.state.items():
         module.load_state_dict(tensors[f"state.{name}"])
-    game.method.players["student"].load_state_dict(tensors["student"] | tensors.get("average", {}))
-    return _export(game, Path(out) if out else run / "student", step)
+    student = game.method.players["student"].eval()
+    student.load_state_dict(tensors["student"] | tensors.get("average", {}))
+    return game, step
+
+
+def export_run(run: str | Path, *, step: int | None = None, out: str | Path | None = None) -> Path:
+    """Save a run's student from its checkpoint at `step` (default: the last); returns the folder."""
+    game, step = load_run(run, step)
+    return _export(game, Path(out) if out else Path(run) / "student", step)

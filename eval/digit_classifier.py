@@ -38,39 +38,36 @@ MAX_NOISE = 0.1  # standard deviation; ink to paper is 2
 
 
 class DigitClassifier(nn.Module):
-    """Images `(B, 1, 8, 8)` in [-1, 1] to logits `(B, 10)`.
+    """Images `(B, channels, H, W)` in [-1, 1] to logits `(B, classes)`; the shipped one knows 8x8 grey digits.
 
     SiLU keeps the features smooth in the image, and there is no normalisation layer, so that an
     image's features never depend on its batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1, classes: int = 10) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1),
+            nn.Conv2d(channels, 32, 3, padding=1),
             nn.SiLU(),
-            nn.Conv2d(32, 32, 3, padding=1, stride=2),  # 4x4
+            nn.Conv2d(32, 32, 3, padding=1, stride=2),
             nn.SiLU(),
             nn.Conv2d(32, 64, 3, padding=1),
             nn.SiLU(),
-            nn.AvgPool2d(2),  # 2x2
+            nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
             nn.Linear(256, 64),
             nn.SiLU(),
         )
-        self.head = nn.Linear(64, 10)
+        self.head = nn.Linear(64, classes)
         # The unit of the features; `train` sets it.
         self.scale: Tensor
         self.register_buffer("scale", torch.ones(()))
 
     def features(self, x: Tensor) -> Tensor:
-        """The penultimate layer, `(B, 64)`, in units of its root mean variance over the real digits.
+        """The penultimate layer, `(B, 64)`, in units of its root mean variance over the real images.
 
-        So the digits have a total variance of 64, which gives a Frechet distance something to be
-        compared with. Raises ValueError unless x is `(B, 1, 8, 8)`.
+        So these have a total variance of 64, which gives a Frechet distance something to be compared with.
         """
-        if x.shape[1:] != (1, 8, 8):
-            raise ValueError(f"want digits (B, 1, 8, 8), got {tuple(x.shape)}")
         return self.trunk(x) / self.scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,12 +101,12 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     return shifted + scale * torch.randn(x.shape, generator=generator)
 
 
-def train(images: Tensor, labels: Tensor, seed: int, epochs: int) -> DigitClassifier:
+def train(images: Tensor, labels: Tensor, seed: int, epochs: int, classes: int = 10) -> DigitClassifier:
     """Cross-entropy with AdamW under a one-cycle learning rate; random only through `seed`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DigitClassifier()
+        model = DigitClassifier(images.shape[1], classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     steps = epochs * math.ceil(len(images) / BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
@@ -121,7 +118,8 @@ def train(images: Tensor, labels: Tensor, seed: int, epochs: int) -> DigitClassi
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        model.scale.copy_(model.trunk(images).var(0).mean().sqrt())
+        features = torch.cat([model.trunk(part) for part in images.split(4096)])
+        model.scale.copy_(features.var(0).mean().sqrt())
     return model.eval()
 
 

@@ -26,7 +26,7 @@ from diffdistill.ode import ddim_step, sample_ode
 from diffdistill.players import Teacher
 from diffdistill.rng import image_generators
 
-from .digit_classifier import load_digit_classifier
+from .digit_classifier import DigitClassifier, load_digit_classifier
 from .metrics import class_agreement, frechet_distance, kernel_distance, precision_recall, statistics
 from .report import image_grid, markdown_table, save_png, side_by_side, text_table, write_json, write_text
 
@@ -88,25 +88,29 @@ def draw_all(draw: Draw, labels: Tensor | None, count: int, seed: int, batch_siz
 
 
 class DigitJudge:
-    """Distances to the real digits in the feature space of the shipped digit classifier; not FID."""
+    """Distances to the first `count` real images in the feature space of a small classifier; not FID.
 
-    def __init__(self, data: Data):
-        if tuple(data.shape) != (1, 8, 8):
+    The default network is the shipped classifier of 8x8 digits.
+    """
+
+    def __init__(self, data: Data, network: DigitClassifier | None = None, count: int | None = None):
+        if network is None and tuple(data.shape) != (1, 8, 8):
             raise UserError(
                 f"data: {data.name!r} has samples of shape {tuple(data.shape)}; the feature network that this "
                 "version ships is for 8x8 digits, shape (1, 8, 8)"
             )
-        self.network = load_digit_classifier()
-        self.real = self._features(data.get(torch.arange(len(data))).images)
+        self.network = network or load_digit_classifier()
+        self.real = self.features(data.get(torch.arange(count or len(data))).images)
         self.statistics = statistics(self.real)
 
     @torch.no_grad()
-    def _features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 64)."""
         return torch.cat([self.network.features(part) for part in images.clamp(-1, 1).split(512)])
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor | None) -> dict[str, float | None]:
-        features = self._features(images)
+        features = self.features(images)
         precision, recall = precision_recall(self.real, features)
         logits = torch.cat([self.network(part) for part in images.clamp(-1, 1).split(512)])
         agreement = None if labels is None else 100 * class_agreement(logits, labels)

@@ -93,9 +93,10 @@ PRESETS = {
     },
 }
 
+PASSES = {"digits": 4, "digits-4step": 5.5}
 END_TO_END = {
     "kind": "distribution",
-    "options": {"update_ratio": 2, "student_lr": 5e-4, "fake_score_lr": 2e-3, "beta1": 0.0, "steps": 4000},
+    "options": {"update_ratio": 1, "student_lr": 1e-3, "fake_score_lr": 2e-3, "beta1": 0.0, "steps": 3000},
 }
 
 

@@ -50,9 +50,9 @@ PRESETS = {
         "data": "digits",
         "steps": 600,
         "batch_size": 64,
-        "start_steps": 16,
+        "start_steps": 32,
         "final_steps": 1,
-        "stage_steps": 150,
+        "stage_steps": 120,
         "student_lr": 5e-4,
     },
     "cifar10": {
@@ -65,6 +65,8 @@ PRESETS = {
         "weight_decay": 0.0,
     },
 }
+PASSES = {"digits": 3}
+SCALES = ["stage_steps"]
 END_TO_END = {
     "kind": "trajectory",
     "options": {

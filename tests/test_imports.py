@@ -21,7 +21,7 @@ LAYERS = [
     {"methods", "pipelines"},
     {"eval"},
     {"run", "teacher", "pairs", "end_to_end"},
-    {"cli", "eval.digits_benchmark"},
+    {"cli", "eval.bench"},
     {"__init__", "__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

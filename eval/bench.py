@@ -1,0 +1,378 @@
+"""The scoreboard: every method on the same teacher, budget, seeds and evaluation (`diffdistill bench`).
+
+The budget is counted in network passes, which do not depend on the machine: a forward pass of the batch is 1, a
+backward pass through weights and input 2 more, through the input alone 1 more. A method takes as many training
+steps as fit. Each training is a process of its own, so that its peak memory is its own; what is done is not
+repeated, and a stopped training resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from diffdistill.config import MethodInfo, describe_method, method_names
+from diffdistill.data import Data, open_data
+from diffdistill.denoiser import Denoiser
+from diffdistill.environment import environment
+from diffdistill.errors import UserError
+from diffdistill.families import load_teacher
+from diffdistill.files import atomic_write
+from diffdistill.method import Batch, Method, Pair
+from diffdistill.players import FewStepSampler, Teacher, only_trains, trainable
+from diffdistill.run import Game, load_run, make_game
+from diffdistill.schedule import student_levels
+
+from .digit_classifier import DigitClassifier
+from .digit_classifier import train as train_classifier
+from .evaluate import DigitJudge, Drawn, draw_all, teacher_images
+from .report import markdown_table, save_png, side_by_side, text_table, write_json, write_text
+
+SHOWN_STEPS = (1, 2, 4)
+MOST_IMAGES = 10000
+COLUMNS = (
+    *("method", "steps", "frechet distance", "+-", "kernel distance x1000", "precision", "recall"),
+    *("class agreement %", "diversity", "training s", "peak MB", "passes", "least", "seeds"),
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What all methods share; a preset named `preset` in a method's file says the rest."""
+
+    preset: str
+    teacher: str
+    data: str
+    budget: int
+    teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+SUITES = {
+    "digits": Suite("digits", "digits", "digits", budget=2800),
+    "mnist": Suite("digits", "", "", budget=60000, overrides={"student_level": None}),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One training: a method, one of its presets for the suite, a seed."""
+
+    info: MethodInfo
+    preset: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return self.info.name + self.preset.removeprefix("digits").replace("-", " ")
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name.replace(' ', '-')}-seed{self.seed}"
+
+
+def entries(suite: Suite, methods: Sequence[str] | None, seeds: Sequence[int]) -> list[Entry]:
+    """All trainings, seed by seed; UserError for a method without a preset for the suite."""
+    infos = [describe_method(name) for name in methods or method_names()]
+    found = []
+    for seed in seeds:
+        for info in infos:
+            presets = [p for p in info.presets if p.split("-")[0] == suite.preset]
+            if not presets and methods:
+                raise UserError(f"methods: {info.name} has no preset {suite.preset!r} to run in this suite")
+            found += [Entry(info, preset, seed) for preset in presets]
+    return found
+
+
+# -- the budget --------------------------------------------------------------------------------------------
+
+
+def passes_per_step(game: Game, steps: int = 12) -> tuple[float, float]:
+    """Network passes of a training step, each counted once for a batch, and the same with backward passes."""
+    method, teacher, size = game.method, game.teacher, game.config.batch_size
+    networks: dict[int, nn.Module] = {}
+    for module in (teacher.denoiser, *method.players.values(), *method.state.values()):
+        networks |= {id(m.network): m.network for m in module.modules() if isinstance(m, Denoiser)}
+    forward = backward = 0.0
+
+    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal forward, backward
+        share = len(args[0]) / size
+        forward += share
+        if torch.is_grad_enabled():
+            weights = any(p.requires_grad for p in module.parameters())
+            backward += share * (2.0 if weights else 1.0 if args[0].requires_grad else 0.0)
+
+    handles = [m.register_forward_pre_hook(count) for m in networks.values()]
+    owned = trainable(method.players)
+    try:
+        for step in range(steps):
+            for turn in method.turns(step):
+                only_trains(turn.player, owned)
+                turn.loss(_any_batch(method, teacher, size, step))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return forward / steps, (forward + backward) / steps
+
+
+def _any_batch(method: Method, teacher: Teacher, size: int, step: int) -> Batch:
+    draw = torch.Generator().manual_seed(step)
+    cond, x = teacher.random_cond(size, draw), torch.randn(size, *teacher.shape, generator=draw)
+    pair = Pair(torch.randn(x.shape, generator=draw), x, cond) if method.needs_pairs else None
+    return Batch(size, teacher.shape, cond, x if method.needs_data else None, x.device, (0, step, 0), pair)
+
+
+def planned(entry: Entry, suite: Suite, budget: int, shared: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """The training's options with as many steps as the budget allows, and its passes a step."""
+    preset = dict(entry.info.presets[entry.preset])
+    known = {k: v for k, v in suite.overrides.items() if k in preset}
+    values = preset | known | shared | {"method": entry.info.name, "seed": entry.seed}
+    game = make_game(values)
+    if not game.method.needs_pairs:
+        values.pop("pairs", None)
+    passes, units = passes_per_step(game)
+    steps = max(1, round(budget / units))
+    # Options that count training steps, a stage's say, keep their share of the whole.
+    for name in entry.info.scales:
+        values[name] = max(1, preset[name] * steps // preset["steps"])
+    return values | {"steps": steps}, passes
+
+
+# -- one training ------------------------------------------------------------------------------------------
+
+
+def train(entry: Entry, values: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Train (or resume) in a process of its own; seconds and peak resident memory are kept beside the run."""
+    run, note = out / entry.folder, out / f"{entry.folder}.json"
+    before = json.loads(note.read_text()) if note.exists() else {"seconds": 0.0, "peak_mb": 0.0}
+    if before.get("done"):
+        return before
+    command = [sys.executable, "-m", "diffdistill.cli", "train"]
+    if (run / "config.yaml").exists():
+        command += ["--resume", str(run)]
+    else:
+        keep = {"sample_every": 0, "keep_checkpoints": 100, "out": str(run)}
+        stage = [values[name] for name in entry.info.scales]
+        keep["checkpoint_every"] = stage[-1] if stage else 0
+        for name, value in (values | keep).items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    started = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    told = child.stderr.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    after = {
+        "seconds": before["seconds"] + time.perf_counter() - started,
+        "peak_mb": max(before["peak_mb"], usage.ru_maxrss / 1024),
+        "done": child.returncode == 0,
+    }
+    write_json(after, note)
+    if child.returncode:
+        last = told.strip().splitlines()[-1] if told.strip() else f"exit code {child.returncode}"
+        raise UserError(f"bench: {entry.folder} failed ({last})")
+    return after
+
+
+def students(entry: Entry, out: Path) -> Iterator[FewStepSampler]:
+    """The samplers of a run, one for each number of steps that it can make."""
+    from diffdistill.checkpoint import checkpoints
+
+    run = out / entry.folder
+    last: dict[int, int] = {}
+    for path in checkpoints(run / "checkpoints"):
+        step = int(path.name.split("-")[1])
+        last[len(load_run(run, step)[0].method.sampler().levels)] = step
+    for step in last.values():
+        sampler = load_run(run, step)[0].method.sampler()
+        yield sampler
+        if entry.info.any_steps:
+            schedule = sampler.denoiser.schedule
+            for n in SHOWN_STEPS:
+                if n != len(sampler.levels):
+                    yield FewStepSampler(
+                        sampler.denoiser, student_levels(schedule, n).tolist(), renoise=sampler.renoise
+                    )
+
+
+# -- the board ---------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """The same images' noise and classes for everything that is evaluated with a seed."""
+
+    def __init__(self, teacher: Teacher, data: Data, out: Path):
+        self.teacher, self.count = teacher, min(len(data), MOST_IMAGES)
+        self.judge = DigitJudge(data, _classifier(data, out), self.count)
+        real = data.get(torch.arange(self.count))
+        self.labels = real.labels if teacher.num_classes is not None else None
+        self.real_diversity = self.diversity(real.images)
+
+    def diversity(self, images: Tensor) -> float:
+        """Mean distance of two images of a class in the judge's features, over the classes."""
+        features = self.judge.features(images)
+        if self.labels is None:
+            return float(torch.pdist(features).mean())
+        each = [torch.pdist(features[self.labels == c]).mean() for c in self.labels.unique()]
+        return float(torch.stack(each).mean())
+
+    def __call__(self, draw: Any, seed: int) -> tuple[dict[str, Any], Tensor]:
+        drawn: Drawn = draw_all(draw, self.labels, self.count, seed)
+        scores = self.judge(drawn.images, self.labels)
+        shown = None if self.teacher.num_classes is None else torch.arange(20) % self.teacher.num_classes
+        pictures = draw_all(draw, shown, 20, seed).images
+        return {**scores, "diversity": self.diversity(drawn.images) / self.real_diversity}, pictures
+
+
+def _classifier(data: Data, out: Path) -> DigitClassifier | None:
+    """None for the digits, whose classifier is shipped; else one trained on the data, once."""
+    if tuple(data.shape) == (1, 8, 8):
+        return None
+    if data.num_classes is None:
+        raise UserError(f"data: {data.name!r} has no labels, by which the board's feature network is trained")
+    file = out / "classifier.safetensors"
+    if not file.exists():
+        real = data.get(torch.arange(len(data)))
+        assert real.labels is not None
+        trained = train_classifier(real.images, real.labels, 0, epochs=5, classes=data.num_classes)
+        atomic_write(file, save(trained.state_dict()))
+    network = DigitClassifier(data.shape[0], data.num_classes)
+    network.load_state_dict(load_file(file))
+    return network.eval().requires_grad_(False)
+
+
+def bench(
+    suite_name: str,
+    *,
+    methods: Sequence[str] | None,
+    seeds: Sequence[int],
+    budget: int | None,
+    out: Path,
+    teacher: str | None = None,
+    data: str | None = None,
+) -> list[dict[str, Any]]:
+    """`diffdistill bench`: trains and judges what is missing, writes the board after every entry, returns its rows."""
+    suite = SUITES[suite_name]
+    source, images = teacher or suite.teacher, data or suite.data
+    if not source or not images:
+        raise UserError(f"teacher, data: the suite {suite_name!r} has none of its own; give --teacher and --data")
+    judged = load_teacher(source)
+    evaluation = Evaluation(judged, open_data(images, resolution=judged.shape[1], channels=judged.shape[0]), out)
+    shared = {"teacher": source, "data": images, "pairs": str(_pairs(source, out))}
+    budget = budget or suite.budget
+    results: list[dict[str, Any]] = []
+    pictures: dict[str, Tensor] = {}
+
+    def keep(key: str, steps: int, seed: int, draw: Any, **more: Any) -> None:
+        file = out / "rows" / f"{key}-{steps}-seed{seed}.json".replace(" ", "-")
+        if not file.exists() or (seed == seeds[0] and key not in pictures):
+            scores, shown = evaluation(draw, seed)
+            write_json({"method": key, "steps": steps, "seed": seed, **scores, **more}, file)
+            if seed == seeds[0]:
+                pictures[f"{key}, {steps} step{'s' if steps > 1 else ''}"] = shown
+        results.append(json.loads(file.read_text()))
+
+    for seed in seeds:
+        for steps in suite.teacher_steps:
+            keep("teacher", steps, seed, partial(teacher_images, judged, steps, 1.0))
+    for entry in entries(suite, methods, seeds):
+        values, passes = planned(entry, suite, budget, shared)
+        scale = float(values.get("guidance_scale", 1.0))
+        told = train(entry, values, out / "runs")
+        for sampler in students(entry, out / "runs"):
+            steps = len(sampler.levels)
+            if scale != 1 and steps > 4:  # one pass a step against the teacher's two
+                keep(
+                    f"teacher, guidance {scale:g}", steps, entry.seed,
+                    partial(teacher_images, judged, steps, scale),
+                )  # fmt: skip
+            keep(
+                entry.name, steps, entry.seed, partial(sampler, judged.shape),
+                **{"training s": told["seconds"], "peak MB": told["peak_mb"], "training steps": values["steps"]},
+                passes=passes, least=entry.info.passes.get(entry.preset),
+            )  # fmt: skip
+        write_board(suite_name, results, pictures, budget, out)
+        print(f"{entry.folder}: {told['seconds']:.0f} s", flush=True)
+    rows = write_board(suite_name, results, pictures, budget, out)
+    print(text_table(rows, COLUMNS))
+    print(f"board: {out / 'board.md'}, {out / 'board.json'}, {out / 'quality.png'}, {out / 'samples.png'}")
+    return rows
+
+
+def _pairs(teacher: str, out: Path) -> Path:
+    """Pairs for the methods that want them, made once."""
+    from diffdistill.pairs import make_pairs
+
+    folder = out / "pairs"
+    make_pairs(teacher=teacher, out=str(folder), count=1000, sampling_steps=32)
+    return folder
+
+
+def averaged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each method and number of steps: means over the seeds."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for result in results:
+        same = groups.setdefault((result["method"], result["steps"]), [])
+        if result["seed"] not in [r["seed"] for r in same]:
+            same.append(result)
+    rows = []
+    for (method, steps), same in groups.items():
+        row: dict[str, Any] = {"method": method, "steps": steps, "seeds": len(same)}
+        for column in COLUMNS:
+            numbers = [r[column] for r in same if isinstance(r.get(column), (int, float))]
+            if column not in row and numbers:
+                row[column] = fmean(numbers)
+        distances = [r["frechet distance"] for r in same]
+        row["+-"] = stdev(distances) if len(distances) > 1 else None
+        rows.append(row)
+    return sorted(rows, key=lambda r: (not r["method"].startswith("teacher"), r["steps"], r["frechet distance"]))
+
+
+def write_board(
+    suite: str, results: Sequence[dict[str, Any]], pictures: dict[str, Tensor], budget: int, out: Path
+) -> list[dict[str, Any]]:
+    """board.json, board.md, quality.png and samples.png."""
+    rows = averaged(results)
+    report = {"suite": suite, "budget": budget, "environment": environment(), "rows": rows, "results": list(results)}
+    write_json(report, out / "board.json")
+    write_text(markdown_table(rows, COLUMNS), out / "board.md")
+    if pictures:
+        save_png(side_by_side(list(pictures.items()), scale=4), out / "samples.png")
+    quality_picture(rows, out / "quality.png")
+    return rows
+
+
+def quality_picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Fréchet distance against steps, both logarithmic, one line a method."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("bench: the picture needs matplotlib; pip install 'diffdistill[eval]'") from None
+    import io
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(row["method"] for row in rows):
+        points = sorted((r["steps"], r["frechet distance"]) for r in rows if r["method"] == name)
+        style = {"color": "black", "linewidth": 2} if name == "teacher" else {"linewidth": 1}
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **style)
+    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Fréchet distance (lower is better)")
+    axes.set_xticks([1, 2, 4, 8, 16, 32], [str(n) for n in (1, 2, 4, 8, 16, 32)])
+    axes.legend(fontsize=7, ncols=2)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    atomic_write(path, file.getvalue())
