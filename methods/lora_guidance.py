@@ -1,0 +1,211 @@
+"""LoRA guidance distillation: LoRA-Enhanced Distillation on Guided Diffusion Models.
+
+Golnari 2023, arXiv:2312.06899 (code: train_sd_distill_lora.py in microsoft/DeepSpeedExamples, by the author).
+
+Classifier-free guidance at one fixed scale takes two passes of the network a step. LoRA weights on the network
+learn what the two give, so that one pass does. This is the first stage of guided distillation (Meng et al. 2023)
+with few trained parameters. The number of sampling steps stays what it was; the export has LoRA merged into the
+weights.
+
+Deviations: formulas and settings are those of the author's script; the paper's text was not at hand. There the
+teacher is the LoRA network with LoRA off, in two calls without gradients; here it is the teacher itself in one
+batched call. LoRA also goes on convolutions with `lora_layers: all`, for networks with little attention.
+`trajectories` trains at points of guided trajectories instead of noised data, as AGD does (Jensen & Sadat 2025);
+the script has no such thing. The loss compares the network's own outputs, which is eps for the author's networks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffdistill.adapters import lora
+from diffdistill.analytic import class_gaussians_teacher
+from diffdistill.chains import GuidedChains
+from diffdistill.config import option
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.guidance import guide, guided
+from diffdistill.method import Batch, Optimizer, Turn
+from diffdistill.players import FewStepSampler, Teacher, frozen
+from diffdistill.prediction import Prediction, diffuse
+from diffdistill.schedule import sampling_grid, student_levels
+from diffdistill.times import native_uniform
+from diffdistill.verify import Check, differs, equal, gradient, two_points
+
+PAPER = "Golnari 2023, arXiv:2312.06899"
+DATA = "real images, which are noised; none with trajectories"
+EQUATIONS = {
+    "guided target and loss (author's train_sd_distill_lora.py)": "LoRAGuidance.matching, guidance.guide",
+    "LoRA on the attention layers": "adapters.lora",
+    "points of guided trajectories (AGD, arXiv:2503.07274)": "chains.GuidedChains",
+}
+PRESETS = {
+    "digits": {
+        "teacher": "digits",
+        "data": "digits",
+        "steps": 400,
+        "batch_size": 64,
+        "guidance_scale": 3.0,
+        "lora_rank": 8,
+        "lora_layers": "all",
+        "student_lr": 1e-3,
+        "lr_schedule": "cosine",
+        "ema": 0.99,
+    },
+    "sd21": {
+        "batch_size": 1,
+        "guidance_scale": 7.5,
+        "lora_rank": 4,
+        "lora_layers": "attention",
+        "student_lr": 5e-6,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+    },
+}
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """LoRA guidance distillation's options."""
+
+    guidance_scale: float = option(7.5, "the scale that the student has for good (1: none)", at_least=0)
+    lora_rank: int = option(4, "rank of the trained weights", at_least=1)
+    lora_alpha: float | None = option(None, "they are multiplied by lora_alpha / lora_rank; default: by 1", above=0)
+    lora_layers: Literal["attention", "all"] = option(
+        "attention", "attention: projections of the attention layers; all: every linear layer and convolution"
+    )
+    trajectories: bool = option(False, "train at points of guided trajectories, without data")
+    trajectory_steps: int = option(50, "DDIM steps of these", at_least=1)
+    sampling_steps: int = option(20, "DDIM steps of samples and of the export, one pass each", at_least=1)
+    student_lr: float = option(1e-4, "AdamW's learning rate", above=0)
+    beta1: float = option(0.9, "AdamW's first beta", at_least=0, below=1)
+    weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
+
+
+class LoRAGuidance:
+    """One player; the chains of `trajectories` lie in the checkpoint."""
+
+    needs_pairs = False
+
+    def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
+        self.config = config
+        self.teacher = frozen(teacher.denoiser)
+        guided(self.teacher, config.guidance_scale)  # says what is wrong with a teacher without a null condition
+        self.schedule = teacher.denoiser.schedule
+        targets = _ATTENTION if config.lora_layers == "attention" else None
+        self.student = student or lora(teacher.start or teacher.denoiser, config.lora_rank, config.lora_alpha, targets)
+        self.needs_data = not config.trajectories
+        self.players: dict[str, nn.Module] = {"student": self.student}
+        self.state: dict[str, nn.Module] = {}
+        if config.trajectories:
+            scale = config.guidance_scale
+            self.chains = self.state["chains"] = GuidedChains(teacher, config.trajectory_steps, scale, scale)
+
+    def optimizer(self, player: str) -> Optimizer:
+        return Optimizer(self.config.student_lr, (self.config.beta1, 0.999), self.config.weight_decay)
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("student", self.student_turn)]
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def sampler(self) -> FewStepSampler:
+        return FewStepSampler(
+            self.student, student_levels(self.schedule, self.config.sampling_steps).tolist(), renoise=False
+        )
+
+    def student_turn(self, batch: Batch) -> dict[str, Tensor]:
+        if self.config.trajectories:
+            points = self.chains.points(batch, self.teacher)
+            loss, target = self.matching(points.x_t, points.t, points.cond)
+            self.chains.advance(batch, target)
+            return {"loss": loss}
+        assert batch.x0 is not None
+        t = native_uniform(self.schedule, batch.size, batch.generator("student/t"))
+        return {"loss": self.matching(diffuse(batch.x0, t, batch.randn("student/eps")), t, batch.cond)[0]}
+
+    def matching(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Prediction]:
+        """The loss of one pass against the guided two at x_t (B, ...), t (B,); and the guided prediction."""
+        with torch.no_grad():
+            target = guide(self.teacher, x_t, t, cond, torch.full_like(t, self.config.guidance_scale))
+        return F.mse_loss(self.student(x_t, t, cond).y, target.y), target
+
+
+METHOD = LoRAGuidance
+
+
+def verify() -> Iterator[Check]:
+    """Section 6.2's sanity items (6.1's first and third), on classes and "no class" of one variance."""
+    means, std = torch.tensor([[0.7, -0.4], [-0.9, 0.3], [0.1, 0.2]]).double(), torch.tensor([0.5, 1.3]).double()
+    teacher, a, label = class_gaussians_teacher(means, std), 3.0, 1
+    aim = means[-1] + a * (means - means[-1])  # the guided network is that of these means, in closed form
+    x, _ = two_points(2)
+    cond = {"class_labels": torch.full((len(x),), label)}
+
+    def method_of(means: Tensor, **options: object) -> LoRAGuidance:
+        student = class_gaussians_teacher(means, std).denoiser
+        config = Config(guidance_scale=a, **options)  # type: ignore[arg-type]
+        return LoRAGuidance(teacher, config, student=student)
+
+    for t in (0.3, 0.9, 1.4):
+        angle = torch.full((len(x),), t).double()
+        cos, sin = torch.cos(angle[0]), torch.sin(angle[0])
+        var = cos**2 * std**2 + sin**2
+        # v = slope (x - cos m) - sin m moves with the mean m by -sin/V.
+        start, _ = method_of(means).matching(x, angle, cond)
+        wanted = (a - 1) ** 2 * ((sin / var * (means[label] - means[-1])) ** 2).mean()
+        yield equal(f"at the start the loss is (a - 1)^2 E|v_c - v_u|^2, t = {t}", wanted, start, 1e-12)
+        yield differs(f"... which w for a would not give, t = {t}", a**2 / (a - 1) ** 2 * wanted, start, 1e-6)
+
+        elsewhere = torch.tensor([[0.2, 0.1], [0.4, -1.0], [1.0, 1.0]]).double()
+        method = method_of(elsewhere)
+        loss, target = method.matching(x, angle, cond)
+        slope = torch.zeros(3, 2).double()
+        slope[label] = 2 * (sin / var) ** 2 * (elsewhere[label] - aim[label]) / 2  # the mean over two dimensions
+        got = gradient(loss, next(method.student.parameters()))
+        yield equal(f"its gradient in the means, t = {t}", slope.flatten(), got, 1e-12)
+        guided_v = class_gaussians_teacher(aim, std).denoiser(x, angle, cond).v
+        yield equal(f"the target is the guided velocity, t = {t}", guided_v, target.v, 1e-12)
+
+        method = method_of(aim)
+        loss, _ = method.matching(x, angle, cond)
+        yield equal(f"zero at the guided means, t = {t}", 0.0, loss, 1e-24, scale=1.0)
+        yield equal(f"... and its gradient, t = {t}", 0.0, gradient(loss, *method.student.parameters()), 1e-12, scale=1)
+
+    # The same loss from a whole turn, at the points that the turn draws.
+    x0 = torch.randn(16, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = {"class_labels": torch.arange(16) % 2}
+    batch = Batch(16, (2,), labels, x0, torch.device("cpu"), (0, 0, 0))
+    method = method_of(means)
+    t = math.pi / 2 * torch.rand(16, generator=batch.generator("student/t"), dtype=torch.float64)
+    var = torch.cos(t)[:, None] ** 2 * std**2 + torch.sin(t)[:, None] ** 2
+    apart = torch.sin(t)[:, None] / var * (means[labels["class_labels"]] - means[-1])
+    turn = method.student_turn(batch)["loss"]
+    yield equal("a turn on noised data", (a - 1) ** 2 * apart.square().mean(), turn, 1e-9)
+    method = method_of(means, trajectories=True, trajectory_steps=4)
+    turn = method.student_turn(batch)["loss"]
+    t = sampling_grid(method.schedule, 4)[torch.arange(16) // 4]
+    var = torch.cos(t)[:, None] ** 2 * std**2 + torch.sin(t)[:, None] ** 2
+    apart = torch.sin(t)[:, None] / var * (means[labels["class_labels"]] - means[-1])
+    yield equal("a turn at staggered points of trajectories", (a - 1) ** 2 * apart.square().mean(), turn, 1e-9)
+
+    sampler = method_of(aim, sampling_steps=7).sampler()
+    grid, mean = sampling_grid(teacher.denoiser.schedule, 7), aim[labels["class_labels"]]
+    closed = x0
+    for t_now, s in pairwise(grid):
+        rho = torch.cos(t_now) * std**2 / (torch.cos(t_now) ** 2 * std**2 + torch.sin(t_now) ** 2)
+        factor = torch.cos(s) * rho + torch.sin(s) * (1 - torch.cos(t_now) * rho) / torch.sin(t_now)
+        closed = torch.cos(s) * mean + factor * (closed - torch.cos(t_now) * mean)
+    x_t, t = sampler.input_at(6, x0, labels, lambda j: torch.full_like(x0, torch.nan))  # no noise is added
+    got = sampler.denoiser(x_t, t, labels).x0
+    yield equal("an exact student samples the guided trajectory, one pass a step", closed, got, 1e-12)
