@@ -249,14 +249,14 @@ class _Exact:
 
     def coefficients(self, m: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """(offset, slope) of Delta = offset + slope x_t, where the fake score is that of a student (m, b)."""
-        cos, sin2 = torch.cos(torch.tensor(self.t).double()), torch.sin(torch.tensor(self.t).double()) ** 2
+        cos, sin2 = math.cos(self.t), math.sin(self.t) ** 2
         k_phi = cos * self.s**2 / (cos**2 * self.s**2 + sin2)
         k_psi = cos * b**2 / (cos**2 * b**2 + sin2)
         return self.mu * (1 - k_phi * cos) - m * (1 - k_psi * cos), k_phi - k_psi
 
     def fisher(self, sampling: tuple[Tensor, Tensor], score: tuple[Tensor, Tensor]) -> Tensor:
         """E|Delta|^2 over the dimensions' mean, x_t from the student `sampling`, the fake score of `score`."""
-        cos, sin2 = torch.cos(torch.tensor(self.t).double()), torch.sin(torch.tensor(self.t).double()) ** 2
+        cos, sin2 = math.cos(self.t), math.sin(self.t) ** 2
         offset, slope = self.coefficients(*score)
         m, b = sampling
         return ((offset + slope * cos * m) ** 2 + slope**2 * (cos**2 * b**2 + sin2)).mean()
@@ -272,8 +272,8 @@ class _Exact:
 
 def verify() -> Iterator[Check]:
     """Appendix B's row for SiD, on Gaussians whose every quantity is known."""
-    mu, s = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
-    m, b = torch.tensor([-0.3, 0.5]).double(), torch.tensor([0.9, 0.6]).double()
+    mu, s = torch.tensor([0.7, -0.4], dtype=torch.float64), torch.tensor([0.5, 1.3], dtype=torch.float64)
+    m, b = torch.tensor([-0.3, 0.5], dtype=torch.float64), torch.tensor([0.9, 0.6], dtype=torch.float64)
 
     def game(mean: Tensor, scale: Tensor, **options: bool | float) -> tuple[SiD, AffineGame]:
         parts = affine_game(mu, s, mean, scale)
@@ -288,7 +288,7 @@ def verify() -> Iterator[Check]:
 
     z, eps = two_points(2)  # without the normaliser everything here has degree 2
     for t in (0.2, 0.8, 1.4):
-        angle = torch.full((len(z),), t).double()
+        angle = torch.full((len(z),), t, dtype=torch.float64)
         cos2, sin2 = torch.cos(angle[0]) ** 2, torch.sin(angle[0]) ** 2
         exact = _Exact(mu, s, m, b, t)
         fisher = exact.fisher((m, b), (m, b))
@@ -370,7 +370,7 @@ class _Detached(nn.Module):
 
 def _normalised(exact: _Exact, z: Tensor, eps: Tensor, *, detach: bool) -> Tensor:
     """The gradient of mean L_i/n_i at a = 1.2, from the Gaussians' formulas alone."""
-    cos, sin = torch.cos(torch.tensor(exact.t).double()), torch.sin(torch.tensor(exact.t).double())
+    cos, sin = math.cos(exact.t), math.sin(exact.t)
     m, b = exact.m.clone().requires_grad_(), exact.b.clone().requires_grad_()
     x = m + b * z
     x_t = cos * x + sin * eps
@@ -389,7 +389,7 @@ def _guidance_checks() -> Iterator[Check]:
     q = GaussianMixture([[-0.2], [0.4]], [[0.8], [0.6]], labels=[0, 1])
     generator = torch.Generator().manual_seed(0)
     x, eps = (torch.randn(6, 1, generator=generator, dtype=torch.float64) for _ in range(2))
-    t = torch.linspace(0.3, 1.3, 6).double()
+    t = torch.linspace(0.3, 1.3, 6, dtype=torch.float64)
     labels = torch.tensor([0, 1, 0, 1, 0, 1])
     cond = {"class_labels": labels}
     x_t = torch.cos(t)[:, None] * x + torch.sin(t)[:, None] * eps

@@ -179,7 +179,7 @@ METHOD = SIM
 
 def verify() -> Iterator[Check]:
     """Appendix B's row for SIM, on Gaussians in one dimension by quadrature and in two by formulas."""
-    mu, s, m, b = (torch.tensor([v]).double() for v in (0.7, 0.5, -0.3, 0.9))
+    mu, s, m, b = (torch.tensor([v], dtype=torch.float64) for v in (0.7, 0.5, -0.3, 0.9))
     nodes, weights = gauss_hermite(100)
     z, eps = (grid.reshape(-1, 1) for grid in torch.meshgrid(nodes, nodes, indexing="ij"))
     chance = torch.outer(weights, weights).flatten()
@@ -195,7 +195,7 @@ def verify() -> Iterator[Check]:
 
     for kind, weight, t in itertools.product(("l2", "pseudo_huber"), ("denoiser", "score"), (0.5, 0.9, 1.4)):
         config = Config(distance=kind, weight=weight, c=1.0)  # type: ignore[arg-type]
-        angle = torch.full((len(z),), t).double()
+        angle = torch.full((len(z),), t, dtype=torch.float64)
         expected, name = _frozen_slopes(mu, s, m, b, t, kind, weight), f"{kind} of the {weight}s, t = {t}"
         method, parts = game(m, b, config)
         mean, scale = parts.generator.mean, parts.generator.scale
@@ -244,10 +244,10 @@ def _expectation_with_y_detached(method: SIM, z: Tensor, t: Tensor, eps: Tensor,
 
 def _formulas() -> Iterator[Check]:
     """The losses of single samples in two dimensions, each at its own level, from the Gaussians' formulas."""
-    mu, s = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
-    m, b = torch.tensor([-0.3, 0.5]).double(), torch.tensor([0.9, 0.6]).double()
+    mu, s = torch.tensor([0.7, -0.4], dtype=torch.float64), torch.tensor([0.5, 1.3], dtype=torch.float64)
+    m, b = torch.tensor([-0.3, 0.5], dtype=torch.float64), torch.tensor([0.9, 0.6], dtype=torch.float64)
     z, eps = two_points(2)
-    t = torch.linspace(0.2, 1.4, len(z)).double()
+    t = torch.linspace(0.2, 1.4, len(z), dtype=torch.float64)
     cos, sin = torch.cos(t)[:, None], torch.sin(t)[:, None]
     parts = affine_game(mu, s, m, b)
     x = m + b * z
@@ -276,7 +276,7 @@ def _formulas() -> Iterator[Check]:
 
     method = SIM(parts.teacher, Config(), student=parts.student, fake_score=parts.fake_score)
     only_trains("fake_score", trainable(method.players))
-    angle = torch.full((len(z),), 0.8).double()
+    angle = torch.full((len(z),), 0.8, dtype=torch.float64)
     at_optimum = gradient(method.denoising(x, angle, eps, {}), parts.score.means, parts.score.stds)
     yield equal("the fake score's gradient at its optimum is zero", 0.0, at_optimum, 1e-9, scale=1.0)
     order = [turn.player for turn in method.turns(0)]

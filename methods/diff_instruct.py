@@ -1,0 +1,224 @@
+"""Diff-Instruct: A Universal Approach for Transferring Knowledge From Pre-trained Diffusion Models.
+
+Luo, Hu, Zhang, Sun, Li, Zhang, NeurIPS 2023, arXiv:2305.18455 (code: pkulwj1994/diff_instruct).
+
+The student x = G(z, c) follows the gradient of the integral of KL(q_t || p_t) over noise levels, weighted by w(t):
+the fake score's denoiser less the teacher's, D_fake - D_teacher, is pushed into x, and no gradient passes through
+either network. Against EDM's x_t = x + sigma eps the score gap is (D_fake - D_teacher)/sigma^2, so the code's
+gradient has the weight w = sigma^2. In the normal form sigma is tan(t), the gradient of KL(q_t || p_t) with
+respect to x is cot(t)^2 (D_fake - D_teacher), and w = tan(t)^2. There is no normaliser, no regression and no GAN.
+
+Deviations: the fake score moves after the student, on the samples that the student was judged by; the authors' moves
+first, and both draw their own. Both networks of the gap are evaluated without dropout, where the authors' have it
+with one mask for both. Losses are means over elements, not sums, which Adam does not see. Gradients are not cleaned
+of nan: the trainer refuses what is not finite. No augmentation of what the fake score sees. The student's input is
+what the stock scheduler draws, for an EDMEulerScheduler of standard deviation sqrt(sigma^2 + 1) instead of sigma.
+For a teacher that is not EDM's the noise levels are those of EDM at the same angle. Guidance of the teacher and
+`update_ratio` are additions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.config import option
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.guidance import guided
+from diffdistill.losses import gradient_injection
+from diffdistill.matching import fake_score_loss
+from diffdistill.method import Batch, Optimizer, Turn
+from diffdistill.players import FewStepSampler, Teacher, frozen, only_trains, trainable
+from diffdistill.prediction import diffuse
+from diffdistill.schedule import EDM
+from diffdistill.times import edm_log_normal
+from diffdistill.verify import AffineGame, Check, affine_game, differs, equal, gradient, two_points
+
+PAPER = "Luo et al. 2023, arXiv:2305.18455"
+DATA = "none"
+EQUATIONS = {
+    "gradient of the integral KL divergence (section 3; the code's gloss)": "DiffInstruct.matching",
+    "denoising loss of the fake score (Algorithm 1)": "matching.fake_score_loss",
+    "noise levels, ln sigma ~ N(-1.2, 1.2^2)": "times.edm_log_normal",
+}
+PRESETS = {
+    "digits": {
+        "teacher": "digits",
+        "steps": 400,
+        "batch_size": 64,
+        "student_lr": 3e-4,
+        "fake_score_lr": 1e-3,
+        "student_level": 872,
+        "lr_schedule": "cosine",
+        "ema": 0.99,
+    },
+    "cifar10": {
+        "batch_size": 128,
+        "student_level": 1.0,
+        "ema": 0.99982,
+        "max_grad_norm": 0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Diff-Instruct's options."""
+
+    student_lr: float = option(1e-5, "AdamW's learning rate for the student", above=0)
+    fake_score_lr: float = option(1e-5, "AdamW's learning rate for the fake score", above=0)
+    beta1: float = option(0.0, "AdamW's first beta, for both players", at_least=0, below=1)
+    weight_decay: float = option(0.0, "AdamW's weight decay; 0 is Adam", at_least=0)
+    update_ratio: int = option(1, "steps of the fake score for one of the student", at_least=1)
+    student_level: float | None = option(
+        None, "the timestep or sigma at which the student reads pure noise; default: the noisiest", at_least=0
+    )
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance of the teacher (1: none); never of the fake score", at_least=0
+    )
+    time_mean: float = option(-1.2, "mean of ln sigma, at data of standard deviation 0.5, in both losses")
+    time_std: float = option(1.2, "standard deviation of ln sigma", above=0)
+
+
+class DiffInstruct:
+    """Players: student and fake_score, one turn each; the student moves first."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        config: Config,
+        *,
+        student: Denoiser | None = None,
+        fake_score: Denoiser | None = None,
+    ):
+        self.config = config
+        self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
+        self.student = student or teacher.player()
+        self.fake_score = fake_score or teacher.player()
+        self.schedule = teacher.denoiser.schedule
+        self.needs_data, self.needs_pairs = False, False
+        self.players: dict[str, nn.Module] = {"student": self.student, "fake_score": self.fake_score}
+        self.state: dict[str, nn.Module] = {}
+
+    def optimizer(self, player: str) -> Optimizer:
+        c = self.config
+        return Optimizer(c.student_lr if player == "student" else c.fake_score_lr, (c.beta1, 0.999), c.weight_decay)
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        """The student moves first, every `update_ratio`-th step; the fake score moves in every step."""
+        drawn: list[Tensor] = []
+        student = [Turn("student", partial(self.student_turn, drawn))] if step % self.config.update_ratio == 0 else []
+        return [*student, Turn("fake_score", partial(self.fake_score_turn, drawn))]
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def sampler(self) -> FewStepSampler:
+        level = self.config.student_level
+        return FewStepSampler(self.student, [self.schedule.init_level if level is None else level])
+
+    def times(self, player: str, batch: Batch) -> Tensor:
+        """(B,) the angles of a player's loss."""
+        c = self.config
+        return edm_log_normal(self.schedule, batch.size, batch.generator(f"{player}/t"), c.time_mean, c.time_std)
+
+    def student_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        self.fake_score.eval()  # its dropout would be noise in the gap
+        x = self.sampler().one_step(batch.randn("z"), batch.cond)
+        drawn.append(x.detach())
+        return self.matching(x, self.times("student", batch), batch.randn("student/eps"), batch.cond)
+
+    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> dict[str, Tensor]:
+        """A loss whose gradient in x (B, ...) is D_fake - D_teacher at angles t (B,), as a mean."""
+        with torch.no_grad():
+            x_t = diffuse(x, t, eps)
+            gap = self.fake_score(x_t, t, cond).x0 - self.teacher(x_t, t, cond).x0
+        return {"loss": gradient_injection(x, gap), "gap": gap.square().mean()}
+
+    def fake_score_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        self.fake_score.train()
+        with torch.no_grad():
+            x = drawn[0] if drawn else self.sampler().one_step(batch.randn("z"), batch.cond)
+        return {"loss": self.denoising(x, self.times("fake_score", batch), batch.randn("fake_score/eps"), batch.cond)}
+
+    def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        return fake_score_loss(self.fake_score, x, t, eps, cond)
+
+
+METHOD = DiffInstruct
+
+
+def verify() -> Iterator[Check]:
+    """Distribution matching with the weight sigma^2, on Gaussians whose every quantity is known."""
+    mu, s = torch.tensor([0.7, -0.4], dtype=torch.float64), torch.tensor([0.5, 1.3], dtype=torch.float64)
+    m, b = torch.tensor([-0.3, 0.5], dtype=torch.float64), torch.tensor([0.9, 0.6], dtype=torch.float64)
+
+    def game(mean: Tensor, scale: Tensor, ratio: int = 1) -> tuple[DiffInstruct, AffineGame]:
+        parts = affine_game(mu, s, mean, scale)
+        config = Config(update_ratio=ratio)
+        method = DiffInstruct(parts.teacher, config, student=parts.student, fake_score=parts.fake_score)
+        only_trains("student", trainable(method.players))
+        return method, parts
+
+    def slope(method: DiffInstruct, parts: AffineGame, z: Tensor, angle: Tensor, eps: Tensor) -> Tensor:
+        """The gradient in (mean, scale), times 2: the loss is a mean over two dimensions, the divergence a sum."""
+        loss = 2 * method.matching(method.sampler().one_step(z, {}), angle, eps, {})["loss"]
+        return gradient(loss, parts.generator.mean, parts.generator.scale)
+
+    z, eps = two_points(2)  # everything here has degree 2
+    expected = []
+    levels = (0.2, 0.8, 1.4)
+    for t in levels:
+        angle = torch.full((len(z),), t, dtype=torch.float64)
+        sigma = math.tan(t)
+        # KL between N(m, b^2 + sigma^2) and N(mu, s^2 + sigma^2), which is EDM's x + sigma eps
+        wide, narrow = s**2 + sigma**2, b**2 + sigma**2
+        kl = torch.cat([(m - mu) / wide, b * (1 / wide - 1 / narrow)])
+        expected.append(sigma**2 * kl)
+        method, parts = game(m, b)
+        got = slope(method, parts, z, angle, eps)
+        yield equal(f"sigma^2 times the gradient of KL(q_t || p_t), t = {t}", expected[-1], got, 1e-9)
+        yield differs(f"the opposite sign is caught, t = {t}", expected[-1], -got, 1e-3)
+        yield differs(f"the weight 1 is caught, t = {t}", kl, got, 1e-2)
+        through = 2 * _through_both_networks(method, z, angle, eps)
+        wrong = gradient(through, parts.generator.mean, parts.generator.scale)
+        yield differs(f"a gradient through the two networks is caught, t = {t}", expected[-1], wrong, 1e-2)
+
+        big_u = math.cos(t) ** 2 * b**2 + math.sin(t) ** 2
+        rate = math.cos(t) * math.sin(t) * (1 - b**2) / big_u  # of the exact velocity
+        residual = (b * (rate * math.cos(t) + math.sin(t))) ** 2 + (rate * math.sin(t) - math.cos(t)) ** 2
+        only_trains("fake_score", {"student": [], "fake_score": [parts.score.means, parts.score.stds]})
+        denoising = method.denoising(method.sampler().one_step(z, {}), angle, eps, {})
+        yield equal(f"the fake score's loss at its optimum, t = {t}", residual.mean(), denoising, 1e-9)
+        at_optimum = gradient(denoising, parts.score.means, parts.score.stds)
+        yield equal(f"its gradient there is zero, t = {t}", 0.0, at_optimum, 1e-9, scale=1.0)
+
+        settled, parts = game(mu, s)
+        zero = slope(settled, parts, z, angle, eps)
+        yield equal(f"zero at the optimum, t = {t}", 0.0, zero, 1e-9, scale=1.0)
+
+    method, parts = game(m, b)
+    mixed = torch.tensor(levels, dtype=torch.float64).repeat_interleave(len(z))
+    total = slope(method, parts, z.repeat(len(levels), 1), mixed, eps.repeat(len(levels), 1))
+    yield equal("the mean over levels is the integral's gradient", torch.stack(expected).mean(0), total, 1e-9)
+
+    for schedule in (EDM(), EDM(data_std=1.0)):
+        drawn = torch.tan(edm_log_normal(schedule, 1, torch.Generator(), -1.2, 0.0))
+        yield equal(f"the median sigma, data_std {schedule.data_std}", math.exp(-1.2) / 0.5, drawn, 1e-9)
+    for ratio in (1, 3):
+        method, _ = game(m, b, ratio)
+        order = [[turn.player for turn in method.turns(k)] for k in range(2 * ratio)]
+        wanted = [(["student"] if k % ratio == 0 else []) + ["fake_score"] for k in range(2 * ratio)]
+        yield equal(f"order of turns, update_ratio {ratio}", 1.0, float(order == wanted), 0.0)
+
+
+def _through_both_networks(method: DiffInstruct, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """The mistake of leaving both networks in the graph: the same loss without its stop-gradients."""
+    x = method.sampler().one_step(z, {})
+    x_t = diffuse(x, t, eps)
+    return ((method.fake_score(x_t, t, {}).x0 - method.teacher(x_t, t, {}).x0) * x).mean()
