@@ -58,7 +58,7 @@ def test_methods_lists_and_describes(capsys: Capture) -> None:
 
 
 def test_verify_prints_expected_got_error(capsys: Capture, tmp_path: Path) -> None:
-    assert main(["verify", "dmd2", "--json", str(tmp_path / "rows.json")]) == 0
+    assert main(["verify", "dmd2", "--exact", "--json", str(tmp_path / "rows.json")]) == 0
     out = capsys.readouterr().out
     assert "expected" in out and "got" in out and "error" in out and "FAIL" not in out
     rows = json.loads((tmp_path / "rows.json").read_text())
