@@ -75,6 +75,7 @@ PRESETS = {
         "batch_size": 64,
         "student_lr": 3e-4,
         "fake_score_lr": 1e-3,
+        "student_level": 750,
         "lr_schedule": "cosine",
         "beta1": 0.0,
         "ema": 0.99,
@@ -104,6 +105,10 @@ PRESETS = {
         "fake_score_lr": 2e-6,
         "warmup_steps": 500,
     },
+}
+END_TO_END = {
+    "kind": "distribution",
+    "options": {"student_lr": 1e-3, "fake_score_lr": 2e-3, "beta1": 0.0, "steps": 2000},
 }
 
 
@@ -339,9 +344,8 @@ def _mode_checks() -> Iterator[Check]:
         return gradient(loss, affine.mean, affine.scale)
 
     for t, m, b in ((0.4, 1.2, 0.5), (0.4, -0.3, 1.4), (1.0, 1.2, 0.5)):
-        start = [torch.tensor([v]).double().requires_grad_() for v in (m, b)]
-        exact = gradient(_divergence(*start, t), *start)
-        got = slope(*start, t, 0.0)
+        mean, scale = (torch.tensor([v]).double().requires_grad_() for v in (m, b))
+        exact, got = gradient(_divergence(mean, scale, t), mean, scale), slope(mean, scale, t, 0.0)
         yield equal(f"gradient of KL(q_t || p_t) to two modes, t = {t}, m = {m}, b = {b}", exact, got, 1e-9)
 
     def settle(t: float, weight: float) -> Tensor:
