@@ -1,0 +1,77 @@
+"""The scoreboard: passes are counted, trainings share a budget, and what is done is not repeated."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diffdistill import UserError
+from diffdistill.config import describe_method, method_names
+from diffdistill.eval.bench import SUITES, Entry, averaged, bench, entries, passes_per_step, planned
+from diffdistill.run import make_game
+
+
+def test_every_method_has_a_preset_for_the_suite() -> None:
+    assert {e.info.name for e in entries(SUITES["digits"], None, [0])} == set(method_names())
+    found = entries(SUITES["digits"], ["dmd2"], [0, 1])
+    assert [(e.name, e.seed) for e in found] == [("dmd2", 0), ("dmd2 4step", 0), ("dmd2", 1), ("dmd2 4step", 1)]
+
+
+def test_passes_are_counted_with_guidance_and_backward() -> None:
+    shared = {"method": "dmd2", "update_ratio": 1, "batch_size": 4}
+    assert passes_per_step(make_game(shared)) == (4, 8)  # two of the four are trained
+    assert passes_per_step(make_game(shared | {"guidance_scale": 2.0})) == (5, 9)
+    # three steps of four move the fake score alone, on fresh samples
+    assert passes_per_step(make_game(shared | {"update_ratio": 4})) == (2.5, 5)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_no_pass_is_done_that_the_definition_does_not_need(name: str) -> None:
+    info = describe_method(name)
+    for preset in (p for p in info.presets if p.split("-")[0] == "digits"):
+        values = dict(info.presets[preset]) | {"method": name, "batch_size": 8}
+        passes, _ = passes_per_step(make_game(values), steps=24)
+        assert passes == pytest.approx(info.passes[preset], rel=0.15), preset
+
+
+def test_the_budget_sets_the_steps_and_stages_keep_their_share() -> None:
+    info = describe_method("progressive")
+    values, passes = planned(Entry(info, "digits", 0), SUITES["digits"], 500, {})
+    assert values["steps"] == 100 and passes == 3  # five passes with the backward one
+    assert values["stage_steps"] == 20
+
+
+def test_a_method_without_the_preset_is_refused(tmp_path: Path) -> None:
+    text = (
+        (Path(__file__).parents[1] / "methods" / "progressive.py").read_text().replace('"digits": {', '"other": {', 1)
+    )
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match="methods: mine has no preset 'digits'"):
+        entries(SUITES["digits"], [str(tmp_path / "mine.py")], [0])
+
+
+def test_rows_are_averaged_over_seeds_once_each() -> None:
+    row = {"method": "a", "steps": 1, "frechet distance": 1.0, "recall": 0.5}
+    (mean,) = averaged([row | {"seed": 0}, row | {"seed": 0}, row | {"seed": 1, "frechet distance": 2.0}])
+    assert mean["seeds"] == 2 and mean["frechet distance"] == 1.5 and mean["recall"] == 0.5
+    assert mean["+-"] == pytest.approx(0.5**0.5)
+
+
+@pytest.mark.slow
+def test_a_board_is_made_and_taken_up_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(methods: list[str]) -> list[str]:
+        bench("digits", methods=methods, seeds=[0], budget=40, out=tmp_path)
+        return capsys.readouterr().out.splitlines()
+
+    run(["dmd2"])
+    before = json.loads((tmp_path / "board.json").read_text())
+    note = (tmp_path / "runs" / "dmd2-seed0.json").stat().st_mtime_ns
+    run(["dmd2", "progressive"])
+    after = json.loads((tmp_path / "board.json").read_text())
+    assert (tmp_path / "runs" / "dmd2-seed0.json").stat().st_mtime_ns == note
+    rows = {(r["method"], r["steps"]): r for r in after["rows"]}
+    assert {(r["method"], r["steps"]) for r in before["rows"]} < set(rows)
+    assert {("progressive", 1), ("progressive", 2), ("progressive", 4)} <= set(rows)
+    assert rows["dmd2", 1]["passes"] == rows["dmd2", 1]["least"] == 4 and rows["dmd2", 1]["peak MB"] > 100
+    for name in ("board.md", "quality.png", "samples.png"):
+        assert (tmp_path / name).stat().st_size > 100
