@@ -56,3 +56,25 @@ def sample_ode(step: Step, denoise: Denoise, schedule: Schedule, z: Tensor, step
     """x0 (B, ...) of unit variance that `steps` steps on the schedule's own grid make of standard normal z (B, ...)."""
     grid = sampling_grid(schedule, steps)
     return solve(step, denoise, z * schedule.init_scale(float(grid[0])), grid, cond)
+
+
+def inverse_ddim(x_s: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """(B, ...) the x0 with which the DDIM step from x_t at t lands on x_s at s (Salimans & Ho 2022, arXiv:2202.00512).
+
+    In double precision inside: it is a difference of nearby terms over a small angle.
+    """
+    high, low = x_t.double(), x_s.double()
+    x0 = (expand(torch.sin(t), high) * low - expand(torch.sin(s), high) * high) / expand(torch.sin(t - s), high)
+    return x0.to(x_t)
+
+
+def addim_step(pred: Prediction, s: Tensor, x_var: Tensor) -> Tensor:
+    """(B, ...) adjusted DDIM to the angle s (Heek et al. 2024, arXiv:2403.06807, eq. 14).
+
+    The noise is lengthened by what the variance x_var (B,) of an element of x0 given x_t adds to x_s; DDIM
+    itself, which goes on with the mean of x0, leaves that out. With x_var = 0 it is DDIM.
+    """
+    eps = pred.eps
+    added = (torch.sin(pred.t - s) / torch.sin(pred.t)) ** 2 * x_var
+    longer = torch.sqrt(torch.sin(s) ** 2 + added / eps.flatten(1).square().mean(1))
+    return pred.at(s) + expand(longer - torch.sin(s), eps) * eps
