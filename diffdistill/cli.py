@@ -104,7 +104,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
     board = command("bench", "train and judge every method on the same teacher, budget, seeds and evaluation")
     board.add_argument("--suite", default="digits", metavar="NAME", help="digits or mnist (default: digits)")
-    board.add_argument("--methods", metavar="A,B,..", help="(default: all with a preset for the suite)")
+    board.add_argument("--methods", metavar="A,B,..", help="METHOD or METHOD:PRESET (default: all for the suite)")
     board.add_argument("--seeds", default="0,1,2", metavar="A,B,..", help="(default: 0,1,2)")
     board.add_argument("--budget", metavar="N", help="network passes of a batch in a training (default: the suite's)")
     board.add_argument("--teacher", metavar="DIR", help="(default: the suite's)")

@@ -85,14 +85,18 @@ class Entry:
 
 
 def entries(suite: Suite, methods: Sequence[str] | None, seeds: Sequence[int]) -> list[Entry]:
-    """All trainings, seed by seed; UserError for a method without a preset for the suite."""
-    infos = [describe_method(name) for name in methods or method_names()]
+    """All trainings, seed by seed; a method is all its presets for the suite, or METHOD:PRESET is that one.
+
+    Raises UserError for a method without such a preset.
+    """
     found = []
     for seed in seeds:
-        for info in infos:
-            presets = [p for p in info.presets if p.split("-")[0] == suite.preset]
+        for wanted in methods or method_names():
+            name, _, preset = wanted.partition(":")
+            info = describe_method(name)
+            presets = [p for p in info.presets if p == preset or (not preset and p.split("-")[0] == suite.preset)]
             if not presets and methods:
-                raise UserError(f"methods: {info.name} has no preset {suite.preset!r} to run in this suite")
+                raise UserError(f"methods: {info.name} has no preset {preset or suite.preset!r}")
             found += [Entry(info, preset, seed) for preset in presets]
     return found
 
