@@ -88,6 +88,7 @@ PRESETS = {
         "lr_schedule": "cosine",
     },
 }
+PASSES = {"digits": 3}
 
 
 @dataclass(frozen=True)

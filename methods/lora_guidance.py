@@ -69,6 +69,7 @@ PRESETS = {
         "max_grad_norm": 1.0,
     },
 }
+PASSES = {"digits": 3}
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -186,18 +187,18 @@ def verify() -> Iterator[Check]:
     x0 = torch.randn(16, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = {"class_labels": torch.arange(16) % 2}
     batch = Batch(16, (2,), labels, x0, torch.device("cpu"), (0, 0, 0))
+
+    def wanted_at(t: Tensor) -> Tensor:
+        cos, sin = torch.cos(t)[:, None], torch.sin(t)[:, None]
+        apart = sin / (cos**2 * std**2 + sin**2) * (means[labels["class_labels"]] - means[-1])
+        return (a - 1) ** 2 * apart.square().mean()
+
     method = method_of(means)
-    t = math.pi / 2 * torch.rand(16, generator=batch.generator("student/t"), dtype=torch.float64)
-    var = torch.cos(t)[:, None] ** 2 * std**2 + torch.sin(t)[:, None] ** 2
-    apart = torch.sin(t)[:, None] / var * (means[labels["class_labels"]] - means[-1])
-    turn = method.student_turn(batch)["loss"]
-    yield equal("a turn on noised data", (a - 1) ** 2 * apart.square().mean(), turn, 1e-9)
+    times = math.pi / 2 * torch.rand(16, generator=batch.generator("student/t"), dtype=torch.float64)
+    yield equal("a turn on noised data", wanted_at(times), method.student_turn(batch)["loss"], 1e-9)
     method = method_of(means, trajectories=True, trajectory_steps=4)
-    turn = method.student_turn(batch)["loss"]
-    t = sampling_grid(method.schedule, 4)[torch.arange(16) // 4]
-    var = torch.cos(t)[:, None] ** 2 * std**2 + torch.sin(t)[:, None] ** 2
-    apart = torch.sin(t)[:, None] / var * (means[labels["class_labels"]] - means[-1])
-    yield equal("a turn at staggered points of trajectories", (a - 1) ** 2 * apart.square().mean(), turn, 1e-9)
+    turn, times = method.student_turn(batch)["loss"], sampling_grid(method.schedule, 4)[torch.arange(16) // 4]
+    yield equal("a turn at staggered points of trajectories", wanted_at(times), turn, 1e-9)
 
     sampler = method_of(aim, sampling_steps=7).sampler()
     grid, mean = sampling_grid(teacher.denoiser.schedule, 7), aim[labels["class_labels"]]
@@ -206,6 +207,6 @@ def verify() -> Iterator[Check]:
         rho = torch.cos(t_now) * std**2 / (torch.cos(t_now) ** 2 * std**2 + torch.sin(t_now) ** 2)
         factor = torch.cos(s) * rho + torch.sin(s) * (1 - torch.cos(t_now) * rho) / torch.sin(t_now)
         closed = torch.cos(s) * mean + factor * (closed - torch.cos(t_now) * mean)
-    x_t, t = sampler.input_at(6, x0, labels, lambda j: torch.full_like(x0, torch.nan))  # no noise is added
-    got = sampler.denoiser(x_t, t, labels).x0
+    x_t, last = sampler.input_at(6, x0, labels, lambda j: torch.full_like(x0, torch.nan))  # no noise is added
+    got = sampler.denoiser(x_t, last, labels).x0
     yield equal("an exact student samples the guided trajectory, one pass a step", closed, got, 1e-12)
