@@ -107,9 +107,10 @@ def entries(suite: Suite, methods: Sequence[str] | None, seeds: Sequence[int]) -
 def passes_per_step(game: Game, steps: int = 12) -> tuple[float, float]:
     """Network passes of a training step, each counted once for a batch, and the same with backward passes."""
     method, teacher, size = game.method, game.teacher, game.config.batch_size
-    networks: dict[int, nn.Module] = {}
+    denoisers: dict[int, nn.Module] = {}
     for module in (teacher.denoiser, *method.players.values(), *method.state.values()):
-        networks |= {id(m.network): m.network for m in module.modules() if isinstance(m, Denoiser)}
+        # Denoisers, not their networks: two of them may share one.
+        denoisers |= {id(m): m for m in module.modules() if isinstance(m, Denoiser)}
     forward = backward = 0.0
 
     def count(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -120,10 +121,12 @@ def passes_per_step(game: Game, steps: int = 12) -> tuple[float, float]:
             weights = any(p.requires_grad for p in module.parameters())
             backward += share * (2.0 if weights else 1.0 if args[0].requires_grad else 0.0)
 
-    handles = [m.register_forward_pre_hook(count) for m in networks.values()]
+    handles = [m.register_forward_pre_hook(count) for m in denoisers.values()]
     owned = trainable(method.players)
     try:
-        for step in range(steps):
+        for step in range(steps + 1):
+            if step == 1:  # the first step may hold what is done once
+                forward = backward = 0.0
             for turn in method.turns(step):
                 only_trains(turn.player, owned)
                 turn.loss(_any_batch(method, teacher, size, step))
