@@ -192,7 +192,6 @@ def verify() -> Iterator[Check]:
         big_u = math.cos(t) ** 2 * b**2 + math.sin(t) ** 2
         rate = math.cos(t) * math.sin(t) * (1 - b**2) / big_u  # of the exact velocity
         residual = (b * (rate * math.cos(t) + math.sin(t))) ** 2 + (rate * math.sin(t) - math.cos(t)) ** 2
-        only_trains("fake_score", {"student": [], "fake_score": [parts.score.means, parts.score.stds]})
         denoising = method.denoising(method.sampler().one_step(z, {}), angle, eps, {})
         yield equal(f"the fake score's loss at its optimum, t = {t}", residual.mean(), denoising, 1e-9)
         at_optimum = gradient(denoising, parts.score.means, parts.score.stds)

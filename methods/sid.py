@@ -275,9 +275,9 @@ def verify() -> Iterator[Check]:
     mu, s = torch.tensor([0.7, -0.4], dtype=torch.float64), torch.tensor([0.5, 1.3], dtype=torch.float64)
     m, b = torch.tensor([-0.3, 0.5], dtype=torch.float64), torch.tensor([0.9, 0.6], dtype=torch.float64)
 
-    def game(mean: Tensor, scale: Tensor, **options: bool | float) -> tuple[SiD, AffineGame]:
+    def game(mean: Tensor, scale: Tensor, config: Config) -> tuple[SiD, AffineGame]:
         parts = affine_game(mu, s, mean, scale)
-        method = SiD(parts.teacher, Config(**options), student=parts.student, fake_score=parts.fake_score)
+        method = SiD(parts.teacher, config, student=parts.student, fake_score=parts.fake_score)
         only_trains("student", trainable(method.players))
         return method, parts
 
@@ -294,7 +294,7 @@ def verify() -> Iterator[Check]:
         fisher = exact.fisher((m, b), (m, b))
         full, path, frozen_distribution = exact.gradients()
         for alpha in (0.0, 0.5, 1.0, 1.2):
-            method, parts = game(m, b, alpha=alpha, normalise=False)
+            method, parts = game(m, b, Config(alpha=alpha, normalise=False))
             loss, got = slope(method, parts, angle)
             yield equal(f"E[L] = (1 - a) F, a = {alpha}, t = {t}", (1 - alpha) * fisher, loss, 1e-9, scale=1e-3)
             expected = full / 2 + (0.5 - alpha) * path
@@ -312,17 +312,17 @@ def verify() -> Iterator[Check]:
             yield equal(f"both networks detached: Diff-Instruct, a = {alpha}, t = {t}", diff_instruct, detached, 1e-9)
             yield differs(f"that this is not SiD is caught, a = {alpha}, t = {t}", expected, detached, 1e-3)
 
-            same_width, parts = game(m, s, alpha=alpha, normalise=False)
+            same_width, parts = game(m, s, Config(alpha=alpha, normalise=False))
             got = gradient(slope(same_width, parts, angle)[0], parts.generator.mean)
             pull = (sin2 / big_v) ** 2 * (m - mu) / 2
             yield equal(f"the mean's gradient at the teacher's width, a = {alpha}, t = {t}", pull, got, 1e-9)
 
         for normalise in (False, True):
-            settled, parts = game(mu, s, normalise=normalise)
+            settled, parts = game(mu, s, Config(normalise=normalise))
             label = "with" if normalise else "without"
             got = slope(settled, parts, angle)[1]
             yield equal(f"zero at the optimum, {label} the normaliser, t = {t}", 0.0, got, 1e-9, scale=1.0)
-        method, parts = game(m, b)
+        method, parts = game(m, b, Config())
         yield equal(
             f"each sample's gradient is divided by n, t = {t}",
             _normalised(exact, z, eps, detach=True),
@@ -335,7 +335,7 @@ def verify() -> Iterator[Check]:
             slope(method, parts, angle)[1],
             1e-3,
         )
-        method, parts = game(m, b)
+        method, parts = game(m, b, Config())
         only_trains("fake_score", trainable(method.players))
         x = method.sampler().one_step(z, {})
         rate = torch.sqrt(cos2 * sin2) * (1 - b**2) / (cos2 * b**2 + sin2)  # of the exact velocity
@@ -345,7 +345,7 @@ def verify() -> Iterator[Check]:
         zero = gradient(denoising, parts.score.means, parts.score.stds)
         yield equal(f"its gradient there is zero, t = {t}", 0.0, zero, 1e-9, scale=1.0)
 
-    order = [turn.player for turn in game(m, b)[0].turns(0)]
+    order = [turn.player for turn in game(m, b, Config())[0].turns(0)]
     yield equal("the fake score moves first", 1.0, float(order == ["fake_score", "student"]), 0.0)
     for schedule in (EDM(), EDM(data_std=1.0, sigma_min=1e-9, sigma_max=1e9)):
         for fraction, sigma in ((0.0, 0.002), (0.8, 24.40834178658), (1.0, 80.0)):
@@ -385,8 +385,8 @@ def _normalised(exact: _Exact, z: Tensor, eps: Tensor, *, detach: bool) -> Tenso
 
 def _guidance_checks() -> Iterator[Check]:
     """Guidance on two classes in one dimension: D_null + kappa (D_class - D_null), from the exact scores."""
-    p = GaussianMixture([[-0.8], [0.9]], [[0.5], [0.3]], labels=[0, 1])
-    q = GaussianMixture([[-0.2], [0.4]], [[0.8], [0.6]], labels=[0, 1])
+    p = GaussianMixture([[-0.8], [0.9]], [0.5, 0.3], labels=[0, 1])
+    q = GaussianMixture([[-0.2], [0.4]], [0.8, 0.6], labels=[0, 1])
     generator = torch.Generator().manual_seed(0)
     x, eps = (torch.randn(6, 1, generator=generator, dtype=torch.float64) for _ in range(2))
     t = torch.linspace(0.3, 1.3, 6, dtype=torch.float64)
