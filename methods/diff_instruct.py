@@ -42,8 +42,8 @@ from diffdistill.verify import AffineGame, Check, affine_game, differs, equal, g
 PAPER = "Luo et al. 2023, arXiv:2305.18455"
 DATA = "none"
 EQUATIONS = {
-    "gradient of the integral KL divergence (section 3; the code's gloss)": "DiffInstruct.matching",
-    "denoising loss of the fake score (Algorithm 1)": "matching.fake_score_loss",
+    "gradient of the integral KL divergence (the code's gloss)": "DiffInstruct.matching",
+    "denoising loss of the fake score": "matching.fake_score_loss",
     "noise levels, ln sigma ~ N(-1.2, 1.2^2)": "times.edm_log_normal",
 }
 PRESETS = {

@@ -20,8 +20,8 @@ of a step have the same conditions, where the authors draw new ones. No augmenta
 The student's input is what the stock scheduler draws: of standard deviation sqrt(sigma^2 + 1) for an
 EDMEulerScheduler and 1 for a VP teacher, where the authors' have sigma and SiD-LSG's sigma_t. For a teacher that is
 not EDM's the noise levels are those of EDM at the same angle; SiD-LSG's are `times: native`. SiD-LSG weights a fake
-score that predicts v by SNR/(SNR + 1); that is `fake_score_loss: epsilon` here. The paper's own weights of the
-two terms are not implemented, only the code's.
+score that predicts v by SNR/(SNR + 1); that is `fake_score_loss: epsilon` here. The weights of the loss are the
+code's; the paper's text was not compared.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from diffdistill.verify import AffineGame, Check, affine_game, differs, equal, g
 PAPER = "Zhou et al. 2024, arXiv:2404.04057; guidance: arXiv:2406.01561"
 DATA = "none"
 EQUATIONS = {
-    "the student's loss (section 4; the code's generator_loss)": "sid_loss, SiD.matching",
-    "denoising loss of the fake score (section 4)": "matching.fake_score_loss, SiD.denoising",
-    "noise levels of the student's loss (section 5)": "times.edm_karras, SiD.times",
-    "long and short guidance (arXiv:2406.01561, section 3)": "guidance.guided, SiD.drop_labels",
+    "the student's loss (the code's generator_loss)": "sid_loss, SiD.matching",
+    "denoising loss of the fake score": "matching.fake_score_loss, SiD.denoising",
+    "noise levels of both losses": "times.edm_karras, times.edm_log_normal, SiD.times",
+    "long and short guidance (arXiv:2406.01561)": "guidance.guided, SiD.drop_labels",
 }
 PRESETS = {
     "digits": {
