@@ -10,16 +10,16 @@ solver's steps. `training` needs no teacher step, since x_r has the noise of x_t
 a log-normal distribution, ties r to it, brings r closer to t stage by stage, and has no slow copy.
 
 Deviations: f is the student's x0 prediction. At t = 0 that is the identity for outputs of kind v, flow, eps and
-EDM's F, but the grid ends at a sigma_min above 0, where the paper's c_skip and c_out (sigma - sigma_min in place
-of sigma) make f the identity. Here the *target* at the grid's last point is x_r itself, whatever the network
-says there: so the boundary holds for every kind of output, and f is never asked for a value at that point. A
-teacher with a CMStochasticIterativeScheduler has the paper's c_skip and c_out as well. Outside EDM the "karras"
-grid spans sigma 80 to 0.002 (at data_std 0.5) or less where the schedule knows less; its first point is moved to
-where the student's sampler starts, which may be pure noise. The sampler adds noise of variance sigma^2, the paper
-sigma^2 - sigma_min^2, and its levels are the schedule's own, not searched for by FID. AdamW stands for RAdam.
-mu(k) is the paper's, s0 ln(mu0)/N(k); the authors' code has N(k) - 1 there. LPIPS is the `lpips` package's VGG,
-with max pooling; the authors' has average pooling. Where r comes below the least level that the network knows,
-"easy" takes r = 0, and x_r itself as the target. `huber_c` and `time_mean` count in the data's own units.
+EDM's F, but the grid ends at a sigma_min above 0, where the authors' c_skip and c_out (sigma - sigma_min in place
+of sigma, eq. 5) make f the identity. Here the *target* at the grid's last point is x_r itself, whatever the
+network says there, which is the paper's other way (eq. 4): so the boundary holds for every kind of output, and f
+is never trained at that point. A teacher with a CMStochasticIterativeScheduler has eq. 5 as well. Outside EDM the
+"karras" grid spans sigma 80 to 0.002 (at data_std 0.5) or less where the schedule knows less; its first point is
+moved to where the student's sampler starts, which may be pure noise. The sampler adds noise of variance sigma^2,
+the paper sigma^2 - sigma_min^2, and its levels are the schedule's own, not searched for by FID. AdamW stands for
+RAdam. mu(k) is the paper's, mu0^(s0/N(k)); the authors' code has N(k) - 1 there. LPIPS is the `lpips` package's
+VGG, with max pooling; the authors' has average pooling. Where r comes below the least level that the network
+knows, "easy" takes r = 0, and x_r itself as the target. `huber_c` and `time_mean` count in the data's own units.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ EQUATIONS = {
     "one step of the teacher's ODE (eq. 6)": "Consistency.less_noisy, ode.ddim_step, ode.heun_step",
     "consistency training pair (eq. 10, Algorithm 3)": "Consistency.less_noisy",
     "boundary condition f(x, sigma_min) = x (section 3)": "Consistency.target_x0",
-    "Karras grid (section 2)": "times.karras_grid",
+    "Karras grid (section 4)": "times.karras_grid",
     "N(k) and mu(k) (appendix C)": "grid_points_at, Consistency.target_decay",
     "target's moving average (eq. 8)": "Consistency.after_step",
     "distances; pseudo-Huber of Song & Dhariwal 2023, arXiv:2310.14189": "distances.distance",
-    "t to r and its stages (arXiv:2406.14548, section 4)": "Consistency.easy_partner",
+    "t to r and its stages (arXiv:2406.14548 and its code)": "Consistency.easy_partner",
     "multistep sampling (Algorithm 1)": "players.FewStepSampler",
 }
 PRESETS = {
