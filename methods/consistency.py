@@ -114,6 +114,8 @@ PRESETS = {
         "ema": 0.9999,
     },
 }
+PASSES = {"digits": 4}
+ANY_STEPS = True
 END_TO_END = {
     "kind": "trajectory",
     "options": {"grid": "native", "grid_points": 18, "steps": 2000, "student_lr": 1e-3},

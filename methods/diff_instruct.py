@@ -64,6 +64,7 @@ PRESETS = {
         "max_grad_norm": 0,
     },
 }
+PASSES = {"digits": 4}
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ PRESETS = {
         "warmup_steps": 500,
     },
 }
+PASSES = {"digits": 5}
 END_TO_END = {
     "kind": "distribution",
     "options": {"student_lr": 1e-3, "fake_score_lr": 2e-3, "beta1": 0.0, "steps": 2000},

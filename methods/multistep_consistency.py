@@ -90,6 +90,8 @@ PRESETS = {
         "huber_c": 1.0,
     },
 }
+PASSES = {"digits": 3}
+SCALES = ["anneal_steps"]
 END_TO_END = {
     "kind": "trajectory",
     "options": {

@@ -100,6 +100,7 @@ PRESETS = {
         "max_grad_norm": 0,
     },
 }
+PASSES = {"digits": 5}
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ PRESETS = {
         "max_grad_norm": 1.0,
     },
 }
+PASSES = {"digits": 4}
 END_TO_END = {
     "kind": "distribution",
     "options": {"student_lr": 5e-4, "lora_lr": 2e-3, "lora_rank": 32, "lora_alpha": 32, "beta1": 0.0, "steps": 2000},
