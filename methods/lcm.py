@@ -91,7 +91,7 @@ PASSES = {"digits": 4}
 ANY_STEPS = True
 END_TO_END = {
     "kind": "trajectory",
-    "options": {"guidance_max": 2.0, "guidance_scale": 1.5, "steps": 4000, "student_lr": 1e-3},
+    "options": {"guidance_max": 2.0, "guidance_scale": 1.5, "steps": 3000, "student_lr": 1e-3},
 }
 
 
