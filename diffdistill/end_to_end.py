@@ -32,8 +32,9 @@ from .verify import Check, equal
 
 MODES, CLASSES, SPREAD = 8, 2, 0.15
 LIMITS = {"trajectory": 0.15, "modes": 0.35, "sliced_w2": 0.12, "fisher": 0.1}
-"""Of the error relative to the data's standard deviation of 1; of a mode's weight relative to 1/8; of the
-sliced Wasserstein distance; of E |v_q - v_p|^2, whose scale is the 1 of unit-variance data."""
+"""Of the error relative to the data's standard deviation of 1; of a mode's
+weight relative to 1/8; of the sliced Wasserstein distance; of E |v_q - v_p|^2, whose
+scale is the 1 of unit-variance data."""
 
 _ANGLES = (0.4, 0.8, 1.2, 1.5)
 _COUNT = 2000

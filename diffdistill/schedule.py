@@ -271,8 +271,15 @@ def sampling_grid(schedule: Schedule, steps: int) -> Tensor:
 
 
 def student_levels(schedule: Schedule, steps: int) -> Tensor:
-    """(steps,) `schedule.levels(steps)`, none of them noisier than where a stock scheduler can start."""
-    return schedule.levels(steps).clamp(max=schedule.init_level)
+    """(steps,) descending levels that divide the way to clean data, each one a student's starting point.
+
+    The stock grids of EDM and flow matching end at their least noise; a few-step student would waste a pass
+    there, so theirs are those of one more step without the last. None is noisier than where a stock scheduler
+    can start.
+    """
+    ends_clean = isinstance(schedule, EDM | LinearFlow)
+    levels = schedule.levels(steps + 1)[:-1] if ends_clean else schedule.levels(steps)
+    return levels.clamp(max=schedule.init_level)
 
 
 def student_grid(schedule: Schedule, steps: int) -> Tensor:

@@ -44,7 +44,7 @@ from diffdistill.ode import ddim_step, heun_step
 from diffdistill.players import FewStepSampler, Teacher, frozen, trainable_copy
 from diffdistill.prediction import ROWS, diffuse, edm_boundary, expand
 from diffdistill.rng import seed_for, seeded
-from diffdistill.schedule import EDM, TrigFlow, sampling_grid
+from diffdistill.schedule import EDM, TrigFlow, sampling_grid, student_levels
 from diffdistill.times import karras_grid, log_normal
 from diffdistill.verify import Check, differs, equal, gradient, two_points
 
@@ -193,9 +193,7 @@ class Consistency:
             torch._foreach_lerp_(averages, list(self.student.parameters()), 1 - self.target_decay(step))
 
     def sampler(self) -> FewStepSampler:
-        steps = self.config.student_steps
-        levels = self.schedule.levels(steps).tolist() if steps > 1 else [self.schedule.init_level]
-        return FewStepSampler(self.student, levels)
+        return FewStepSampler(self.student, student_levels(self.schedule, self.config.student_steps).tolist())
 
     # -- times ---------------------------------------------------------------------------------------------
 

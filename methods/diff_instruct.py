@@ -65,6 +65,10 @@ PRESETS = {
     },
 }
 PASSES = {"digits": 4}
+END_TO_END = {
+    "kind": "distribution",
+    "options": {"student_lr": 1e-3, "fake_score_lr": 2e-3, "student_level": 1.373, "steps": 2000},
+}
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from diffdistill.ode import ddim_step, solve
 from diffdistill.players import FewStepSampler, Teacher, frozen
 from diffdistill.prediction import ROWS, diffuse, expand
 from diffdistill.rng import seed_for, seeded
+from diffdistill.schedule import student_levels
 from diffdistill.verify import Check, differs, equal, gradient, two_points
 
 PAPER = "Luo et al. 2023, arXiv:2310.04378"
@@ -152,11 +153,8 @@ class LCM:
 
     def _grid(self) -> tuple[list[float], Tensor]:
         """The K descending levels, and their angles with the least one that the network knows, (K + 1,)."""
-        steps, schedule = self.config.ddim_steps, self.schedule
-        levels = schedule.levels(steps)
-        if float(schedule.angle(levels[-1])) <= schedule.t_min * (1 + 1e-9):
-            levels = schedule.levels(steps + 1)[:-1]  # EDM's row ends there by itself
-        levels[0] = schedule.init_level
+        schedule = self.schedule
+        levels = student_levels(schedule, self.config.ddim_steps)
         return levels.tolist(), torch.cat([schedule.angle(levels), torch.tensor([schedule.t_min]).double()])
 
     def _student(self, teacher: Teacher, scale: float) -> Denoiser:

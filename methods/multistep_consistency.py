@@ -9,9 +9,9 @@ end e; the x0 whose DDIM step from x_t lands there as well is what f(x_t, t) is 
 adjusted DDIM, which lengthens the noise by the variance that DDIM leaves out. Sampling is DDIM, one step a segment.
 
 Deviations: the paper cuts the time of its cosine schedule evenly. Here the segments lie between the levels of the
-teacher's own sampler (`schedule.levels(segments)`), so that a stock sampler repeats the student, and are cut into
-steps evenly in the angle, which is the cosine schedule's time; for EDM and flow those levels end close to zero,
-and the last segment has little to do. Points below the least level that the network knows are moved there. The
+teacher's own sampler (`schedule.student_levels`), so that a stock sampler repeats the student, and are cut into
+steps evenly in the angle, which is the cosine schedule's time. Points below the least level that the network knows
+are moved there. The
 last step of a segment that ends at 0 takes x_r itself for z_e. `snr_plus_one` weighs the norm of the error in x0,
 as Algorithm 1 prints it; the text calls it equivalent to a v-loss, which for a norm that is not squared would be
 `v`. The variance is eta |x0_teacher - x0|^2/d of each sample, as in Algorithm 1, which leaves out the eta of
@@ -42,7 +42,7 @@ from diffdistill.ode import addim_step, inverse_ddim
 from diffdistill.players import FewStepSampler, Teacher, frozen
 from diffdistill.prediction import ROWS, Prediction, diffuse, expand
 from diffdistill.rng import seed_for, seeded
-from diffdistill.schedule import TrigFlow
+from diffdistill.schedule import TrigFlow, student_levels
 from diffdistill.verify import Check, differs, equal, gradient, two_points
 
 PAPER = "Heek et al. 2024, arXiv:2403.06807"
@@ -158,9 +158,8 @@ class MultistepConsistency:
         pass
 
     def sampler(self) -> FewStepSampler:
-        count = self.config.segments
-        levels = self.schedule.levels(count).tolist() if count > 1 else [self.schedule.init_level]
-        return FewStepSampler(self.student, levels, renoise=False)
+        levels = student_levels(self.schedule, self.config.segments)
+        return FewStepSampler(self.student, levels.tolist(), renoise=False)
 
     # -- times ---------------------------------------------------------------------------------------------
 

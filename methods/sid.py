@@ -101,6 +101,17 @@ PRESETS = {
     },
 }
 PASSES = {"digits": 5}
+END_TO_END = {
+    "kind": "distribution",
+    "options": {
+        "alpha": 1.0,
+        "time_low": 0.2,
+        "student_lr": 1e-3,
+        "fake_score_lr": 2e-3,
+        "student_level": 1.373,
+        "steps": 2000,
+    },
+}
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ PROGRESSIVE = {"method": "progressive", "data": "digits", "start_steps": 8, "sta
         ("vp", 1, PROGRESSIVE | {"start_steps": 4, "final_steps": 1}),
         ("edm", 1, DMD2),
         ("edm", 1, DMD2 | {"student_level": 2.5}),
+        ("edm", 4, PROGRESSIVE | {"final_steps": 4}),
         ("edm", 1, PROGRESSIVE | {"start_steps": 4, "final_steps": 1}),
         ("flow", 1, DMD2),
         ("flow", 1, DMD2 | {"student_level": 0.8}),
