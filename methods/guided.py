@@ -57,7 +57,7 @@ PRESETS = {
         "steps": 600,
         "batch_size": 64,
         "guidance_max": 4.0,
-        "guidance_scale": 2.0,
+        "guidance_scale": 1.5,
         "guidance_steps": 200,
         "start_steps": 16,
         "final_steps": 1,

@@ -52,7 +52,7 @@ PRESETS = {
         "data": "digits",
         "steps": 400,
         "batch_size": 64,
-        "guidance_scale": 3.0,
+        "guidance_scale": 2.0,
         "lora_rank": 8,
         "lora_layers": "all",
         "student_lr": 1e-3,

@@ -50,6 +50,7 @@ PRESETS = {
         "steps": 400,
         "batch_size": 64,
         "student_lr": 3e-4,
+        "student_level": 750,
         "lora_lr": 3e-3,
         "lora_rank": 16,
         "lora_alpha": 16,
