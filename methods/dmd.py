@@ -207,7 +207,10 @@ class DMD:
         grad, gap = distribution_matching_gradient(
             x, x_t, t, cond, self.teacher, self.fake_score, self.config.normalise
         )
-        return {"loss": gradient_injection(x, grad), "gap": gap.mean()}
+        # The normalised gradient has no unit. The authors' is that of images, data_std x, and other terms' weights
+        # are relative to it.
+        unit = self.schedule.data_std if self.config.normalise else 1.0
+        return {"loss": unit * gradient_injection(x, grad), "gap": gap.mean()}
 
     def regression(self, x_ref: Tensor, y_ref: Tensor) -> Tensor:
         """The mean distance of G(z_ref) from what the teacher's sampler makes of z_ref, both (B, ...)."""

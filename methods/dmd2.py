@@ -11,7 +11,11 @@ images, adds a GAN loss. There is no regression on teacher pairs.
 A student of several steps (`student_steps`) is trained on inputs that its own sampler makes (backward
 simulation): a level is drawn, the sampler runs down to it without gradients, and that level's pass gives x.
 
-Deviations: the normaliser is clamped at 1e-5 where the authors replace nan by 0. With `normalise: false` the
+Deviations: the normaliser is clamped at 1e-5 where the authors replace nan by 0. The discriminator reads the middle
+block (on EDM networks theirs stops at the encoder's end), and real and generated images share its times, and the
+classes of the real ones. Times are continuous fractions of EDM's grid, where theirs are its 1000 points. There is no
+warm-up of 500 steps in the presets. "sdxl-4step" holds the authors' settings for a text-to-image family, which this
+version does not load. With `normalise: false` the
 gradient is the exact one of the KL divergence, which `verify` compares with its closed form.
 """
 
@@ -206,7 +210,10 @@ class DMD2:
         grad, gap = distribution_matching_gradient(
             x, x_t, t, cond, self.teacher, self.fake_score, self.config.normalise
         )
-        return {"loss": gradient_injection(x, grad), "gap": gap.mean()}
+        # The normalised gradient has no unit. The authors' is that of images, data_std x, and other terms' weights
+        # are relative to it.
+        unit = self.schedule.data_std if self.config.normalise else 1.0
+        return {"loss": unit * gradient_injection(x, grad), "gap": gap.mean()}
 
     # -- the fake score's turn ---------------------------------------------------------------------------
 

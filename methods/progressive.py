@@ -10,8 +10,8 @@ Deviations: the grid is the teacher's own timesteps with trailing spacing (`sche
 every stage keeps every second), so that stock DDIM repeats the student; the authors use a continuous cosine
 schedule, evenly spaced. x is not clipped. A guided teacher (`guidance_scale`) is guided in the first stage, which
 its student then reproduces without guidance. The preset "cifar10" is the authors' configuration but for the
-starting steps: 512 of a discrete schedule stand for their 8192; their settings for ImageNet and LSUN are not
-verified, so there is no preset for them.
+starting steps: 512 of a discrete schedule stand for their 8192. Their ImageNet and LSUN networks predict x and eps
+together, which no diffusers scheduler knows, so there is no preset for them.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ PRESETS = {
         "steps": 450000,
         "student_lr": 5e-5,
         "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
     },
 }
 PASSES = {"digits": 3}

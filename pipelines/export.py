@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from diffdistill.families import FAMILIES, METADATA
 from diffdistill.files import atomic_folder
 from diffdistill.guidance_adapters import write_adapters
 from diffdistill.players import FewStepSampler, Teacher
-from diffdistill.schedule import EDM, DiscreteVP, LinearFlow, student_levels
+from diffdistill.schedule import EDM, DiscreteVP, LinearFlow
 
 from . import adapted_pipeline
 
@@ -90,11 +91,11 @@ def _several_steps(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
             # The scaling makes its c_skip less than 1e-12, so that it takes the network's x0 as it is.
             return diffusers.LCMScheduler(**kept, original_inference_steps=steps, timestep_scaling=1e6)
         return diffusers.DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
-    deterministic_edm = isinstance(schedule, EDM) and schedule.unit_init and not sampler.renoise
-    if deterministic_edm and torch.allclose(student_levels(schedule, steps), own):
-        # Evenly spaced in sigma^(1/rho), as EDM's grid is between these two ends.
-        scheduler = student_scheduler(teacher, FewStepSampler(sampler.denoiser, own[:1].tolist()))
-        return type(scheduler).from_config({**scheduler.config, "sigma_min": sampler.levels[-1]})
+    if isinstance(schedule, EDM) and schedule.unit_init and not sampler.renoise:
+        low, high = sampler.levels[-1], sampler.levels[0]
+        if torch.allclose(replace(schedule, sigma_min=low, sigma_max=high).levels(steps), own):
+            scheduler = student_scheduler(teacher, FewStepSampler(sampler.denoiser, [high]))
+            return type(scheduler).from_config({**scheduler.config, "sigma_min": low})
     how = "renoising" if sampler.renoise else "deterministic"
     raise UserError(
         f"export: no stock scheduler takes {steps} {how} steps on this teacher's {type(schedule).__name__} schedule; "

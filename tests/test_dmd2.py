@@ -156,3 +156,19 @@ def test_it_trains_every_parameterisation(
         device="cpu",
     )
     assert (folder / "model_index.json").is_file()
+
+
+def test_the_matching_gradient_is_that_of_images_so_that_the_gan_weight_means_the_authors(
+    tiny_teacher: Callable[[str], Path],
+) -> None:
+    """An EDM teacher's x is the image over data_std = 0.5; the normalised gradient has no unit."""
+    method = DMD2(load_teacher(tiny_teacher("edm")), Config())
+    with torch.no_grad():
+        next(method.fake_score.parameters()).add_(0.1)
+    x = torch.randn(4, 1, 8, 8, requires_grad=True)
+    t, eps, cond = torch.full((4,), 0.7).double(), torch.randn(4, 1, 8, 8), {"class_labels": torch.arange(4)}
+    (got,) = torch.autograd.grad(method.matching(x, t, eps, cond)["loss"], x)
+    image, x_t = 0.5 * x.detach(), dmd2.diffuse(x.detach(), t, eps)
+    real, fake = (0.5 * network(x_t, t, cond).x0 for network in (method.teacher, method.fake_score))
+    theirs = (fake - real) / (image - real).abs().mean((1, 2, 3), keepdim=True) / x.numel()  # d loss / d image
+    assert torch.allclose(got, 0.5 * theirs, rtol=1e-4, atol=1e-9) and float(theirs.abs().max()) > 0
