@@ -163,6 +163,7 @@ def test_the_matching_gradient_is_that_of_images_so_that_the_gan_weight_means_th
 ) -> None:
     """An EDM teacher's x is the image over data_std = 0.5; the normalised gradient has no unit."""
     method = DMD2(load_teacher(tiny_teacher("edm")), Config())
+    method.fake_score.eval()  # no dropout
     with torch.no_grad():
         next(method.fake_score.parameters()).add_(0.1)
     x = torch.randn(4, 1, 8, 8, requires_grad=True)
