@@ -38,7 +38,7 @@ from diffdistill.schedule import student_levels
 
 from .digit_classifier import DigitClassifier
 from .digit_classifier import train as train_classifier
-from .evaluate import DigitJudge, Drawn, draw_all, teacher_images
+from .evaluate import DigitJudge, Draw, draw_all, teacher_images
 from .report import markdown_table, save_png, side_by_side, text_table, write_json, write_text
 
 SHOWN_STEPS = (1, 2, 4)
@@ -237,12 +237,14 @@ class Evaluation:
         each = [torch.pdist(features[self.labels == c]).mean() for c in self.labels.unique()]
         return float(torch.stack(each).mean())
 
-    def __call__(self, draw: Any, seed: int) -> tuple[dict[str, Any], Tensor]:
-        drawn: Drawn = draw_all(draw, self.labels, self.count, seed)
-        scores = self.judge(drawn.images, self.labels)
-        shown = None if self.teacher.num_classes is None else torch.arange(20) % self.teacher.num_classes
-        pictures = draw_all(draw, shown, 20, seed).images
-        return {**scores, "diversity": self.diversity(drawn.images) / self.real_diversity}, pictures
+    def __call__(self, draw: Draw, seed: int) -> dict[str, Any]:
+        images = draw_all(draw, self.labels, self.count, seed).images
+        return {**self.judge(images, self.labels), "diversity": self.diversity(images) / self.real_diversity}
+
+    def shown(self, draw: Draw, seed: int) -> Tensor:
+        """Twenty images, two of each of ten classes."""
+        classes = None if self.teacher.num_classes is None else torch.arange(20) % self.teacher.num_classes
+        return draw_all(draw, classes, 20, seed).images
 
 
 def _classifier(data: Data, out: Path) -> DigitClassifier | None:
@@ -284,13 +286,12 @@ def bench(
     results: list[dict[str, Any]] = []
     pictures: dict[str, Tensor] = {}
 
-    def keep(key: str, steps: int, seed: int, draw: Any, **more: Any) -> None:
+    def keep(key: str, steps: int, seed: int, draw: Draw, **more: Any) -> None:
         file = out / "rows" / f"{key}-{steps}-seed{seed}.json".replace(" ", "-")
-        if not file.exists() or (seed == seeds[0] and key not in pictures):
-            scores, shown = evaluation(draw, seed)
-            write_json({"method": key, "steps": steps, "seed": seed, **scores, **more}, file)
-            if seed == seeds[0]:
-                pictures[f"{key}, {steps} step{'s' if steps > 1 else ''}"] = shown
+        if not file.exists():
+            write_json({"method": key, "steps": steps, "seed": seed, **evaluation(draw, seed), **more}, file)
+        if seed == seeds[0]:
+            pictures[f"{key}, {steps} step{'s' if steps > 1 else ''}"] = evaluation.shown(draw, seed)
         results.append(json.loads(file.read_text()))
 
     for seed in seeds:
