@@ -10,8 +10,7 @@ from torch import Tensor
 from .denoiser import Cond
 from .errors import UserError
 from .losses import per_sample_mean
-from .ode import Denoise, ddim_step
-from .prediction import expand
+from .ode import Denoise, ddim_step, inverse_ddim
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,11 @@ class Halving:
 def two_step_target(teacher: Denoise, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, cond: Cond) -> Tensor:
     """(B, ...) the x0 whose one DDIM step from t to s lands where two teacher steps land (Algorithm 2).
 
-    In the normal form the step is x_s = sin(s)/sin(t) x_t + (cos(s) - sin(s) cos(t)/sin(t)) x0, so
-    x0 = (sin(t) x_s - sin(s) x_t)/sin(t - s). No gradient passes.
+    No gradient passes.
     """
     with torch.no_grad():
         x_s = ddim_step(teacher, ddim_step(teacher, x_t, t, mid, cond), mid, s, cond)
-        # A difference of nearby terms over a small angle.
-        x_s, x_t = x_s.double(), x_t.double()
-        x0 = (expand(torch.sin(t), x_s) * x_s - expand(torch.sin(s), x_t) * x_t) / expand(torch.sin(t - s), x_t)
-        return x0
+        return inverse_ddim(x_s, x_t, t, s)
 
 
 def weighted_x0_loss(x0: Tensor, target: Tensor, t: Tensor, weight: str) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.analytic import gaussian_teacher
+from diffdistill.analytic import AffinePerAngle, gaussian_teacher
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError
@@ -178,20 +178,6 @@ class Progressive:
 METHOD = Progressive
 
 
-class PerNode(nn.Module):
-    """An x0 that is affine in x_t with its own slope and offset at each angle of a grid: any DDIM map fits."""
-
-    def __init__(self, grid: Tensor, d: int):
-        super().__init__()
-        self.grid = grid
-        self.slope = nn.Parameter(torch.zeros(len(grid), d, dtype=torch.float64))
-        self.offset = nn.Parameter(torch.zeros(len(grid), d, dtype=torch.float64))
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        node = (t[:, None] - self.grid).abs().argmin(1)
-        return self.slope[node] * x_t + self.offset[node]
-
-
 def verify() -> Iterator[Check]:
     """Appendix B row 5 and section 5.1's sanity items, on a Gaussian: every DDIM step is affine there."""
     mu, s = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
@@ -230,7 +216,7 @@ def verify() -> Iterator[Check]:
 
     # An affine student per node can follow exactly: the loss reaches zero in every stage, and the last student
     # is the product of all the teacher's factors.
-    network = PerNode(grid, 2)
+    network = AffinePerAngle(grid, 2)
     student = Denoiser(network, schedule, ROWS["sample"])
     stages = Teacher(teacher.denoiser, (2,), None, start=student)
     method = Progressive(stages, Config(start_steps=8, final_steps=1, stage_steps=1), student=student)
@@ -241,7 +227,7 @@ def verify() -> Iterator[Check]:
         for i in range(0, 8, stride):
             t, mid, r = (grid[j].expand(64) for j in (i, i + stride // 2, i + stride))
             wanted = two_step_target(current, x_t, t, mid, r, {})
-            _fit(network, i, x_t, wanted)
+            network.fit(i, x_t, wanted)
             loss = method.matching(current, x_t, t, mid, r, {})["loss"]
             slopes = gradient(loss, network.slope, network.offset)
             yield equal(f"loss at the optimum, stage {stage + 1}, node {i}", 0.0, loss, 1e-20, scale=1.0)
@@ -281,12 +267,3 @@ def verify() -> Iterator[Check]:
     vp = DiscreteVP.from_config({"beta_schedule": "squaredcos_cap_v2"})
     coarse, fine = sampling_grid(vp, 8), sampling_grid(vp, 16)
     yield equal("a student's grid is every second point of its teacher's", coarse, fine[::2], 0.0)
-
-
-def _fit(network: PerNode, node: int, x: Tensor, y: Tensor) -> None:
-    """Least squares of y on x at one node, per dimension."""
-    with torch.no_grad():
-        centred = x - x.mean(0)
-        slope = (centred * (y - y.mean(0))).mean(0) / centred.square().mean(0)
-        network.slope[node] = slope
-        network.offset[node] = y.mean(0) - slope * x.mean(0)
