@@ -211,6 +211,20 @@ def class_gaussians_teacher(means: Tensor, std: Tensor) -> Teacher:
     return Teacher(ClassGaussians(means, std).denoiser(), (means.shape[1],), len(means) - 1, "analytic", "classes")
 
 
+class LearnedGaussian(nn.Module):
+    """The velocity of N(mean, exp(log_std)^2) for TrigFlow with both learned: an affine student's fake score."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(d))
+        self.log_std = nn.Parameter(torch.zeros(d))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        cos, sin, variance = torch.cos(t)[:, None], torch.sin(t)[:, None], torch.exp(2 * self.log_std)
+        slope = cos * sin * (1 - variance) / (cos**2 * variance + sin**2)
+        return slope * (x_t - cos * self.mean) - sin * self.mean
+
+
 class AffineGenerator(nn.Module):
     """A student x0 = m + b z per dimension, as a network for TrigFlow: its velocity at t = pi/2 is -x0.
 

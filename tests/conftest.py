@@ -53,3 +53,41 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return folder
 
     return make
+
+
+@pytest.fixture
+def reaches_the_gaussian(tmp_path: Path) -> Callable[..., None]:
+    """(method class, its Config, **FitConfig): through the real trainer, with a fake score that learns, an affine
+    student ends within 2% of the teacher's Gaussian."""
+    import torch
+
+    from diffdistill.analytic import AffineGenerator, LearnedGaussian, gaussian_teacher
+    from diffdistill.config import FitConfig
+    from diffdistill.denoiser import Denoiser
+    from diffdistill.method import Batch
+    from diffdistill.trainer import Trainer, accelerator_for
+
+    def check(method: type, config: object, **fit: object) -> None:
+        mean, std = torch.tensor([0.8, -0.5]), torch.tensor([0.5, 1.4])
+        teacher = gaussian_teacher(mean.tolist(), std.double())
+        generator = AffineGenerator(torch.zeros(2), torch.ones(2))
+        schedule, row = teacher.denoiser.schedule, teacher.denoiser.row
+        players = {
+            "student": Denoiser(generator, schedule, row),
+            "fake_score": Denoiser(LearnedGaussian(2), schedule, row),
+        }
+        settings = FitConfig(batch_size=256, max_grad_norm=0, sample_every=0, device="cpu", **fit)  # type: ignore
+        accelerator = accelerator_for(settings, tmp_path)
+        trainer = Trainer(
+            method(teacher, config, **players),
+            lambda step: Batch(256, (2,), {}, None, accelerator.device, (0, step, 0)),
+            settings,
+            tmp_path,
+            accelerator,
+        )
+        trainer.fit()
+        with trainer.evaluating():
+            assert torch.allclose(generator.mean.detach().float(), mean, rtol=0.02, atol=0), generator.mean
+            assert torch.allclose(generator.scale.detach().abs().float(), std, rtol=0.02, atol=0), generator.scale
+
+    return check

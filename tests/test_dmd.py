@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffdistill import UserError, distill, load_teacher
-from diffdistill.analytic import AffineGenerator, gaussian_teacher
+from diffdistill.analytic import AffineGenerator, LearnedGaussian, gaussian_teacher
 from diffdistill.config import FitConfig, PairsConfig
 from diffdistill.denoiser import Denoiser
 from diffdistill.guidance import guided
@@ -97,20 +97,6 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(not c.ok for c in run_checks(dmd.verify))
 
 
-class LearnedScore(nn.Module):
-    """The velocity of N(mean, std^2) with both learned: the fake score of an affine generator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.zeros(2))
-        self.log_std = nn.Parameter(torch.zeros(2))
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        cos, sin, variance = torch.cos(t)[:, None], torch.sin(t)[:, None], torch.exp(2 * self.log_std)
-        slope = cos * sin * (1 - variance) / (cos**2 * variance + sin**2)
-        return slope * (x_t - cos * self.mean) - sin * self.mean
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("weight", "sign"), [(0.25, 1.0), (0.0, -1.0)])
 def test_pairs_decide_what_the_divergence_cannot(weight: float, sign: float, tmp_path: Path) -> None:
@@ -123,7 +109,7 @@ def test_pairs_decide_what_the_divergence_cannot(weight: float, sign: float, tmp
         teacher,
         Config(student_lr=1e-2, fake_score_lr=4e-2, regression_weight=weight, beta1=0.0, time_low=0.1),
         student=Denoiser(generator, schedule, row),
-        fake_score=Denoiser(LearnedScore(), schedule, row),
+        fake_score=Denoiser(LearnedGaussian(2), schedule, row),
     )
     config = FitConfig(steps=1000, batch_size=256, lr_schedule="cosine", max_grad_norm=0, sample_every=0, device="cpu")
     accelerator = accelerator_for(config, tmp_path)
