@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.analytic import GaussianMixture, gaussian_teacher
+from diffdistill.analytic import AffinePerAngle, GaussianMixture, gaussian_teacher
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError
@@ -39,7 +39,7 @@ from diffdistill.losses import gan_discriminator_loss, gan_generator_loss, gradi
 from diffdistill.matching import distribution_matching_gradient, fake_score_loss
 from diffdistill.method import Batch, Optimizer, Turn
 from diffdistill.players import DiscriminatorHead, FewStepSampler, Teacher, frozen
-from diffdistill.prediction import diffuse
+from diffdistill.prediction import ROWS, diffuse
 from diffdistill.rng import generator
 from diffdistill.schedule import student_levels
 from diffdistill.times import native_uniform
@@ -263,6 +263,7 @@ def verify() -> Iterator[Check]:
 
     yield from matching_checks(make)
     yield from _gan_checks()
+    yield from _simulation_checks()
     teacher = gaussian_teacher([0.0], 1.0)
     for ratio in (1, 3):
         method = DMD2(teacher, Config(update_ratio=ratio))
@@ -270,6 +271,39 @@ def verify() -> Iterator[Check]:
         expected_order = [(["student"] if k % ratio == 0 else []) + ["fake_score"] for k in range(2 * ratio)]
         same = float(order == expected_order)
         yield equal(f"order of turns, update_ratio {ratio}: the student first, every {ratio}", 1.0, same, 0.0)
+
+
+def _simulation_checks() -> Iterator[Check]:
+    """Backward simulation with the exact map to data, x0 = mu + s (x_t - cos(t) mu)/sqrt(V), at each of four levels."""
+    mu, s = torch.tensor([0.7]).double(), torch.tensor([0.5]).double()
+    teacher = gaussian_teacher(mu.tolist(), s)
+    schedule = teacher.denoiser.schedule
+    angles = schedule.angle(student_levels(schedule, 4))
+    network = AffinePerAngle(angles, 1)
+    variance = torch.cos(angles) ** 2 * s**2 + torch.sin(angles) ** 2
+    network.slope.data[:] = (s / variance.sqrt())[:, None]
+    network.offset.data[:] = mu - network.slope.data * (torch.cos(angles) * mu)[:, None]
+    student = Denoiser(network, schedule, ROWS["sample"])
+    method = DMD2(teacher, Config(student_steps=4), student=student, fake_score=student)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 4).unsqueeze(-1)  # (16, 4, 1): z and 3 noises
+    for k in range(4):
+        with torch.no_grad():
+            x_t, _ = method.sampler().input_at(k, signs[:, 0], {}, lambda j: signs[:, j])
+        got = torch.cat([x_t.mean(0), x_t.var(0, unbiased=False)])
+        closed = torch.stack([torch.cos(angles[k]) * mu[0], variance[k]])
+        yield equal(f"mean and variance of what level {k} reads are the teacher's", closed, got, 1e-12)
+        if k:
+            same = method.sampler().input_at(k, signs[:, 0], {}, lambda j: signs[:, 0])[0].detach()
+            yield differs(f"the first noise again at level {k} is caught", variance[k], same.var(unbiased=False), 1e-3)
+    trained = torch.zeros(4, 1, dtype=torch.float64)
+    alone = 0
+    for step in range(24):
+        batch = Batch(8, (1,), {}, None, torch.device("cpu"), (0, step, 0))
+        slope = gradient(method.generate(batch).sum(), network.slope).view(4, 1)
+        trained += (slope != 0).double()
+        alone += int((slope != 0).sum() == 1)
+    yield equal("gradients flow through one level's pass, not through the simulation", 24.0, float(alone), 0.0)
+    yield equal("every level gets its turn", 4.0, float((trained > 0).sum()), 0.0)
 
 
 def _gan_checks() -> Iterator[Check]:

@@ -40,6 +40,12 @@ def wrong_samples(fake_score: Any, x: Tensor, t: Tensor, eps: Tensor, cond: Any,
     return denoising_loss(fake_score(dmd2.diffuse(x, t, eps), t, cond), x.flip(0), eps)
 
 
+def with_gradients(self: DMD2, batch: Batch) -> Tensor:
+    sampler = self.sampler()
+    x_t, t = sampler.input_at(3, batch.randn("z"), batch.cond, lambda j: batch.randn(f"z {j}"))
+    return self.student(x_t, t, batch.cond).x0
+
+
 REAL_GRADIENT, REAL_INJECTION = dmd2.distribution_matching_gradient, dmd2.gradient_injection
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "opposite sign": (dmd2, "distribution_matching_gradient", opposite_sign),
@@ -53,6 +59,8 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
         "gan_discriminator_loss",
         lambda real, fake, f=dmd2.gan_discriminator_loss: f(fake, real),
     ),
+    "the simulation has gradients": (DMD2, "generate", with_gradients),
+    "only the first level is trained": (dmd2.torch, "randint", lambda *a, **k: torch.zeros((), dtype=torch.int64)),
     "the saturating generator loss": (dmd2, "gan_generator_loss", lambda fake: -nn.functional.softplus(fake).mean()),
 }
 REAL_TURNS = DMD2.turns
