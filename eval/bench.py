@@ -259,7 +259,7 @@ def _classifier(data: Data, out: Path) -> DigitClassifier | None:
         assert real.labels is not None
         trained = train_classifier(real.images, real.labels, 0, epochs=5, classes=data.num_classes)
         atomic_write(file, save(trained.state_dict()))
-    network = DigitClassifier(data.shape[0], data.num_classes)
+    network = DigitClassifier(data.shape, data.num_classes)
     network.load_state_dict(load_file(file))
     return network.eval().requires_grad_(False)
 

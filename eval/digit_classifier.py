@@ -38,16 +38,17 @@ MAX_NOISE = 0.1  # standard deviation; ink to paper is 2
 
 
 class DigitClassifier(nn.Module):
-    """Images `(B, channels, H, W)` in [-1, 1] to logits `(B, classes)`; the shipped one knows 8x8 grey digits.
+    """Images `(B, *shape)` in [-1, 1] to logits `(B, classes)`; the shipped one knows 8x8 grey digits.
 
     SiLU keeps the features smooth in the image, and there is no normalisation layer, so that an
     image's features never depend on its batch.
     """
 
-    def __init__(self, channels: int = 1, classes: int = 10) -> None:
+    def __init__(self, shape: tuple[int, int, int] = (1, 8, 8), classes: int = 10) -> None:
         super().__init__()
+        self.shape = shape
         self.trunk = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.Conv2d(shape[0], 32, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(32, 32, 3, padding=1, stride=2),
             nn.SiLU(),
@@ -67,7 +68,10 @@ class DigitClassifier(nn.Module):
         """The penultimate layer, `(B, 64)`, in units of its root mean variance over the real images.
 
         So these have a total variance of 64, which gives a Frechet distance something to be compared with.
+        Raises ValueError unless x is `(B, *shape)`.
         """
+        if tuple(x.shape[1:]) != tuple(self.shape):
+            raise ValueError(f"want images (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
         return self.trunk(x) / self.scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +110,7 @@ def train(images: Tensor, labels: Tensor, seed: int, epochs: int, classes: int =
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DigitClassifier(images.shape[1], classes)
+        model = DigitClassifier((images.shape[1], images.shape[2], images.shape[3]), classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     steps = epochs * math.ceil(len(images) / BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)

@@ -199,7 +199,7 @@ def test_a_method_file_of_the_users_own(tiny_teacher: Teachers, tmp_path: Path, 
 
     mine = tmp_path / "my_method.py"
     shutil.copy(str(dmd2.__file__), mine)
-    assert main(["verify", str(mine)]) == 0
+    assert main(["verify", "--exact", str(mine)]) == 0
     assert main(["train", "--method", str(mine), "--teacher", str(tiny_teacher("vp")), "--steps", "1", "--batch-size",
                  "4", "--out", str(tmp_path / "run"), "--device", "cpu", "--student-lr", "1e-4"]) == 0  # fmt: skip
     mine.write_text('"""No options."""\nPAPER = "x"\nDATA = "x"\nEQUATIONS = {}\n')
