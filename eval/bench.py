@@ -3,7 +3,8 @@
 The budget is counted in network passes, which do not depend on the machine: a forward pass of the batch is 1, a
 backward pass through weights and input 2 more, through the input alone 1 more. A method takes as many training
 steps as fit. Each training is a process of its own, so that its peak memory is its own; what is done is not
-repeated, and a stopped training resumes.
+repeated, and a stopped training resumes. Every student, whatever its training's seed, is judged on the noise of all
+seeds, as the teacher is.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from diffdistill.config import MethodInfo, describe_method, method_names
+from diffdistill.config import MethodInfo, describe_method, method_names, run_options
 from diffdistill.data import Data, open_data
 from diffdistill.denoiser import Denoiser
 from diffdistill.environment import environment
@@ -166,6 +167,12 @@ def train(entry: Entry, values: dict[str, Any], out: Path) -> dict[str, Any]:
     """Train (or resume) in a process of its own; seconds and peak resident memory are kept beside the run."""
     run, note = out / entry.folder, out / f"{entry.folder}.json"
     before = json.loads(note.read_text()) if note.exists() else {"seconds": 0.0, "peak_mb": 0.0}
+    if (run / "config.yaml").exists():
+        steps = run_options(run)["steps"]
+        if steps != values["steps"]:
+            raise UserError(
+                f"out: {str(run)!r} was made with {steps} steps, not {values['steps']}; choose another --out"
+            )
     if before.get("done"):
         return before
     command = [sys.executable, "-m", "diffdistill.cli", "train"]
@@ -286,17 +293,17 @@ def bench(
     results: list[dict[str, Any]] = []
     pictures: dict[str, Tensor] = {}
 
-    def keep(key: str, steps: int, seed: int, draw: Draw, **more: Any) -> None:
-        file = out / "rows" / f"{key}-{steps}-seed{seed}.json".replace(" ", "-")
-        if not file.exists():
-            write_json({"method": key, "steps": steps, "seed": seed, **evaluation(draw, seed), **more}, file)
-        if seed == seeds[0]:
-            pictures[f"{key}, {steps} step{'s' if steps > 1 else ''}"] = evaluation.shown(draw, seed)
-        results.append(json.loads(file.read_text()))
+    def keep(key: str, steps: int, seed: int | None, draw: Draw, **more: Any) -> None:
+        for noise in seeds:
+            file = out / "rows" / f"{key}-{steps}-seed{seed}-noise{noise}.json".replace(" ", "-")
+            if not file.exists():
+                row = {"method": key, "steps": steps, "seed": seed, "noise": noise}
+                write_json({**row, **evaluation(draw, noise), **more}, file)
+            results.append(json.loads(file.read_text()))
+        pictures.setdefault(f"{key}, {steps} step{'s' if steps > 1 else ''}", evaluation.shown(draw, seeds[0]))
 
-    for seed in seeds:
-        for steps in suite.teacher_steps:
-            keep("teacher", steps, seed, partial(teacher_images, judged, steps, 1.0))
+    for steps in suite.teacher_steps:
+        keep("teacher", steps, None, partial(teacher_images, judged, steps, 1.0))
     for entry in entries(suite, methods, seeds):
         values, passes = planned(entry, suite, budget, shared)
         scale = float(values.get("guidance_scale", 1.0))
@@ -305,7 +312,7 @@ def bench(
             steps = len(sampler.levels)
             if scale != 1 and steps > 4:  # one pass a step against the teacher's two
                 keep(
-                    f"teacher, guidance {scale:g}", steps, entry.seed,
+                    f"teacher, guidance {scale:g}", steps, None,
                     partial(teacher_images, judged, steps, scale),
                 )  # fmt: skip
             keep(
@@ -331,20 +338,25 @@ def _pairs(teacher: str, out: Path) -> Path:
 
 
 def averaged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each method and number of steps: means over the seeds."""
+    """One row for each method and number of steps: means over training seeds and noise, deviation over the former.
+
+    The teacher has no training seed; its deviation is over noise.
+    """
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for result in results:
         same = groups.setdefault((result["method"], result["steps"]), [])
-        if result["seed"] not in [r["seed"] for r in same]:
+        if (result["seed"], result["noise"]) not in [(r["seed"], r["noise"]) for r in same]:
             same.append(result)
     rows = []
     for (method, steps), same in groups.items():
-        row: dict[str, Any] = {"method": method, "steps": steps, "seeds": len(same)}
+        by = "noise" if same[0]["seed"] is None else "seed"
+        kinds = sorted({r[by] for r in same})
+        row: dict[str, Any] = {"method": method, "steps": steps, "seeds": len(kinds)}
         for column in COLUMNS:
             numbers = [r[column] for r in same if isinstance(r.get(column), (int, float))]
             if column not in row and numbers:
                 row[column] = fmean(numbers)
-        distances = [r["frechet distance"] for r in same]
+        distances = [fmean(r["frechet distance"] for r in same if r[by] == kind) for kind in kinds]
         row["+-"] = stdev(distances) if len(distances) > 1 else None
         rows.append(row)
     return sorted(rows, key=lambda r: (not r["method"].startswith("teacher"), r["steps"], r["frechet distance"]))

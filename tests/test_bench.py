@@ -51,10 +51,12 @@ def test_a_method_without_the_preset_is_refused(tmp_path: Path) -> None:
 
 
 def test_rows_are_averaged_over_seeds_once_each() -> None:
-    row = {"method": "a", "steps": 1, "frechet distance": 1.0, "recall": 0.5}
-    (mean,) = averaged([row | {"seed": 0}, row | {"seed": 0}, row | {"seed": 1, "frechet distance": 2.0}])
-    assert mean["seeds"] == 2 and mean["frechet distance"] == 1.5 and mean["recall"] == 0.5
-    assert mean["+-"] == pytest.approx(0.5**0.5)
+    row = {"method": "a", "steps": 1, "seed": 0, "noise": 0, "frechet distance": 1.0, "recall": 0.5}
+    other = row | {"noise": 1, "frechet distance": 3.0}
+    third = [row | {"seed": 1, "noise": n, "frechet distance": 4.0} for n in (0, 1)]
+    (mean,) = averaged([row, row, other, *third])
+    assert mean["seeds"] == 2 and mean["frechet distance"] == 3.0 and mean["recall"] == 0.5
+    assert mean["+-"] == pytest.approx(2**0.5)  # of 2 and 4
 
 
 @pytest.mark.slow
