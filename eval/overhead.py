@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.config import FitConfig, TrainConfig, build, describe_method, method_names, split
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.environment import environment
 from diffdistill.families import new_unet2d
 from diffdistill.method import Batch, Method, Pair
@@ -102,11 +102,11 @@ def record(
         assert isinstance(module, Denoiser)
         calls.append(Call(module, len(args[0]), torch.is_grad_enabled(), args[0].requires_grad, early))
 
-    def features(self: Denoiser, *args: Any) -> Tensor:
+    def features(self: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         nonlocal early
         early = True
         try:
-            return plain(self, *args)
+            return plain(self, x_t, t, cond)
         finally:
             early = False
 
