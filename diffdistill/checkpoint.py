@@ -21,6 +21,7 @@ from .errors import UserError
 from .files import atomic_folder
 
 _NAME = re.compile(r"step-(\d{8})$")
+_STATE = "state.json"
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -49,12 +50,12 @@ def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     """Write `<folder>/step-<step>` whole: one safetensors file for each key of `tensors`, and state.json."""
-    with atomic_folder(folder / f"step-{step:08d}") as partial:
+    with atomic_folder(folder / f"step-{step:08d}", _STATE) as partial:
         for name, group in tensors.items():
             # clone(): tensors that share memory are refused by safetensors.
             whole = {k: v.detach().cpu().contiguous().clone() for k, v in group.items()}
             save_file(whole, partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        (partial / _STATE).write_text(json.dumps({"step": step, "groups": sorted(tensors), **state}, indent=2) + "\n")
 
 
 def remove_old(folder: Path, keep: int) -> None:
@@ -66,13 +67,21 @@ def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if _NAME.match(p.name) and (p / "state.json").is_file())
+    return sorted(p for p in folder.iterdir() if _NAME.match(p.name) and (p / _STATE).is_file())
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The tensors and the state of one checkpoint; UserError if a file of it is damaged."""
     try:
-        state = json.loads((path / "state.json").read_text())
-        return {f.stem: load_file(f) for f in sorted(path.glob("*.safetensors"))}, state
-    except (OSError, ValueError, SafetensorError) as error:
+        state = json.loads((path / _STATE).read_text())
+        return {name: load_file(path / f"{name}.safetensors") for name in state["groups"]}, state
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"checkpoint: {path} is damaged ({error}); remove it to resume from the one before") from None
+
+
+def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """`load_state_dict` with the tensors of the checkpoint at `path`; UserError if the network is another."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"checkpoint: {path} is of another network ({str(error).splitlines()[0]})") from None

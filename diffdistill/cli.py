@@ -109,6 +109,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     board.add_argument("--budget", metavar="N", help="network passes of a batch in a training (default: the suite's)")
     board.add_argument("--teacher", metavar="DIR", help="(default: the suite's)")
     board.add_argument("--data", metavar="DATA", help="the real images (default: the suite's)")
+    board.add_argument("--jobs", metavar="N", help="trainings at a time, one thread each (default: one a core; GPU: 1)")
     board.add_argument("--out", default="runs/bench", metavar="DIR", help="(default: runs/bench)")
 
     verify = command("verify", "check a method against closed forms, and train it on a teacher known exactly")
@@ -321,6 +322,7 @@ def _bench(args: argparse.Namespace) -> int:
         out=Path(args.out),
         teacher=args.teacher,
         data=args.data,
+        jobs=_whole_or_none("jobs", args.jobs, 1),
     )
     return 0
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .errors import UserError
+
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
     """Write `data` (text as UTF-8) so that a reader sees the old file or the whole new one.
@@ -33,8 +35,16 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
 
 
 @contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """A fresh folder to write into, which becomes `final` when the block ends well, and is removed if not."""
+def atomic_folder(final: Path, marker: str) -> Iterator[Path]:
+    """A fresh folder to write into, which becomes `final` when the block ends well, and is removed if not.
+
+    A folder that is there already is replaced if it is empty or one of ours, which hold a file called `marker`;
+    UserError for any other.
+    """
+    if final.exists() and not (final.is_dir() and ((final / marker).is_file() or not any(final.iterdir()))):
+        raise UserError(
+            f"out: {str(final)!r} exists and is not a folder with {marker}; choose another, to lose nothing"
+        )
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.parent / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)

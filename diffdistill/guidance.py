@@ -53,6 +53,12 @@ class Guided(nn.Module):
         return guide(self.denoiser, x_t, t, cond, scale)
 
 
+def require_null(denoiser: Denoiser, what: str) -> None:
+    """UserError for a denoiser without a null condition, which `what` needs."""
+    if denoiser.null is None:
+        raise UserError(f"teacher: {what} needs one that was trained with a null condition, and this one has none")
+
+
 def guided(denoiser: Denoiser, scale: float, interval: tuple[float, float] | None = None) -> nn.Module:
     """The denoiser itself at scale 1, which needs no second pass; else `Guided`."""
     return denoiser if scale == 1 else Guided(denoiser, scale, interval)

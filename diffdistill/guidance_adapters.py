@@ -110,7 +110,7 @@ def save_adapters(folder: str | Path, denoiser: Denoiser) -> Path:
     network = denoiser.network
     if not isinstance(network, AdaptedNetwork):
         raise UserError(f"adapters: a {type(network).__name__} has none; only adapted networks can be saved so")
-    with atomic_folder(Path(folder)) as partial:
+    with atomic_folder(Path(folder), "adapter.json") as partial:
         write_adapters(partial, network)
     return Path(folder)
 

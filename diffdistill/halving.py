@@ -32,8 +32,13 @@ class Halving:
     def stages(self) -> int:
         return (self.start_steps // self.final_steps).bit_length() - 1
 
+    @property
+    def whole(self) -> int:
+        """Training steps of all stages."""
+        return self.stages * self.stage_steps
+
     def stage(self, step: int) -> int:
-        """The stage of a training step; the last one goes on."""
+        """The stage of a training step; after `whole` steps still the last one, whose learning rate is zero then."""
         return min(step // self.stage_steps, self.stages - 1)
 
     def student_steps(self, step: int) -> int:

@@ -68,7 +68,8 @@ class Method(Protocol):
 
     Of a player, what requires a gradient when training starts is trained, and nothing else. `state` is what
     a checkpoint holds besides the players: an averaged target, the teacher of the present stage.
-    `needs_data`, `needs_pairs`: whether `Batch.x0` and `Batch.pair` must be there.
+    `needs_data`, `needs_pairs`: whether `Batch.x0` and `Batch.pair` must be there. A method with stages may also say
+    `whole`, the training steps that all of them take.
     """
 
     players: dict[str, nn.Module]

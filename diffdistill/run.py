@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from .adapters import plain_network
-from .checkpoint import checkpoints, load_checkpoint
-from .config import FitConfig, MethodInfo, TrainConfig, build, describe_method, nearest, run_options, split
+from .checkpoint import checkpoints, load_checkpoint, load_into
+from .config import FitConfig, MethodInfo, TrainConfig, build, coerce, describe_method, nearest, run_options, split
 from .data import Data, batch_indices, open_data
 from .environment import environment
 from .errors import UserError
@@ -179,6 +179,7 @@ def distill(*, preset: str | None = None, resume: str | Path | None = None, **va
     if resume is not None:
         values = resumed_options(Path(resume), values | ({} if preset is None else {"preset": preset}))
     elif preset is not None:
+        preset = coerce("preset", preset, str, {})
         presets = describe_method(str(values.get("method", TrainConfig.method))).presets
         if preset not in presets:
             raise UserError(f"preset: {preset!r} is not known; {nearest(preset, presets)}")
@@ -187,6 +188,13 @@ def distill(*, preset: str | None = None, resume: str | Path | None = None, **va
     game = make_game(values)
     config, method, teacher = game.config, game.method, game.teacher
     student_scheduler(teacher, method.sampler())  # a level that cannot be exported is refused now
+    whole = getattr(method, "whole", config.steps)  # what only methods with stages say
+    if config.steps != whole:
+        end = "it stops at an earlier stage" if config.steps < whole else "the rest trains nothing"
+        print(
+            f"note: all stages of {game.info.name} take {whole} steps and steps is {config.steps}: {end}",
+            file=sys.stderr,
+        )
     accelerator = accelerator_for(config, out)
     data = _data_for(game)
     pairs = _pairs_for(game, config.batch_size * accelerator.num_processes)
@@ -274,9 +282,9 @@ def load_run(run: str | Path, step: int | None = None) -> tuple[Game, int]:
         raise UserError(f"step: no checkpoint at {step}; there are {', '.join(map(str, sorted(found)))}")
     tensors, _ = load_checkpoint(found[step])
     for name, module in game.method.state.items():
-        module.load_state_dict(tensors[f"state.{name}"])
-    student = game.method.players["student"].eval()
-    student.load_state_dict(tensors["student"] | tensors.get("average", {}))
+        load_into(module, tensors[f"state.{name}"], found[step])
+    name, student = next(iter(game.method.players.items()))
+    load_into(student.eval(), tensors[name] | tensors.get("average", {}), found[step])
     return game, step
 
 

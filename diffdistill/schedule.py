@@ -282,6 +282,11 @@ def student_levels(schedule: Schedule, steps: int) -> Tensor:
     return levels.clamp(max=schedule.init_level)
 
 
+def lcm_indices(points: int, steps: int) -> list[int]:
+    """Which of the `points` of LCM's grid its sampler of so many steps takes (Luo et al. 2023, arXiv:2310.04378)."""
+    return [i * points // steps for i in range(steps)]
+
+
 def student_grid(schedule: Schedule, steps: int) -> Tensor:
     """(steps + 1,) the angles of `student_levels(schedule, steps)`, and zero."""
     return torch.cat([schedule.angle(student_levels(schedule, steps)), torch.zeros(1, dtype=torch.float64)])

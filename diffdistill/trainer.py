@@ -17,18 +17,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import (
     checkpoints,
     load_checkpoint,
+    load_into,
     load_optimizer_state,
     optimizer_state,
     remove_old,
     save_checkpoint,
 )
 from .config import FitConfig
+from .environment import peak_memory_mb
 from .errors import UserError
 from .files import atomic_write
 from .method import Batch, Method, Optimizer, Turn
@@ -205,7 +207,8 @@ class Trainer:
         self.accelerator.log(means, step=self.step)
         if writer is None:
             return
-        writer.write({"step": self.step, "seconds_per_step": round(seconds, 5), **means})
+        measured = {"seconds_per_step": round(seconds, 5), "peak_memory_mb": round(peak_memory_mb(), 1)}
+        writer.write({"step": self.step, **measured, **means})
         # What is minimised says little (the gradient injection has no meaning as a number) where a method
         # logs something that does.
         named = {k.split("/")[0] for k in means if not k.endswith(("/loss", "/grad_norm"))}
@@ -279,23 +282,16 @@ class Trainer:
                 f"{self.accelerator.num_processes}; the order of the data would change"
             )
         for name, module in self.method.players.items():
-            _load(module, tensors[name], found[-1])
+            load_into(module, tensors[name], found[-1])
             load_optimizer_state(module, self.optimizers[name], tensors[f"{name}.optimizer"])
         for name, module in self.method.state.items():
-            _load(module, tensors[f"state.{name}"], found[-1])
+            load_into(module, tensors[f"state.{name}"], found[-1])
         if self.average:
             self.average.load(tensors["average"])
         self.step = state["step"]
         self.totals = {key: (total, count) for key, (total, count) in state["totals"].items()}
         if self.step > self.config.steps:
             raise UserError(f"steps: {self.config.steps} is fewer than the {self.step} that are done already")
-
-
-def _load(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"resume: {path} is of another network ({str(error).splitlines()[0]})") from None
 
 
 class MetricsFile:

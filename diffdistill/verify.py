@@ -170,8 +170,13 @@ def matching_checks(make: Callable[[AffineGame, bool], Matching]) -> Iterator[Ch
             yield equal(f"zero at the optimum, {label} the normaliser, t = {t}", 0.0, zero, 1e-9, scale=1.0)
         method, parts = game(m, b, True)
         x = method.sampler().one_step(z, {})
-        got = gradient(method.matching(x, angle, eps, {})["loss"], parts.generator.mean)
-        yield equal(f"signs of the mean's gradient with the normaliser, t = {t}", (m - mu).sign(), got.sign(), 0.0)
+        got = gradient(method.matching(x, angle, eps, {})["loss"], parts.generator.mean, parts.generator.scale)
+        cos, x = cos2.sqrt(), x.detach()
+        x_t = cos * x + sin2.sqrt() * eps
+        teacher, fake = mu + cos * s**2 * (x_t - cos * mu) / big_v, m + cos * b**2 * (x_t - cos * m) / big_u
+        pull = (fake - teacher) / (x - teacher).abs().mean(1, keepdim=True)
+        closed = torch.cat([pull.mean(0), (pull * z).mean(0)]) / 2  # the mean over two dimensions
+        yield equal(f"gradient with the normaliser, t = {t}", closed, got, 1e-9)
 
 
 def _through_both_networks(method: Matching, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:

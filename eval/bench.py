@@ -2,7 +2,8 @@
 
 The budget is counted in network passes, which do not depend on the machine: a forward pass of the batch is 1, a
 backward pass through weights and input 2 more, through the input alone 1 more. A method takes as many training
-steps as fit. Each training is a process of its own, so that its peak memory is its own; what is done is not
+steps as fit. Each training is a process of its own, so that its peak memory is its own; on a CPU each has one
+thread and as many run at a time as there are cores, which is quicker than one with all of them. What is done is not
 repeated, and a stopped training resumes. Every student, whatever its training's seed, is judged on the noise of all
 seeds, as the teacher is.
 """
@@ -14,12 +15,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save
@@ -39,7 +43,7 @@ from diffdistill.schedule import student_levels
 
 from .digit_classifier import DigitClassifier
 from .digit_classifier import train as train_classifier
-from .evaluate import DigitJudge, Draw, draw_all, teacher_images
+from .evaluate import DigitJudge, Draw, device, draw_all, on_device, teacher_images
 from .report import markdown_table, save_png, side_by_side, text_table, write_json, write_text
 
 SHOWN_STEPS = (1, 2, 4)
@@ -95,11 +99,13 @@ def entries(suite: Suite, methods: Sequence[str] | None, seeds: Sequence[int]) -
         for wanted in methods or method_names():
             name, _, preset = wanted.partition(":")
             info = describe_method(name)
+            if info.name in method_names() and name != info.name:
+                raise UserError(f"methods: {name!r} has the name of a method of ours; give the file another")
             presets = [p for p in info.presets if p == preset or (not preset and p.split("-")[0] == suite.preset)]
             if not presets and methods:
                 raise UserError(f"methods: {info.name} has no preset {preset or suite.preset!r}")
             found += [Entry(info, preset, seed) for preset in presets]
-    return found
+    return list({entry.folder: entry for entry in found}.values())
 
 
 # -- the budget --------------------------------------------------------------------------------------------
@@ -144,35 +150,44 @@ def _any_batch(method: Method, teacher: Teacher, size: int, step: int) -> Batch:
     return Batch(size, teacher.shape, cond, x if method.needs_data else None, x.device, (0, step, 0), pair)
 
 
-def planned(entry: Entry, suite: Suite, budget: int, shared: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """The training's options with as many steps as the budget allows, and its passes a step."""
-    preset = dict(entry.info.presets[entry.preset])
+class Plan(NamedTuple):
+    """A preset's training within the budget."""
+
+    values: dict[str, Any]  #: all options but the seed
+    passes: float  #: a step
+    scale: float  #: of guidance
+
+
+def planned(entry: Entry, suite: Suite, budget: int, shared: dict[str, Any]) -> Plan:
+    """As many training steps as the budget allows."""
+    info, preset = entry.info, dict(entry.info.presets[entry.preset])
+    method = info.name if info.name in method_names() else str(info.path.resolve())  # a user's own is a file
     known = {k: v for k, v in suite.overrides.items() if k in preset}
-    values = preset | known | shared | {"method": entry.info.name, "seed": entry.seed}
+    values = preset | known | shared | {"method": method}
     game = make_game(values)
     if not game.method.needs_pairs:
         values.pop("pairs", None)
     passes, units = passes_per_step(game)
     steps = max(1, round(budget / units))
     # Options that count training steps, a stage's say, keep their share of the whole.
-    for name in entry.info.scales:
+    for name in info.scales:
         values[name] = max(1, preset[name] * steps // preset["steps"])
-    return values | {"steps": steps}, passes
+    return Plan(values | {"steps": steps}, passes, float(game.options().get("guidance_scale", 1.0)))
 
 
 # -- one training ------------------------------------------------------------------------------------------
 
 
 def train(entry: Entry, values: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Train (or resume) in a process of its own; seconds and peak resident memory are kept beside the run."""
+    """Train (or resume) in a process of its own; seconds and peak memory are kept beside the run."""
     run, note = out / entry.folder, out / f"{entry.folder}.json"
     before = json.loads(note.read_text()) if note.exists() else {"seconds": 0.0, "peak_mb": 0.0}
     if (run / "config.yaml").exists():
-        steps = run_options(run)["steps"]
-        if steps != values["steps"]:
-            raise UserError(
-                f"out: {str(run)!r} was made with {steps} steps, not {values['steps']}; choose another --out"
-            )
+        made = run_options(run)
+        for name in values:
+            if made[name] != values[name]:
+                was = f"{name} {made[name]!r}, not {values[name]!r}"
+                raise UserError(f"out: {str(run)!r} was made with {was}; choose another --out")
     if before.get("done"):
         return before
     command = [sys.executable, "-m", "diffdistill.cli", "train"]
@@ -188,11 +203,10 @@ def train(entry: Entry, values: dict[str, Any], out: Path) -> dict[str, Any]:
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     told = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
+    child.wait()
     after = {
         "seconds": before["seconds"] + time.perf_counter() - started,
-        "peak_mb": max(before["peak_mb"], usage.ru_maxrss / 1024),
+        "peak_mb": max(before["peak_mb"], *_peaks(run / "metrics.jsonl")),
         "done": child.returncode == 0,
     }
     write_json(after, note)
@@ -200,6 +214,12 @@ def train(entry: Entry, values: dict[str, Any], out: Path) -> dict[str, Any]:
         last = told.strip().splitlines()[-1] if told.strip() else f"exit code {child.returncode}"
         raise UserError(f"bench: {entry.folder} failed ({last})")
     return after
+
+
+def _peaks(metrics: Path) -> list[float]:
+    """Of the processes that have trained so far."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [json.loads(line)["peak_memory_mb"] for line in lines] or [0.0]
 
 
 def students(entry: Entry, out: Path) -> Iterator[FewStepSampler]:
@@ -213,6 +233,7 @@ def students(entry: Entry, out: Path) -> Iterator[FewStepSampler]:
         last[len(load_run(run, step)[0].method.sampler().levels)] = step
     for step in last.values():
         sampler = load_run(run, step)[0].method.sampler()
+        sampler.denoiser.to(device())
         yield sampler
         if entry.info.any_steps:
             schedule = sampler.denoiser.schedule
@@ -224,6 +245,14 @@ def students(entry: Entry, out: Path) -> Iterator[FewStepSampler]:
 
 
 # -- the board ---------------------------------------------------------------------------------------------
+
+
+class Judged(NamedTuple):
+    """Rows of one model at one number of steps, a row for each noise; a label and images for the picture."""
+
+    rows: list[dict[str, Any]]
+    label: str
+    shown: Tensor
 
 
 class Evaluation:
@@ -271,6 +300,32 @@ def _classifier(data: Data, out: Path) -> DigitClassifier | None:
     return network.eval().requires_grad_(False)
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _same_board(file: Path, given: dict[str, Any]) -> None:
+    """UserError if the folder's rows are of another suite, teacher, data or budget than those given now."""
+    made = json.loads(file.read_text()) if file.exists() else given
+    for name, value in given.items():
+        if made[name] != value:
+            was = f"{file.parent} was made with {made[name]!r}"
+            raise UserError(f"{name}: {value!r} is not the board's, {was}; choose another --out")
+    write_json(given, file)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's work on a CPU keeps to one thread inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def bench(
     suite_name: str,
     *,
@@ -280,48 +335,76 @@ def bench(
     out: Path,
     teacher: str | None = None,
     data: str | None = None,
+    jobs: int | None = None,
 ) -> list[dict[str, Any]]:
-    """`diffdistill bench`: trains and judges what is missing, writes the board after every entry, returns its rows."""
+    """`diffdistill bench`: trains and judges what is missing, writes the board after every entry, returns its rows.
+
+    `jobs` trainings run at a time, each with one thread; default: one a core, or one on a GPU.
+    """
     suite = SUITES[suite_name]
     source, images = teacher or suite.teacher, data or suite.data
     if not source or not images:
         raise UserError(f"teacher, data: the suite {suite_name!r} has none of its own; give --teacher and --data")
-    judged = load_teacher(source)
-    evaluation = Evaluation(judged, open_data(images, resolution=judged.shape[1], channels=judged.shape[0]), out)
-    shared = {"teacher": source, "data": images, "pairs": str(_pairs(source, out))}
+    jobs = jobs or (1 if torch.cuda.is_available() else _cores())
     budget = budget or suite.budget
+    judged = on_device(load_teacher(source))
+    _same_board(out / "suite.json", {"suite": suite_name, "teacher": source, "data": images, "budget": budget})
+    evaluation = Evaluation(judged, open_data(images, resolution=judged.shape[1], channels=judged.shape[0]), out)
+    shared = {"teacher": source, "data": images, "pairs": str(_pairs(source, out)), "threads": 1}
+    chosen = entries(suite, methods, seeds)
+    plans: dict[str, Plan] = {}
+    for entry in chosen:
+        if entry.name not in plans:
+            plans[entry.name] = planned(entry, suite, budget, shared)
+    guided_teacher = Lock()
     results: list[dict[str, Any]] = []
     pictures: dict[str, Tensor] = {}
 
-    def keep(key: str, steps: int, seed: int | None, draw: Draw, **more: Any) -> None:
+    def judge(key: str, steps: int, seed: int | None, draw: Draw, **more: Any) -> Judged:
+        rows = []
         for noise in seeds:
             file = out / "rows" / f"{key}-{steps}-seed{seed}-noise{noise}.json".replace(" ", "-")
             if not file.exists():
                 row = {"method": key, "steps": steps, "seed": seed, "noise": noise}
                 write_json({**row, **evaluation(draw, noise), **more}, file)
-            results.append(json.loads(file.read_text()))
-        pictures.setdefault(f"{key}, {steps} step{'s' if steps > 1 else ''}", evaluation.shown(draw, seeds[0]))
+            rows.append(json.loads(file.read_text()))
+        return Judged(rows, f"{key}, {steps} step{'s' if steps > 1 else ''}", evaluation.shown(draw, seeds[0]))
 
-    for steps in suite.teacher_steps:
-        keep("teacher", steps, None, partial(teacher_images, judged, steps, 1.0))
-    for entry in entries(suite, methods, seeds):
-        values, passes = planned(entry, suite, budget, shared)
-        scale = float(values.get("guidance_scale", 1.0))
-        told = train(entry, values, out / "runs")
+    def work(entry: Entry) -> Iterator[Judged]:
+        values, passes, scale = plans[entry.name]
+        told = train(entry, values | {"seed": entry.seed}, out / "runs")
         for sampler in students(entry, out / "runs"):
             steps = len(sampler.levels)
             if scale != 1 and steps > 4:  # one pass a step against the teacher's two
-                keep(
-                    f"teacher, guidance {scale:g}", steps, None,
-                    partial(teacher_images, judged, steps, scale),
-                )  # fmt: skip
-            keep(
+                with guided_teacher:
+                    yield judge(
+                        f"teacher, guidance {scale:g}", steps, None, partial(teacher_images, judged, steps, scale)
+                    )
+            yield judge(
                 entry.name, steps, entry.seed, partial(sampler, judged.shape),
                 **{"training s": told["seconds"], "peak MB": told["peak_mb"], "training steps": values["steps"]},
                 passes=passes, least=entry.info.passes.get(entry.preset),
             )  # fmt: skip
-        write_board(suite_name, results, pictures, budget, out)
-        print(f"{entry.folder}: {told['seconds']:.0f} s", flush=True)
+
+    def collect(judged: Iterable[Judged]) -> None:
+        for rows, label, shown in judged:
+            results.extend(rows)
+            pictures.setdefault(label, shown)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        own = [
+            pool.submit(judge, "teacher", n, None, partial(teacher_images, judged, n, 1.0)) for n in suite.teacher_steps
+        ]
+        waiting = [pool.submit(lambda entry: list(work(entry)), entry) for entry in chosen]
+        try:
+            collect(future.result() for future in own)
+            for entry, future in zip(chosen, waiting, strict=True):
+                collect(future.result())
+                write_board(suite_name, results, pictures, budget, out)
+                print(f"{entry.folder} is done", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what is running ends first
+            raise
     rows = write_board(suite_name, results, pictures, budget, out)
     print(text_table(rows, COLUMNS))
     print(f"board: {out / 'board.md'}, {out / 'board.json'}, {out / 'quality.png'}, {out / 'samples.png'}")

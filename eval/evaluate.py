@@ -59,7 +59,8 @@ class Row(NamedTuple):
     draw: Draw
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where images are drawn."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -75,10 +76,10 @@ def draw_all(draw: Draw, labels: Tensor | None, count: int, seed: int, batch_siz
     """Images 0..count-1 of the seed."""
     images: list[Tensor] = []
     timed, seconds = 0, 0.0
-    device = _device()
+    where = device()
     for first in range(0, count, batch_size):
         indices = range(first, min(first + batch_size, count))
-        cond = {} if labels is None else {"class_labels": labels[list(indices)].to(device)}
+        cond = {} if labels is None else {"class_labels": labels[list(indices)].to(where)}
         started = time.perf_counter()
         images.append(draw(cond, image_generators(seed, indices)).float().cpu())
         if first > 0 or count <= batch_size:
@@ -123,21 +124,21 @@ class DigitJudge:
         }
 
 
-def _on_device(teacher: Teacher) -> Teacher:
-    teacher.denoiser.to(_device())
+def on_device(teacher: Teacher) -> Teacher:
+    teacher.denoiser.to(device())
     return teacher
 
 
 def draws_of(folder: Path, teacher: str | None, teacher_steps: Sequence[int]) -> tuple[Teacher, str, list[Row]]:
     """The teacher, where it came from, and the rows to draw: its own steps, and the student's if there is one."""
     if not is_student(folder):
-        judged = _on_device(load_teacher(folder))
+        judged = on_device(load_teacher(folder))
         return judged, str(folder), _teacher_rows(judged, teacher_steps, 1.0)
     sampler, described = load_student(folder)
-    sampler.denoiser.to(_device())
+    sampler.denoiser.to(device())
     meta = read_metadata(folder)
     source, used = teacher or meta["teacher"], meta["options"]
-    judged = _on_device(load_teacher(source, null_class=used.get("null_class")))
+    judged = on_device(load_teacher(source, null_class=used.get("null_class")))
     # The student imitates the teacher as it was guided.
     rows = _teacher_rows(judged, teacher_steps, used.get("guidance_scale", 1.0))
     return judged, source, [*rows, Row("student", len(sampler.levels), partial(sampler, described.shape))]
@@ -244,10 +245,10 @@ def sample_picture(
             if value is not None:
                 raise UserError(f"{name}: {value} was given, and a student's own are part of it")
         sampler, teacher = load_student(model)
-        sampler.denoiser.to(_device())
+        sampler.denoiser.to(device())
         draw = partial(sampler, teacher.shape)
     else:
-        teacher = _on_device(load_teacher(model))
+        teacher = on_device(load_teacher(model))
         draw = partial(teacher_images, teacher, steps or 16, 1.0 if guidance_scale is None else guidance_scale)
     labels = _labels(teacher, count, classes)
     drawn = draw_all(draw, labels, count, seed)

@@ -34,6 +34,7 @@ from diffdistill.adapter_networks import AdaptedNetwork, Additive, Corrections
 from diffdistill.chains import GuidedChains
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.errors import UserError
 from diffdistill.guidance import guide
 from diffdistill.guidance_adapters import adapted, new_adapters
 from diffdistill.method import Batch, Optimizer, Turn
@@ -122,6 +123,11 @@ class AdapterGuidance:
     needs_pairs = False
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
+        if not config.guidance_min <= config.guidance_scale <= config.guidance_max:
+            raise UserError(
+                f"guidance_scale: {config.guidance_scale} is not in what is trained, {config.guidance_min} "
+                f"(guidance_min) to {config.guidance_max} (guidance_max)"
+            )
         self.config = config
         self.teacher = frozen(teacher.denoiser)
         self.schedule = teacher.denoiser.schedule

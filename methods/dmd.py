@@ -9,7 +9,8 @@ student's samples for each of the student's own. That divergence is content with
 training with it alone drifts. So a regression loss holds the student to the teacher's deterministic sampler on
 noise-image pairs that were made beforehand (`diffdistill pairs`), which keeps all modes.
 
-Deviations: the normaliser is clamped at 1e-5. With `normalise: false` the gradient is the exact one of the KL
+Deviations: the normaliser is clamped at 1e-5. The gradient is Algorithm 2's, which leaves out the factor alpha_t of
+eq. 7 and 8 (for EDM it is 1). With `normalise: false` the gradient is the exact one of the KL
 divergence, which `verify` compares with its closed form. The student keeps its time input, at a fixed level.
 LPIPS is the `lpips` package's, the paper has PIQ's; the default, l2, needs neither. The regression has as many
 samples a step as the matching, and they are not matched too (the paper does both differently for LAION alone).

@@ -147,8 +147,9 @@ class DMD2:
             )
         self.config = config
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
-        self.student = student or teacher.player()
-        self.fake_score = fake_score or teacher.player()
+        # Without dropout, as the authors: in one of the two networks it would be noise in their difference.
+        self.student = (student or teacher.player()).eval()
+        self.fake_score = (fake_score or teacher.player()).eval()
         self.schedule = teacher.denoiser.schedule
         self.needs_data, self.needs_pairs = config.gan_weight > 0, False
         critic = nn.ModuleDict({"denoiser": self.fake_score})

@@ -33,7 +33,7 @@ from diffdistill.analytic import class_gaussians_teacher
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError
-from diffdistill.guidance import Guided, guide
+from diffdistill.guidance import guide, require_null
 from diffdistill.halving import Halving, two_step_target, weighted_x0_loss
 from diffdistill.method import Batch, Optimizer, Turn
 from diffdistill.players import FewStepSampler, Teacher, frozen
@@ -90,9 +90,7 @@ class Config:
 
     guidance_min: float = option(1.0, "guidance scales are drawn uniformly from here; 1 is none (w = 0)", at_least=0)
     guidance_max: float = option(5.0, "... to here; equal to guidance_min, the student takes no scale", at_least=0)
-    guidance_scale: float | None = option(
-        None, "the scale of samples and of the export; default: the middle of the range", at_least=0
-    )
+    guidance_scale: float = option(3.0, "the scale of samples and of the export", at_least=0)
     guidance_steps: int = option(1000, "training steps of stage one, before the halving", at_least=1)
     start_steps: int = option(
         16, "DDIM steps of stage one's student; final_steps times a power of two, or 1: no stage two", at_least=1
@@ -121,22 +119,24 @@ class GuidedDistillation:
                 "teacher: it predicts the noise, which says nothing of the image at the noisiest step of a few; "
                 "guided distillation needs one that predicts v, x0 or a flow velocity"
             )
-        scale = (c.guidance_min + c.guidance_max) / 2 if c.guidance_scale is None else c.guidance_scale
+        scale = c.guidance_scale
         if not c.guidance_min <= scale <= c.guidance_max:
             raise UserError(
                 f"guidance_scale: {scale} is not from guidance_min ({c.guidance_min}) to guidance_max "
                 f"({c.guidance_max})"
             )
         self.teacher = frozen(teacher.denoiser)
-        Guided(self.teacher, scale)  # says what is wrong with a teacher without a null condition
+        require_null(self.teacher, "guided distillation")
         self.schedule = teacher.denoiser.schedule
         halves = c.start_steps != c.final_steps
         self.halving = Halving(c.start_steps, c.final_steps, c.stage_steps) if halves else None
+        if self.halving:
+            self.whole = c.guidance_steps + self.halving.whole
         self.takes_scale = c.guidance_min < c.guidance_max
         if student is None:
             student = teacher.player()
             student = guidance_input(student, default=scale) if self.takes_scale else student
-        self.student = student
+        self.student = student.eval()  # no dropout
         self.previous = frozen(copy.deepcopy(student)) if halves else student
         self.grid = student_grid(self.schedule, c.start_steps)
         self.progress = nn.Module()

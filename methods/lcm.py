@@ -34,13 +34,13 @@ from diffdistill.analytic import class_gaussians_teacher
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError
-from diffdistill.guidance import guide, guided
+from diffdistill.guidance import guide, guided, require_null
 from diffdistill.method import Batch, Optimizer, Turn
 from diffdistill.ode import ddim_step, solve
 from diffdistill.players import FewStepSampler, Teacher, frozen
 from diffdistill.prediction import ROWS, diffuse, expand
 from diffdistill.rng import seed_for, seeded
-from diffdistill.schedule import student_levels
+from diffdistill.schedule import lcm_indices, student_levels
 from diffdistill.verify import Check, differs, equal, gradient, two_points
 
 PAPER = "Luo et al. 2023, arXiv:2310.04378"
@@ -84,6 +84,7 @@ PRESETS = {
         "lora_rank": 64,
         "guidance_min": 8.5,
         "guidance_max": 8.5,
+        "guidance_scale": 8.5,
         "student_lr": 1e-6,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
@@ -103,9 +104,7 @@ class Config:
 
     guidance_min: float = option(1.0, "guidance scales are drawn uniformly from here; 1 is none (w = 0)", at_least=0)
     guidance_max: float = option(1.0, "... to here; equal to guidance_min, the student takes no scale", at_least=0)
-    guidance_scale: float | None = option(
-        None, "the scale of the exported student; default: the middle of the range", at_least=0
-    )
+    guidance_scale: float = option(1.0, "the scale of the exported student", at_least=0)
     ddim_steps: int = option(50, "K, the teacher's steps of which each training sample takes one", at_least=1)
     student_steps: int = option(1, "sampling steps, evenly spaced among the K; training is the same", at_least=1)
     lora_rank: int = option(0, "train LoRA of that rank alone, at one fixed scale; 0: the whole network", at_least=0)
@@ -128,21 +127,21 @@ class LCM:
         c = self.config = config
         if not c.guidance_min <= c.guidance_max:
             raise UserError(f"guidance_min: {c.guidance_min} must be at most guidance_max ({c.guidance_max})")
-        scale = (c.guidance_min + c.guidance_max) / 2 if c.guidance_scale is None else c.guidance_scale
+        scale = c.guidance_scale
         if not c.guidance_min <= scale <= c.guidance_max:
             raise UserError(
                 f"guidance_scale: {scale} is not in what is trained, {c.guidance_min} (guidance_min) to "
                 f"{c.guidance_max} (guidance_max)"
             )
-        if c.ddim_steps % c.student_steps:
-            raise UserError(f"student_steps: {c.student_steps} does not divide ddim_steps ({c.ddim_steps}) evenly")
+        if c.student_steps > c.ddim_steps:
+            raise UserError(f"student_steps: {c.student_steps} must be at most ddim_steps ({c.ddim_steps})")
         self.takes_scale = c.guidance_min < c.guidance_max
         if self.takes_scale and c.lora_rank:
             raise UserError("guidance_max: with lora_rank the scale is fixed; give guidance_min the same value")
         self.teacher = frozen(teacher.denoiser)
         self.guides = self.takes_scale or scale != 1
         if self.guides:
-            guided(self.teacher, c.guidance_max)  # says what is wrong with a teacher without a null condition
+            require_null(self.teacher, "a guidance scale")
         self.schedule = teacher.denoiser.schedule
         self.levels, self.grid = self._grid()
         self.student = student or self._student(teacher, scale)
@@ -178,7 +177,9 @@ class LCM:
             torch._foreach_lerp_(averages, list(self.student.parameters()), 1 - self.config.target_ema)
 
     def sampler(self) -> FewStepSampler:
-        return FewStepSampler(self.student, self.levels[:: self.config.ddim_steps // self.config.student_steps])
+        """Levels among the K, as evenly as whole indices are, as in diffusers' LCMScheduler."""
+        taken = lcm_indices(self.config.ddim_steps, self.config.student_steps)
+        return FewStepSampler(self.student, [self.levels[i] for i in taken])
 
     def scales(self, u: Tensor) -> Tensor:
         """(B,) guidance scales for u (B,) uniform in [0, 1)."""

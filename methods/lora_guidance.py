@@ -31,7 +31,7 @@ from diffdistill.analytic import class_gaussians_teacher
 from diffdistill.chains import GuidedChains
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.guidance import guide, guided
+from diffdistill.guidance import guide, require_null
 from diffdistill.method import Batch, Optimizer, Turn
 from diffdistill.players import FewStepSampler, Teacher, frozen
 from diffdistill.prediction import Prediction, diffuse
@@ -100,7 +100,7 @@ class LoRAGuidance:
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
         self.config = config
         self.teacher = frozen(teacher.denoiser)
-        guided(self.teacher, config.guidance_scale)  # says what is wrong with a teacher without a null condition
+        require_null(self.teacher, "guidance distillation")
         self.schedule = teacher.denoiser.schedule
         targets = _ATTENTION if config.lora_layers == "attention" else None
         self.student = student or lora(teacher.start or teacher.denoiser, config.lora_rank, config.lora_alpha, targets)

@@ -129,7 +129,8 @@ class Progressive:
         self.halving = Halving(config.start_steps, config.final_steps, config.stage_steps)
         self.schedule = teacher.denoiser.schedule
         self.first = guided(frozen(teacher.denoiser), config.guidance_scale)
-        self.student = student or teacher.player()
+        self.whole = self.halving.whole
+        self.student = (student or teacher.player()).eval()  # no dropout, as in the authors' configuration
         self.stage = Stage(teacher.player())
         self.grid = student_grid(self.schedule, config.start_steps)
         self.players: dict[str, nn.Module] = {"student": self.student}

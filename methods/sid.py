@@ -130,7 +130,10 @@ class Config:
     times: Literal["karras", "native"] = option(
         "karras", "levels of the losses: EDM's grid and log-normal; native: uniform in the teacher's own time"
     )
-    time_low: float = option(0.0, "the student's loss draws its levels from this fraction, 0 is no noise", at_least=0)
+    time_low: float = option(
+        0.0, "the student's loss (native times: both losses) draws its levels from this fraction, 0 is no noise",
+        at_least=0,
+    )  # fmt: skip
     time_high: float = option(0.8, "... to this one; 0.8 of EDM's grid is sigma = 24.4", above=0, at_most=1)
     fake_score_loss: Literal["v", "epsilon"] = option("v", "v: EDM's weight; epsilon: as for Stable Diffusion")
     guidance_scale: float = option(1.0, "classifier-free guidance of the teacher, kappa_4 (1: none)", at_least=0)

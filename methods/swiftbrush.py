@@ -27,6 +27,7 @@ from diffdistill.adapters import lora
 from diffdistill.analytic import AffineGenerator, ClassGaussians, class_gaussians_teacher
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.errors import UserError
 from diffdistill.guidance import guided
 from diffdistill.losses import gradient_injection, per_sample_mean
 from diffdistill.method import Batch, Optimizer, Turn
@@ -110,12 +111,15 @@ class SwiftBrush:
         student: Denoiser | None = None,
         lora_teacher: Denoiser | None = None,
     ):
+        if config.time_low >= config.time_high:
+            raise UserError(f"time_low: {config.time_low} must be less than time_high ({config.time_high})")
         self.config = config
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
-        self.student = student or teacher.player()
+        # Without dropout: in one of the two teachers it would be noise in their difference.
+        self.student = (student or teacher.player()).eval()
         targets = None if config.lora_targets is None else [name.strip() for name in config.lora_targets.split(",")]
         start = teacher.start or teacher.denoiser
-        self.lora_teacher = lora_teacher or lora(start, config.lora_rank, config.lora_alpha, targets)
+        self.lora_teacher = (lora_teacher or lora(start, config.lora_rank, config.lora_alpha, targets)).eval()
         self.guided_lora_teacher = guided(self.lora_teacher, config.guidance_scale)
         self.schedule = teacher.denoiser.schedule
         self.players: dict[str, nn.Module] = {"student": self.student, "lora_teacher": self.lora_teacher}

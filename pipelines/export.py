@@ -21,7 +21,7 @@ from diffdistill.families import FAMILIES, METADATA
 from diffdistill.files import atomic_folder
 from diffdistill.guidance_adapters import write_adapters
 from diffdistill.players import FewStepSampler, Teacher
-from diffdistill.schedule import EDM, DiscreteVP, LinearFlow
+from diffdistill.schedule import EDM, DiscreteVP, LinearFlow, lcm_indices
 
 from . import adapted_pipeline
 
@@ -82,14 +82,16 @@ def _several_steps(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
     own = torch.tensor(sampler.levels, dtype=torch.float64)
     if isinstance(schedule, DiscreteVP):
         count = len(schedule.alphas_cumprod)
-        if count % steps or not torch.equal(schedule.levels(steps), own):
+        kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
+        if sampler.renoise:
+            for points in (n for n in range(steps, count + 1) if count % n == 0):
+                if torch.equal(schedule.levels(points)[lcm_indices(points, steps)], own):
+                    # The scaling makes its c_skip less than 1e-12, so that it takes the network's x0 as it is.
+                    return diffusers.LCMScheduler(**kept, original_inference_steps=points, timestep_scaling=1e6)
+        if sampler.renoise or count % steps or not torch.equal(schedule.levels(steps), own):
             raise UserError(
                 f"export: {steps} steps do not divide the teacher's {count} timesteps evenly; use 2, 4 or 8"
             )
-        kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
-        if sampler.renoise:
-            # The scaling makes its c_skip less than 1e-12, so that it takes the network's x0 as it is.
-            return diffusers.LCMScheduler(**kept, original_inference_steps=steps, timestep_scaling=1e6)
         return diffusers.DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
     if isinstance(schedule, EDM) and schedule.unit_init and not sampler.renoise:
         low, high = sampler.levels[-1], sampler.levels[0]
@@ -153,7 +155,7 @@ def save_pipeline(
     card: str,
 ) -> Path:
     """Write a diffusers folder with its model card, whole or not at all."""
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, METADATA) as partial:
         plain = network.base if isinstance(network, AdaptedNetwork) else network
         FAMILIES[family].pipeline(plain, scheduler).save_pretrained(partial, safe_serialization=True)
         if isinstance(network, AdaptedNetwork):

@@ -36,9 +36,23 @@ def test_no_pass_is_done_that_the_definition_does_not_need(name: str) -> None:
 
 def test_the_budget_sets_the_steps_and_stages_keep_their_share() -> None:
     info = describe_method("progressive")
-    values, passes = planned(Entry(info, "digits", 0), SUITES["digits"], 500, {})
-    assert values["steps"] == 100 and passes == 3  # five passes with the backward one
+    values, passes, scale = planned(Entry(info, "digits", 0), SUITES["digits"], 500, {})
+    assert values["steps"] == 100 and passes == 3 and scale == 1  # five passes with the backward one
     assert values["stage_steps"] == 20
+
+
+def test_a_file_of_ones_own_is_trained_by_its_path(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text((Path(__file__).parents[1] / "methods" / "progressive.py").read_text())
+    (entry,) = entries(SUITES["digits"], [str(mine)], [0])
+    assert planned(entry, SUITES["digits"], 5, {}).values["method"] == str(mine)
+    (tmp_path / "dmd2.py").write_text(mine.read_text())
+    with pytest.raises(UserError, match=r"methods: '.*dmd2.py' has the name of a method of ours"):
+        entries(SUITES["digits"], [str(tmp_path / "dmd2.py")], [0])
+
+
+def test_what_is_named_twice_is_trained_once() -> None:
+    assert len(entries(SUITES["digits"], ["sid", "sid:digits"], [0, 0])) == 1
 
 
 def test_a_method_without_the_preset_is_refused(tmp_path: Path) -> None:
@@ -60,7 +74,11 @@ def test_rows_are_averaged_over_seeds_once_each() -> None:
 
 
 @pytest.mark.slow
-def test_a_board_is_made_and_taken_up_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_board_is_made_and_taken_up_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffdistill.eval.bench.MOST_IMAGES", 400)
+
     def run(methods: list[str]) -> list[str]:
         bench("digits", methods=methods, seeds=[0], budget=40, out=tmp_path)
         return capsys.readouterr().out.splitlines()
@@ -75,5 +93,8 @@ def test_a_board_is_made_and_taken_up_again(tmp_path: Path, capsys: pytest.Captu
     assert {(r["method"], r["steps"]) for r in before["rows"]} < set(rows)
     assert {("progressive", 1), ("progressive", 2), ("progressive", 4)} <= set(rows)
     assert rows["dmd2", 1]["passes"] == rows["dmd2", 1]["least"] == 4 and rows["dmd2", 1]["peak MB"] > 100
+    for changed in ({"budget": 50}, {"data": str(tmp_path)}):
+        with pytest.raises(UserError, match=f"{next(iter(changed))}: .* is not the board's"):
+            bench("digits", **{"methods": ["dmd2"], "seeds": [0], "budget": 40, "out": tmp_path} | changed)
     for name in ("board.md", "quality.png", "samples.png"):
         assert (tmp_path / name).stat().st_size > 100

@@ -85,6 +85,8 @@ def test_verify_prints_expected_got_error(capsys: Capture, tmp_path: Path) -> No
         (["train", "--config", "nowhere.yaml"], "config: 'nowhere.yaml' cannot be read"),
         (["train", "--resume", "nowhere"], "config: 'nowhere/config.yaml' cannot be read"),
         (["train", "--time-low", "0.9", "--time-high", "0.5"], "time_low: 0.9 must be less than time_high"),
+        (["train", "--method", "swiftbrush", "--time-low", "0.9", "--time-high", "0.5"], "time_low: 0.9 must be less"),
+        (["train", "--method", "adapter_guidance", "--guidance-max", "2"], "guidance_scale: 3.0 is not in what is"),
         (["train", "--student-level", "5000"], "student_level: 5000.0 is not a whole timestep from 0 to 999"),
         (["eval", "nowhere", "--count", "50"], "count: 50 must be at least 100"),
         (["eval", "nowhere"], "eval: 'nowhere' holds no student or teacher yet"),
@@ -123,6 +125,8 @@ def test_yaml_is_overridden_by_the_command_line(tiny_teacher: Teachers, tmp_path
     assert "already holds a run" in refused(["train", "--config", str(file)], capsys)
     file.write_text("steps: 5\nbatchsize: 4\n")
     assert "batchsize: no such option; did you mean 'batch_size'?" in refused(["train", "--config", str(file)], capsys)
+    file.write_text("preset: [digits]\n")
+    assert "preset: ['digits'] is not a text" in refused(["train", "--config", str(file)], capsys)
     file.write_text("- a\n")
     assert "is not a mapping" in refused(["train", "--config", str(file)], capsys)
 
@@ -184,6 +188,19 @@ def test_train_then_sample_then_eval(tiny_teacher: Teachers, tmp_path: Path, cap
     assert (run / "eval" / "comparison.png").is_file() and (run / "eval" / "table.md").is_file()
 
 
+def test_a_guided_student_is_judged_by_the_teacher_at_its_scale(
+    tiny_teacher: Teachers, tmp_path: Path, capsys: Capture
+) -> None:
+    run = str(tmp_path / "run")
+    argv = ["train", "--method", "guided", "--data", "digits", "--teacher", str(tiny_teacher("vp")), "--steps", "2"]
+    argv += ["--guidance-steps", "1", "--stage-steps", "1", "--start-steps", "4", "--sample-every", "0"]
+    assert main([*argv, "--batch-size", "4", "--out", run, "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert "note: all stages of guided take 3 steps and steps is 2: it stops at an earlier stage" in said
+    assert main(["eval", run, "--count", "100", "--teacher-steps", "1"]) == 0
+    assert "teacher, guidance 3" in capsys.readouterr().out
+
+
 def test_teacher_trains_and_its_folder_distills(tmp_path: Path) -> None:
     out = tmp_path / "teacher"
     argv = ["teacher", "--steps", "2", "--batch-size", "4", "--widths", "8,16", "--layers", "1", "--device", "cpu"]
@@ -202,6 +219,16 @@ def test_a_method_file_of_the_users_own(tiny_teacher: Teachers, tmp_path: Path, 
     assert main(["verify", "--exact", str(mine)]) == 0
     assert main(["train", "--method", str(mine), "--teacher", str(tiny_teacher("vp")), "--steps", "1", "--batch-size",
                  "4", "--out", str(tmp_path / "run"), "--device", "cpu", "--student-lr", "1e-4"]) == 0  # fmt: skip
+    # Whatever the first player is called, it is the one that is exported.
+    other = tmp_path / "other.py"
+    text = mine.read_text()
+    for old in ('= {"student": self.student', 'Turn("student"', 'player == "student"'):
+        assert text.count(old) == 1
+        text = text.replace(old, old.replace('"student"', '"generator"'))
+    other.write_text(text)
+    assert main(["train", "--method", str(other), "--teacher", str(tiny_teacher("vp")), "--steps", "1", "--batch-size",
+                 "4", "--out", str(tmp_path / "other"), "--device", "cpu"]) == 0  # fmt: skip
+    assert main(["export", str(tmp_path / "other")]) == 0
     mine.write_text('"""No options."""\nPAPER = "x"\nDATA = "x"\nEQUATIONS = {}\n')
     capsys.readouterr()
     assert "does not define Config, METHOD, verify" in refused(["train", "--method", str(mine)], capsys)

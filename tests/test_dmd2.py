@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffdistill import UserError, distill, load_teacher
+from diffdistill import UserError, distill, load_teacher, matching
 from diffdistill.losses import denoising_loss
 from diffdistill.method import Batch
 from diffdistill.methods import dmd2
@@ -46,8 +46,14 @@ def with_gradients(self: DMD2, batch: Batch) -> Tensor:
     return self.student(x_t, t, batch.cond).x0
 
 
+def one_normaliser_for_the_batch(x: Tensor, x0: Tensor) -> Tensor:
+    return (x - x0).abs().mean().detach().expand(len(x))
+
+
 REAL_GRADIENT, REAL_INJECTION = dmd2.distribution_matching_gradient, dmd2.gradient_injection
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
+    "no normaliser": (matching, "l1_normaliser", lambda x, x0: torch.ones(len(x), dtype=x.dtype)),
+    "one normaliser for the batch": (matching, "l1_normaliser", one_normaliser_for_the_batch),
     "opposite sign": (dmd2, "distribution_matching_gradient", opposite_sign),
     "the gradient's target is not detached": (dmd2, "gradient_injection", not_detached),
     "the student is detached": (dmd2, "gradient_injection", detached),
@@ -91,6 +97,13 @@ def test_guidance_is_the_teachers_alone(tiny_teacher: Callable[[str], Path]) -> 
     assert sorted(seen) == [("fake", 4), ("teacher", 8)]
 
 
+def test_the_gap_begins_at_zero(tiny_teacher: Callable[[str], Path]) -> None:
+    """Teacher and fake score are the same network then; dropout in one of them would show."""
+    method = DMD2(load_teacher(tiny_teacher("vp")), Config())
+    batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 0, 0))
+    assert float(method.student_turn([], batch)["gap"]) == 0
+
+
 def test_the_students_gan_gradient_leaves_the_critic_alone(tiny_teacher: Callable[[str], Path]) -> None:
     method = DMD2(load_teacher(tiny_teacher("vp")), Config(gan_weight=1.0))
     only_trains("student", trainable(method.players))
@@ -132,7 +145,6 @@ def test_the_matching_gradient_is_that_of_images_so_that_the_gan_weight_means_th
 ) -> None:
     """An EDM teacher's x is the image over data_std = 0.5; the normalised gradient has no unit."""
     method = DMD2(load_teacher(tiny_teacher("edm")), Config())
-    method.fake_score.eval()  # no dropout
     with torch.no_grad():
         next(method.fake_score.parameters()).add_(0.1)
     x = torch.randn(4, 1, 8, 8, requires_grad=True)

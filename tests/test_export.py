@@ -20,6 +20,13 @@ from diffdistill.run import export_run
 
 Teachers = Callable[[str], Path]
 
+
+def load_folder_of(name: str) -> Path:
+    from diffdistill.families import _EMBEDDED
+
+    return _EMBEDDED[name]
+
+
 # What a stranger would run: stock diffusers, the model card's call, one generator an image.
 STOCK = """
 import sys
@@ -62,6 +69,7 @@ PROGRESSIVE = {"method": "progressive", "data": "digits", "start_steps": 8, "sta
         ("vp", 2, DMD2 | {"student_steps": 2}),
         ("vp", 4, DMD2 | {"student_steps": 4}),
         ("vp", 2, PROGRESSIVE | {"final_steps": 2}),
+        ("vp", 4, {"method": "lcm", "data": "digits", "student_steps": 4}),  # 4 of 50 is not even
         ("vp", 1, PROGRESSIVE | {"start_steps": 4, "final_steps": 1}),
         ("edm", 1, DMD2),
         ("edm", 1, DMD2 | {"student_level": 2.5}),
@@ -121,6 +129,31 @@ def test_the_training_time_sampler_is_what_is_exported(tiny_teacher: Teachers, t
     assert all(torch.equal(exported[k], other[k]) for k in exported)
     with pytest.raises(UserError, match="step: no checkpoint at 7; there are 3"):
         export_run(run, step=7)
+
+
+def test_an_export_replaces_nothing_but_a_student(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    distill(teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(run))
+    mine.mkdir()
+    export_run(run, out=mine)  # empty, and then a student
+    export_run(run, out=mine)
+    (mine / METADATA).unlink()
+    with pytest.raises(UserError, match=r"out: '.*mine' exists and is not a folder with diffdistill.json"):
+        export_run(run, out=mine)
+    assert (mine / "model_index.json").is_file()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_run_of_another_teacher_is_refused(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    import shutil
+
+    teacher = Path(shutil.copytree(tiny_teacher("vp"), tmp_path / "teacher"))
+    run = tmp_path / "run"
+    distill(teacher=str(teacher), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(run))
+    shutil.rmtree(teacher)
+    shutil.copytree(load_folder_of("digits"), teacher)
+    with pytest.raises(UserError, match=r"checkpoint: .*step-00000001 is of another network"):
+        export_run(run)
 
 
 def test_the_folder_says_how_it_was_made(tiny_teacher: Teachers, tmp_path: Path) -> None:
@@ -238,9 +271,7 @@ def test_teacher_folders_that_cannot_be_used(tiny_teacher: Teachers, tmp_path: P
 def test_the_embedded_teacher_is_small_and_says_its_recipe() -> None:
     teacher = load_teacher("digits")
     assert teacher.num_classes == 10 and teacher.shape == (1, 8, 8)
-    from diffdistill.families import _EMBEDDED
-
-    folder = _EMBEDDED["digits"]
+    folder = load_folder_of("digits")
     assert sum(p.stat().st_size for p in folder.rglob("*.safetensors")) < 4e6
     recipe = json.loads((folder / METADATA).read_text())["recipe"]
     assert recipe["data"] == "digits" and recipe["seed"] == 0

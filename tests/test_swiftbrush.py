@@ -82,7 +82,6 @@ def batch_of(n: int) -> Batch:
 def test_the_lora_teacher_starts_as_the_teacher(tiny_teacher: Callable[[str], Path]) -> None:
     teacher = load_teacher(tiny_teacher("vp"))
     method = SwiftBrush(teacher, Config(guidance_scale=3.0))
-    method.lora_teacher.eval()
     x = torch.randn(4, 1, 8, 8)
     logs = method.matching(x, torch.full((4,), 0.7).double(), torch.randn_like(x), batch_of(4).cond)
     assert float(logs["gap"]) == 0

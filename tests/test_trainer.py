@@ -48,7 +48,7 @@ def student(out: Path) -> dict[str, Tensor]:
 
 def metrics(out: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds_per_step"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds_per_step", "peak_memory_mb")} for line in lines]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -163,6 +163,15 @@ def test_overflowing_parameters_are_not_saved(tmp_path: Path) -> None:
 
 def test_only_the_newest_checkpoints_are_kept(whole: Path) -> None:
     assert [p.name for p in checkpoints(whole / "checkpoints")] == ["step-00000004", "step-00000006"]
+
+
+def test_a_checkpoint_that_lacks_a_file_is_named(whole: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run / "checkpoints" / "step-00000006" / "student.safetensors").unlink()
+    with pytest.raises(UserError, match=r"checkpoint: .*step-00000006 is damaged"):
+        distill(resume=run)
 
 
 def test_a_damaged_checkpoint_is_named(whole: Path, tmp_path: Path) -> None:
