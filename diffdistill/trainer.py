@@ -237,7 +237,8 @@ class Trainer:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """The players as they are evaluated and exported: moving average in place, evaluation mode."""
-        modes = {name: module.training for name, module in self.method.players.items()}
+        # Of every part: a method may keep one of them, and not its player, in evaluation mode.
+        modes = [(part, part.training) for module in self.method.players.values() for part in module.modules()]
         for module in self.method.players.values():
             module.eval()
         try:
@@ -247,8 +248,8 @@ class Trainer:
             else:
                 yield
         finally:
-            for name, module in self.method.players.items():
-                module.train(modes[name])
+            for part, mode in modes:
+                part.training = mode
 
     # -- checkpoints -------------------------------------------------------------------------------------
 

@@ -123,7 +123,9 @@ class AdapterGuidance:
     needs_pairs = False
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        if not config.guidance_min <= config.guidance_scale <= config.guidance_max:
+        if config.guidance_min <= config.guidance_max and not (
+            config.guidance_min <= config.guidance_scale <= config.guidance_max
+        ):
             raise UserError(
                 f"guidance_scale: {config.guidance_scale} is not in what is trained, {config.guidance_min} "
                 f"(guidance_min) to {config.guidance_max} (guidance_max)"

@@ -90,7 +90,9 @@ class Config:
 
     guidance_min: float = option(1.0, "guidance scales are drawn uniformly from here; 1 is none (w = 0)", at_least=0)
     guidance_max: float = option(5.0, "... to here; equal to guidance_min, the student takes no scale", at_least=0)
-    guidance_scale: float = option(3.0, "the scale of samples and of the export", at_least=0)
+    guidance_scale: float | None = option(
+        None, "the scale of samples and of the export; default: the middle of the range", at_least=0
+    )
     guidance_steps: int = option(1000, "training steps of stage one, before the halving", at_least=1)
     start_steps: int = option(
         16, "DDIM steps of stage one's student; final_steps times a power of two, or 1: no stage two", at_least=1
@@ -106,6 +108,10 @@ class Config:
         "truncated_snr", "of the error in x0: max(1, SNR), or SNR + 1, which is the error in v"
     )
 
+    def __post_init__(self) -> None:
+        if self.guidance_scale is None:
+            object.__setattr__(self, "guidance_scale", (self.guidance_min + self.guidance_max) / 2)
+
 
 class GuidedDistillation:
     """One player. A checkpoint also holds the student of the stage before, and how many steps are done."""
@@ -119,6 +125,7 @@ class GuidedDistillation:
                 "teacher: it predicts the noise, which says nothing of the image at the noisiest step of a few; "
                 "guided distillation needs one that predicts v, x0 or a flow velocity"
             )
+        assert c.guidance_scale is not None
         scale = c.guidance_scale
         if not c.guidance_min <= scale <= c.guidance_max:
             raise UserError(

@@ -84,7 +84,6 @@ PRESETS = {
         "lora_rank": 64,
         "guidance_min": 8.5,
         "guidance_max": 8.5,
-        "guidance_scale": 8.5,
         "student_lr": 1e-6,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
@@ -104,7 +103,9 @@ class Config:
 
     guidance_min: float = option(1.0, "guidance scales are drawn uniformly from here; 1 is none (w = 0)", at_least=0)
     guidance_max: float = option(1.0, "... to here; equal to guidance_min, the student takes no scale", at_least=0)
-    guidance_scale: float = option(1.0, "the scale of the exported student", at_least=0)
+    guidance_scale: float | None = option(
+        None, "the scale of the exported student; default: the middle of the range", at_least=0
+    )
     ddim_steps: int = option(50, "K, the teacher's steps of which each training sample takes one", at_least=1)
     student_steps: int = option(1, "sampling steps, evenly spaced among the K; training is the same", at_least=1)
     lora_rank: int = option(0, "train LoRA of that rank alone, at one fixed scale; 0: the whole network", at_least=0)
@@ -117,6 +118,10 @@ class Config:
     beta1: float = option(0.9, "AdamW's first beta", at_least=0, below=1)
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
 
+    def __post_init__(self) -> None:
+        if self.guidance_scale is None:
+            object.__setattr__(self, "guidance_scale", (self.guidance_min + self.guidance_max) / 2)
+
 
 class LCM:
     """One player. Its moving average, the target, lies in the checkpoint; with LoRA it is its own target."""
@@ -127,6 +132,7 @@ class LCM:
         c = self.config = config
         if not c.guidance_min <= c.guidance_max:
             raise UserError(f"guidance_min: {c.guidance_min} must be at most guidance_max ({c.guidance_max})")
+        assert c.guidance_scale is not None
         scale = c.guidance_scale
         if not c.guidance_min <= scale <= c.guidance_max:
             raise UserError(

@@ -172,7 +172,7 @@ def test_unconditional_teachers_need_guidance_1() -> None:
     method = LCM(teacher, Config(), student=teacher.denoiser)
     assert not method.takes_scale
     assert torch.isfinite(method.student_turn(batch_of(8, (2,)))["loss"])
-    with pytest.raises(UserError, match=r"guidance_scale: 2.0 needs a teacher that was trained with a null"):
+    with pytest.raises(UserError, match=r"teacher: a guidance scale needs one that was trained with a null condition"):
         LCM(teacher, Config(guidance_max=2.0), student=teacher.denoiser)
 
 
@@ -182,7 +182,7 @@ def test_unconditional_teachers_need_guidance_1() -> None:
         ({"guidance_min": 3.0}, "guidance_min: 3.0 must be at most guidance_max"),
         ({"guidance_max": 3.0, "guidance_scale": 4.0}, r"guidance_scale: 4.0 is not in what is trained, 1.0"),
         ({"guidance_max": 3.0, "lora_rank": 2}, "guidance_max: with lora_rank the scale is fixed"),
-        ({"student_steps": 3}, r"student_steps: 3 does not divide ddim_steps \(50\)"),
+        ({"student_steps": 51}, r"student_steps: 51 must be at most ddim_steps \(50\)"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(

@@ -143,7 +143,7 @@ def test_training_reaches_the_guided_means() -> None:
 
 
 def test_what_cannot_be_used_is_refused(tiny_teacher: Teachers, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="needs a teacher that was trained with a null condition"):
+    with pytest.raises(UserError, match=r"guid.* distillation needs one that was trained with a null condition"):
         LoRAGuidance(gaussian_teacher([0.0], 1.0), Config())
     with pytest.raises(UserError, match=r"data: lora_guidance .* needs real images"):
         distill(**options(tiny_teacher("vp"), tmp_path / "run", data=None))

@@ -22,7 +22,7 @@ Teachers = Callable[[str], Path]
 
 
 def options(teacher: Path, out: Path, **more: Any) -> dict[str, Any]:
-    """A short DMD2 run that uses everything that could drift: GAN, dropout, moving average, both players."""
+    """A short DMD2 run that uses what could drift: GAN, moving average, both players, a part in evaluation mode."""
     return {
         "teacher": str(teacher),
         "data": "digits",
