@@ -67,7 +67,7 @@ class Suite:
 
 
 SUITES = {
-    "digits": Suite("digits", "digits", "digits", budget=2800),
+    "digits": Suite("digits", "digits", "digits", budget=4000),
     "mnist": Suite("digits", "", "", budget=60000, overrides={"student_level": None}),
 }
 
@@ -416,7 +416,7 @@ def _pairs(teacher: str, out: Path) -> Path:
     from diffdistill.pairs import make_pairs
 
     folder = out / "pairs"
-    make_pairs(teacher=teacher, out=str(folder), count=1000, sampling_steps=32)
+    make_pairs(teacher=teacher, out=str(folder), count=2000, sampling_steps=32)
     return folder
 
 

@@ -70,7 +70,7 @@ PRESETS = {
         "batch_size": 64,
         "grid": "native",
         "grid_points": 18,
-        "student_lr": 5e-4,
+        "student_lr": 8e-4,
         "lr_schedule": "cosine",
         "ema": 0.99,
     },

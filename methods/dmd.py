@@ -74,6 +74,7 @@ PRESETS = {
         "teacher": "digits",
         "steps": 400,
         "batch_size": 64,
+        "regression_weight": 1.0,
         "student_lr": 3e-4,
         "fake_score_lr": 1e-3,
         "student_level": 750,
