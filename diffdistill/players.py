@@ -145,6 +145,11 @@ class FewStepSampler:
         return self.denoiser(x, t, cond).x0 * self.denoiser.schedule.data_std
 
 
+def one_step_sampler(student: Denoiser, level: float | None) -> FewStepSampler:
+    """The sampler of a one-step student that reads pure noise at `level`; None: at its schedule's `init_level`."""
+    return FewStepSampler(student, [student.schedule.init_level if level is None else level])
+
+
 class MovingAverage:
     """An exponential moving average of a module's trainable parameters, in their own precision, beside it."""
 

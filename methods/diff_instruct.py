@@ -33,7 +33,7 @@ from diffdistill.guidance import guided
 from diffdistill.losses import gradient_injection
 from diffdistill.matching import fake_score_loss
 from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen, only_trains, trainable
+from diffdistill.players import FewStepSampler, Teacher, frozen, one_step_sampler, only_trains, trainable
 from diffdistill.prediction import diffuse
 from diffdistill.schedule import EDM
 from diffdistill.times import edm_log_normal
@@ -124,8 +124,7 @@ class DiffInstruct:
         pass
 
     def sampler(self) -> FewStepSampler:
-        level = self.config.student_level
-        return FewStepSampler(self.student, [self.schedule.init_level if level is None else level])
+        return one_step_sampler(self.student, self.config.student_level)
 
     def times(self, player: str, batch: Batch) -> Tensor:
         """(B,) the angles of a player's loss."""

@@ -39,15 +39,14 @@ from diffdistill.analytic import (
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.distances import distance
-from diffdistill.errors import UserError
 from diffdistill.guidance import guided
 from diffdistill.losses import gradient_injection
 from diffdistill.matching import distribution_matching_gradient, fake_score_loss
 from diffdistill.method import Batch, Optimizer, Pair, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen, only_trains, trainable
+from diffdistill.players import FewStepSampler, Teacher, frozen, one_step_sampler, only_trains, trainable
 from diffdistill.prediction import ROWS, diffuse
 from diffdistill.schedule import TrigFlow
-from diffdistill.times import native_uniform
+from diffdistill.times import check_range, native_uniform
 from diffdistill.verify import (
     AffineGame,
     Check,
@@ -152,8 +151,7 @@ class DMD:
         student: Denoiser | None = None,
         fake_score: Denoiser | None = None,
     ):
-        if config.time_low >= config.time_high:
-            raise UserError(f"time_low: {config.time_low} must be less than time_high ({config.time_high})")
+        check_range(config.time_low, config.time_high)
         self.config = config
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
         self.schedule = teacher.denoiser.schedule
@@ -183,8 +181,7 @@ class DMD:
         pass
 
     def sampler(self) -> FewStepSampler:
-        level = self.config.student_level
-        return FewStepSampler(self.student, [self.schedule.init_level if level is None else level])
+        return one_step_sampler(self.student, self.config.student_level)
 
     def student_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """One pass for the fresh noise and the pairs' together."""

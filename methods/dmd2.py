@@ -38,11 +38,11 @@ from diffdistill.guidance import guided
 from diffdistill.losses import gan_discriminator_loss, gan_generator_loss, gradient_injection
 from diffdistill.matching import distribution_matching_gradient, fake_score_loss
 from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import DiscriminatorHead, FewStepSampler, Teacher, frozen
+from diffdistill.players import DiscriminatorHead, FewStepSampler, Teacher, frozen, one_step_sampler
 from diffdistill.prediction import ROWS, diffuse
 from diffdistill.rng import generator
 from diffdistill.schedule import student_levels
-from diffdistill.times import native_uniform
+from diffdistill.times import check_range, native_uniform
 from diffdistill.verify import AffineGame, Check, differs, equal, gauss_hermite, gradient, matching_checks
 
 PAPER = "Yin et al. 2024, arXiv:2405.14867"
@@ -139,8 +139,7 @@ class DMD2:
         student: Denoiser | None = None,
         fake_score: Denoiser | None = None,
     ):
-        if config.time_low >= config.time_high:
-            raise UserError(f"time_low: {config.time_low} must be less than time_high ({config.time_high})")
+        check_range(config.time_low, config.time_high)
         if config.student_level is not None and config.student_steps > 1:
             raise UserError(
                 f"student_level: {config.student_level} is for one step, and student_steps is {config.student_steps}"
@@ -179,7 +178,7 @@ class DMD2:
         c = self.config
         if c.student_steps > 1:
             return FewStepSampler(self.student, student_levels(self.schedule, c.student_steps).tolist())
-        return FewStepSampler(self.student, [self.schedule.init_level if c.student_level is None else c.student_level])
+        return one_step_sampler(self.student, c.student_level)
 
     def generate(self, batch: Batch) -> Tensor:
         """x (B, ...) of the level drawn for this step, the same in all processes; gradients flow through its pass."""

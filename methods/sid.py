@@ -37,15 +37,14 @@ from torch import Tensor, nn
 from diffdistill.analytic import GaussianMixture, mixture_teacher
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.errors import UserError
 from diffdistill.guidance import guided
 from diffdistill.losses import l1_normaliser, per_sample_mean
 from diffdistill.matching import fake_score_loss
 from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen, only_trains, trainable
+from diffdistill.players import FewStepSampler, Teacher, frozen, one_step_sampler, only_trains, trainable
 from diffdistill.prediction import Prediction, diffuse
 from diffdistill.schedule import EDM
-from diffdistill.times import edm_karras, edm_log_normal, native_uniform
+from diffdistill.times import check_range, edm_karras, edm_log_normal, native_uniform
 from diffdistill.verify import AffineGame, Check, affine_game, differs, equal, gradient, two_points
 
 PAPER = "Zhou et al. 2024, arXiv:2404.04057; guidance: arXiv:2406.01561"
@@ -157,8 +156,7 @@ class SiD:
         student: Denoiser | None = None,
         fake_score: Denoiser | None = None,
     ):
-        if config.time_low >= config.time_high:
-            raise UserError(f"time_low: {config.time_low} must be less than time_high ({config.time_high})")
+        check_range(config.time_low, config.time_high)
         self.config = config
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
         self.student = student or teacher.player()
@@ -181,8 +179,7 @@ class SiD:
         pass
 
     def sampler(self) -> FewStepSampler:
-        level = self.config.student_level
-        return FewStepSampler(self.student, [self.schedule.init_level if level is None else level])
+        return one_step_sampler(self.student, self.config.student_level)
 
     def only_has_dropout(self, player: str) -> None:
         """Dropout in one of the two networks would be noise in their difference."""

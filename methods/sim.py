@@ -34,14 +34,13 @@ from torch import Tensor, nn
 
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.errors import UserError
 from diffdistill.guidance import guided
 from diffdistill.losses import pseudo_huber
 from diffdistill.matching import fake_score_loss
 from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen, only_trains, trainable
+from diffdistill.players import FewStepSampler, Teacher, frozen, one_step_sampler, only_trains, trainable
 from diffdistill.prediction import diffuse, expand
-from diffdistill.times import edm_karras, edm_log_normal
+from diffdistill.times import check_range, edm_karras, edm_log_normal
 from diffdistill.verify import AffineGame, Check, affine_game, differs, equal, gauss_hermite, gradient, two_points
 
 PAPER = "Luo et al. 2024, arXiv:2410.16794"
@@ -118,8 +117,7 @@ class SIM:
         student: Denoiser | None = None,
         fake_score: Denoiser | None = None,
     ):
-        if config.time_low >= config.time_high:
-            raise UserError(f"time_low: {config.time_low} must be less than time_high ({config.time_high})")
+        check_range(config.time_low, config.time_high)
         self.config = config
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
         self.student = student or teacher.player()
@@ -144,8 +142,7 @@ class SIM:
         pass
 
     def sampler(self) -> FewStepSampler:
-        level = self.config.student_level
-        return FewStepSampler(self.student, [self.schedule.init_level if level is None else level])
+        return one_step_sampler(self.student, self.config.student_level)
 
     def student_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         c = self.config

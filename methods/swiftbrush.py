@@ -27,13 +27,12 @@ from diffdistill.adapters import lora
 from diffdistill.analytic import AffineGenerator, ClassGaussians, class_gaussians_teacher
 from diffdistill.config import option
 from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.errors import UserError
 from diffdistill.guidance import guided
 from diffdistill.losses import gradient_injection, per_sample_mean
 from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen, only_trains, trainable
+from diffdistill.players import FewStepSampler, Teacher, frozen, one_step_sampler, only_trains, trainable
 from diffdistill.prediction import diffuse, expand
-from diffdistill.times import native_uniform
+from diffdistill.times import check_range, native_uniform
 from diffdistill.verify import Check, differs, equal, gradient, two_points
 
 PAPER = "Nguyen & Tran 2024, arXiv:2312.05239"
@@ -111,8 +110,7 @@ class SwiftBrush:
         student: Denoiser | None = None,
         lora_teacher: Denoiser | None = None,
     ):
-        if config.time_low >= config.time_high:
-            raise UserError(f"time_low: {config.time_low} must be less than time_high ({config.time_high})")
+        check_range(config.time_low, config.time_high)
         self.config = config
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
         # Without dropout: in one of the two teachers it would be noise in their difference.
@@ -142,8 +140,7 @@ class SwiftBrush:
         pass
 
     def sampler(self) -> FewStepSampler:
-        level = self.config.student_level
-        return FewStepSampler(self.student, [self.schedule.init_level if level is None else level])
+        return one_step_sampler(self.student, self.config.student_level)
 
     def student_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         c = self.config
