@@ -1,6 +1,8 @@
 """The scoreboard: passes are counted, trainings share a budget, and what is done is not repeated."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,13 @@ def test_rows_are_averaged_over_seeds_once_each() -> None:
     (mean,) = averaged([row, row, other, *third])
     assert mean["seeds"] == 2 and mean["frechet distance"] == 3.0 and mean["recall"] == 0.5
     assert mean["+-"] == pytest.approx(2**0.5)  # of 2 and 4
+
+
+def test_peak_memory_is_not_inherited() -> None:
+    held = b"x" * (800 << 20)  # what the operating system would count as the child's too
+    code = "from diffdistill.environment import peak_memory_mb; print(peak_memory_mb())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50 < float(done.stdout) < len(held) / 2**20
 
 
 @pytest.mark.slow
