@@ -462,6 +462,7 @@ def write_board(
 def quality_picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Fréchet distance against steps, both logarithmic, one line a method."""
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("bench: the picture needs matplotlib; pip install 'diffdistill[eval]'") from None
@@ -469,10 +470,13 @@ def quality_picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(row["method"] for row in rows):
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    for i, name in enumerate(sorted(names, key=lambda name: (not name.startswith("teacher"), name))):
         points = sorted((r["steps"], r["frechet distance"]) for r in rows if r["method"] == name)
-        style = {"color": "black", "linewidth": 2} if name == "teacher" else {"linewidth": 1}
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **style)
+        style: dict[str, Any] = {"color": "black", "linewidth": 2, "linestyle": "-" if name == "teacher" else "none"}
+        if not name.startswith("teacher"):
+            style = {"color": colormaps["tab20"](i % 20), "linewidth": 1}
+        axes.plot(*zip(*points, strict=True), marker="osD^vP*X"[i % 8], markersize=6, label=name, **style)
     axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Fréchet distance (lower is better)")
     axes.set_xticks([1, 2, 4, 8, 16, 32], [str(n) for n in (1, 2, 4, 8, 16, 32)])
     axes.legend(fontsize=7, ncols=2)
