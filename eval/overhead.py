@@ -30,7 +30,7 @@ from diffdistill.environment import environment
 from diffdistill.families import new_unet2d
 from diffdistill.method import Batch, Method, Pair
 from diffdistill.pipelines.export import scheduler_config, teacher_scheduler
-from diffdistill.players import MovingAverage, Teacher, only_trains
+from diffdistill.players import DiscriminatorHead, MovingAverage, Teacher, only_trains
 from diffdistill.trainer import Trainer, accelerator_for
 
 from .report import text_table, write_json
@@ -41,7 +41,7 @@ COLUMNS = ("game", "passes", "forward ms", "cycle ms", "bare cycle ms", "overhea
 class Call(NamedTuple):
     """One pass as it was recorded."""
 
-    denoiser: Denoiser
+    network: Denoiser | DiscriminatorHead
     size: int
     grad: bool
     joined: bool  #: its input needs a gradient
@@ -69,14 +69,18 @@ def network(milliseconds: float, batch: int) -> tuple[Teacher, float]:
 
 
 def _pass(call: Call, before: Tensor | None) -> Tensor:
-    """The pass on fixed inputs; joined to the one before where gradients flow through both."""
+    """The pass on fixed inputs, a head's on what was made before; joined to that where gradients flow through both."""
+    if isinstance(call.network, DiscriminatorHead):
+        assert before is not None
+        with torch.set_grad_enabled(call.grad):
+            return call.network(before)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(call.size, 3, 16, 16, generator=generator)
     t, cond = torch.full((call.size,), 0.8, dtype=torch.float64), {"class_labels": torch.arange(call.size) % 10}
     if call.joined and before is not None and before.shape[1:] == x.shape[1:]:
         x = x + 0 * before.repeat(-(-call.size // len(before)), 1, 1, 1)[: call.size]
     with torch.set_grad_enabled(call.grad):
-        return call.denoiser.features(x, t, cond) if call.early else call.denoiser(x, t, cond).y
+        return call.network.features(x, t, cond) if call.early else call.network(x, t, cond).y
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -93,13 +97,13 @@ def record(
 ) -> list[tuple[str, list[Call]]]:
     """The passes of each turn of a step; `owned` is what each player trains."""
     parts = (teacher.denoiser, *method.players.values(), *method.state.values())
-    denoisers = {id(m): m for part in parts for m in part.modules() if isinstance(m, Denoiser)}
+    networks = {id(m): m for part in parts for m in part.modules() if isinstance(m, Denoiser | DiscriminatorHead)}
     calls: list[Call] = []
     early = False
     plain = Denoiser.features
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(module, Denoiser)
+        assert isinstance(module, Denoiser | DiscriminatorHead)
         calls.append(Call(module, len(args[0]), torch.is_grad_enabled(), args[0].requires_grad, early))
 
     def features(self: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -110,7 +114,7 @@ def record(
         finally:
             early = False
 
-    handles = [m.register_forward_pre_hook(note) for m in denoisers.values()]
+    handles = [m.register_forward_pre_hook(note) for m in networks.values()]
     Denoiser.features = features  # type: ignore[method-assign]
     turns = []
     try:
@@ -191,10 +195,11 @@ def measure(
         for _ in range(cycles):
             full.append(_timed(through_the_trainer))
             least.append(_timed(bare.cycle))
+    passes = [call for turns in recorded for _, calls in turns for call in calls]
     ratios = sorted(a / b for a, b in zip(full, least, strict=True))
     return {
         "game": game,
-        "passes": sum(call.size / batch for turns in recorded for _, calls in turns for call in calls) / steps,
+        "passes": sum(call.size for call in passes if isinstance(call.network, Denoiser)) / batch / steps,
         "forward ms": 1000 * forward,
         "cycle ms": 1000 * statistics.median(full),
         "bare cycle ms": 1000 * statistics.median(least),
