@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-import re
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,14 @@ def peak_memory_mb() -> float:
 
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        # Not getrusage, where a child process inherits its parent's.
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024  # type: ignore[index]
-    except OSError:
-        import resource
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):  # not getrusage, where a child process inherits its parent's
+            return int(line.split()[1]) / 1024
+    import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else kB
+    return most / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def commit() -> str | None:

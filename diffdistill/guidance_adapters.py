@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .adapter_networks import AdaptedNetwork, GuidanceAdapters, Site, layer_input, positions
+from .adapter_networks import CONFIG, AdaptedNetwork, GuidanceAdapters, Site, layer_input, positions
 from .denoiser import Denoiser
 from .errors import UserError
 from .files import atomic_folder
@@ -110,7 +110,7 @@ def save_adapters(folder: str | Path, denoiser: Denoiser) -> Path:
     network = denoiser.network
     if not isinstance(network, AdaptedNetwork):
         raise UserError(f"adapters: a {type(network).__name__} has none; only adapted networks can be saved so")
-    with atomic_folder(Path(folder), "adapter.json") as partial:
+    with atomic_folder(Path(folder), CONFIG) as partial:
         write_adapters(partial, network)
     return Path(folder)
 
