@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
 from .errors import UserError
-from .players import trainable_copy
+from .lora import LoraNetwork, LoraSettings, lora_view, merged
 
 
 def lora(denoiser: Denoiser, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None) -> Denoiser:
-    """A copy of the denoiser that is trained through LoRA alone (Hu et al. 2021, arXiv:2106.09685).
-
-    Each adapted layer's weight is W + (alpha / rank) B A with W frozen, B zero at the start, A drawn from
-    torch's global generator; `alpha` is `rank` unless given. Adapted are all linear layers and convolutions,
-    or those whose dotted name is, or ends in, one of `targets`. Raises UserError where there is none.
-    """
-    twin = trainable_copy(denoiser).requires_grad_(False)
-    # Exact types: what reads the weight without calling the layer, as MultiheadAttention does, would miss A and B.
-    layers = [name for name, module in twin.network.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
-    if targets is not None:
-        layers = [name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets)]
-    if not layers:
-        wanted = "linear layer or convolution" if targets is None else f"layer called {' or '.join(targets)}"
-        raise UserError(f"lora: the teacher's {type(twin.network).__name__} has no {wanted} to adapt")
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        target_modules="|".join(map(re.escape, layers)),  # matched whole, where a list would match suffixes too
-        lora_dropout=0.0,
-    )
-    inject_adapter_in_model(config, twin.network)
-    return twin
+    """A LoRA player on the denoiser's own weights (see lora.py)."""
+    return lora_view(denoiser, LoraSettings(rank, alpha, targets))
 
 
 class GuidanceEmbedding(nn.Module):
@@ -84,6 +61,10 @@ def guidance_input(denoiser: Denoiser, layer: str = "class_embedding", *, defaul
     parameters are trained stays as it was; those of the new part are. Without "guidance_scale" in the
     conditions it is `default`. Raises UserError where `layer` is not an embedding.
     """
+    if isinstance(denoiser.network, LoraNetwork):
+        raise UserError(
+            "guidance_input: a LoRA student has one guidance scale; give the least and the greatest the same"
+        )
     twin = copy.deepcopy(denoiser)
     table = dict(twin.network.named_modules()).get(layer)
     if not isinstance(table, nn.Embedding):
@@ -120,18 +101,12 @@ def plain_network(network: nn.Module) -> nn.Module:
     LoRA is merged into the weights, and a guidance embedding at its default scale into the class table. A copy,
     or the network itself where it has neither.
     """
-    if not any(isinstance(module, LoraLayer | GuidanceEmbedding) for module in network.modules()):
-        return network
-    plain = copy.deepcopy(network)
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge()
-            plain.set_submodule(name, module.get_base_layer())
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, GuidanceEmbedding):
-            with torch.no_grad():
-                module.table.weight += module.of_scale(module.default[None])
-            plain.set_submodule(name, module.table)
-    if "peft_config" in vars(plain):
-        del plain.peft_config
+    plain = merged(network) if isinstance(network, LoraNetwork) else network
+    if any(isinstance(module, GuidanceEmbedding) for module in plain.modules()):
+        plain = copy.deepcopy(plain) if plain is network else plain
+        for name, module in list(plain.named_modules()):
+            if isinstance(module, GuidanceEmbedding):
+                with torch.no_grad():
+                    module.table.weight += module.of_scale(module.default[None])
+                plain.set_submodule(name, module.table)
     return plain

@@ -68,7 +68,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
     sample = command("sample", "draw images from a teacher or student folder as one PNG")
     sample.add_argument("folder", help="a run, the folder of a student or a teacher, a hub id, or 'digits'")
-    sample.add_argument("--count", default="64", metavar="N", help="images (default: 64)")
+    sample.add_argument("--prompt", action="append", metavar="TEXT", help="of a text-to-image model; may be repeated")
+    sample.add_argument("--count", default=None, metavar="N", help="images (default: 64; latent models: 4)")
     sample.add_argument("--classes", metavar="A,B,..", help="class labels, repeated as needed (default: all in turn)")
     sample.add_argument("--steps", metavar="N", help="sampling steps of a teacher (default: 16); a student has its own")
     sample.add_argument("--guidance-scale", metavar="X", help="of a teacher (default: 1, none)")
@@ -98,6 +99,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     pairs = command("pairs", "make noise-image pairs of a teacher, for the methods that want them")
     pairs.add_argument("--config", metavar="FILE", help="a YAML file of options; the command line overrides it")
     _options(pairs, options.PairsConfig, "options")
+
+    encode = command("encode", "encode prompts, or images with captions, once for the training of a latent teacher")
+    encode.add_argument("--config", metavar="FILE", help="a YAML file of options; the command line overrides it")
+    _options(encode, options.EncodeConfig, "options")
+
+    command("families", "list the families of diffusers pipelines that can be distilled")
 
     methods = command("methods", "list the methods, or describe one: its options, presets and equations")
     methods.add_argument("method", nargs="?", help="a method's name or file")
@@ -216,6 +223,30 @@ def _pairs(args: argparse.Namespace) -> int:
     return 0
 
 
+def _encode(args: argparse.Namespace) -> int:
+    from .encode import encode
+
+    try:
+        folder = encode(**_given(args))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last whole shard", file=sys.stderr)
+        return 130
+    print(f"use it with: diffdistill train --prompts {folder}")
+    return 0
+
+
+def _families(args: argparse.Namespace) -> int:
+    from .families import FAMILIES
+
+    for family in FAMILIES.values():
+        targets = ", ".join(family.lora_targets or ["all linear layers and convolutions"])
+        print(f"{family.name:18} {family.models}")
+        print(f"{'':18} pipelines: {', '.join(family.pipelines)}; conditions: {family.conditions}")
+        print(f"{'':18} network: {family.component}, {family.network}; LoRA: {targets}")
+        print(f"{'':18} stock guidance: {family.stock_guidance}")
+    return 0
+
+
 def _training(command: str, args: argparse.Namespace, start: Callable[..., Path]) -> int:
     from .trainer import Interrupted
 
@@ -238,8 +269,9 @@ def _sample(args: argparse.Namespace) -> int:
 
     classes = None if args.classes is None else _whole_list("classes", args.classes)
     scale = options.coerce("guidance_scale", args.guidance_scale, float | None, {"at_least": 0})
-    count, seed = _whole("count", args.count, 1), _whole("seed", args.seed)
-    print(sample_picture(args.folder, count, classes, _whole_or_none("steps", args.steps, 1), scale, seed, args.out))
+    count, seed = _whole_or_none("count", args.count, 1), _whole("seed", args.seed)
+    steps = _whole_or_none("steps", args.steps, 1)
+    print(sample_picture(args.folder, args.prompt, count, classes, steps, scale, seed, args.out))
     return 0
 
 
@@ -334,6 +366,8 @@ _COMMANDS = {
     "export": _export,
     "teacher": _teacher,
     "pairs": _pairs,
+    "encode": _encode,
+    "families": _families,
     "methods": _methods,
     "verify": _verify,
     "bench": _bench,

@@ -63,7 +63,39 @@ class TrainConfig(FitConfig):
         "real images: digits, a folder, .npz, .safetensors, a Hugging Face dataset; a method says if it needs any",
     )
     pairs: str | None = option(None, "a folder made by `diffdistill pairs`; a method says if it needs one")
+    prompts: str | None = option(
+        None, "for a latent teacher: a folder made by `diffdistill encode`, or a .txt or .jsonl, encoded at the start"
+    )
+    resolution: int | None = option(None, "pixels a side, for a latent teacher; default: its own", at_least=1)
+    frames: int | None = option(None, "frames of a video; default: the teacher's own", at_least=1)
+    teacher_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "the teacher's weights; those that are trained are float32"
+    )
+    student: Literal["full", "lora"] = option("full", "full: its own weights; lora: an adapter on the teacher's")
+    fake_score: Literal["full", "lora"] = option("full", "the same for the fake score, in methods that have one")
+    adapter_rank: int = option(64, "rank of LoRA players", at_least=1)
+    adapter_alpha: float | None = option(None, "their scale is adapter_alpha / adapter_rank; default: 1", above=0)
+    adapter_targets: str | None = option(
+        None, "names of the layers they adapt, separated by commas, or all; default: the family's usual ones"
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     out: str = option("runs/train", "the run folder")
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Encode prompts, or images with captions, once, so that training loads neither text encoder nor VAE."""
+
+    teacher: str = option("", "the folder or hub id of a latent diffusion pipeline")
+    prompts: str | None = option(None, "a .txt with a prompt on each line, or .jsonl with a prompt, caption or text")
+    data: str | None = option(None, "images with captions (or classes): a folder, .parquet, a Hugging Face dataset")
+    resolution: int | None = option(None, "pixels a side; default: the model's own", at_least=1)
+    frames: int | None = option(None, "frames of a video; default: the model's own", at_least=1)
+    embedded_guidance: float = option(3.5, "what a network with an embedded guidance scale (Flux) is told", at_least=0)
+    batch_size: int = option(16, "prompts encoded at a time", at_least=1)
+    shard_size: int = option(1024, "prompts in a file; a stopped run goes on from the last whole file", at_least=1)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to encode; auto: a GPU if there is one")
+    out: str = option("runs/encoded", "the folder; the same command on an unfinished one goes on with it")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ class Denoiser(nn.Module):
 
     Only this class knows the network's own time, scaling and output. `null` maps conditions to the
     null conditions of classifier-free guidance; `feature_layer` names the sub-module whose output a
-    discriminator reads. Both are optional.
+    discriminator reads, `feature_map(output, x_t)` makes a map (B, C, h, w) of it where it is none. `rescale(guided,
+    conditional)` is what the family's pipeline does to a guided output. All are optional.
     """
 
     network: nn.Module
@@ -44,6 +46,8 @@ class Denoiser(nn.Module):
         call: Call = call_by_keyword,
         null: Callable[[Cond], Cond] | None = None,
         feature_layer: str | None = None,
+        feature_map: Callable[[Any, Tensor], Tensor] | None = None,
+        rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__()
         self.network = network
@@ -52,6 +56,14 @@ class Denoiser(nn.Module):
         self.call = call
         self.null = null
         self.feature_layer = feature_layer
+        self.feature_map = feature_map
+        self.rescale = rescale
+
+    def with_network(self, network: nn.Module, feature_layer: str | None) -> Denoiser:
+        """The same view of another network."""
+        twin = Denoiser(network, self.schedule, self.row, call=self.call, null=self.null, feature_layer=feature_layer)
+        twin.feature_map, twin.rescale = self.feature_map, self.rescale
+        return twin.train(self.training)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """x_t (B, ...) of unit variance, t (B,) float64 angles; t is clamped to what the network knows."""
@@ -67,9 +79,9 @@ class Denoiser(nn.Module):
         """(B, C, ...) the output of `feature_layer`, in float32; what comes after it is not computed."""
         if self.feature_layer is None:
             raise ValueError("this denoiser has no feature_layer")
-        found: list[Tensor] = []
+        found: list[Any] = []
 
-        def leave(module: nn.Module, args: object, output: Tensor) -> None:
+        def leave(module: nn.Module, args: object, output: Any) -> None:
             found.append(output)
             raise _Reached
 
@@ -80,4 +92,5 @@ class Denoiser(nn.Module):
             pass
         finally:
             handle.remove()
-        return found[0].float() if found[0].dtype in (torch.float16, torch.bfloat16) else found[0]
+        features = self.feature_map(found[0], x_t) if self.feature_map else found[0]
+        return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features

@@ -14,8 +14,8 @@ def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor)
     """y = y_null + scale (y_cond - y_null), in one batched call (Ho & Salimans 2022, arXiv:2207.12598).
 
     `scale` (B,) is Imagen's and diffusers' (1 is no guidance; w of the papers that write (1 + w) is scale - 1).
-    Any output kind gives the same guidance, since all are affine in one another at a fixed x_t. The denoiser
-    must have a null condition.
+    Any output kind gives the same guidance, since all are affine in one another at a fixed x_t. What the family's
+    pipeline does to a guided output (`rescale`) follows. The denoiser must have a null condition.
     """
     assert denoiser.null is not None
     null = denoiser.null(cond)
@@ -24,6 +24,8 @@ def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor)
     y_cond, y_null = pred.y.chunk(2)
     half = len(x_t)
     y = y_null + expand(scale, x_t) * (y_cond - y_null)
+    if denoiser.rescale is not None:
+        y = torch.where(expand(scale, x_t) == 1, y, denoiser.rescale(y, y_cond))
     return Prediction(x_t, pred.t[:half], y, pred.a[:half], pred.b[:half])
 
 

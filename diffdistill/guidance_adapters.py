@@ -24,14 +24,8 @@ def adapted(denoiser: Denoiser, adapters: nn.Module, guidance_scale: float) -> D
     """
     network = AdaptedNetwork(denoiser.network, adapters, guidance_scale)
     inner = denoiser.feature_layer
-    return Denoiser(
-        network.to(next(iter(denoiser.network.state_dict().values())).device),
-        denoiser.schedule,
-        denoiser.row,
-        call=denoiser.call,
-        null=denoiser.null,
-        feature_layer=None if inner is None else f"base.{inner}",
-    )
+    network.to(next(iter(denoiser.network.state_dict().values())).device)
+    return denoiser.with_network(network, None if inner is None else f"base.{inner}")
 
 
 def new_adapters(teacher: Teacher, kind: str, hidden: int, where: str) -> GuidanceAdapters:

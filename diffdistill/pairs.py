@@ -14,32 +14,26 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .config import PairsConfig, build
-from .environment import environment
 from .errors import UserError
 from .families import load_teacher
-from .files import atomic_write
 from .guidance import guided
 from .method import Pair
 from .ode import ddim_step, heun_step, sample_ode
 from .players import Teacher
 from .rng import generator
 from .schedule import sampling_grid
+from .shards import Kind, device_for, make, open_shards, rows, start
 
-INDEX = "pairs.json"
+KIND = Kind("pairs", "pairs", "pair")
 _STEPS = {"ddim": ddim_step, "heun": heun_step}
 # What a pair depends on, and which pairs a shard holds.
 _RECIPE = ("count", "solver", "sampling_steps", "guidance_scale", "seed", "shard_size")
@@ -49,7 +43,9 @@ def fingerprint(teacher: Teacher) -> str:
     """16 hex digits that tell the content of two teachers apart: weights and scheduler."""
     scheduler = {k: v for k, v in sorted(teacher.scheduler.items()) if k != "_diffusers_version"}
     digest = hashlib.blake2b(json.dumps(scheduler, default=str).encode(), digest_size=8)
-    for name, tensor in sorted(teacher.denoiser.network.state_dict().items()):
+    weights = teacher.denoiser.network.state_dict()  # LoRA players may lie on the same network
+    own = {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
+    for name, tensor in sorted(own.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -82,37 +78,14 @@ def make_pairs(**values: Any) -> Path:
     for one.
     """
     config = build(PairsConfig, values)
-    out, device = Path(config.out), _device(config.device)
+    out, device = Path(config.out), device_for(config.device)
     teacher = load_teacher(config.teacher, null_class=config.null_class)
     teacher.denoiser.to(device)
     denoise = guided(teacher.denoiser, config.guidance_scale)
     sampling_grid(teacher.denoiser.schedule, config.sampling_steps)  # refuses too many steps now
-    index = _start(out, _settings(teacher, config), teacher.source)
-    names = [f"{k:05d}.safetensors" for k in range(-(-config.count // config.shard_size))]
-    missing = [k for k, name in enumerate(names) if not _is_whole(out / name, index["shards"].get(name))]
-    if not missing:
-        print(f"{out} is done: {config.count} pairs")
-        return out
-    ranges = [range(k * config.shard_size, min((k + 1) * config.shard_size, config.count)) for k in range(len(names))]
-    told = _progress(config.count, config.count - sum(len(ranges[k]) for k in missing))
-    for k in missing:
-        parts = []
-        for first in range(ranges[k].start, ranges[k].stop, config.batch_size):
-            indices = range(first, min(first + config.batch_size, ranges[k].stop))
-            parts.append(draw_pairs(teacher, denoise, config, indices))
-            told(len(indices))
-        data = save({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
-        atomic_write(out / names[k], data)
-        index["shards"][names[k]] = hashlib.sha256(data).hexdigest()
-        index["shards"] = dict(sorted(index["shards"].items()))
-        atomic_write(out / INDEX, json.dumps(index, indent=2) + "\n")
+    index = start(KIND, out, _settings(teacher, config), {"teacher": teacher.source})
+    make(KIND, out, index, config.batch_size, lambda indices: draw_pairs(teacher, denoise, config, indices))
     return out
-
-
-def _device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: 'cuda' was asked for and torch sees no GPU; use --device cpu or auto")
-    return torch.device("cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
 def _settings(teacher: Teacher, config: PairsConfig) -> dict[str, Any]:
@@ -124,45 +97,6 @@ def _settings(teacher: Teacher, config: PairsConfig) -> dict[str, Any]:
         "data_std": teacher.denoiser.schedule.data_std,
         **{name: options[name] for name in _RECIPE},
     }
-
-
-def _start(out: Path, settings: dict[str, Any], teacher: str) -> dict[str, Any]:
-    """The folder's index: the one that is there if it is of the same settings, else a new one."""
-    if (out / INDEX).exists():
-        index = _read_index(out)
-        for name, value in settings.items():
-            if index["settings"].get(name) != value:
-                raise UserError(
-                    f"out: {str(out)!r} holds pairs made with {name} {index['settings'].get(name)}, "
-                    f"and {value} is asked for; choose another --out"
-                )
-        return index
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out: {str(out)!r} exists and is no folder of pairs; choose another --out")
-    index = {"teacher": teacher, "settings": settings, "environment": environment(), "shards": {}}
-    try:
-        atomic_write(out / INDEX, json.dumps(index, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"out: cannot write to {str(out)!r} ({error.strerror}); choose another --out") from None
-    return index
-
-
-def _progress(total: int, done: int) -> Callable[[int], None]:
-    """n -> shows that n more are made: a bar on a terminal, else about ten lines."""
-    bar = tqdm(total=total, initial=done, unit="pair", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    started, before = time.perf_counter(), done
-
-    def told(n: int) -> None:
-        nonlocal done
-        bar.update(n)
-        done += n
-        if bar.disable and (done * 10 // total) != ((done - n) * 10 // total):
-            rate = (done - before) / (time.perf_counter() - started)
-            print(f"pair {done}/{total}  {rate:.1f}/s  {(total - done) / rate:.0f} s left", flush=True)
-        if done == total:
-            bar.close()
-
-    return told
 
 
 # -- reading them ------------------------------------------------------------------------------------------
@@ -181,28 +115,14 @@ class Pairs:
 
     def get(self, indices: Tensor) -> Pair:
         """The pairs at int64 indices (B,), in that order; IndexError for one outside 0..len-1."""
-        size, wanted = self.settings["shard_size"], indices.tolist()
-        if wanted and not 0 <= min(wanted) <= max(wanted) < len(self):
-            raise IndexError(f"indices {min(wanted)}..{max(wanted)} lie outside 0..{len(self) - 1}")
-        columns = {key: torch.stack([self.shards[i // size][key][i % size] for i in wanted]) for key in self.shards[0]}
+        columns = rows(self.shards, self.settings["shard_size"], len(self), indices)
         return Pair(columns.pop("z"), columns.pop("x0"), columns)
 
 
 def open_pairs(folder: str | Path) -> Pairs:
     """A folder made by `make_pairs`; every shard's checksum is verified. UserError if it is not finished or damaged."""
     folder = Path(folder)
-    index = _read_index(folder)
-    settings, sums = index["settings"], index["shards"]
-    count = -(-settings["count"] // settings["shard_size"])
-    if len(sums) < count:
-        raise UserError(
-            f"pairs: {str(folder)!r} is not finished, {len(sums)} of {count} shards are there; "
-            "run its `diffdistill pairs` command again"
-        )
-    for name, checksum in sums.items():
-        if not _is_whole(folder / name, checksum):
-            raise UserError(f"pairs: {folder / name} is missing or damaged; run its `diffdistill pairs` command again")
-    return Pairs(folder, settings, [_mapped(folder / name) for name in sums])
+    return Pairs(folder, *open_shards(KIND, folder))
 
 
 def check_pairs(teacher: Teacher, pairs: Pairs) -> None:
@@ -219,35 +139,3 @@ def check_pairs(teacher: Teacher, pairs: Pairs) -> None:
             f"pairs: {str(pairs.folder)!r} was made with another teacher (fingerprint {made['fingerprint']}, "
             f"{made['num_classes']} classes; this one has {found}, {teacher.num_classes}); make pairs of this one"
         )
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"pairs: {str(folder)!r} has no {INDEX}; make it with `diffdistill pairs`") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"pairs: {folder / INDEX} is not readable JSON ({error})") from None
-    settings = index.get("settings") if isinstance(index, dict) else None
-    whole = isinstance(settings, dict) and {"count", "shard_size", "shape", "fingerprint"} <= set(settings)
-    if not whole or not isinstance(index.get("shards"), dict):
-        raise UserError(f"pairs: {folder / INDEX} is no index of pairs; make the folder anew with `diffdistill pairs`")
-    return index
-
-
-def _is_whole(path: Path, checksum: str | None) -> bool:
-    if checksum is None or not path.is_file():
-        return False
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest() == checksum
-
-
-def _mapped(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"pairs: {path} is not a whole safetensors file ({error})") from None

@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 
-from .adapters import plain_network
 from .checkpoint import checkpoints, load_checkpoint, load_into
 from .config import FitConfig, MethodInfo, TrainConfig, build, coerce, describe_method, nearest, run_options, split
 from .data import Data, batch_indices, open_data
+from .denoiser import Denoiser
+from .encode import Encoded, check_encoded, decoder, encode, open_encoded
 from .environment import environment
 from .errors import UserError
-from .families import load_teacher
+from .families import FAMILIES, family_of, load_teacher, local_folder
 from .files import atomic_write
+from .lora import LoraSettings, checkpoint_activations
 from .method import Batch, Method, Pair
 from .pairs import Pairs, check_pairs, open_pairs
-from .pipelines.export import model_card, save_pipeline, student_scheduler
+from .pipelines.export import model_card, save_pipeline, student_call, student_scheduler
 from .players import FewStepSampler, Teacher
 from .rng import generator, image_generators, seed_for
 from .trainer import Accelerator, Trainer, accelerator_for
@@ -65,8 +67,9 @@ def batches(
     """step -> Batch: a function of (seed, step, rank) alone. Without data, conditions are drawn uniformly."""
     rank, world = accelerator.process_index, accelerator.num_processes
     device, size = accelerator.device, config.batch_size
-    if data is not None:
-        batch_indices(len(data), size, 0, seed=config.seed, rank=rank, world_size=world)  # refuses now, not later
+    known = data if data is not None else teacher.conditions
+    if isinstance(known, Data | Encoded):
+        batch_indices(len(known), size, 0, seed=config.seed, rank=rank, world_size=world)  # refuses now, not later
 
     def pair_at(step: int) -> Pair | None:
         if pairs is None:
@@ -78,6 +81,12 @@ def batches(
 
     def batch(step: int) -> Batch:
         key = (config.seed, step, rank)
+        if isinstance(teacher.conditions, Encoded):
+            encoded = teacher.conditions
+            order = batch_indices(len(encoded), size, step, seed=config.seed, rank=rank, world_size=world)
+            x0, cond = encoded.get(order)
+            cond = {name: value.to(device) for name, value in cond.items()}
+            return Batch(size, teacher.shape, cond, None if x0 is None else x0.to(device), device, key, pair_at(step))
         if data is None:
             cond = teacher.random_cond(size, generator(device, *key, "condition"))
             return Batch(size, teacher.shape, cond, None, device, key, pair_at(step))
@@ -116,14 +125,20 @@ def grid_writer(out: Path, sampler_now: Callable[[], FewStepSampler], teacher: T
     from .eval.report import image_grid, save_png
 
     columns = min(teacher.num_classes or 8, 10)
-    count = 8 * columns
+    encoded = teacher.conditions
+    latent = FAMILIES[teacher.family].autoencoder is not None
+    count = 8 if latent else 8 * columns  # large images, and a decoder
+    decode = decoder(teacher)
 
     def write(step: int) -> None:
         sampler = sampler_now()
         device = next(sampler.denoiser.parameters()).device
         cond = {} if teacher.num_classes is None else {"class_labels": torch.arange(count, device=device) % columns}
-        images = sampler(teacher.shape, cond, image_generators(0, range(count)))
-        save_png(image_grid(images.float(), columns, scale=4), out / "samples" / f"step-{step:08d}.png")
+        if isinstance(encoded, Encoded):
+            cond = {k: v.to(device) for k, v in encoded.get(torch.arange(count) % len(encoded))[1].items()}
+        images = decode(sampler(teacher.shape, cond, image_generators(0, range(count)))).float().clamp(-1, 1)
+        picture = image_grid(images, columns, scale=max(1, 32 // images.shape[-1]))
+        save_png(picture, out / "samples" / f"step-{step:08d}.png")
 
     return write
 
@@ -162,11 +177,54 @@ def make_game(values: dict[str, Any]) -> Game:
     shared, own = split(values, TrainConfig, info.config)
     config, method_config = build(TrainConfig, shared), build(info.config, own)
     module = info.load()
-    teacher = load_teacher(config.teacher, null_class=config.null_class)
+    teacher = _teacher(config)
     # The method's own Config has the same fields; the one read from source served only to parse options.
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     method = module.METHOD(teacher, module.Config(**dataclasses.asdict(method_config)))
+    for role in sorted(teacher.lora.keys() - teacher.cast):
+        told = role.replace("_", " ")
+        raise UserError(f"{role}: {info.name} has no {told} that can be an adapter on the teacher; leave it at full")
+    if config.gradient_checkpointing:
+        parts = [part for player in method.players.values() for part in player.modules()]
+        for network in {part.network for part in parts if isinstance(part, Denoiser)}:
+            checkpoint_activations(network)
     return Game(config, info, method_config, teacher, method)
+
+
+def _teacher(config: TrainConfig) -> Teacher:
+    """The teacher with its encoded prompts, and what it is told of LoRA players."""
+    folder = local_folder(config.teacher)
+    family, _ = family_of(folder)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.teacher_dtype]
+    size = {"resolution": config.resolution, "frames": config.frames}
+    encoded = None
+    if family.autoencoder is not None:
+        encoded = _encoded(config) if config.prompts is not None or family.conditions == "text" else None
+    elif config.prompts is not None or config.resolution is not None:
+        given = "prompts" if config.prompts is not None else "resolution"
+        raise UserError(f"{given}: {config.teacher!r} is a model of pixels, which has none to choose; leave it out")
+    teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, conditions=encoded, **size)
+    if encoded is not None:
+        check_encoded(encoded, folder, family, teacher.shape)
+    targets = family.lora_targets
+    if config.adapter_targets is not None:
+        named = [name.strip() for name in config.adapter_targets.split(",")]
+        targets = None if named == ["all"] else tuple(named)
+    settings = LoraSettings(config.adapter_rank, config.adapter_alpha, targets)
+    lora = {role: settings for role in ("student", "fake_score") if getattr(config, role) == "lora"}
+    return dataclasses.replace(teacher, lora=lora)
+
+
+def _encoded(config: TrainConfig) -> Encoded:
+    """The folder of `prompts`, which is made first in the run folder if it names a file of prompts."""
+    if config.prompts is None:
+        made = f"`diffdistill encode --teacher {config.teacher}`"
+        raise UserError(f"prompts: {config.teacher!r} needs them; give a .txt, or a folder made by {made}")
+    if Path(config.prompts).is_dir():
+        return open_encoded(config.prompts)
+    options = {"teacher": config.teacher, "prompts": config.prompts, "device": config.device}
+    size = {"resolution": config.resolution, "frames": config.frames}
+    return open_encoded(encode(**options, **size, out=Path(config.out) / "encoded"))
 
 
 def distill(*, preset: str | None = None, resume: str | Path | None = None, **values: Any) -> Path:
@@ -226,6 +284,16 @@ def resumed_options(run: Path, values: dict[str, Any]) -> dict[str, Any]:
 def _data_for(game: Game) -> Data | None:
     if not game.method.needs_data:
         return None
+    encoded = game.teacher.conditions
+    if isinstance(encoded, Encoded):
+        if not encoded.has_images:
+            raise UserError(
+                f"prompts: {game.info.name} with these options needs images too; give a folder made by "
+                "`diffdistill encode --data` from images with captions"
+            )
+        return None
+    if FAMILIES[game.teacher.family].autoencoder is not None:
+        raise UserError(f"prompts: {game.info.name} needs images; give a folder made by `diffdistill encode --data`")
     if game.config.data is None:
         raise UserError(f"data: {game.info.name} with these options needs real images; give --data ({game.info.data})")
     channels, size = game.teacher.shape[0], game.teacher.shape[1]
@@ -266,8 +334,10 @@ def _export(game: Game, folder: Path, step: int) -> Path:
         "environment": environment(),
     }
     card = model_card(game.info, game.options(), game.teacher, sampler, step)
-    network = plain_network(sampler.denoiser.network)
-    return save_pipeline(folder, game.teacher.family, network, scheduler, metadata, card)
+    if FAMILIES[game.teacher.family].autoencoder is not None:
+        metadata["call"] = student_call(game.teacher, len(sampler.levels))
+    network = sampler.denoiser.network
+    return save_pipeline(folder, game.teacher.family, network, scheduler, metadata, card, game.teacher.source)
 
 
 def load_run(run: str | Path, step: int | None = None) -> tuple[Game, int]:

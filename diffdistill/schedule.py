@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -143,7 +143,9 @@ class LinearFlow:
     """Flow matching: alpha = 1 - sigma, level sigma in [0, 1], network time `time_scale * sigma`.
 
     `shift` moves the sampling grid and the native-uniform times, sigma' = shift sigma / (1 + (shift - 1) sigma)
-    (Esser et al. 2024, arXiv:2403.03206, section 5.3.2), never the meaning of a time.
+    (Esser et al. 2024, arXiv:2403.03206, section 5.3.2), never the meaning of a time. `grid`: whether the pipeline
+    lets its scheduler take its "own" row of levels or hands it the "given" one, 1, .., 1/n. `starts_at_one`: the
+    pipeline's scheduler takes any time; otherwise (pixels) only whole ones below `train_timesteps`.
     """
 
     shift: float = 1.0
@@ -151,6 +153,8 @@ class LinearFlow:
     time_scale: float = 1000.0
     train_timesteps: int = 1000
     t_min: float = 0.0
+    grid: Literal["own", "given"] = "own"
+    starts_at_one: bool = False
 
     @property
     def t_max(self) -> float:
@@ -173,14 +177,20 @@ class LinearFlow:
 
     def levels(self, steps: int) -> Tensor:
         """FlowMatchEulerDiscreteScheduler's: uniform between the end points of the shifted range, then shifted."""
+        if self.grid == "given":
+            return self.trailing(steps)
         # The scheduler takes both ends from its already shifted training table, and shifts once more.
         ends = self._shifted(torch.tensor([1.0, 1.0 / self.train_timesteps], dtype=torch.float64))
         sigma = torch.linspace(float(ends[0]), float(ends[1]), _positive_steps(steps), dtype=torch.float64)
         return self._shifted(sigma)
 
+    def trailing(self, steps: int) -> Tensor:
+        """1, .., 1/n shifted: what is left after k of n steps is a whole step."""
+        return self._shifted(torch.arange(_positive_steps(steps), 0, -1, dtype=torch.float64) / steps)
+
     @property
     def init_level(self) -> float:
-        return 1 - 1 / self.train_timesteps
+        return 1.0 if self.starts_at_one else 1 - 1 / self.train_timesteps
 
     def init_scale(self, t: float) -> float:
         return 1 / float(self.native(_f64(t)).scale)
@@ -274,11 +284,13 @@ def student_levels(schedule: Schedule, steps: int) -> Tensor:
     """(steps,) descending levels that divide the way to clean data, each one a student's starting point.
 
     The stock grids of EDM and flow matching end at their least noise; a few-step student would waste a pass
-    there, so theirs are those of one more step without the last. None is noisier than where a stock scheduler
-    can start.
+    there, so EDM's are those of one more step without the last, and a flow's are the trailing ones. None is noisier
+    than where a stock scheduler can start.
     """
-    ends_clean = isinstance(schedule, EDM | LinearFlow)
-    levels = schedule.levels(steps + 1)[:-1] if ends_clean else schedule.levels(steps)
+    if isinstance(schedule, LinearFlow):
+        levels = schedule.trailing(steps)
+    else:
+        levels = schedule.levels(steps + 1)[:-1] if isinstance(schedule, EDM) else schedule.levels(steps)
     return levels.clamp(max=schedule.init_level)
 
 

@@ -20,7 +20,17 @@ from diffdistill.data import Data, open_data
 from diffdistill.denoiser import Cond
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
-from diffdistill.families import METADATA, is_student, load_student, load_teacher, read_metadata
+from diffdistill.families import (
+    METADATA,
+    Family,
+    family_of,
+    is_student,
+    load_pipeline,
+    load_student,
+    load_teacher,
+    local_folder,
+    read_metadata,
+)
 from diffdistill.guidance import guided
 from diffdistill.ode import ddim_step, sample_ode
 from diffdistill.players import Teacher
@@ -230,7 +240,8 @@ def _add_to_card(card: Path, section: str) -> None:
 
 def sample_picture(
     folder: str,
-    count: int,
+    prompts: Sequence[str] | None,
+    count: int | None,
     classes: Sequence[int] | None,
     steps: int | None,
     guidance_scale: float | None,
@@ -239,6 +250,12 @@ def sample_picture(
 ) -> Path:
     """`diffdistill sample`: images of a student's or a teacher's folder as one PNG."""
     model = model_folder(folder)
+    family, _ = family_of(local_folder(str(model)))
+    if family.autoencoder is not None:
+        return stock_picture(model, family, prompts, count or 4, classes, steps, guidance_scale, seed, out)
+    if prompts:
+        raise UserError(f"prompt: {folder!r} takes no prompts; use --classes")
+    count = count or 64
     draw: Draw
     if is_student(model):
         for name, value in (("steps", steps), ("guidance_scale", guidance_scale)):
@@ -254,6 +271,36 @@ def sample_picture(
     drawn = draw_all(draw, labels, count, seed)
     columns = min(teacher.num_classes or 8, 10)
     return save_png(image_grid(drawn.images, columns, scale=max(1, 64 // teacher.shape[-1])), Path(out))
+
+
+@torch.no_grad()
+def stock_picture(
+    model: Path, family: Family, prompts: Sequence[str] | None, count: int, classes: Sequence[int] | None,
+    steps: int | None, guidance_scale: float | None, seed: int, out: str,
+) -> Path:  # fmt: skip
+    """Images of a latent model by its own stock pipeline, as anybody would draw them; guidance is in its own units."""
+    text = family.conditions == "text"
+    if text != bool(prompts) or (text and classes):
+        raise UserError(f"prompt: {str(model)!r} takes {'a prompt; give --prompt' if text else 'none; use --classes'}")
+    meta = read_metadata(model)
+    call = dict(meta.get("call") or family.arguments(steps or 20))
+    if is_student(model) and steps is not None:
+        raise UserError(f"steps: {steps} was given, and a student's own are part of it")
+    if guidance_scale is not None:
+        call["true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"] = guidance_scale
+    pipeline = load_pipeline(local_folder(str(model)), device=device())
+    images = []
+    for i, generator in enumerate(image_generators(seed, range(count))):
+        what = (
+            {"prompt": (prompts or [""])[i % len(prompts or [""])]}
+            if text
+            else {"class_labels": [(classes or range(10))[i % len(classes or range(10))]]}
+        )
+        got = pipeline(**what, **call, generator=generator, output_type="pt" if text else "np")
+        picture = torch.as_tensor(got.frames if hasattr(got, "frames") else got.images).float()
+        picture = picture[:, 0] if picture.ndim == 5 else picture  # a video's first frame
+        images.append(2 * (picture if text else picture.permute(0, 3, 1, 2)) - 1)
+    return save_png(image_grid(torch.cat(images), min(count, 4)), Path(out))
 
 
 def _labels(teacher: Teacher, count: int, classes: Sequence[int] | None) -> Tensor | None:

@@ -168,7 +168,7 @@ class Consistency:
             raise UserError(f"guidance_scale: {c.guidance_scale} guides the teacher's step, and this mode has none")
         self.schedule = teacher.denoiser.schedule
         self.teacher = guided(frozen(teacher.denoiser), c.guidance_scale)
-        self.student = student or teacher.player()
+        self.student = student or teacher.player("student")
         self.players: dict[str, nn.Module] = {"student": self.student}
         self.state: dict[str, nn.Module] = {}
         self.target = self.student

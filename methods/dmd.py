@@ -156,8 +156,8 @@ class DMD:
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
         self.schedule = teacher.denoiser.schedule
         # Dropout is off for all networks (appendix B).
-        self.student = (student or teacher.player()).eval()
-        self.fake_score = (fake_score or teacher.player()).eval()
+        self.student = (student or teacher.player("student")).eval()
+        self.fake_score = (fake_score or teacher.player("fake_score")).eval()
         self.needs_data, self.needs_pairs = False, config.regression_weight > 0
         self.distance = None
         if self.needs_pairs:

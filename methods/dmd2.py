@@ -147,8 +147,8 @@ class DMD2:
         self.config = config
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
         # Without dropout, as the authors: in one of the two networks it would be noise in their difference.
-        self.student = (student or teacher.player()).eval()
-        self.fake_score = (fake_score or teacher.player()).eval()
+        self.student = (student or teacher.player("student")).eval()
+        self.fake_score = (fake_score or teacher.player("fake_score")).eval()
         self.schedule = teacher.denoiser.schedule
         self.needs_data, self.needs_pairs = config.gan_weight > 0, False
         critic = nn.ModuleDict({"denoiser": self.fake_score})

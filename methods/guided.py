@@ -141,7 +141,7 @@ class GuidedDistillation:
             self.whole = c.guidance_steps + self.halving.whole
         self.takes_scale = c.guidance_min < c.guidance_max
         if student is None:
-            student = teacher.player()
+            student = teacher.player("student")
             student = guidance_input(student, default=scale) if self.takes_scale else student
         self.student = student.eval()  # no dropout
         self.previous = frozen(copy.deepcopy(student)) if halves else student

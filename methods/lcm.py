@@ -167,7 +167,8 @@ class LCM:
         c = self.config
         if c.lora_rank:
             return lora(teacher.start or teacher.denoiser, c.lora_rank, c.lora_alpha)
-        return guidance_input(teacher.player(), default=scale) if self.takes_scale else teacher.player()
+        student = teacher.player("student")
+        return guidance_input(student, default=scale) if self.takes_scale else student
 
     def optimizer(self, player: str) -> Optimizer:
         return Optimizer(self.config.student_lr, (self.config.beta1, 0.999), self.config.weight_decay)

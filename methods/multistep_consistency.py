@@ -143,7 +143,7 @@ class MultistepConsistency:
         self.schedule = teacher.denoiser.schedule
         guided(teacher.denoiser, config.guidance_scale)  # a teacher without a null condition is refused
         self.teacher = frozen(teacher.denoiser)
-        self.student = student or teacher.player()
+        self.student = student or teacher.player("student")
         self.distance = distance(config.distance, teacher.shape, self.schedule.data_std, config.huber_c)
         self.players: dict[str, nn.Module] = {"student": self.student}
         self.state: dict[str, nn.Module] = {}

@@ -31,7 +31,7 @@ from diffdistill.guidance import guided
 from diffdistill.halving import Halving, two_step_target, weighted_x0_loss
 from diffdistill.method import Batch, Optimizer, Turn
 from diffdistill.ode import ddim_step
-from diffdistill.players import FewStepSampler, Teacher, frozen
+from diffdistill.players import FewStepSampler, Teacher, frozen, trainable_copy
 from diffdistill.prediction import ROWS, diffuse
 from diffdistill.schedule import DiscreteVP, sampling_grid, student_grid, student_levels
 from diffdistill.verify import Check, differs, equal, gradient
@@ -130,8 +130,8 @@ class Progressive:
         self.schedule = teacher.denoiser.schedule
         self.first = guided(frozen(teacher.denoiser), config.guidance_scale)
         self.whole = self.halving.whole
-        self.student = (student or teacher.player()).eval()  # no dropout, as in the authors' configuration
-        self.stage = Stage(teacher.player())
+        self.student = (student or teacher.player("student")).eval()  # no dropout, as in the authors' configuration
+        self.stage = Stage(frozen(trainable_copy(self.student)))
         self.grid = student_grid(self.schedule, config.start_steps)
         self.players: dict[str, nn.Module] = {"student": self.student}
         self.state: dict[str, nn.Module] = {"stage": self.stage}

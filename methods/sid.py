@@ -159,8 +159,8 @@ class SiD:
         check_range(config.time_low, config.time_high)
         self.config = config
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
-        self.student = student or teacher.player()
-        self.fake_score = fake_score or teacher.player()
+        self.student = student or teacher.player("student")
+        self.fake_score = fake_score or teacher.player("fake_score")
         self.evaluated = guided(self.fake_score, config.fake_score_guidance)
         self.trained = guided(self.fake_score, config.fake_score_training_guidance)
         self.schedule = teacher.denoiser.schedule

@@ -120,8 +120,8 @@ class SIM:
         check_range(config.time_low, config.time_high)
         self.config = config
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
-        self.student = student or teacher.player()
-        self.fake_score = fake_score or teacher.player()
+        self.student = student or teacher.player("student")
+        self.fake_score = fake_score or teacher.player("fake_score")
         self.schedule = teacher.denoiser.schedule
         self.needs_data, self.needs_pairs = False, False
         self.players: dict[str, nn.Module] = {"student": self.student, "fake_score": self.fake_score}

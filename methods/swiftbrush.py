@@ -114,7 +114,7 @@ class SwiftBrush:
         self.config = config
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
         # Without dropout: in one of the two teachers it would be noise in their difference.
-        self.student = (student or teacher.player()).eval()
+        self.student = (student or teacher.player("student")).eval()
         targets = None if config.lora_targets is None else [name.strip() for name in config.lora_targets.split(",")]
         start = teacher.start or teacher.denoiser
         self.lora_teacher = (lora_teacher or lora(start, config.lora_rank, config.lora_alpha, targets)).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from torch import nn
 
 from diffdistill import adapter_networks
 from diffdistill.adapter_networks import AdaptedNetwork
+from diffdistill.adapters import plain_network
 from diffdistill.config import MethodInfo
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES, METADATA
+from diffdistill.families import FAMILIES, METADATA, Family, local_folder
 from diffdistill.files import atomic_folder
 from diffdistill.guidance_adapters import write_adapters
+from diffdistill.lora import LoraNetwork, lora_weights
 from diffdistill.players import FewStepSampler, Teacher
 from diffdistill.schedule import EDM, DiscreteVP, LinearFlow, lcm_indices
 
@@ -46,6 +49,8 @@ def student_scheduler(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMix
     if isinstance(schedule, LinearFlow) and isinstance(sampler.denoiser.network, AdaptedNetwork):
         # Its own pipeline can drive the scheduler of flow matching, which takes any number of steps.
         return diffusers.FlowMatchEulerDiscreteScheduler(schedule.train_timesteps, schedule.shift)
+    if isinstance(schedule, LinearFlow) and schedule.starts_at_one:
+        return _latent_flow_scheduler(schedule, sampler)
     if len(sampler.levels) > 1:
         return _several_steps(teacher, sampler)
     if isinstance(schedule, DiscreteVP):
@@ -105,6 +110,28 @@ def _several_steps(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
     )
 
 
+def _latent_flow_scheduler(schedule: LinearFlow, sampler: FewStepSampler) -> SchedulerMixin:
+    """Flow matching's own scheduler with the sampler's levels, the trailing ones."""
+    steps, own = len(sampler.levels), torch.tensor(sampler.levels, dtype=torch.float64)
+    if not torch.allclose(schedule.trailing(steps), own):
+        told = ", ".join(f"{level:g}" for level in sampler.levels)
+        raise UserError(f"export: this pipeline's scheduler cannot start {steps} steps at {told}; leave the levels out")
+    kind = diffusers.FlowMatchEulerDiscreteScheduler
+    if sampler.renoise and steps > 1:
+        kind = diffusers.FlowMatchLCMScheduler
+    shift, terminal = schedule.shift, None
+    if schedule.grid == "own" and steps > 1:
+        # It shifts the row from 1 to its own least sigma and stretches that to end at `shift_terminal`. Both rows are
+        # Moebius functions of k; they are the same one for the shift q/(q - 1), q = shift n d/(shift - 1), where d is
+        # what one step takes off before the shift. d depends weakly on the new shift.
+        terminal, shift = float(own[-1]), 1.0
+        for _ in range(100 if schedule.shift != 1 else 0):
+            least = shift / (schedule.train_timesteps + shift - 1)
+            q = schedule.shift * steps * (1 - least) / (steps - 1) / (schedule.shift - 1)
+            shift = q / (q - 1)
+    return kind(schedule.train_timesteps, shift, shift_terminal=terminal)
+
+
 def _flow_scheduler(shift: float, timesteps: int) -> SchedulerMixin:
     """Euler steps of flow matching, in the one stock scheduler that pixel pipelines can drive."""
     return diffusers.DPMSolverMultistepScheduler(
@@ -153,16 +180,45 @@ def save_pipeline(
     scheduler: SchedulerMixin,
     metadata: dict[str, Any],
     card: str,
+    source: str | None = None,
 ) -> Path:
-    """Write a diffusers folder with its model card, whole or not at all."""
+    """Write a diffusers folder with its model card, whole or not at all.
+
+    A latent family's other parts are those of the pipeline `source`. A LoRA student is saved merged, and its adapter
+    beside it where the stock pipeline has `load_lora_weights`.
+    """
+    entry = FAMILIES[family]
     with atomic_folder(folder, METADATA) as partial:
-        plain = network.base if isinstance(network, AdaptedNetwork) else network
-        FAMILIES[family].pipeline(plain, scheduler).save_pretrained(partial, safe_serialization=True)
+        plain = network.base if isinstance(network, AdaptedNetwork) else plain_network(network)
+        if entry.autoencoder is None:
+            parts = {entry.component: plain, "scheduler": scheduler}
+            getattr(diffusers, entry.pipelines[0])(**parts).save_pretrained(partial, safe_serialization=True)
+        else:
+            _copy_parts(local_folder(str(source)), partial, entry, plain, scheduler)
         if isinstance(network, AdaptedNetwork):
             _add_adapters(partial, network, len(metadata["levels"]))
+        if isinstance(network, LoraNetwork) and entry.loads_lora:
+            layers = {f"{entry.component}_lora_layers": lora_weights(network)}
+            getattr(diffusers, entry.pipelines[0]).save_lora_weights(partial / "lora", **layers)
         (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def _copy_parts(source: Path, folder: Path, entry: Family, network: Any, scheduler: SchedulerMixin) -> None:
+    """The source's pipeline with another network and scheduler; its other parts are copied, not loaded."""
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    for name, part in index.items():
+        if isinstance(part, list) and part[0] is not None and name not in (entry.component, "scheduler"):
+            if not (source / name).is_dir():
+                raise UserError(f"teacher: {source} has no {name}/, which its pipeline needs; give the whole pipeline")
+            pickled = shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack")
+            shutil.copytree(source / name, folder / name, ignore=pickled)
+    index["_class_name"] = entry.pipelines[0]
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    network.save_pretrained(folder / entry.component, safe_serialization=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _add_adapters(folder: Path, network: AdaptedNetwork, steps: int) -> None:
@@ -179,17 +235,40 @@ def _add_adapters(folder: Path, network: AdaptedNetwork, steps: int) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def student_call(teacher: Teacher, steps: int) -> dict[str, Any]:
+    """What the stock pipeline must be told besides the prompt to make the student's images."""
+    entry = FAMILIES[teacher.family]
+    return entry.arguments(steps) | teacher.size
+
+
 def model_card(info: MethodInfo, options: dict[str, Any], teacher: Teacher, sampler: FewStepSampler, step: int) -> str:
     """README.md of a student: teacher, method, settings, and the lines that load it."""
     settings = "\n".join(f"| {name} | {value} |" for name, value in options.items())
     levels = ", ".join(f"{level:g}" for level in sampler.levels)
     steps = len(sampler.levels)
-    given = [] if teacher.num_classes is None else ["batch_size=4", "class_labels=[0, 1, 2, 3]"]
-    call = ", ".join(given + ([f"num_inference_steps={steps}"] if steps > 1 else []))
+    entry = FAMILIES[teacher.family] if teacher.family in FAMILIES else FAMILIES["unet2d"]
+    if entry.autoencoder is None:
+        given = [] if teacher.num_classes is None else ["batch_size=4", "class_labels=[0, 1, 2, 3]"]
+        call = ", ".join(given + ([f"num_inference_steps={steps}"] if steps > 1 else []))
+    else:
+        given = ['"a prompt"'] if entry.conditions == "text" else ["class_labels=[0, 1, 2, 3]"]
+        call = ", ".join(given + [f"{name}={value!r}" for name, value in student_call(teacher, steps).items()])
     network, source = sampler.denoiser.network, '"FOLDER"'
     if isinstance(network, AdaptedNetwork):
         call += f", guidance_scale={float(network.guidance_scale):g}"
         source += ", trust_remote_code=True"  # the folder's own adapted_pipeline.py
+    lora = ""
+    if isinstance(network, LoraNetwork) and entry.loads_lora:
+        scheduler = type(student_scheduler(teacher, sampler)).__name__
+        lora = f"""
+The student's weights are its teacher's and a LoRA, which is in `lora/` alone. On the teacher's pipeline:
+
+```python
+pipeline.load_lora_weights("FOLDER/lora")
+pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
+images = pipeline({call}).{"frames" if "num_frames" in call else "images"}
+```
+"""
     return f"""---
 library_name: diffusers
 tags: [diffusion, distillation, diffdistill, {info.name}]
@@ -202,9 +281,9 @@ Distilled with diffdistill by {info.name} ({info.paper}), {step} steps.
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained({source})
-images = pipeline({call}).images
+images = pipeline({call}).{"frames" if "num_frames" in call else "images"}
 ```
-
+{lora}
 The call makes {steps} step{"s" if steps > 1 else ""}, with the student's own scheduler in `scheduler/`; the levels
 (timestep or sigma) are {levels}. diffdistill need not be installed. Image i of `diffdistill sample --seed S` is
 that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.

@@ -13,7 +13,7 @@ from diffdistill.adapters import GuidanceEmbedding, guidance_input, lora, plain_
 from diffdistill.analytic import gaussian_teacher
 from diffdistill.denoiser import Denoiser
 from diffdistill.guidance import guide
-from diffdistill.players import MovingAverage, Teacher, frozen
+from diffdistill.players import MovingAverage, Teacher, frozen, trainable_copy
 
 X = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 T = torch.linspace(0.1, 1.5, 5, dtype=torch.float64)
@@ -39,23 +39,25 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_lora_starts_as_the_base_and_trains_only_its_own_weights(teacher: Teacher) -> None:
-    player = lora(teacher.denoiser, 3)
-    assert type(player.network) is type(teacher.denoiser.network)
+    layers = sum(isinstance(m, nn.Linear | nn.Conv2d) for m in teacher.denoiser.network.modules())
+    before = {name: p.detach().clone() for name, p in teacher.denoiser.network.named_parameters()}
+    given = teacher.denoiser(X, T, COND).y
+    player = lora(teacher.denoiser, 3).train()
     assert player.training
     trained = {name for name, p in player.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
-    adapted = [m for m in teacher.denoiser.network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    assert len(trained) == 2 * len(adapted)
+    assert len(trained) == len(list(player.parameters())) == 2 * layers
     assert torch.equal(player.eval()(X, T, COND).y, teacher.denoiser(X, T, COND).y)
-    before = {name: p.detach().clone() for name, p in player.named_parameters() if not p.requires_grad}
     player.train()
     optimizer = torch.optim.AdamW([p for p in player.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):  # A has a gradient only once B is not zero
         optimizer.zero_grad()
         player(X, T, COND).y.square().mean().backward()
         optimizer.step()
-    assert all(torch.equal(p, before[name]) for name, p in player.named_parameters() if name in before)
+    base = {name.replace(".base_layer", ""): p for name, p in teacher.denoiser.network.named_parameters()}
+    assert all(torch.equal(p, base[name]) for name, p in before.items())
+    assert torch.equal(teacher.denoiser(X, T, COND).y, given)
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in player.parameters() if p.requires_grad)
     assert relative(player.eval()(X, T, COND).y, teacher.denoiser(X, T, COND).y) > 1e-3
 
@@ -77,15 +79,15 @@ def test_lora_is_a_function_of_the_seed_and_survives_copies_and_state_dicts(teac
 def test_lora_scale_is_alpha_over_rank(teacher: Teacher) -> None:
     base = teacher.denoiser.network.conv_in.weight
     player = shaken(lora(teacher.denoiser, 2, 8.0, ["conv_in"]))
-    layer = player.network.conv_in
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    matrices = player.network.matrices
+    a, b = matrices["conv_in|lora_A"].weight, matrices["conv_in|lora_B"].weight
     expected = base + 4 * torch.einsum("or,rikl->oikl", b[:, :, 0, 0], a)
     assert torch.allclose(plain_network(player.network).conv_in.weight, expected, atol=1e-6)
 
 
 def test_lora_targets_are_layers_by_name(teacher: Teacher) -> None:
     player = lora(teacher.denoiser, 2, targets=["conv1", "time_embedding.linear_1"])
-    adapted = {name.split(".lora_")[0] for name, p in player.network.named_parameters() if p.requires_grad}
+    adapted = {name.split("|lora_")[0].replace("|", ".") for name in player.network.matrices}
     assert "time_embedding.linear_1" in adapted
     assert all(name.endswith((".conv1", "linear_1")) for name in adapted)
 
@@ -101,7 +103,7 @@ def test_lora_adapts_a_float64_network_in_float64(teacher: Teacher) -> None:
 
 
 def test_the_scale_is_an_input_that_starts_without_effect(teacher: Teacher) -> None:
-    player = guidance_input(teacher.player(), default=2.0).eval()
+    player = guidance_input(teacher.player("student"), default=2.0).eval()
     scaled = COND | {"guidance_scale": torch.tensor([1.0, 2.0, 5.0, 9.5, 14.0], dtype=torch.float64)}
     expected = teacher.denoiser(X, T, COND).y
     assert torch.equal(player(X, T, scaled).y, expected)
@@ -117,13 +119,16 @@ def test_the_scale_is_an_input_that_starts_without_effect(teacher: Teacher) -> N
 
 
 def test_the_default_scale_is_part_of_the_state(teacher: Teacher) -> None:
-    a, b = guidance_input(teacher.player(), default=2.0), guidance_input(teacher.player(), default=7.0)
+    a, b = (
+        guidance_input(teacher.player("student"), default=2.0),
+        guidance_input(teacher.player("student"), default=7.0),
+    )
     b.load_state_dict(a.state_dict())
     assert float(b.network.class_embedding.default) == 2.0
 
 
 def test_guidance_of_a_scaled_network_keeps_the_scale_in_both_halves(teacher: Teacher) -> None:
-    player = shaken(guidance_input(teacher.player()))
+    player = shaken(guidance_input(teacher.player("student")))
     scaled = COND | {"guidance_scale": torch.full((5,), 4.0)}
     assert player.null is not None
     assert player.null(scaled)["guidance_scale"] is scaled["guidance_scale"]
@@ -154,24 +159,27 @@ def test_many_labels_keep_their_rows_in_half_precision() -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "scale", "both"])
 def test_the_plain_network_is_stock_and_computes_the_same(teacher: Teacher, kind: str) -> None:
-    player = teacher.player()
+    teacher.denoiser.double()
+    player = teacher.player("student")
     if kind != "lora":
         player = guidance_input(player, default=3.0)
     if kind != "scale":
         player = lora(player, 3)
-    shaken(player).double()  # folding is exact; in float32 the sum of two matrices rounds
+    shaken(player)  # folding is exact; in float32 the sum of two matrices rounds
     state = {name: value.clone() for name, value in player.state_dict().items()}
+    base = {name: value.clone() for name, value in teacher.denoiser.network.state_dict().items()}
     plain = plain_network(player.network)
     assert type(plain) is type(teacher.denoiser.network)
-    assert plain.state_dict().keys() == teacher.denoiser.network.state_dict().keys()
+    assert plain.state_dict().keys() == {n.replace(".base_layer", "") for n in base if ".lora_" not in n}
     assert not [name for name in vars(plain) if "peft" in name]
-    stock = copy.deepcopy(teacher.denoiser).double()
+    stock = trainable_copy(teacher.denoiser).double()
     stock.network.load_state_dict(plain.state_dict())
     x = X.double()
     got, expected = frozen(stock)(x, T, COND).y, player(x, T, COND).y
     assert relative(got, expected) < 1e-12
-    assert relative(got, teacher.denoiser(X, T, COND).y) > 1e-2
+    assert relative(got, teacher.denoiser(x, T, COND).y) > 1e-2
     assert all(torch.equal(value, state[name]) for name, value in player.state_dict().items())
+    assert all(torch.equal(value, base[name]) for name, value in teacher.denoiser.network.state_dict().items())
 
 
 def test_a_network_without_adapters_is_its_own_plain_network(teacher: Teacher) -> None:

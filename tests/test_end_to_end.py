@@ -38,7 +38,7 @@ def test_players_begin_near_the_teacher() -> None:
     x_t = (torch.cos(t)[:, None] * x0 + torch.sin(t)[:, None] * torch.randn(2000, 2, generator=draw)).float()
     error = (teacher.start(x_t, t, cond).v - teacher.denoiser(x_t, t, cond).v).square().mean().sqrt()
     assert error < 0.1
-    twin = teacher.player()
+    twin = teacher.player("student")
     assert all(p.requires_grad for p in twin.parameters())
 
 

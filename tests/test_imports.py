@@ -12,15 +12,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first. A module imports from its own layer, without a cycle, and from those above it in this list.
 LAYERS = [
-    {"errors", "version", "rng", "files", "environment"},
+    {"errors", "version", "rng", "files", "environment", "shards"},
     {"schedule", "prediction"},
-    {"denoiser", "guidance", "losses", "matching", "halving", "ode", "times", "distances", "adapter_networks"},
+    {"denoiser", "lora", "guidance", "losses", "matching", "halving", "ode", "times", "distances", "adapter_networks"},
     {"families", "players", "analytic", "method", "config", "checkpoint", "verify"}
     | {"adapters", "guidance_adapters", "chains", "data", "data_folder", "data_hub"},
     {"trainer"},
     {"methods", "pipelines"},
     {"eval"},
-    {"run", "teacher", "pairs", "end_to_end"},
+    {"run", "teacher", "pairs", "encode", "end_to_end"},
     {"cli", "eval.bench"},
     {"__init__", "__main__"},
 ]
@@ -33,7 +33,7 @@ METHODS_MAY_USE = (
 PURE_TORCH = {"schedule", "prediction", "losses", "matching", "halving", "ode", "times"}
 ONLY_IN = {
     "diffusers": {"families", "pipelines", "eval"},
-    "peft": {"players", "adapters"},
+    "peft": {"lora"},
     "accelerate": {"trainer", "checkpoint"},
     "datasets": {"data_hub"},
 }
@@ -172,7 +172,7 @@ def test_eval_is_not_imported_by_its_bare_name() -> None:
         ("schedule", "from diffdistill import __version__", True),
         ("schedule", "import numpy", True),
         ("schedule", "import math, torch.nn", False),
-        ("players", "from peft import LoraConfig", False),
+        ("lora", "from peft import LoraConfig", False),
         ("denoiser", "from peft import LoraConfig", True),
         ("trainer", "import diffusers", True),
         ("trainer", "from diffdistill.methods import dmd", True),

@@ -257,9 +257,5 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     assert all(torch.equal(a[key], b[key]) for key in a)
     if "lora_rank" in variant:
         base = load_file(tiny_teacher("vp") / file)
-        kept = load_file(parts / last / "student.safetensors")
-        frozen = {k: v for k, v in kept.items() if "lora_" not in k}
-        assert all(
-            torch.equal(v, base[k.removeprefix("network.").replace(".base_layer", "")]) for k, v in frozen.items()
-        )
+        assert all("lora_" in name for name in load_file(parts / last / "student.safetensors"))
         assert any(not torch.equal(a[k], base[k]) for k in base)

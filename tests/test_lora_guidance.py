@@ -98,10 +98,8 @@ def test_only_lora_is_trained(tiny_teacher: Teachers) -> None:
         optimizer = torch.optim.AdamW([p for p in method.student.parameters() if p.requires_grad], lr=1e-2)
         method.student_turn(batch)["loss"].backward()
         optimizer.step()
-        after = teacher.denoiser.state_dict()
+        after = {name.replace(".base_layer", ""): p for name, p in teacher.denoiser.state_dict().items()}
         assert all(torch.equal(before[name], after[name]) for name in before)
-        kept = {name.replace(".base_layer", ""): p for name, p in method.student.named_parameters()}
-        assert all(torch.equal(before[name], kept[name]) for name in before)
 
 
 def test_a_resumed_run_on_trajectories_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
@@ -118,7 +116,7 @@ def test_one_guided_call_and_one_pass_a_step(tiny_teacher: Teachers) -> None:
     method = LoRAGuidance(teacher, Config())
     seen: list[tuple[str, int]] = []
     for name, denoiser in (("student", method.student), ("teacher", method.teacher)):
-        denoiser.network.register_forward_hook(lambda m, args, out, name=name: seen.append((name, len(args[0]))))
+        denoiser.register_forward_hook(lambda m, args, out, name=name: seen.append((name, len(args[0]))))
     data = torch.randn(4, 1, 8, 8)
     batch = Batch(4, teacher.shape, {"class_labels": torch.arange(4)}, data, torch.device("cpu"), (0, 0, 0))
     method.student_turn(batch)

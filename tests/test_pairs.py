@@ -17,7 +17,7 @@ from diffdistill.cli import main
 from diffdistill.config import FitConfig, PairsConfig, TrainConfig
 from diffdistill.data import open_data
 from diffdistill.eval.evaluate import teacher_images
-from diffdistill.pairs import INDEX, check_pairs, draw_pairs, fingerprint, make_pairs, open_pairs
+from diffdistill.pairs import KIND, check_pairs, draw_pairs, fingerprint, make_pairs, open_pairs
 from diffdistill.players import FewStepSampler
 from diffdistill.rng import generator, image_generators
 from diffdistill.run import _pairs_for, batches
@@ -148,10 +148,10 @@ def test_a_damaged_shard_is_refused_and_made_again(harm: str, tiny_teacher: Teac
     [("count", 11), ("solver", "heun"), ("sampling_steps", 3), ("guidance_scale", 2.0), ("seed", 1), ("shard_size", 5)],
 )
 def test_other_settings_are_refused_by_name(name: str, value: Any, tiny_teacher: Teachers, folder: Path) -> None:
-    before = (folder / INDEX).read_bytes()
+    before = (folder / KIND.index).read_bytes()
     with pytest.raises(UserError, match=rf"holds pairs made with {name} \S+, and {value} is asked for"):
         make_pairs(**settings(tiny_teacher("vp"), folder, **{name: value}))
-    assert (folder / INDEX).read_bytes() == before
+    assert (folder / KIND.index).read_bytes() == before
 
 
 def test_another_teacher_is_refused(tiny_teacher: Teachers, folder: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_folder_that_is_none_of_ours_is_refused(tiny_teacher: Teachers, tmp_pa
         make_pairs(**settings(tiny_teacher("vp"), tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     for text in ("{", "[]", "{}", '{"settings": {}, "shards": {}}'):
-        (tmp_path / INDEX).write_text(text)
+        (tmp_path / KIND.index).write_text(text)
         with pytest.raises(UserError, match=r"is not readable JSON|is no index of pairs"):
             open_pairs(tmp_path)
 
@@ -263,7 +263,7 @@ def test_bad_input_gets_one_line(
 
 
 def test_the_index_says_how_they_were_made(tiny_teacher: Teachers, folder: Path) -> None:
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / KIND.index).read_text())
     assert index["teacher"] == str(tiny_teacher("vp"))
     assert index["settings"] | {"fingerprint": ""} == {
         "fingerprint": "",

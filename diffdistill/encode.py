@@ -1,0 +1,225 @@
+"""Prompts and images of a text-to-image teacher, encoded once: training then loads neither text encoder nor VAE.
+
+A folder holds shards of conditions and, where the data have images, latents, in safetensors; the conditions of "no
+prompt"; and an index with every setting and a fingerprint of the encoders. Row i is a function of row i of the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from .config import EncodeConfig, build
+from .data import open_data
+from .denoiser import Cond
+from .errors import UserError
+from .families import FAMILIES, Family, Prompt, family_of, load_pipeline, load_teacher, local_folder
+from .files import atomic_write
+from .players import Teacher
+from .shards import Kind, device_for, is_whole, make, mapped, open_shards, read_index, rows, start
+
+KIND = Kind("encode", "encoded prompts", "prompt")
+_NULL = "null.safetensors"
+
+
+def fingerprint(folder: Path, family: Family) -> str:
+    """16 hex digits of what encodes: configs and weights of the VAE and the text encoders, tokenizers too."""
+    assert family.autoencoder is not None
+    digest = hashlib.blake2b(digest_size=8)
+    for part in sorted({"vae", *(family.text.components if family.text else ())}):
+        for path in sorted((folder / part).glob("*")):
+            if path.suffix in (".json", ".safetensors", ".txt", ".model"):
+                digest.update(f"{part}/{path.name}".encode())
+                with open(path, "rb") as file:
+                    while block := file.read(1 << 24):
+                        digest.update(block)
+    return digest.hexdigest()
+
+
+def read_prompts(path: Path) -> list[str]:
+    """A prompt a line of .txt, or the "prompt", "caption" or "text" of .jsonl; UserError if it holds none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts: {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"prompts: {path} cannot be read ({error.strerror})") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            found.append(_of_json(path, number, line))
+        else:
+            found.append(line.strip())
+    if not found:
+        raise UserError(f"prompts: {path} holds no prompt; write one on each line")
+    return found
+
+
+def _of_json(path: Path, number: int, line: str) -> str:
+    names = ("prompt", "caption", "text")
+    try:
+        row = json.loads(line)
+        return next(row[name] for name in names if isinstance(row.get(name), str))
+    except (ValueError, AttributeError, StopIteration):
+        wanted = ", ".join(map(repr, names))
+        raise UserError(f"prompts: line {number} of {path} is no object with a text called {wanted}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A finished folder, memory-mapped: of a large one only what is read is in memory."""
+
+    folder: Path
+    settings: dict[str, Any]
+    shards: list[dict[str, Tensor]]
+    null: Cond = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.settings["count"]
+
+    @property
+    def has_images(self) -> bool:
+        return "latents" in self.shards[0]
+
+    def get(self, indices: Tensor) -> tuple[Tensor | None, Cond]:
+        """Latents (B, ...) if there are any, and conditions (B, ...), at int64 indices (B,), in that order."""
+        columns = rows(self.shards, self.settings["shard_size"], len(self), indices)
+        return columns.pop("latents", None), columns
+
+    def draw(self, n: int, generator: torch.Generator) -> Cond:
+        """Conditions of n prompts drawn uniformly, on the generator's device."""
+        picked = torch.randint(len(self), (n,), generator=generator, device=generator.device)
+        return {key: value.to(generator.device) for key, value in self.get(picked.cpu())[1].items()}
+
+
+def encode(**values: Any) -> Path:
+    """`diffdistill encode`: encode prompts, or images with captions, or what is still missing; returns the folder.
+
+    Options are those of the command, with underscores. Raises UserError for whatever cannot be used.
+    """
+    config = build(EncodeConfig, values)
+    folder, out, device = local_folder(config.teacher), Path(config.out), device_for(config.device)
+    family, _ = family_of(folder)
+    if family.autoencoder is None:
+        raise UserError(f"teacher: {config.teacher!r} works on pixels, where there is nothing to encode")
+    if (config.prompts is None) == (config.data is None):
+        raise UserError("encode: give either --prompts (a .txt, .jsonl) or --data (images with captions, or classes)")
+    if config.prompts is not None and family.text is None:
+        raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
+    teacher = load_teacher(folder, resolution=config.resolution, frames=config.frames)
+    shape, size = teacher.shape, family.pixels(folder, teacher.shape)
+    del teacher
+    images, texts = None, None
+    if config.data is not None:
+        images = open_data(config.data, resolution=size[0], channels=3)
+        if len(shape) != 3:
+            raise UserError("data: images for a video model; give --prompts")
+        needed = "captions" if family.text else "class labels"
+        first = images.get(torch.arange(1))
+        if (first.captions if family.text else first.labels) is None:
+            raise UserError(f"data: {config.data!r} has no {needed}, which {family.name} is conditioned on")
+    else:
+        texts = _prompts(str(config.prompts))
+    count = len(images) if images is not None else len(texts or ())
+    joined = "\n".join(texts or ()).encode()
+    source = images.fingerprint if images is not None else hashlib.blake2b(joined, digest_size=8).hexdigest()
+    settings = {
+        "fingerprint": fingerprint(folder, family),
+        "family": family.name,
+        "shape": list(shape),
+        "pixels": list(size),
+        "embedded_guidance": config.embedded_guidance,
+        "source": source,
+        "count": count,
+        "shard_size": config.shard_size,
+    }
+    index = start(KIND, out, settings, {"teacher": config.teacher})
+    pipeline = load_pipeline(folder, leave_out=(family.component,), device=device)
+    prompt = Prompt(size, config.embedded_guidance)
+
+    def produce(indices: range) -> dict[str, Tensor]:
+        columns: dict[str, Tensor] = {}
+        captions = None if texts is None else [texts[i] for i in indices]
+        if images is not None:
+            got = images.get(torch.tensor(indices))
+            captions = got.captions
+            columns["latents"] = family.autoencoder.encode(pipeline.vae, got.images.to(device))  # type: ignore[union-attr]
+            if family.text is None:
+                assert got.labels is not None
+                columns["class_labels"] = got.labels
+        if family.text is not None:
+            columns |= family.text.encode(pipeline, list(captions or ()), prompt)
+        return {key: value.cpu().contiguous() for key, value in columns.items()}
+
+    with torch.no_grad():
+        if not is_whole(out / _NULL, index.get("null")):
+            null = family.text.null(pipeline, prompt) if family.text else {}
+            data = save({key: value.cpu().contiguous() for key, value in null.items()})
+            atomic_write(out / _NULL, data)
+            index["null"] = hashlib.sha256(data).hexdigest()
+        make(KIND, out, index, config.batch_size, produce)
+    return out
+
+
+def _prompts(spec: str) -> list[str]:
+    path = Path(spec)
+    if path.suffix in (".txt", ".jsonl") or (path.exists() and path.is_file() and path.suffix != ".parquet"):
+        return read_prompts(path)
+    raise UserError(f"prompts: {spec!r} is of no known kind; give a .txt or .jsonl file, or --data for captions")
+
+
+def open_encoded(folder: str | Path) -> Encoded:
+    """A folder made by `encode`; every checksum is verified. UserError if it is not finished or damaged."""
+    folder = Path(folder)
+    settings, shards = open_shards(KIND, folder)
+    if not is_whole(folder / _NULL, read_index(KIND, folder).get("null")):
+        raise UserError(f"encode: {folder / _NULL} is missing or damaged; run its `diffdistill encode` command again")
+    keys = [sorted((name, tuple(v.shape[1:])) for name, v in shard.items()) for shard in shards]
+    if any(key != keys[0] for key in keys):
+        raise UserError(f"encode: the shards of {str(folder)!r} differ in columns or shapes; make the folder anew")
+    return Encoded(folder, settings, shards, mapped(KIND, folder / _NULL))
+
+
+def check_encoded(encoded: Encoded, folder: Path, family: Family, shape: Sequence[int]) -> None:
+    """UserError unless the folder was made with this teacher's encoders and size."""
+    made, found = encoded.settings, fingerprint(folder, family)
+    if (made["family"], made["fingerprint"]) != (family.name, found):
+        raise UserError(
+            f"prompts: {str(encoded.folder)!r} was made by another model ({made['family']} {made['fingerprint']}; this "
+            f"one is {family.name} {found}); encode with this one"
+        )
+    if tuple(made["shape"]) != tuple(shape):
+        raise UserError(
+            f"prompts: {str(encoded.folder)!r} was made for samples of shape {tuple(made['shape'])}; "
+            f"here they are {tuple(shape)}; give the same --resolution"
+        )
+
+
+def decoder(teacher: Teacher) -> Callable[[Tensor], Tensor]:
+    """Latents (B, ...) -> images (B, 3, H, W) in [-1, 1] by the teacher's VAE, which is loaded for the call alone."""
+    entry = FAMILIES.get(teacher.family)
+    if entry is None or entry.autoencoder is None:
+        return lambda images: images
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        assert entry is not None and entry.autoencoder is not None
+        pipeline = load_pipeline(local_folder(teacher.source), only=("vae",), device=latents.device)
+        vae = pipeline.vae
+        for saving in ("enable_slicing", "enable_tiling"):
+            if hasattr(vae, saving) and latents.shape[-1] > 64:
+                getattr(vae, saving)()
+        images = entry.autoencoder.decode(vae, latents)
+        return images[:, :, 0] if images.ndim == 5 else images
+
+    return decode

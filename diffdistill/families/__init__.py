@@ -1,0 +1,208 @@
+"""Diffusers families: how a saved pipeline becomes a teacher, and a network a pipeline again.
+
+To add a family, add a file: which pipeline classes it covers, how its network is called, its latents and prompts. A
+family is found by its file's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..guidance_adapters import load_adapters
+from ..players import Conditions, FewStepSampler, Teacher
+from ._family import Autoencoder, Config, Family, Prompt, Source, read_json, with_null
+from ._schedules import schedule_of
+from .unet2d import new_unet2d, unet2d_teacher
+
+__all__ = [
+    "FAMILIES",
+    "METADATA",
+    "Autoencoder",
+    "Family",
+    "Prompt",
+    "Source",
+    "family_of",
+    "is_student",
+    "load_pipeline",
+    "load_student",
+    "load_teacher",
+    "local_folder",
+    "new_unet2d",
+    "read_json",
+    "read_metadata",
+    "schedule_of",
+    "unet2d_teacher",
+    "with_null",
+]
+
+METADATA = "diffdistill.json"
+"""Beside model_index.json, what diffusers' configs cannot say: classes, null class, student levels."""
+
+FAMILIES: dict[str, Family] = {
+    module.name: importlib.import_module(f".{module.name}", __name__).FAMILY
+    for module in pkgutil.iter_modules(__path__)
+    if not module.name.startswith("_")
+}
+
+_EMBEDDED = {"digits": Path(__file__).parents[1] / "assets" / "digits-teacher"}
+
+
+def family_of(folder: Path) -> tuple[Family, Config]:
+    """The family of a diffusers folder and its model_index.json; UserError where none reads it."""
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    if isinstance(name, list):  # of a file in the folder, [file, class]
+        name = name[-1]
+    family = next((f for f in FAMILIES.values() if name in f.pipelines), None)
+    if family is None:
+        known = ", ".join(p for f in FAMILIES.values() for p in f.pipelines)
+        raise UserError(
+            f"teacher: pipeline class {name!r} is not supported; supported are {known}; "
+            "CONTRIBUTING.md, 'Adding a family', says how to add one"
+        )
+    return family, index
+
+
+def load_teacher(
+    path_or_hub_id: str | Path,
+    *,
+    null_class: int | None = None,
+    resolution: int | None = None,
+    frames: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    conditions: Conditions | None = None,
+) -> Teacher:
+    """A teacher from a diffusers folder, a hub id, or 'digits', the one embedded in this package.
+
+    `null_class` is the class label that the teacher learned as "no class"; a folder made by diffdistill
+    says it itself. `resolution` and `frames` choose the samples' size where the family has more than one, and
+    `conditions` are a text family's prompts, encoded. Only the network is loaded, and only safetensors are read.
+    Raises UserError for whatever cannot be used.
+    """
+    folder = local_folder(str(path_or_hub_id))
+    family, index = family_of(folder)
+    meta = read_metadata(folder)
+    if null_class is not None:
+        meta["null_class"] = null_class
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    network = _load_model(getattr(diffusers, family.network), folder / family.component, dtype)
+    source = Source(folder, index, scheduler, meta, resolution, frames, conditions)
+    teacher = replace(family.teacher(network, source), source=str(path_or_hub_id))
+    if family.conditions == "text":
+        height, width = family.pixels(folder, teacher.shape)
+        size = {"height": height, "width": width}
+        if len(teacher.shape) == 4:
+            size["num_frames"] = frames or 81
+        teacher = replace(teacher, size=size)
+    teacher.denoiser.requires_grad_(False).eval()
+    return teacher
+
+
+def load_pipeline(
+    folder: Path, *, leave_out: Sequence[str] = (), only: Sequence[str] | None = None, device: Any = "cpu"
+) -> Any:
+    """The stock pipeline of a folder, in evaluation mode, without the parts in `leave_out`, or with `only` those."""
+    family, index = family_of(folder)
+    parts = [name for name, part in index.items() if isinstance(part, list) and part[0] is not None and name[0] != "_"]
+    for name in parts:
+        if not (folder / name).is_dir() and (only is None or name in only) and name not in leave_out:
+            raise UserError(f"teacher: {folder} has no {name}/, which {family.name} needs; give the whole pipeline")
+    absent = {name: None for name in parts if name in leave_out or (only is not None and name not in only)}
+    absent.pop("scheduler", None)
+    try:
+        pipeline = getattr(diffusers, family.pipelines[0]).from_pretrained(folder, use_safetensors=True, **absent)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"teacher: the pipeline in {folder} does not load ({_first_line(error)})") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def local_folder(name: str) -> Path:
+    if name in _EMBEDDED:
+        return _EMBEDDED[name]
+    path = Path(name)
+    if path.is_dir():
+        return path
+    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.exists()
+    if not looks_like_hub_id:
+        raise UserError(f"teacher: {name!r} is not a folder; give a diffusers folder, a hub id or 'digits'")
+    from huggingface_hub import snapshot_download
+
+    # The whole pipeline but what would be unpickled and what is not loaded: a student is exported with all its parts.
+    unused = [f"*.{kind}" for kind in ("bin", "msgpack", "ckpt", "pt", "pth", "onnx*", "fp16.*", "non_ema.*")]
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["model_index.json", METADATA, "*/*"], ignore_patterns=unused)
+        )
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = _first_line(error)
+        raise UserError(f"teacher: {name!r} is no folder here, nor could it be had from the hub ({reason})") from error
+
+
+def _load_model(model: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Read a diffusers model; a missing or damaged file is named."""
+    from safetensors import SafetensorError, safe_open
+
+    config = read_json(folder / "config.json")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"teacher: {folder} has no .safetensors weights; save it with safe_serialization=True")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"teacher: {file} is not a whole safetensors file ({error})") from None
+    if config.get("_class_name") not in (None, model.__name__):
+        raise UserError(f"teacher: {folder} holds a {config['_class_name']}; {model.__name__} is expected")
+    try:
+        network = model.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"teacher: {folder} does not load as {model.__name__} ({_first_line(error)})") from error
+    absent = [name for name, p in network.named_parameters() if p.is_meta]
+    if absent:
+        raise UserError(f"teacher: {folder} does not load as {model.__name__} (it has no {absent[0]})")
+    return network
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def read_metadata(path_or_hub_id: str | Path) -> dict[str, Any]:
+    """What diffdistill wrote into the folder beside diffusers' own files; empty if it did not make it."""
+    path = local_folder(str(path_or_hub_id)) / METADATA
+    return read_json(path) if path.is_file() else {}
+
+
+def is_student(path_or_hub_id: str | Path) -> bool:
+    """Whether the folder is a student exported by diffdistill."""
+    return "levels" in read_metadata(path_or_hub_id)
+
+
+def load_student(path_or_hub_id: str | Path) -> tuple[FewStepSampler, Teacher]:
+    """A student's sampler from an exported folder, and its shape and classes as a Teacher.
+
+    Raises UserError if the folder was not exported by diffdistill.
+    """
+    meta = read_metadata(path_or_hub_id)
+    options = meta.get("options", {})
+    described = load_teacher(path_or_hub_id, resolution=options.get("resolution"), frames=options.get("frames"))
+    if "levels" not in meta:
+        raise UserError(
+            f"student: {str(path_or_hub_id)!r} has no levels in {METADATA}; it is no student of diffdistill"
+        )
+    adapters = local_folder(str(path_or_hub_id)) / "adapter"
+    if adapters.is_dir():
+        described = replace(described, denoiser=load_adapters(adapters, described.denoiser))
+    return FewStepSampler(described.denoiser, meta["levels"], renoise=meta["renoise"]), described

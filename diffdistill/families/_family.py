@@ -1,0 +1,193 @@
+"""What a family is, and what families share: autoencoders, prompts, packing, the teacher made of it all."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..denoiser import Call, Cond, Denoiser
+from ..errors import UserError
+from ..players import Conditions, Teacher
+from ..prediction import Row
+from ..schedule import Schedule
+
+Config = dict[str, Any]
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The layers that LoRA usually adapts."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"teacher: {path} is missing; a diffusers folder must have it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"teacher: {path} is not readable JSON ({error})") from None
+
+
+class Source(NamedTuple):
+    """A pipeline folder as far as it has been read, and how the user wants it."""
+
+    folder: Path
+    parts: Config  #: model_index.json
+    scheduler: Config  #: scheduler_config.json
+    meta: Config  #: diffdistill.json, or empty
+    resolution: int | None = None  #: pixels a side; None: the model's own
+    frames: int | None = None  #: of a video
+    conditions: Conditions | None = None
+
+    def config(self, component: str) -> Config:
+        """`component`/config.json."""
+        return read_json(self.folder / component / "config.json")
+
+
+class Prompt(NamedTuple):
+    """How prompts are encoded besides their text."""
+
+    resolution: tuple[int, int]  #: height and width of the image in pixels
+    guidance: float = 3.5  #: what a network with an embedded guidance scale is told
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """The autoencoder of a latent family: pixels a latent pixel, and both ways between images and latents.
+
+    `encode` maps images (B, 3, H, W) or videos (B, 3, F, H, W) in [-1, 1] to latents of the network's scale, without
+    drawing (the mean of the posterior); `decode` maps back.
+    """
+
+    factor: Callable[[Config], int]
+    encode: Callable[[Any, Tensor], Tensor]
+    decode: Callable[[Any, Tensor], Tensor]
+    channels: Callable[[Config], int] = field(default=lambda config: config["latent_channels"])
+
+
+@dataclass(frozen=True)
+class Text:
+    """How a family reads prompts, through the pipeline's own `encode_prompt`.
+
+    `encode` gives the conditions (n, ...) of n prompts by the network's names for them; those of "no prompt" come from
+    `null`. `components` are the pipeline's parts that this needs.
+    """
+
+    components: tuple[str, ...]
+    encode: Callable[[Any, list[str], Prompt], Cond]
+    null: Callable[[Any, Prompt], Cond]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One entry: how a pipeline of diffusers becomes a teacher, and a network a pipeline again."""
+
+    name: str
+    models: str  #: what people know it by
+    pipelines: tuple[str, ...]  #: `_class_name`s in model_index.json; the first is what a student is saved as
+    component: str  #: the sub-folder of the network
+    network: str  #: its class in diffusers
+    conditions: str  #: "none", "classes", "text"
+    teacher: Callable[[nn.Module, Source], Teacher]
+    lora_targets: tuple[str, ...] | None = None  #: the layers that LoRA usually adapts; None: all linear ones
+    autoencoder: Autoencoder | None = None
+    text: Text | None = None
+    arguments: Callable[[int], Config] = field(default=lambda steps: {"num_inference_steps": steps})
+    flow_grid: str = "own"  #: "given": the pipeline hands its flow scheduler 1, .., 1/n; "own": it takes its own row
+    stock_guidance: str = "u + g (c - u)"  #: for the table
+    loads_lora: bool = True  #: the stock pipeline has `load_lora_weights`
+
+    def pixels(self, folder: Path, shape: Sequence[int]) -> tuple[int, int]:
+        """Height and width of images whose samples have that shape."""
+        assert self.autoencoder is not None
+        factor = self.autoencoder.factor(read_json(folder / "vae" / "config.json"))
+        return shape[-2] * factor, shape[-1] * factor
+
+
+# -- autoencoders ------------------------------------------------------------------------------------------
+
+
+def _kl_encode(vae: Any, images: Tensor) -> Tensor:
+    z = vae.encode(images).latent_dist.mode()
+    return (z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+
+def _kl_decode(vae: Any, latents: Tensor) -> Tensor:
+    return vae.decode(latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)).sample
+
+
+KL = Autoencoder(lambda config: 2 ** (len(config["block_out_channels"]) - 1), _kl_encode, _kl_decode)
+"""AutoencoderKL."""
+
+
+# -- latents -----------------------------------------------------------------------------------------------
+
+
+def pack(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h/2 w/2, 4 C), the tokens of Flux and Qwen-Image."""
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, h/2 w/2, 4 C) -> (B, C, h, w), `shape` being (C, h, w)."""
+    c, h, w = shape
+    return y.view(len(y), h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(len(y), c, h, w)
+
+
+def token_map(output: Any, x: Tensor) -> Tensor:
+    """(B, D, h', w'): a transformer block's image tokens (B, L, D) on the grid of the sample x (B, C, h, w)."""
+    tokens = output[-1] if isinstance(output, tuple) else output
+    h, w = x.shape[-2:]
+    patch = math.isqrt(max(h * w // tokens.shape[1], 1))
+    grid = (h // patch, w // patch)
+    return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
+
+
+def latent_size(family: str, factor: int, native: int, resolution: int | None, multiple: int = 1) -> int:
+    """Latent pixels a side for images of `resolution` (`native` if None); UserError where they do not fit."""
+    pixels = native if resolution is None else resolution
+    whole = factor * multiple
+    if pixels < whole or pixels % whole:
+        near = max(round(pixels / whole), 1) * whole
+        raise UserError(f"resolution: {pixels} is not a multiple of {whole}, which {family} needs; use {near}")
+    return pixels // factor
+
+
+# -- the teacher -------------------------------------------------------------------------------------------
+
+
+def with_null(denoiser: Denoiser, null: Cond) -> None:
+    """Tell a denoiser the conditions of "no prompt", (1, ...) each; others it leaves as they are."""
+
+    def nothing(cond: Cond) -> Cond:
+        given = {key: value.to(cond[key]).expand_as(cond[key]) for key, value in null.items()}
+        return cond | given
+
+    denoiser.null = nothing
+
+
+def latent_teacher(
+    family: str,
+    network: nn.Module,
+    source: Source,
+    shape: tuple[int, ...],
+    schedule: tuple[Schedule, Row],
+    call: Call,
+    *,
+    num_classes: int | None = None,
+    feature_layer: str | None = None,
+    feature_map: Callable[[Any, Tensor], Tensor] | None = None,
+    rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Teacher:
+    """The teacher of a latent family; a text family's null condition is that of its prompts."""
+    denoiser = Denoiser(
+        network, *schedule, call=call, feature_layer=feature_layer, feature_map=feature_map, rescale=rescale
+    )
+    if source.conditions is not None and source.conditions.null:
+        with_null(denoiser, source.conditions.null)
+    return Teacher(denoiser, shape, num_classes, family, "", source.scheduler, conditions=source.conditions)

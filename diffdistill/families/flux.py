@@ -1,0 +1,86 @@
+"""FluxTransformer2DModel: FLUX.1-dev, which is told its guidance, and FLUX.1-schnell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Call, Cond
+from ..players import Teacher
+from ._family import ATTENTION, KL, Family, Prompt, Source, Text, latent_size, latent_teacher, pack, token_map, unpack
+from ._flow import ADDED_ATTENTION, flow_schedule
+
+
+def _image_ids(height: int, width: int, device: torch.device) -> Tensor:
+    rows = torch.arange(height, device=device).repeat_interleave(width)
+    columns = torch.arange(width, device=device).repeat(height)
+    return torch.stack([torch.zeros_like(rows), rows, columns], 1).float()
+
+
+def _caller(told: bool) -> Call:
+    """The call of a network that is `told` its guidance, or not."""
+
+    def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        text = cond["encoder_hidden_states"]
+        output = network(
+            pack(x),
+            encoder_hidden_states=text,
+            pooled_projections=cond["pooled_projections"],
+            timestep=time / 1000,
+            img_ids=_image_ids(x.shape[2] // 2, x.shape[3] // 2, x.device),
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
+            guidance=cond["guidance"] if told else None,
+            return_dict=False,
+        )[0]
+        return unpack(output, x.shape[1:])
+
+    return call
+
+
+def _teacher(network: Any, source: Source) -> Teacher:
+    config = network.config
+    factor = KL.factor(source.config("vae"))
+    size = latent_size("flux", factor, 128 * factor, source.resolution, 2)
+    middle = (config.num_layers + config.num_single_layers) // 2
+    single = middle - config.num_layers
+    return latent_teacher(
+        "flux",
+        network,
+        source,
+        (config.in_channels // 4, size, size),
+        flow_schedule(source.scheduler, "given", (size // 2) ** 2),
+        _caller(config.guidance_embeds),
+        feature_layer=f"transformer_blocks.{middle}" if single < 0 else f"single_transformer_blocks.{single}",
+        feature_map=token_map,
+    )
+
+
+def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+    embeds, pooled, _ = pipe.encode_prompt(list(prompts))
+    # Schnell is given it too and its call drops it: the network that would say so need not be loaded here.
+    guidance = torch.full((len(prompts),), prompt.guidance, device=embeds.device)
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "guidance": guidance}
+
+
+def _null(pipe: Any, prompt: Prompt) -> Cond:
+    # Without the guidance, so that a prompt keeps its own.
+    return {key: value for key, value in _encode(pipe, [""], prompt).items() if key != "guidance"}
+
+
+FAMILY = Family(
+    "flux",
+    "FLUX.1-dev and FLUX.1-schnell",
+    ("FluxPipeline",),
+    "transformer",
+    "FluxTransformer2DModel",
+    "text",
+    _teacher,
+    lora_targets=ATTENTION + ADDED_ATTENTION,
+    autoencoder=KL,
+    text=Text(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), _encode, _null),
+    arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 3.5},
+    flow_grid="given",
+    stock_guidance="guidance_scale is told to the network; true_cfg_scale g: u + g (c - u)",
+)

@@ -1,0 +1,63 @@
+"""PixArtTransformer2DModel: PixArt-Sigma."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..denoiser import Cond
+from ..players import Teacher
+from ._family import ATTENTION, KL, Family, Prompt, Source, Text, latent_size, latent_teacher, token_map
+from ._schedules import schedule_of
+
+
+def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    added = {"resolution": None, "aspect_ratio": None}  # PixArt-Alpha's, which Sigma no longer has
+    output = network(x, timestep=time, added_cond_kwargs=added, return_dict=False, **cond)[0]
+    return output[:, : x.shape[1]]  # the rest is a learned variance
+
+
+def _teacher(network: Any, source: Source) -> Teacher:
+    config = network.config
+    factor = KL.factor(source.config("vae"))
+    # The pipeline takes multiples of 8 pixels, whatever its autoencoder.
+    multiple = max(config.patch_size, 8 // factor)
+    size = latent_size("pixart_sigma", factor, config.sample_size * factor, source.resolution, multiple)
+    return latent_teacher(
+        "pixart_sigma",
+        network,
+        source,
+        (config.in_channels, size, size),
+        schedule_of(source.scheduler),
+        _call,
+        feature_layer=f"transformer_blocks.{config.num_layers // 2}",
+        feature_map=token_map,
+    )
+
+
+def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+    # Without clean_caption, whose result depends on whether bs4 and ftfy are installed.
+    embeds, mask, _, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, clean_caption=False)
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+
+FAMILY = Family(
+    "pixart_sigma",
+    "PixArt-Sigma",
+    ("PixArtSigmaPipeline",),
+    "transformer",
+    "PixArtTransformer2DModel",
+    "text",
+    _teacher,
+    lora_targets=ATTENTION,
+    autoencoder=KL,
+    text=Text(("tokenizer", "text_encoder"), _encode, lambda pipe, prompt: _encode(pipe, [""], prompt)),
+    arguments=lambda steps: {
+        "num_inference_steps": steps,
+        "guidance_scale": 1.0,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    },
+    loads_lora=False,
+)

@@ -1,0 +1,57 @@
+"""SD3Transformer2DModel: Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..denoiser import Cond
+from ..players import Teacher
+from ._family import ATTENTION, KL, Family, Prompt, Source, Text, latent_size, latent_teacher, token_map
+from ._flow import ADDED_ATTENTION, flow_schedule
+
+
+def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    return network(x, timestep=time, return_dict=False, **cond)[0]
+
+
+def _teacher(network: Any, source: Source) -> Teacher:
+    config = network.config
+    factor = KL.factor(source.config("vae"))
+    native = config.sample_size * factor
+    size = latent_size("sd3", factor, native, source.resolution, config.patch_size)
+    return latent_teacher(
+        "sd3",
+        network,
+        source,
+        (config.in_channels, size, size),
+        flow_schedule(source.scheduler, "own", (size // config.patch_size) ** 2),
+        _call,
+        feature_layer=f"transformer_blocks.{config.num_layers // 2}",
+        feature_map=token_map,
+    )
+
+
+def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+    embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+
+FAMILY = Family(
+    "sd3",
+    "Stable Diffusion 3 and 3.5",
+    ("StableDiffusion3Pipeline",),
+    "transformer",
+    "SD3Transformer2DModel",
+    "text",
+    _teacher,
+    lora_targets=ATTENTION + ADDED_ATTENTION,
+    autoencoder=KL,
+    text=Text(
+        ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3"),
+        _encode,
+        lambda pipe, prompt: _encode(pipe, [""], prompt),
+    ),
+    arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
+)

@@ -1,0 +1,57 @@
+"""UNet2DConditionModel: Stable Diffusion 1 and 2, and what is fine-tuned from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..denoiser import Call, Cond
+from ..errors import UserError
+from ..players import Teacher
+from ._family import ATTENTION, KL, Family, Prompt, Source, Text, latent_size, latent_teacher
+from ._schedules import schedule_of
+
+
+def unet_teacher(family: str, call: Call) -> Callable[[Any, Source], Teacher]:
+    """How a UNet2DConditionModel becomes the teacher of such a family."""
+
+    def teacher(network: Any, source: Source) -> Teacher:
+        config, vae = network.config, source.config("vae")
+        if config.time_cond_proj_dim is not None:
+            raise UserError("teacher: a UNet that is told its guidance (time_cond_proj_dim) is not supported")
+        if vae.get("latents_mean") is not None:
+            raise UserError("teacher: a VAE with latents_mean is not supported; use one with a scaling_factor alone")
+        factor = KL.factor(vae)
+        # The pipeline takes multiples of 8 pixels, whatever its autoencoder.
+        size = latent_size(family, factor, config.sample_size * factor, source.resolution, max(1, 8 // factor))
+        shape = (config.in_channels, size, size)
+        layer = "mid_block" if network.mid_block is not None else None
+        return latent_teacher(family, network, source, shape, schedule_of(source.scheduler), call, feature_layer=layer)
+
+    return teacher
+
+
+def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    return network(x, time, return_dict=False, **cond)[0]
+
+
+def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+    embeds, _ = pipe.encode_prompt(list(prompts), pipe.device, 1, False)
+    return {"encoder_hidden_states": embeds}
+
+
+FAMILY = Family(
+    "stable_diffusion",
+    "Stable Diffusion 1 and 2",
+    ("StableDiffusionPipeline",),
+    "unet",
+    "UNet2DConditionModel",
+    "text",
+    unet_teacher("stable_diffusion", _call),
+    lora_targets=ATTENTION,
+    autoencoder=KL,
+    text=Text(("tokenizer", "text_encoder"), _encode, lambda pipe, prompt: _encode(pipe, [""], prompt)),
+    arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
+)

@@ -1,0 +1,94 @@
+"""WanTransformer3DModel: videos of Wan 2.1, and of those of Wan 2.2 that are one transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..denoiser import Cond
+from ..errors import UserError
+from ..players import Teacher
+from ._family import (
+    ATTENTION,
+    Autoencoder,
+    Config,
+    Family,
+    Prompt,
+    Source,
+    Text,
+    latent_size,
+    latent_teacher,
+    token_map,
+)
+from ._flow import decode_video, encode_video, flow_schedule
+
+_SIZE = (480, 832)  #: the pipeline's own, in pixels
+_FRAMES = 81
+
+
+def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    return network(x, timestep=time, return_dict=False, **cond)[0]
+
+
+def _frame_map(output: Tensor, x: Tensor) -> Tensor:
+    # A discriminator's head is one of images: it sees the mean of the frames.
+    return token_map(output.unflatten(1, (x.shape[2], -1)).mean(1), x)
+
+
+def _shape(config: Config, vae: Config, source: Source) -> tuple[int, int, int, int]:
+    ratio, frames = vae.get("scale_factor_temporal", 4), source.frames or _FRAMES
+    if frames < 1 or (frames - 1) % ratio:
+        near = max(round((frames - 1) / ratio), 0) * ratio + 1
+        raise UserError(f"frames: {frames} is not one more than a multiple of {ratio}, which wan needs; use {near}")
+    factor = _AUTOENCODER.factor(vae)
+    # The pipeline takes multiples of 16 pixels, whatever its autoencoder.
+    multiple = max(config["patch_size"][1], 16 // factor)
+    height, width = (latent_size("wan", factor, native, source.resolution, multiple) for native in _SIZE)
+    return config["in_channels"], (frames - 1) // ratio + 1, height, width
+
+
+def _teacher(network: Any, source: Source) -> Teacher:
+    if source.parts.get("boundary_ratio") is not None:
+        raise UserError("teacher: two transformers, one for each half of the noise, are not supported; use Wan 2.1")
+    config = network.config
+    # The released models' scheduler, UniPC, takes 1, .., 1/n of itself, where the flow scheduler would end at 1/1000.
+    own = source.scheduler.get("_class_name", "").startswith("FlowMatch")
+    return latent_teacher(
+        "wan",
+        network,
+        source,
+        _shape(config, source.config("vae"), source),
+        flow_schedule(source.scheduler, "own" if own else "given"),
+        _call,
+        feature_layer=f"blocks.{config.num_layers // 2}",
+        feature_map=_frame_map,
+    )
+
+
+def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+    # 512 is the default of the pipeline's call, not that of its encode_prompt.
+    embeds, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=512)
+    return {"encoder_hidden_states": embeds}
+
+
+_AUTOENCODER = Autoencoder(
+    lambda config: config.get("scale_factor_spatial", 8),
+    encode_video,
+    decode_video,
+    lambda config: config["z_dim"],
+)
+
+FAMILY = Family(
+    "wan",
+    "Wan 2.1 and Wan 2.2 TI2V, text to video",
+    ("WanPipeline",),
+    "transformer",
+    "WanTransformer3DModel",
+    "text",
+    _teacher,
+    lora_targets=ATTENTION,
+    autoencoder=_AUTOENCODER,
+    text=Text(("tokenizer", "text_encoder"), _encode, lambda pipe, prompt: _encode(pipe, [""], prompt)),
+    arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
+)

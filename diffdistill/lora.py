@@ -1,0 +1,199 @@
+"""LoRA players on one shared base: the teacher's own weights, and an adapter for each player, switched per call.
+
+Hu et al. 2021, arXiv:2106.09685. The base is stored once, whoever plays on it: teacher, student and fake score differ
+in a few low-rank matrices. At rest no adapter is active, so that the teacher's network gives what it gave before.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .denoiser import Denoiser
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Each adapted layer's weight is W + (alpha / rank) B A; `alpha` is `rank` unless given.
+
+    Adapted are all linear layers and convolutions, or those whose dotted name is, or ends in, one of `targets`.
+    """
+
+    rank: int
+    alpha: float | None = None
+    targets: Sequence[str] | None = None
+
+
+class LoraNetwork(nn.Module):
+    """The shared base with one adapter, whose matrices alone are this module's parameters.
+
+    The base belongs to the teacher: this module neither moves, nor saves, nor trains it. Its copy is another adapter
+    on the same base.
+    """
+
+    def __init__(self, base: nn.Module, adapter: str):
+        super().__init__()
+        self._base = (base,)  # in a tuple: not registered
+        self.adapter = adapter
+        matrices: dict[str, nn.Module] = {}
+        for name, layer in _layers(base):
+            if adapter in layer.lora_A:
+                matrices[f"{name}.lora_A".replace(".", "|")] = layer.lora_A[adapter]
+                matrices[f"{name}.lora_B".replace(".", "|")] = layer.lora_B[adapter]
+        self.matrices = nn.ModuleDict(matrices)
+
+    @property
+    def base(self) -> Any:
+        return self._base[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with active(self.base, self.adapter):
+            return self.base(*args, **kwargs)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Of the base, where a discriminator reads features."""
+        return self.base.get_submodule(target)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoraNetwork:
+        config = copy.deepcopy(self.base.peft_config[self.adapter])
+        twin = LoraNetwork(self.base, _inject(self.base, config))
+        twin.load_state_dict(self.state_dict())
+        for mine, theirs in zip(self.parameters(), twin.parameters(), strict=True):
+            theirs.requires_grad_(mine.requires_grad)
+        memo[id(self)] = twin
+        return twin.train(self.training)
+
+
+def lora_view(denoiser: Denoiser, settings: LoraSettings) -> Denoiser:
+    """The denoiser as a LoRA player: a new adapter on its own weights, which are frozen, without dropout, from here on.
+
+    B is zero at the start and A drawn from torch's global generator. The denoiser itself goes on giving what it gave.
+    Raises UserError where there is nothing to adapt.
+    """
+    base = denoiser.network.base if isinstance(denoiser.network, LoraNetwork) else denoiser.network
+    base.eval()
+    for name, p in base.named_parameters():
+        if ".lora_" not in name:  # those are other players'
+            p.requires_grad_(False)
+    # Exact types: what reads the weight without calling the layer, as MultiheadAttention does, would miss A and B.
+    layers = [
+        name.removesuffix(".base_layer")
+        for name, module in base.named_modules()
+        if type(module) in (nn.Linear, nn.Conv2d) and not re.search(r"\.lora_[AB]\.", name)
+    ]
+    targets = settings.targets
+    if targets is not None:
+        layers = [name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets)]
+    if not layers:
+        wanted = "linear layer or convolution" if targets is None else f"layer called {' or '.join(targets)}"
+        raise UserError(f"lora: the teacher's {type(base).__name__} has no {wanted} to adapt")
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.rank if settings.alpha is None else settings.alpha,
+        target_modules="|".join(map(re.escape, layers)),  # matched whole, where a list would match suffixes too
+        lora_dropout=0.0,
+    )
+    return denoiser.with_network(LoraNetwork(base, _inject(base, config)), denoiser.feature_layer)
+
+
+def _inject(base: nn.Module, config: LoraConfig) -> str:
+    """Add an adapter, at rest; returns its name."""
+    name = f"player{len(getattr(base, 'peft_config', {}))}"
+    trained = {p: p.requires_grad for p in base.parameters()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is what is wanted
+        inject_adapter_in_model(config, base, name)
+    for p, before in trained.items():
+        p.requires_grad_(before)  # peft leaves it to the newest adapter alone
+    for _, layer in _layers(base):
+        if name in layer.lora_A:
+            for matrix in (layer.lora_A[name], layer.lora_B[name]):
+                # A bf16 weight does not move by a learning rate's worth.
+                half = matrix.weight.dtype in (torch.float16, torch.bfloat16)
+                matrix.to(torch.float32 if half else matrix.weight.dtype).requires_grad_(True)
+    _switch(base, None)
+    return name
+
+
+def _layers(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    return ((name, module) for name, module in base.named_modules() if isinstance(module, LoraLayer))
+
+
+def _switch(base: nn.Module, adapter: str | None) -> None:
+    # Not `set_adapter` and `enable_adapters`: these also say which adapter requires a gradient, which is the trainer's.
+    for _, layer in _layers(base):
+        layer._disable_adapters = adapter is None
+        layer._active_adapter = [] if adapter is None else [adapter]
+
+
+def _active(base: nn.Module) -> str | None:
+    layer = next((layer for _, layer in _layers(base)), None)
+    return layer._active_adapter[0] if layer is not None and layer._active_adapter else None
+
+
+@contextmanager
+def active(base: nn.Module, adapter: str | None) -> Iterator[None]:
+    """The base carries that adapter inside the block, and after it what it carried before."""
+    before = _active(base)
+    _switch(base, adapter)
+    try:
+        yield
+    finally:
+        _switch(base, before)
+
+
+def without_lora(network: nn.Module) -> nn.Module:
+    """The network itself if it is a LoRA player's or plain, else its layers with the adapters taken off, in place."""
+    if isinstance(network, LoraNetwork):
+        return network
+    for name, layer in list(_layers(network)):
+        network.set_submodule(name, layer.get_base_layer())
+    vars(network).pop("peft_config", None)
+    return network
+
+
+def merged(network: LoraNetwork) -> nn.Module:
+    """A plain copy of the base with that adapter in its weights; the base stays as it is."""
+    plain = copy.deepcopy(network.base)
+    for _, layer in _layers(plain):
+        if network.adapter in layer.lora_A:
+            layer.merge(adapter_names=[network.adapter])
+    return without_lora(plain)
+
+
+def lora_weights(network: LoraNetwork) -> dict[str, Tensor]:
+    """The adapter as diffusers' `load_lora_weights` reads it; alpha / rank, which that takes for 1, is in B."""
+    config = network.base.peft_config[network.adapter]
+    weights = get_peft_model_state_dict(network.base, adapter_name=network.adapter)
+    scale = config.lora_alpha / config.r
+    return {k: (v * scale if ".lora_B." in k else v).detach().cpu().contiguous() for k, v in weights.items()}
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Recompute the network's activations in the backward pass, each with the adapter of its forward pass."""
+    base: Any = network.base if isinstance(network, LoraNetwork) else network
+    if not getattr(base, "_supports_gradient_checkpointing", False):
+        raise UserError(f"gradient_checkpointing: {type(base).__name__} has none; use false")
+
+    def recomputed(module: Any, *args: Any) -> Any:
+        adapter = _active(base)
+
+        def run(*inputs: Any) -> Any:
+            with active(base, adapter):
+                return module(*inputs)
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+    base.enable_gradient_checkpointing(recomputed)

@@ -1,0 +1,172 @@
+"""Folders of safetensors shards with an index: made once, resumable, checksummed, memory-mapped when read.
+
+`diffdistill pairs` and `diffdistill encode` keep their results so. The index holds every setting that the content
+depends on and a checksum for each shard; a shard that is there and has its checksum is never made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from .environment import environment
+from .errors import UserError
+from .files import atomic_write
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One sort of folder: what error lines call it, and the command that makes it, `diffdistill <name>`."""
+
+    name: str
+    what: str
+    unit: str
+
+    @property
+    def index(self) -> str:
+        return f"{self.name}.json"
+
+
+def device_for(wanted: str) -> torch.device:
+    """'auto', 'cpu' or 'cuda' as a device; UserError for a GPU that is not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' was asked for and torch sees no GPU; use --device cpu or auto")
+    return torch.device("cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def start(kind: Kind, out: Path, settings: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """The folder's index: the one that is there if it is of the same settings, else a new one with `told` besides."""
+    if (out / kind.index).exists():
+        index = read_index(kind, out)
+        for name, value in settings.items():
+            if index["settings"].get(name) != value:
+                raise UserError(
+                    f"out: {str(out)!r} holds {kind.what} made with {name} {index['settings'].get(name)}, "
+                    f"and {value} is asked for; choose another --out"
+                )
+        return index
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out: {str(out)!r} exists and is no folder of {kind.what}; choose another --out")
+    index = {**told, "settings": settings, "environment": environment(), "shards": {}}
+    try:
+        atomic_write(out / kind.index, json.dumps(index, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"out: cannot write to {str(out)!r} ({error.strerror}); choose another --out") from None
+    return index
+
+
+def make(
+    kind: Kind, out: Path, index: dict[str, Any], batch_size: int, produce: Callable[[range], dict[str, Tensor]]
+) -> None:
+    """Make the shards that are missing; `produce` gives the columns (n, ...) of n indices, in batches."""
+    count, size = index["settings"]["count"], index["settings"]["shard_size"]
+    ranges = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    names = [f"{k:05d}.safetensors" for k in range(len(ranges))]
+    missing = [k for k, name in enumerate(names) if not is_whole(out / name, index["shards"].get(name))]
+    if not missing:
+        print(f"{out} is done: {count} {kind.what}")
+        return
+    told = _progress(kind.unit, count, count - sum(len(ranges[k]) for k in missing))
+    for done, k in enumerate(missing):
+        parts = []
+        for first in range(ranges[k].start, ranges[k].stop, batch_size):
+            indices = range(first, min(first + batch_size, ranges[k].stop))
+            parts.append(produce(indices))
+            told(len(indices))
+        data = save({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+        need, free = len(data) * (len(missing) - done), shutil.disk_usage(out).free
+        if free < need:
+            raise UserError(f"out: {str(out)!r} has {free >> 20} MiB free and what is missing needs {need >> 20} MiB")
+        atomic_write(out / names[k], data)
+        index["shards"][names[k]] = hashlib.sha256(data).hexdigest()
+        index["shards"] = dict(sorted(index["shards"].items()))
+        atomic_write(out / kind.index, json.dumps(index, indent=2) + "\n")
+
+
+def _progress(unit: str, total: int, done: int) -> Callable[[int], None]:
+    """n -> shows that n more are made: a bar on a terminal, else about ten lines."""
+    bar = tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    started, before = time.perf_counter(), done
+
+    def told(n: int) -> None:
+        nonlocal done
+        bar.update(n)
+        done += n
+        if bar.disable and (done * 10 // total) != ((done - n) * 10 // total):
+            rate = (done - before) / (time.perf_counter() - started)
+            print(f"{unit} {done}/{total}  {rate:.1f}/s  {(total - done) / rate:.0f} s left", flush=True)
+        if done == total:
+            bar.close()
+
+    return told
+
+
+def open_shards(kind: Kind, folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    """Settings and columns of a finished folder; every checksum is verified. UserError if it is not whole."""
+    index = read_index(kind, folder)
+    settings, sums = index["settings"], index["shards"]
+    count = -(-settings["count"] // settings["shard_size"])
+    again = f"run its `diffdistill {kind.name}` command again"
+    if len(sums) < count:
+        raise UserError(
+            f"{kind.name}: {str(folder)!r} is not finished, {len(sums)} of {count} shards are there; {again}"
+        )
+    for name, checksum in sums.items():
+        if not is_whole(folder / name, checksum):
+            raise UserError(f"{kind.name}: {folder / name} is missing or damaged; {again}")
+    return settings, [mapped(kind, folder / name) for name in sums]
+
+
+def rows(shards: list[dict[str, Tensor]], size: int, count: int, indices: Tensor) -> dict[str, Tensor]:
+    """The rows at int64 indices (B,) of shards of `size` rows, in that order; IndexError outside 0..count-1."""
+    wanted = indices.tolist()
+    if wanted and not 0 <= min(wanted) <= max(wanted) < count:
+        raise IndexError(f"indices {min(wanted)}..{max(wanted)} lie outside 0..{count - 1}")
+    return {key: torch.stack([shards[i // size][key][i % size] for i in wanted]) for key in shards[0]}
+
+
+def read_index(kind: Kind, folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / kind.index).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        made = f"make it with `diffdistill {kind.name}`"
+        raise UserError(f"{kind.name}: {str(folder)!r} has no {kind.index}; {made}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{kind.name}: {folder / kind.index} is not readable JSON ({error})") from None
+    settings = index.get("settings") if isinstance(index, dict) else None
+    whole = isinstance(settings, dict) and {"count", "shard_size", "shape", "fingerprint"} <= set(settings)
+    if not whole or not isinstance(index.get("shards"), dict):
+        anew = f"make the folder anew with `diffdistill {kind.name}`"
+        raise UserError(f"{kind.name}: {folder / kind.index} is no index of {kind.what}; {anew}")
+    return index
+
+
+def is_whole(path: Path, checksum: str | None) -> bool:
+    if checksum is None or not path.is_file():
+        return False
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest() == checksum
+
+
+def mapped(kind: Kind, path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{kind.name}: {path} is not a whole safetensors file ({error})") from None
