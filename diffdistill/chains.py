@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .denoiser import Cond, Denoiser
+from .denoiser import Cond, Denoiser, choose
 from .errors import UserError
 from .guidance import guide
 from .method import Batch
@@ -87,8 +87,8 @@ class GuidedChains(nn.Module):
         self.x_t = torch.where(ended.reshape(-1, *[1] * (moved.ndim - 1)), x_t, moved)
         self.step = torch.where(ended, 0, self.step + 1)
         self.scale = torch.where(ended, scale, self.scale)
-        for key in self.keys:
-            setattr(self, f"cond_{key}", torch.where(ended, cond[key], getattr(self, f"cond_{key}")))
+        for key, value in choose(ended, cond, self.cond).items():
+            setattr(self, f"cond_{key}", value)
 
     def _fresh(self, batch: Batch, purpose: str) -> tuple[Tensor, Cond, Tensor]:
         draw = batch.generator(f"{purpose}/scale")

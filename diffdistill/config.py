@@ -102,6 +102,9 @@ class EncodeConfig:
 class TeacherConfig(FitConfig):
     """Train a teacher from data and save it as a diffusers folder."""
 
+    architecture: Literal["unet2d", "stable-diffusion"] = option(
+        "unet2d", "unet2d: of pixels and classes; stable-diffusion: of captions, with an autoencoder trained first"
+    )
     steps: int = option(10000, "iterations", at_least=1)
     batch_size: int = option(128, "samples in a step and process", at_least=1)
     ema: float = option(0.999, "decay of the moving average that is saved; 0: none", at_least=0, below=1)
@@ -126,6 +129,10 @@ class TeacherConfig(FitConfig):
         "1", "levels with self-attention, from 0 (full resolution), separated by commas; '' for none"
     )
     dropout: float = option(0.0, "dropout of the UNet", at_least=0, below=1)
+    vae_steps: int = option(1000, "stable-diffusion: iterations of the autoencoder, before the UNet's", at_least=1)
+    vae_batch_size: int = option(32, "stable-diffusion: images in one of them", at_least=1)
+    vae_widths: str = option("16,32,32", "stable-diffusion: channels of the autoencoder's levels")
+    text_width: int = option(64, "stable-diffusion: of the text encoder, a multiple of 16", at_least=16)
     out: str = option("runs/teacher", "the run folder; the diffusers folder is its sub-folder 'teacher'")
 
 
@@ -135,7 +142,8 @@ class PairsConfig:
 
     teacher: str = option("digits", "a diffusers folder, a hub id, or 'digits', the embedded one")
     null_class: int | None = option(None, "the class label that means 'no class', if the teacher has one", at_least=0)
-    count: int = option(2000, "pairs; all classes in turn", at_least=1)
+    prompts: str | None = option(None, "for a text-to-image teacher: a folder made by `diffdistill encode`")
+    count: int = option(2000, "pairs; all classes or prompts in turn", at_least=1)
     solver: Literal["ddim", "heun"] = option("ddim", "ddim: first order; heun: second, two network passes a step")
     sampling_steps: int = option(50, "the solver's steps, at the teacher's own times", at_least=1)
     guidance_scale: float = option(1.0, "classifier-free guidance of the teacher (1: none)", at_least=0)

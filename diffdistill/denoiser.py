@@ -14,6 +14,14 @@ from .schedule import Schedule
 Cond = dict[str, Tensor]
 """Conditions by the network's own argument name, each (B, ...); empty when unconditional."""
 
+
+def choose(mask: Tensor, cond: Cond, other: Cond) -> Cond:
+    """The conditions (B, ...) where mask (B,) is true, and the others' elsewhere."""
+    return {
+        key: torch.where(mask.reshape(-1, *[1] * (value.ndim - 1)), value, other[key]) for key, value in cond.items()
+    }
+
+
 Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
 """(network, input, time, cond) -> raw output."""
 

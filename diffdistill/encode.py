@@ -88,6 +88,11 @@ class Encoded:
         return self.settings["count"]
 
     @property
+    def size(self) -> dict[str, int | None]:
+        """What `load_teacher` is to be told for samples of this size."""
+        return {"resolution": self.settings["resolution"], "frames": self.settings["frames"]}
+
+    @property
     def has_images(self) -> bool:
         return "latents" in self.shards[0]
 
@@ -138,6 +143,8 @@ def encode(**values: Any) -> Path:
         "family": family.name,
         "shape": list(shape),
         "pixels": list(size),
+        "resolution": config.resolution,
+        "frames": config.frames,
         "embedded_guidance": config.embedded_guidance,
         "source": source,
         "count": count,

@@ -2,10 +2,11 @@
 
 A folder of pairs holds shards of safetensors and an index, `pairs.json`, with every setting, a fingerprint of
 the teacher and a checksum for each shard. Of each pair, `z` is standard normal, `x0` has unit variance
-(an image is x0 times the schedule's data_std) and `class_labels` its class, if the teacher has classes.
+(an image is x0 times the schedule's data_std), and the rest are its conditions: `class_labels`, if the teacher has
+classes, or an encoded prompt's.
 
-Pair i is a function of (seed, i): its noise comes from a generator of its own, and classes take turns. The noise
-is that of no evaluation seed, so that a student is never judged on the noise it was trained on. z and classes
+Pair i is a function of (seed, i): its noise comes from a generator of its own, and classes or prompts take turns. The
+noise is that of no evaluation seed, so that a student is never judged on the noise it was trained on. z and classes
 are the same bits whatever the batch; x0 is too for the same batch and shard size, else to float rounding.
 """
 
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import PairsConfig, build
+from .encode import Encoded, check_encoded, open_encoded
 from .errors import UserError
-from .families import load_teacher
+from .families import family_of, load_teacher, local_folder
 from .guidance import guided
 from .method import Pair
 from .ode import ddim_step, heun_step, sample_ode
@@ -53,12 +55,14 @@ def fingerprint(teacher: Teacher) -> str:
 
 @torch.no_grad()
 def draw_pairs(teacher: Teacher, denoise: nn.Module, config: PairsConfig, indices: Sequence[int]) -> dict[str, Tensor]:
-    """z and x0 (B, ...) and class_labels (B,) of pairs `indices`; `denoise` is the teacher, guided or not."""
+    """z and x0 (B, ...) and the conditions of pairs `indices`; `denoise` is the teacher, guided or not."""
     weight = next(itertools.chain(teacher.denoiser.parameters(), teacher.denoiser.buffers()))
     noise = [torch.randn(teacher.shape, generator=generator("cpu", config.seed, "pair", i)) for i in indices]
     z, cond = torch.stack(noise), {}
     if teacher.num_classes is not None:
         cond = {"class_labels": torch.tensor(indices) % teacher.num_classes}
+    if isinstance(teacher.conditions, Encoded):
+        cond = teacher.conditions.get(torch.tensor(indices) % len(teacher.conditions))[1]
     given = {key: value.to(weight.device) for key, value in cond.items()}
     schedule, step = teacher.denoiser.schedule, _STEPS[config.solver]
     x0 = sample_ode(step, denoise, schedule, z.to(weight), config.sampling_steps, given).cpu()
@@ -79,7 +83,15 @@ def make_pairs(**values: Any) -> Path:
     """
     config = build(PairsConfig, values)
     out, device = Path(config.out), device_for(config.device)
-    teacher = load_teacher(config.teacher, null_class=config.null_class)
+    encoded = None if config.prompts is None else open_encoded(config.prompts)
+    size = {} if encoded is None else encoded.size
+    teacher = load_teacher(config.teacher, null_class=config.null_class, conditions=encoded, **size)
+    if teacher.size and encoded is None:
+        made = f"`diffdistill encode --teacher {config.teacher}`"
+        raise UserError(f"prompts: {config.teacher!r} needs them; give a folder made by {made}")
+    if encoded is not None:
+        folder = local_folder(config.teacher)
+        check_encoded(encoded, folder, family_of(folder)[0], teacher.shape)
     teacher.denoiser.to(device)
     denoise = guided(teacher.denoiser, config.guidance_scale)
     sampling_grid(teacher.denoiser.schedule, config.sampling_steps)  # refuses too many steps now
@@ -95,6 +107,7 @@ def _settings(teacher: Teacher, config: PairsConfig) -> dict[str, Any]:
         "shape": list(teacher.shape),
         "num_classes": teacher.num_classes,
         "data_std": teacher.denoiser.schedule.data_std,
+        **({"prompts": teacher.conditions.settings["source"]} if isinstance(teacher.conditions, Encoded) else {}),
         **{name: options[name] for name in _RECIPE},
     }
 

@@ -197,12 +197,14 @@ def _teacher(config: TrainConfig) -> Teacher:
     family, _ = family_of(folder)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.teacher_dtype]
     size = {"resolution": config.resolution, "frames": config.frames}
-    encoded = None
+    encoded: Encoded | None = None
     if family.autoencoder is not None:
         encoded = _encoded(config) if config.prompts is not None or family.conditions == "text" else None
     elif config.prompts is not None or config.resolution is not None:
         given = "prompts" if config.prompts is not None else "resolution"
         raise UserError(f"{given}: {config.teacher!r} is a model of pixels, which has none to choose; leave it out")
+    if encoded is not None:  # which say the size where nothing else does
+        size = {name: encoded.size[name] if value is None else value for name, value in size.items()}
     teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, conditions=encoded, **size)
     if encoded is not None:
         check_encoded(encoded, folder, family, teacher.shape)
@@ -335,6 +337,8 @@ def _export(game: Game, folder: Path, step: int) -> Path:
     }
     card = model_card(game.info, game.options(), game.teacher, sampler, step)
     if FAMILIES[game.teacher.family].autoencoder is not None:
+        height, shape = game.teacher.size.get("height"), game.teacher.shape
+        metadata |= {"resolution": height, "frames": game.teacher.size.get("num_frames") if len(shape) == 4 else None}
         metadata["call"] = student_call(game.teacher, len(sampler.levels))
     network = sampler.denoiser.network
     return save_pipeline(folder, game.teacher.family, network, scheduler, metadata, card, game.teacher.source)

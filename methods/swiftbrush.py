@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from diffdistill.adapters import lora
 from diffdistill.analytic import AffineGenerator, ClassGaussians, class_gaussians_teacher
 from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.denoiser import Cond, Denoiser, choose
 from diffdistill.guidance import guided
 from diffdistill.losses import gradient_injection, per_sample_mean
 from diffdistill.method import Batch, Optimizer, Turn
@@ -171,9 +171,7 @@ class SwiftBrush:
         """The conditions, or the null ones where u (B,), uniform in [0, 1), is below `label_drop`."""
         if self.lora_teacher.null is None:
             return cond
-        null = self.lora_teacher.null(cond)
-        drop = u < self.config.label_drop
-        return {k: torch.where(drop.reshape(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in cond.items()}
+        return choose(u < self.config.label_drop, self.lora_teacher.null(cond), cond)
 
     def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
         """The mean of |alpha_t (eps_lora - eps)|^2 on the student's samples x (B, ...), which get no gradient."""

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffdistill.config import method_names
 from diffdistill.encode import decoder, encode, open_encoded
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, load_student, load_teacher
 from diffdistill.families._family import pack, unpack
+from diffdistill.pairs import make_pairs
 from diffdistill.prediction import ROWS
 from diffdistill.run import batches, distill, export_run, make_game
 from diffdistill.trainer import Trainer, accelerator_for
 from tests import tiny_a, tiny_b
 
-BUILDERS = {**tiny_a.PIPELINES, **tiny_b.PIPELINES}
-SIZES = {**tiny_a.SIZES, **tiny_b.SIZES}
+BUILDERS = {
+    **tiny_a.PIPELINES,
+    **tiny_b.PIPELINES,
+    "sd_v": partial(tiny_a.stable_diffusion, prediction_type="v_prediction", zero_snr=True),
+}
+SIZES = {**tiny_a.SIZES, **tiny_b.SIZES, "sd_v": tiny_a.SIZES["stable_diffusion"]}
 LATENT = [name for name, family in FAMILIES.items() if family.autoencoder is not None]
 PROMPTS = ["a red square", "a blue circle on the left", "nothing much", "two dogs"]
 METHODS: dict[str, dict[str, Any]] = {
@@ -200,3 +207,78 @@ def test_checkpointed_activations_give_the_same_gradients_and_a_resumed_run_the_
         got = load_file(other / file)
         assert got.keys() == expected.keys()
         assert max(float((got[k] - expected[k]).abs().max()) for k in got) <= limit
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "adapter_guidance": {},
+    "consistency": METHODS["consistency"],
+    "diff_instruct": {},
+    "dmd": {},
+    "dmd2": {"gan_weight": 0.01, "update_ratio": 1},
+    "guided": {"guidance_min": 2.0, "guidance_max": 2.0, "start_steps": 4, "final_steps": 2, "stage_steps": 1,
+               "guidance_steps": 1},
+    "lcm": {"guidance_min": 2.0, "guidance_max": 2.0, "ddim_steps": 10, "student_steps": 2},
+    "lora_guidance": {"trajectories": True, "trajectory_steps": 2, "sampling_steps": 2},
+    "multistep_consistency": {},
+    "progressive": METHODS["progressive"],
+    "sid": {},
+    "sim": {},
+    "swiftbrush": {"guidance_scale": 2.0},
+}  # fmt: skip
+SAYS_SO = {
+    ("adapter_guidance", "full"): "class-conditional teacher",
+    ("adapter_guidance", "lora"): "class-conditional teacher",
+    ("lora_guidance", "lora"): "has no student that can be an adapter on the teacher",
+}
+
+
+def test_every_method_is_listed() -> None:
+    assert sorted(OTHERS) == method_names()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("method", OTHERS)
+def test_every_method_runs_with_both_kinds_or_says_why_not(
+    method: str, kind: str, encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded("sd_v")
+    options = options_for(folder, prompts, "sd_v", "progressive", kind) | {"method": method}
+    for name in METHODS["progressive"]:
+        options.pop(name)
+    options |= OTHERS[method]
+    critics = {"dmd", "dmd2", "sid", "sim", "diff_instruct"}
+    if kind == "lora" and method in critics:
+        options["fake_score"] = "lora"
+    if method == "dmd":
+        made = {"teacher": str(folder), "prompts": str(prompts), "count": 4, "sampling_steps": 2, "device": "cpu"}
+        options["pairs"] = str(make_pairs(**made, out=str(tmp_path / "pairs")))
+    if (method, kind) in SAYS_SO:
+        with pytest.raises(UserError, match=SAYS_SO[method, kind]):
+            distill(**options, out=str(tmp_path / "run"))
+        return
+    before = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    student = distill(**options, out=str(tmp_path / "run"))
+    after = load_file(student / "unet/diffusion_pytorch_model.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert (student / "lora").is_dir() == (kind == "lora" or method == "lora_guidance")
+
+
+def test_a_fake_score_where_there_is_none_is_refused(
+    encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded("sd_v")
+    options = options_for(folder, prompts, "sd_v", "progressive", "full") | {"fake_score": "lora"}
+    with pytest.raises(UserError, match="fake_score: progressive has no fake score"):
+        distill(**options, out=str(tmp_path / "run"))
+
+
+def test_a_full_student_is_a_single_file_too(encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    folder, prompts = encoded("sd_v")
+    student = distill(**options_for(folder, prompts, "sd_v", "progressive", "full"), out=str(tmp_path / "run"))
+    file = student / "unet/diffusion_pytorch_model.safetensors"
+    network = UNet2DConditionModel.from_single_file(str(file), config=str(student), subfolder="unet")
+    kept = load_file(file)
+    assert all(torch.equal(kept[name], value) for name, value in network.state_dict().items())

@@ -196,8 +196,7 @@ def load_student(path_or_hub_id: str | Path) -> tuple[FewStepSampler, Teacher]:
     Raises UserError if the folder was not exported by diffdistill.
     """
     meta = read_metadata(path_or_hub_id)
-    options = meta.get("options", {})
-    described = load_teacher(path_or_hub_id, resolution=options.get("resolution"), frames=options.get("frames"))
+    described = load_teacher(path_or_hub_id, resolution=meta.get("resolution"), frames=meta.get("frames"))
     if "levels" not in meta:
         raise UserError(
             f"student: {str(path_or_hub_id)!r} has no levels in {METADATA}; it is no student of diffdistill"
