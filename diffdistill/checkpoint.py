@@ -25,11 +25,11 @@ _STATE = "state.json"
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's tensors by '<parameter>|<slot>'; every slot of AdamW is a tensor."""
+    """An optimizer's tensors by '<parameter>|<slot>'; what is no tensor there is a number of steps."""
     flat = {}
     for name, parameter in module.named_parameters():
         for slot, value in optimizer.state.get(parameter, {}).items():
-            flat[f"{name}|{slot}"] = value
+            flat[f"{name}|{slot}"] = torch.as_tensor(value)
     return flat
 
 
@@ -37,7 +37,9 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, fl
     parameters = dict(module.named_parameters())
     for key, value in flat.items():
         name, slot = key.rsplit("|", 1)
-        optimizer.state[parameters[name]][slot] = _laid_out_like(parameters[name], value)
+        # torch's own AdamW counts steps in a tensor, bitsandbytes' in a number.
+        number = slot == "step" and not isinstance(optimizer, torch.optim.AdamW)
+        optimizer.state[parameters[name]][slot] = int(value) if number else _laid_out_like(parameters[name], value)
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Teacher:
     denoiser: Denoiser
     shape: tuple[int, ...]  #: of one sample, (C, H, W) for images
     num_classes: int | None = None
-    family: str = ""  #: the entry of families.py that loads and exports it
+    family: str = ""  #: the file of families/ that loads and exports it
     source: str = ""  #: the folder, hub id or 'digits' it came from
     scheduler: dict[str, Any] = field(default_factory=dict)  #: the config of its diffusers scheduler
     start: Denoiser | None = None  #: what players begin as copies of; None: the denoiser itself

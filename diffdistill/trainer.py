@@ -83,6 +83,10 @@ class Trainer:
 
     def _optimizer(self, player: str) -> torch.optim.Optimizer:
         wanted = self.settings[player]
+        if self.config.optimizer == "adamw8bit":
+            return eight_bit()(
+                self.parameters[player], lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay
+            )
         # fused: one kernel over all parameters, 3.6 ms against 13 ms for the loop on a mid-size network
         return torch.optim.AdamW(
             self.parameters[player],
@@ -293,6 +297,16 @@ class Trainer:
         self.totals = {key: (total, count) for key, (total, count) in state["totals"].items()}
         if self.step > self.config.steps:
             raise UserError(f"steps: {self.config.steps} is fewer than the {self.step} that are done already")
+
+
+def eight_bit() -> Any:
+    """The class of AdamW with moments in 8 bits; UserError where its package is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        wanted = "needs the package bitsandbytes; pip install 'diffdistill[eight_bit]', or use adamw"
+        raise UserError(f"optimizer: adamw8bit {wanted}") from None
+    return AdamW8bit
 
 
 class MetricsFile:

@@ -1,5 +1,6 @@
 """Family x method x kind of player: trained, exported, and the same images by diffusers without diffdistill."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffdistill.cli import main
 from diffdistill.config import method_names
 from diffdistill.encode import decoder, encode, open_encoded
 from diffdistill.errors import UserError
@@ -282,3 +284,72 @@ def test_a_full_student_is_a_single_file_too(encoded: Callable[[str], tuple[Path
     network = UNet2DConditionModel.from_single_file(str(file), config=str(student), subfolder="unet")
     kept = load_file(file)
     assert all(torch.equal(kept[name], value) for name, value in network.state_dict().items())
+
+
+def test_moments_in_eight_bits_resume_to_the_same_bits(
+    encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded("sd_v")
+    options = options_for(folder, prompts, "sd_v", "dmd2", "full") | {"optimizer": "adamw8bit", "steps": 3}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(UserError, match="optimizer: adamw8bit needs the package bitsandbytes"):
+            distill(**options, out=str(tmp_path / "run"))
+        return
+    whole = distill(**options, out=str(tmp_path / "whole"))
+    distill(**(options | {"steps": 1}), out=str(tmp_path / "run"))
+    resumed = distill(resume=tmp_path / "run", steps=3)
+    a, b = (load_file(s / "unet/diffusion_pytorch_model.safetensors") for s in (whole, resumed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_bf16_teacher_with_float32_adapters(encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    folder, prompts = encoded("sd3")
+    options = options_for(folder, prompts, "sd3", "dmd2", "lora")
+    game = make_game(options | {"teacher_dtype": "bfloat16"})
+    base = [p for n, p in game.teacher.denoiser.named_parameters() if ".lora_" not in n]
+    assert {p.dtype for p in base} == {torch.bfloat16}
+    assert {p.dtype for p in game.method.players["student"].parameters()} == {torch.float32}
+    student = distill(**options, teacher_dtype="bfloat16", mixed_precision="bf16", out=str(tmp_path / "run"))
+    weights = load_file(student / "lora/pytorch_lora_weights.safetensors")
+    assert weights and all(bool(value.isfinite().all()) for value in weights.values())
+
+
+def test_from_the_command_line(
+    encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    folder, _ = encoded("sd_v")
+    prompts, run = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("\n".join(PROMPTS))
+    assert main(["families"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in FAMILIES)
+    shared = ["--teacher", str(folder), "--resolution", str(SIZES["sd_v"]), "--device", "cpu"]
+    train = ["train", "--method", "dmd2", "--prompts", str(prompts), "--student", "lora", "--fake-score", "lora"]
+    assert main([*train, *shared, "--steps", "2", "--batch-size", "2", "--out", str(run)]) == 0
+    assert (run / "encoded" / "encode.json").is_file()
+    assert len(list((run / "samples").glob("*.png"))) == 2  # decoded
+    for model in (run, folder):
+        out = tmp_path / f"{model.name}.png"
+        wanted = ["--prompt", "a red square", "--prompt", "two dogs", "--count", "3", "--out", str(out)]
+        assert main(["sample", str(model), *wanted]) == 0
+        assert Image.open(out).size[0] > 3 * 16
+    card = (run / "student" / "README.md").read_text()
+    assert 'pipeline("a prompt", num_inference_steps=1, guidance_scale=1.0, height=16, width=16)' in card
+    capsys.readouterr()
+    for arguments, told in (
+        (["sample", str(run)], "prompt:"),
+        (["sample", str(run), "--prompt", "x", "--steps", "3"], "steps:"),
+        (["sample", "digits", "--prompt", "x"], "prompt:"),
+        (["train", "--method", "dmd2", *shared, "--out", str(tmp_path / "none")], "prompts:"),
+        (
+            ["train", "--prompts", str(prompts), "--out", str(tmp_path / "none")],
+            "prompts: 'digits' is a model of pixels",
+        ),
+        (["pairs", "--teacher", str(folder), "--out", str(tmp_path / "none")], "prompts:"),
+        (["eval", str(run)], "eval:"),
+    ):
+        assert main(arguments) == 2, arguments
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and told in lines[0], lines
