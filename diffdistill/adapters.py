@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +56,52 @@ class GuidanceEmbedding(nn.Module):
         return self.table(label.long()) + self.of_scale(scale)
 
 
+def scale_embedding(scale: Tensor, width: int) -> Tensor:
+    """(B, width) what Stable Diffusion's pipelines tell a UNet with `time_cond_proj_dim` of a guidance scale (B,).
+
+    Sines and cosines of 1000 w, w = scale - 1 (Luo et al. 2023, arXiv:2310.04378, section 4.2).
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=scale.device))
+    phase = 1000 * (scale.float() - 1)[:, None] * frequencies
+    return torch.cat([phase.sin(), phase.cos()], 1)
+
+
+def told_scale(denoiser: Denoiser, default: float) -> None:
+    """From now on this UNet, which has a `time_cond_proj_dim`, takes `cond["guidance_scale"]` (B,), or `default`."""
+    inner_call, inner_null, width = denoiser.call, denoiser.null, denoiser.network.config.time_cond_proj_dim
+
+    def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        scale = cond.get("guidance_scale")
+        scale = x.new_full((len(x),), default) if scale is None else scale
+        rest = {key: value for key, value in cond.items() if key != "guidance_scale"}
+        return inner_call(network, x, time, rest | {"timestep_cond": scale_embedding(scale, width).to(x.dtype)})
+
+    def null(cond: Cond) -> Cond:
+        assert inner_null is not None
+        return cond | inner_null({key: value for key, value in cond.items() if key != "guidance_scale"})
+
+    denoiser.call, denoiser.default_scale = call, default
+    denoiser.null = None if inner_null is None else null
+
+
+def _condition_input(denoiser: Denoiser, default: float) -> Denoiser:
+    """`guidance_input` for Stable Diffusion's UNets, as LCM has it; its projection begins at zero."""
+    twin = copy.deepcopy(denoiser)
+    network: Any = twin.network
+    table = network.time_embedding
+    table.cond_proj = nn.Linear(256, table.linear_1.in_features, bias=False).to(table.linear_1.weight)
+    nn.init.zeros_(table.cond_proj.weight)
+    network.register_to_config(time_cond_proj_dim=256)
+    told_scale(twin, default)
+    return twin
+
+
 def guidance_input(denoiser: Denoiser, layer: str = "class_embedding", *, default: float = 1.0) -> Denoiser:
     """A copy that takes the guidance scale (B,) as `cond["guidance_scale"]`, 1 being no guidance.
 
-    `layer` is the network's embedding of class labels, which becomes a `GuidanceEmbedding`: diffusers' networks
+    Stable Diffusion's UNets take it as their stock pipelines give it (`told_scale`). Of others, `layer` is the
+    network's embedding of class labels, which becomes a `GuidanceEmbedding`: diffusers' networks
     hand their `class_labels` to that layer untouched, so both numbers travel in that one argument. Which
     parameters are trained stays as it was; those of the new part are. Without "guidance_scale" in the
     conditions it is `default`. Raises UserError where `layer` is not an embedding.
@@ -65,6 +110,8 @@ def guidance_input(denoiser: Denoiser, layer: str = "class_embedding", *, defaul
         raise UserError(
             "guidance_input: a LoRA student has one guidance scale; give the least and the greatest the same"
         )
+    if "timestep_cond" in inspect.signature(denoiser.network.forward).parameters:
+        return _condition_input(denoiser, default)
     twin = copy.deepcopy(denoiser)
     table = dict(twin.network.named_modules()).get(layer)
     if not isinstance(table, nn.Embedding):

@@ -66,11 +66,12 @@ class Denoiser(nn.Module):
         self.feature_layer = feature_layer
         self.feature_map = feature_map
         self.rescale = rescale
+        self.default_scale: float | None = None  # of a network that is told the guidance scale through its pipeline
 
     def with_network(self, network: nn.Module, feature_layer: str | None) -> Denoiser:
         """The same view of another network."""
         twin = Denoiser(network, self.schedule, self.row, call=self.call, null=self.null, feature_layer=feature_layer)
-        twin.feature_map, twin.rescale = self.feature_map, self.rescale
+        twin.feature_map, twin.rescale, twin.default_scale = self.feature_map, self.rescale, self.default_scale
         return twin.train(self.training)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:

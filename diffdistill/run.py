@@ -339,7 +339,7 @@ def _export(game: Game, folder: Path, step: int) -> Path:
     if FAMILIES[game.teacher.family].autoencoder is not None:
         height, shape = game.teacher.size.get("height"), game.teacher.shape
         metadata |= {"resolution": height, "frames": game.teacher.size.get("num_frames") if len(shape) == 4 else None}
-        metadata["call"] = student_call(game.teacher, len(sampler.levels))
+        metadata["call"] = student_call(game.teacher, sampler)
     network = sampler.denoiser.network
     return save_pipeline(folder, game.teacher.family, network, scheduler, metadata, card, game.teacher.source)
 

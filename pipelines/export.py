@@ -235,10 +235,11 @@ def _add_adapters(folder: Path, network: AdaptedNetwork, steps: int) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def student_call(teacher: Teacher, steps: int) -> dict[str, Any]:
+def student_call(teacher: Teacher, sampler: FewStepSampler) -> dict[str, Any]:
     """What the stock pipeline must be told besides the prompt to make the student's images."""
-    entry = FAMILIES[teacher.family]
-    return entry.arguments(steps) | teacher.size
+    call = FAMILIES[teacher.family].arguments(len(sampler.levels)) | teacher.size
+    scale = sampler.denoiser.default_scale
+    return call if scale is None else call | {"guidance_scale": scale}
 
 
 def model_card(info: MethodInfo, options: dict[str, Any], teacher: Teacher, sampler: FewStepSampler, step: int) -> str:
@@ -252,7 +253,7 @@ def model_card(info: MethodInfo, options: dict[str, Any], teacher: Teacher, samp
         call = ", ".join(given + ([f"num_inference_steps={steps}"] if steps > 1 else []))
     else:
         given = ['"a prompt"'] if entry.conditions == "text" else ["class_labels=[0, 1, 2, 3]"]
-        call = ", ".join(given + [f"{name}={value!r}" for name, value in student_call(teacher, steps).items()])
+        call = ", ".join(given + [f"{name}={value!r}" for name, value in student_call(teacher, sampler).items()])
     network, source = sampler.denoiser.network, '"FOLDER"'
     if isinstance(network, AdaptedNetwork):
         call += f", guidance_scale={float(network.guidance_scale):g}"

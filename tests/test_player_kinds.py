@@ -353,3 +353,29 @@ def test_from_the_command_line(
         assert main(arguments) == 2, arguments
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and told in lines[0], lines
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "sdxl"])
+def test_a_student_that_is_told_the_scale_takes_it_from_the_stock_pipeline(
+    name: str, encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    folder, prompts = encoded(name)
+    options = options_for(folder, prompts, name, "progressive", "full") | OTHERS["lcm"] | {"method": "lcm"}
+    for other in METHODS["progressive"]:
+        options.pop(other)
+    options |= {"guidance_min": 1.0, "guidance_max": 3.0, "guidance_scale": 2.0, "student_lr": 0.1}
+    student = distill(**options, out=str(tmp_path / "run"))
+    call = json.loads((student / "diffdistill.json").read_text())["call"]
+    data = open_encoded(prompts)
+    pipeline = DiffusionPipeline.from_pretrained(student)
+    pipeline.set_progress_bar_config(disable=True)
+    images = {}
+    for scale in (2.0, 3.0):
+        told = call | {"guidance_scale": scale, "output_type": "latent"}
+        images[scale] = pipeline(PROMPTS[1], generator=torch.Generator().manual_seed(3), **told).images
+    got = ours(student, data.get(torch.tensor([1]))[1], tuple(data.settings["shape"]))
+    assert call["guidance_scale"] == 2.0
+    assert float((images[2.0] - got).abs().max()) < 1e-3 * max(1, float(got.abs().max()))
+    assert float((images[3.0] - images[2.0]).abs().max()) > 1e-3

@@ -15,7 +15,8 @@ from .stable_diffusion import unet_teacher
 def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     text = cond["encoder_hidden_states"]
     added = {key: cond[key] for key in ("text_embeds", "time_ids")}
-    return network(x, time, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
+    told = {"timestep_cond": cond.get("timestep_cond"), "return_dict": False}
+    return network(x, time, encoder_hidden_states=text, added_cond_kwargs=added, **told)[0]
 
 
 def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:

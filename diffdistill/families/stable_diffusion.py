@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters import told_scale
 from ..denoiser import Call, Cond
 from ..errors import UserError
 from ..players import Teacher
@@ -19,7 +20,8 @@ def unet_teacher(family: str, call: Call) -> Callable[[Any, Source], Teacher]:
 
     def teacher(network: Any, source: Source) -> Teacher:
         config, vae = network.config, source.config("vae")
-        if config.time_cond_proj_dim is not None:
+        scale = source.meta.get("call", {}).get("guidance_scale")  # of a student of ours
+        if config.time_cond_proj_dim is not None and scale is None:
             raise UserError("teacher: a UNet that is told its guidance (time_cond_proj_dim) is not supported")
         if vae.get("latents_mean") is not None:
             raise UserError("teacher: a VAE with latents_mean is not supported; use one with a scaling_factor alone")
@@ -28,7 +30,11 @@ def unet_teacher(family: str, call: Call) -> Callable[[Any, Source], Teacher]:
         size = latent_size(family, factor, config.sample_size * factor, source.resolution, max(1, 8 // factor))
         shape = (config.in_channels, size, size)
         layer = "mid_block" if network.mid_block is not None else None
-        return latent_teacher(family, network, source, shape, schedule_of(source.scheduler), call, feature_layer=layer)
+        schedule = schedule_of(source.scheduler)
+        made = latent_teacher(family, network, source, shape, schedule, call, feature_layer=layer)
+        if config.time_cond_proj_dim is not None:
+            told_scale(made.denoiser, scale)
+        return made
 
     return teacher
 
