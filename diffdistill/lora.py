@@ -117,6 +117,8 @@ def _inject(base: nn.Module, config: LoraConfig) -> str:
         inject_adapter_in_model(config, base, name)
     for p, before in trained.items():
         p.requires_grad_(before)  # peft leaves it to the newest adapter alone
+    # Kept, since walking through all modules at every call takes milliseconds on a large network.
+    vars(base)["_lora_layers"] = [(n, m) for n, m in base.named_modules() if isinstance(m, LoraLayer)]
     for _, layer in _layers(base):
         if name in layer.lora_A:
             for matrix in (layer.lora_A[name], layer.lora_B[name]):
@@ -127,8 +129,8 @@ def _inject(base: nn.Module, config: LoraConfig) -> str:
     return name
 
 
-def _layers(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    return ((name, module) for name, module in base.named_modules() if isinstance(module, LoraLayer))
+def _layers(base: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return vars(base).get("_lora_layers", [])
 
 
 def _switch(base: nn.Module, adapter: str | None) -> None:
@@ -158,9 +160,10 @@ def without_lora(network: nn.Module) -> nn.Module:
     """The network itself if it is a LoRA player's or plain, else its layers with the adapters taken off, in place."""
     if isinstance(network, LoraNetwork):
         return network
-    for name, layer in list(_layers(network)):
+    for name, layer in _layers(network):
         network.set_submodule(name, layer.get_base_layer())
-    vars(network).pop("peft_config", None)
+    for kept in ("peft_config", "_lora_layers"):
+        vars(network).pop(kept, None)
     return network
 
 

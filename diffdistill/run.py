@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -224,6 +225,10 @@ def _encoded(config: TrainConfig) -> Encoded:
         raise UserError(f"prompts: {config.teacher!r} needs them; give a .txt, or a folder made by {made}")
     if Path(config.prompts).is_dir():
         return open_encoded(config.prompts)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"prompts: {config.prompts!r} with several processes; encode it first with `diffdistill encode`"
+        )
     options = {"teacher": config.teacher, "prompts": config.prompts, "device": config.device}
     size = {"resolution": config.resolution, "frames": config.frames}
     return open_encoded(encode(**options, **size, out=Path(config.out) / "encoded"))
