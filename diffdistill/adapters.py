@@ -69,7 +69,8 @@ def scale_embedding(scale: Tensor, width: int) -> Tensor:
 
 def told_scale(denoiser: Denoiser, default: float) -> None:
     """From now on this UNet, which has a `time_cond_proj_dim`, takes `cond["guidance_scale"]` (B,), or `default`."""
-    inner_call, inner_null, width = denoiser.call, denoiser.null, denoiser.network.config.time_cond_proj_dim
+    network: Any = denoiser.network
+    inner_call, inner_null, width = denoiser.call, denoiser.null, network.config.time_cond_proj_dim
 
     def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         scale = cond.get("guidance_scale")

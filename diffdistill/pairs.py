@@ -84,7 +84,7 @@ def make_pairs(**values: Any) -> Path:
     config = build(PairsConfig, values)
     out, device = Path(config.out), device_for(config.device)
     encoded = None if config.prompts is None else open_encoded(config.prompts)
-    size = {} if encoded is None else encoded.size
+    size: dict[str, Any] = {} if encoded is None else encoded.size
     teacher = load_teacher(config.teacher, null_class=config.null_class, conditions=encoded, **size)
     if teacher.size and encoded is None:
         made = f"`diffdistill encode --teacher {config.teacher}`"
