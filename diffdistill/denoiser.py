@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -81,8 +82,18 @@ class Denoiser(nn.Module):
         a, b = self.row(native.alpha, native.sigma, self.schedule.data_std)
         # A half-precision time would round the timestep 999 to 1000.
         time = native.time.to(torch.promote_types(x_t.dtype, torch.float32))
-        y = self.call(self.network, expand(native.scale, x_t) * x_t, time, cond)
+        with self._precision(x_t.device.type):
+            y = self.call(self.network, expand(native.scale, x_t) * x_t, time, cond)
         return Prediction(x_t, t, y.to(x_t.dtype), a * self.schedule.data_std, b)
+
+    def _precision(self, device: str) -> AbstractContextManager[Any]:
+        """Autocast for a network kept in half precision, where there is none: samples and LoRA are float32."""
+        # A LoRA player's own weights are float32, and those of its base say what it computes in.
+        weight = next(getattr(self.network, "base", self.network).parameters(), None)
+        half = weight is not None and weight.dtype in (torch.float16, torch.bfloat16)
+        if weight is None or not half or torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, weight.dtype)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """(B, C, ...) the output of `feature_layer`, in float32; what comes after it is not computed."""

@@ -21,10 +21,10 @@ from .config import EncodeConfig, build
 from .data import open_data
 from .denoiser import Cond
 from .errors import UserError
-from .families import FAMILIES, Family, Prompt, family_of, load_pipeline, load_teacher, local_folder
+from .families import FAMILIES, Family, Prompt, family_of, load_pipeline, local_folder, sample_shape
 from .files import atomic_write
 from .players import Teacher
-from .shards import Kind, device_for, is_whole, make, mapped, open_shards, read_index, rows, start
+from .shards import Kind, device_for, is_done, is_whole, make, mapped, open_shards, read_index, rows, start
 
 KIND = Kind("encode", "encoded prompts", "prompt")
 _NULL = "null.safetensors"
@@ -121,9 +121,8 @@ def encode(**values: Any) -> Path:
         raise UserError("encode: give either --prompts (a .txt, .jsonl) or --data (images with captions, or classes)")
     if config.prompts is not None and family.text is None:
         raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
-    teacher = load_teacher(folder, resolution=config.resolution, frames=config.frames)
-    shape, size = teacher.shape, family.pixels(folder, teacher.shape)
-    del teacher
+    shape = sample_shape(folder, config.resolution, config.frames)
+    size = family.pixels(folder, shape)
     images, texts = None, None
     if config.data is not None:
         images = open_data(config.data, resolution=size[0], channels=3)
@@ -151,6 +150,9 @@ def encode(**values: Any) -> Path:
         "shard_size": config.shard_size,
     }
     index = start(KIND, out, settings, {"teacher": config.teacher})
+    if is_done(out, index) and is_whole(out / _NULL, index.get("null")):
+        print(f"{out} is done: {count} {KIND.what}")
+        return out
     pipeline = load_pipeline(folder, leave_out=(family.component,), device=device)
     prompt = Prompt(size, config.embedded_guidance)
 

@@ -39,6 +39,8 @@ def new_adapters(teacher: Teacher, kind: str, hidden: int, where: str) -> Guidan
             "teacher: guidance needs a class-conditional teacher with a null class, and this one has none; "
             "give its label with --null-class"
         )
+    if teacher.size or teacher.family == "dit":
+        raise UserError(f"teacher: guidance adapters are for models of pixels, and this one is of {teacher.family}")
     network = teacher.denoiser.network
     names = _layers(network, "Attention")
     if where == "blocks" or not names:

@@ -91,7 +91,9 @@ def lora_view(denoiser: Denoiser, settings: LoraSettings) -> Denoiser:
     layers = [
         name.removesuffix(".base_layer")
         for name, module in base.named_modules()
-        if type(module) in (nn.Linear, nn.Conv2d) and not re.search(r"\.lora_[AB]\.", name)
+        if type(module) in (nn.Linear, nn.Conv2d)
+        and not re.search(r"\.lora_[AB]\.", name)
+        and settings.rank % getattr(module, "groups", 1) == 0  # peft divides the rank over a convolution's groups
     ]
     targets = settings.targets
     if targets is not None:
@@ -161,19 +163,32 @@ def without_lora(network: nn.Module) -> nn.Module:
     if isinstance(network, LoraNetwork):
         return network
     for name, layer in _layers(network):
-        network.set_submodule(name, layer.get_base_layer())
+        if isinstance(layer, LoraLayer):
+            network.set_submodule(name, layer.get_base_layer())
     for kept in ("peft_config", "_lora_layers"):
         vars(network).pop(kept, None)
     return network
 
 
 def merged(network: LoraNetwork) -> nn.Module:
-    """A plain copy of the base with that adapter in its weights; the base stays as it is."""
-    plain = copy.deepcopy(network.base)
-    for _, layer in _layers(plain):
+    """A plain copy of the base with that adapter in its weights, on the CPU; the base stays as it is.
+
+    Adapted layers become float32 where the base is in half precision, which would round the adapter away.
+    """
+    memo: dict[int, Any] = {}  # what deepcopy is to take for each part: neither adapters nor device are copied
+    for _, layer in _layers(network.base):
+        plain = copy.deepcopy(layer.get_base_layer()).cpu()
         if network.adapter in layer.lora_A:
-            layer.merge(adapter_names=[network.adapter])
-    return without_lora(plain)
+            delta = layer.get_delta_weight(network.adapter).detach().cpu()
+            wide = torch.promote_types(plain.weight.dtype, torch.float32)
+            plain = plain.to(wide)
+            with torch.no_grad():
+                plain.weight += delta.to(wide)
+        memo[id(layer)] = plain
+    for value in (*network.base.parameters(), *network.base.buffers()):
+        kept = value.detach().cpu().clone()
+        memo.setdefault(id(value), nn.Parameter(kept, False) if isinstance(value, nn.Parameter) else kept)
+    return without_lora(copy.deepcopy(network.base, memo))
 
 
 def lora_weights(network: LoraNetwork) -> dict[str, Tensor]:

@@ -83,9 +83,10 @@ def make_pairs(**values: Any) -> Path:
     """
     config = build(PairsConfig, values)
     out, device = Path(config.out), device_for(config.device)
+    dtype = getattr(torch, config.teacher_dtype)
     encoded = None if config.prompts is None else open_encoded(config.prompts)
     size: dict[str, Any] = {} if encoded is None else encoded.size
-    teacher = load_teacher(config.teacher, null_class=config.null_class, conditions=encoded, **size)
+    teacher = load_teacher(config.teacher, null_class=config.null_class, conditions=encoded, dtype=dtype, **size)
     if teacher.size and encoded is None:
         made = f"`diffdistill encode --teacher {config.teacher}`"
         raise UserError(f"prompts: {config.teacher!r} needs them; give a folder made by {made}")
@@ -150,5 +151,6 @@ def check_pairs(teacher: Teacher, pairs: Pairs) -> None:
     if (made["fingerprint"], made["num_classes"]) != (found, teacher.num_classes):
         raise UserError(
             f"pairs: {str(pairs.folder)!r} was made with another teacher (fingerprint {made['fingerprint']}, "
-            f"{made['num_classes']} classes; this one has {found}, {teacher.num_classes}); make pairs of this one"
+            f"{made['num_classes']} classes; this one has {found}, {teacher.num_classes}); make pairs of this one, "
+            "with the same teacher_dtype"
         )

@@ -25,27 +25,42 @@ from .files import atomic_write
 from .lora import LoraSettings, checkpoint_activations
 from .method import Batch, Method, Pair
 from .pairs import Pairs, check_pairs, open_pairs
-from .pipelines.export import model_card, save_pipeline, student_call, student_scheduler
+from .pipelines.export import model_card, other_parts, save_pipeline, student_call, student_scheduler
 from .players import FewStepSampler, Teacher
 from .rng import generator, image_generators, seed_for
 from .trainer import Accelerator, Trainer, accelerator_for
 
 
+def refuse_a_run(out: Path) -> None:
+    """UserError if the folder holds a run already."""
+    if (out / "config.yaml").exists():
+        raise UserError(f"out: {str(out)!r} already holds a run; resume it with --resume {out}, or choose another")
+
+
 def start_folder(
-    out: Path, options: dict[str, Any], player_bytes: int, accelerator: Accelerator, *, resume: bool
+    out: Path,
+    options: dict[str, Any],
+    player_bytes: int,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    kept_bytes: int = 0,
+    export_bytes: int = 0,
 ) -> None:
     """Make the run folder with its resolved options and environment, and start the tracker.
 
     Fails here, not after the training, where the folder cannot be written or the disk has no room for the
-    checkpoints: parameters, two moments and an average each, of which one more than is kept exists at times.
+    checkpoints: parameters, two moments and an average each, and what a method keeps besides (`kept_bytes`), of
+    which one more than is kept exists at times; and for the student (`export_bytes`).
     """
     import yaml
 
     if accelerator.is_main_process:
-        if (out / "config.yaml").exists() and not resume:
-            raise UserError(f"out: {str(out)!r} already holds a run; resume it with --resume {out}, or choose another")
+        if not resume:
+            refuse_a_run(out)
         existing = next(p for p in (out, *out.absolute().parents) if p.exists())
-        need, free = 4 * player_bytes * (options["keep_checkpoints"] + 1), shutil.disk_usage(existing).free
+        need = (4 * player_bytes + kept_bytes) * (options["keep_checkpoints"] + 1) + export_bytes
+        free = shutil.disk_usage(existing).free
         if free < need:
             raise UserError(f"out: {str(out)!r} has {free >> 20} MiB free and this run needs {need >> 20} MiB")
         try:
@@ -207,8 +222,13 @@ def _teacher(config: TrainConfig) -> Teacher:
     if encoded is not None:  # which say the size where nothing else does
         size = {name: encoded.size[name] if value is None else value for name, value in size.items()}
     teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, conditions=encoded, **size)
+    if config.frames is not None and len(teacher.shape) == 3:
+        raise UserError(f"frames: {config.frames} was given, and {family.name} makes images; leave it out")
     if encoded is not None:
         check_encoded(encoded, folder, family, teacher.shape)
+        if "guidance" in encoded.shards[0]:  # the student is to be called with what it was trained with
+            told = {"guidance_scale": encoded.settings["embedded_guidance"]}
+            teacher = dataclasses.replace(teacher, size=teacher.size | told)
     targets = family.lora_targets
     if config.adapter_targets is not None:
         named = [name.strip() for name in config.adapter_targets.split(",")]
@@ -229,9 +249,12 @@ def _encoded(config: TrainConfig) -> Encoded:
         raise UserError(
             f"prompts: {config.prompts!r} with several processes; encode it first with `diffdistill encode`"
         )
+    inside = Path(config.out) / "encoded"
+    if not Path(config.prompts).exists() and inside.is_dir():
+        return open_encoded(inside)
     options = {"teacher": config.teacher, "prompts": config.prompts, "device": config.device}
     size = {"resolution": config.resolution, "frames": config.frames}
-    return open_encoded(encode(**options, **size, out=Path(config.out) / "encoded"))
+    return open_encoded(encode(**options, **size, out=inside))
 
 
 def distill(*, preset: str | None = None, resume: str | Path | None = None, **values: Any) -> Path:
@@ -250,6 +273,8 @@ def distill(*, preset: str | None = None, resume: str | Path | None = None, **va
             raise UserError(f"preset: {preset!r} is not known; {nearest(preset, presets)}")
         values = dict(presets[preset]) | values
     out = Path(str(values.get("out", TrainConfig.out)))
+    if resume is None:
+        refuse_a_run(out)  # before anything is loaded
     game = make_game(values)
     config, method, teacher = game.config, game.method, game.teacher
     student_scheduler(teacher, method.sampler())  # a level that cannot be exported is refused now
@@ -265,18 +290,30 @@ def distill(*, preset: str | None = None, resume: str | Path | None = None, **va
     pairs = _pairs_for(game, config.batch_size * accelerator.num_processes)
     draw = batches(config, teacher, data, accelerator, pairs=pairs)
     player_bytes = sum(p.numel() * p.element_size() for m in method.players.values() for p in m.parameters())
+    kept_bytes = sum(v.numel() * v.element_size() for m in method.state.values() for v in m.state_dict().values())
+    export_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters()) + _parts_bytes(teacher)
     teacher.denoiser.to(accelerator.device)
     grids = grid_writer(out, method.sampler, teacher)
     trainer = Trainer(method, draw, config, out, accelerator, grids)
     if resume is not None:
         trainer.resume()
-    start_folder(out, game.options(), player_bytes, accelerator, resume=resume is not None)
+    sizes = {"kept_bytes": kept_bytes, "export_bytes": export_bytes}
+    start_folder(out, game.options(), player_bytes, accelerator, resume=resume is not None, **sizes)
     trainer.fit()
     if accelerator.is_main_process:
         with trainer.evaluating():
             _export(game, out / "student", trainer.step)
     accelerator.end_training()
     return out / "student"
+
+
+def _parts_bytes(teacher: Teacher) -> int:
+    """What a student's folder holds besides the network; UserError where the teacher's is not whole."""
+    entry = FAMILIES.get(teacher.family)
+    if entry is None or entry.autoencoder is None:
+        return 0
+    parts = other_parts(local_folder(teacher.source), entry)
+    return sum(file.stat().st_size for part in parts for file in part.rglob("*.safetensors"))
 
 
 def resumed_options(run: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -342,8 +379,9 @@ def _export(game: Game, folder: Path, step: int) -> Path:
     }
     card = model_card(game.info, game.options(), game.teacher, sampler, step)
     if FAMILIES[game.teacher.family].autoencoder is not None:
-        height, shape = game.teacher.size.get("height"), game.teacher.shape
-        metadata |= {"resolution": height, "frames": game.teacher.size.get("num_frames") if len(shape) == 4 else None}
+        encoded = game.teacher.conditions
+        given = {"resolution": game.config.resolution, "frames": game.config.frames}
+        metadata |= encoded.size if isinstance(encoded, Encoded) else given
         metadata["call"] = student_call(game.teacher, sampler)
     network = sampler.denoiser.network
     return save_pipeline(folder, game.teacher.family, network, scheduler, metadata, card, game.teacher.source)
@@ -352,7 +390,7 @@ def _export(game: Game, folder: Path, step: int) -> Path:
 def load_run(run: str | Path, step: int | None = None) -> tuple[Game, int]:
     """A run's parts with the student as its checkpoint at `step` (default: the last) has it, and that step."""
     run = Path(run)
-    game = make_game(run_options(run))
+    game = make_game(run_options(run) | {"out": str(run)})  # which may have been moved
     found = {int(path.name.split("-")[1]): path for path in checkpoints(run / "checkpoints")}
     if not found:
         raise UserError(f"run: {str(run)!r} has no checkpoint yet")

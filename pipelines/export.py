@@ -50,7 +50,8 @@ def student_scheduler(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMix
         # Its own pipeline can drive the scheduler of flow matching, which takes any number of steps.
         return diffusers.FlowMatchEulerDiscreteScheduler(schedule.train_timesteps, schedule.shift)
     if isinstance(schedule, LinearFlow) and schedule.starts_at_one:
-        return _latent_flow_scheduler(schedule, sampler)
+        entry = FAMILIES.get(teacher.family)
+        return _latent_flow_scheduler(schedule, sampler, entry is None or entry.flow_grid == "own")
     if len(sampler.levels) > 1:
         return _several_steps(teacher, sampler)
     if isinstance(schedule, DiscreteVP):
@@ -60,10 +61,13 @@ def student_scheduler(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMix
         last = level == noisiest
         if level != int(level) or not 0 <= level <= noisiest:
             raise UserError(f"student_level: {level} is not a whole timestep from 0 to {noisiest}")
-        spacing = (
-            {"timestep_spacing": "trailing"} if last else {"timestep_spacing": "leading", "steps_offset": int(level)}
-        )
-        return diffusers.DDIMScheduler(**kept, **spacing, clip_sample=False, set_alpha_to_one=True)
+        if not last:
+            # The chain up to that level. `steps_offset` would do, but StableDiffusionPipeline sets it to 1.
+            alphas = schedule.alphas_cumprod[: int(level) + 1].double()
+            betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
+            kind = kept.get("prediction_type", "epsilon")
+            kept = {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": kind}
+        return diffusers.DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
     if isinstance(schedule, EDM):
         if not schedule.sigma_min < level <= schedule.sigma_max:
             raise UserError(f"student_level: {level} is not a sigma from {schedule.sigma_min} to {schedule.sigma_max}")
@@ -110,8 +114,11 @@ def _several_steps(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
     )
 
 
-def _latent_flow_scheduler(schedule: LinearFlow, sampler: FewStepSampler) -> SchedulerMixin:
-    """Flow matching's own scheduler with the sampler's levels, the trailing ones."""
+def _latent_flow_scheduler(schedule: LinearFlow, sampler: FewStepSampler, own_row: bool) -> SchedulerMixin:
+    """Flow matching's own scheduler with the sampler's levels, the trailing ones.
+
+    `own_row`: the pipeline lets it take its own row, where others hand it 1, .., 1/n.
+    """
     steps, own = len(sampler.levels), torch.tensor(sampler.levels, dtype=torch.float64)
     if not torch.allclose(schedule.trailing(steps), own):
         told = ", ".join(f"{level:g}" for level in sampler.levels)
@@ -120,7 +127,7 @@ def _latent_flow_scheduler(schedule: LinearFlow, sampler: FewStepSampler) -> Sch
     if sampler.renoise and steps > 1:
         kind = diffusers.FlowMatchLCMScheduler
     shift, terminal = schedule.shift, None
-    if schedule.grid == "own" and steps > 1:
+    if own_row and steps > 1:
         # It shifts the row from 1 to its own least sigma and stretches that to end at `shift_terminal`. Both rows are
         # Moebius functions of k; they are the same one for the shift q/(q - 1), q = shift n d/(shift - 1), where d is
         # what one step takes off before the shift. d depends weakly on the new shift.
@@ -205,15 +212,25 @@ def save_pipeline(
     return folder
 
 
+def other_parts(source: Path, entry: Family) -> list[Path]:
+    """The folders of a pipeline's parts besides network and scheduler; UserError where one is not whole."""
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    named = [name for name, part in index.items() if isinstance(part, list) and part[0] is not None and name[0] != "_"]
+    parts = [source / name for name in named if name not in (entry.component, "scheduler")]
+    for part in parts:
+        if not part.is_dir():
+            raise UserError(f"teacher: {source} has no {part.name}/, which its pipeline needs; give the whole pipeline")
+        if (part / "config.json").is_file() and not any(part.glob("*.safetensors")):
+            raise UserError(f"teacher: {part} has no .safetensors weights; save it with safe_serialization=True")
+    return parts
+
+
 def _copy_parts(source: Path, folder: Path, entry: Family, network: Any, scheduler: SchedulerMixin) -> None:
     """The source's pipeline with another network and scheduler; its other parts are copied, not loaded."""
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
-    for name, part in index.items():
-        if isinstance(part, list) and part[0] is not None and name not in (entry.component, "scheduler"):
-            if not (source / name).is_dir():
-                raise UserError(f"teacher: {source} has no {name}/, which its pipeline needs; give the whole pipeline")
-            pickled = shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack")
-            shutil.copytree(source / name, folder / name, ignore=pickled)
+    for part in other_parts(source, entry):
+        pickled = shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack")
+        shutil.copytree(part, folder / part.name, ignore=pickled)
     index["_class_name"] = entry.pipelines[0]
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     network.save_pretrained(folder / entry.component, safe_serialization=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffdistill.adapters import plain_network
 from diffdistill.cli import main
 from diffdistill.config import method_names
 from diffdistill.encode import decoder, encode, open_encoded
@@ -21,8 +22,11 @@ from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, load_student, load_teacher
 from diffdistill.families._family import pack, unpack
 from diffdistill.pairs import make_pairs
+from diffdistill.pipelines.export import student_scheduler
+from diffdistill.players import FewStepSampler
 from diffdistill.prediction import ROWS
 from diffdistill.run import batches, distill, export_run, make_game
+from diffdistill.schedule import student_levels
 from diffdistill.trainer import Trainer, accelerator_for
 from tests import tiny_a, tiny_b
 
@@ -309,9 +313,18 @@ def test_a_bf16_teacher_with_float32_adapters(encoded: Callable[[str], tuple[Pat
     base = [p for n, p in game.teacher.denoiser.named_parameters() if ".lora_" not in n]
     assert {p.dtype for p in base} == {torch.bfloat16}
     assert {p.dtype for p in game.method.players["student"].parameters()} == {torch.float32}
-    student = distill(**options, teacher_dtype="bfloat16", mixed_precision="bf16", out=str(tmp_path / "run"))
-    weights = load_file(student / "lora/pytorch_lora_weights.safetensors")
-    assert weights and all(bool(value.isfinite().all()) for value in weights.values())
+    for precision in ("bf16", "no"):
+        given = options | {"teacher_dtype": "bfloat16", "mixed_precision": precision, "sample_every": 1}
+        student = distill(**given, out=str(tmp_path / precision))
+        weights = load_file(student / "lora/pytorch_lora_weights.safetensors")
+        assert weights and all(bool(value.isfinite().all()) for value in weights.values())
+    # What is exported is the base and the adapter, not their sum in bf16, which would round the adapter away.
+    network = game.method.players["student"].network
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=1e-3)
+    name, layer = next((n, m) for n, m in network.base.named_modules() if hasattr(m, "lora_A"))
+    expected = layer.base_layer.weight.float() + layer.get_delta_weight(network.adapter)
+    assert torch.equal(plain_network(network).get_submodule(name).weight, expected)
 
 
 def test_from_the_command_line(
@@ -379,3 +392,45 @@ def test_a_student_that_is_told_the_scale_takes_it_from_the_stock_pipeline(
     assert call["guidance_scale"] == 2.0
     assert float((images[2.0] - got).abs().max()) < 1e-3 * max(1, float(got.abs().max()))
     assert float((images[3.0] - images[2.0]).abs().max()) > 1e-3
+
+
+def test_a_student_of_a_level_inside_the_chain_starts_there_in_the_stock_pipeline(
+    encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    folder, prompts = encoded("stable_diffusion")
+    options = options_for(folder, prompts, "stable_diffusion", "sid", "full") | {"student_level": 750}
+    student = distill(**options, out=str(tmp_path / "run"))
+    pipeline = DiffusionPipeline.from_pretrained(student)
+    call = json.loads((student / "diffdistill.json").read_text())["call"]
+    told = call | {"generator": torch.Generator().manual_seed(3), "output_type": "latent"}
+    got = pipeline(PROMPTS[1], **told).images
+    assert pipeline.scheduler.timesteps.tolist() == [750]
+    data = open_encoded(prompts)
+    expected = ours(student, data.get(torch.tensor([1]))[1], tuple(data.settings["shape"]))
+    assert float((got - expected).abs().max()) < 1e-3 * max(1, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("renoise", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "z_image", "sana", "wan", "wan_unipc"])
+def test_the_schedulers_row_is_the_students(name: str, steps: int, renoise: bool, tmp_path: Path) -> None:
+    """Wan's own scheduler is UniPC with flow sigmas; a student's is not."""
+    import numpy as np
+    from diffusers import UniPCMultistepScheduler
+
+    pipeline = BUILDERS[name.removesuffix("_unipc")]()
+    if name == "wan_unipc":
+        pipeline.scheduler = UniPCMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+        )
+    pipeline.save_pretrained(tmp_path)
+    size = SIZES[name.removesuffix("_unipc")]
+    teacher = load_teacher(tmp_path, resolution=size, frames=5 if "wan" in name else None)
+    levels = student_levels(teacher.denoiser.schedule, steps)
+    sampler = FewStepSampler(teacher.denoiser, levels.tolist(), renoise=renoise)
+    scheduler = student_scheduler(teacher, sampler)
+    given = {"sigmas": np.linspace(1, 1 / steps, steps)} if FAMILIES[teacher.family].flow_grid == "given" else {}
+    scheduler.set_timesteps(steps, **given)
+    assert torch.allclose(scheduler.sigmas[:-1].double(), levels, atol=1e-6)

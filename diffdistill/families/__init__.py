@@ -40,6 +40,7 @@ __all__ = [
     "new_unet2d",
     "read_json",
     "read_metadata",
+    "sample_shape",
     "schedule_of",
     "unet2d_teacher",
     "with_null",
@@ -94,7 +95,7 @@ def load_teacher(
     meta = read_metadata(folder)
     if null_class is not None:
         meta["null_class"] = null_class
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = _with_defaults(read_json(folder / "scheduler" / "scheduler_config.json"))
     network = _load_model(getattr(diffusers, family.network), folder / family.component, dtype)
     source = Source(folder, index, scheduler, meta, resolution, frames, conditions)
     teacher = replace(family.teacher(network, source), source=str(path_or_hub_id))
@@ -106,6 +107,16 @@ def load_teacher(
         teacher = replace(teacher, size=size)
     teacher.denoiser.requires_grad_(False).eval()
     return teacher
+
+
+def _with_defaults(config: Config) -> Config:
+    """A scheduler's config with what its class takes where it says nothing: the classes differ in that."""
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    try:
+        whole = {} if kind is None else dict(kind.from_config(config).config)
+    except (ValueError, TypeError, NotImplementedError, ImportError):
+        return config  # schedule_of says what is wrong with it
+    return {k: v for k, v in whole.items() if k != "_use_default_values"} | config
 
 
 def load_pipeline(
@@ -125,6 +136,16 @@ def load_pipeline(
         raise UserError(f"teacher: the pipeline in {folder} does not load ({_first_line(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def sample_shape(folder: Path, resolution: int | None, frames: int | None) -> tuple[int, ...]:
+    """The shape of a folder's samples, from its configs alone."""
+    family, index = family_of(folder)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    config = {k: v for k, v in read_json(folder / family.component / "config.json").items() if k[0] != "_"}
+    with torch.device("meta"):
+        network = getattr(diffusers, family.network).from_config(config)
+    return family.teacher(network, Source(folder, index, scheduler, {}, resolution, frames)).shape
 
 
 def local_folder(name: str) -> Path:
