@@ -15,6 +15,7 @@ from typing import Any
 
 import diffusers
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import UserError
@@ -132,7 +133,7 @@ def load_pipeline(
     absent.pop("scheduler", None)
     try:
         pipeline = getattr(diffusers, family.pipelines[0]).from_pretrained(folder, use_safetensors=True, **absent)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"teacher: the pipeline in {folder} does not load ({_first_line(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
@@ -172,8 +173,6 @@ def local_folder(name: str) -> Path:
 
 def _load_model(model: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """Read a diffusers model; a missing or damaged file is named."""
-    from safetensors import SafetensorError, safe_open
-
     config = read_json(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
