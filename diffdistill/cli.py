@@ -76,14 +76,17 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     sample.add_argument(
         "--seed", default="0", metavar="N", help="image i is drawn from seed 1000000 * N + i (default: 0)"
     )
+    sample.add_argument("--trace", action="store_true", help="of a latent model: what it expects after each step")
     sample.add_argument("--out", default="samples.png", metavar="FILE", help="the picture (default: samples.png)")
 
     evaluate = command("eval", "compare a student with its teacher at several numbers of steps, or judge a teacher")
-    evaluate.add_argument("folder", help="a run folder, or the folder of a student or a teacher")
+    evaluate.add_argument("folder", help="a run, a folder of runs, or the folder of a student or a teacher")
     evaluate.add_argument("--teacher", help="a student's teacher (default: the one it was distilled from)")
     evaluate.add_argument("--teacher-steps", default="1,2,4,8,16,32", metavar="A,B,..", help="(default: 1,2,4,8,16,32)")
-    evaluate.add_argument("--data", default="digits", help="the real images compared with (default: digits)")
-    evaluate.add_argument("--count", metavar="N", help="images a row (default: as many as the data have)")
+    evaluate.add_argument(
+        "--data", default="digits", help="the real images compared with: digits, shapes (default: digits)"
+    )
+    evaluate.add_argument("--count", metavar="N", help="images a row (default: as many as the data have; shapes: 500)")
     evaluate.add_argument("--seed", default="0", metavar="N", help="of the samples (default: 0)")
     evaluate.add_argument("--out", metavar="DIR", help="where the table and pictures go (default: FOLDER/eval)")
 
@@ -91,6 +94,17 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     export.add_argument("run", help="a run folder made by train")
     export.add_argument("--step", metavar="N", help="the checkpoint's step (default: the last)")
     export.add_argument("--out", metavar="DIR", help="the folder to make (default: RUN/student)")
+
+    diversity = command("diversity", "save a student of several steps with its teacher, which takes the first of them")
+    diversity.add_argument("student", help="a run, or the folder of a Stable Diffusion student of two steps or more")
+    diversity.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    diversity.add_argument("--teacher", metavar="DIR", help="(default: the one the student was distilled from)")
+    diversity.add_argument(
+        "--base-steps", default="20", metavar="N", help="the teacher's, from noise to image; 0: none"
+    )
+    diversity.add_argument(
+        "--base-guidance", default="7", metavar="X", help="the teacher's guidance scale (default: 7)"
+    )
 
     teacher = command("teacher", "train a teacher from data and save it as a diffusers folder")
     _config_arguments(teacher)
@@ -271,7 +285,7 @@ def _sample(args: argparse.Namespace) -> int:
     scale = options.coerce("guidance_scale", args.guidance_scale, float | None, {"at_least": 0})
     count, seed = _whole_or_none("count", args.count, 1), _whole("seed", args.seed)
     steps = _whole_or_none("steps", args.steps, 1)
-    print(sample_picture(args.folder, args.prompt, count, classes, steps, scale, seed, args.out))
+    print(sample_picture(args.folder, args.prompt, count, classes, steps, scale, seed, args.out, args.trace))
     return 0
 
 
@@ -288,6 +302,16 @@ def _export(args: argparse.Namespace) -> int:
     from .run import export_run
 
     print(f"saved {export_run(args.run, step=_whole_or_none('step', args.step), out=args.out)}")
+    return 0
+
+
+def _diversity(args: argparse.Namespace) -> int:
+    from .eval.evaluate import model_folder
+    from .pipelines.diversity import write_diversity
+
+    steps = _whole("base_steps", args.base_steps)
+    scale = options.coerce("base_guidance", args.base_guidance, float, {"at_least": 0})
+    print(f"saved {write_diversity(model_folder(args.student), args.out, args.teacher, steps, scale)}")
     return 0
 
 
@@ -364,6 +388,7 @@ _COMMANDS = {
     "sample": _sample,
     "eval": _eval,
     "export": _export,
+    "diversity": _diversity,
     "teacher": _teacher,
     "pairs": _pairs,
     "encode": _encode,

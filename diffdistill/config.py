@@ -43,6 +43,9 @@ class FitConfig:
     lr_schedule: Literal["constant", "cosine"] = option("constant", "cosine: it falls to zero by the end")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train; auto: a GPU if there is one")
     mixed_precision: Literal["no", "bf16"] = option("no", "autocast of the networks; weights stay float32")
+    optimizer: Literal["adamw", "adamw8bit"] = option(
+        "adamw", "adamw: fused; adamw8bit: moments in 8 bits, by the package bitsandbytes"
+    )
     threads: int = option(0, "CPU threads of torch; 0: its own choice", at_least=0)
     log_every: int = option(20, "steps between two lines of metrics.jsonl", at_least=1)
     sample_every: int = option(200, "steps between two sample grids; 0: none", at_least=0)
@@ -115,7 +118,7 @@ class TeacherConfig(FitConfig):
     lr_schedule: Literal["constant", "cosine"] = option("cosine", "cosine: it falls to zero by the end")
     lr: float = option(1e-3, "AdamW's learning rate", above=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
-    data: str = option("digits", "digits, a folder of images, .npz, .safetensors, a Hugging Face dataset id or folder")
+    data: str = option("digits", "digits, shapes, a folder, .npz, .safetensors, a Hugging Face dataset id or folder")
     resolution: int | None = option(None, "resize images to this many pixels; default: as they are", at_least=1)
     channels: Literal[1, 3] | None = option(None, "1: grey, 3: colour; default: as the data are")
     parameterization: Literal["vp", "flow", "edm"] = option(
@@ -143,6 +146,7 @@ class PairsConfig:
     teacher: str = option("digits", "a diffusers folder, a hub id, or 'digits', the embedded one")
     null_class: int | None = option(None, "the class label that means 'no class', if the teacher has one", at_least=0)
     prompts: str | None = option(None, "for a text-to-image teacher: a folder made by `diffdistill encode`")
+    teacher_dtype: Literal["float32", "bfloat16"] = option("float32", "the teacher's weights, as in the training")
     count: int = option(2000, "pairs; all classes or prompts in turn", at_least=1)
     solver: Literal["ddim", "heun"] = option("ddim", "ddim: first order; heun: second, two network passes a step")
     sampling_steps: int = option(50, "the solver's steps, at the teacher's own times", at_least=1)

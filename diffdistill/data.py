@@ -34,9 +34,11 @@ from .data_folder import (
 from .data_hub import is_saved, open_hub
 from .errors import UserError
 from .rng import generator
+from .shapes import draw_many
 
 ACCEPTED = (
-    "'digits', a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl), "
+    "'digits', 'shapes' or 'shapes:COUNT' (drawn, with captions), "
+    "a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl), "
     "a .npz, .safetensors or .parquet file, a save_to_disk folder, or a Hugging Face dataset (user/name)"
 )
 _DIGITS = Path(__file__).parent / "assets" / "digits.safetensors"
@@ -88,6 +90,8 @@ def open_data(spec: str, *, resolution: int | None = None, channels: int | None 
         raise UserError(f"channels: {channels} is not a kind of image; give 1 (grey) or 3 (RGB)")
     if spec == "digits":
         return _open_arrays(_DIGITS, None, spec, resolution, channels, full_scale=16)
+    if drawn := re.fullmatch(r"shapes(?::([1-9]\d{0,6}))?", spec):
+        return _open_shapes(spec, int(drawn[1] or 4000), resolution, channels)
     base, split = spec, None
     if "#" in spec and not Path(spec).expanduser().exists():  # a path may itself hold a '#'
         base, _, split = spec.rpartition("#")
@@ -133,6 +137,21 @@ def batch_indices(n: int, batch_size: int, step: int, *, seed: int, rank: int = 
 @lru_cache(maxsize=2)  # a batch straddles at most two epochs
 def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator("cpu", seed, epoch, "data order"))
+
+
+def _open_shapes(name: str, count: int, resolution: int | None, channels: int | None) -> Data:
+    """The first pictures of seed 0 (see shapes.py)."""
+    images, captions, _ = draw_many(0, count)
+    digest = hashlib.blake2b(images.mul(127).round().to(torch.int8).numpy().data, digest_size=8).hexdigest()
+    side, channels = resolution or images.shape[2], channels or 3
+
+    def read(indices: list[int]) -> Samples:
+        batch = _recolour(images[indices], channels)
+        if batch.shape[2] != side:
+            batch = F.interpolate(batch, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+        return Samples(batch, None, [captions[i] for i in indices])
+
+    return Data(name, (channels, side, side), None, digest, count, read)
 
 
 def _open_pictures(pictures: Pictures, name: str, resolution: int | None, channels: int | None) -> Data:

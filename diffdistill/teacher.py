@@ -24,6 +24,7 @@ from .prediction import diffuse
 from .rng import seed_for
 from .run import batches, grid_writer, resumed_options, start_folder
 from .schedule import EDM, LinearFlow
+from .text_teacher import TextTeacher
 from .times import log_normal, logit_normal, native_uniform
 from .trainer import Trainer, accelerator_for
 
@@ -71,17 +72,9 @@ class Denoising:
 
 def new_teacher(config: TeacherConfig, data: Data) -> Teacher:
     """An untrained UNet2DModel for the data; its weights are a function of the seed."""
-    widths = _whole_numbers("widths", config.widths)
-    attention = _whole_numbers("attention", config.attention)
-    size = data.shape[1]
     if data.shape[1] != data.shape[2]:
         raise UserError(f"resolution: samples of shape {tuple(data.shape)} are not square; give --resolution")
-    if not widths or size % 2 ** (len(widths) - 1) or any(w < 8 or w % 8 for w in widths):
-        raise UserError(
-            f"widths: {config.widths!r} needs multiples of 8, and {len(widths)} levels to divide {size} pixels"
-        )
-    if any(level not in range(len(widths)) for level in attention):
-        raise UserError(f"attention: {config.attention!r} names a level that is not among 0 to {len(widths) - 1}")
+    widths, attention = _levels(config, data.shape[1])
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     teacher = new_unet2d(
         data.shape,
@@ -106,14 +99,21 @@ def train_teacher(*, resume: str | Path | None = None, **values: Any) -> Path:
     out = Path(config.out)
     accelerator = accelerator_for(config, out)
     data = open_data(config.data, resolution=config.resolution, channels=config.channels)
-    teacher = new_teacher(config, data)
-    draw = batches(config, teacher, data, accelerator, config.label_dropout)
+    text = _text_teacher(config, data) if config.architecture == "stable-diffusion" else None
+    teacher = text.teacher if text else new_teacher(config, data)
     method = Denoising(teacher, config)
-    trainer = Trainer(method, draw, config, out, accelerator, grid_writer(out, method.sampler, teacher))
+    if text:
+        draw, grids = text.batches(accelerator), text.grid_writer(out)
+    else:
+        draw = batches(config, teacher, data, accelerator, config.label_dropout)
+        grids = grid_writer(out, method.sampler, teacher)
+    trainer = Trainer(method, draw, config, out, accelerator, grids)
     if resume is not None:
         trainer.resume()
     parameter_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters())
     start_folder(out, dataclasses.asdict(config), parameter_bytes, accelerator, resume=resume is not None)
+    if text:
+        text.prepare(out / "vae", accelerator)
     trainer.fit()
     if accelerator.is_main_process:
         with trainer.evaluating():
@@ -124,9 +124,32 @@ def train_teacher(*, resume: str | Path | None = None, **values: Any) -> Path:
                 "environment": environment(),
             }
             card = _card(config, data)
-            save_pipeline(out / "teacher", "unet2d", teacher.denoiser.network, scheduler, metadata, card)
+            if text:
+                del metadata["null_class"]
+                text.save(out / "teacher", metadata, card)
+            else:
+                save_pipeline(out / "teacher", "unet2d", teacher.denoiser.network, scheduler, metadata, card)
     accelerator.end_training()
     return out / "teacher"
+
+
+def _levels(config: TeacherConfig, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The UNet's widths, and its levels with attention, for samples of so many pixels."""
+    widths = _whole_numbers("widths", config.widths)
+    attention = _whole_numbers("attention", config.attention)
+    if not widths or size % 2 ** (len(widths) - 1) or any(w < 8 or w % 8 for w in widths):
+        raise UserError(
+            f"widths: {config.widths!r} needs multiples of 8, and {len(widths)} levels to divide {size} pixels"
+        )
+    if any(level not in range(len(widths)) for level in attention):
+        raise UserError(f"attention: {config.attention!r} names a level that is not among 0 to {len(widths) - 1}")
+    return widths, attention
+
+
+def _text_teacher(config: TeacherConfig, data: Data) -> TextTeacher:
+    vae_widths = _whole_numbers("vae_widths", config.vae_widths)
+    latent = data.shape[1] // 2 ** (len(vae_widths) - 1) if vae_widths else 1
+    return TextTeacher(config, data, *_levels(config, latent), vae_widths)
 
 
 def _card(config: TeacherConfig, data: Data) -> str:
@@ -150,9 +173,16 @@ parameterisation, {config.steps} steps, batch {config.batch_size}, seed {config.
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("FOLDER")
-image = pipeline({"" if data.num_classes is None else "class_labels=[3], "}num_inference_steps=16).images[0]
+image = pipeline({_asked(config, data)}num_inference_steps=16).images[0]
 ```
 """
+
+
+def _asked(config: TeacherConfig, data: Data) -> str:
+    if config.architecture == "stable-diffusion":
+        captions = data.get(torch.arange(1)).captions or [""]
+        return f"{captions[0]!r}, guidance_scale=2.0, "
+    return "" if data.num_classes is None else "class_labels=[3], "
 
 
 def _whole_numbers(name: str, text: str) -> tuple[int, ...]:

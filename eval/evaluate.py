@@ -7,9 +7,10 @@ image, whatever the batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +31,16 @@ from diffdistill.families import (
     load_teacher,
     local_folder,
     read_metadata,
+    schedule_of,
 )
 from diffdistill.guidance import guided
 from diffdistill.ode import ddim_step, sample_ode
 from diffdistill.players import Teacher
+from diffdistill.prediction import Prediction
 from diffdistill.rng import image_generators
+from diffdistill.schedule import LinearFlow
 
+from . import attributes
 from .digit_classifier import DigitClassifier, load_digit_classifier
 from .metrics import class_agreement, frechet_distance, kernel_distance, precision_recall, statistics
 from .report import image_grid, markdown_table, save_png, side_by_side, text_table, write_json, write_text
@@ -191,41 +196,79 @@ def model_folder(folder: str) -> Path:
     return next((p for p in runs if (p / "model_index.json").is_file()), Path(folder))
 
 
+def models_in(folder: str) -> list[Path]:
+    """The model of `model_folder`, or else the students of the runs in the folder."""
+    model = model_folder(folder)
+    if (model / "model_index.json").is_file():
+        return [model]
+    return sorted(path.parent for path in Path(folder).glob("*/student/model_index.json"))
+
+
+def draws_of_all(
+    models: Sequence[Path], teacher: str | None, teacher_steps: Sequence[int]
+) -> tuple[Teacher, str, list[Row]]:
+    """`draws_of` for students of one teacher, whose rows come once for each guidance scale."""
+    judged, source, rows = draws_of(models[0], teacher, teacher_steps)
+    if len(models) == 1:
+        return judged, source, rows
+    teachers, students = rows[:-1], [rows[-1]._replace(model=models[0].parent.name)]
+    for model in models[1:]:
+        _, came_from, found = draws_of(model, teacher, ())
+        if came_from != source:
+            raise UserError(f"eval: {model} has another teacher ({came_from!r}) than {models[0]} ({source!r})")
+        students.append(found[-1]._replace(model=model.parent.name))
+        guidance_scale = read_metadata(model)["options"].get("guidance_scale", 1.0)
+        known = {row.model for row in teachers}
+        teachers += [r for r in _teacher_rows(judged, teacher_steps, guidance_scale) if r.model not in known]
+    return judged, source, [*teachers, *students]
+
+
 def evaluate_run(
     folder: str, teacher: str | None, teacher_steps: Sequence[int], data: str, count: int | None, seed: int,
     out: str | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """`diffdistill eval`: prints the table and writes it with its pictures; returns the rows.
 
-    `folder` is a run, or the folder of a student or a teacher, whose model card gets the table too.
+    `folder` is a run, or the folder of a student or a teacher, whose model card gets the table too; or a folder of
+    runs, whose students are compared in one table.
     """
-    root, model = Path(folder), model_folder(folder)
-    if not (model / "model_index.json").is_file():
+    root, models = Path(folder), models_in(folder)
+    if not models:
         raise UserError(f"eval: {folder!r} holds no student or teacher yet; train one, or make it with export")
     into = Path(out) if out else root / "eval"
     write_text("", into / ".probe").unlink()  # an unwritable folder shows now
-    images = open_data(data)
-    count = count or len(images)
-    judged, source, rows = draws_of(model, teacher, teacher_steps)
-    table, shown = compare(judged, rows, images, count, seed)
+    judged, source, rows = draws_of_all(models, teacher, teacher_steps)
+    columns: Sequence[str]
+    if data.partition(":")[0] == "shapes":
+        count, columns, scale = count or attributes.COUNT, attributes.COLUMNS, 2
+        table, shown = attributes.compare_attributes(judged, source, rows, count, seed)
+        features, told = "attributes read by rules", f"captions of {count} held-out pictures, noise of seed {seed}"
+    elif judged.size:
+        raise UserError(f"eval: {folder!r} is text-to-image, and {data!r} has no captions to judge by; give shapes")
+    else:
+        images = open_data(data)
+        count, columns, scale = count or len(images), COLUMNS, 6
+        table, shown = compare(judged, rows, images, count, seed)
+        features = "digit classifier shipped with diffdistill (not Inception: never compare with FID)"
+        told = f"{count} images of seed {seed} against {len(images)} real ones, in the features of a small digit "
+        told += "classifier (not FID)"
     report = {
-        "model": str(model),
+        "model": ", ".join(map(str, models)),
         "teacher": source,
         "data": data,
         "count": count,
         "seed": seed,
-        "features": "digit classifier shipped with diffdistill (not Inception: never compare with FID)",
+        "features": features,
         "environment": environment(),
         "rows": table,
     }
     write_json(report, into / "results.json")
-    write_text(markdown_table(table, COLUMNS), into / "table.md")
-    picture = save_png(side_by_side(shown, scale=6), into / "comparison.png")
-    features = "in the features of a small digit classifier (not FID)"
-    told = f"{count} images of seed {seed} against {len(images)} real ones, {features}"
-    if (model / METADATA).is_file():  # a folder of ours
-        _add_to_card(model / "README.md", f"{markdown_table(table, COLUMNS)}\n{told}.\n")
-    print(text_table(table, COLUMNS))
+    write_text(markdown_table(table, columns), into / "table.md")
+    picture = save_png(side_by_side(shown, scale=scale), into / "comparison.png")
+    for model in models:
+        if (model / METADATA).is_file():  # a folder of ours
+            _add_to_card(model / "README.md", f"{markdown_table(table, columns)}\n{told}.\n")
+    print(text_table(table, columns))
     print(told)
     print(f"pictures: {picture}" + (f", {root / 'samples'}/" if (root / "samples").is_dir() else ""))
     print(f"table:    {into / 'table.md'}, {into / 'results.json'}")
@@ -247,12 +290,15 @@ def sample_picture(
     guidance_scale: float | None,
     seed: int,
     out: str,
+    trace: bool = False,
 ) -> Path:
-    """`diffdistill sample`: images of a student's or a teacher's folder as one PNG."""
+    """`diffdistill sample`: images of a student's or a teacher's folder as one PNG; `trace` is stock_picture's."""
     model = model_folder(folder)
     family, _ = family_of(local_folder(str(model)))
     if family.autoencoder is not None:
-        return stock_picture(model, family, prompts, count or 4, classes, steps, guidance_scale, seed, out)
+        return stock_picture(model, family, prompts, count or 4, classes, steps, guidance_scale, seed, out, trace)
+    if trace:
+        raise UserError(f"trace: {folder!r} is no latent model")
     if prompts:
         raise UserError(f"prompt: {folder!r} takes no prompts; use --classes")
     count = count or 64
@@ -276,31 +322,97 @@ def sample_picture(
 @torch.no_grad()
 def stock_picture(
     model: Path, family: Family, prompts: Sequence[str] | None, count: int, classes: Sequence[int] | None,
-    steps: int | None, guidance_scale: float | None, seed: int, out: str,
+    steps: int | None, guidance_scale: float | None, seed: int, out: str, trace: bool = False,
 ) -> Path:  # fmt: skip
-    """Images of a latent model by its own stock pipeline, as anybody would draw them; guidance is in its own units."""
+    """Images of a latent model by its own stock pipeline, as anybody would draw them; guidance is in its own units.
+
+    `trace`: a row an image instead, a column the image that the model expects after a step (DT-visualisation,
+    Gandikota & Bau 2025, arXiv:2503.10637).
+    """
     text = family.conditions == "text"
     if text != bool(prompts) or (text and classes):
         raise UserError(f"prompt: {str(model)!r} takes {'a prompt; give --prompt' if text else 'none; use --classes'}")
     meta = read_metadata(model)
+    known = 0 if text else load_teacher(model).num_classes or 0
+    for label in classes or ():
+        if label >= known:
+            raise UserError(f"classes: {label} is not among the {known} classes 0 to {known - 1}")
     call = dict(meta.get("call") or family.arguments(steps or 20))
     if is_student(model) and steps is not None:
         raise UserError(f"steps: {steps} was given, and a student's own are part of it")
     if guidance_scale is not None:
-        call["true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"] = guidance_scale
+        if "true_cfg_scale" in call:  # which acts only where a negative prompt is given
+            call |= {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
+        else:
+            call["guidance_scale"] = guidance_scale
     pipeline = load_pipeline(local_folder(str(model)), device=device())
     images = []
+    columns = min(count, 4)
     for i, generator in enumerate(image_generators(seed, range(count))):
         what = (
             {"prompt": (prompts or [""])[i % len(prompts or [""])]}
             if text
             else {"class_labels": [(classes or range(10))[i % len(classes or range(10))]]}
         )
+        if trace:
+            with traced(pipeline) as expected:
+                pipeline(**what, **call, generator=generator, output_type="latent" if text else "np")
+            images += [decoded(pipeline, family, x0[:1], call) for x0 in expected]
+            columns = len(expected)
+            continue
         got = pipeline(**what, **call, generator=generator, output_type="pt" if text else "np")
         picture = torch.as_tensor(got.frames if hasattr(got, "frames") else got.images).float()
         picture = picture[:, 0] if picture.ndim == 5 else picture  # a video's first frame
         images.append(2 * (picture if text else picture.permute(0, 3, 1, 2)) - 1)
-    return save_png(image_grid(torch.cat(images), min(count, 4)), Path(out))
+    return save_png(image_grid(torch.cat(images), columns), Path(out))
+
+
+@contextmanager
+def traced(pipeline: Any) -> Iterator[list[Tensor]]:
+    """While it lasts, the x0 that the network expects at each step of the pipeline's scheduler is appended to a list.
+
+    They are latents of the pipeline's own shape. Raises UserError for a scheduler that is not supported.
+    """
+    scheduler, own, expected = pipeline.scheduler, pipeline.scheduler.step, []
+    shifts = {"use_dynamic_shifting": False}  # a shift moves the grid, never what a sigma means
+    schedule, row = schedule_of({**scheduler.config, "_class_name": type(scheduler).__name__, **shifts})
+
+    @wraps(own)  # the pipeline looks at its arguments
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # What the network read; flow matching's schedulers leave it as it is.
+        x = getattr(scheduler, "scale_model_input", lambda x, t: x)(sample, timestep)
+        result = own(model_output, timestep, sample, *args, **kwargs)
+        level = torch.as_tensor(timestep, dtype=torch.float64).cpu()
+        if isinstance(schedule, LinearFlow):
+            level = level / schedule.train_timesteps
+            if scheduler.config.get("use_flow_sigmas"):  # its timesteps are rounded
+                level = scheduler.sigmas[scheduler.step_index - 1].double().cpu()
+        t = schedule.angle(level).reshape(1)
+        native = schedule.native(t)
+        a, b = row(native.alpha, native.sigma, schedule.data_std)
+        x_t = x.float() / float(native.scale)
+        x0 = Prediction(x_t, t, model_output.float(), a * schedule.data_std, b).x0
+        expected.append(x0 * schedule.data_std)
+        return result
+
+    scheduler.step = step
+    try:
+        yield expected
+    finally:
+        del scheduler.step
+
+
+def decoded(pipeline: Any, family: Family, latents: Tensor, call: dict[str, Any]) -> Tensor:
+    """(1, 3, H, W) in [-1, 1] of latents of the pipeline's shape; a video's first frame."""
+    assert family.autoencoder is not None
+    if latents.ndim == 3:  # packed in tokens
+        size = pipeline.default_sample_size * pipeline.vae_scale_factor
+        latents = pipeline._unpack_latents(
+            latents, call.get("height", size), call.get("width", size), pipeline.vae_scale_factor
+        )
+        latents = latents.squeeze(2) if latents.ndim == 5 else latents
+    images = family.autoencoder.decode(pipeline.vae, latents.to(pipeline.vae.dtype)).float().clamp(-1, 1)
+    return images[:, :, 0] if images.ndim == 5 else images
 
 
 def _labels(teacher: Teacher, count: int, classes: Sequence[int] | None) -> Tensor | None:

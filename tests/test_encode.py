@@ -198,11 +198,11 @@ def test_a_folder_of_another_model_or_size(teacher: Path, prompts: Path, tmp_pat
     folder = encode(**options(teacher, prompts, tmp_path / "out"))
     other = tmp_path / "other"
     tiny_a.stable_diffusion(seed=1, prediction_type="v_prediction", zero_snr=True).save_pretrained(other)
-    with pytest.raises(UserError, match="prompts: .* was made by another model"):
+    with pytest.raises(UserError, match=r"prompts: .* was made by another model"):
         distill(**training(other, folder, tmp_path / "run"))
-    with pytest.raises(UserError, match="prompts: .* was made for samples of shape .*give the same --resolution"):
+    with pytest.raises(UserError, match=r"prompts: .* was made for samples of shape .*give the same --resolution"):
         distill(**training(teacher, folder, tmp_path / "run", resolution=32))
-    with pytest.raises(UserError, match="out: .* holds encoded prompts made with fingerprint"):
+    with pytest.raises(UserError, match=r"out: .* holds encoded prompts made with fingerprint"):
         encode(**options(other, prompts, folder))
     with pytest.raises(UserError, match="resolution: 17 is not a multiple of 8, which stable_diffusion needs; use 16"):
         encode(**options(teacher, prompts, tmp_path / "wrong", resolution=17))
@@ -220,7 +220,7 @@ def test_shards_that_do_not_belong_together(teacher: Path, prompts: Path, tmp_pa
     index = json.loads((mixed / "encode.json").read_text())
     index["shards"]["00002.safetensors"] = hashlib.sha256((mixed / "00002.safetensors").read_bytes()).hexdigest()
     (mixed / "encode.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="encode: the shards of .* differ in columns or shapes"):
+    with pytest.raises(UserError, match=r"encode: the shards of .* differ in columns or shapes"):
         open_encoded(mixed)
 
 
@@ -257,5 +257,5 @@ def test_images_without_captions(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "images" / "0.png")
     given = options(teacher, tmp_path / "none", tmp_path / "out") | {"prompts": None, "data": str(tmp_path / "images")}
-    with pytest.raises(UserError, match="data: .* has no captions, which stable_diffusion is conditioned on"):
+    with pytest.raises(UserError, match=r"data: .* has no captions, which stable_diffusion is conditioned on"):
         encode(**given)

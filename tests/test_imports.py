@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first. A module imports from its own layer, without a cycle, and from those above it in this list.
 LAYERS = [
-    {"errors", "version", "rng", "files", "environment", "shards"},
+    {"errors", "version", "rng", "files", "environment", "shards", "shapes"},
     {"schedule", "prediction"},
     {"denoiser", "lora", "guidance", "losses", "matching", "halving", "ode", "times", "distances", "adapter_networks"},
     {"families", "players", "analytic", "method", "config", "checkpoint", "verify"}
@@ -20,8 +20,8 @@ LAYERS = [
     {"trainer"},
     {"methods", "pipelines"},
     {"eval"},
-    {"run", "teacher", "pairs", "encode", "end_to_end"},
-    {"cli", "eval.bench"},
+    {"run", "teacher", "text_teacher", "pairs", "encode", "end_to_end"},
+    {"cli", "eval.bench", "eval.memory"},
     {"__init__", "__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
@@ -32,7 +32,7 @@ METHODS_MAY_USE = (
 )
 PURE_TORCH = {"schedule", "prediction", "losses", "matching", "halving", "ode", "times"}
 ONLY_IN = {
-    "diffusers": {"families", "pipelines", "eval"},
+    "diffusers": {"families", "pipelines", "eval", "eval.memory"},
     "peft": {"lora"},
     "accelerate": {"trainer", "checkpoint"},
     "datasets": {"data_hub"},
