@@ -90,8 +90,13 @@ class EncodeConfig:
     """Encode prompts, or images with captions, once, so that training loads neither text encoder nor VAE."""
 
     teacher: str = option("", "the folder or hub id of a latent diffusion pipeline")
-    prompts: str | None = option(None, "a .txt with a prompt on each line, or .jsonl with a prompt, caption or text")
-    data: str | None = option(None, "images with captions (or classes): a folder, .parquet, a Hugging Face dataset")
+    prompts: str | None = option(
+        None,
+        "a .txt with a prompt on each line; .jsonl, .parquet or a Hugging Face dataset with a prompt, caption or text",
+    )
+    data: str | None = option(
+        None, "images with captions (or classes): a folder, .parquet, .tar shards, a Hugging Face dataset, shapes"
+    )
     resolution: int | None = option(None, "pixels a side; default: the model's own", at_least=1)
     frames: int | None = option(None, "frames of a video; default: the model's own", at_least=1)
     embedded_guidance: float = option(3.5, "what a network with an embedded guidance scale (Flux) is told", at_least=0)

@@ -32,6 +32,7 @@ from .data_folder import (
     open_folder,
 )
 from .data_hub import is_saved, open_hub
+from .data_webdataset import open_shards, shards_of
 from .errors import UserError
 from .rng import generator
 from .shapes import draw_many
@@ -39,7 +40,8 @@ from .shapes import draw_many
 ACCEPTED = (
     "'digits', 'shapes' or 'shapes:COUNT' (drawn, with captions), "
     "a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl), "
-    "a .npz, .safetensors or .parquet file, a save_to_disk folder, or a Hugging Face dataset (user/name)"
+    "WebDataset shards (.tar), a .npz, .safetensors or .parquet file, a save_to_disk folder, "
+    "or a Hugging Face dataset (user/name)"
 )
 _DIGITS = Path(__file__).parent / "assets" / "digits.safetensors"
 
@@ -99,7 +101,11 @@ def open_data(spec: str, *, resolution: int | None = None, channels: int | None 
     name = path.resolve().name + (f"#{split}" if split else "")
     if path.is_file() and path.suffix in (".npz", ".safetensors"):
         return _open_arrays(path, split, name, resolution, channels)
+    if path.suffix == ".tar" and path.is_file():
+        return _open_pictures(open_shards(path), name, resolution, channels)
     is_folder = bool(base) and path.is_dir() and not is_saved(path)  # an empty path would be the current folder
+    if is_folder and not holds_images(path) and shards_of(path):
+        return _open_pictures(open_shards(path), name, resolution, channels)
     if is_folder and (holds_images(path / (split or "")) or not any(path.glob("**/*.parquet"))):
         return _open_pictures(open_folder(path, split), name, resolution, channels)
     if is_folder or is_saved(path) or (path.is_file() and path.suffix == ".parquet"):

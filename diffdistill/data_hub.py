@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from .data_folder import Pictures, Source, class_numbers, content, naming_image
 from .errors import UserError
@@ -14,13 +15,8 @@ def is_saved(path: Path) -> bool:
     return any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
 
 
-def open_hub(source: str, split: str | None, doubt: str = "") -> Pictures:
-    """An id, a .parquet file or a folder on this machine; `doubt` opens the message where it cannot be read.
-
-    The images are the column image, img or pixel_values, else the first of type Image; the labels label or
-    labels; the captions text or caption.
-    """
-    failed = f"data: {source!r} {doubt}cannot be read as a Hugging Face dataset"
+def _load(source: str, split: str | None, failed: str) -> tuple[Any, Any]:
+    """The library, and the table of that source; UserError, which begins with `failed`, where it cannot be read."""
     try:
         import datasets
     except ImportError as error:
@@ -40,6 +36,26 @@ def open_hub(source: str, split: str | None, doubt: str = "") -> Pictures:
     except Exception as error:  # the library passes on what its network and file layers raise
         why = " ".join(str(error).split())
         raise UserError(f"{failed}: {why}") from error
+    return datasets, table
+
+
+def open_texts(source: str, split: str | None) -> list[str]:
+    """The column prompt, caption or text of such a data set."""
+    _, table = _load(source, split, f"prompts: {source!r} cannot be read as a Hugging Face dataset")
+    column = next((name for name in ("prompt", "caption", "text") if name in table.features), None)
+    if column is None or not len(table):
+        held = f"{len(table)} rows with the columns {list(table.features)}"
+        raise UserError(f"prompts: {source!r} has {held}; give at least one row, with a 'prompt', 'caption' or 'text'")
+    return [text or "" for text in table.with_format(None).select_columns([column])[:][column]]
+
+
+def open_hub(source: str, split: str | None, doubt: str = "") -> Pictures:
+    """An id, a .parquet file or a folder on this machine; `doubt` opens the message where it cannot be read.
+
+    The images are the column image, img or pixel_values, else the first of type Image; the labels label or
+    labels; the captions text or caption.
+    """
+    datasets, table = _load(source, split, f"data: {source!r} {doubt}cannot be read as a Hugging Face dataset")
     table, features = table.with_format(None), table.features  # a saved format would turn images into tensors
     pictures = [c for c in ("image", "img", "pixel_values") if c in features]
     pictures += [c for c in features if isinstance(features[c], datasets.Image)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .config import EncodeConfig, build
 from .data import open_data
+from .data_hub import open_texts
 from .denoiser import Cond
 from .errors import UserError
 from .families import FAMILIES, Family, Prompt, family_of, load_pipeline, local_folder, sample_shape
@@ -181,10 +183,14 @@ def encode(**values: Any) -> Path:
 
 
 def _prompts(spec: str) -> list[str]:
+    base, _, split = spec.partition("#")
     path = Path(spec)
-    if path.suffix in (".txt", ".jsonl") or (path.exists() and path.is_file() and path.suffix != ".parquet"):
+    if path.suffix in (".txt", ".jsonl"):
         return read_prompts(path)
-    raise UserError(f"prompts: {spec!r} is of no known kind; give a .txt or .jsonl file, or --data for captions")
+    if Path(base).exists() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
+        return open_texts(base, split or None)
+    known = "a .txt, .jsonl or .parquet file, a save_to_disk folder or a Hugging Face dataset"
+    raise UserError(f"prompts: {spec!r} is of no known kind; give {known}")
 
 
 def open_encoded(folder: str | Path) -> Encoded:

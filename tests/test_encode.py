@@ -1,6 +1,7 @@
 """`diffdistill encode`: the same bytes whatever happens on the way, and one clear line for what cannot be used."""
 
 import hashlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -259,3 +260,39 @@ def test_images_without_captions(teacher: Path, tmp_path: Path) -> None:
     given = options(teacher, tmp_path / "none", tmp_path / "out") | {"prompts": None, "data": str(tmp_path / "images")}
     with pytest.raises(UserError, match=r"data: .* has no captions, which stable_diffusion is conditioned on"):
         encode(**given)
+
+
+def test_prompts_of_a_hugging_face_dataset(teacher: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.parquet"
+    if importlib.util.find_spec("datasets") is None:
+        path.write_bytes(b"")
+        with pytest.raises(UserError, match=r"pip install 'diffdistill\[datasets\]'"):
+            encode(**options(teacher, path, tmp_path / "out"))
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"caption": ["one", "two"]}), path)
+    assert len(open_encoded(encode(**options(teacher, path, tmp_path / "out")))) == 2
+    other = tmp_path / "other.parquet"
+    parquet.write_table(pyarrow.table({"other": ["one", "two"]}), other)
+    with pytest.raises(UserError, match="give at least one row, with a 'prompt', 'caption' or 'text'"):
+        encode(**options(teacher, other, tmp_path / "other"))
+
+
+def test_images_of_webdataset_shards(teacher: Path, tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    from PIL import Image
+
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16), (9, 99, 200)).save(picture, "png")
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, data in (("a.png", picture.getvalue()), ("a.txt", b"a blue square")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    given = options(teacher, tmp_path, tmp_path / "out") | {"prompts": None, "data": str(tmp_path / "0.tar")}
+    latents, cond = open_encoded(encode(**given)).get(torch.arange(1))
+    assert latents is not None and latents.shape == (1, 4, 8, 8) and cond["encoder_hidden_states"].shape[1] == 77

@@ -16,7 +16,7 @@ LAYERS = [
     {"schedule", "prediction"},
     {"denoiser", "lora", "guidance", "losses", "matching", "halving", "ode", "times", "distances", "adapter_networks"},
     {"families", "players", "analytic", "method", "config", "checkpoint", "verify"}
-    | {"adapters", "guidance_adapters", "chains", "data", "data_folder", "data_hub"},
+    | {"adapters", "guidance_adapters", "chains", "data", "data_folder", "data_hub", "data_webdataset"},
     {"trainer"},
     {"methods", "pipelines"},
     {"eval"},
