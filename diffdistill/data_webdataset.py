@@ -60,8 +60,8 @@ def open_shards(path: Path) -> Pictures:
     captions = [_caption(name, parts) for name, parts in samples]
     labels = [int(parts["cls"].read()) if "cls" in parts else None for _, parts in samples]
     digest = hashlib.blake2b(digest_size=8)
-    for (name, _), member, caption in zip(samples, pictures, captions, strict=True):
-        digest.update(f"{name}\0{member.size}\0{caption}\n".encode())
+    for (name, _), picture, caption in zip(samples, pictures, captions, strict=True):
+        digest.update(f"{name}\0{picture.size}\0{caption}\n".encode())
 
     def fetch(indices: list[int]) -> list[Source]:
         return [pictures[i].read() for i in indices]
