@@ -89,7 +89,8 @@ class Denoiser(nn.Module):
     def _precision(self, device: str) -> AbstractContextManager[Any]:
         """Autocast for a network kept in half precision, where there is none: samples and LoRA are float32."""
         # A LoRA player's own weights are float32, and those of its base say what it computes in.
-        weight = next(getattr(self.network, "base", self.network).parameters(), None)
+        base = getattr(self.network, "base", None)
+        weight = next((base if isinstance(base, nn.Module) else self.network).parameters(), None)
         half = weight is not None and weight.dtype in (torch.float16, torch.bfloat16)
         if weight is None or not half or torch.is_autocast_enabled(device):
             return nullcontext()
