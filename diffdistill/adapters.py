@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,15 @@ class GuidanceEmbedding(nn.Module):
         return self.table(label.long()) + self.of_scale(scale)
 
 
+def _without_scale(cond: Cond) -> Cond:
+    return {key: value for key, value in cond.items() if key != "guidance_scale"}
+
+
+def _keeping_scale(null: Callable[[Cond], Cond] | None) -> Callable[[Cond], Cond] | None:
+    """The null conditions of a network that is told the scale, which stays as it was."""
+    return None if null is None else lambda cond: cond | null(_without_scale(cond))
+
+
 def scale_embedding(scale: Tensor, width: int) -> Tensor:
     """(B, width) what Stable Diffusion's pipelines tell a UNet with `time_cond_proj_dim` of a guidance scale (B,).
 
@@ -70,20 +79,17 @@ def scale_embedding(scale: Tensor, width: int) -> Tensor:
 def told_scale(denoiser: Denoiser, default: float) -> None:
     """From now on this UNet, which has a `time_cond_proj_dim`, takes `cond["guidance_scale"]` (B,), or `default`."""
     network: Any = denoiser.network
-    inner_call, inner_null, width = denoiser.call, denoiser.null, network.config.time_cond_proj_dim
+    inner_call, width = denoiser.call, network.config.time_cond_proj_dim
 
     def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         scale = cond.get("guidance_scale")
         scale = x.new_full((len(x),), default) if scale is None else scale
-        rest = {key: value for key, value in cond.items() if key != "guidance_scale"}
-        return inner_call(network, x, time, rest | {"timestep_cond": scale_embedding(scale, width).to(x.dtype)})
-
-    def null(cond: Cond) -> Cond:
-        assert inner_null is not None
-        return cond | inner_null({key: value for key, value in cond.items() if key != "guidance_scale"})
+        return inner_call(
+            network, x, time, _without_scale(cond) | {"timestep_cond": scale_embedding(scale, width).to(x.dtype)}
+        )
 
     denoiser.call, denoiser.default_scale = call, default
-    denoiser.null = None if inner_null is None else null
+    denoiser.null = _keeping_scale(denoiser.null)
 
 
 def _condition_input(denoiser: Denoiser, default: float) -> Denoiser:
@@ -121,7 +127,7 @@ def guidance_input(denoiser: Denoiser, layer: str = "class_embedding", *, defaul
             "use a class-conditional teacher or a fixed scale"
         )
     twin.network.set_submodule(layer, GuidanceEmbedding(table, default))
-    inner_call, inner_null = denoiser.call, denoiser.null
+    inner_call = denoiser.call
 
     def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         labels = cond["class_labels"]
@@ -130,16 +136,9 @@ def guidance_input(denoiser: Denoiser, layer: str = "class_embedding", *, defaul
             scale = network.get_submodule(layer).default.expand(len(labels))  # type: ignore[operator]
         # Labels are exact in float32, and would not be in half precision.
         packed = torch.stack([labels.float(), scale.float()], 1)
-        rest = {key: value for key, value in cond.items() if key != "guidance_scale"}
-        return inner_call(network, x, time, rest | {"class_labels": packed})
+        return inner_call(network, x, time, _without_scale(cond) | {"class_labels": packed})
 
-    def null(cond: Cond) -> Cond:
-        assert inner_null is not None
-        rest = {key: value for key, value in cond.items() if key != "guidance_scale"}
-        return cond | inner_null(rest)  # keeps the scale
-
-    twin.call = call
-    twin.null = None if inner_null is None else null
+    twin.call, twin.null = call, _keeping_scale(denoiser.null)
     return twin
 
 

@@ -228,24 +228,21 @@ def _teacher(args: argparse.Namespace) -> int:
 def _pairs(args: argparse.Namespace) -> int:
     from .pairs import make_pairs
 
-    try:
-        folder = make_pairs(**_given(args))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last whole shard", file=sys.stderr)
-        return 130
-    print(f"use them with: diffdistill train --pairs {folder}")
-    return 0
+    return _sharded(args, make_pairs, "use them with: diffdistill train --pairs")
 
 
 def _encode(args: argparse.Namespace) -> int:
     from .encode import encode
 
+    return _sharded(args, encode, "use it with: diffdistill train --prompts")
+
+
+def _sharded(args: argparse.Namespace, make: Callable[..., Path], use: str) -> int:
     try:
-        folder = encode(**_given(args))
+        print(f"{use} {make(**_given(args))}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last whole shard", file=sys.stderr)
         return 130
-    print(f"use it with: diffdistill train --prompts {folder}")
     return 0
 
 
@@ -279,7 +276,7 @@ def _training(command: str, args: argparse.Namespace, start: Callable[..., Path]
 
 
 def _sample(args: argparse.Namespace) -> int:
-    from .eval.evaluate import sample_picture
+    from .eval.sample import sample_picture
 
     classes = None if args.classes is None else _whole_list("classes", args.classes)
     scale = options.coerce("guidance_scale", args.guidance_scale, float | None, {"at_least": 0})

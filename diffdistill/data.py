@@ -152,9 +152,7 @@ def _open_shapes(name: str, count: int, resolution: int | None, channels: int | 
     side, channels = resolution or images.shape[2], channels or 3
 
     def read(indices: list[int]) -> Samples:
-        batch = _recolour(images[indices], channels)
-        if batch.shape[2] != side:
-            batch = F.interpolate(batch, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+        batch = _resized(_recolour(images[indices], channels), side, side)
         return Samples(batch, None, [captions[i] for i in indices])
 
     return Data(name, (channels, side, side), None, digest, count, read)
@@ -200,15 +198,20 @@ def _open_arrays(
     height, width = (resolution, resolution) if resolution else images.shape[2:]
 
     def read(indices: list[int]) -> Samples:
-        batch = _recolour(images[indices].float() / divisor - offset, channels)
-        if batch.shape[2:] != (height, width):
-            side = min(batch.shape[2:])
-            top, left = (batch.shape[2] - side) // 2, (batch.shape[3] - side) // 2
-            middle = batch[:, :, top : top + side, left : left + side]
-            batch = F.interpolate(middle, (height, width), mode="bicubic", antialias=True)
-        return Samples(batch.clamp(-1, 1), None if classes is None else classes[indices], None)
+        batch = _resized(_recolour(images[indices].float() / divisor - offset, channels), height, width)
+        return Samples(batch, None if classes is None else classes[indices], None)
 
     return Data(name, (channels, height, width), num_classes, digest.hexdigest(), len(images), read)
+
+
+def _resized(batch: Tensor, height: int, width: int) -> Tensor:
+    """The middle squares of images (B, C, H, W) in that size, or the images themselves if they have it; in [-1, 1]."""
+    if batch.shape[2:] != (height, width):
+        side = min(batch.shape[2:])
+        top, left = (batch.shape[2] - side) // 2, (batch.shape[3] - side) // 2
+        middle = batch[:, :, top : top + side, left : left + side]
+        batch = F.interpolate(middle, (height, width), mode="bicubic", antialias=True)
+    return batch.clamp(-1, 1)
 
 
 def _load_arrays(path: Path, split: str | None) -> tuple[Tensor, Tensor | None]:

@@ -15,20 +15,19 @@ from .schedule import Schedule
 Cond = dict[str, Tensor]
 """Conditions by the network's own argument name, each (B, ...); empty when unconditional."""
 
-
-def choose(mask: Tensor, cond: Cond, other: Cond) -> Cond:
-    """The conditions (B, ...) where mask (B,) is true, and the others' elsewhere."""
-    return {
-        key: torch.where(mask.reshape(-1, *[1] * (value.ndim - 1)), value, other[key]) for key, value in cond.items()
-    }
-
-
 Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
 """(network, input, time, cond) -> raw output."""
 
 
 def call_by_keyword(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return network(x, time, **cond)
+
+
+def choose(mask: Tensor, cond: Cond, other: Cond) -> Cond:
+    """The conditions (B, ...) where mask (B,) is true, and the others' elsewhere."""
+    return {
+        key: torch.where(mask.reshape(-1, *[1] * (value.ndim - 1)), value, other[key]) for key, value in cond.items()
+    }
 
 
 class _Reached(Exception):
@@ -71,8 +70,17 @@ class Denoiser(nn.Module):
 
     def with_network(self, network: nn.Module, feature_layer: str | None) -> Denoiser:
         """The same view of another network."""
-        twin = Denoiser(network, self.schedule, self.row, call=self.call, null=self.null, feature_layer=feature_layer)
-        twin.feature_map, twin.rescale, twin.default_scale = self.feature_map, self.rescale, self.default_scale
+        twin = Denoiser(
+            network,
+            self.schedule,
+            self.row,
+            call=self.call,
+            null=self.null,
+            feature_layer=feature_layer,
+            feature_map=self.feature_map,
+            rescale=self.rescale,
+        )
+        twin.default_scale = self.default_scale
         return twin.train(self.training)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from .data import open_data
 from .data_hub import open_texts
 from .denoiser import Cond
 from .errors import UserError
-from .families import FAMILIES, Family, Prompt, family_of, load_pipeline, local_folder, sample_shape
+from .families import FAMILIES, Family, Prompt, describe, family_of, load_pipeline, local_folder
 from .files import atomic_write
 from .players import Teacher
-from .shards import Kind, device_for, is_done, is_whole, make, mapped, open_shards, read_index, rows, start
+from .shards import Kind, device_for, hash_file, is_whole, make, mapped, open_shards, read_index, rows, start
 
 KIND = Kind("encode", "encoded prompts", "prompt")
 _NULL = "null.safetensors"
@@ -40,9 +41,7 @@ def fingerprint(folder: Path, family: Family) -> str:
         for path in sorted((folder / part).glob("*")):
             if path.suffix in (".json", ".safetensors", ".txt", ".model"):
                 digest.update(f"{part}/{path.name}".encode())
-                with open(path, "rb") as file:
-                    while block := file.read(1 << 24):
-                        digest.update(block)
+                hash_file(digest, path)
     return digest.hexdigest()
 
 
@@ -123,7 +122,7 @@ def encode(**values: Any) -> Path:
         raise UserError("encode: give either --prompts (a .txt, .jsonl) or --data (images with captions, or classes)")
     if config.prompts is not None and family.text is None:
         raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
-    shape = sample_shape(folder, config.resolution, config.frames)
+    shape = describe(folder, config.resolution, config.frames).shape
     size = family.pixels(folder, shape)
     images, texts = None, None
     if config.data is not None:
@@ -152,10 +151,11 @@ def encode(**values: Any) -> Path:
         "shard_size": config.shard_size,
     }
     index = start(KIND, out, settings, {"teacher": config.teacher})
-    if is_done(out, index) and is_whole(out / _NULL, index.get("null")):
-        print(f"{out} is done: {count} {KIND.what}")
-        return out
-    pipeline = load_pipeline(folder, leave_out=(family.component,), device=device)
+
+    @cache
+    def pipeline() -> Any:  # only if something is missing
+        return load_pipeline(folder, leave_out=(family.component,), device=device)
+
     prompt = Prompt(size, config.embedded_guidance)
 
     def produce(indices: range) -> dict[str, Tensor]:
@@ -164,17 +164,17 @@ def encode(**values: Any) -> Path:
         if images is not None:
             got = images.get(torch.tensor(indices))
             captions = got.captions
-            columns["latents"] = family.autoencoder.encode(pipeline.vae, got.images.to(device))  # type: ignore[union-attr]
+            columns["latents"] = family.autoencoder.encode(pipeline().vae, got.images.to(device))  # type: ignore[union-attr]
             if family.text is None:
                 assert got.labels is not None
                 columns["class_labels"] = got.labels
         if family.text is not None:
-            columns |= family.text.encode(pipeline, list(captions or ()), prompt)
+            columns |= family.text.encode(pipeline(), list(captions or ()), prompt)
         return {key: value.cpu().contiguous() for key, value in columns.items()}
 
     with torch.no_grad():
         if not is_whole(out / _NULL, index.get("null")):
-            null = family.text.null(pipeline, prompt) if family.text else {}
+            null = family.text.null(pipeline(), prompt) if family.text else {}
             data = save({key: value.cpu().contiguous() for key, value in null.items()})
             atomic_write(out / _NULL, data)
             index["null"] = hashlib.sha256(data).hexdigest()

@@ -211,7 +211,7 @@ def _teacher(config: TrainConfig) -> Teacher:
     """The teacher with its encoded prompts, and what it is told of LoRA players."""
     folder = local_folder(config.teacher)
     family, _ = family_of(folder)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.teacher_dtype]
+    dtype = getattr(torch, config.teacher_dtype)
     size = {"resolution": config.resolution, "frames": config.frames}
     encoded: Encoded | None = None
     if family.autoencoder is not None:

@@ -68,23 +68,13 @@ def start(kind: Kind, out: Path, settings: dict[str, Any], told: dict[str, Any])
     return index
 
 
-def _shards(index: dict[str, Any]) -> dict[str, range]:
-    """The rows of each shard by its file's name."""
-    count, size = index["settings"]["count"], index["settings"]["shard_size"]
-    return {f"{k:05d}.safetensors": range(k * size, min((k + 1) * size, count)) for k in range(-(-count // size))}
-
-
-def is_done(out: Path, index: dict[str, Any]) -> bool:
-    """Whether every shard is there and whole."""
-    return all(is_whole(out / name, index["shards"].get(name)) for name in _shards(index))
-
-
 def make(
     kind: Kind, out: Path, index: dict[str, Any], batch_size: int, produce: Callable[[range], dict[str, Tensor]]
 ) -> None:
     """Make the shards that are missing; `produce` gives the columns (n, ...) of n indices, in batches."""
-    count = index["settings"]["count"]
-    names, ranges = zip(*_shards(index).items(), strict=True)
+    count, size = index["settings"]["count"], index["settings"]["shard_size"]
+    ranges = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    names = [f"{k:05d}.safetensors" for k in range(len(ranges))]
     missing = [k for k, name in enumerate(names) if not is_whole(out / name, index["shards"].get(name))]
     if not missing:
         print(f"{out} is done: {count} {kind.what}")
@@ -168,10 +158,15 @@ def is_whole(path: Path, checksum: str | None) -> bool:
     if checksum is None or not path.is_file():
         return False
     digest = hashlib.sha256()
+    hash_file(digest, path)
+    return digest.hexdigest() == checksum
+
+
+def hash_file(digest: Any, path: Path) -> None:
+    """Add a file's bytes to a digest of hashlib, in blocks."""
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
             digest.update(block)
-    return digest.hexdigest() == checksum
 
 
 def mapped(kind: Kind, path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ variance. Then the UNet and the text encoder are trained together, as one player
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ from .config import TeacherConfig
 from .data import Data, batch_indices
 from .denoiser import Cond, Denoiser
 from .errors import UserError
-from .families import FAMILIES, METADATA, schedule_of, with_null
-from .files import atomic_folder
+from .families import FAMILIES, schedule_of, with_null
 from .guidance import guided
 from .method import Batch, Optimizer, Turn
 from .ode import ddim_step, sample_ode
-from .pipelines.export import scheduler_config, teacher_scheduler
-from .pipelines.text_pipeline import LATENT_CHANNELS, new_text_pipeline, write_pipeline
+from .pipelines.export import pipeline_folder, scheduler_config, teacher_scheduler
+from .pipelines.text_pipeline import LATENT_CHANNELS, new_text_pipeline
 from .players import FewStepSampler, Teacher
 from .rng import generator, image_generators
 from .trainer import Accelerator, Interrupted, Trainer
@@ -205,9 +203,7 @@ class TextTeacher:
 
     def save(self, folder: Path, metadata: dict[str, Any], card: str) -> Path:
         """The whole pipeline as a diffusers folder, or nothing."""
-        with atomic_folder(folder, METADATA) as partial:
+        with pipeline_folder(folder, metadata, card) as partial:
             self.pipeline.text_encoder.eval()
-            write_pipeline(self.pipeline, partial)
-            (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            self.pipeline.save_pretrained(partial, safe_serialization=True)
         return folder

@@ -7,10 +7,9 @@ image, whatever the batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,29 +20,16 @@ from diffdistill.data import Data, open_data
 from diffdistill.denoiser import Cond
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
-from diffdistill.families import (
-    METADATA,
-    Family,
-    family_of,
-    is_student,
-    load_pipeline,
-    load_student,
-    load_teacher,
-    local_folder,
-    read_metadata,
-    schedule_of,
-)
+from diffdistill.families import METADATA, is_student, load_student, load_teacher, read_metadata
 from diffdistill.guidance import guided
 from diffdistill.ode import ddim_step, sample_ode
 from diffdistill.players import Teacher
-from diffdistill.prediction import Prediction
 from diffdistill.rng import image_generators
-from diffdistill.schedule import LinearFlow
 
 from . import attributes
 from .digit_classifier import DigitClassifier, load_digit_classifier
 from .metrics import class_agreement, frechet_distance, kernel_distance, precision_recall, statistics
-from .report import image_grid, markdown_table, save_png, side_by_side, text_table, write_json, write_text
+from .report import markdown_table, save_png, side_by_side, text_table, write_json, write_text
 
 Draw = Callable[[Cond, Sequence[torch.Generator]], Tensor]
 """(conditions, one generator an image) -> images (B, C, H, W) in the data's units."""
@@ -144,19 +130,33 @@ def on_device(teacher: Teacher) -> Teacher:
     return teacher
 
 
-def draws_of(folder: Path, teacher: str | None, teacher_steps: Sequence[int]) -> tuple[Teacher, str, list[Row]]:
-    """The teacher, where it came from, and the rows to draw: its own steps, and the student's if there is one."""
-    if not is_student(folder):
-        judged = on_device(load_teacher(folder))
-        return judged, str(folder), _teacher_rows(judged, teacher_steps, 1.0)
-    sampler, described = load_student(folder)
-    sampler.denoiser.to(device())
-    meta = read_metadata(folder)
-    source, used = teacher or meta["teacher"], meta["options"]
-    judged = on_device(load_teacher(source, null_class=used.get("null_class")))
-    # The student imitates the teacher as it was guided.
-    rows = _teacher_rows(judged, teacher_steps, used.get("guidance_scale", 1.0))
-    return judged, source, [*rows, Row("student", len(sampler.levels), partial(sampler, described.shape))]
+def draws_of(
+    models: Sequence[Path], teacher: str | None, teacher_steps: Sequence[int]
+) -> tuple[Teacher, str, list[Row]]:
+    """The teacher, where it came from, and the rows to draw: its own steps, once for each guidance scale, and students.
+
+    `models` are one teacher, or students of one teacher.
+    """
+    if not is_student(models[0]):
+        judged = on_device(load_teacher(models[0]))
+        return judged, str(models[0]), _teacher_rows(judged, teacher_steps, 1.0)
+    loaded = [(model, load_student(model), read_metadata(model)) for model in models]
+    first = loaded[0][2]
+    source = teacher or first["teacher"]
+    judged = on_device(load_teacher(source, null_class=first["options"].get("null_class")))
+    teachers: list[Row] = []
+    students: list[Row] = []
+    for model, (sampler, described), meta in loaded:
+        if (came_from := teacher or meta["teacher"]) != source:
+            raise UserError(f"eval: {model} has another teacher ({came_from!r}) than {models[0]} ({source!r})")
+        # The student imitates the teacher as it was guided.
+        known = {row.model for row in teachers}
+        guided_rows = _teacher_rows(judged, teacher_steps, meta["options"].get("guidance_scale", 1.0))
+        teachers += [row for row in guided_rows if row.model not in known]
+        sampler.denoiser.to(device())
+        name = "student" if len(models) == 1 else model.parent.name
+        students.append(Row(name, len(sampler.levels), partial(sampler, described.shape)))
+    return judged, source, [*teachers, *students]
 
 
 def _teacher_rows(teacher: Teacher, teacher_steps: Sequence[int], guidance_scale: float) -> list[Row]:
@@ -204,25 +204,6 @@ def models_in(folder: str) -> list[Path]:
     return sorted(path.parent for path in Path(folder).glob("*/student/model_index.json"))
 
 
-def draws_of_all(
-    models: Sequence[Path], teacher: str | None, teacher_steps: Sequence[int]
-) -> tuple[Teacher, str, list[Row]]:
-    """`draws_of` for students of one teacher, whose rows come once for each guidance scale."""
-    judged, source, rows = draws_of(models[0], teacher, teacher_steps)
-    if len(models) == 1:
-        return judged, source, rows
-    teachers, students = rows[:-1], [rows[-1]._replace(model=models[0].parent.name)]
-    for model in models[1:]:
-        _, came_from, found = draws_of(model, teacher, ())
-        if came_from != source:
-            raise UserError(f"eval: {model} has another teacher ({came_from!r}) than {models[0]} ({source!r})")
-        students.append(found[-1]._replace(model=model.parent.name))
-        guidance_scale = read_metadata(model)["options"].get("guidance_scale", 1.0)
-        known = {row.model for row in teachers}
-        teachers += [r for r in _teacher_rows(judged, teacher_steps, guidance_scale) if r.model not in known]
-    return judged, source, [*teachers, *students]
-
-
 def evaluate_run(
     folder: str, teacher: str | None, teacher_steps: Sequence[int], data: str, count: int | None, seed: int,
     out: str | None,
@@ -237,7 +218,7 @@ def evaluate_run(
         raise UserError(f"eval: {folder!r} holds no student or teacher yet; train one, or make it with export")
     into = Path(out) if out else root / "eval"
     write_text("", into / ".probe").unlink()  # an unwritable folder shows now
-    judged, source, rows = draws_of_all(models, teacher, teacher_steps)
+    judged, source, rows = draws_of(models, teacher, teacher_steps)
     columns: Sequence[str]
     if data.partition(":")[0] == "shapes":
         count, columns, scale = count or attributes.COUNT, attributes.COLUMNS, 2
@@ -279,151 +260,3 @@ def _add_to_card(card: Path, section: str) -> None:
     heading = "\n## Evaluation\n\n"
     before = card.read_text(encoding="utf-8").split(heading)[0]
     write_text(before + heading + section, card)
-
-
-def sample_picture(
-    folder: str,
-    prompts: Sequence[str] | None,
-    count: int | None,
-    classes: Sequence[int] | None,
-    steps: int | None,
-    guidance_scale: float | None,
-    seed: int,
-    out: str,
-    trace: bool = False,
-) -> Path:
-    """`diffdistill sample`: images of a student's or a teacher's folder as one PNG; `trace` is stock_picture's."""
-    model = model_folder(folder)
-    family, _ = family_of(local_folder(str(model)))
-    if family.autoencoder is not None:
-        return stock_picture(model, family, prompts, count or 4, classes, steps, guidance_scale, seed, out, trace)
-    if trace:
-        raise UserError(f"trace: {folder!r} is no latent model")
-    if prompts:
-        raise UserError(f"prompt: {folder!r} takes no prompts; use --classes")
-    count = count or 64
-    draw: Draw
-    if is_student(model):
-        for name, value in (("steps", steps), ("guidance_scale", guidance_scale)):
-            if value is not None:
-                raise UserError(f"{name}: {value} was given, and a student's own are part of it")
-        sampler, teacher = load_student(model)
-        sampler.denoiser.to(device())
-        draw = partial(sampler, teacher.shape)
-    else:
-        teacher = on_device(load_teacher(model))
-        draw = partial(teacher_images, teacher, steps or 16, 1.0 if guidance_scale is None else guidance_scale)
-    labels = _labels(teacher, count, classes)
-    drawn = draw_all(draw, labels, count, seed)
-    columns = min(teacher.num_classes or 8, 10)
-    return save_png(image_grid(drawn.images, columns, scale=max(1, 64 // teacher.shape[-1])), Path(out))
-
-
-@torch.no_grad()
-def stock_picture(
-    model: Path, family: Family, prompts: Sequence[str] | None, count: int, classes: Sequence[int] | None,
-    steps: int | None, guidance_scale: float | None, seed: int, out: str, trace: bool = False,
-) -> Path:  # fmt: skip
-    """Images of a latent model by its own stock pipeline, as anybody would draw them; guidance is in its own units.
-
-    `trace`: a row an image instead, a column the image that the model expects after a step (DT-visualisation,
-    Gandikota & Bau 2025, arXiv:2503.10637).
-    """
-    text = family.conditions == "text"
-    if text != bool(prompts) or (text and classes):
-        raise UserError(f"prompt: {str(model)!r} takes {'a prompt; give --prompt' if text else 'none; use --classes'}")
-    meta = read_metadata(model)
-    known = 0 if text else load_teacher(model).num_classes or 0
-    for label in classes or ():
-        if label >= known:
-            raise UserError(f"classes: {label} is not among the {known} classes 0 to {known - 1}")
-    call = dict(meta.get("call") or family.arguments(steps or 20))
-    if is_student(model) and steps is not None:
-        raise UserError(f"steps: {steps} was given, and a student's own are part of it")
-    if guidance_scale is not None:
-        if "true_cfg_scale" in call:  # which acts only where a negative prompt is given
-            call |= {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
-        else:
-            call["guidance_scale"] = guidance_scale
-    pipeline = load_pipeline(local_folder(str(model)), device=device())
-    images = []
-    columns = min(count, 4)
-    for i, generator in enumerate(image_generators(seed, range(count))):
-        what = (
-            {"prompt": (prompts or [""])[i % len(prompts or [""])]}
-            if text
-            else {"class_labels": [(classes or range(10))[i % len(classes or range(10))]]}
-        )
-        if trace:
-            with traced(pipeline) as expected:
-                pipeline(**what, **call, generator=generator, output_type="latent" if text else "np")
-            images += [decoded(pipeline, family, x0[:1], call) for x0 in expected]
-            columns = len(expected)
-            continue
-        got = pipeline(**what, **call, generator=generator, output_type="pt" if text else "np")
-        picture = torch.as_tensor(got.frames if hasattr(got, "frames") else got.images).float()
-        picture = picture[:, 0] if picture.ndim == 5 else picture  # a video's first frame
-        images.append(2 * (picture if text else picture.permute(0, 3, 1, 2)) - 1)
-    return save_png(image_grid(torch.cat(images), columns), Path(out))
-
-
-@contextmanager
-def traced(pipeline: Any) -> Iterator[list[Tensor]]:
-    """While it lasts, the x0 that the network expects at each step of the pipeline's scheduler is appended to a list.
-
-    They are latents of the pipeline's own shape. Raises UserError for a scheduler that is not supported.
-    """
-    scheduler, own, expected = pipeline.scheduler, pipeline.scheduler.step, []
-    shifts = {"use_dynamic_shifting": False}  # a shift moves the grid, never what a sigma means
-    schedule, row = schedule_of({**scheduler.config, "_class_name": type(scheduler).__name__, **shifts})
-
-    @wraps(own)  # the pipeline looks at its arguments
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # What the network read; flow matching's schedulers leave it as it is.
-        x = getattr(scheduler, "scale_model_input", lambda x, t: x)(sample, timestep)
-        result = own(model_output, timestep, sample, *args, **kwargs)
-        level = torch.as_tensor(timestep, dtype=torch.float64).cpu()
-        if isinstance(schedule, LinearFlow):
-            level = level / schedule.train_timesteps
-            if scheduler.config.get("use_flow_sigmas"):  # its timesteps are rounded
-                level = scheduler.sigmas[scheduler.step_index - 1].double().cpu()
-        t = schedule.angle(level).reshape(1)
-        native = schedule.native(t)
-        a, b = row(native.alpha, native.sigma, schedule.data_std)
-        x_t = x.float() / float(native.scale)
-        x0 = Prediction(x_t, t, model_output.float(), a * schedule.data_std, b).x0
-        expected.append(x0 * schedule.data_std)
-        return result
-
-    scheduler.step = step
-    try:
-        yield expected
-    finally:
-        del scheduler.step
-
-
-def decoded(pipeline: Any, family: Family, latents: Tensor, call: dict[str, Any]) -> Tensor:
-    """(1, 3, H, W) in [-1, 1] of latents of the pipeline's shape; a video's first frame."""
-    assert family.autoencoder is not None
-    if latents.ndim == 3:  # packed in tokens
-        size = pipeline.default_sample_size * pipeline.vae_scale_factor
-        latents = pipeline._unpack_latents(
-            latents, call.get("height", size), call.get("width", size), pipeline.vae_scale_factor
-        )
-        latents = latents.squeeze(2) if latents.ndim == 5 else latents
-    images = family.autoencoder.decode(pipeline.vae, latents.to(pipeline.vae.dtype)).float().clamp(-1, 1)
-    return images[:, :, 0] if images.ndim == 5 else images
-
-
-def _labels(teacher: Teacher, count: int, classes: Sequence[int] | None) -> Tensor | None:
-    if teacher.num_classes is None:
-        if classes is not None:
-            raise UserError(f"classes: {list(classes)} were given and this model has no classes")
-        return None
-    wanted = list(classes or range(teacher.num_classes))
-    for label in wanted:
-        if label >= teacher.num_classes:
-            raise UserError(
-                f"classes: {label} is not among the {teacher.num_classes} classes 0 to {teacher.num_classes - 1}"
-            )
-    return torch.tensor([wanted[i % len(wanted)] for i in range(count)])

@@ -15,19 +15,24 @@ import diffusers
 import torch
 
 from diffdistill.errors import UserError
-from diffdistill.families import METADATA, family_of, local_folder, read_json, read_metadata, schedule_of
-from diffdistill.files import atomic_folder
+from diffdistill.families import (
+    NOT_LOADED,
+    family_of,
+    local_folder,
+    parts_of,
+    read_json,
+    read_metadata,
+    schedule_of,
+)
 from diffdistill.schedule import DiscreteVP
 
 from . import diversity_pipeline
+from .export import pipeline_folder
 
 _PIPELINES = {
     "stable_diffusion": diversity_pipeline.DiversityPipeline,
     "sdxl": diversity_pipeline.DiversityXLPipeline,
 }
-_NOT_LOADED = shutil.ignore_patterns(
-    *(f"*.{kind}" for kind in ("bin", "ckpt", "pt", "pth", "msgpack", "onnx*", "fp16.*", "non_ema.*"))
-)
 
 
 def write_diversity(
@@ -60,11 +65,11 @@ def write_diversity(
     call = {name: value for name, value in meta["call"].items() if name in ("height", "width", "num_inference_steps")}
     settings = {"base_steps": base_steps, "base_guidance": base_guidance, **call}
     script = Path(inspect.getsourcefile(diversity_pipeline) or "")
-    with atomic_folder(Path(out), script.name) as partial:
+    told = {"student": str(student), "teacher": source, "call": settings}
+    with pipeline_folder(Path(out), told, _card(str(student), source, settings), script.name) as partial:
         index = dict(index)
-        for name, part in index.items():
-            if isinstance(part, list) and part[0] is not None:
-                _copy(folder / name, partial / name)
+        for name in parts_of(index):
+            _copy(folder / name, partial / name)
         _copy(base / family.component, partial / "base_unet")
         _copy(base / "scheduler", partial / "base_scheduler")
         index["_class_name"] = [script.stem, _PIPELINES[family.name].__name__]
@@ -72,16 +77,13 @@ def write_diversity(
         index["base_scheduler"] = ["diffusers", base_scheduler]
         (partial / "model_index.json").write_text(json.dumps(index | settings, indent=2) + "\n", encoding="utf-8")
         (partial / script.name).write_bytes(script.read_bytes())
-        told = {"student": str(student), "teacher": source, "call": settings}
-        (partial / METADATA).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(_card(str(student), source, settings), encoding="utf-8")
     return Path(out)
 
 
 def _copy(source: Path, to: Path) -> None:
     if not source.is_dir():
         raise UserError(f"diversity: {source} is missing; give whole pipelines")
-    shutil.copytree(source, to, ignore=_NOT_LOADED)
+    shutil.copytree(source, to, ignore=shutil.ignore_patterns(*NOT_LOADED))
     weights = [path for path in source.iterdir() if path.suffix in (".bin", ".safetensors")]
     if weights and not any(to.glob("*.safetensors")):
         raise UserError(f"diversity: {source} has no .safetensors weights; save it with safe_serialization=True")

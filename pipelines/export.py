@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from diffdistill.adapter_networks import AdaptedNetwork
 from diffdistill.adapters import plain_network
 from diffdistill.config import MethodInfo
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES, METADATA, Family, local_folder
+from diffdistill.families import FAMILIES, METADATA, Family, local_folder, parts_of
 from diffdistill.files import atomic_folder
 from diffdistill.guidance_adapters import write_adapters
 from diffdistill.lora import LoraNetwork, lora_weights
@@ -180,6 +182,15 @@ def scheduler_config(scheduler: SchedulerMixin) -> dict[str, Any]:
     return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
+@contextmanager
+def pipeline_folder(folder: Path, metadata: dict[str, Any], card: str, marker: str = METADATA) -> Iterator[Path]:
+    """A folder to write a pipeline into; `folder` becomes it with metadata and model card, whole or not at all."""
+    with atomic_folder(folder, marker) as partial:
+        yield partial
+        (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
 def save_pipeline(
     folder: Path,
     family: str,
@@ -195,7 +206,7 @@ def save_pipeline(
     beside it where the stock pipeline has `load_lora_weights`.
     """
     entry = FAMILIES[family]
-    with atomic_folder(folder, METADATA) as partial:
+    with pipeline_folder(folder, metadata, card) as partial:
         plain = network.base if isinstance(network, AdaptedNetwork) else plain_network(network)
         if entry.autoencoder is None:
             parts = {entry.component: plain, "scheduler": scheduler}
@@ -207,16 +218,13 @@ def save_pipeline(
         if isinstance(network, LoraNetwork) and entry.loads_lora:
             layers = {f"{entry.component}_lora_layers": lora_weights(network)}
             getattr(diffusers, entry.pipelines[0]).save_lora_weights(partial / "lora", **layers)
-        (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 
 def other_parts(source: Path, entry: Family) -> list[Path]:
     """The folders of a pipeline's parts besides network and scheduler; UserError where one is not whole."""
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
-    named = [name for name, part in index.items() if isinstance(part, list) and part[0] is not None and name[0] != "_"]
-    parts = [source / name for name in named if name not in (entry.component, "scheduler")]
+    parts = [source / name for name in parts_of(index) if name not in (entry.component, "scheduler")]
     for part in parts:
         if not part.is_dir():
             raise UserError(f"teacher: {source} has no {part.name}/, which its pipeline needs; give the whole pipeline")

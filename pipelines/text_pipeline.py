@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -110,7 +109,3 @@ def new_text_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def write_pipeline(pipeline: Any, folder: Path) -> None:
-    pipeline.save_pretrained(folder, safe_serialization=True)

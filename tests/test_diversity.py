@@ -22,7 +22,7 @@ from diffdistill.analytic import GaussianMixture
 from diffdistill.cli import main
 from diffdistill.encode import encode, open_encoded
 from diffdistill.errors import UserError
-from diffdistill.eval.evaluate import decoded, traced
+from diffdistill.eval.sample import decoded, traced
 from diffdistill.families import FAMILIES, load_pipeline, load_teacher
 from diffdistill.guidance import guided
 from diffdistill.ode import ddim_step, solve
@@ -324,7 +324,7 @@ def test_trace_command(students: Folders, tmp_path: Path) -> None:
             both = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).int() for p in (mine, theirs)]
             assert (both[0] - both[1]).abs().max() <= 1
     with pytest.raises(UserError, match="no latent model"):
-        from diffdistill.eval.evaluate import sample_picture
+        from diffdistill.eval.sample import sample_picture
 
         sample_picture("digits", None, None, None, None, None, 0, str(tmp_path / "x.png"), True)
 

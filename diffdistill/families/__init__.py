@@ -28,10 +28,12 @@ from .unet2d import new_unet2d, unet2d_teacher
 __all__ = [
     "FAMILIES",
     "METADATA",
+    "NOT_LOADED",
     "Autoencoder",
     "Family",
     "Prompt",
     "Source",
+    "describe",
     "family_of",
     "is_student",
     "load_pipeline",
@@ -39,9 +41,9 @@ __all__ = [
     "load_teacher",
     "local_folder",
     "new_unet2d",
+    "parts_of",
     "read_json",
     "read_metadata",
-    "sample_shape",
     "schedule_of",
     "unet2d_teacher",
     "with_null",
@@ -49,6 +51,9 @@ __all__ = [
 
 METADATA = "diffdistill.json"
 """Beside model_index.json, what diffusers' configs cannot say: classes, null class, student levels."""
+
+NOT_LOADED = [f"*.{kind}" for kind in ("bin", "msgpack", "ckpt", "pt", "pth", "onnx*", "fp16.*", "non_ema.*")]
+"""What is never read of a pipeline's folder: what would be unpickled, and copies of the weights."""
 
 FAMILIES: dict[str, Family] = {
     module.name: importlib.import_module(f".{module.name}", __name__).FAMILY
@@ -102,10 +107,7 @@ def load_teacher(
     teacher = replace(family.teacher(network, source), source=str(path_or_hub_id))
     if family.conditions == "text":
         height, width = family.pixels(folder, teacher.shape)
-        size = {"height": height, "width": width}
-        if len(teacher.shape) == 4:
-            size["num_frames"] = frames or 81
-        teacher = replace(teacher, size=size)
+        teacher = replace(teacher, size={"height": height, "width": width} | teacher.size)
     teacher.denoiser.requires_grad_(False).eval()
     return teacher
 
@@ -120,12 +122,17 @@ def _with_defaults(config: Config) -> Config:
     return {k: v for k, v in whole.items() if k != "_use_default_values"} | config
 
 
+def parts_of(index: Config) -> list[str]:
+    """The parts that a model_index.json names, each a sub-folder."""
+    return [name for name, part in index.items() if isinstance(part, list) and part[0] is not None and name[0] != "_"]
+
+
 def load_pipeline(
     folder: Path, *, leave_out: Sequence[str] = (), only: Sequence[str] | None = None, device: Any = "cpu"
 ) -> Any:
     """The stock pipeline of a folder, in evaluation mode, without the parts in `leave_out`, or with `only` those."""
     family, index = family_of(folder)
-    parts = [name for name, part in index.items() if isinstance(part, list) and part[0] is not None and name[0] != "_"]
+    parts = parts_of(index)
     for name in parts:
         if not (folder / name).is_dir() and (only is None or name in only) and name not in leave_out:
             raise UserError(f"teacher: {folder} has no {name}/, which {family.name} needs; give the whole pipeline")
@@ -139,14 +146,14 @@ def load_pipeline(
     return pipeline.to(device)
 
 
-def sample_shape(folder: Path, resolution: int | None, frames: int | None) -> tuple[int, ...]:
-    """The shape of a folder's samples, from its configs alone."""
+def describe(folder: Path, resolution: int | None = None, frames: int | None = None) -> Teacher:
+    """The teacher of a folder from its configs alone: samples and classes are those of it, weights there are none."""
     family, index = family_of(folder)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     config = {k: v for k, v in read_json(folder / family.component / "config.json").items() if k[0] != "_"}
     with torch.device("meta"):
         network = getattr(diffusers, family.network).from_config(config)
-    return family.teacher(network, Source(folder, index, scheduler, {}, resolution, frames)).shape
+    return family.teacher(network, Source(folder, index, scheduler, {}, resolution, frames))
 
 
 def local_folder(name: str) -> Path:
@@ -161,10 +168,9 @@ def local_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # The whole pipeline but what would be unpickled and what is not loaded: a student is exported with all its parts.
-    unused = [f"*.{kind}" for kind in ("bin", "msgpack", "ckpt", "pt", "pth", "onnx*", "fp16.*", "non_ema.*")]
     try:
         return Path(
-            snapshot_download(name, allow_patterns=["model_index.json", METADATA, "*/*"], ignore_patterns=unused)
+            snapshot_download(name, allow_patterns=["model_index.json", METADATA, "*/*"], ignore_patterns=NOT_LOADED)
         )
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = _first_line(error)

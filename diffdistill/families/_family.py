@@ -82,6 +82,11 @@ class Text:
     null: Callable[[Any, Prompt], Cond]
 
 
+def plain_text(components: tuple[str, ...], encode: Callable[[Any, list[str], Prompt], Cond]) -> Text:
+    """For families whose "no prompt" is the empty one."""
+    return Text(components, encode, lambda pipe, prompt: encode(pipe, [""], prompt))
+
+
 @dataclass(frozen=True)
 class Family:
     """One entry: how a pipeline of diffusers becomes a teacher, and a network a pipeline again."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..denoiser import Cond
 from ..players import Teacher
-from ._family import ATTENTION, Autoencoder, Family, Prompt, Source, Text, latent_size, latent_teacher, token_map
+from ._family import ATTENTION, Autoencoder, Family, Prompt, Source, latent_size, latent_teacher, plain_text, token_map
 from ._flow import flow_schedule
 
 _AUTOENCODER = Autoencoder(
@@ -61,7 +61,7 @@ FAMILY = Family(
     _teacher,
     lora_targets=ATTENTION,
     autoencoder=_AUTOENCODER,
-    text=Text(("tokenizer", "text_encoder"), _encode, lambda pipe, prompt: _encode(pipe, [""], prompt)),
+    text=plain_text(("tokenizer", "text_encoder"), _encode),
     arguments=lambda steps: {
         "num_inference_steps": steps,
         "guidance_scale": 1.0,

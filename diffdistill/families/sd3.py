@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Cond
 from ..players import Teacher
-from ._family import ATTENTION, KL, Family, Prompt, Source, Text, latent_size, latent_teacher, token_map
+from ._family import ATTENTION, KL, Family, Prompt, Source, latent_size, latent_teacher, plain_text, token_map
 from ._flow import ADDED_ATTENTION, flow_schedule
 
 
@@ -48,10 +48,8 @@ FAMILY = Family(
     _teacher,
     lora_targets=ATTENTION + ADDED_ATTENTION,
     autoencoder=KL,
-    text=Text(
-        ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3"),
-        _encode,
-        lambda pipe, prompt: _encode(pipe, [""], prompt),
+    text=plain_text(
+        ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3"), _encode
     ),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
 )

@@ -11,7 +11,7 @@ from ..adapters import told_scale
 from ..denoiser import Call, Cond
 from ..errors import UserError
 from ..players import Teacher
-from ._family import ATTENTION, KL, Family, Prompt, Source, Text, latent_size, latent_teacher
+from ._family import ATTENTION, KL, Family, Prompt, Source, latent_size, latent_teacher, plain_text
 from ._schedules import schedule_of
 
 
@@ -58,6 +58,6 @@ FAMILY = Family(
     unet_teacher("stable_diffusion", _call),
     lora_targets=ATTENTION,
     autoencoder=KL,
-    text=Text(("tokenizer", "text_encoder"), _encode, lambda pipe, prompt: _encode(pipe, [""], prompt)),
+    text=plain_text(("tokenizer", "text_encoder"), _encode),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from ._family import (
     Family,
     Prompt,
     Source,
-    Text,
     latent_size,
     latent_teacher,
+    plain_text,
     token_map,
 )
 from ._flow import decode_video, encode_video, flow_schedule
@@ -54,7 +55,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
     config = network.config
     # The released models' scheduler, UniPC, takes 1, .., 1/n of itself, where the flow scheduler would end at 1/1000.
     own = source.scheduler.get("_class_name", "").startswith("FlowMatch")
-    return latent_teacher(
+    teacher = latent_teacher(
         "wan",
         network,
         source,
@@ -64,6 +65,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
         feature_layer=f"blocks.{config.num_layers // 2}",
         feature_map=_frame_map,
     )
+    return replace(teacher, size={"num_frames": source.frames or _FRAMES})
 
 
 def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
@@ -89,6 +91,6 @@ FAMILY = Family(
     _teacher,
     lora_targets=ATTENTION,
     autoencoder=_AUTOENCODER,
-    text=Text(("tokenizer", "text_encoder"), _encode, lambda pipe, prompt: _encode(pipe, [""], prompt)),
+    text=plain_text(("tokenizer", "text_encoder"), _encode),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
 )

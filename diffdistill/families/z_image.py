@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..denoiser import Cond
 from ..players import Teacher
-from ._family import ATTENTION, KL, Family, Prompt, Source, Text, latent_size, latent_teacher, token_map
+from ._family import ATTENTION, KL, Family, Prompt, Source, latent_size, latent_teacher, plain_text, token_map
 from ._flow import flow_schedule
 
 _WORDS = 512  #: tokens of a prompt at most, as the pipeline's own call
@@ -67,7 +67,7 @@ FAMILY = Family(
     _teacher,
     lora_targets=ATTENTION,
     autoencoder=KL,
-    text=Text(("tokenizer", "text_encoder"), _encode, lambda pipe, prompt: _encode(pipe, [""], prompt)),
+    text=plain_text(("tokenizer", "text_encoder"), _encode),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 0.0},
     flow_grid="given",
     stock_guidance="c + g (c - u)",
