@@ -95,11 +95,17 @@ class EncodeConfig:
         "a .txt with a prompt on each line; .jsonl, .parquet or a Hugging Face dataset with a prompt, caption or text",
     )
     data: str | None = option(
-        None, "images with captions (or classes): a folder, .parquet, .tar shards, a Hugging Face dataset, shapes"
+        None,
+        "images with captions (or classes): a folder, .parquet, .tar shards or a pattern of them, "
+        "a Hugging Face dataset, shapes",
     )
     resolution: int | None = option(None, "pixels a side; default: the model's own", at_least=1)
     frames: int | None = option(None, "frames of a video; default: the model's own", at_least=1)
     embedded_guidance: float = option(3.5, "what a network with an embedded guidance scale (Flux) is told", at_least=0)
+    count: int | None = option(None, "only so many, from the first on; default: all", at_least=1)
+    streaming: bool = option(
+        False, "read a Hugging Face dataset or .parquet files row by row, in order: only what is encoded is on disk"
+    )
     batch_size: int = option(16, "prompts encoded at a time", at_least=1)
     shard_size: int = option(1024, "prompts in a file; a stopped run goes on from the last whole file", at_least=1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to encode; auto: a GPU if there is one")

@@ -31,8 +31,8 @@ from .data_folder import (
     holds_images,
     open_folder,
 )
-from .data_hub import is_saved, open_hub
-from .data_webdataset import open_shards, shards_of
+from .data_hub import is_saved, open_hub, open_stream
+from .data_webdataset import named_shards, open_shards, shards_of
 from .errors import UserError
 from .rng import generator
 from .shapes import draw_many
@@ -40,8 +40,8 @@ from .shapes import draw_many
 ACCEPTED = (
     "'digits', 'shapes' or 'shapes:COUNT' (drawn, with captions), "
     "a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl), "
-    "WebDataset shards (.tar), a .npz, .safetensors or .parquet file, a save_to_disk folder, "
-    "or a Hugging Face dataset (user/name)"
+    "WebDataset shards (.tar, a folder or pattern of them), a .npz, .safetensors or .parquet file, "
+    "a save_to_disk folder, or a Hugging Face dataset (user/name)"
 )
 _DIGITS = Path(__file__).parent / "assets" / "digits.safetensors"
 
@@ -102,10 +102,14 @@ def open_data(spec: str, *, resolution: int | None = None, channels: int | None 
     if path.is_file() and path.suffix in (".npz", ".safetensors"):
         return _open_arrays(path, split, name, resolution, channels)
     if path.suffix == ".tar" and path.is_file():
-        return _open_pictures(open_shards(path), name, resolution, channels)
+        shards = [path]
+    else:
+        shards = [] if path.exists() else named_shards(str(path))
+    if shards:
+        return _open_pictures(open_shards(shards, base), name, resolution, channels)
     is_folder = bool(base) and path.is_dir() and not is_saved(path)  # an empty path would be the current folder
-    if is_folder and not holds_images(path) and shards_of(path):
-        return _open_pictures(open_shards(path), name, resolution, channels)
+    if is_folder and not holds_images(path) and (shards := shards_of(path)):
+        return _open_pictures(open_shards(shards, base), name, resolution, channels)
     if is_folder and (holds_images(path / (split or "")) or not any(path.glob("**/*.parquet"))):
         return _open_pictures(open_folder(path, split), name, resolution, channels)
     if is_folder or is_saved(path) or (path.is_file() and path.suffix == ".parquet"):
@@ -118,6 +122,23 @@ def open_data(spec: str, *, resolution: int | None = None, channels: int | None 
         raise UserError(f"data: {base!r} does not exist; give {ACCEPTED}")
     pictures = open_hub(base, split, doubt=f"does not exist here (give {ACCEPTED}) and ")
     return _open_pictures(pictures, spec, resolution, channels)
+
+
+def stream_data(spec: str, *, count: int | None, resolution: int, channels: int) -> Data:
+    """The first `count` images (None: all) of a Hugging Face dataset or parquet files, read in order and never kept.
+
+    A batch that follows the last one costs nothing else; any other opens the data anew. Where they end before `count`,
+    `Data.get` raises `data_hub.Ended`. Raises UserError like `open_data`, and for a length that nobody tells.
+    """
+    stream = open_stream(spec, "data")
+    size, shape = stream.length(count), (channels, resolution, resolution)
+
+    def read(indices: list[int]) -> Samples:
+        rows = stream.rows(indices)
+        pictures = Pictures(size, lambda _: stream.images(rows), stream.title, None, None, None, stream.fingerprint)
+        return Samples(decode(pictures, indices, shape, resize=True), stream.labels(rows, indices), stream.texts(rows))
+
+    return Data(spec, shape, stream.num_classes, stream.fingerprint, size, read)
 
 
 def batch_indices(n: int, batch_size: int, step: int, *, seed: int, rank: int = 0, world_size: int = 1) -> Tensor:

@@ -20,8 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import EncodeConfig, build
-from .data import open_data
-from .data_hub import open_texts
+from .data import Data, open_data, stream_data
+from .data_hub import Ended, open_stream, open_texts
 from .denoiser import Cond
 from .errors import UserError
 from .families import FAMILIES, Family, Prompt, describe, family_of, load_pipeline, local_folder
@@ -124,21 +124,23 @@ def encode(**values: Any) -> Path:
         raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
     shape = describe(folder, config.resolution, config.frames).shape
     size = family.pixels(folder, shape)
-    images, texts = None, None
+    images: Data | None = None
+    texts: Callable[[range], list[str]] | None = None
     if config.data is not None:
-        images = open_data(config.data, resolution=size[0], channels=3)
         if len(shape) != 3:
             raise UserError("data: images for a video model; give --prompts")
+        if config.streaming:
+            images = stream_data(config.data, count=config.count, resolution=size[0], channels=3)
+        else:
+            images = open_data(config.data, resolution=size[0], channels=3)
         needed = "captions" if family.text else "class labels"
         first = images.get(torch.arange(1))
         if (first.captions if family.text else first.labels) is None:
             raise UserError(f"data: {config.data!r} has no {needed}, which {family.name} is conditioned on")
+        count, source = min(len(images), config.count or len(images)), images.fingerprint
     else:
-        texts = _prompts(str(config.prompts))
-    count = len(images) if images is not None else len(texts or ())
-    joined = "\n".join(texts or ()).encode()
-    source = images.fingerprint if images is not None else hashlib.blake2b(joined, digest_size=8).hexdigest()
-    settings = {
+        texts, count, source = _prompts(str(config.prompts), config.count, config.streaming)
+    settings: dict[str, Any] = {
         "fingerprint": fingerprint(folder, family),
         "family": family.name,
         "shape": list(shape),
@@ -150,6 +152,11 @@ def encode(**values: Any) -> Path:
         "count": count,
         "shard_size": config.shard_size,
     }
+    if config.streaming:
+        settings["asked"] = count
+        if (out / KIND.index).exists():  # it may have turned out that there are fewer
+            made = read_index(KIND, out)["settings"]
+            settings["count"] = made["count"] if made.get("asked") == count else count
     index = start(KIND, out, settings, {"teacher": config.teacher})
 
     @cache
@@ -160,7 +167,7 @@ def encode(**values: Any) -> Path:
 
     def produce(indices: range) -> dict[str, Tensor]:
         columns: dict[str, Tensor] = {}
-        captions = None if texts is None else [texts[i] for i in indices]
+        captions = None if texts is None else texts(indices)
         if images is not None:
             got = images.get(torch.tensor(indices))
             captions = got.captions
@@ -178,11 +185,27 @@ def encode(**values: Any) -> Path:
             data = save({key: value.cpu().contiguous() for key, value in null.items()})
             atomic_write(out / _NULL, data)
             index["null"] = hashlib.sha256(data).hexdigest()
-        make(KIND, out, index, config.batch_size, produce)
+        try:
+            make(KIND, out, index, config.batch_size, produce)
+        except Ended as end:
+            print(f"{config.data or config.prompts} has {end.rows} rows")
+            index["settings"]["count"] = end.rows
+            atomic_write(out / KIND.index, json.dumps(index, indent=2) + "\n")
+            make(KIND, out, index, config.batch_size, produce)
     return out
 
 
-def _prompts(spec: str) -> list[str]:
+def _prompts(spec: str, count: int | None, streaming: bool) -> tuple[Callable[[range], list[str]], int, str]:
+    """The prompts of consecutive rows, how many there are, and their fingerprint."""
+    if streaming:
+        stream = open_stream(spec, "prompts")
+        return lambda i: stream.texts(stream.rows(list(i))) or [], stream.length(count), stream.fingerprint
+    texts = _all_prompts(spec)[:count]
+    joined = "\n".join(texts).encode()
+    return lambda i: texts[i.start : i.stop], len(texts), hashlib.blake2b(joined, digest_size=8).hexdigest()
+
+
+def _all_prompts(spec: str) -> list[str]:
     base, _, split = spec.partition("#")
     path = Path(spec)
     if path.suffix in (".txt", ".jsonl"):
@@ -198,7 +221,7 @@ def open_encoded(folder: str | Path) -> Encoded:
     folder = Path(folder)
     settings, shards = open_shards(KIND, folder)
     if not is_whole(folder / _NULL, read_index(KIND, folder).get("null")):
-        raise UserError(f"encode: {folder / _NULL} is missing or damaged; run its `diffdistill encode` command again")
+        raise UserError(f"encode: {folder / _NULL} is missing or damaged; run {KIND.made_by} again")
     keys = [sorted((name, tuple(v.shape[1:])) for name, v in shard.items()) for shard in shards]
     if any(key != keys[0] for key in keys):
         raise UserError(f"encode: the shards of {str(folder)!r} differ in columns or shapes; make the folder anew")

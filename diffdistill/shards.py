@@ -29,15 +29,20 @@ from .files import atomic_write
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of folder: what error lines call it, and the command that makes it, `diffdistill <name>`."""
+    """One sort of folder: what error lines call it, and the command that makes it, `diffdistill <name>` by default."""
 
     name: str
     what: str
     unit: str
+    command: str = ""
 
     @property
     def index(self) -> str:
         return f"{self.name}.json"
+
+    @property
+    def made_by(self) -> str:
+        return f"`diffdistill {self.command or self.name}`"
 
 
 def device_for(wanted: str) -> torch.device:
@@ -69,17 +74,29 @@ def start(kind: Kind, out: Path, settings: dict[str, Any], told: dict[str, Any])
 
 
 def make(
-    kind: Kind, out: Path, index: dict[str, Any], batch_size: int, produce: Callable[[range], dict[str, Tensor]]
-) -> None:
-    """Make the shards that are missing; `produce` gives the columns (n, ...) of n indices, in batches."""
+    kind: Kind, out: Path, index: dict[str, Any], batch_size: int, produce: Callable[[range], dict[str, Tensor]],
+    rank: int = 0, world_size: int = 1,
+) -> None:  # fmt: skip
+    """Make the shards that are missing; `produce` gives the columns (n, ...) of n indices, in batches.
+
+    Of several processes each makes every world_size-th, and those after the first note theirs in an index of their
+    own, so that none writes what another does. A batch never depends on who makes it.
+    """
     count, size = index["settings"]["count"], index["settings"]["shard_size"]
     ranges = [range(first, min(first + size, count)) for first in range(0, count, size)]
     names = [f"{k:05d}.safetensors" for k in range(len(ranges))]
-    missing = [k for k, name in enumerate(names) if not is_whole(out / name, index["shards"].get(name))]
+    done = read_index(kind, out)["shards"]
+    missing = [k for k, name in enumerate(names) if not is_whole(out / name, done.get(name))]
     if not missing:
-        print(f"{out} is done: {count} {kind.what}")
+        if rank == 0:
+            print(f"{out} is done: {count} {kind.what}")
         return
-    told = _progress(kind.unit, count, count - sum(len(ranges[k]) for k in missing))
+    file = out / (kind.index if rank == 0 else f"{kind.name}.{rank}.json")
+    if rank > 0:
+        index = json.loads(file.read_text()) if file.exists() else {"shards": {}}
+    there = count - sum(len(ranges[k]) for k in missing)
+    missing = missing if world_size == 1 else [k for k in missing if k % world_size == rank]
+    told = _progress(kind.unit, there + sum(len(ranges[k]) for k in missing), there, silent=rank > 0)
     for done, k in enumerate(missing):
         parts = []
         for first in range(ranges[k].start, ranges[k].stop, batch_size):
@@ -93,11 +110,13 @@ def make(
         atomic_write(out / names[k], data)
         index["shards"][names[k]] = hashlib.sha256(data).hexdigest()
         index["shards"] = dict(sorted(index["shards"].items()))
-        atomic_write(out / kind.index, json.dumps(index, indent=2) + "\n")
+        atomic_write(file, json.dumps(index, indent=2) + "\n")
 
 
-def _progress(unit: str, total: int, done: int) -> Callable[[int], None]:
+def _progress(unit: str, total: int, done: int, silent: bool = False) -> Callable[[int], None]:
     """n -> shows that n more are made: a bar on a terminal, else about ten lines."""
+    if silent:
+        return lambda n: None
     bar = tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
     started, before = time.perf_counter(), done
 
@@ -119,7 +138,7 @@ def open_shards(kind: Kind, folder: Path) -> tuple[dict[str, Any], list[dict[str
     index = read_index(kind, folder)
     settings, sums = index["settings"], index["shards"]
     count = -(-settings["count"] // settings["shard_size"])
-    again = f"run its `diffdistill {kind.name}` command again"
+    again = f"run {kind.made_by} again"
     if len(sums) < count:
         raise UserError(
             f"{kind.name}: {str(folder)!r} is not finished, {len(sums)} of {count} shards are there; {again}"
@@ -142,15 +161,18 @@ def read_index(kind: Kind, folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / kind.index).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        made = f"make it with `diffdistill {kind.name}`"
+        made = f"make it with {kind.made_by}"
         raise UserError(f"{kind.name}: {str(folder)!r} has no {kind.index}; {made}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{kind.name}: {folder / kind.index} is not readable JSON ({error})") from None
     settings = index.get("settings") if isinstance(index, dict) else None
     whole = isinstance(settings, dict) and {"count", "shard_size", "shape", "fingerprint"} <= set(settings)
     if not whole or not isinstance(index.get("shards"), dict):
-        anew = f"make the folder anew with `diffdistill {kind.name}`"
+        anew = f"make the folder anew with {kind.made_by}"
         raise UserError(f"{kind.name}: {folder / kind.index} is no index of {kind.what}; {anew}")
+    for others in sorted(folder.glob(f"{kind.name}.*.json")):  # of the other processes that made shards
+        index["shards"] |= json.loads(others.read_text(encoding="utf-8"))["shards"]
+    index["shards"] = dict(sorted(index["shards"].items()))
     return index
 
 

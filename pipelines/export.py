@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -241,7 +242,8 @@ def _copy_parts(source: Path, folder: Path, entry: Family, network: Any, schedul
         shutil.copytree(part, folder / part.name, ignore=pickled)
     index["_class_name"] = entry.pipelines[0]
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    network.save_pretrained(folder / entry.component, safe_serialization=True)
+    shards = {"max_shard_size": sys.maxsize} if entry.single_file else {}
+    network.save_pretrained(folder / entry.component, safe_serialization=True, **shards)
     scheduler.save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -295,6 +297,18 @@ pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler"
 images = pipeline({call}).{"frames" if "num_frames" in call else "images"}
 ```
 """
+    alone = ""
+    if entry.single_file and not isinstance(network, AdaptedNetwork):
+        file = f"FOLDER/{entry.component}/diffusion_pytorch_model.safetensors"
+        alone = f"""
+The network's weights are one file, which `from_single_file` reads too:
+
+```python
+from diffusers import {entry.network}
+
+network = {entry.network}.from_single_file("{file}", config="FOLDER", subfolder="{entry.component}")
+```
+"""
     return f"""---
 library_name: diffusers
 tags: [diffusion, distillation, diffdistill, {info.name}]
@@ -309,7 +323,7 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({source})
 images = pipeline({call}).{"frames" if "num_frames" in call else "images"}
 ```
-{lora}
+{lora}{alone}
 The call makes {steps} step{"s" if steps > 1 else ""}, with the student's own scheduler in `scheduler/`; the levels
 (timestep or sigma) are {levels}. diffdistill need not be installed. Image i of `diffdistill sample --seed S` is
 that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -12,8 +13,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from diffdistill.config import describe_method
 from diffdistill.denoiser import Cond
 from diffdistill.encode import decoder
 from diffdistill.errors import UserError
@@ -22,7 +25,8 @@ from diffdistill.families._family import unpack
 from diffdistill.guidance import guided
 from diffdistill.lora import LoraSettings, lora_view
 from diffdistill.ode import ddim_step, solve
-from diffdistill.players import Teacher
+from diffdistill.pipelines.export import model_card, save_pipeline
+from diffdistill.players import FewStepSampler, Teacher
 from diffdistill.schedule import DiscreteVP
 from tests import tiny_a, tiny_b
 
@@ -305,6 +309,33 @@ def test_a_unet_or_vae_that_works_otherwise_is_refused(
         case.family.teacher(network, Changed(case.folder, {}, scheduler, {}))
 
 
+@pytest.mark.parametrize("name", LATENT)
+def test_the_model_card_reads_the_network_as_a_single_file(
+    made: Callable[..., Case], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = made(name)
+    teacher, network = case.teacher, copy.deepcopy(case.teacher.denoiser.network)
+    for part in network.parameters():  # not what the source folder holds
+        part.data.add_(1e-3)
+    card = model_card(describe_method("dmd2"), {}, teacher, FewStepSampler(teacher.denoiser, [0.9]), 1)
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    if not case.family.single_file:
+        assert len(code) == 1 and not hasattr(getattr(diffusers, case.family.network), "from_single_file")
+        return
+    # Of a network that is larger than diffusers' limit, too, there is one file.
+    given = [p for p in inspect.signature(ModelMixin.save_pretrained).parameters.values() if p.default is not p.empty]
+    limits = tuple("1KB" if p.name == "max_shard_size" else p.default for p in given)
+    monkeypatch.setattr(ModelMixin.save_pretrained, "__defaults__", limits)
+    folder = save_pipeline(
+        tmp_path / "student", name, network, case.pipe.scheduler, {"levels": [0.9]}, card, str(case.folder)
+    )
+    found: dict[str, Any] = {}
+    exec(code[-1].replace("FOLDER", str(folder)), found)
+    loaded, kept = found["network"].state_dict(), network.state_dict()
+    assert type(found["network"]) is type(network) and loaded.keys() == kept.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in kept.items())
+
+
 def test_an_unknown_pipeline_is_told_which_are_known(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
     with pytest.raises(UserError, match="NoSuchPipeline") as error:
@@ -320,5 +351,6 @@ def test_every_family_is_whole(name: str) -> None:
     stock_class = getattr(diffusers, family.pipelines[0])
     assert family.name == name and hasattr(diffusers, family.network)
     assert hasattr(stock_class, "load_lora_weights") == family.loads_lora
+    assert hasattr(getattr(diffusers, family.network), "from_single_file") == family.single_file
     assert (family.text is not None) == (family.conditions == "text")
     assert set(family.arguments(1)) <= set(inspect.signature(stock_class.__call__).parameters)

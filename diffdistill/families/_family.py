@@ -105,6 +105,7 @@ class Family:
     flow_grid: str = "own"  #: "given": the pipeline hands its flow scheduler 1, .., 1/n; "own": it takes its own row
     stock_guidance: str = "u + g (c - u)"  #: for the table
     loads_lora: bool = True  #: the stock pipeline has `load_lora_weights`
+    single_file: bool = False  #: the network's class has `from_single_file`, which reads the weights of a student
 
     def pixels(self, folder: Path, shape: Sequence[int]) -> tuple[int, int]:
         """Height and width of images whose samples have that shape."""

@@ -83,4 +83,5 @@ FAMILY = Family(
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 3.5},
     flow_grid="given",
     stock_guidance="guidance_scale is told to the network; true_cfg_scale g: u + g (c - u)",
+    single_file=True,
 )

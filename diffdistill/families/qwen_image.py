@@ -90,4 +90,5 @@ FAMILY = Family(
     arguments=lambda steps: {"num_inference_steps": steps, "true_cfg_scale": 1.0},
     flow_grid="given",
     stock_guidance="u + g (c - u), as long as c in every token; g is true_cfg_scale",
+    single_file=True,
 )

@@ -69,4 +69,5 @@ FAMILY = Family(
         "clean_caption": False,
         "complex_human_instruction": None,
     },
+    single_file=True,
 )

@@ -52,4 +52,5 @@ FAMILY = Family(
         ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3"), _encode
     ),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
+    single_file=True,
 )

@@ -44,4 +44,5 @@ FAMILY = Family(
     autoencoder=KL,
     text=Text(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), _encode, _null),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
+    single_file=True,
 )

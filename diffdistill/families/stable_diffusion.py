@@ -60,4 +60,5 @@ FAMILY = Family(
     autoencoder=KL,
     text=plain_text(("tokenizer", "text_encoder"), _encode),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
+    single_file=True,
 )

@@ -71,4 +71,5 @@ FAMILY = Family(
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 0.0},
     flow_grid="given",
     stock_guidance="c + g (c - u)",
+    single_file=True,
 )
