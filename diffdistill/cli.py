@@ -87,8 +87,36 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         "--data", default="digits", help="the real images compared with: digits, shapes (default: digits)"
     )
     evaluate.add_argument("--count", metavar="N", help="images a row (default: as many as the data have; shapes: 500)")
-    evaluate.add_argument("--seed", default="0", metavar="N", help="of the samples (default: 0)")
+    evaluate.add_argument("--seed", metavar="N", help="of the samples (default: 0)")
     evaluate.add_argument("--out", metavar="DIR", help="where the table and pictures go (default: FOLDER/eval)")
+    _protocol_arguments(evaluate, required=False)
+
+    compare = command("compare", "judge several models by one protocol: table, differences, picture, same-noise grid")
+    compare.add_argument("folder", nargs="+", help="runs, pipelines' folders or hub ids, or folders of images")
+    _protocol_arguments(compare, required=True)
+    compare.add_argument("--count", metavar="N", help="images of each (default: the protocol's)")
+    compare.add_argument("--seed", metavar="N", help="of the samples (default: the protocol's)")
+    compare.add_argument("--out", default="runs/compare", metavar="DIR", help="(default: runs/compare)")
+
+    command("protocols", "list the protocols of eval and compare")
+
+    speed = command("speed", "time models against their teacher: latency, throughput, network passes, memory")
+    speed.add_argument("folder", nargs="+", help="runs, a folder of runs, pipelines' folders or hub ids, or 'digits'")
+    speed.add_argument("--teacher", metavar="DIR", help="(default: the one that each student was distilled from)")
+    speed.add_argument(
+        "--teacher-steps", metavar="N", help="of models without their own (default: their pipeline's; pixel models: 16)"
+    )
+    speed.add_argument(
+        "--guidance-scale", metavar="X", help="of teachers, 1: none (default: as their student was trained with)"
+    )
+    speed.add_argument("--batch-sizes", default="1,4", metavar="A,B,..", help="(default: 1,4)")
+    speed.add_argument("--resolutions", metavar="A,B,..", help="pixels a side (default: the models' own)")
+    speed.add_argument("--attention", default="auto", metavar="auto|sdpa|xformers|math", help="(default: auto)")
+    speed.add_argument("--compile", action="store_true", help="also with torch.compile of the denoising network")
+    speed.add_argument("--repeats", default="20", metavar="N", help="draws that are timed (default: 20)")
+    speed.add_argument("--dtype", default="float32", metavar="float32|bfloat16|float16", help="(default: float32)")
+    speed.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="(default: auto)")
+    speed.add_argument("--out", default="runs/speed", metavar="DIR", help="(default: runs/speed)")
 
     export = command("export", "save a run's student from a checkpoint as a diffusers folder")
     export.add_argument("run", help="a run folder made by train")
@@ -139,6 +167,22 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     verify.add_argument("--exact", action="store_true", help="closed forms only, no training (seconds)")
     verify.add_argument("--json", metavar="FILE", help="also write the rows there")
     return parser
+
+
+def _protocol_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    group = parser.add_argument_group("protocols", "what is drawn, compared with what and measured how")
+    add = group.add_argument
+    add("--protocol", metavar="NAME", required=required, help="see `diffdistill protocols`; or a .yaml file")
+    add("--reference", metavar="DATA", help="the real images, or a file of their statistics (default: the protocol's)")
+    add("--prompts", metavar="FILE", help="a prompt a line (default: the protocol's)")
+    add("--weights", action="append", metavar="KEY=PATH", help="a feature network's weights; may be repeated")
+    add("--steps", metavar="N", help="sampling steps of a teacher; a student has its own")
+    add("--guidance-scale", metavar="X", help="of a teacher, in its pipeline's units (default: off)")
+    add("--attention", default="auto", metavar="auto|sdpa|xformers|math", help="(default: auto)")
+    add("--dtype", default="float32", metavar="float32|bfloat16|float16", help="of the model (default: float32)")
+    add("--device", default="auto", metavar="auto|cpu|cuda", help="(default: auto)")
+    add("--threads", default="1", metavar="N", help="CPU threads, on which the last bits depend (default: 1)")
+    add("--bootstrap", metavar="N", help="replicates of the intervals; 0: none (default: 200, wide features 20)")
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -286,11 +330,96 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def _asked(args: argparse.Namespace) -> Any:
+    """The protocol and what is asked besides, of `eval --protocol` and `compare`."""
+    from typing import Literal
+
+    import torch
+
+    from .eval.models import Wanted
+    from .eval.protocol import load
+    from .eval.scoring import Asked
+    from .shards import device_for
+
+    def choice(name: str, *known: str) -> str:
+        return options.coerce(name, getattr(args, name), Literal[known], {})
+
+    weights = {}
+    for given in args.weights or ():
+        key, _, path = given.partition("=")
+        if not path:
+            raise UserError(f"weights: {given!r} is not KEY=PATH, as in inception=pt_inception-2015-12-05-6726825d.pth")
+        weights[key] = path
+    count = _whole_or_none("count", args.count, 10)
+    protocol = load(args.protocol, count=count, seed=_whole_or_none("seed", args.seed))
+    device = device_for(choice("device", "auto", "cpu", "cuda"))
+    torch.set_num_threads(_whole("threads", args.threads, 1))
+    wanted = Wanted(
+        _whole_or_none("steps", args.steps, 1),
+        options.coerce("guidance_scale", args.guidance_scale, float | None, {"at_least": 0}),
+        choice("dtype", "float32", "bfloat16", "float16"),
+        choice("attention", "auto", "sdpa", "xformers", "math"),
+        device,
+    )
+    bootstrap = _whole_or_none("bootstrap", args.bootstrap)
+    return Asked(protocol, wanted, args.reference, args.prompts, weights, bootstrap, args.device)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .eval.compare import compare
+
+    compare(args.folder, _asked(args), args.out)
+    return 0
+
+
+def _speed(args: argparse.Namespace) -> int:
+    from typing import Literal
+
+    from .eval.speed import Asked, speed
+    from .shards import device_for
+
+    def choice(name: str, *known: str) -> str:
+        return options.coerce(name, getattr(args, name), Literal[known], {})
+
+    asked = Asked(
+        batch_sizes=_whole_list("batch_sizes", args.batch_sizes, 1),
+        resolutions=[None] if args.resolutions is None else _whole_list("resolutions", args.resolutions, 1),
+        teacher=args.teacher,
+        teacher_steps=_whole_or_none("teacher_steps", args.teacher_steps, 1),
+        guidance_scale=options.coerce("guidance_scale", args.guidance_scale, float | None, {"at_least": 0}),
+        attention=choice("attention", "auto", "sdpa", "xformers", "math"),
+        compiled=args.compile,
+        repeats=_whole("repeats", args.repeats, 1),
+        dtype=choice("dtype", "float32", "bfloat16", "float16"),
+        device=device_for(choice("device", "auto", "cpu", "cuda")),
+    )
+    speed(args.folder, asked, args.out)
+    return 0
+
+
+def _protocols(args: argparse.Namespace) -> int:
+    from .eval.protocol import load, names
+
+    for protocol in map(load, names()):
+        what = ", ".join(metric.name for metric in protocol.metrics)
+        print(f"{protocol.name:14} {protocol.title}")
+        print(f"{'':14} {what}; for models of {' or '.join(protocol.conditions)}")
+    return 0
+
+
 def _eval(args: argparse.Namespace) -> int:
+    if args.protocol is not None:
+        from .eval.scoring import evaluate_protocol
+
+        evaluate_protocol(args.folder, _asked(args), args.out)
+        return 0
     from .eval.evaluate import evaluate_run
 
+    for name in ("reference", "prompts", "weights", "steps", "guidance_scale", "bootstrap"):
+        if getattr(args, name) is not None:
+            raise UserError(f"{name}: that is for an evaluation by a protocol; give --protocol")
     steps = _whole_list("teacher_steps", args.teacher_steps, 1)
-    count, seed = _whole_or_none("count", args.count, 100), _whole("seed", args.seed)
+    count, seed = _whole_or_none("count", args.count, 100), _whole("seed", args.seed or "0")
     evaluate_run(args.folder, args.teacher, steps, args.data, count, seed, args.out)
     return 0
 
@@ -384,6 +513,9 @@ _COMMANDS = {
     "train": _train,
     "sample": _sample,
     "eval": _eval,
+    "compare": _compare,
+    "protocols": _protocols,
+    "speed": _speed,
     "export": _export,
     "diversity": _diversity,
     "teacher": _teacher,

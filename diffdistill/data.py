@@ -78,11 +78,14 @@ class Data:
         return self.read(wanted)
 
 
-def open_data(spec: str, *, resolution: int | None = None, channels: int | None = None) -> Data:
+def open_data(
+    spec: str, *, resolution: int | None = None, channels: int | None = None, resample: str | None = None
+) -> Data:
     """Open what `spec` names (see ACCEPTED); 'SPEC#split' picks a split, by default 'train'.
 
-    resolution: the middle square of each image is resized to this side (bicubic, antialiased); None keeps
-    images as they are. channels: 1 (grey) or 3 (RGB); None keeps what the data has, RGB if any image is.
+    resolution: the middle square of each image is resized to this side, bicubic and antialiased, None keeps images as
+    they are. resample: encoded images are resized by this filter of Pillow's, and without the short cuts that are
+    otherwise taken. channels: 1 (grey) or 3 (RGB); None keeps what the data has, RGB if any image is.
     Transparency is put on white, EXIF orientation is applied. Arrays are held in memory, the rest is decoded
     batch by batch. Raises UserError if `spec` is of no known kind, or is missing, empty or unusable.
     """
@@ -106,14 +109,14 @@ def open_data(spec: str, *, resolution: int | None = None, channels: int | None 
     else:
         shards = [] if path.exists() else named_shards(str(path))
     if shards:
-        return _open_pictures(open_shards(shards, base), name, resolution, channels)
+        return _open_pictures(open_shards(shards, base), name, resolution, channels, resample)
     is_folder = bool(base) and path.is_dir() and not is_saved(path)  # an empty path would be the current folder
     if is_folder and not holds_images(path) and (shards := shards_of(path)):
-        return _open_pictures(open_shards(shards, base), name, resolution, channels)
+        return _open_pictures(open_shards(shards, base), name, resolution, channels, resample)
     if is_folder and (holds_images(path / (split or "")) or not any(path.glob("**/*.parquet"))):
-        return _open_pictures(open_folder(path, split), name, resolution, channels)
+        return _open_pictures(open_folder(path, split), name, resolution, channels, resample)
     if is_folder or is_saved(path) or (path.is_file() and path.suffix == ".parquet"):
-        return _open_pictures(open_hub(str(path), split), name, resolution, channels)
+        return _open_pictures(open_hub(str(path), split), name, resolution, channels, resample)
     if path.exists() or not base:
         raise UserError(f"data: {spec!r} is of no known kind; give {ACCEPTED}")
     # Only with an owner: `datasets` 3 takes the name pandas for a reader, and unpickles files lying about.
@@ -121,7 +124,7 @@ def open_data(spec: str, *, resolution: int | None = None, channels: int | None 
     if not is_id or path.suffix in IMAGE_SUFFIXES | {".npz", ".safetensors", ".parquet"}:
         raise UserError(f"data: {base!r} does not exist; give {ACCEPTED}")
     pictures = open_hub(base, split, doubt=f"does not exist here (give {ACCEPTED}) and ")
-    return _open_pictures(pictures, spec, resolution, channels)
+    return _open_pictures(pictures, spec, resolution, channels, resample)
 
 
 def stream_data(spec: str, *, count: int | None, resolution: int, channels: int) -> Data:
@@ -179,12 +182,14 @@ def _open_shapes(name: str, count: int, resolution: int | None, channels: int | 
     return Data(name, (channels, side, side), None, digest, count, read)
 
 
-def _open_pictures(pictures: Pictures, name: str, resolution: int | None, channels: int | None) -> Data:
+def _open_pictures(
+    pictures: Pictures, name: str, resolution: int | None, channels: int | None, resample: str | None
+) -> Data:
     size, _, _, classes, num_classes, texts, fingerprint = pictures
     shape = find_shape(pictures, resolution, channels)
 
     def read(indices: list[int]) -> Samples:
-        images = decode(pictures, indices, shape, resize=resolution is not None)
+        images = decode(pictures, indices, shape, resize=resolution is not None, resample=resample)
         labels = None if classes is None else classes[indices]
         return Samples(images, labels, None if texts is None else texts(indices))
 

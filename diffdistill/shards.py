@@ -53,17 +53,22 @@ def device_for(wanted: str) -> torch.device:
 
 
 def start(kind: Kind, out: Path, settings: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    """The folder's index: the one that is there if it is of the same settings, else a new one with `told` besides."""
+    """The folder's index: the one that is there if it is of the same settings, else a new one with `told` besides.
+
+    UserError if shards of other settings are there.
+    """
+    others = out.exists() and (not out.is_dir() or any(path.name != kind.index for path in out.iterdir()))
     if (out / kind.index).exists():
         index = read_index(kind, out)
-        for name, value in settings.items():
-            if index["settings"].get(name) != value:
-                raise UserError(
-                    f"out: {str(out)!r} holds {kind.what} made with {name} {index['settings'].get(name)}, "
-                    f"and {value} is asked for; choose another --out"
-                )
-        return index
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        name = next((n for n, value in settings.items() if index["settings"].get(n) != value), None)
+        if name is None:
+            return index
+        if others:  # an index alone, of a start that failed, is replaced
+            raise UserError(
+                f"out: {str(out)!r} holds {kind.what} made with {name} {index['settings'].get(name)}, "
+                f"and {settings[name]} is asked for; choose another --out"
+            )
+    elif others:
         raise UserError(f"out: {str(out)!r} exists and is no folder of {kind.what}; choose another --out")
     index = {**told, "settings": settings, "environment": environment(), "shards": {}}
     try:

@@ -5,6 +5,7 @@ Caption i is that of picture i of the seed that nothing is trained on, and its n
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill import shapes
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, Prompt, load_pipeline, local_folder, with_null
 from diffdistill.players import Teacher
 from diffdistill.rng import image_generators
 from diffdistill.shapes import HELD_OUT, SIDE, draw_many, judge
+
+from .protocol import digest
 
 COLUMNS = ("model", "steps", "colour %", "shape %", "position %", "all three %", "spread px", "ms per image")
 COUNT, SHOWN = 500, 12
@@ -70,3 +74,29 @@ def compare_attributes(
         table.append(told)
         shown.append((f"{model}, {steps} step{'' if steps == 1 else 's'}", drawn[:SHOWN]))
     return table, shown
+
+
+class Attributes:
+    """Do images (B, 3, 32, 32) show the colour, shape and position of their captions? 1 or 0 each, and of all three.
+
+    Captions are those of drawn shapes; UserError for others.
+    """
+
+    key = "attributes"
+    name = "colour, shape and position read by the rules of diffdistill.shapes"
+    fingerprint = digest([shapes.PALETTE, shapes.SHAPES, shapes.PLACES, shapes.RADII, shapes.CLEAN])
+
+    def __init__(self) -> None:
+        sizes = (len(shapes.COLOURS), len(shapes.SHAPES), len(shapes.POSITIONS))
+        self._wanted = {shapes.caption(*each): each for each in itertools.product(*map(range, sizes))}
+
+    def __call__(self, images: Tensor, captions: Sequence[str] | None, labels: Tensor | None) -> dict[str, Tensor]:
+        for text in captions or [""]:
+            if text not in self._wanted:
+                raise UserError(
+                    f"prompts: {text!r} is no caption of a drawn shape; 'a red circle in the middle' is one"
+                )
+        wanted = torch.tensor([self._wanted[text] for text in captions or ()])
+        right = shapes.read(images.float() / 127.5 - 1).attributes == wanted
+        columns = {"colour": right[:, 0], "shape": right[:, 1], "position": right[:, 2], "all": right.all(1)}
+        return {name: column.float() for name, column in columns.items()}

@@ -36,7 +36,7 @@ from diffdistill.run import batches, make_game
 from diffdistill.shards import device_for, make, start
 from diffdistill.trainer import Trainer, accelerator_for
 
-from .report import markdown_table, write_text
+from .report import markdown_table, write_json, write_text
 
 KINDS = ("full", "lora")
 COLUMNS = ("players", "weights MB", "trained MB", "peak MB", "of full", "seconds a step")
@@ -196,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", help="write the table there too, as Markdown")
+    parser.add_argument("--json", help="write the rows there")
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -217,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{told['gpu'] or told['platform']}, torch {told['torch']}, diffusers {told['diffusers']}, {told['commit']}")
     if args.out:
         write_text(table, args.out)
+    if args.json:
+        write_json({"rows": rows, "columns": COLUMNS, "environment": told}, args.json)
     return 0
 
 

@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--milliseconds", type=float, default=50, help="of one forward pass (default: 50)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--cycles", type=int, default=11, help="pairs of cycles (default: 11)")
-    parser.add_argument("--out", default="overhead.json")
+    parser.add_argument("--out", "--json", default="overhead.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows = []
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(measure(game, name, options, args.milliseconds, args.batch_size, args.cycles, steps))
         print(f"{game}: {rows[-1]['overhead']:.3f}", flush=True)
     print(text_table(rows, COLUMNS))
-    write_json({"rows": rows, "options": vars(args), "environment": environment()}, args.out)
+    write_json({"rows": rows, "columns": COLUMNS, "options": vars(args), "environment": environment()}, args.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from diffdistill.families import (
     load_student,
     load_teacher,
     local_folder,
-    read_metadata,
     schedule_of,
 )
 from diffdistill.players import Teacher
@@ -30,6 +29,7 @@ from diffdistill.rng import image_generators
 from diffdistill.schedule import LinearFlow
 
 from .evaluate import Draw, device, draw_all, model_folder, on_device, teacher_images
+from .models import stock_call
 from .report import image_grid, save_png
 
 
@@ -84,17 +84,11 @@ def stock_picture(
     text = family.conditions == "text"
     if text != bool(prompts) or (text and classes):
         raise UserError(f"prompt: {str(model)!r} takes {'a prompt; give --prompt' if text else 'none; use --classes'}")
-    meta = read_metadata(model)
     if classes:
         _check_classes(classes, describe(local_folder(str(model))).num_classes or 0)
-    call = dict(meta.get("call") or family.arguments(steps or 20))
     if is_student(model) and steps is not None:
         raise UserError(f"steps: {steps} was given, and a student's own are part of it")
-    if guidance_scale is not None:
-        if "true_cfg_scale" in call:  # which acts only where a negative prompt is given
-            call |= {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
-        else:
-            call["guidance_scale"] = guidance_scale
+    call = stock_call(local_folder(str(model)), family, steps, guidance_scale)
     pipeline = load_pipeline(local_folder(str(model)), device=device())
     images = []
     columns = min(count, 4)

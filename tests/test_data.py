@@ -518,3 +518,12 @@ def test_parquet(tmp_path: Path, hub: types.ModuleType) -> None:
     (tmp_path / "a.parquet").touch()
     hub.tables["parquet", "train"] = hub.tables[str(tmp_path), "test"] = fake_table(tmp_path.parent / "p")
     assert len(open_data(f"{tmp_path}/a.parquet")) == len(open_data(f"{tmp_path}#test")) == 3
+
+
+def test_resample_is_pillows_filter_without_short_cuts(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    expected = Image.fromarray(pixels[8:56]).resize((8, 8), Image.Resampling.LANCZOS)
+    found = open_data(str(tmp_path), resolution=8, resample="lanczos").get(torch.arange(1)).images[0]
+    assert torch.equal(((found + 1) * 127.5).round().byte(), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    assert not torch.equal(open_data(str(tmp_path), resolution=8).get(torch.arange(1)).images[0], found)

@@ -21,7 +21,7 @@ LAYERS = [
     {"methods", "pipelines"},
     {"eval"},
     {"run", "teacher", "text_teacher", "pairs", "encode", "end_to_end"},
-    {"cli", "eval.bench", "eval.memory"},
+    {"cli", "eval.bench", "eval.memory", "eval.scoring", "eval.compare"},
     {"__init__", "__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
@@ -34,7 +34,7 @@ PURE_TORCH = {"schedule", "prediction", "losses", "matching", "halving", "ode", 
 ONLY_IN = {
     "diffusers": {"families", "pipelines", "eval", "eval.memory"},
     "peft": {"lora"},
-    "accelerate": {"trainer", "checkpoint"},
+    "accelerate": {"trainer", "checkpoint", "eval.scoring"},
     "datasets": {"data_hub"},
 }
 HEAVY = {"torch", "diffusers", "numpy", "accelerate", "peft", "PIL", "transformers"}

@@ -136,7 +136,7 @@ def test_a_damaged_shard_is_refused_and_made_again(harm: str, tiny_teacher: Teac
         shard.unlink()
     else:
         shard.write_bytes(before[:-1] + (b"" if harm == "short" else bytes([before[-1] ^ 1])))
-    with pytest.raises(UserError, match=r"00001.safetensors is missing or damaged; run its `diffdistill pairs`"):
+    with pytest.raises(UserError, match=r"00001.safetensors is missing or damaged; run `diffdistill pairs` again"):
         open_pairs(folder)
     make_pairs(**settings(tiny_teacher("vp"), folder))
     assert shard.read_bytes() == before

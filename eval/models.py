@@ -1,0 +1,223 @@
+"""What is evaluated: any diffusers pipeline, a teacher or student of ours, or a folder of images, as 8-bit images."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from diffdistill.data import open_data
+from diffdistill.data_folder import IMAGE_SUFFIXES, naming_image
+from diffdistill.errors import UserError
+from diffdistill.families import (
+    Family,
+    describe,
+    family_of,
+    is_student,
+    load_pipeline,
+    load_student,
+    load_teacher,
+    local_folder,
+    parts_of,
+    read_json,
+    read_metadata,
+)
+from diffdistill.rng import image_generators
+from diffdistill.shards import hash_file
+
+from .attention import attention
+from .evaluate import model_folder, teacher_images
+
+PIXEL_STEPS, LATENT_STEPS = 16, 20  # of a teacher, where the user says nothing
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How a model that is no student is sampled, and with what; a student has its own steps."""
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    dtype: str = "float32"
+    attention: str = "auto"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Model:
+    """`draw(indices, seed, labels, captions)` gives images `indices` of the seed, uint8 (B, C, H, W) on the CPU."""
+
+    name: str
+    fingerprint: str  #: 16 hex digits: weights and configs
+    conditions: str  #: none, classes, prompts, or images: there is nothing to draw
+    classes: int | None
+    steps: int | None
+    call: dict[str, Any]  #: how it is sampled, for the record
+    draw: Callable[[Sequence[int], int, Tensor | None, Sequence[str] | None], Tensor]
+    count: int | None = None  #: images that there are; None: as many as one likes
+
+
+@torch.no_grad()
+def open_model(folder: str, wanted: Wanted) -> Model:
+    """The model of a run, a pipeline's folder or hub id; or a folder of images. UserError where it is none."""
+    path = model_folder(folder)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        return _images(path)
+    path = local_folder(str(path))
+    name = _name(folder, path)
+    found = _fingerprint(path)
+    try:
+        family: Family | None = family_of(path)[0]
+    except UserError:
+        family = None  # a pipeline that cannot be distilled can be drawn all the same
+    if family is not None and family.autoencoder is None:
+        return _pixel_model(path, name, found, wanted)
+    return _pipeline_model(path, family, name, found, wanted)
+
+
+def _name(folder: str, path: Path) -> str:
+    run = Path(folder)
+    return (run if path.name in ("student", "teacher") and run == path.parent else path).resolve().name
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    parts = [*parts_of(read_json(folder / "model_index.json")), "adapter"]
+    for path in sorted([*folder.glob("*.json"), *(p for part in parts for p in (folder / part).glob("*"))]):
+        if path.suffix in (".json", ".safetensors", ".txt", ".model", ".py"):
+            digest.update(str(path.relative_to(folder)).encode())
+            hash_file(digest, path)
+    return digest.hexdigest()
+
+
+def _pixel_model(path: Path, name: str, found: str, wanted: Wanted) -> Model:
+    """Sampled by us: the stock pipelines of pixel models take no classes."""
+    if is_student(path):
+        _refuse_for_student(wanted)
+        sampler, teacher = load_student(path)
+        denoiser = sampler.denoiser.to(wanted.device)
+        draw, steps = partial(sampler, teacher.shape), len(sampler.levels)
+        call: dict[str, Any] = {"num_inference_steps": steps}
+    else:
+        teacher, steps = load_teacher(path), wanted.steps or PIXEL_STEPS
+        denoiser = teacher.denoiser.to(wanted.device)
+        scale = 1.0 if wanted.guidance_scale is None else wanted.guidance_scale
+        draw = partial(teacher_images, teacher, steps, scale)
+        call = {"sampler": "DDIM", "num_inference_steps": steps, "guidance_scale": scale}
+
+    def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
+        cond = {} if labels is None else {"class_labels": labels.to(wanted.device)}
+        with attention(denoiser, wanted.attention):
+            drawn = draw(cond, image_generators(seed, indices))
+        return _eight_bit((drawn.float().cpu() + 1) / 2, name)
+
+    conditions = "none" if teacher.num_classes is None else "classes"
+    return Model(name, found, conditions, teacher.num_classes, steps, call, images)
+
+
+def stock_call(path: Path, family: Family | None, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
+    """Arguments of a stock pipeline's call: a student's own, or a number of steps with guidance off or in its units."""
+    given = read_metadata(path).get("call")
+    call = dict(given or (family.arguments(steps or LATENT_STEPS) if family else {"num_inference_steps": steps}))
+    call = {key: value for key, value in call.items() if value is not None}
+    if guidance_scale is not None:
+        if "true_cfg_scale" in call:  # which acts only where a negative prompt is given
+            call |= {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
+        else:
+            call["guidance_scale"] = guidance_scale
+    return call
+
+
+def _pipeline_model(path: Path, family: Family | None, name: str, found: str, wanted: Wanted) -> Model:
+    if is_student(path):
+        _refuse_for_student(wanted)
+    call = stock_call(path, family, wanted.steps, wanted.guidance_scale)
+    dtype = getattr(torch, wanted.dtype)
+    if family is not None:
+        pipeline = load_pipeline(path, device=wanted.device)
+    else:
+        pipeline = any_pipeline(path).to(wanted.device)
+    pipeline.to(dtype) if dtype != torch.float32 else None
+    takes = inspect.signature(pipeline.__call__).parameters
+    conditions = "prompts" if "prompt" in takes else "classes" if "class_labels" in takes else "none"
+
+    def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
+        what: dict[str, Any] = {"batch_size": len(indices)} if conditions == "none" else {}
+        if conditions == "prompts":
+            what = {"prompt": list(captions or [])}  # a new list: some pipelines write into it
+        elif conditions == "classes":
+            assert labels is not None
+            what = {"class_labels": labels.tolist()}
+        with attention(pipeline, wanted.attention):
+            got = pipeline(**what, **call, generator=image_generators(seed, indices), output_type="np")
+        if not hasattr(got, "images"):
+            raise UserError(f"eval: {name} makes videos, and the protocols are of images")
+        return _eight_bit(torch.as_tensor(got.images).float().permute(0, 3, 1, 2), name)
+
+    classes = describe(path).num_classes if family is not None and conditions == "classes" else None
+    steps = call.get("num_inference_steps")
+    return Model(name, found, conditions, classes, steps, call, torch.no_grad()(images))
+
+
+def any_pipeline(path: Path) -> Any:
+    kind = read_json(path / "model_index.json").get("_class_name")
+    if isinstance(kind, list):
+        raise UserError(f"eval: {path} carries a pipeline of its own, {kind[0]}.py, and code in a folder is not run")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True)
+    except Exception as error:  # whatever the parts of an unknown pipeline raise
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"eval: the pipeline in {path} does not load ({told[0]})") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _refuse_for_student(wanted: Wanted) -> None:
+    for name in ("steps", "guidance_scale"):
+        if getattr(wanted, name) is not None:
+            raise UserError(f"{name}: {getattr(wanted, name)} was given, and a student's own are part of it")
+
+
+def _eight_bit(images: Tensor, name: str) -> Tensor:
+    """Images in [0, 1] as uint8, rounded to nearest."""
+    if not bool(images.isfinite().all()):
+        raise UserError(f"eval: the images of {name} are not finite; its training diverged")
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _images(path: Path) -> Model:
+    """Image files in sorted order, as they are: all of one size and mode."""
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(f"eval: {str(path)!r} holds no pipeline (model_index.json) and no images")
+    first, digest = None, hashlib.blake2b(digest_size=8)
+    for file in files:
+        with naming_image(str(file)), Image.open(file) as image:
+            kind = (image.mode, *image.size)
+        if image.mode not in ("L", "RGB"):
+            raise UserError(f"eval: {file} is of mode {image.mode}; give RGB or grey images without alpha or palette")
+        first = first or kind
+        if kind != first:
+            told = [f"{width}x{height} {mode}" for mode, width, height in (kind, first)]
+            raise UserError(f"eval: {file} is {told[0]} where {files[0].name} is {told[1]}; give images of one kind")
+        digest.update(file.name.encode())
+        hash_file(digest, file)
+    data = open_data(str(path))
+
+    def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
+        return as_bytes(data.get(torch.tensor(indices)).images)
+
+    return Model(path.resolve().name, digest.hexdigest(), "images", None, None, {}, images, count=len(files))
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8: 8-bit ones as they were."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

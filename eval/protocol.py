@@ -1,0 +1,159 @@
+"""Protocols: what is drawn, what it is compared with and how it is measured, each a small file in protocols/.
+
+`diffdistill eval DIR --protocol NAME` follows one; NAME may also be a YAML file of your own with the same fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import typing
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from diffdistill.config import coerce, nearest, read_yaml
+from diffdistill.errors import UserError
+
+KINDS = {
+    "frechet": "features", "kid": "features", "kernel": "features", "precision_recall": "features",
+    "density_coverage": "features", "cmmd": "features", "vendi": "features", "inception_score": "logits", "mean": "",
+}  # fmt: skip
+"""What a metric does with a measure's columns, and the column that it reads ("": the one that it names)."""
+AGAINST_REFERENCE = ("frechet", "kid", "kernel", "precision_recall", "density_coverage", "cmmd")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number (precision_recall and density_coverage: two) from the columns of one measure."""
+
+    name: str
+    kind: str
+    measure: str
+    column: str = ""
+    scale: float = 1.0
+    k: int = 5
+
+    @property
+    def reads(self) -> str:
+        return f"{self.measure}.{self.column or KINDS[self.kind]}"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of a known model under this protocol, and where it stands."""
+
+    model: str
+    metric: str
+    value: float
+    source: str
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The fields of a protocol's file."""
+
+    title: str
+    conditions: list[str]  #: what the models may take: none, classes, prompts
+    count: int
+    resolution: int  #: pixels a side of the images that are measured
+    channels: int
+    metrics: list[Metric]
+    name: str = ""
+    seed: int = 0  #: image i is drawn from seed 1000000 * seed + i
+    classes: int | None = None
+    labels: Literal["balanced", "reference"] = "balanced"  #: class i mod classes, or that of real image i
+    prompts: str | None = None  #: 'shapes', or a file or data set below the data folder
+    reference: str | None = None  #: data as of `open_data`, or a statistics file; below the data folder
+    fetch: str = ""  #: where data that are missing come from
+    resize: str | None = None  #: images of another size: refused, or brought to `resolution` by this filter
+    batch: int = 50  #: images drawn and measured together, whatever the number of processes
+    shard: int = 250  #: images in a file of measurements, which is what an interruption can cost
+    published: list[Published] = field(default_factory=list)
+
+    @property
+    def measures(self) -> list[str]:
+        return list(dict.fromkeys(metric.measure for metric in self.metrics))
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(m.kind in AGAINST_REFERENCE for m in self.metrics) or self.labels == "reference"
+
+
+def names() -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in _folder().iterdir() if p.name.endswith(".yaml"))
+
+
+def _folder() -> Any:
+    return files("diffdistill.eval").joinpath("protocols")
+
+
+def load(name: str, **overrides: Any) -> Protocol:
+    """The protocol of that name or file, with what the user wants otherwise; UserError if a field is not right."""
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+    elif name in names():
+        path = Path(str(_folder().joinpath(f"{name}.yaml")))
+    else:
+        raise UserError(f"protocol: {name!r} is not known; {nearest(name, names())}, or give a .yaml file")
+    values = read_yaml(str(path)) | {key: value for key, value in overrides.items() if value is not None}
+    values["metrics"] = [_build(Metric, m, f"{path.name}: metrics") for m in values.get("metrics") or []]
+    values["published"] = [_build(Published, p, f"{path.name}: published") for p in values.get("published") or []]
+    protocol = _build(Protocol, values | {"name": path.stem}, path.name)
+    _check(protocol, path.name)
+    return protocol
+
+
+def _build(cls: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {values!r} is not a mapping of fields")
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise UserError(f"{where}: {name!r} is no field; {nearest(str(name), fields)}")
+    for name, f in fields.items():
+        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if needed and values.get(name) is None:
+            raise UserError(f"{where}: {name} is missing")
+    plain = {n: v if isinstance(v, list) else coerce(f"{where}: {n}", v, hints[n], {}) for n, v in values.items()}
+    return cls(**plain)
+
+
+def _check(protocol: Protocol, where: str) -> None:
+    for given in protocol.conditions:
+        if given not in ("none", "classes", "prompts"):
+            raise UserError(f"{where}: conditions: {given!r} is none of none, classes, prompts")
+    if not protocol.metrics:
+        raise UserError(f"{where}: metrics: there is none; give at least one")
+    for metric in protocol.metrics:
+        if metric.kind not in KINDS:
+            raise UserError(f"{where}: metrics: kind {metric.kind!r} is not known; {nearest(metric.kind, KINDS)}")
+        if metric.kind == "mean" and not metric.column:
+            raise UserError(f"{where}: metrics: {metric.name!r} is a mean and names no column")
+    for name in ("count", "resolution", "batch", "shard"):
+        if getattr(protocol, name) < 1:
+            raise UserError(f"{where}: {name}: {getattr(protocol, name)} is not 1 or more")
+    if protocol.channels not in (1, 3):
+        raise UserError(f"{where}: channels: {protocol.channels} is neither 1 nor 3")
+    if protocol.resize not in (None, "lanczos", "bicubic", "bilinear"):
+        raise UserError(f"{where}: resize: {protocol.resize!r} is none of lanczos, bicubic, bilinear")
+    if protocol.needs_reference and not protocol.reference:
+        raise UserError(f"{where}: reference is missing, and the metrics compare with one")
+    if "classes" in protocol.conditions and not protocol.classes:
+        raise UserError(f"{where}: classes is missing, the number of them")
+    if "prompts" in protocol.conditions and not protocol.prompts:
+        raise UserError(f"{where}: prompts is missing, a file of them")
+
+
+def data_path(name: str) -> Path:
+    """Where a protocol's data of that name lie: in $DIFFDISTILL_DATA, else in ./data."""
+    return Path(os.environ.get("DIFFDISTILL_DATA", "data")) / name
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of a value that JSON can hold."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
