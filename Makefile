@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 SHAPES := runs/shapes
 STUDENTS := dmd2-1 dmd2-4 progressive-1 progressive-4
 
-.PHONY: demo demo-text $(STUDENTS) test lint format typecheck wheel clean
+.PHONY: demo demo-text $(STUDENTS) bench test lint format typecheck wheel clean
 
 # A run is never overwritten; the demo's own folder is the exception.
 demo: $(STAMP)
@@ -33,6 +33,10 @@ progressive-1:
 	$(DISTILL) --method progressive --preset shapes
 progressive-4:
 	$(DISTILL) --method progressive --preset shapes-4step
+
+# What fits this machine; `diffdistill bench` makes the scoreboard. Speeds are of runs that demo and demo-text made.
+bench: $(STAMP)
+	$(BIN)/python -m diffdistill.eval.performance --out docs/performance.md
 
 test: lint typecheck
 	$(BIN)/python -m pytest --durations=10
@@ -63,5 +67,5 @@ clean:
 # Editable on purpose: after a plain install, Python run from here finds ./diffdistill without the mapped folders.
 $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,eval]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,eval,lite0]'
 	touch $@

@@ -100,6 +100,8 @@ def _fingerprint(folder: Path) -> str:
 
 def _pixel_model(path: Path, name: str, found: str, wanted: Wanted) -> Model:
     """Sampled by us: the stock pipelines of pixel models take no classes."""
+    if wanted.dtype != "float32":
+        raise UserError(f"dtype: {wanted.dtype} is for latent pipelines, and {name} works on pixels; use float32")
     if is_student(path):
         _refuse_for_student(wanted)
         sampler, teacher = load_student(path)
@@ -141,11 +143,8 @@ def _pipeline_model(path: Path, family: Family | None, name: str, found: str, wa
         _refuse_for_student(wanted)
     call = stock_call(path, family, wanted.steps, wanted.guidance_scale)
     dtype = getattr(torch, wanted.dtype)
-    if family is not None:
-        pipeline = load_pipeline(path, device=wanted.device)
-    else:
-        pipeline = any_pipeline(path).to(wanted.device)
-    pipeline.to(dtype) if dtype != torch.float32 else None
+    load = any_pipeline if family is None else load_pipeline
+    pipeline = load(path, device=wanted.device, dtype=dtype)
     takes = inspect.signature(pipeline.__call__).parameters
     conditions = "prompts" if "prompt" in takes else "classes" if "class_labels" in takes else "none"
 
@@ -167,17 +166,18 @@ def _pipeline_model(path: Path, family: Family | None, name: str, found: str, wa
     return Model(name, found, conditions, classes, steps, call, torch.no_grad()(images))
 
 
-def any_pipeline(path: Path) -> Any:
+def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """A pipeline of diffusers of no family of ours; UserError where it does not load or brings its own code."""
     kind = read_json(path / "model_index.json").get("_class_name")
     if isinstance(kind, list):
         raise UserError(f"eval: {path} carries a pipeline of its own, {kind[0]}.py, and code in a folder is not run")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True)
+        pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True, torch_dtype=dtype)
     except Exception as error:  # whatever the parts of an unknown pipeline raise
         told = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"eval: the pipeline in {path} does not load ({told[0]})") from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(device)
 
 
 def _refuse_for_student(wanted: Wanted) -> None:

@@ -128,8 +128,9 @@ def parts_of(index: Config) -> list[str]:
 
 
 def load_pipeline(
-    folder: Path, *, leave_out: Sequence[str] = (), only: Sequence[str] | None = None, device: Any = "cpu"
-) -> Any:
+    folder: Path, *, leave_out: Sequence[str] = (), only: Sequence[str] | None = None, device: Any = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:  # fmt: skip
     """The stock pipeline of a folder, in evaluation mode, without the parts in `leave_out`, or with `only` those."""
     family, index = family_of(folder)
     parts = parts_of(index)
@@ -139,7 +140,8 @@ def load_pipeline(
     absent = {name: None for name in parts if name in leave_out or (only is not None and name not in only)}
     absent.pop("scheduler", None)
     try:
-        pipeline = getattr(diffusers, family.pipelines[0]).from_pretrained(folder, use_safetensors=True, **absent)
+        kind = getattr(diffusers, family.pipelines[0])
+        pipeline = kind.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype, **absent)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"teacher: the pipeline in {folder} does not load ({_first_line(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
