@@ -1,7 +1,9 @@
-"""Every notebook runs from top to bottom."""
+"""Every notebook runs from top to bottom, shows its pictures, and what it says of its figures holds."""
 
 import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -9,6 +11,37 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+PICTURES = {"first_steps": 2, "text_to_image": 3, "what_methods_do": 8, "write_your_own_method": 1}
+WITHOUT_PAIRS = ("diff_instruct", "dmd2", "sid", "sim")
+
+
+def first_steps(printed: str) -> None:
+    """The process without diffdistill drew, and drew what the sampler of the training does."""
+    assert re.search(r"^diffusers\.pipelines\.\S+ \w+Pipeline \(10, 1, 8, 8\)$", printed, re.MULTILINE)
+    assert float(re.findall(r"greatest difference: (\S+)", printed)[0]) < 1e-4
+
+
+def what_methods_do(printed: str) -> None:
+    """The map and the distribution are judged as the text between the cells says."""
+    lines = [re.split(r"\s{2,}", line.strip()) for line in printed.splitlines()]
+    table = {line[0]: [float(cell) for cell in line[2:]] for line in lines if len(line) == 6 and "." in line[-1]}
+    off = {name: row[-1] for name, row in table.items()}
+    trajectory = ("progressive", "consistency", "multistep_consistency")
+    assert off["the teacher's map"] < 0.01
+    assert max(off[name] for name in trajectory) < min(off[name] for name in WITHOUT_PAIRS)
+    assert off["dmd"] < min(off[name] for name in WITHOUT_PAIRS)
+    limits = table["limit of verify"]
+    for name in (*trajectory, *WITHOUT_PAIRS, "dmd", "consistency, turned"):
+        # After a quarter of the training that the limits are for.
+        assert all(got < 2 * limit for got, limit in zip(table[name][:3], limits[:3], strict=True)), name
+        assert off[name] < off["before training"] or name == "consistency, turned"
+    assert off["consistency, turned"] > 1 > 5 * off["consistency"]
+    both = zip(table["consistency, turned"][:3], table["consistency"][:3], strict=True)
+    assert all(turned < 1.5 * straight for turned, straight in both)
+    assert all(got > limit for got, limit in zip(table["before training"], limits, strict=True))
+
+
+SAYS: dict[str, Callable[[str], None]] = {"first_steps": first_steps, "what_methods_do": what_methods_do}
 
 
 @pytest.mark.slow
@@ -21,10 +54,14 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     shown = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
-    assert sum("image/png" in out.get("data", {}) for out in shown) >= 1
+    assert sum("image/png" in out.get("data", {}) for out in shown) == PICTURES[path.stem]
+    if path.stem in SAYS:
+        SAYS[path.stem]("".join(out.text for out in shown if out.output_type == "stream" and out.name == "stdout"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_is_committed_without_outputs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
-    assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code")
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
