@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return _COMMANDS[known.command](known)
     except UserError as error:
-        print(f"diffdistill: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print(f"diffdistill: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a lost mount
         print(f"diffdistill: {error}", file=sys.stderr)
@@ -82,14 +84,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     evaluate = command("eval", "compare a student with its teacher at several numbers of steps, or judge a teacher")
     evaluate.add_argument("folder", help="a run, a folder of runs, or the folder of a student or a teacher")
     evaluate.add_argument("--teacher", help="a student's teacher (default: the one it was distilled from)")
-    evaluate.add_argument("--teacher-steps", default="1,2,4,8,16,32", metavar="A,B,..", help="(default: 1,2,4,8,16,32)")
-    evaluate.add_argument(
-        "--data", default="digits", help="the real images compared with: digits, shapes (default: digits)"
-    )
+    evaluate.add_argument("--teacher-steps", metavar="A,B,..", help="(default: 1,2,4,8,16,32)")
+    evaluate.add_argument("--data", help="the real images compared with: digits, shapes (default: digits)")
     evaluate.add_argument("--count", metavar="N", help="images a row (default: as many as the data have; shapes: 500)")
     evaluate.add_argument("--seed", metavar="N", help="of the samples (default: 0)")
     evaluate.add_argument("--out", metavar="DIR", help="where the table and pictures go (default: FOLDER/eval)")
     _protocol_arguments(evaluate, required=False)
+    evaluate.add_argument("--save-reference", metavar="FILE", help="with --protocol: statistics of the real images")
 
     compare = command("compare", "judge several models by one protocol: table, differences, picture, same-noise grid")
     compare.add_argument("folder", nargs="+", help="runs, pipelines' folders or hub ids, or folders of images")
@@ -178,10 +179,16 @@ def _protocol_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     add("--weights", action="append", metavar="KEY=PATH", help="a feature network's weights; may be repeated")
     add("--steps", metavar="N", help="sampling steps of a teacher; a student has its own")
     add("--guidance-scale", metavar="X", help="of a teacher, in its pipeline's units (default: off)")
-    add("--attention", default="auto", metavar="auto|sdpa|xformers|math", help="(default: auto)")
-    add("--dtype", default="float32", metavar="float32|bfloat16|float16", help="of the model (default: float32)")
-    add("--device", default="auto", metavar="auto|cpu|cuda", help="(default: auto)")
-    add("--threads", default="1", metavar="N", help="CPU threads, on which the last bits depend (default: 1)")
+    add("--attention", metavar="auto|sdpa|xformers|math", help="(default: auto)")
+    add(
+        "--batch-size",
+        metavar="N",
+        help="images drawn together, on which the last bits depend (default: the protocol's)",
+    )
+    add("--dtype", metavar="float32|bfloat16|float16", help="of the model (default: float32)")
+    add("--device", metavar="auto|cpu|cuda", help="(default: auto)")
+    add("--threads", metavar="N", help="CPU threads, on which the last bits depend (default: 1)")
+    add("--trust-remote-code", action="store_true", help="run the pipeline that a folder carries as code")
     add("--bootstrap", metavar="N", help="replicates of the intervals; 0: none (default: 200, wide features 20)")
 
 
@@ -341,8 +348,8 @@ def _asked(args: argparse.Namespace) -> Any:
     from .eval.scoring import Asked
     from .shards import device_for
 
-    def choice(name: str, *known: str) -> str:
-        return options.coerce(name, getattr(args, name), Literal[known], {})
+    def choice(name: str, *known: str) -> str:  # the first is the default
+        return options.coerce(name, getattr(args, name) or known[0], Literal[known], {})
 
     weights = {}
     for given in args.weights or ():
@@ -351,18 +358,21 @@ def _asked(args: argparse.Namespace) -> Any:
             raise UserError(f"weights: {given!r} is not KEY=PATH, as in inception=pt_inception-2015-12-05-6726825d.pth")
         weights[key] = path
     count = _whole_or_none("count", args.count, 10)
-    protocol = load(args.protocol, count=count, seed=_whole_or_none("seed", args.seed))
+    seed, batch = _whole_or_none("seed", args.seed), _whole_or_none("batch_size", args.batch_size, 1)
+    protocol = load(args.protocol, count=count, seed=seed, batch=batch)
     device = device_for(choice("device", "auto", "cpu", "cuda"))
-    torch.set_num_threads(_whole("threads", args.threads, 1))
+    torch.set_num_threads(_whole("threads", args.threads or "1", 1))
     wanted = Wanted(
         _whole_or_none("steps", args.steps, 1),
         options.coerce("guidance_scale", args.guidance_scale, float | None, {"at_least": 0}),
         choice("dtype", "float32", "bfloat16", "float16"),
         choice("attention", "auto", "sdpa", "xformers", "math"),
+        args.trust_remote_code,
         device,
     )
     bootstrap = _whole_or_none("bootstrap", args.bootstrap)
-    return Asked(protocol, wanted, args.reference, args.prompts, weights, bootstrap, args.device)
+    kept = getattr(args, "save_reference", None)
+    return Asked(protocol, wanted, args.reference, args.prompts, weights, bootstrap, args.device or "auto", kept)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -378,8 +388,8 @@ def _speed(args: argparse.Namespace) -> int:
     from .eval.speed import Asked, speed
     from .shards import device_for
 
-    def choice(name: str, *known: str) -> str:
-        return options.coerce(name, getattr(args, name), Literal[known], {})
+    def choice(name: str, *known: str) -> str:  # the first is the default
+        return options.coerce(name, getattr(args, name) or known[0], Literal[known], {})
 
     asked = Asked(
         batch_sizes=_whole_list("batch_sizes", args.batch_sizes, 1),
@@ -411,16 +421,20 @@ def _eval(args: argparse.Namespace) -> int:
     if args.protocol is not None:
         from .eval.scoring import evaluate_protocol
 
+        for name, other in (("teacher", "compare"), ("teacher_steps", "--steps"), ("data", "--reference")):
+            if getattr(args, name) is not None:
+                raise UserError(f"{name}: that is for an evaluation without --protocol; see {other}")
         evaluate_protocol(args.folder, _asked(args), args.out)
         return 0
     from .eval.evaluate import evaluate_run
 
-    for name in ("reference", "prompts", "weights", "steps", "guidance_scale", "bootstrap"):
-        if getattr(args, name) is not None:
+    only = ("reference", "prompts", "weights", "steps", "guidance_scale", "attention", "batch_size", "dtype", "device")
+    for name in (*only, "threads", "trust_remote_code", "bootstrap", "save_reference"):
+        if getattr(args, name):
             raise UserError(f"{name}: that is for an evaluation by a protocol; give --protocol")
-    steps = _whole_list("teacher_steps", args.teacher_steps, 1)
+    steps = _whole_list("teacher_steps", args.teacher_steps or "1,2,4,8,16,32", 1)
     count, seed = _whole_or_none("count", args.count, 100), _whole("seed", args.seed or "0")
-    evaluate_run(args.folder, args.teacher, steps, args.data, count, seed, args.out)
+    evaluate_run(args.folder, args.teacher, steps, args.data or "digits", count, seed, args.out)
     return 0
 
 

@@ -57,7 +57,7 @@ def start(kind: Kind, out: Path, settings: dict[str, Any], told: dict[str, Any])
 
     UserError if shards of other settings are there.
     """
-    others = out.exists() and (not out.is_dir() or any(path.name != kind.index for path in out.iterdir()))
+    others = out.exists() and (not out.is_dir() or any(_foreign(kind, path) for path in out.iterdir()))
     if (out / kind.index).exists():
         index = read_index(kind, out)
         name = next((n for n, value in settings.items() if index["settings"].get(n) != value), None)
@@ -76,6 +76,11 @@ def start(kind: Kind, out: Path, settings: dict[str, Any], told: dict[str, Any])
     except OSError as error:
         raise UserError(f"out: cannot write to {str(out)!r} ({error.strerror}); choose another --out") from None
     return index
+
+
+def _foreign(kind: Kind, path: Path) -> bool:
+    """Whether a file is neither the index nor what a killed write of it left."""
+    return path.name != kind.index and not (path.name.startswith(f".{kind.index}.") and path.suffix == ".tmp")
 
 
 def make(
@@ -99,6 +104,11 @@ def make(
     file = out / (kind.index if rank == 0 else f"{kind.name}.{rank}.json")
     if rank > 0:
         index = json.loads(file.read_text()) if file.exists() else {"shards": {}}
+    elif world_size == 1:
+        index["shards"] = done
+        atomic_write(file, json.dumps(index, indent=2) + "\n")
+        for others in out.glob(f"{kind.name}.*.json"):  # whose shards are in ours now, and which may be made anew
+            others.unlink()
     there = count - sum(len(ranges[k]) for k in missing)
     missing = missing if world_size == 1 else [k for k in missing if k % world_size == rank]
     told = _progress(kind.unit, there + sum(len(ranges[k]) for k in missing), there, silent=rank > 0)
@@ -113,6 +123,8 @@ def make(
         if free < need:
             raise UserError(f"out: {str(out)!r} has {free >> 20} MiB free and what is missing needs {need >> 20} MiB")
         atomic_write(out / names[k], data)
+        if world_size == 1:  # the same command may run a second time, beside this one
+            index["shards"] |= read_index(kind, out)["shards"]
         index["shards"][names[k]] = hashlib.sha256(data).hexdigest()
         index["shards"] = dict(sorted(index["shards"].items()))
         atomic_write(file, json.dumps(index, indent=2) + "\n")

@@ -10,6 +10,8 @@ import io
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,13 @@ from diffdistill.files import atomic_write
 
 from . import metrics
 from .models import Model, open_model
+from .protocol import digest
 from .report import markdown_table, save_png, side_by_side, text_table, write_json, write_text
 from .scoring import (
     Asked,
     Score,
     Setting,
     bootstrapped,
-    default_out,
     notes,
     replicates_of,
     report_columns,
@@ -45,15 +47,21 @@ def compare(folders: Sequence[str], asked: Asked, out: str) -> dict[str, Any] | 
     if len(folders) < 2:
         raise UserError(f"compare: {len(folders)} model was given; give two or more")
     setting, into = Setting(asked), Path(out)
-    write_text("", into / ".probe").unlink()  # an unwritable folder shows now
+    if setting.processes.rank == 0:
+        write_text("", into / ".probe").unlink()  # an unwritable folder shows now
+    wanted = replace(setting.wanted, strict=False)  # steps and guidance are of the teachers among them
     scores: list[Score] = []
     milliseconds: list[float | None] = []
     for folder in folders:
-        model = open_model(folder, setting.wanted)
-        found = score(model, setting, default_out(folder, asked.protocol, asked.wanted))
-        known = {each.model for each in scores}
-        scores.append(replace_name(found, folder) if found.model in known else found)
+        model = open_model(folder, wanted)
+        # A folder of its own for whatever the images depend on, so that other options are other folders.
+        known = digest([model.fingerprint, model.call, asked.protocol.count, asked.protocol.seed, asked.prompts])
+        found = score(model, setting, into / "models" / f"{model.name}-{known}")
+        taken = [each.model for each in scores]
+        name = next(n for n in chain((found.model, folder), (f"{folder} ({i})" for i in count(2))) if n not in taken)
+        scores.append(replace(found, model=name))
         milliseconds.append(None if setting.processes.rank else latency(model, setting))
+        del model  # before the next is loaded
     if setting.processes.rank > 0:
         return None
     differences = [d for found in scores[1:] for d in against(scores[0], found, setting)]
@@ -66,7 +74,7 @@ def compare(folders: Sequence[str], asked: Asked, out: str) -> dict[str, Any] | 
         row["ms per image"] = taken
     write_json(report | {"differences": differences}, into / "results.json")
     tables = [markdown_table(rows, columns), markdown_table(differences, DIFFERENCES)]
-    told = [*notes(setting), _latency_note(setting)]
+    told = [*notes(scores, setting), _latency_note(setting)]
     write_text("\n".join(tables) + "\n" + "".join(f"- {line}\n" for line in told), into / "table.md")
     print(text_table(rows, columns))
     if differences:
@@ -77,10 +85,6 @@ def compare(folders: Sequence[str], asked: Asked, out: str) -> dict[str, Any] | 
     print(f"pictures: {grid}, {quality_picture(scores, milliseconds, setting, into / 'quality.png')}")
     print(f"table:    {into / 'table.md'}, {into / 'results.json'}")
     return report
-
-
-def replace_name(found: Score, folder: str) -> Score:
-    return Score(folder, found.steps, found.values, found.intervals, found.columns, found.shown)
 
 
 def latency(model: Model, setting: Setting) -> float | None:

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 SIDE = 299
 WIDTH = 2048
 LOGITS = 1008
-Resize = Literal["tf1", "pytorch-fid"]
+Resize = Literal["tf1", "pytorch-fid", "clean"]
+
+
+def resize_clean(x: Tensor, side: int = SIDE) -> Tensor:
+    """Bicubic and antialiased, in float and not rounded, as clean-fid (Pillow, channel by channel)."""
+    if tuple(x.shape[2:]) == (side, side):
+        return x
+    return F.interpolate(x, (side, side), mode="bicubic", antialias=True)
 
 
 def resize_tf1(x: Tensor, side: int = SIDE) -> Tensor:
@@ -219,6 +226,8 @@ class Inception(nn.Module):
         x = images.to(self.fc.weight.dtype)
         if self.resize == "tf1":
             x = (resize_tf1(x) - 128) / 128
+        elif self.resize == "clean":
+            x = (resize_clean(x) - 128) / 128
         else:
             x = 2 * F.interpolate(x / 255, (SIDE, SIDE), mode="bilinear", align_corners=False) - 1
         return x.expand(-1, 3, -1, -1)

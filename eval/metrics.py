@@ -33,6 +33,8 @@ BLOCK = 2**21
 PANEL = 256
 # Fewest images of published Fréchet distances: the rest is said to be too few.
 PUBLISHED = 10_000
+# Images in a subset of published KIDs.
+KID_SIZE = 1000
 
 
 class Statistics(NamedTuple):
@@ -256,7 +258,7 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     return (within_x + within_y - 2 * _kernel_sum(x, y, kernel) / (n * m)).item()
 
 
-def kid(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> MeanStd:
+def kid(x: Tensor, y: Tensor, subsets: int = 100, size: int = KID_SIZE, seed: int = 0) -> MeanStd:
     """KID as it is published: mean and deviation of `kernel_distance` over random subsets of `size` of each set.
 
     Subsets are drawn without replacement by NumPy's RandomState(seed), x before y, as torch-fidelity draws them

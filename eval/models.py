@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,9 +20,11 @@ from diffdistill.data import open_data
 from diffdistill.data_folder import IMAGE_SUFFIXES, naming_image
 from diffdistill.errors import UserError
 from diffdistill.families import (
+    METADATA,
     Family,
     describe,
     family_of,
+    in_half,
     is_student,
     load_pipeline,
     load_student,
@@ -31,6 +34,7 @@ from diffdistill.families import (
     read_json,
     read_metadata,
 )
+from diffdistill.pipelines.student_pipeline import seeded_steps
 from diffdistill.rng import image_generators
 from diffdistill.shards import hash_file
 
@@ -48,6 +52,8 @@ class Wanted:
     guidance_scale: float | None = None
     dtype: str = "float32"
     attention: str = "auto"
+    trust_remote_code: bool = False
+    strict: bool = True  #: steps and a guidance scale are refused for a student, and else passed over
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
@@ -65,9 +71,19 @@ class Model:
     count: int | None = None  #: images that there are; None: as many as one likes
 
 
+def check_dtype(dtype: str, device: torch.device) -> None:
+    """UserError for a half type that the device does not have."""
+    cuda = device.type == "cuda"
+    if dtype == "bfloat16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"dtype: {torch.cuda.get_device_name()} has no bfloat16; use float16 or float32")
+    if dtype == "float16" and not cuda:
+        raise UserError("dtype: float16 is for GPUs, and the models run on a CPU; use float32 or bfloat16")
+
+
 @torch.no_grad()
 def open_model(folder: str, wanted: Wanted) -> Model:
     """The model of a run, a pipeline's folder or hub id; or a folder of images. UserError where it is none."""
+    check_dtype(wanted.dtype, wanted.device)
     path = model_folder(folder)
     if path.is_dir() and not (path / "model_index.json").is_file():
         return _images(path)
@@ -91,7 +107,8 @@ def _name(folder: str, path: Path) -> str:
 def _fingerprint(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     parts = [*parts_of(read_json(folder / "model_index.json")), "adapter"]
-    for path in sorted([*folder.glob("*.json"), *(p for part in parts for p in (folder / part).glob("*"))]):
+    top = (folder / name for name in ("model_index.json", METADATA) if (folder / name).is_file())
+    for path in sorted([*top, *folder.glob("*.py"), *(p for part in parts for p in (folder / part).glob("*"))]):
         if path.suffix in (".json", ".safetensors", ".txt", ".model", ".py"):
             digest.update(str(path.relative_to(folder)).encode())
             hash_file(digest, path)
@@ -139,12 +156,17 @@ def stock_call(path: Path, family: Family | None, steps: int | None, guidance_sc
 
 
 def _pipeline_model(path: Path, family: Family | None, name: str, found: str, wanted: Wanted) -> Model:
-    if is_student(path):
+    student = is_student(path)
+    if student:
         _refuse_for_student(wanted)
-    call = stock_call(path, family, wanted.steps, wanted.guidance_scale)
+    call = stock_call(path, family, *((None, None) if student else (wanted.steps, wanted.guidance_scale)))
     dtype = getattr(torch, wanted.dtype)
-    load = any_pipeline if family is None else load_pipeline
-    pipeline = load(path, device=wanted.device, dtype=dtype)
+    if family is None:
+        pipeline = any_pipeline(path, device=wanted.device, dtype=dtype, trust=wanted.trust_remote_code)
+    else:
+        pipeline = load_pipeline(path, device=wanted.device, dtype=dtype)
+    if getattr(pipeline, "safety_checker", None) is not None:  # it would blacken images, and nobody measures with it
+        pipeline.safety_checker = None
     takes = inspect.signature(pipeline.__call__).parameters
     conditions = "prompts" if "prompt" in takes else "classes" if "class_labels" in takes else "none"
 
@@ -155,8 +177,9 @@ def _pipeline_model(path: Path, family: Family | None, name: str, found: str, wa
         elif conditions == "classes":
             assert labels is not None
             what = {"class_labels": labels.tolist()}
-        with attention(pipeline, wanted.attention):
-            got = pipeline(**what, **call, generator=image_generators(seed, indices), output_type="np")
+        generators = image_generators(seed, indices)
+        with attention(pipeline, wanted.attention), seeded_steps(pipeline, generators):
+            got = pipeline(**what, **call, generator=generators, output_type="np")
         if not hasattr(got, "images"):
             raise UserError(f"eval: {name} makes videos, and the protocols are of images")
         return _eight_bit(torch.as_tensor(got.images).float().permute(0, 3, 1, 2), name)
@@ -166,13 +189,16 @@ def _pipeline_model(path: Path, family: Family | None, name: str, found: str, wa
     return Model(name, found, conditions, classes, steps, call, torch.no_grad()(images))
 
 
-def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """A pipeline of diffusers of no family of ours; UserError where it does not load or brings its own code."""
+def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust: bool = False) -> Any:
+    """A pipeline of no family of ours; UserError where it does not load, or brings its own code and is not trusted."""
     kind = read_json(path / "model_index.json").get("_class_name")
-    if isinstance(kind, list):
-        raise UserError(f"eval: {path} carries a pipeline of its own, {kind[0]}.py, and code in a folder is not run")
+    if isinstance(kind, list) and not trust:
+        told = f"{path} carries a pipeline of its own, {kind[0]}.py, and code of a folder is run only if you say so"
+        raise UserError(f"eval: {told}: --trust-remote-code")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True, torch_dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=trust, **in_half(dtype)
+        )
     except Exception as error:  # whatever the parts of an unknown pipeline raise
         told = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"eval: the pipeline in {path} does not load ({told[0]})") from error
@@ -182,7 +208,7 @@ def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any
 
 def _refuse_for_student(wanted: Wanted) -> None:
     for name in ("steps", "guidance_scale"):
-        if getattr(wanted, name) is not None:
+        if wanted.strict and getattr(wanted, name) is not None:
             raise UserError(f"{name}: {getattr(wanted, name)} was given, and a student's own are part of it")
 
 
@@ -195,9 +221,16 @@ def _eight_bit(images: Tensor, name: str) -> Tensor:
 
 def _images(path: Path) -> Model:
     """Image files in sorted order, as they are: all of one size and mode."""
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    found = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
     if not files:
         raise UserError(f"eval: {str(path)!r} holds no pipeline (model_index.json) and no images")
+    numbers = [[int(n) for n in re.findall(r"\d+", file.name)] for file in files]
+    if all(numbers) and sorted(numbers) != numbers and len({file.parent for file in files}) == 1:
+        raise UserError(
+            f"eval: the files of {str(path)!r} are not in the order of their numbers, by which captions are "
+            "compared; call them 00000.png, 00001.png, .."
+        )
     first, digest = None, hashlib.blake2b(digest_size=8)
     for file in files:
         with naming_image(str(file)), Image.open(file) as image:
@@ -211,6 +244,9 @@ def _images(path: Path) -> Model:
         digest.update(file.name.encode())
         hash_file(digest, file)
     data = open_data(str(path))
+    if len(data) != len(files):
+        told = f"{str(path)!r} has {len(files)} image files and {len(data)} of them are read as data"
+        raise UserError(f"eval: {told} (it holds splits or a metadata.jsonl); give a folder of images alone")
 
     def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
         return as_bytes(data.get(torch.tensor(indices)).images)

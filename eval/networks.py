@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,13 +107,18 @@ def module_measure(module: nn.Module, key: str, name: str, device: Device = "cpu
     return NetworkMeasure(key, name, _fingerprint(module, name), columns)
 
 
-def _fingerprint(module: nn.Module, preprocessing: str) -> str:
-    digest = hashlib.blake2b(preprocessing.encode(), digest_size=8)
+def _fingerprint(module: nn.Module, preprocessing: str, config: Any = None) -> str:
+    """Of weights, preprocessing and, for a network of transformers, what its config says besides."""
+    told = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in _NOT_OF_A_NETWORK}
+    said = json.dumps(told, sort_keys=True, default=str) if told else ""
+    digest = hashlib.blake2b((preprocessing + said).encode(), digest_size=8)
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
+
+_NOT_OF_A_NETWORK = ("_name_or_path", "transformers_version", "dtype", "architectures")
 
 # Preprocessing
 
@@ -154,10 +160,12 @@ def normalised(x: Tensor, constants: tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _inception(key: str, device: torch.device, given: str | None) -> Measure:
-    resize: Resize = "pytorch-fid" if key == "inception-pytorch-fid" else "tf1"
+    resizes: dict[str, Resize] = {"inception-pytorch-fid": "pytorch-fid", "inception-clean": "clean"}
+    resize = resizes.get(key, "tf1")
     preprocessing = {
         "tf1": "TensorFlow 1 bilinear to 299, 8 bit",
         "pytorch-fid": "bilinear to 299 by half-pixel centres as pytorch-fid, 8 bit",
+        "clean": "8 bit, bicubic antialiased to 299 without rounding as clean-fid",
     }[resize]
     tensors, what = read_weights(key, INCEPTION, given)
     try:
@@ -216,7 +224,7 @@ def _dinov2(key: str, device: torch.device, given: str | None) -> Measure:
     source, side = given or "facebook/dinov2-large", 224
     network = _pretrained(key, Dinov2Model, "dinov2", source)
     preprocessing = f"bicubic antialiased to {side} without rounding, ImageNet mean and deviation, 8 bit; class token"
-    fingerprint = _fingerprint(network, preprocessing)
+    fingerprint = _fingerprint(network, preprocessing, network.config)
     _positions(network, side // network.config.patch_size)
     network.to(device)
 
@@ -252,7 +260,7 @@ def _clip(key: str, device: torch.device, given: str | None) -> Measure:
     side = model.config.vision_config.image_size
     preprocessing = f"middle square, bicubic antialiased to {side}, 8 bit; unit length"
     network = nn.ModuleDict({"vision": model.vision_model, "projection": model.visual_projection})
-    fingerprint = _fingerprint(network, preprocessing)
+    fingerprint = _fingerprint(network, preprocessing, model.config)
     network.to(device)
 
     def columns(images: Tensor, captions: Sequence[str] | None, labels: Tensor | None) -> dict[str, Tensor]:
@@ -281,7 +289,7 @@ def _clip_score(key: str, device: torch.device, given: str | None) -> Measure:
         "100 max(cos, 0)"
     )
     vocabulary = hashlib.blake2b(repr(sorted(tokenizer.get_vocab().items())).encode(), digest_size=8).hexdigest()
-    fingerprint = _fingerprint(network, f"{preprocessing} {vocabulary}")
+    fingerprint = _fingerprint(network, f"{preprocessing} {vocabulary}", network.config)
     network.to(device)
 
     def columns(images: Tensor, captions: Sequence[str] | None, labels: Tensor | None) -> dict[str, Tensor]:
@@ -466,6 +474,7 @@ def alike(count: int, captions: Sequence[str] | None, labels: Tensor | None) -> 
 MEASURES: dict[str, Callable[[str, torch.device, str | None], Measure]] = {
     "inception": _inception,
     "inception-pytorch-fid": _inception,
+    "inception-clean": _inception,
     "dinov2": _dinov2,
     "clip": _clip,
     "clip-score": _clip_score,

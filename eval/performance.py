@@ -33,7 +33,8 @@ class Benchmark:
     title: str
     arguments: tuple[str, ...]  #: after `python -m`
     about: str
-    gpu: bool = False
+    gpu: bool = False  #: takes one
+    cpu: bool = False  #: uses none
 
     @property
     def command(self) -> str:
@@ -61,13 +62,13 @@ BENCHMARKS = (
     Benchmark(
         "overhead", "What the trainer costs", ("diffdistill.eval.overhead",),
         "A cycle of training over its bare network passes, backward passes, optimizer and average, one thread, "
-        "interleaved in one run; the middle half of the pairs beside it.",
+        "interleaved in one run; the middle half of the pairs beside it.", cpu=True,
     ),
     Benchmark(
         "throughput", "Evaluation throughput", ("diffdistill.eval.throughput",),
         "Against torchmetrics' FrechetInceptionDistance with the same network (random weights), interleaved in one "
         "run: images through the feature network, and two sets of 50,000 x 2048 features, in batches of 64, up to the "
-        "distance.",
+        "distance.", cpu=True,
     ),
     Benchmark(
         "speed", "Speed of a student", ("diffdistill.cli", "speed", "runs/demo", "--batch-sizes", "1,64"),
@@ -109,7 +110,9 @@ def section(benchmark: Benchmark, folder: Path, reason: str | None) -> str:
         return text + f"`{benchmark.command}` was not measured here: {reason or 'it was left out'}.\n"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     made = found["environment"]
-    where = made["gpu"] or f"{made['platform']}, {made['cpu_threads']} CPU thread{'s' * (made['cpu_threads'] != 1)}"
+    where = (
+        not benchmark.cpu and made["gpu"]
+    ) or f"{made['platform']}, {made['cpu_threads']} CPU thread{'s' * (made['cpu_threads'] != 1)}"
     commit = (made["commit"] or "unknown")[:10] + "+" * (made["commit"] or "").endswith("+")
     versions = f"torch {made['torch']}, diffusers {made['diffusers']}, commit {commit}"
     return text + f"{markdown_table(found['rows'], found['columns'])}\n`{benchmark.command}` ({where}; {versions})\n"

@@ -73,7 +73,7 @@ class Protocol:
     resize: str | None = None  #: images of another size: refused, or brought to `resolution` by this filter
     batch: int = 50  #: images drawn and measured together, whatever the number of processes
     shard: int = 250  #: images in a file of measurements, which is what an interruption can cost
-    published: list[Published] = field(default_factory=list)
+    published: list[Published] = field(default_factory=list)  #: measured as here; others are left out
 
     @property
     def measures(self) -> list[str]:
@@ -100,9 +100,16 @@ def load(name: str, **overrides: Any) -> Protocol:
         path = Path(str(_folder().joinpath(f"{name}.yaml")))
     else:
         raise UserError(f"protocol: {name!r} is not known; {nearest(name, names())}, or give a .yaml file")
-    values = read_yaml(str(path)) | {key: value for key, value in overrides.items() if value is not None}
+    values = read_yaml(str(path))
+    for field_name in ("conditions", "metrics", "published"):
+        if not isinstance(values.get(field_name, []), list):
+            raise UserError(f"{path.name}: {field_name}: {values[field_name]!r} is no list")
     values["metrics"] = [_build(Metric, m, f"{path.name}: metrics") for m in values.get("metrics") or []]
     values["published"] = [_build(Published, p, f"{path.name}: published") for p in values.get("published") or []]
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if any(given[key] != values.get(key, 0) for key in given if key != "batch"):
+        values["published"] = []  # which are of the protocol as it stands
+    values |= given
     protocol = _build(Protocol, values | {"name": path.stem}, path.name)
     _check(protocol, path.name)
     return protocol
@@ -134,6 +141,10 @@ def _check(protocol: Protocol, where: str) -> None:
             raise UserError(f"{where}: metrics: kind {metric.kind!r} is not known; {nearest(metric.kind, KINDS)}")
         if metric.kind == "mean" and not metric.column:
             raise UserError(f"{where}: metrics: {metric.name!r} is a mean and names no column")
+    if protocol.seed < 0:
+        raise UserError(f"{where}: seed: {protocol.seed} is negative")
+    if any(metric.k < 1 for metric in protocol.metrics):
+        raise UserError(f"{where}: metrics: k must be 1 or more")
     for name in ("count", "resolution", "batch", "shard"):
         if getattr(protocol, name) < 1:
             raise UserError(f"{where}: {name}: {getattr(protocol, name)} is not 1 or more")

@@ -23,6 +23,7 @@ from diffdistill.families import (
     local_folder,
     schedule_of,
 )
+from diffdistill.pipelines.student_pipeline import seeded_steps
 from diffdistill.players import Teacher
 from diffdistill.prediction import Prediction
 from diffdistill.rng import image_generators
@@ -99,12 +100,13 @@ def stock_picture(
             else {"class_labels": [(classes or range(10))[i % len(classes or range(10))]]}
         )
         if trace:
-            with traced(pipeline) as expected:
+            with seeded_steps(pipeline, generator), traced(pipeline) as expected:
                 pipeline(**what, **call, generator=generator, output_type="latent" if text else "np")
             images += [decoded(pipeline, family, x0[:1], call) for x0 in expected]
             columns = len(expected)
             continue
-        got = pipeline(**what, **call, generator=generator, output_type="pt" if text else "np")
+        with seeded_steps(pipeline, generator):
+            got = pipeline(**what, **call, generator=generator, output_type="pt" if text else "np")
         picture = torch.as_tensor(got.frames if hasattr(got, "frames") else got.images).float()
         picture = picture[:, 0] if picture.ndim == 5 else picture  # a video's first frame
         images.append(2 * (picture if text else picture.permute(0, 3, 1, 2)) - 1)
@@ -139,11 +141,13 @@ def traced(pipeline: Any) -> Iterator[list[Tensor]]:
         expected.append(x0 * schedule.data_std)
         return result
 
-    scheduler.step = step
+    before, scheduler.step = vars(scheduler).get("step"), step
     try:
         yield expected
     finally:
         del scheduler.step
+        if before is not None:
+            scheduler.step = before
 
 
 def decoded(pipeline: Any, family: Family, latents: Tensor, call: dict[str, Any]) -> Tensor:

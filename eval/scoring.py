@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffdistill.data import Data, open_data
-from diffdistill.encode import read_prompts
+from diffdistill.encode import all_prompts
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.files import atomic_write
@@ -38,7 +38,7 @@ from . import metrics
 from .attributes import Attributes
 from .evaluate import model_folder
 from .models import Model, Wanted, as_bytes, open_model
-from .networks import Measure, measure
+from .networks import Measure, measure, middle
 from .protocol import AGAINST_REFERENCE, Metric, Protocol, data_path, digest
 from .report import image_grid, markdown_table, save_png, text_table, write_json, write_text
 
@@ -73,8 +73,10 @@ class Processes:
 
     def __init__(self, device: str) -> None:
         self.rank, self.count, self.state = 0, 1, None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+            threads = torch.get_num_threads()
             self.state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=7))
+            torch.set_num_threads(threads)  # accelerate chooses its own
             self.rank, self.count = self.state.process_index, self.state.num_processes
 
     @property
@@ -107,13 +109,28 @@ class Reference:
             self._found[column] = self.columns.statistics(column)
         return self._found[column]
 
+    def lacks(self, metric: Metric) -> str | None:
+        """Why the metric cannot be had of it, or None."""
+        if self.columns is not None:
+            return None
+        if metric.kind != "frechet":
+            return f"{self.name} holds statistics alone, and it needs the images"
+        return None if metric.reads in self._found else f"{self.name} holds no statistics of {metric.reads}"
+
+    @property
+    def count(self) -> int:
+        known = [statistics.n for statistics in self._found.values()]
+        return sum(len(next(iter(s.values()))) for s in self.columns.shards) if self.columns else max(known)
+
     def all(self, column: str) -> Tensor:
         if self.columns is None:
             raise UserError(f"reference: {self.name} holds statistics alone, and this metric needs images; give those")
         return self.columns.all(column)
 
 
-def open_reference(protocol: Protocol, given: str | None, measures: Sequence[Measure], processes: Processes) -> Any:
+def open_reference(
+    protocol: Protocol, given: str | None, measures: Sequence[Measure], processes: Processes, device: torch.device
+) -> tuple[Reference, Data | None]:
     """The reference and, if it is images, the data. UserError where it is missing or of other kind or size."""
     spec = given or str(protocol.reference)
     if given is None and spec != "digits":
@@ -127,7 +144,7 @@ def open_reference(protocol: Protocol, given: str | None, measures: Sequence[Mea
         found = _statistics_file(path, protocol, measures)
         if found is not None:
             return Reference(path.name, None, found, f"statistics of {path.name}"), None
-    data = open_data(spec, channels=protocol.channels) if protocol.resize is None else _resizable(spec, protocol)
+    data = _open_images(spec, protocol)
     if data.shape[1:] != (protocol.resolution,) * 2 and protocol.resize is None:
         size = f"{data.shape[2]}x{data.shape[1]}"
         want = f"{protocol.resolution}x{protocol.resolution}"
@@ -136,34 +153,64 @@ def open_reference(protocol: Protocol, given: str | None, measures: Sequence[Mea
         raise UserError(f"reference: {spec} has {len(data)} images; give {LEAST} or more")
     settings = {
         "fingerprint": data.fingerprint,
+        "files": _files(Path(spec.partition("#")[0])),
         "shape": [protocol.channels, protocol.resolution, protocol.resolution],
         "count": len(data),
         "shard_size": 1000,
+        "device": str(torch.device(device).type),
         "resize": protocol.resize,
         "measures": {m.key: m.fingerprint for m in measures if m.key not in PROMPTED},
     }
     out = cache_folder() / "references" / digest(settings)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"reference: {out.parent} cannot be written ({error.strerror}); name another folder by $DIFFDISTILL_CACHE"
+        ) from None
     seen = [m for m in measures if m.key not in PROMPTED]
 
     def produce(indices: range) -> dict[str, Tensor]:
         samples = data.get(torch.tensor(indices))
-        return measured(_sized(as_bytes(samples.images), protocol, spec), seen, None, samples.labels)
+        return measured(_sized(as_bytes(samples.images), protocol, spec, crop=True), seen, None, samples.labels)
 
-    columns = _columns(out, settings, {"data": data.name}, 50, produce, processes)
-    return Reference(data.name, columns, {}, f"{len(data)} images of {data.name}"), data
+    about = f"{len(data)} images of {data.name}"
+    kept = out / "statistics.safetensors"
+    if kept.is_file() and all(m.kind == "frechet" for m in protocol.metrics if m.kind in AGAINST_REFERENCE):
+        found = _statistics_file(kept, protocol, measures) or {}
+        if all(m.reads in found for m in protocol.metrics if m.kind == "frechet"):
+            return Reference(data.name, None, found, about), data
+    reference = Reference(data.name, _columns(out, settings, {"data": data.name}, 50, produce, processes), {}, about)
+    if processes.rank == 0 and any(m.kind == "frechet" for m in protocol.metrics):
+        save_reference(kept, reference, protocol, measures)
+    return reference, data
+
+
+def _files(path: Path) -> str | None:
+    """What tells whether files of images have changed since, without reading them; None of what is on a hub."""
+    if path.is_file():
+        return digest([path.stat().st_size, path.stat().st_mtime_ns])
+    if not path.is_dir():
+        return None
+    told = sorted((str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*"))
+    return digest(told)
 
 
 PROMPTED = ("clip-score", "attributes", "lpips")
 """Measures that say nothing of real images without a caption, or of images in order."""
 
 
-def _resizable(spec: str, protocol: Protocol) -> Data:
-    """Images of any size; where they differ among them, their middle squares are brought to the protocol's."""
+def _open_images(spec: str, protocol: Protocol) -> Data:
+    """Real images; where they differ in size, their middle squares are brought to the protocol's by its filter."""
     try:
         return open_data(spec, channels=protocol.channels)
-    except UserError:
-        side, kind = protocol.resolution, str(protocol.resize)
-        return open_data(spec, channels=protocol.channels, resolution=side, resample=kind)
+    except UserError as error:
+        if "--resolution" not in str(error):
+            raise
+        if protocol.resize is None:
+            told = f"{spec} has images of several sizes, and {protocol.name} takes them as they are"
+            raise UserError(f"reference: {told}; give those of {protocol.resolution} pixels") from None
+        return open_data(spec, channels=protocol.channels, resolution=protocol.resolution, resample=protocol.resize)
 
 
 def _statistics_file(
@@ -176,11 +223,15 @@ def _statistics_file(
                 if not {"mu", "sigma"} <= set(file.keys()):
                     return None
                 mean, cov = (torch.from_numpy(file[key]).double() for key in ("mu", "sigma"))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # zipfile and numpy raise many unrelated types
             raise UserError(f"reference: {path} cannot be read ({error})") from None
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
             shapes = f"{tuple(mean.shape)} and {tuple(cov.shape)}"
             raise UserError(f"reference: mu and sigma of {path} have the shapes {shapes}; give (D,) and (D, D)")
+        if len(mean) != 2048:
+            raise UserError(
+                f"reference: {path} is of {len(mean)} features, and Inception's are 2048; give its statistics"
+            )
         return {"inception.features": metrics.Statistics(len(mean) + 1, mean, cov)}  # how many images it does not say
     try:
         with safe_open(path, "pt") as opened:
@@ -226,8 +277,11 @@ def measured(
     return {f"{m.key}.{name}": column for m in measures for name, column in m(images, captions, labels).items()}
 
 
-def _sized(images: Tensor, protocol: Protocol, whose: str) -> Tensor:
-    """Images of the protocol's channels and size, uint8; UserError where they are of others and may not be resized."""
+def _sized(images: Tensor, protocol: Protocol, whose: str, crop: bool = False) -> Tensor:
+    """Images of the protocol's channels and size, uint8; UserError where they are of others and may not be resized.
+
+    crop: of images that are not square, the middle.
+    """
     channels, side = protocol.channels, protocol.resolution
     if images.shape[1] != channels:
         kinds = {1: "grey", 3: "RGB"}
@@ -238,6 +292,8 @@ def _sized(images: Tensor, protocol: Protocol, whose: str) -> Tensor:
     size = f"{images.shape[3]}x{images.shape[2]}"
     if protocol.resize is None:
         raise UserError(f"eval: the images of {whose} are {size} and the protocol's {side}x{side}, without resizing")
+    if crop:
+        images = middle(images, min(images.shape[2:]))
     if images.shape[2] != images.shape[3]:
         raise UserError(f"eval: the images of {whose} are {size}; the protocol resizes square ones to {side}x{side}")
     pictures = [Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in images]
@@ -270,6 +326,7 @@ class Asked:
     weights: dict[str, str] | None = None
     bootstrap: int | None = None
     device: str = "auto"
+    save_reference: str | None = None
 
 
 def _measure(key: str, device: torch.device, weights: dict[str, str] | None) -> Measure:
@@ -285,11 +342,15 @@ class Setting:
         self.device = torch.device("cpu") if asked.device == "cpu" else self.processes.device
         self.wanted = replace(asked.wanted, device=self.device)
         self.captions = self._captions()
+        for key in asked.weights or {}:
+            if key not in self.protocol.measures:
+                told = f"{key!r} is no measure of {self.protocol.name}"
+                raise UserError(f"weights: {told}; they are {', '.join(self.protocol.measures)}")
         self.measures = [_measure(key, self.device, asked.weights) for key in self.protocol.measures]
         self.reference: Reference | None = None
         self.real: Data | None = None
         if self.protocol.needs_reference:
-            opened = open_reference(self.protocol, asked.reference, self.measures, self.processes)
+            opened = open_reference(self.protocol, asked.reference, self.measures, self.processes, self.device)
             self.reference, self.real = opened
         elif asked.reference:
             raise UserError(f"reference: the metrics of {self.protocol.name} compare with none")
@@ -308,7 +369,7 @@ class Setting:
         if not path.exists():
             told = f"fetch {protocol.fetch}" if protocol.fetch else "make it, a prompt a line"
             raise UserError(f"prompts: {path} is not there; {told}; or say with --prompts where it is")
-        found = read_prompts(path)
+        found = all_prompts(str(path))
         if len(found) < protocol.count:
             told = f"{path} has {len(found)} prompts and the protocol takes {protocol.count}"
             raise UserError(f"prompts: {told}; give more, or --count {len(found)}")
@@ -321,7 +382,9 @@ class Setting:
             return None
         if protocol.labels == "balanced":
             return torch.arange(protocol.count) % int(protocol.classes or 1)
-        real = None if self.real is None else self.real.get(torch.arange(len(self.real))).labels
+        real = None
+        if self.real is not None:
+            real = self.real.get(torch.arange(min(protocol.count, len(self.real)))).labels
         if real is None:
             raise UserError(f"reference: {protocol.name} takes its classes from the real images, and these have none")
         return real[torch.arange(protocol.count) % len(real)]
@@ -353,6 +416,7 @@ class Score:
     intervals: dict[str, tuple[float, float]]
     columns: Columns
     shown: Tensor | None
+    missing: dict[str, str]  #: why a metric has no value
 
     @property
     def row(self) -> dict[str, Any]:
@@ -378,6 +442,8 @@ def score(model: Model, setting: Setting, into: Path) -> Score:
         "classes": None if labels is None else digest(labels.tolist()),
         "prompts": None if captions is None else digest(captions),
         "measures": {m.key: m.fingerprint for m in setting.measures},
+        "device": setting.device.type,
+        "threads": torch.get_num_threads() if setting.device.type == "cpu" else None,
     }
 
     def images(indices: Sequence[int]) -> Tensor:
@@ -389,22 +455,61 @@ def score(model: Model, setting: Setting, into: Path) -> Score:
         told = None if captions is None else [captions[i] for i in indices]
         return measured(images(indices), setting.measures, told, None if labels is None else labels[list(indices)])
 
+    missing = _check_first(model, setting, produce)
     columns = _columns(into / "measured", settings, {"model": model.name}, protocol.batch, produce, processes)
     values: dict[str, float | None] = {}
     intervals: dict[str, tuple[float, float]] = {}
     if processes.rank > 0:
-        return Score(model.name, model.steps, values, intervals, columns, None)
+        return Score(model.name, model.steps, values, intervals, columns, None, missing)
     for metric in protocol.metrics:
+        if metric.name in missing:
+            values[metric.name] = None
+            continue
         try:
             values |= judged(metric, columns, setting.reference)
+            found = interval_of(metric, columns, setting.reference, asked.bootstrap, values.get(metric.name))
         except ValueError as error:  # of too few images, or features that are not finite
-            raise UserError(f"{metric.name}: it cannot be had of {model.name} ({error})") from error
-        found = interval_of(metric, columns, setting.reference, asked.bootstrap, values.get(metric.name))
+            values[metric.name], missing[metric.name] = None, str(error)
+            continue
+        if values.get(metric.name, 0) is None:
+            missing[metric.name] = "no image has one"
         if found is not None:
             intervals[metric.name] = found
+    batches = torch.arange(min(SHOWN, protocol.count)).split(protocol.batch)
     with torch.inference_mode():
-        shown = images(range(min(SHOWN, protocol.count)))
-    return Score(model.name, model.steps, values, intervals, columns, shown.float() / 127.5 - 1)
+        shown = torch.cat([images(batch.tolist()) for batch in batches])
+    return Score(model.name, model.steps, values, intervals, columns, shown.float() / 127.5 - 1, missing)
+
+
+def _check_first(model: Model, setting: Setting, produce: Callable[[range], dict[str, Tensor]]) -> dict[str, str]:
+    """Draws and measures the first image, so that what fails does so before the rest; metrics that cannot be had."""
+    protocol, reference = setting.protocol, setting.reference
+    try:
+        with torch.inference_mode():
+            found = produce(range(1))
+    except (UserError, KeyboardInterrupt, OSError):
+        raise
+    except Exception as error:  # whatever an unknown pipeline raises
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"eval: {model.name} cannot be drawn as {protocol.name} wants it ({told})") from error
+    missing = {}
+    for metric in protocol.metrics:
+        if metric.reads not in found and metric.column != "agrees":
+            held = ", ".join(sorted(name for name in found if name.startswith(f"{metric.measure}.")))
+            raise UserError(f"{protocol.name}: {metric.name} reads {metric.reads}, and there is {held}")
+        reason = None
+        if metric.reads not in found:
+            reason = "nobody says which classes the images were to be of"
+        elif metric.kind in AGAINST_REFERENCE and reference is not None:
+            reason = reference.lacks(metric)
+            few = min(protocol.count, reference.count)
+            if reason is None and metric.kind == "kid" and few < metrics.KID_SIZE:
+                reason = f"its subsets are of {metrics.KID_SIZE} images, and there are {few}"
+        if reason:
+            missing[metric.name] = reason
+    if len(missing) == len(protocol.metrics):
+        raise UserError(f"{next(iter(missing))}: it cannot be had, {next(iter(missing.values()))}")
+    return missing
 
 
 def default_out(folder: str, protocol: Protocol, wanted: Wanted) -> Path:
@@ -481,7 +586,8 @@ def bootstrapped(metric: Metric, columns: Columns, reference: Reference | None, 
     """(replicates,) values of the metric; replicate r weighs image i the same for every model."""
     values = columns.all(metric.reads)
     if metric.kind == "mean":
-        return metric.scale * metrics.bootstrap_mean(values, replicates)
+        means = metric.scale * metrics.bootstrap_mean(values, replicates)
+        return means[means.isfinite()]  # where few images have a value, a replicate may have none
     assert reference is not None
     return metrics.bootstrap_frechet(values, reference.statistics(metric.reads), replicates)
 
@@ -500,15 +606,17 @@ def evaluate_protocol(folder: str, asked: Asked, out: str | None) -> dict[str, A
     report = report_of([found], setting)
     write_json(report, into / "results.json")
     rows, columns = report_rows([found], protocol), report_columns([found])
-    write_text(
-        markdown_table(rows, columns) + "\n" + "".join(f"- {line}\n" for line in notes(setting)), into / "table.md"
-    )
+    told = notes([found], setting)
+    write_text(markdown_table(rows, columns) + "\n" + "".join(f"- {line}\n" for line in told), into / "table.md")
     print(text_table(rows, columns))
-    print("\n".join(notes(setting)))
+    print("\n".join(told))
     if found.shown is not None:
         scale = max(1, 64 // protocol.resolution)
         print(f"pictures: {save_png(image_grid(found.shown, 10, scale), into / 'samples.png')}")
     print(f"table:    {into / 'table.md'}, {into / 'results.json'}")
+    if asked.save_reference and setting.reference is not None:
+        file = save_reference(Path(asked.save_reference), setting.reference, protocol, setting.measures)
+        print(f"reference: {file}")
     return report
 
 
@@ -531,7 +639,7 @@ def report_rows(scores: Sequence[Score], protocol: Protocol) -> list[dict[str, A
     return rows
 
 
-def notes(setting: Setting) -> list[str]:
+def notes(scores: Sequence[Score], setting: Setting) -> list[str]:
     """What a reader must know of the numbers: images, networks, resizing and rounding, reference, bias."""
     protocol, reference = setting.protocol, setting.reference
     lines = [f"{protocol.name}: {protocol.title}", f"{protocol.count} images of seed {protocol.seed}, 8 bit"]
@@ -545,8 +653,9 @@ def notes(setting: Setting) -> list[str]:
     for metric in protocol.metrics:
         if metric.kind == "frechet" and reference is not None:
             width = len(reference.statistics(metric.reads).mean)
-            told = metrics.enough(protocol.count, width)
+            told = metrics.enough(min(protocol.count, reference.count), width)
             lines += [f"{metric.name}: {told}"] if told else []
+    lines += dict.fromkeys(f"{name}: none, {why}" for found in scores for name, why in found.missing.items())
     lines += [f"published {p.metric} of {p.model}: {p.source}" for p in protocol.published]
     return lines
 
@@ -562,6 +671,6 @@ def report_of(scores: Sequence[Score], setting: Setting) -> dict[str, Any]:
         "reference": None if setting.reference is None else setting.reference.about,
         "rows": [{**found.row, "intervals": {k: list(v) for k, v in found.intervals.items()}} for found in scores],
         "published": [asdict(p) for p in protocol.published],
-        "notes": notes(setting),
+        "notes": notes(scores, setting),
         "environment": environment(),
     }

@@ -37,7 +37,7 @@ from diffdistill.rng import image_generators
 
 from .attention import attention, require_xformers
 from .evaluate import Draw, model_folder, models_in, teacher_images
-from .models import PIXEL_STEPS, any_pipeline, stock_call
+from .models import PIXEL_STEPS, any_pipeline, check_dtype, stock_call
 from .report import markdown_table, text_table, write_json, write_text
 
 COLUMNS = (
@@ -116,7 +116,7 @@ class Run:
 def speed(folders: Sequence[str], asked: Asked, out: str) -> list[dict[str, Any]]:
     """Prints the table, writes speed.md and speed.json, and returns the rows."""
     into = Path(out)
-    _check_dtype(asked)
+    check_dtype(asked.dtype, asked.device)
     if asked.attention == "xformers":
         require_xformers({asked.device.type})
     plans = _plans(folders, asked)
@@ -220,14 +220,6 @@ def _check_resolution(plan: Plan, resolution: int | None) -> None:
         describe(plan.path, resolution, read_metadata(plan.path).get("frames"))
     elif resolution != (own := describe(plan.path).shape[-1]):
         raise UserError(f"resolution: {resolution} is not the {own} that {plan.name} makes, a pixel model; use {own}")
-
-
-def _check_dtype(asked: Asked) -> None:
-    cuda = asked.device.type == "cuda"
-    if asked.dtype == "bfloat16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"dtype: {torch.cuda.get_device_name()} has no bfloat16; use float16 or float32")
-    if asked.dtype == "float16" and not cuda:
-        raise UserError("dtype: float16 is for GPUs, and the models run on a CPU; use float32 or bfloat16")
 
 
 def _load(plan: Plan, asked: Asked) -> Subject:

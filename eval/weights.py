@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -68,7 +69,7 @@ def find_weights(key: str, standard: Standard, given: str | None = None) -> Path
     try:
         with urlopen(standard.url, timeout=TIMEOUT) as answer:
             data = answer.read()
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise UserError(f"weights: {key}: {standard.names[0]} is not here nor to be had ({error}); {put}") from error
     _verify(key, standard, standard.url, hashlib.sha256(data).hexdigest())
     return atomic_write(cache / standard.names[0], data)

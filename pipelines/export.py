@@ -30,6 +30,7 @@ from diffdistill.players import FewStepSampler, Teacher
 from diffdistill.schedule import EDM, DiscreteVP, LinearFlow, lcm_indices
 
 from . import adapted_pipeline
+from .student_pipeline import FILE, pipeline_file
 
 # What a student keeps of its teacher's discrete VP scheduler: the chain and the kind of output.
 _VP_KEYS = (
@@ -214,6 +215,8 @@ def save_pipeline(
             getattr(diffusers, entry.pipelines[0])(**parts).save_pretrained(partial, safe_serialization=True)
         else:
             _copy_parts(local_folder(str(source)), partial, entry, plain, scheduler)
+            if "call" in metadata:
+                (partial / FILE).write_text(pipeline_file(entry.pipelines[0], metadata["call"]), encoding="utf-8")
         if isinstance(network, AdaptedNetwork):
             _add_adapters(partial, network, len(metadata["levels"]))
         if isinstance(network, LoraNetwork) and entry.loads_lora:
@@ -309,6 +312,12 @@ from diffusers import {entry.network}
 network = {entry.network}.from_single_file("{file}", config="FOLDER", subfolder="{entry.component}")
 ```
 """
+    own = ""
+    if entry.autoencoder is not None and not isinstance(network, AdaptedNetwork):
+        own = f"""These arguments are in `{FILE}` too, by which the noise of every step follows `generator` in any family:
+`DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)({given[0]})`.
+
+"""
     return f"""---
 library_name: diffusers
 tags: [diffusion, distillation, diffdistill, {info.name}]
@@ -324,7 +333,7 @@ pipeline = DiffusionPipeline.from_pretrained({source})
 images = pipeline({call}).{"frames" if "num_frames" in call else "images"}
 ```
 {lora}{alone}
-The call makes {steps} step{"s" if steps > 1 else ""}, with the student's own scheduler in `scheduler/`; the levels
+{own}The call makes {steps} step{"s" if steps > 1 else ""}, with the student's own scheduler in `scheduler/`; the levels
 (timestep or sigma) are {levels}. diffdistill need not be installed. Image i of `diffdistill sample --seed S` is
 that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
 

@@ -10,6 +10,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from diffdistill.eval.inception import (
@@ -19,6 +20,7 @@ from diffdistill.eval.inception import (
     Inception,
     folded,
     load_inception,
+    resize_clean,
     resize_tf1,
 )
 
@@ -195,3 +197,20 @@ def test_fid_behind_torchmetrics_is_scipys(network: Inception) -> None:
     root = scipy.linalg.sqrtm(s @ t).real
     expected = np.square(p.mean(0) - q.mean(0)).sum() + np.trace(s + t - 2 * root)
     assert fid.compute().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_clean_resize_is_pillows_in_float() -> None:
+    images = pictures(2, 40, 40, seed=3)
+    expected = [
+        [
+            np.asarray(Image.fromarray(c.numpy().astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC))
+            for c in i
+        ]
+        for i in images
+    ]
+    found = resize_clean(images.float(), 299)
+    assert (found - torch.from_numpy(np.array(expected))).abs().max() < 1e-2
+    smaller = resize_clean(images.float(), 16)
+    by_hand = [np.asarray(Image.fromarray(c.numpy().astype(np.float32)).resize((16, 16), Image.Resampling.BICUBIC))
+               for c in images[0]]  # fmt: skip
+    assert (smaller[0] - torch.from_numpy(np.array(by_hand))).abs().max() < 1e-2

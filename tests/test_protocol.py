@@ -21,12 +21,18 @@ def test_shipped_ones_are_whole(name: str) -> None:
     assert all("abstract" in p.source or "Table" in p.source for p in protocol.published)
     if any(m.kind in AGAINST_REFERENCE for m in protocol.metrics):
         assert protocol.reference
-    # FID is the name of one network's distance only.
-    assert all((m.name == "FID") == (m.kind == "frechet" and m.measure == "inception") for m in protocol.metrics)
+    # FID is the name of one network's distance only, with its resize.
+    called = {"inception": "FID", "inception-clean": "clean FID"}
+    for m in protocol.metrics:
+        assert ("FID" in m.name) == (m.kind == "frechet" and m.measure in called), m
+        assert "FID" not in m.name or m.name == called[m.measure]
 
 
-def test_edms_seeds() -> None:
-    assert load("cifar10").count == 50000 and load("cifar10").seed == 0
+def test_published_figures_are_of_the_protocol_as_it_stands() -> None:
+    protocol = load("cifar10")
+    assert (protocol.count, protocol.seed) == (50000, 0) and protocol.published  # EDM's
+    assert load("cifar10", count=50000, seed=0, batch=7).published == protocol.published
+    assert not load("cifar10", count=1000).published and not load("cifar10", seed=1).published
 
 
 GOOD = {
@@ -52,6 +58,9 @@ def test_ones_own(tmp_path: Path) -> None:
         ({"count": None}, "count is missing"),
         ({"count": "many"}, "count: 'many' is not a whole number"),
         ({"colour": 1}, "'colour' is no field"),
+        ({"conditions": "none"}, "conditions: 'none' is no list"),
+        ({"published": 5}, "published: 5 is no list"),
+        ({"seed": -1}, "seed: -1 is negative"),
         ({"conditions": ["text"]}, "conditions: 'text' is none of"),
         ({"metrics": []}, "metrics: there is none"),
         ({"metrics": [{"name": "d", "kind": "fid", "measure": "digits"}]}, "kind 'fid' is not known"),

@@ -22,12 +22,14 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 
 from diffdistill.cli import main
 from diffdistill.data import open_data
+from diffdistill.errors import UserError
 from diffdistill.eval import scoring
 from diffdistill.eval.digit_classifier import load_digit_classifier
 from diffdistill.eval.inception import Inception
 from diffdistill.eval.models import Wanted, open_model
 from diffdistill.eval.protocol import load
 from diffdistill.eval.report import save_png
+from diffdistill.run import distill
 from diffdistill.shapes import HELD_OUT, draw_many
 from tests import tiny_a
 
@@ -261,6 +263,12 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
                 run("parts")
     assert numbers(run("parts")) == numbers(whole)
     assert shards(tmp_path / "parts") == shards(tmp_path / "whole")
+    # One that another process once made is made again too, whatever that noted of it.
+    gone = next((tmp_path / "parts").glob("measured/00002*"))
+    (gone.parent / "samples.1.json").write_text(json.dumps({"shards": {gone.name: "0" * 64}}))
+    (gone.parent / ".samples.json.0123.tmp").write_text("{")  # of a write that was killed
+    gone.unlink()
+    assert numbers(run("parts")) == numbers(whole)
     # A damaged shard is made again.
     damaged = next((tmp_path / "parts").glob("measured/00001*"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x00")
@@ -321,9 +329,9 @@ def test_statistics_of_a_file(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
     """Our own file gives the images' number; one of another network, size or protocol is refused in one line."""
     values = {"labels": "balanced", "metrics": PROTOCOL["metrics"][:1]}  # type: ignore[index]
     images = run("images", **values)
-    setting = scoring.Setting(scoring.Asked(load(str(tmp_path / "sixty.yaml")), Wanted()))
-    assert setting.reference is not None
-    file = scoring.save_reference(tmp_path / "r.safetensors", setting.reference, setting.protocol, setting.measures)
+    file = tmp_path / "r.safetensors"
+    # A second time from the statistics that are kept in the cache.
+    assert run("images", None, "--save-reference", str(file), **values)["rows"] == images["rows"]
     given = run("file", None, "--reference", str(file), **values)
     assert given["rows"][0]["frechet distance"] == images["rows"][0]["frechet distance"]
 
@@ -333,7 +341,11 @@ def test_statistics_of_a_file(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
         error = capsys.readouterr().err
         assert told in error and error.count("\n") == 1, error
 
-    refused("holds statistics alone", labels="balanced")
+    refused("holds statistics alone", labels="balanced", metrics=PROTOCOL["metrics"][1:2])  # type: ignore[index]
+    some = run("some", None, "--reference", str(file), labels="balanced")
+    assert some["rows"][0]["frechet distance"] == images["rows"][0]["frechet distance"]
+    assert some["rows"][0]["kernel distance"] is None
+    assert "kernel distance: none, r.safetensors holds statistics alone, and it needs the images" in some["notes"]
     refused("is of images 1x8x8 None, and the protocol's are 1x28x28", resolution=28, **values)
     from safetensors import safe_open
 
@@ -346,13 +358,35 @@ def test_statistics_of_a_file(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
     refused("is not a whole safetensors file", **values)
 
 
+def test_real_images_that_change_are_measured_again(run: Run, tmp_path: Path) -> None:
+    """Under the same names and of the same sizes in bytes."""
+    for i in range(20):
+        (tmp_path / "real").mkdir(exist_ok=True)
+        draw = np.random.default_rng(i)
+        Image.fromarray(draw.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "real" / f"{i:02d}.bmp")
+    changes: dict[str, Any] = {"labels": "balanced"}
+    before = run("a", None, "--reference", str(tmp_path / "real"), **changes)["rows"][0]["frechet distance"]
+    for path in (tmp_path / "real").iterdir():
+        size = path.stat().st_size
+        Image.new("L", (8, 8), 255 * (int(path.stem) % 2)).save(path)
+        assert path.stat().st_size == size
+    after = run("a", None, "--reference", str(tmp_path / "real"), **changes)["rows"][0]["frechet distance"]
+    assert abs(after - before) > 1
+
+
 def test_the_usual_npz_of_mu_and_sigma(tmp_path: Path) -> None:
-    mean, cov = np.arange(3.0), np.eye(3)
+    mean, cov = np.arange(2048.0), np.eye(2048)
     np.savez(tmp_path / "s.npz", mu=mean, sigma=cov)
     found = scoring._statistics_file(tmp_path / "s.npz", load("cifar10"), [])
     assert found is not None
     (statistics,) = found.values()
     assert torch.equal(statistics.mean, torch.from_numpy(mean)) and torch.equal(statistics.cov, torch.from_numpy(cov))
+    np.savez(tmp_path / "s.npz", mu=mean[:3], sigma=cov[:3, :3])
+    with pytest.raises(UserError, match="is of 3 features, and Inception's are 2048"):
+        scoring._statistics_file(tmp_path / "s.npz", load("cifar10"), [])
+    (tmp_path / "s.npz").write_bytes((tmp_path / "s.npz").read_bytes()[:40])
+    with pytest.raises(UserError, match="cannot be read"):
+        scoring._statistics_file(tmp_path / "s.npz", load("cifar10"), [])
 
 
 # -- bad input ---------------------------------------------------------------------------------------------
@@ -381,6 +415,14 @@ def test_images_that_are_not_right(run: Run, tmp_path: Path, capsys: pytest.Capt
         pictures(tmp_path / "few", ("L", 8), count=5), "few has 5 images and sixty takes 20; give more, or --count 5"
     )
     refused(pictures(tmp_path / "large", ("L", 16)), "are 16x16 and the protocol's 8x8, without resizing")
+    unpadded = pictures(tmp_path / "unpadded", ("L", 8))
+    for path in sorted(unpadded.iterdir()):
+        path.rename(unpadded / f"{int(path.stem)}.png")
+    refused(unpadded, "are not in the order of their numbers")
+    split = tmp_path / "split"
+    split.mkdir()
+    pictures(split / "train", ("L", 8)), pictures(split / "test", ("L", 8))
+    refused(split, "has 40 image files and 20 of them are read as data")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no pipeline (model_index.json) and no images")
     corrupt = pictures(tmp_path / "corrupt", ("L", 8))
@@ -403,6 +445,20 @@ def test_images_that_are_not_right(run: Run, tmp_path: Path, capsys: pytest.Capt
         (["--attention", "flash"], {}, "attention: 'flash' is not one of"),
         (["--prompts", "p.txt"], {}, "the protocol sixty has none"),
         ([], {"metrics": [{"name": "d", "kind": "frechet", "measure": "vgg"}]}, "'vgg' is not known"),
+        (
+            [],
+            {"metrics": [{"name": "d", "kind": "vendi", "measure": "digits", "column": "x"}]},
+            "d reads digits.x, and",
+        ),
+        (
+            [],
+            {"metrics": [{"name": "d", "kind": "kid", "measure": "digits"}]},
+            "d: it cannot be had, its subsets are of",
+        ),
+        (["--weights", "bogus=x"], {}, "'bogus' is no measure of sixty; they are digits"),
+        (["--dtype", "bfloat16"], {}, "bfloat16 is for latent pipelines"),
+        (["--dtype", "float16"], {}, "float16 is for GPUs"),
+        (["--data", "digits"], {}, "data: that is for an evaluation without --protocol"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
@@ -430,13 +486,16 @@ def test_compare(tmp_path: Path, protocol: Callable[..., str], capsys: pytest.Ca
     for path in sorted(noise.glob("*.png")):
         draw = np.random.default_rng(int(path.stem))
         Image.fromarray(draw.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    command = ["compare", "digits", "digits", str(noise), "--protocol", protocol(), "--steps", "2"]
+    distill(method="dmd2", preset="digits", steps=2, sample_every=0, device="cpu", out=str(tmp_path / "student"))
+    command = ["compare", "digits", "digits", str(noise), str(tmp_path / "student"), "--protocol", protocol()]
+    command += ["--steps", "2"]  # of the teachers
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "results.json").read_text())
-    same, other = (d for d in report["differences"] if d["metric"] == "frechet distance")
+    same, other, _ = (d for d in report["differences"] if d["metric"] == "frechet distance")
+    assert [row["steps"] for row in report["rows"]] == [2, 2, None, 1]
     assert same["difference"] == same["95% from"] == same["to"] == 0 and same["p"] == 1
     assert other["95% from"] > 0 and other["p"] < 0.02
-    assert [row["ms per image"] is None for row in report["rows"]] == [False, False, True]
+    assert [row["ms per image"] is None for row in report["rows"]] == [False, False, True, False]
     for name in ("grid.png", "quality.png"):
         assert Image.open(tmp_path / "out" / name).size[0] > 100
     assert "| model |" in (tmp_path / "out" / "table.md").read_text()

@@ -67,10 +67,15 @@ _EMBEDDED = {"digits": Path(__file__).parents[1] / "assets" / "digits-teacher"}
 def family_of(folder: Path) -> tuple[Family, Config]:
     """The family of a diffusers folder and its model_index.json; UserError where none reads it."""
     index = read_json(folder / "model_index.json")
-    name = index.get("_class_name")
+    name, own = index.get("_class_name"), None
     if isinstance(name, list):  # of a file in the folder, [file, class]
-        name = name[-1]
+        own, name = name
     family = next((f for f in FAMILIES.values() if name in f.pipelines), None)
+    if family is None and own is not None:
+        raise UserError(
+            f"teacher: {folder} carries a pipeline of its own, {own}.py, whose code is run only if you say so: by "
+            "DiffusionPipeline.from_pretrained(.., trust_remote_code=True), or `diffdistill eval --trust-remote-code`"
+        )
     if family is None:
         known = ", ".join(p for f in FAMILIES.values() for p in f.pipelines)
         raise UserError(
@@ -127,6 +132,11 @@ def parts_of(index: Config) -> list[str]:
     return [name for name, part in index.items() if isinstance(part, list) and part[0] is not None and name[0] != "_"]
 
 
+def in_half(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """How diffusers is told the type of a pipeline's weights; nothing for float32, which it is by default."""
+    return {} if dtype == torch.float32 else {"torch_dtype": dtype}
+
+
 def load_pipeline(
     folder: Path, *, leave_out: Sequence[str] = (), only: Sequence[str] | None = None, device: Any = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -141,7 +151,7 @@ def load_pipeline(
     absent.pop("scheduler", None)
     try:
         kind = getattr(diffusers, family.pipelines[0])
-        pipeline = kind.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype, **absent)
+        pipeline = kind.from_pretrained(folder, use_safetensors=True, **in_half(dtype), **absent)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"teacher: the pipeline in {folder} does not load ({_first_line(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
