@@ -450,7 +450,8 @@ def write_board(
 ) -> list[dict[str, Any]]:
     """board.json, board.md, quality.png and samples.png."""
     rows = averaged(results)
-    report = {"suite": suite, "budget": budget, "environment": environment(), "rows": rows, "results": list(results)}
+    report = {"suite": suite, "budget": budget, "environment": environment()}
+    report |= {"columns": COLUMNS, "rows": rows, "results": list(results)}
     write_json(report, out / "board.json")
     write_text(markdown_table(rows, COLUMNS), out / "board.md")
     if pictures:

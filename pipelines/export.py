@@ -314,7 +314,7 @@ network = {entry.network}.from_single_file("{file}", config="FOLDER", subfolder=
 """
     own = ""
     if entry.autoencoder is not None and not isinstance(network, AdaptedNetwork):
-        own = f"""These arguments are in `{FILE}` too, by which the noise of every step follows `generator` in any family:
+        own = f"""These arguments are in `{FILE}` too, where `generator` seeds the noise of every step in any family:
 `DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)({given[0]})`.
 
 """
