@@ -108,6 +108,9 @@ class EncodeConfig:
     )
     batch_size: int = option(16, "prompts encoded at a time", at_least=1)
     shard_size: int = option(1024, "prompts in a file; a stopped run goes on from the last whole file", at_least=1)
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "of the text encoders and the autoencoder; what bfloat16 ones give is also stored in it"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to encode; auto: a GPU if there is one")
     out: str = option("runs/encoded", "the folder; the same command on an unfinished one goes on with it")
 

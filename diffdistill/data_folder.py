@@ -91,6 +91,18 @@ def holds_images(root: Path) -> bool:
     return (root / "metadata.jsonl").is_file() or any(_walk(root))
 
 
+def read_lines(path: Path, field: str) -> list[str]:
+    """A text's lines; UserError, which names the user's `field`, where it is no UTF-8 or cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{field}: {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{field}: {path} cannot be read ({error.strerror})") from None
+    # Not the codec utf-8-sig, which does not count the mark's bytes, nor splitlines, which cuts at U+2028 too.
+    return text.removeprefix("\ufeff").split("\n")
+
+
 def _walk(root: Path) -> Iterator[str]:
     # Not rglob: before Python 3.13 it does not enter linked folders, of which subsets are often made.
     for folder, inner, files in os.walk(root, followlinks=True):
@@ -103,7 +115,7 @@ def _walk(root: Path) -> Iterator[str]:
 def _read_metadata(path: Path) -> tuple[list[str], list[str] | None, list[Any] | None]:
     """Files, captions and labels of an imagefolder's metadata.jsonl (file_name, text or caption, label)."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_lines(path, "data"), 1):
         try:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:

@@ -20,6 +20,19 @@ from torch import Tensor
 
 from .data_folder import Pictures, Source, class_numbers, content, naming_image
 from .errors import UserError
+from .shards import hash_file
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """The .parquet file of that name, else those that it matches as a pattern, sorted; empty if there is none."""
+    if path.suffix != ".parquet":
+        return []
+    return [path] if path.is_file() else [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+
+
+def _named(files: list[Path]) -> list[str]:
+    """For `load_dataset`, which takes names for patterns."""
+    return [glob.escape(str(file)) for file in files]
 
 
 def is_saved(path: Path) -> bool:
@@ -46,7 +59,8 @@ def _load(source: str, split: str | None, failed: str) -> tuple[Any, Any]:
                 raise ValueError(f"it has no split {part!r}, but {sorted(splits)}")
             table = splits.get(part) or next(iter(splits.values()))
         elif source.endswith(".parquet"):
-            table = datasets.load_dataset("parquet", data_files=source, split=part)
+            files = _named(parquet_files(Path(source)))
+            table = datasets.load_dataset("parquet", data_files=files or source, split=part)
         else:
             table = datasets.load_dataset(source, split=part)
     except Exception as error:  # the library passes on what its network and file layers raise
@@ -139,7 +153,7 @@ class Stream:
     """A data set that is read row by row, in its order, and never kept.
 
     `size` is its length where something tells it, `num_classes` that of its labels; the fingerprint is that of the
-    commit on the hub, or of the files' names and sizes, and of the first rows.
+    commit on the hub, or of the files' names and bytes, and of the first rows.
     """
 
     def __init__(
@@ -227,6 +241,12 @@ def _fetched(value: Any) -> Source:
     return value["bytes"] or path
 
 
+def _contents(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    hash_file(digest, file)
+    return f"{file.name} {digest.hexdigest()}"
+
+
 def open_stream(spec: str, field: str) -> Stream:
     """A hub id, .parquet file or pattern of them, or a folder that holds some; 'SPEC#split' picks a split.
 
@@ -236,7 +256,7 @@ def open_stream(spec: str, field: str) -> Stream:
     base, _, part = spec.partition("#")
     part = part or "train"
     path = Path(base).expanduser()
-    files = [Path(f) for f in sorted(glob.glob(str(path)))] if base.endswith(".parquet") else []
+    files = parquet_files(path)
     held = files or (sorted(path.glob("**/*.parquet")) if base and path.is_dir() and not is_saved(path) else [])
     if not held and (path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) or base.endswith(".parquet")):
         raise UserError(
@@ -246,13 +266,12 @@ def open_stream(spec: str, field: str) -> Stream:
     failed = f"{field}: {base!r} cannot be read as a Hugging Face dataset"
     datasets = _library(failed)
     try:
-        size, told = None, [f"{file.name} {file.stat().st_size}" for file in held]
+        size, told = None, [_contents(file) for file in held]
         if files:
             from pyarrow import parquet  # comes with datasets
 
             size = sum(parquet.ParquetFile(file).metadata.num_rows for file in files)
-            names = [str(file) for file in files]
-            table = datasets.load_dataset("parquet", data_files=names, split=part, streaming=True)
+            table = datasets.load_dataset("parquet", data_files=_named(files), split=part, streaming=True)
         elif held:
             table = datasets.load_dataset(str(path), split=part, streaming=True)
         else:

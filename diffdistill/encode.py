@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from .config import EncodeConfig, build
 from .data import Data, open_data, stream_data
-from .data_hub import Ended, open_stream, open_texts
+from .data_folder import read_lines
+from .data_hub import Ended, open_stream, open_texts, parquet_files
 from .denoiser import Cond
 from .errors import UserError
-from .families import FAMILIES, Family, Prompt, describe, family_of, load_pipeline, local_folder
+from .families import FAMILIES, NOT_LOADED, Family, Prompt, describe, family_of, load_pipeline, local_folder
 from .files import atomic_write
 from .players import Teacher
 from .shards import Kind, device_for, hash_file, is_whole, make, mapped, open_shards, read_index, rows, start
@@ -39,7 +41,8 @@ def fingerprint(folder: Path, family: Family) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for part in sorted({"vae", *(family.text.components if family.text else ())}):
         for path in sorted((folder / part).glob("*")):
-            if path.suffix in (".json", ".safetensors", ".txt", ".model"):
+            copy = any(fnmatch(path.name, pattern) for pattern in NOT_LOADED)
+            if path.suffix in (".json", ".safetensors", ".txt", ".model") and not copy:
                 digest.update(f"{part}/{path.name}".encode())
                 hash_file(digest, path)
     return digest.hexdigest()
@@ -47,14 +50,8 @@ def fingerprint(folder: Path, family: Family) -> str:
 
 def read_prompts(path: Path) -> list[str]:
     """A prompt a line of .txt, or the "prompt", "caption" or "text" of .jsonl; UserError if it holds none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts: {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"prompts: {path} cannot be read ({error.strerror})") from None
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, "prompts"), 1):
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
@@ -98,8 +95,11 @@ class Encoded:
         return "latents" in self.shards[0]
 
     def get(self, indices: Tensor) -> tuple[Tensor | None, Cond]:
-        """Latents (B, ...) if there are any, and conditions (B, ...), at int64 indices (B,), in that order."""
-        columns = rows(self.shards, self.settings["shard_size"], len(self), indices)
+        """Latents (B, ...) if there are any, and conditions (B, ...), at int64 indices (B,), in that order.
+
+        In float32, also where they are stored in bfloat16.
+        """
+        columns = _wide(rows(self.shards, self.settings["shard_size"], len(self), indices))
         return columns.pop("latents", None), columns
 
     def draw(self, n: int, generator: torch.Generator) -> Cond:
@@ -122,7 +122,7 @@ def encode(**values: Any) -> Path:
         raise UserError("encode: give either --prompts (a .txt, .jsonl) or --data (images with captions, or classes)")
     if config.prompts is not None and family.text is None:
         raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
-    shape = describe(folder, config.resolution, config.frames).shape
+    shape, dtype = describe(folder, config.resolution, config.frames).shape, getattr(torch, config.teacher_dtype)
     size = family.pixels(folder, shape)
     images: Data | None = None
     texts: Callable[[range], list[str]] | None = None
@@ -148,6 +148,7 @@ def encode(**values: Any) -> Path:
         "resolution": config.resolution,
         "frames": config.frames,
         "embedded_guidance": config.embedded_guidance,
+        "teacher_dtype": None if dtype == torch.float32 else config.teacher_dtype,  # None: as folders without it are
         "source": source,
         "count": count,
         "shard_size": config.shard_size,
@@ -161,9 +162,19 @@ def encode(**values: Any) -> Path:
 
     @cache
     def pipeline() -> Any:  # only if something is missing
-        return load_pipeline(folder, leave_out=(family.component,), device=device)
+        loaded = load_pipeline(folder, leave_out=(family.component,), device=device, dtype=dtype)
+        if dtype == torch.float16 and getattr(loaded.vae.config, "force_upcast", False):
+            loaded.vae.float()  # it says that it overflows otherwise; the stock pipelines do so too
+        return loaded
 
     prompt = Prompt(size, config.embedded_guidance)
+
+    def stored(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What bfloat16 encoders give is stored as it is, what float16 ones give in float32."""
+        if dtype == torch.float16 and not all(bool(value.isfinite().all()) for value in columns.values()):
+            raise UserError(f"teacher_dtype: {family.name} overflows in float16; use bfloat16 or float32")
+        halves = {key: value.float() for key, value in columns.items() if value.dtype == torch.float16}
+        return {key: value.cpu().contiguous() for key, value in (columns | halves).items()}
 
     def produce(indices: range) -> dict[str, Tensor]:
         columns: dict[str, Tensor] = {}
@@ -171,18 +182,18 @@ def encode(**values: Any) -> Path:
         if images is not None:
             got = images.get(torch.tensor(indices))
             captions = got.captions
-            columns["latents"] = family.autoencoder.encode(pipeline().vae, got.images.to(device))  # type: ignore[union-attr]
+            vae = pipeline().vae
+            columns["latents"] = family.autoencoder.encode(vae, got.images.to(device, vae.dtype))  # type: ignore[union-attr]
             if family.text is None:
                 assert got.labels is not None
                 columns["class_labels"] = got.labels
         if family.text is not None:
             columns |= family.text.encode(pipeline(), list(captions or ()), prompt)
-        return {key: value.cpu().contiguous() for key, value in columns.items()}
+        return stored(columns)
 
     with torch.no_grad():
         if not is_whole(out / _NULL, index.get("null")):
-            null = family.text.null(pipeline(), prompt) if family.text else {}
-            data = save({key: value.cpu().contiguous() for key, value in null.items()})
+            data = save(stored(family.text.null(pipeline(), prompt) if family.text else {}))
             atomic_write(out / _NULL, data)
             index["null"] = hashlib.sha256(data).hexdigest()
         try:
@@ -200,19 +211,21 @@ def _prompts(spec: str, count: int | None, streaming: bool) -> tuple[Callable[[r
     if streaming:
         stream = open_stream(spec, "prompts")
         return lambda i: stream.texts(stream.rows(list(i))) or [], stream.length(count), stream.fingerprint
-    texts = _all_prompts(spec)[:count]
+    texts = all_prompts(spec)[:count]
     joined = "\n".join(texts).encode()
     return lambda i: texts[i.start : i.stop], len(texts), hashlib.blake2b(joined, digest_size=8).hexdigest()
 
 
-def _all_prompts(spec: str) -> list[str]:
+def all_prompts(spec: str) -> list[str]:
     base, _, split = spec.partition("#")
-    path = Path(spec)
+    path, held = Path(spec).expanduser(), Path(base).expanduser()
     if path.suffix in (".txt", ".jsonl"):
         return read_prompts(path)
-    if Path(base).exists() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
+    if held.exists() or parquet_files(held):
+        return open_texts(str(held), split or None)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
         return open_texts(base, split or None)
-    known = "a .txt, .jsonl or .parquet file, a save_to_disk folder or a Hugging Face dataset"
+    known = "a .txt, .jsonl or .parquet file or pattern of them, a save_to_disk folder or a Hugging Face dataset"
     raise UserError(f"prompts: {spec!r} is of no known kind; give {known}")
 
 
@@ -225,7 +238,11 @@ def open_encoded(folder: str | Path) -> Encoded:
     keys = [sorted((name, tuple(v.shape[1:])) for name, v in shard.items()) for shard in shards]
     if any(key != keys[0] for key in keys):
         raise UserError(f"encode: the shards of {str(folder)!r} differ in columns or shapes; make the folder anew")
-    return Encoded(folder, settings, shards, mapped(KIND, folder / _NULL))
+    return Encoded(folder, settings, shards, _wide(mapped(KIND, folder / _NULL)))
+
+
+def _wide(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in columns.items()}
 
 
 def check_encoded(encoded: Encoded, folder: Path, family: Family, shape: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ in a few low-rank matrices. At rest no adapter is active, so that the teacher's 
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -80,7 +81,7 @@ def lora_view(denoiser: Denoiser, settings: LoraSettings) -> Denoiser:
     """The denoiser as a LoRA player: a new adapter on its own weights, which are frozen, without dropout, from here on.
 
     B is zero at the start and A drawn from torch's global generator. The denoiser itself goes on giving what it gave.
-    Raises UserError where there is nothing to adapt.
+    Raises UserError where there is nothing to adapt, or a target names no layer.
     """
     base = denoiser.network.base if isinstance(denoiser.network, LoraNetwork) else denoiser.network
     base.eval()
@@ -96,11 +97,16 @@ def lora_view(denoiser: Denoiser, settings: LoraSettings) -> Denoiser:
         and settings.rank % getattr(module, "groups", 1) == 0  # peft divides the rank over a convolution's groups
     ]
     targets = settings.targets
-    if targets is not None:
-        layers = [name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets)]
     if not layers:
-        wanted = "linear layer or convolution" if targets is None else f"layer called {' or '.join(targets)}"
-        raise UserError(f"lora: the teacher's {type(base).__name__} has no {wanted} to adapt")
+        raise UserError(f"lora: the teacher's {type(base).__name__} has no linear layer or convolution to adapt")
+    if targets is not None:
+        named = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in targets}
+        for target in (target for target, found in named.items() if not found):
+            ends = sorted({re.sub(r".*\.(?=[A-Za-z_])", "", name) for name in layers})
+            near = difflib.get_close_matches(target, ends, n=1)
+            told = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ends)}"
+            raise UserError(f"lora: the teacher's {type(base).__name__} has no layer called {target} to adapt; {told}")
+        layers = [name for name in layers if any(name in found for found in named.values())]
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank if settings.alpha is None else settings.alpha,

@@ -93,6 +93,7 @@ def make(
     own, so that none writes what another does. A batch never depends on who makes it.
     """
     count, size = index["settings"]["count"], index["settings"]["shard_size"]
+    is_stream = "asked" in index["settings"]  # which may end before its count
     ranges = [range(first, min(first + size, count)) for first in range(0, count, size)]
     names = [f"{k:05d}.safetensors" for k in range(len(ranges))]
     done = read_index(kind, out)["shards"]
@@ -119,9 +120,10 @@ def make(
             parts.append(produce(indices))
             told(len(indices))
         data = save({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
-        need, free = len(data) * (len(missing) - done), shutil.disk_usage(out).free
+        left, told_left = (1, "the next file") if is_stream else (len(missing) - done, "what is missing")
+        need, free = len(data) * left, shutil.disk_usage(out).free
         if free < need:
-            raise UserError(f"out: {str(out)!r} has {free >> 20} MiB free and what is missing needs {need >> 20} MiB")
+            raise UserError(f"out: {str(out)!r} has {free >> 20} MiB free and {told_left} needs {need >> 20} MiB")
         atomic_write(out / names[k], data)
         if world_size == 1:  # the same command may run a second time, beside this one
             index["shards"] |= read_index(kind, out)["shards"]
