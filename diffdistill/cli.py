@@ -368,7 +368,7 @@ def _asked(args: argparse.Namespace) -> Any:
         choice("dtype", "float32", "bfloat16", "float16"),
         choice("attention", "auto", "sdpa", "xformers", "math"),
         args.trust_remote_code,
-        device,
+        device=device,
     )
     bootstrap = _whole_or_none("bootstrap", args.bootstrap)
     kept = getattr(args, "save_reference", None)

@@ -57,8 +57,8 @@ def compare(folders: Sequence[str], asked: Asked, out: str) -> dict[str, Any] | 
         # A folder of its own for whatever the images depend on, so that other options are other folders.
         known = digest([model.fingerprint, model.call, asked.protocol.count, asked.protocol.seed, asked.prompts])
         found = score(model, setting, into / "models" / f"{model.name}-{known}")
-        taken = [each.model for each in scores]
-        name = next(n for n in chain((found.model, folder), (f"{folder} ({i})" for i in count(2))) if n not in taken)
+        used = [each.model for each in scores]
+        name = next(n for n in chain((found.model, folder), (f"{folder} ({i})" for i in count(2))) if n not in used)
         scores.append(replace(found, model=name))
         milliseconds.append(None if setting.processes.rank else latency(model, setting))
         del model  # before the next is loaded

@@ -200,8 +200,8 @@ def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust:
             path, use_safetensors=True, trust_remote_code=trust, **in_half(dtype)
         )
     except Exception as error:  # whatever the parts of an unknown pipeline raise
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"eval: the pipeline in {path} does not load ({told[0]})") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"eval: the pipeline in {path} does not load ({reason})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -239,8 +239,8 @@ def _images(path: Path) -> Model:
             raise UserError(f"eval: {file} is of mode {image.mode}; give RGB or grey images without alpha or palette")
         first = first or kind
         if kind != first:
-            told = [f"{width}x{height} {mode}" for mode, width, height in (kind, first)]
-            raise UserError(f"eval: {file} is {told[0]} where {files[0].name} is {told[1]}; give images of one kind")
+            one, other = (f"{width}x{height} {mode}" for mode, width, height in (kind, first))
+            raise UserError(f"eval: {file} is {one} where {files[0].name} is {other}; give images of one kind")
         digest.update(file.name.encode())
         hash_file(digest, file)
     data = open_data(str(path))
