@@ -98,11 +98,10 @@ class Denoiser(nn.Module):
         """Autocast for a network kept in half precision, where there is none: samples and LoRA are float32."""
         # A LoRA player's own weights are float32, and those of its base say what it computes in.
         base = getattr(self.network, "base", None)
-        weight = next((base if isinstance(base, nn.Module) else self.network).parameters(), None)
-        half = weight is not None and weight.dtype in (torch.float16, torch.bfloat16)
-        if weight is None or not half or torch.is_autocast_enabled(device):
-            return nullcontext()
-        return torch.autocast(device, weight.dtype)
+        weights = (base if isinstance(base, nn.Module) else self.network).parameters()
+        # Any of them: some networks keep a few in float32.
+        half = next((w.dtype for w in weights if w.dtype in (torch.float16, torch.bfloat16)), None)
+        return nullcontext() if half is None or torch.is_autocast_enabled(device) else torch.autocast(device, half)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """(B, C, ...) the output of `feature_layer`, in float32; what comes after it is not computed."""

@@ -276,6 +276,8 @@ def test_metadata_that_cannot_be_used(tmp_path: Path) -> None:
     ]:
         (tmp_path / "metadata.jsonl").write_text(text)
         assert why in refused(tmp_path)
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "caf\xe9"}'.encode("latin-1"))
+    assert f"data: {tmp_path}/metadata.jsonl is not UTF-8 (byte 35)" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

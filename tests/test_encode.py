@@ -1,5 +1,6 @@
 """`diffdistill encode`: the same bytes whatever happens on the way, and one clear line for what cannot be used."""
 
+import glob
 import hashlib
 import importlib.util
 import io
@@ -26,6 +27,7 @@ from diffdistill.data import stream_data
 from diffdistill.data_hub import Ended
 from diffdistill.encode import encode, open_encoded
 from diffdistill.errors import UserError
+from diffdistill.families import family_of
 from diffdistill.run import distill
 from tests import tiny_a
 
@@ -160,6 +162,97 @@ def test_prompts_that_cannot_be_used(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mark_at_the_start_is_no_text_and_a_line_ends_at_its_end_alone(tmp_path: Path) -> None:
+    texts, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    texts.write_bytes("\ufeffone\r\ntwo\u2028parts\x0bof it\x85\r\n\r\n".encode())
+    assert encoding.read_prompts(texts) == ["one", "two\u2028parts\x0bof it"]
+    lines.write_bytes('\ufeff{"prompt": "one"}\r\n{"prompt": "two\u2028parts"}\n'.encode())
+    assert encoding.read_prompts(lines) == ["one", "two\u2028parts"]
+    texts.write_bytes(b"\xef\xbb\xbfcaf\xe9")
+    with pytest.raises(UserError, match=r"not UTF-8 \(byte 6\)"):
+        encoding.read_prompts(texts)
+
+
+def test_prompts_in_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.txt").write_text("one\ntwo")
+    assert encoding.all_prompts("~/mine.txt") == ["one", "two"]
+
+
+def test_copies_of_the_weights_that_are_not_loaded_do_not_count(teacher: Path, tmp_path: Path) -> None:
+    """A snapshot of the hub is without them."""
+    family, _ = family_of(teacher)
+    other = Path(shutil.copytree(teacher, tmp_path / "other"))
+    for copy in ("text_encoder/model.fp16.safetensors", "vae/diffusion_pytorch_model.non_ema.safetensors"):
+        (other / copy).write_bytes(b"a copy")
+    assert encoding.fingerprint(other, family) == encoding.fingerprint(teacher, family)
+    (other / "text_encoder/model.safetensors").write_bytes(b"others")
+    assert encoding.fingerprint(other, family) != encoding.fingerprint(teacher, family)
+
+
+def column_types(folder: Path) -> dict[str, torch.dtype]:
+    return {key: value.dtype for key, value in load_file(folder / "00000.safetensors").items()}
+
+
+def test_encoders_in_half_precision(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "0.png").write_bytes(png(3))
+    (images / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "one"}))
+    given = {"prompts": None, "data": str(images)}
+    folders, loaded = {}, {}
+    load = encoding.load_pipeline
+
+    def noting(*args: Any, **how: Any) -> Any:
+        pipeline = load(*args, **how)
+        loaded[how["dtype"]] = pipeline
+        return pipeline
+
+    monkeypatch.setattr(encoding, "load_pipeline", noting)
+    for name, stored in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float32)):
+        out = encode(**options(teacher, Path("none"), tmp_path / name, teacher_dtype=name) | given)
+        assert set(column_types(out).values()) == {stored}
+        assert {value.dtype for value in load_file(out / "null.safetensors").values()} == {stored}
+        folders[name] = open_encoded(out)
+        assert loaded[getattr(torch, name)].text_encoder.dtype == getattr(torch, name)
+    # The autoencoder's config says force_upcast, as most do: in float16 the real ones overflow.
+    assert [loaded[kind].vae.dtype for kind in loaded] == [torch.float32, torch.bfloat16, torch.float32]
+    latents, cond = folders["float32"].get(torch.arange(1))
+    assert latents is not None
+    for name, limit in (("bfloat16", 0.05), ("float16", 0.005)):
+        got, other = folders[name].get(torch.arange(1))
+        assert got is not None and got.dtype == torch.float32
+        pairs = [(got, latents), *((other[key], cond[key]) for key in cond)]
+        assert {a.dtype for a, _ in pairs} == {torch.float32}
+        assert 0 < max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs) < limit
+        assert {value.dtype for value in folders[name].null.values()} == {torch.float32}
+    with pytest.raises(UserError, match="made with teacher_dtype bfloat16"):
+        encode(**options(teacher, Path("none"), tmp_path / "bfloat16") | given)
+    monkeypatch.setattr(encoding, "load_pipeline", lambda *a, **k: pytest.fail("a model was loaded"))
+    index = json.loads((tmp_path / "float32" / "encode.json").read_text())
+    index["settings"].pop("teacher_dtype")  # as folders were before there was a choice
+    (tmp_path / "float32" / "encode.json").write_text(json.dumps(index))
+    encode(**options(teacher, Path("none"), tmp_path / "float32") | given)
+
+
+def test_training_reads_what_bfloat16_encoders_gave(teacher: Path, prompts: Path, tmp_path: Path) -> None:
+    folder = encode(**options(teacher, prompts, tmp_path / "out", teacher_dtype="bfloat16"))
+    for kind in ("float32", "bfloat16"):
+        student = distill(**training(teacher, folder, tmp_path / kind, teacher_dtype=kind, guidance_scale=2.0))
+        weights = load_file(student / "unet/diffusion_pytorch_model.safetensors")
+        assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+def test_float16_that_overflows(teacher: Path, prompts: Path, tmp_path: Path) -> None:
+    wide = Path(shutil.copytree(teacher, tmp_path / "wide"))
+    weights = load_file(wide / "text_encoder/model.safetensors")
+    name = next(n for n in weights if n.endswith("final_layer_norm.weight"))
+    save_file({**weights, name: weights[name] * 1e5}, wide / "text_encoder/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="teacher_dtype: stable_diffusion overflows in float16; use bfloat16"):
+        encode(**options(wide, prompts, tmp_path / "out", teacher_dtype="float16"))
+    encode(**options(wide, prompts, tmp_path / "out-b", teacher_dtype="bfloat16"))
+
+
 def broken(teacher: Path, tmp_path: Path, damage: Callable[[Path], None]) -> Path:
     folder = Path(shutil.copytree(teacher, tmp_path / "broken"))
     damage(folder)
@@ -247,8 +340,9 @@ def test_options_that_do_not_fit(teacher: Path, prompts: Path, tmp_path: Path) -
     for more, told in (
         (
             {"student": "lora", "adapter_targets": "foo"},
-            "lora: the teacher's UNet2DConditionModel has no layer called foo",
+            "lora: the teacher's UNet2DConditionModel has no layer called foo to adapt; there are .*to_out.0, to_q",
         ),
+        ({"student": "lora", "adapter_targets": "to_q,to_kk"}, "no layer called to_kk to adapt; did you mean 'to_k'"),
         ({"method": "consistency", "mode": "training"}, "needs images too"),
         ({"frames": 5}, "frames: 5 was given, and stable_diffusion makes images"),
     ):
@@ -281,6 +375,12 @@ def test_prompts_of_a_hugging_face_dataset(teacher: Path, tmp_path: Path) -> Non
 
     parquet.write_table(pyarrow.table({"caption": ["one", "two"]}), path)
     assert len(open_encoded(encode(**options(teacher, path, tmp_path / "out")))) == 2
+    several = tmp_path / "sev[e]ral"
+    several.mkdir()
+    for name, held in (("a[1]", ["one"]), ("b", ["two", "three"])):
+        parquet.write_table(pyarrow.table({"caption": held}), several / f"{name}.parquet")
+    assert encoding.all_prompts(f"{several}/a[1].parquet") == ["one"]
+    assert encoding.all_prompts(f"{tmp_path}/sev*/*.parquet") == ["one", "two", "three"]
     other = tmp_path / "other.parquet"
     parquet.write_table(pyarrow.table({"other": ["one", "two"]}), other)
     with pytest.raises(UserError, match="give at least one row, with a 'prompt', 'caption' or 'text'"):
@@ -467,6 +567,35 @@ def test_a_set_that_has_changed_is_not_gone_on_with(teacher: Path, tmp_path: Pat
     hub.commit = "second"
     with pytest.raises(UserError, match=r"out: .* holds encoded prompts made with source"):
         encode(**streamed(teacher, tmp_path / "out"))
+
+
+def test_a_file_that_has_changed_is_not_gone_on_with(
+    teacher: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = types.SimpleNamespace(ParquetFile=lambda file: types.SimpleNamespace(metadata=fake))
+    fake = types.SimpleNamespace(num_rows=7)
+    monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=counted))
+    file = tmp_path / "set[1].parquet"
+    file.write_bytes(b"one")
+    given = streamed(teacher, tmp_path / "out", prompts=str(file), count=None)
+    assert len(open_encoded(encode(**given))) == 7
+    assert [Path(glob.glob(name)[0]) for name in hub.asked[0]["data_files"]] == [file]  # `datasets` takes patterns
+    file.touch()
+    encode(**given)
+    file.write_bytes(b"two")  # of the same size, and the first rows are the same
+    with pytest.raises(UserError, match=r"out: .* holds encoded prompts made with source"):
+        encode(**given)
+
+
+def test_a_stream_whose_count_exceeds_the_disk_is_read(
+    teacher: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    assert len(open_encoded(encode(**streamed(teacher, tmp_path / "out", count=10**6)))) == 7
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"out: .* has 0 MiB free and the next file needs"):
+        encode(**streamed(teacher, tmp_path / "other"))
 
 
 def test_streamed_images_give_the_same_bytes_as_a_folder_of_them(teacher: Path, tmp_path: Path, hub: Hub) -> None:

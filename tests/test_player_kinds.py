@@ -19,13 +19,13 @@ from diffdistill.cli import main
 from diffdistill.config import method_names
 from diffdistill.encode import decoder, encode, open_encoded
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES, load_student, load_teacher
+from diffdistill.families import FAMILIES, load_teacher
 from diffdistill.families._family import pack, unpack
 from diffdistill.pairs import make_pairs
 from diffdistill.pipelines.export import student_scheduler
 from diffdistill.players import FewStepSampler
 from diffdistill.prediction import ROWS
-from diffdistill.run import batches, distill, export_run, make_game
+from diffdistill.run import batches, distill, export_run, load_run, make_game, run_options
 from diffdistill.schedule import student_levels
 from diffdistill.trainer import Trainer, accelerator_for
 from tests import tiny_a, tiny_b
@@ -44,6 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sid": {},
     "progressive": {"start_steps": 4, "final_steps": 2, "stage_steps": 1},
 }
+# So that two steps of an adapter show in the image: some of the random networks hardly listen to their attention.
+LORA_RATES = {"qwen_image": 2.0, "sd3": 0.5}
 
 # Nothing of ours: what anybody has who was given the folders.
 STRANGER = """
@@ -107,13 +109,17 @@ def options_for(folder: Path, prompts: Path, name: str, method: str, kind: str) 
     }  # fmt: skip
 
 
-def ours(student: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-    """Our sampler with the noise as a stock pipeline draws it: the first from its generator, and the rest from there
-    too where the pipeline hands it to its scheduler, else from the global one."""
-    sampler, teacher = load_student(student)
+def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], trained: bool = True) -> torch.Tensor:
+    """The player as the run's checkpoint has it, or as it was before the training: nothing exported is read.
+
+    The noise is drawn as a stock pipeline does: the first from its generator, and the rest from there too where the
+    pipeline hands it to its scheduler, else from the global one.
+    """
+    game = load_run(run)[0] if trained else make_game(run_options(run))
+    sampler, teacher = game.method.sampler(), game.teacher
     first = torch.Generator().manual_seed(3)
     z = torch.randn(1, *shape, generator=first)
-    told = json.loads((student / "model_index.json").read_text())["_class_name"]
+    told = FAMILIES[teacher.family].pipelines[0]
     hands = told in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "SanaPipeline")
     torch.manual_seed(5)
 
@@ -131,6 +137,11 @@ def ours(student: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...]) -
         return pack(x0) if packed else x0
 
 
+def apart(image: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, as a part of the largest value of `other` if that exceeds 1."""
+    return float((image - other).abs().max()) / max(1, float(other.abs().max()))
+
+
 @pytest.mark.parametrize("name", LATENT)
 def test_the_stranger_gets_the_students_images(
     name: str, encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
@@ -139,8 +150,12 @@ def test_the_stranger_gets_the_students_images(
     data = open_encoded(prompts)
     cond, shape = data.get(torch.tensor([1]))[1], tuple(data.settings["shape"])
     jobs, expected = [], []
+    before: dict[str, torch.Tensor] = {}
     for method, kind in product(METHODS, ("full", "lora")):
-        options = options_for(folder, prompts, name, method, kind) | {"out": str(tmp_path / f"{method}-{kind}")}
+        run = tmp_path / f"{method}-{kind}"
+        options = options_for(folder, prompts, name, method, kind) | {"out": str(run)}
+        if kind == "lora":
+            options |= {"student_lr": LORA_RATES.get(name, 0.1), "adapter_alpha": 6.0}
         # What makes no sense says so.
         if method == "progressive" and ROWS["epsilon"] is load_teacher(folder, resolution=SIZES[name]).denoiser.row:
             with pytest.raises(UserError, match="predicts the noise"):
@@ -151,7 +166,11 @@ def test_the_stranger_gets_the_students_images(
                 distill(**options)
             continue
         student = distill(**options)
-        image = ours(student, cond, shape)
+        image = ours(run, cond, shape)
+        if method not in before:  # both kinds begin as the teacher
+            before[method] = ours(run, cond, shape, trained=False)
+        # Ten times what is allowed below: weights that went missing would show.
+        assert apart(image, before[method]) > 1e-2, (method, kind)
         alone = [str(folder)] if kind == "lora" and FAMILIES[name].loads_lora else []
         for base in ["", *alone]:
             what = {"class_labels": cond["class_labels"].tolist()} if name == "dit" else {"prompt": PROMPTS[1]}
@@ -166,10 +185,30 @@ def test_the_stranger_gets_the_students_images(
     wrong = []
     for job, image in zip(jobs, expected, strict=True):
         got = load_file(job["out"])["x"].reshape(image.shape)
-        error = float((got - image).abs().max()) / max(1, float(image.abs().max()))
+        error = apart(got, image)
         if not error < 1e-3:
             wrong.append((job["student"], job["base"], error))
     assert not wrong, wrong
+
+
+def test_a_lora_student_of_pixels_is_exported_as_it_was_trained(tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    folder, run = tmp_path / "teacher", tmp_path / "run"
+    tiny_a.unet2d_ddim().save_pretrained(folder)
+    adapters = {"student": "lora", "fake_score": "lora", "adapter_rank": 2, "adapter_alpha": 6.0, "student_lr": 0.1}
+    shared = {"teacher": str(folder), "batch_size": 2, "steps": 2, "sample_every": 0, "device": "cpu"}
+    student = distill(method="sid", **shared, **adapters, out=str(run))
+    pipeline = DiffusionPipeline.from_pretrained(student)
+    pipeline.set_progress_bar_config(disable=True)
+    told = {"num_inference_steps": 1, "output_type": "np", "generator": torch.Generator().manual_seed(3)}
+    got = torch.as_tensor(pipeline(**told).images)
+    shape = tuple(load_teacher(folder).shape)
+    trained, before = (
+        (ours(run, {}, shape, trained) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) for trained in (True, False)
+    )
+    assert apart(trained, before) > 1e-2
+    assert apart(got, trained) < 1e-3
 
 
 def test_the_base_is_stored_once_and_stays_as_it_was(
@@ -388,7 +427,7 @@ def test_a_student_that_is_told_the_scale_takes_it_from_the_stock_pipeline(
     for scale in (2.0, 3.0):
         told = call | {"guidance_scale": scale, "output_type": "latent"}
         images[scale] = pipeline(PROMPTS[1], generator=torch.Generator().manual_seed(3), **told).images
-    got = ours(student, data.get(torch.tensor([1]))[1], tuple(data.settings["shape"]))
+    got = ours(tmp_path / "run", data.get(torch.tensor([1]))[1], tuple(data.settings["shape"]))
     assert call["guidance_scale"] == 2.0
     assert float((images[2.0] - got).abs().max()) < 1e-3 * max(1, float(got.abs().max()))
     assert float((images[3.0] - images[2.0]).abs().max()) > 1e-3
@@ -408,7 +447,7 @@ def test_a_student_of_a_level_inside_the_chain_starts_there_in_the_stock_pipelin
     got = pipeline(PROMPTS[1], **told).images
     assert pipeline.scheduler.timesteps.tolist() == [750]
     data = open_encoded(prompts)
-    expected = ours(student, data.get(torch.tensor([1]))[1], tuple(data.settings["shape"]))
+    expected = ours(tmp_path / "run", data.get(torch.tensor([1]))[1], tuple(data.settings["shape"]))
     assert float((got - expected).abs().max()) < 1e-3 * max(1, float(expected.abs().max()))
 
 
