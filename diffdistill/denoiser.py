@@ -67,6 +67,7 @@ class Denoiser(nn.Module):
         self.feature_map = feature_map
         self.rescale = rescale
         self.default_scale: float | None = None  # of a network that is told the guidance scale through its pipeline
+        self._half: dict[torch.dtype, torch.dtype | None] = {}  # by the type of the first weight
 
     def with_network(self, network: nn.Module, feature_layer: str | None) -> Denoiser:
         """The same view of another network."""
@@ -98,9 +99,15 @@ class Denoiser(nn.Module):
         """Autocast for a network kept in half precision, where there is none: samples and LoRA are float32."""
         # A LoRA player's own weights are float32, and those of its base say what it computes in.
         base = getattr(self.network, "base", None)
-        weights = (base if isinstance(base, nn.Module) else self.network).parameters()
-        # Any of them: some networks keep a few in float32.
-        half = next((w.dtype for w in weights if w.dtype in (torch.float16, torch.bfloat16)), None)
+        network = base if isinstance(base, nn.Module) else self.network
+        first = next(network.parameters(), None)
+        if first is None:
+            return nullcontext()
+        if first.dtype not in self._half:  # asked once: there are thousands
+            # Any of them: some networks keep a few in float32.
+            kinds = (weight.dtype for weight in network.parameters())
+            self._half[first.dtype] = next((kind for kind in kinds if kind in (torch.float16, torch.bfloat16)), None)
+        half = self._half[first.dtype]
         return nullcontext() if half is None or torch.is_autocast_enabled(device) else torch.autocast(device, half)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
