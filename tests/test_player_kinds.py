@@ -345,6 +345,16 @@ def test_moments_in_eight_bits_resume_to_the_same_bits(
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_bf16_teacher_that_keeps_some_weights_in_float32(
+    encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded("wan")
+    options = options_for(folder, prompts, "wan", "dmd2", "lora") | {"teacher_dtype": "bfloat16"}
+    kinds = {p.dtype for n, p in make_game(options).teacher.denoiser.named_parameters() if ".lora_" not in n}
+    assert kinds == {torch.bfloat16, torch.float32}
+    distill(**options, out=str(tmp_path / "run"))
+
+
 def test_a_bf16_teacher_with_float32_adapters(encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     folder, prompts = encoded("sd3")
     options = options_for(folder, prompts, "sd3", "dmd2", "lora")
