@@ -27,7 +27,7 @@ from diffdistill.data import stream_data
 from diffdistill.data_hub import Ended
 from diffdistill.encode import encode, open_encoded
 from diffdistill.errors import UserError
-from diffdistill.families import family_of
+from diffdistill.families import family_of, load_teacher
 from diffdistill.run import distill
 from tests import tiny_a
 
@@ -684,3 +684,20 @@ def test_parquet_files_are_streamed_to_the_same_bytes_as_read(teacher: Path, tmp
     shutil.rmtree(tmp_path / "folder")
     with pytest.raises(UserError, match=r"prompts: .*Bad split"):
         encode(**streamed(teacher, tmp_path / "folder", prompts=f"{files}/0.parquet#test"))
+
+
+def test_large_latents_are_decoded_in_tiles(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+    load = encoding.load_pipeline
+
+    def noting(*args: Any, **how: Any) -> Any:
+        loaded.append(load(*args, **how))
+        return loaded[-1]
+
+    monkeypatch.setattr(encoding, "load_pipeline", noting)
+    decode = encoding.decoder(load_teacher(teacher))
+    for side, saves in ((16, False), (72, True)):
+        images = decode(torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(0)))
+        assert images.shape == (2, 3, 2 * side, 2 * side) and images.isfinite().all()
+        assert (loaded[-1].vae.use_tiling, loaded[-1].vae.use_slicing) == (saves, saves)
+        assert loaded[-1].text_encoder is None  # the VAE alone
