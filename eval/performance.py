@@ -76,8 +76,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "speed-text", "Speed of text-to-image students",
-        ("diffdistill.cli", "speed", "runs/shapes/dmd2-1", "runs/shapes/dmd2-4", "--batch-sizes", "1,8",
-         "--attention", "sdpa,math"),
+        ("diffdistill.cli", "speed", "runs/shapes/dmd2-1", "runs/shapes/dmd2-4", "--batch-sizes", "1,8"),
         "Students of `make demo-text` against their teacher, text encoding and decoding included.",
     ),
     Benchmark(
