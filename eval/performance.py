@@ -90,13 +90,20 @@ FOLDERS = {"speed": "speed.json", "bench": "board.json"}
 """Commands that make a folder, and the file in it that has the rows."""
 
 
-def run(benchmark: Benchmark, folder: Path) -> str | None:
-    """None if it ran and its rows are kept; else why not."""
+def unfit(benchmark: Benchmark) -> str | None:
+    """Why it cannot be run here, or None."""
     if benchmark.gpu and not torch.cuda.is_available():
         return "it takes a GPU, and none was at hand"
     for word in benchmark.arguments:
         if word.startswith("runs/") and not Path(word).is_dir():
             return f"it takes {word}, which `make demo` or `make demo-text` makes"
+    return None
+
+
+def run(benchmark: Benchmark, folder: Path) -> str | None:
+    """None if it ran and its rows are kept; else why not."""
+    if (reason := unfit(benchmark)) is not None:
+        return reason
     out = folder / f"{benchmark.name}.json"
     print(f"{benchmark.name}: {benchmark.command}", flush=True)
     made = next((name for word, name in FOLDERS.items() if word in benchmark.arguments), None)
@@ -114,7 +121,9 @@ def section(benchmark: Benchmark, folder: Path, reason: str | None) -> str:
     text = f"## {benchmark.title}\n\n{benchmark.about}\n\n"
     file = folder / f"{benchmark.name}.json"
     if not file.is_file():
-        return text + f"`{benchmark.command}` was not measured here: {reason or 'it was left out'}.\n"
+        return (
+            text + f"`{benchmark.command}` was not measured here: {reason or unfit(benchmark) or 'it was left out'}.\n"
+        )
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     made = found["environment"]
     where = (
