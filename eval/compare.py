@@ -157,7 +157,9 @@ def quality_picture(
         steps = "" if found.steps is None else f", {found.steps} step{'' if found.steps == 1 else 's'}"
         axes.annotate(f"{found.model}{steps}", (taken, value), textcoords="offset points", xytext=(6, 6), fontsize=8)
     axes.set(xscale="log", xlabel="milliseconds an image", ylabel=metric)
-    axes.margins(x=0.25, y=0.15)
+    for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        set_formatter("{x:g}")
+    axes.margins(x=0.4, y=0.15)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return atomic_write(path, file.getvalue())
