@@ -337,19 +337,28 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sampled(args: argparse.Namespace) -> dict[str, Any]:
+    """How models are drawn, of `eval --protocol`, `compare` and `speed`."""
+    from .shards import device_for
+
+    def choice(name: str, *known: str) -> str:  # the first is the default
+        return options.coerce(name, getattr(args, name) or known[0], typing.Literal[known], {})
+
+    return {
+        "guidance_scale": options.coerce("guidance_scale", args.guidance_scale, float | None, {"at_least": 0}),
+        "attention": choice("attention", "auto", "sdpa", "xformers", "math"),
+        "dtype": choice("dtype", "float32", "bfloat16", "float16"),
+        "device": device_for(choice("device", "auto", "cpu", "cuda")),
+    }
+
+
 def _asked(args: argparse.Namespace) -> Any:
     """The protocol and what is asked besides, of `eval --protocol` and `compare`."""
-    from typing import Literal
-
     import torch
 
     from .eval.models import Wanted
     from .eval.protocol import load
     from .eval.scoring import Asked
-    from .shards import device_for
-
-    def choice(name: str, *known: str) -> str:  # the first is the default
-        return options.coerce(name, getattr(args, name) or known[0], Literal[known], {})
 
     weights = {}
     for given in args.weights or ():
@@ -360,16 +369,9 @@ def _asked(args: argparse.Namespace) -> Any:
     count = _whole_or_none("count", args.count, 10)
     seed, batch = _whole_or_none("seed", args.seed), _whole_or_none("batch_size", args.batch_size, 1)
     protocol = load(args.protocol, count=count, seed=seed, batch=batch)
-    device = device_for(choice("device", "auto", "cpu", "cuda"))
     torch.set_num_threads(_whole("threads", args.threads or "1", 1))
-    wanted = Wanted(
-        _whole_or_none("steps", args.steps, 1),
-        options.coerce("guidance_scale", args.guidance_scale, float | None, {"at_least": 0}),
-        choice("dtype", "float32", "bfloat16", "float16"),
-        choice("attention", "auto", "sdpa", "xformers", "math"),
-        args.trust_remote_code,
-        device=device,
-    )
+    steps = _whole_or_none("steps", args.steps, 1)
+    wanted = Wanted(steps=steps, trust_remote_code=args.trust_remote_code, **_sampled(args))
     bootstrap = _whole_or_none("bootstrap", args.bootstrap)
     kept = getattr(args, "save_reference", None)
     return Asked(protocol, wanted, args.reference, args.prompts, weights, bootstrap, args.device or "auto", kept)
@@ -383,25 +385,16 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _speed(args: argparse.Namespace) -> int:
-    from typing import Literal
-
     from .eval.speed import Asked, speed
-    from .shards import device_for
-
-    def choice(name: str, *known: str) -> str:  # the first is the default
-        return options.coerce(name, getattr(args, name) or known[0], Literal[known], {})
 
     asked = Asked(
         batch_sizes=_whole_list("batch_sizes", args.batch_sizes, 1),
         resolutions=[None] if args.resolutions is None else _whole_list("resolutions", args.resolutions, 1),
         teacher=args.teacher,
         teacher_steps=_whole_or_none("teacher_steps", args.teacher_steps, 1),
-        guidance_scale=options.coerce("guidance_scale", args.guidance_scale, float | None, {"at_least": 0}),
-        attention=choice("attention", "auto", "sdpa", "xformers", "math"),
         compiled=args.compile,
         repeats=_whole("repeats", args.repeats, 1),
-        dtype=choice("dtype", "float32", "bfloat16", "float16"),
-        device=device_for(choice("device", "auto", "cpu", "cuda")),
+        **_sampled(args),
     )
     speed(args.folder, asked, args.out)
     return 0

@@ -23,14 +23,21 @@ from diffdistill.files import atomic_write
 from . import metrics
 from .models import Model, open_model
 from .protocol import digest
-from .report import markdown_table, save_png, side_by_side, text_table, write_json, write_text
+from .report import (
+    check_writable,
+    markdown_table,
+    save_png,
+    side_by_side,
+    text_table,
+    with_notes,
+    write_json,
+    write_text,
+)
 from .scoring import (
     Asked,
     Score,
     Setting,
-    bootstrapped,
     notes,
-    replicates_of,
     report_columns,
     report_of,
     report_rows,
@@ -48,7 +55,7 @@ def compare(folders: Sequence[str], asked: Asked, out: str) -> dict[str, Any] | 
         raise UserError(f"compare: {len(folders)} model was given; give two or more")
     setting, into = Setting(asked), Path(out)
     if setting.processes.rank == 0:
-        write_text("", into / ".probe").unlink()  # an unwritable folder shows now
+        check_writable(into)
     wanted = replace(setting.wanted, strict=False)  # steps and guidance are of the teachers among them
     scores: list[Score] = []
     milliseconds: list[float | None] = []
@@ -75,7 +82,7 @@ def compare(folders: Sequence[str], asked: Asked, out: str) -> dict[str, Any] | 
     write_json(report | {"differences": differences}, into / "results.json")
     tables = [markdown_table(rows, columns), markdown_table(differences, DIFFERENCES)]
     told = [*notes(scores, setting), _latency_note(setting)]
-    write_text("\n".join(tables) + "\n" + "".join(f"- {line}\n" for line in told), into / "table.md")
+    write_text(with_notes(tables, told), into / "table.md")
     print(text_table(rows, columns))
     if differences:
         print(text_table(differences, DIFFERENCES))
@@ -91,15 +98,14 @@ def latency(model: Model, setting: Setting) -> float | None:
     """Milliseconds an image of the protocol's batch, drawn end to end; the median of some, after one to warm up."""
     if model.conditions == "images":
         return None
-    protocol, captions = setting.protocol, setting.captions
+    protocol = setting.protocol
     indices = range(min(protocol.batch, protocol.count))
-    labels = setting.labels(model)
-    told = None if captions is None else [captions[i] for i in indices]
+    given = setting.given(setting.labels(model), indices)
     seconds = []
     with torch.inference_mode():
         for _ in range(TIMED + 1):
             started = time.perf_counter()
-            model.draw(indices, protocol.seed, None if labels is None else labels[: len(indices)], told)
+            model.draw(indices, protocol.seed, *given)
             seconds.append(time.perf_counter() - started)  # the images have come to the CPU: nothing is pending
     return 1000 * statistics.median(seconds[1:]) / len(indices)
 
@@ -114,13 +120,9 @@ def against(first: Score, other: Score, setting: Setting) -> list[dict[str, Any]
     rows = []
     for metric in setting.protocol.metrics:
         a, b = other.values.get(metric.name), first.values.get(metric.name)
-        if metric.kind not in ("frechet", "mean") or a is None or b is None:
+        if a is None or b is None or not {metric.name} <= first.replicates.keys() & other.replicates.keys():
             continue
-        replicates = replicates_of(metric, first.columns, setting.asked.bootstrap)
-        if replicates < 2:
-            continue
-        values = [bootstrapped(metric, each.columns, setting.reference, replicates) for each in (other, first)]
-        difference = values[0] - values[1]
+        difference = other.replicates[metric.name] - first.replicates[metric.name]
         low, high = metrics.interval(difference, a - b)
         rows.append(
             {

@@ -29,7 +29,7 @@ from diffdistill.rng import image_generators
 from . import attributes
 from .digit_classifier import DigitClassifier, load_digit_classifier
 from .metrics import class_agreement, frechet_distance, kernel_distance, precision_recall, statistics
-from .report import markdown_table, save_png, side_by_side, text_table, write_json, write_text
+from .report import check_writable, markdown_table, save_png, side_by_side, text_table, write_json, write_text
 
 Draw = Callable[[Cond, Sequence[torch.Generator]], Tensor]
 """(conditions, one generator an image) -> images (B, C, H, W) in the data's units."""
@@ -217,7 +217,7 @@ def evaluate_run(
     if not models:
         raise UserError(f"eval: {folder!r} holds no student or teacher yet; train one, or make it with export")
     into = Path(out) if out else root / "eval"
-    write_text("", into / ".probe").unlink()  # an unwritable folder shows now
+    check_writable(into)
     judged, source, rows = draws_of(models, teacher, teacher_steps)
     columns: Sequence[str]
     if data.partition(":")[0] == "shapes":

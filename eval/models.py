@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffdistill.data import open_data
 from diffdistill.data_folder import IMAGE_SUFFIXES, naming_image
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, first_line
 from diffdistill.families import (
     METADATA,
     Family,
@@ -35,11 +35,13 @@ from diffdistill.families import (
     read_metadata,
 )
 from diffdistill.pipelines.student_pipeline import seeded_steps
+from diffdistill.players import Teacher
 from diffdistill.rng import image_generators
 from diffdistill.shards import hash_file
 
 from .attention import attention
-from .evaluate import model_folder, teacher_images
+from .evaluate import Draw, model_folder, teacher_images
+from .report import as_bytes
 
 PIXEL_STEPS, LATENT_STEPS = 16, 20  # of a teacher, where the user says nothing
 
@@ -90,13 +92,32 @@ def open_model(folder: str, wanted: Wanted) -> Model:
     path = local_folder(str(path))
     name = _name(folder, path)
     found = _fingerprint(path)
-    try:
-        family: Family | None = family_of(path)[0]
-    except UserError:
-        family = None  # a pipeline that cannot be distilled can be drawn all the same
+    family = family_or_none(path)
     if family is not None and family.autoencoder is None:
         return _pixel_model(path, name, found, wanted)
     return _pipeline_model(path, family, name, found, wanted)
+
+
+def family_or_none(path: Path) -> Family | None:
+    """None of a pipeline that cannot be distilled: it can be drawn all the same."""
+    try:
+        return family_of(path)[0]
+    except UserError:
+        return None
+
+
+def pixel_sampler(
+    path: Path, steps: int | None, scale: float, null_class: int | None = None
+) -> tuple[Draw, Teacher, int]:
+    """How a pixel model is drawn, which we do ourselves: the stock pipelines take no classes. Steps are a teacher's.
+
+    The model is on the CPU, and is moved by the denoiser of the Teacher that is given beside its number of steps.
+    """
+    if is_student(path):
+        sampler, described = load_student(path)
+        return partial(sampler, described.shape), described, len(sampler.levels)
+    teacher, steps = load_teacher(path, null_class=null_class), steps or PIXEL_STEPS
+    return partial(teacher_images, teacher, steps, scale), teacher, steps
 
 
 def _name(folder: str, path: Path) -> str:
@@ -116,21 +137,17 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _pixel_model(path: Path, name: str, found: str, wanted: Wanted) -> Model:
-    """Sampled by us: the stock pipelines of pixel models take no classes."""
     if wanted.dtype != "float32":
         raise UserError(f"dtype: {wanted.dtype} is for latent pipelines, and {name} works on pixels; use float32")
-    if is_student(path):
+    student = is_student(path)
+    if student:
         _refuse_for_student(wanted)
-        sampler, teacher = load_student(path)
-        denoiser = sampler.denoiser.to(wanted.device)
-        draw, steps = partial(sampler, teacher.shape), len(sampler.levels)
-        call: dict[str, Any] = {"num_inference_steps": steps}
-    else:
-        teacher, steps = load_teacher(path), wanted.steps or PIXEL_STEPS
-        denoiser = teacher.denoiser.to(wanted.device)
-        scale = 1.0 if wanted.guidance_scale is None else wanted.guidance_scale
-        draw = partial(teacher_images, teacher, steps, scale)
-        call = {"sampler": "DDIM", "num_inference_steps": steps, "guidance_scale": scale}
+    scale = 1.0 if wanted.guidance_scale is None else wanted.guidance_scale
+    draw, teacher, steps = pixel_sampler(path, wanted.steps, scale)
+    denoiser = teacher.denoiser.to(wanted.device)
+    call: dict[str, Any] = {"num_inference_steps": steps}
+    if not student:
+        call = {"sampler": "DDIM", **call, "guidance_scale": scale}
 
     def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
         cond = {} if labels is None else {"class_labels": labels.to(wanted.device)}
@@ -200,8 +217,7 @@ def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust:
             path, use_safetensors=True, trust_remote_code=trust, **in_half(dtype)
         )
     except Exception as error:  # whatever the parts of an unknown pipeline raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"eval: the pipeline in {path} does not load ({reason})") from error
+        raise UserError(f"eval: the pipeline in {path} does not load ({first_line(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -252,8 +268,3 @@ def _images(path: Path) -> Model:
         return as_bytes(data.get(torch.tensor(indices)).images)
 
     return Model(path.resolve().name, digest.hexdigest(), "images", None, None, {}, images, count=len(files))
-
-
-def as_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8: 8-bit ones as they were."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -38,12 +38,9 @@ class Benchmark:
 
     @property
     def command(self) -> str:
-        return " ".join(["diffdistill" if word == "diffdistill.cli" else word for word in self.shown])
-
-    @property
-    def shown(self) -> list[str]:
+        """As one types it."""
         module, *rest = self.arguments
-        return [module, *rest] if module == "diffdistill.cli" else ["python", "-m", module, *rest]
+        return " ".join(["diffdistill" if module == "diffdistill.cli" else f"python -m {module}", *rest])
 
 
 BENCHMARKS = (

@@ -100,6 +100,21 @@ def write_text(text: str, path: str | os.PathLike[str]) -> Path:
     return atomic_write(path, text)
 
 
+def check_writable(folder: Path) -> None:
+    """OSError now and not after the work, for a folder that nothing can be written to."""
+    write_text("", folder / ".probe").unlink()
+
+
+def with_notes(tables: Sequence[str], notes: Sequence[str]) -> str:
+    """Markdown tables, and a list of notes below them."""
+    return "\n".join(tables) + "\n" + "".join(f"- {line}\n" for line in notes)
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8: 8-bit ones as they were."""
+    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def _tiles(images: Tensor, scale: int) -> list[Image.Image]:
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
         raise ValueError(f"want images (N, 1 or 3, H, W), got {tuple(images.shape)}")
@@ -107,7 +122,7 @@ def _tiles(images: Tensor, scale: int) -> list[Image.Image]:
         raise ValueError(f"scale must be at least 1, got {scale}")
     if not images.isfinite().all():
         raise ValueError("images are not finite")
-    levels = images.detach().float().add(1).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+    levels = as_bytes(images.detach().float()).cpu()
     pixels = levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     pixels = np.ascontiguousarray(pixels.repeat(scale, axis=1).repeat(scale, axis=2))
     return [Image.fromarray(tile) for tile in pixels]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from diffdistill.families import (
     family_of,
     is_student,
     load_pipeline,
-    load_student,
-    load_teacher,
     local_folder,
     schedule_of,
 )
@@ -29,8 +27,8 @@ from diffdistill.prediction import Prediction
 from diffdistill.rng import image_generators
 from diffdistill.schedule import LinearFlow
 
-from .evaluate import Draw, device, draw_all, model_folder, on_device, teacher_images
-from .models import stock_call
+from .evaluate import device, draw_all, model_folder, on_device
+from .models import pixel_sampler, stock_call
 from .report import image_grid, save_png
 
 
@@ -55,17 +53,12 @@ def sample_picture(
     if prompts:
         raise UserError(f"prompt: {folder!r} takes no prompts; use --classes")
     count = count or 64
-    draw: Draw
     if is_student(model):
         for name, value in (("steps", steps), ("guidance_scale", guidance_scale)):
             if value is not None:
                 raise UserError(f"{name}: {value} was given, and a student's own are part of it")
-        sampler, teacher = load_student(model)
-        sampler.denoiser.to(device())
-        draw = partial(sampler, teacher.shape)
-    else:
-        teacher = on_device(load_teacher(model))
-        draw = partial(teacher_images, teacher, steps or 16, 1.0 if guidance_scale is None else guidance_scale)
+    draw, teacher, _ = pixel_sampler(model, steps, 1.0 if guidance_scale is None else guidance_scale)
+    on_device(teacher)
     labels = _labels(teacher, count, classes)
     drawn = draw_all(draw, labels, count, seed)
     columns = min(teacher.num_classes or 8, 10)

@@ -29,7 +29,7 @@ from torch import Tensor
 from diffdistill.data import Data, open_data
 from diffdistill.encode import all_prompts
 from diffdistill.environment import environment
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, first_line
 from diffdistill.files import atomic_write
 from diffdistill.shapes import HELD_OUT, draw_many
 from diffdistill.shards import Kind, make, open_shards, start
@@ -37,10 +37,19 @@ from diffdistill.shards import Kind, make, open_shards, start
 from . import metrics
 from .attributes import Attributes
 from .evaluate import model_folder
-from .models import Model, Wanted, as_bytes, open_model
+from .models import Model, Wanted, open_model
 from .networks import Measure, measure, middle
 from .protocol import AGAINST_REFERENCE, Metric, Protocol, data_path, digest
-from .report import image_grid, markdown_table, save_png, text_table, write_json, write_text
+from .report import (
+    as_bytes,
+    image_grid,
+    markdown_table,
+    save_png,
+    text_table,
+    with_notes,
+    write_json,
+    write_text,
+)
 
 KIND = Kind("samples", "measured images", "image", "eval --protocol")
 LEAST = 10
@@ -255,7 +264,7 @@ def _statistics_file(
 
 def save_reference(path: Path, reference: Reference, protocol: Protocol, measures: Sequence[Measure]) -> Path:
     """Mean and covariance as a file to carry about, with the fingerprints of data, network and preprocessing."""
-    used = [m for m in protocol.metrics if m.kind == "frechet"]
+    used = [m for m in protocol.metrics if m.kind == "frechet" and reference.lacks(m) is None]
     found = {m.reads: reference.statistics(m.reads) for m in used}
     tensors = {f"{c}.mean": s.mean for c, s in found.items()} | {f"{c}.cov": s.cov for c, s in found.items()}
     told = {
@@ -389,6 +398,11 @@ class Setting:
             raise UserError(f"reference: {protocol.name} takes its classes from the real images, and these have none")
         return real[torch.arange(protocol.count) % len(real)]
 
+    def given(self, labels: Tensor | None, indices: Sequence[int]) -> tuple[Tensor | None, list[str] | None]:
+        """Classes and captions of the images at those indices."""
+        captions = None if self.captions is None else [self.captions[i] for i in indices]
+        return None if labels is None else labels[list(indices)], captions
+
     def check(self, model: Model) -> None:
         """UserError unless the model is one that the protocol can judge."""
         protocol = self.protocol
@@ -408,13 +422,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Score:
-    """A model's row: values by the names of the metrics, intervals where there are some, and what they come from."""
+    """A model's row: values by the names of the metrics, and intervals with their replicates where there are some."""
 
     model: str
     steps: int | None
     values: dict[str, float | None]
     intervals: dict[str, tuple[float, float]]
-    columns: Columns
+    replicates: dict[str, Tensor]
     shown: Tensor | None
     missing: dict[str, str]  #: why a metric has no value
 
@@ -427,7 +441,7 @@ def score(model: Model, setting: Setting, into: Path) -> Score:
     """Draw, measure and judge one model; what is in its folder already is not done again."""
     asked, protocol, processes = setting.asked, setting.protocol, setting.processes
     setting.check(model)
-    labels, captions = setting.labels(model), setting.captions
+    labels = setting.labels(model)
     settings = {
         "fingerprint": model.fingerprint,
         "shape": [protocol.channels, protocol.resolution, protocol.resolution],
@@ -440,45 +454,46 @@ def score(model: Model, setting: Setting, into: Path) -> Score:
         "attention": asked.wanted.attention,
         "resize": protocol.resize,
         "classes": None if labels is None else digest(labels.tolist()),
-        "prompts": None if captions is None else digest(captions),
+        "prompts": None if setting.captions is None else digest(setting.captions),
         "measures": {m.key: m.fingerprint for m in setting.measures},
         "device": setting.device.type,
         "threads": torch.get_num_threads() if setting.device.type == "cpu" else None,
     }
 
     def images(indices: Sequence[int]) -> Tensor:
-        told = None if captions is None else [captions[i] for i in indices]
-        drawn = model.draw(indices, protocol.seed, None if labels is None else labels[list(indices)], told)
-        return _sized(drawn, protocol, model.name)
+        return _sized(model.draw(indices, protocol.seed, *setting.given(labels, indices)), protocol, model.name)
 
     def produce(indices: range) -> dict[str, Tensor]:
-        told = None if captions is None else [captions[i] for i in indices]
-        return measured(images(indices), setting.measures, told, None if labels is None else labels[list(indices)])
+        classes, texts = setting.given(labels, indices)
+        return measured(images(indices), setting.measures, texts, classes)
 
     missing = _check_first(model, setting, produce)
     columns = _columns(into / "measured", settings, {"model": model.name}, protocol.batch, produce, processes)
     values: dict[str, float | None] = {}
+    replicates: dict[str, Tensor] = {}
     intervals: dict[str, tuple[float, float]] = {}
     if processes.rank > 0:
-        return Score(model.name, model.steps, values, intervals, columns, None, missing)
+        return Score(model.name, model.steps, values, intervals, replicates, None, missing)
     for metric in protocol.metrics:
         if metric.name in missing:
             values[metric.name] = None
             continue
         try:
             values |= judged(metric, columns, setting.reference)
-            found = interval_of(metric, columns, setting.reference, asked.bootstrap, values.get(metric.name))
+            found = bootstrapped(metric, columns, setting.reference, asked.bootstrap, values.get(metric.name))
+            if found is not None:
+                # Replicates of a Fréchet distance are too large by their own small-sample bias.
+                around = values[metric.name] if metric.kind == "frechet" else None
+                replicates[metric.name], intervals[metric.name] = found, metrics.interval(found, around)
         except ValueError as error:  # of too few images, or features that are not finite
             values[metric.name], missing[metric.name] = None, str(error)
             continue
         if values.get(metric.name, 0) is None:
             missing[metric.name] = "no image has one"
-        if found is not None:
-            intervals[metric.name] = found
     batches = torch.arange(min(SHOWN, protocol.count)).split(protocol.batch)
     with torch.inference_mode():
         shown = torch.cat([images(batch.tolist()) for batch in batches])
-    return Score(model.name, model.steps, values, intervals, columns, shown.float() / 127.5 - 1, missing)
+    return Score(model.name, model.steps, values, intervals, replicates, shown.float() / 127.5 - 1, missing)
 
 
 def _check_first(model: Model, setting: Setting, produce: Callable[[range], dict[str, Tensor]]) -> dict[str, str]:
@@ -490,8 +505,9 @@ def _check_first(model: Model, setting: Setting, produce: Callable[[range], dict
     except (UserError, KeyboardInterrupt, OSError):
         raise
     except Exception as error:  # whatever an unknown pipeline raises
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"eval: {model.name} cannot be drawn as {protocol.name} wants it ({told})") from error
+        raise UserError(
+            f"eval: {model.name} cannot be drawn as {protocol.name} wants it ({first_line(error)})"
+        ) from error
     missing = {}
     for metric in protocol.metrics:
         if metric.reads not in found and metric.column != "agrees":
@@ -531,8 +547,6 @@ def judged(metric: Metric, columns: Columns, reference: Reference | None) -> dic
     """One metric's values by name."""
     name, reads, kind = metric.name, metric.reads, metric.kind
     if kind == "mean":
-        if reads not in columns.shards[0]:
-            return {name: None}
         mean = float(torch.cat([part.double() for part in columns.parts(reads)]).nanmean())
         return {name: None if math.isnan(mean) else metric.scale * mean}
     if kind == "inception_score":
@@ -560,30 +574,19 @@ REPLICATES = {"narrow": 200, "wide": 20}  # a wide covariance takes seconds a re
 WIDE = 512
 
 
-def replicates_of(metric: Metric, columns: Columns, wanted: int | None) -> int:
-    if wanted is not None:
-        return wanted
-    width = columns.shards[0][metric.reads].shape[-1]
-    return REPLICATES["wide" if metric.kind == "frechet" and width > WIDE else "narrow"]
-
-
-def interval_of(
+def bootstrapped(
     metric: Metric, columns: Columns, reference: Reference | None, wanted: int | None, value: float | None
-) -> tuple[float, float] | None:
-    """The middle 95% over images drawn anew with replacement (bootstrap); of Fréchet distances and means."""
+) -> Tensor | None:
+    """(R,) values of a Fréchet distance or mean over images drawn anew with replacement; None for other metrics.
+
+    Replicate r weighs image i the same for every model.
+    """
     if metric.kind not in ("frechet", "mean") or value is None:
         return None
-    replicates = replicates_of(metric, columns, wanted)
+    wide = metric.kind == "frechet" and columns.shards[0][metric.reads].shape[-1] > WIDE
+    replicates = wanted if wanted is not None else REPLICATES["wide" if wide else "narrow"]
     if replicates < 2:
         return None
-    # Replicates of a Fréchet distance are too large by their own small-sample bias.
-    return metrics.interval(
-        bootstrapped(metric, columns, reference, replicates), value if metric.kind == "frechet" else None
-    )
-
-
-def bootstrapped(metric: Metric, columns: Columns, reference: Reference | None, replicates: int) -> Tensor:
-    """(replicates,) values of the metric; replicate r weighs image i the same for every model."""
     values = columns.all(metric.reads)
     if metric.kind == "mean":
         means = metric.scale * metrics.bootstrap_mean(values, replicates)
@@ -607,7 +610,7 @@ def evaluate_protocol(folder: str, asked: Asked, out: str | None) -> dict[str, A
     write_json(report, into / "results.json")
     rows, columns = report_rows([found], protocol), report_columns([found])
     told = notes([found], setting)
-    write_text(markdown_table(rows, columns) + "\n" + "".join(f"- {line}\n" for line in told), into / "table.md")
+    write_text(with_notes([markdown_table(rows, columns)], told), into / "table.md")
     print(text_table(rows, columns))
     print("\n".join(told))
     if found.shown is not None:
@@ -651,7 +654,7 @@ def notes(scores: Sequence[Score], setting: Setting) -> list[str]:
         used = ", ".join(metric.name for metric in protocol.metrics if metric.measure == m.key)
         lines.append(f"{used}: {m.name}")
     for metric in protocol.metrics:
-        if metric.kind == "frechet" and reference is not None:
+        if metric.kind == "frechet" and reference is not None and reference.lacks(metric) is None:
             width = len(reference.statistics(metric.reads).mean)
             told = metrics.enough(min(protocol.count, reference.count), width)
             lines += [f"{metric.name}: {told}"] if told else []

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,21 @@ import torch
 from torch import nn
 
 from diffdistill.environment import environment
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, first_line
 from diffdistill.families import (
     Family,
     describe,
-    family_of,
     is_student,
     load_pipeline,
-    load_student,
-    load_teacher,
     local_folder,
     read_metadata,
 )
 from diffdistill.rng import image_generators
 
 from .attention import attention, require_xformers
-from .evaluate import Draw, model_folder, models_in, teacher_images
-from .models import PIXEL_STEPS, any_pipeline, check_dtype, stock_call
-from .report import markdown_table, text_table, write_json, write_text
+from .evaluate import model_folder, models_in
+from .models import any_pipeline, check_dtype, family_or_none, pixel_sampler, stock_call
+from .report import check_writable, markdown_table, text_table, with_notes, write_json, write_text
 
 COLUMNS = (
     *("model", "run", "steps", "passes", "batch", "pixels", "p50 ms", "p90 ms", "p99 ms", "images/s"),
@@ -123,7 +119,7 @@ def speed(folders: Sequence[str], asked: Asked, out: str) -> list[dict[str, Any]
     for plan in plans:
         for resolution in asked.resolutions:
             _check_resolution(plan, resolution)
-    write_text("", into / ".probe").unlink()  # an unwritable folder shows now
+    check_writable(into)
     subjects = [_load(plan, asked) for plan in plans]
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -146,7 +142,7 @@ def speed(folders: Sequence[str], asked: Asked, out: str) -> list[dict[str, Any]
     }
     write_json(told, into / "speed.json")
     columns = [c for c in COLUMNS if c != "compile s" or asked.compiled]
-    write_text(markdown_table(rows, columns) + "\n" + "".join(f"- {line}\n" for line in notes), into / "speed.md")
+    write_text(with_notes([markdown_table(rows, columns)], notes), into / "speed.md")
     print(text_table(rows, columns))
     print("\n".join(notes))
     print(f"table: {into / 'speed.md'}, {into / 'speed.json'}")
@@ -205,15 +201,8 @@ def _name(model: Path) -> str:
     return (model.parent if model.name in ("student", "teacher") else model).resolve().name
 
 
-def _family(path: Path) -> Family | None:
-    try:
-        return family_of(path)[0]
-    except UserError:
-        return None  # a pipeline that cannot be distilled can be timed all the same
-
-
 def _check_resolution(plan: Plan, resolution: int | None) -> None:
-    family = _family(plan.path)
+    family = family_or_none(plan.path)
     if resolution is None or family is None:
         return
     if family.autoencoder is not None:
@@ -223,7 +212,7 @@ def _check_resolution(plan: Plan, resolution: int | None) -> None:
 
 
 def _load(plan: Plan, asked: Asked) -> Subject:
-    family, before = _family(plan.path), _allocated_mb(asked.device)
+    family, before = family_or_none(plan.path), _allocated_mb(asked.device)
     pixels = family is not None and family.autoencoder is None
     parts, networks, steps, draw = _pixel_model(plan, asked) if pixels else _stock_pipeline(family, plan, asked)
     for part in networks:
@@ -236,17 +225,8 @@ Loaded = tuple[Any, list[nn.Module], int | None, Callable[[int, int | None], Any
 
 
 def _pixel_model(plan: Plan, asked: Asked) -> Loaded:
-    """Sampled by us: the stock pipelines of pixel models take no classes and no guidance."""
-    sample: Draw
-    if is_student(plan.path):
-        sampler, teacher = load_student(plan.path)
-        denoiser, steps = sampler.denoiser, len(sampler.levels)
-        sample = partial(sampler, teacher.shape)
-    else:
-        teacher = load_teacher(plan.path, null_class=plan.null_class)
-        denoiser, steps = teacher.denoiser, asked.teacher_steps or PIXEL_STEPS
-        sample = partial(teacher_images, teacher, steps, plan.scale)
-    denoiser.to(asked.device, getattr(torch, asked.dtype))
+    sample, teacher, steps = pixel_sampler(plan.path, asked.teacher_steps, plan.scale, plan.null_class)
+    denoiser = teacher.denoiser.to(asked.device, getattr(torch, asked.dtype))
 
     def draw(batch: int, resolution: int | None) -> Any:
         cond = {}
@@ -364,7 +344,7 @@ def _guarded(run: Run, batch: int, resolution: int | None, asked: Asked) -> Iter
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        told = first_line(error)
         size = "" if resolution is None else f" of {resolution} pixels"
         how = f"{asked.dtype}{', compiled' if run.compiled else ''}"
         raise UserError(f"speed: {run.subject.name} does not draw {batch} images{size} in {how} ({told})") from error

@@ -335,6 +335,13 @@ def test_statistics_of_a_file(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
     given = run("file", None, "--reference", str(file), **values)
     assert given["rows"][0]["frechet distance"] == images["rows"][0]["frechet distance"]
 
+    # A distance that the file has no statistics of is a dash, and the other one is there.
+    logits = {"name": "of logits", "kind": "frechet", "measure": "digits", "column": "logits"}
+    two = run("two", None, "--reference", str(file), labels="balanced", metrics=[*values["metrics"], logits])
+    assert two["rows"][0]["frechet distance"] == images["rows"][0]["frechet distance"]
+    assert two["rows"][0]["of logits"] is None
+    assert "of logits: none, r.safetensors holds no statistics of digits.logits" in two["notes"]
+
     def refused(told: str, **changes: Any) -> None:
         with pytest.raises(AssertionError):
             run("no", None, "--reference", str(file), **changes)

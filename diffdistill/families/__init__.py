@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..guidance_adapters import load_adapters
 from ..players import Conditions, FewStepSampler, Teacher
 from ._family import Autoencoder, Config, Family, Prompt, Source, read_json, with_null
@@ -153,7 +153,7 @@ def load_pipeline(
         kind = getattr(diffusers, family.pipelines[0])
         pipeline = kind.from_pretrained(folder, use_safetensors=True, **in_half(dtype), **absent)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"teacher: the pipeline in {folder} does not load ({_first_line(error)})") from error
+        raise UserError(f"teacher: the pipeline in {folder} does not load ({first_line(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -185,7 +185,7 @@ def local_folder(name: str) -> Path:
             snapshot_download(name, allow_patterns=["model_index.json", METADATA, "*/*"], ignore_patterns=NOT_LOADED)
         )
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(f"teacher: {name!r} is no folder here, nor could it be had from the hub ({reason})") from error
 
 
@@ -206,15 +206,11 @@ def _load_model(model: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         network = model.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"teacher: {folder} does not load as {model.__name__} ({_first_line(error)})") from error
+        raise UserError(f"teacher: {folder} does not load as {model.__name__} ({first_line(error)})") from error
     absent = [name for name, p in network.named_parameters() if p.is_meta]
     if absent:
         raise UserError(f"teacher: {folder} does not load as {model.__name__} (it has no {absent[0]})")
     return network
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def read_metadata(path_or_hub_id: str | Path) -> dict[str, Any]:
