@@ -36,7 +36,7 @@ progressive-4:
 
 # What fits this machine; `diffdistill bench` makes the scoreboard. Speeds are of runs that demo and demo-text made.
 bench: $(STAMP)
-	$(BIN)/python -m diffdistill.eval.performance --out docs/performance.md
+	$(BIN)/python -m diffdistill.eval.benchmarks.performance --out docs/performance.md
 
 test: lint typecheck
 	$(BIN)/python -m pytest --durations=10

@@ -12,17 +12,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .errors import UserError
-from .version import __version__
+from diffdistill.errors import UserError
+from diffdistill.version import __version__
 
 _WHERE = {
-    "distill": "run",
+    "distill": "commands.distill",
     "load_student": "families",
     "load_teacher": "families",
-    "train_teacher": "teacher",
-    "open_data": "data",
-    "Denoiser": "denoiser",
-    "guided": "guidance",
+    "train_teacher": "commands.teacher",
+    "open_data": "data.images",
+    "Denoiser": "core.denoiser",
+    "guided": "core.guidance",
 }
 
 __all__ = ["UserError", "__version__", *_WHERE]

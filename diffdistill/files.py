@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import UserError
+from diffdistill.errors import UserError
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:

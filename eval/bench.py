@@ -29,22 +29,24 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from diffdistill.config import MethodInfo, describe_method, method_names, run_options
-from diffdistill.data import Data, open_data
-from diffdistill.denoiser import Denoiser
+from diffdistill.catalogue import MethodInfo, describe_method, method_names
+from diffdistill.config import run_options
+from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.schedule import student_levels
+from diffdistill.data.images import Data, open_data
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
+from diffdistill.eval.evaluate import DigitJudge, Draw, device, draw_all, on_device, teacher_images
+from diffdistill.eval.features.digit_classifier import DigitClassifier
+from diffdistill.eval.features.digit_classifier import train as train_classifier
+from diffdistill.eval.report import markdown_table, text_table, write_json, write_text
 from diffdistill.families import load_teacher
 from diffdistill.files import atomic_write
-from diffdistill.method import Batch, Method, Pair
-from diffdistill.players import FewStepSampler, Teacher, only_trains, trainable
-from diffdistill.run import Game, load_run, make_game
-from diffdistill.schedule import student_levels
-
-from .digit_classifier import DigitClassifier
-from .digit_classifier import train as train_classifier
-from .evaluate import DigitJudge, Draw, device, draw_all, on_device, teacher_images
-from .report import markdown_table, save_png, side_by_side, text_table, write_json, write_text
+from diffdistill.pictures import save_png, side_by_side
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.teacher import Teacher, only_trains, trainable
+from diffdistill.scaffold.method import Batch, Method, Pair
+from diffdistill.training.assemble import Game, load_run, make_game
 
 SHOWN_STEPS = (1, 2, 4)
 MOST_IMAGES = 10000
@@ -190,7 +192,7 @@ def train(entry: Entry, values: dict[str, Any], out: Path) -> dict[str, Any]:
                 raise UserError(f"out: {str(run)!r} was made with {was}; choose another --out")
     if before.get("done"):
         return before
-    command = [sys.executable, "-m", "diffdistill.cli", "train"]
+    command = [sys.executable, "-m", "diffdistill.commands.cli", "train"]
     if (run / "config.yaml").exists():
         command += ["--resume", str(run)]
     else:
@@ -224,7 +226,7 @@ def _peaks(metrics: Path) -> list[float]:
 
 def students(entry: Entry, out: Path) -> Iterator[FewStepSampler]:
     """The samplers of a run, one for each number of steps that it can make."""
-    from diffdistill.checkpoint import checkpoints
+    from diffdistill.training.checkpoint import checkpoints
 
     run = out / entry.folder
     last: dict[int, int] = {}
@@ -413,7 +415,7 @@ def bench(
 
 def _pairs(teacher: str, out: Path) -> Path:
     """Pairs for the methods that want them, made once."""
-    from diffdistill.pairs import make_pairs
+    from diffdistill.data.pairs import make_pairs
 
     folder = out / "pairs"
     make_pairs(teacher=teacher, out=str(folder), count=2000, sampling_steps=32)

@@ -18,31 +18,13 @@ from typing import Any
 import torch
 
 from diffdistill.errors import UserError
+from diffdistill.eval.metrics.bootstrap import interval, p_value
+from diffdistill.eval.models import Model, open_model
+from diffdistill.eval.protocol import digest
+from diffdistill.eval.report import check_writable, markdown_table, text_table, with_notes, write_json, write_text
+from diffdistill.eval.scoring import Asked, Score, Setting, notes, report_columns, report_of, report_rows, score
 from diffdistill.files import atomic_write
-
-from . import metrics
-from .models import Model, open_model
-from .protocol import digest
-from .report import (
-    check_writable,
-    markdown_table,
-    save_png,
-    side_by_side,
-    text_table,
-    with_notes,
-    write_json,
-    write_text,
-)
-from .scoring import (
-    Asked,
-    Score,
-    Setting,
-    notes,
-    report_columns,
-    report_of,
-    report_rows,
-    score,
-)
+from diffdistill.pictures import save_png, side_by_side
 
 TIMED = 5
 GRID = 12
@@ -123,7 +105,7 @@ def against(first: Score, other: Score, setting: Setting) -> list[dict[str, Any]
         if a is None or b is None or not {metric.name} <= first.replicates.keys() & other.replicates.keys():
             continue
         difference = other.replicates[metric.name] - first.replicates[metric.name]
-        low, high = metrics.interval(difference, a - b)
+        low, high = interval(difference, a - b)
         rows.append(
             {
                 "metric": metric.name,
@@ -132,7 +114,7 @@ def against(first: Score, other: Score, setting: Setting) -> list[dict[str, Any]
                 "difference": a - b,
                 "95% from": low,
                 "to": high,
-                "p": metrics.p_value(difference, a - b),
+                "p": p_value(difference, a - b),
             }
         )
     return rows

@@ -16,20 +16,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffdistill.data import Data, open_data
-from diffdistill.denoiser import Cond
+from diffdistill.core.denoiser import Cond
+from diffdistill.core.guidance import guided
+from diffdistill.core.ode import ddim_step, sample_ode
+from diffdistill.data.images import Data, open_data
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
+from diffdistill.eval.features.digit_classifier import DigitClassifier, load_digit_classifier
+from diffdistill.eval.metrics import attributes
+from diffdistill.eval.metrics.frechet import frechet_distance
+from diffdistill.eval.metrics.kernel import kernel_distance
+from diffdistill.eval.metrics.manifold import precision_recall
+from diffdistill.eval.metrics.moments import statistics
+from diffdistill.eval.metrics.scores import class_agreement
+from diffdistill.eval.report import check_writable, markdown_table, text_table, write_json, write_text
 from diffdistill.families import METADATA, is_student, load_student, load_teacher, read_metadata
-from diffdistill.guidance import guided
-from diffdistill.ode import ddim_step, sample_ode
-from diffdistill.players import Teacher
+from diffdistill.pictures import save_png, side_by_side
+from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
-
-from . import attributes
-from .digit_classifier import DigitClassifier, load_digit_classifier
-from .metrics import class_agreement, frechet_distance, kernel_distance, precision_recall, statistics
-from .report import check_writable, markdown_table, save_png, side_by_side, text_table, write_json, write_text
 
 Draw = Callable[[Cond, Sequence[torch.Generator]], Tensor]
 """(conditions, one generator an image) -> images (B, C, H, W) in the data's units."""

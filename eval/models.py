@@ -16,9 +16,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from diffdistill.data import open_data
-from diffdistill.data_folder import IMAGE_SUFFIXES, naming_image
+from diffdistill.data.folder import IMAGE_SUFFIXES, naming_image
+from diffdistill.data.images import open_data
+from diffdistill.data.shards import hash_file
 from diffdistill.errors import UserError, first_line
+from diffdistill.eval.attention import attention
+from diffdistill.eval.evaluate import Draw, model_folder, teacher_images
 from diffdistill.families import (
     METADATA,
     Family,
@@ -34,14 +37,10 @@ from diffdistill.families import (
     read_json,
     read_metadata,
 )
-from diffdistill.pipelines.student_pipeline import seeded_steps
-from diffdistill.players import Teacher
+from diffdistill.pictures import as_bytes
+from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
+from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
-from diffdistill.shards import hash_file
-
-from .attention import attention
-from .evaluate import Draw, model_folder, teacher_images
-from .report import as_bytes
 
 PIXEL_STEPS, LATENT_STEPS = 16, 20  # of a teacher, where the user says nothing
 

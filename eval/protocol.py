@@ -15,8 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from diffdistill.config import coerce, nearest, read_yaml
 from diffdistill.errors import UserError
+from diffdistill.options import coerce, nearest, read_yaml
 
 KINDS = {
     "frechet": "features", "kid": "features", "kernel": "features", "precision_recall": "features",

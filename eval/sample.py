@@ -11,25 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.core.prediction import Prediction
+from diffdistill.core.schedule import LinearFlow
 from diffdistill.errors import UserError
-from diffdistill.families import (
-    Family,
-    describe,
-    family_of,
-    is_student,
-    load_pipeline,
-    local_folder,
-    schedule_of,
-)
-from diffdistill.pipelines.student_pipeline import seeded_steps
-from diffdistill.players import Teacher
-from diffdistill.prediction import Prediction
+from diffdistill.eval.evaluate import device, draw_all, model_folder, on_device
+from diffdistill.eval.models import pixel_sampler, stock_call
+from diffdistill.families import Family, describe, family_of, is_student, load_pipeline, local_folder, schedule_of
+from diffdistill.pictures import image_grid, save_png
+from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
+from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
-from diffdistill.schedule import LinearFlow
-
-from .evaluate import device, draw_all, model_folder, on_device
-from .models import pixel_sampler, stock_call
-from .report import image_grid, save_png
 
 
 def sample_picture(

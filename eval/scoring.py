@@ -2,7 +2,7 @@
 
 What is kept of an image is what the measures say of it, in checksummed shards: an interrupted evaluation goes on from
 the last whole one. Batches are cut by the protocol and not by the number of processes, so that several processes
-(`torchrun --nproc_per_node 2 -m diffdistill.cli eval ..`) give the bits of one, as do any number of interruptions,
+(`torchrun --nproc_per_node 2 -m diffdistill.commands.cli eval ..`) give the bits of one, as do any number of interruptions,
 where each has the same number of threads. Features are read back shard by shard; those of a reference are kept in a
 cache by what they depend on.
 """
@@ -26,30 +26,26 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from diffdistill.data import Data, open_data
-from diffdistill.encode import all_prompts
+from diffdistill.data.encoded import all_prompts
+from diffdistill.data.images import Data, open_data
+from diffdistill.data.shapes import HELD_OUT, draw_many
+from diffdistill.data.shards import Kind, make, open_shards, start
 from diffdistill.environment import environment
 from diffdistill.errors import UserError, first_line
+from diffdistill.eval.evaluate import model_folder
+from diffdistill.eval.features.networks import Measure, measure, middle
+from diffdistill.eval.metrics.attributes import Attributes
+from diffdistill.eval.metrics.bootstrap import bootstrap_frechet, bootstrap_mean, interval
+from diffdistill.eval.metrics.frechet import frechet_distance
+from diffdistill.eval.metrics.kernel import KID_SIZE, cmmd, kernel_distance, kid
+from diffdistill.eval.metrics.manifold import density_coverage, precision_recall
+from diffdistill.eval.metrics.moments import Moments, Statistics, enough
+from diffdistill.eval.metrics.scores import inception_score, vendi_score
+from diffdistill.eval.models import Model, Wanted, open_model
+from diffdistill.eval.protocol import AGAINST_REFERENCE, Metric, Protocol, data_path, digest
+from diffdistill.eval.report import markdown_table, text_table, with_notes, write_json, write_text
 from diffdistill.files import atomic_write
-from diffdistill.shapes import HELD_OUT, draw_many
-from diffdistill.shards import Kind, make, open_shards, start
-
-from . import metrics
-from .attributes import Attributes
-from .evaluate import model_folder
-from .models import Model, Wanted, open_model
-from .networks import Measure, measure, middle
-from .protocol import AGAINST_REFERENCE, Metric, Protocol, data_path, digest
-from .report import (
-    as_bytes,
-    image_grid,
-    markdown_table,
-    save_png,
-    text_table,
-    with_notes,
-    write_json,
-    write_text,
-)
+from diffdistill.pictures import as_bytes, image_grid, save_png
 
 KIND = Kind("samples", "measured images", "image", "eval --protocol")
 LEAST = 10
@@ -69,9 +65,9 @@ class Columns:
     def all(self, name: str) -> Tensor:
         return torch.cat(list(self.parts(name)))
 
-    def statistics(self, name: str) -> metrics.Statistics:
+    def statistics(self, name: str) -> Statistics:
         """Mean and covariance, in memory that does not grow with the number of images."""
-        moments = metrics.Moments(self.shards[0][name].shape[1])
+        moments = Moments(self.shards[0][name].shape[1])
         for part in self.parts(name):
             moments.update(part)
         return moments.statistics()
@@ -108,10 +104,10 @@ def cache_folder() -> Path:
 class Reference:
     """Real images as the measures see them; of a file of statistics, mean and covariance alone."""
 
-    def __init__(self, name: str, columns: Columns | None, found: dict[str, metrics.Statistics], about: str) -> None:
+    def __init__(self, name: str, columns: Columns | None, found: dict[str, Statistics], about: str) -> None:
         self.name, self.columns, self._found, self.about = name, columns, found, about
 
-    def statistics(self, column: str) -> metrics.Statistics:
+    def statistics(self, column: str) -> Statistics:
         if column not in self._found:
             if self.columns is None:
                 raise UserError(f"reference: {self.name} holds no statistics of {column}; give the images themselves")
@@ -222,9 +218,7 @@ def _open_images(spec: str, protocol: Protocol) -> Data:
         return open_data(spec, channels=protocol.channels, resolution=protocol.resolution, resample=protocol.resize)
 
 
-def _statistics_file(
-    path: Path, protocol: Protocol, measures: Sequence[Measure]
-) -> dict[str, metrics.Statistics] | None:
+def _statistics_file(path: Path, protocol: Protocol, measures: Sequence[Measure]) -> dict[str, Statistics] | None:
     """Statistics of our own .safetensors, or `mu` and `sigma` of the usual .npz; None if the file holds images."""
     if path.suffix == ".npz":
         try:
@@ -241,7 +235,7 @@ def _statistics_file(
             raise UserError(
                 f"reference: {path} is of {len(mean)} features, and Inception's are 2048; give its statistics"
             )
-        return {"inception.features": metrics.Statistics(len(mean) + 1, mean, cov)}  # how many images it does not say
+        return {"inception.features": Statistics(len(mean) + 1, mean, cov)}  # how many images it does not say
     try:
         with safe_open(path, "pt") as opened:
             told = opened.metadata() or {}
@@ -259,7 +253,7 @@ def _statistics_file(
             made = f"made with {fingerprints[m.key]} of {m.key}, and this one is {m.fingerprint} ({m.name})"
             raise UserError(f"reference: {path} was {made}; make it anew from the images")
     columns = {key.removesuffix(".mean") for key in tensors if key.endswith(".mean")}
-    return {c: metrics.Statistics(int(told["count"]), tensors[f"{c}.mean"], tensors[f"{c}.cov"]) for c in columns}
+    return {c: Statistics(int(told["count"]), tensors[f"{c}.mean"], tensors[f"{c}.cov"]) for c in columns}
 
 
 def save_reference(path: Path, reference: Reference, protocol: Protocol, measures: Sequence[Measure]) -> Path:
@@ -484,7 +478,7 @@ def score(model: Model, setting: Setting, into: Path) -> Score:
             if found is not None:
                 # Replicates of a Fréchet distance are too large by their own small-sample bias.
                 around = values[metric.name] if metric.kind == "frechet" else None
-                replicates[metric.name], intervals[metric.name] = found, metrics.interval(found, around)
+                replicates[metric.name], intervals[metric.name] = found, interval(found, around)
         except ValueError as error:  # of too few images, or features that are not finite
             values[metric.name], missing[metric.name] = None, str(error)
             continue
@@ -519,8 +513,8 @@ def _check_first(model: Model, setting: Setting, produce: Callable[[range], dict
         elif metric.kind in AGAINST_REFERENCE and reference is not None:
             reason = reference.lacks(metric)
             few = min(protocol.count, reference.count)
-            if reason is None and metric.kind == "kid" and few < metrics.KID_SIZE:
-                reason = f"its subsets are of {metrics.KID_SIZE} images, and there are {few}"
+            if reason is None and metric.kind == "kid" and few < KID_SIZE:
+                reason = f"its subsets are of {KID_SIZE} images, and there are {few}"
         if reason:
             missing[metric.name] = reason
     if len(missing) == len(protocol.metrics):
@@ -550,24 +544,24 @@ def judged(metric: Metric, columns: Columns, reference: Reference | None) -> dic
         mean = float(torch.cat([part.double() for part in columns.parts(reads)]).nanmean())
         return {name: None if math.isnan(mean) else metric.scale * mean}
     if kind == "inception_score":
-        mean, std = metrics.inception_score(columns.all(reads))
+        mean, std = inception_score(columns.all(reads))
         return {name: mean, f"{name} +-": std}
     if kind == "vendi":
-        return {name: metrics.vendi_score(columns.all(reads))}
+        return {name: vendi_score(columns.all(reads))}
     assert kind in AGAINST_REFERENCE and reference is not None
     if kind == "frechet":
-        return {name: metrics.frechet_distance(columns.statistics(reads), reference.statistics(reads))}
+        return {name: frechet_distance(columns.statistics(reads), reference.statistics(reads))}
     real, fake = reference.all(reads), columns.all(reads)
     if kind == "kernel":
-        return {name: 1000 * metrics.kernel_distance(fake, real)}
+        return {name: 1000 * kernel_distance(fake, real)}
     if kind == "kid":
-        mean, std = metrics.kid(fake, real)
+        mean, std = kid(fake, real)
         return {name: 1000 * mean, f"{name} +-": 1000 * std}
     if kind == "cmmd":
-        return {name: metrics.cmmd(fake, real)}
+        return {name: cmmd(fake, real)}
     if kind == "precision_recall":
-        return metrics.precision_recall(real, fake, metric.k)._asdict()
-    return metrics.density_coverage(real, fake, metric.k)._asdict()
+        return precision_recall(real, fake, metric.k)._asdict()
+    return density_coverage(real, fake, metric.k)._asdict()
 
 
 REPLICATES = {"narrow": 200, "wide": 20}  # a wide covariance takes seconds a replicate
@@ -589,10 +583,10 @@ def bootstrapped(
         return None
     values = columns.all(metric.reads)
     if metric.kind == "mean":
-        means = metric.scale * metrics.bootstrap_mean(values, replicates)
+        means = metric.scale * bootstrap_mean(values, replicates)
         return means[means.isfinite()]  # where few images have a value, a replicate may have none
     assert reference is not None
-    return metrics.bootstrap_frechet(values, reference.statistics(metric.reads), replicates)
+    return bootstrap_frechet(values, reference.statistics(metric.reads), replicates)
 
 
 # -- the command -------------------------------------------------------------------------------------------
@@ -656,7 +650,7 @@ def notes(scores: Sequence[Score], setting: Setting) -> list[str]:
     for metric in protocol.metrics:
         if metric.kind == "frechet" and reference is not None and reference.lacks(metric) is None:
             width = len(reference.statistics(metric.reads).mean)
-            told = metrics.enough(min(protocol.count, reference.count), width)
+            told = enough(min(protocol.count, reference.count), width)
             lines += [f"{metric.name}: {told}"] if told else []
     lines += dict.fromkeys(f"{name}: none, {why}" for found in scores for name, why in found.missing.items())
     lines += [f"published {p.metric} of {p.model}: {p.source}" for p in protocol.published]

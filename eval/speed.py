@@ -21,20 +21,12 @@ from torch import nn
 
 from diffdistill.environment import environment
 from diffdistill.errors import UserError, first_line
-from diffdistill.families import (
-    Family,
-    describe,
-    is_student,
-    load_pipeline,
-    local_folder,
-    read_metadata,
-)
+from diffdistill.eval.attention import attention, require_xformers
+from diffdistill.eval.evaluate import model_folder, models_in
+from diffdistill.eval.models import any_pipeline, check_dtype, family_or_none, pixel_sampler, stock_call
+from diffdistill.eval.report import check_writable, markdown_table, text_table, with_notes, write_json, write_text
+from diffdistill.families import Family, describe, is_student, load_pipeline, local_folder, read_metadata
 from diffdistill.rng import image_generators
-
-from .attention import attention, require_xformers
-from .evaluate import model_folder, models_in
-from .models import any_pipeline, check_dtype, family_or_none, pixel_sampler, stock_call
-from .report import check_writable, markdown_table, text_table, with_notes, write_json, write_text
 
 COLUMNS = (
     *("model", "run", "steps", "passes", "batch", "pixels", "p50 ms", "p90 ms", "p99 ms", "images/s"),

@@ -30,18 +30,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffdistill.adapter_networks import AdaptedNetwork, Additive, Corrections
-from diffdistill.chains import GuidedChains
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guide
+from diffdistill.core.prediction import ROWS, Prediction
+from diffdistill.core.schedule import TrigFlow, sampling_grid
 from diffdistill.errors import UserError
-from diffdistill.guidance import guide
-from diffdistill.guidance_adapters import adapted, new_adapters
-from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen
-from diffdistill.prediction import ROWS, Prediction
-from diffdistill.schedule import TrigFlow, sampling_grid
-from diffdistill.verify import Check, differs, equal, gradient, two_points
+from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.options import option
+from diffdistill.players.adapter_networks import AdaptedNetwork, Additive, Corrections
+from diffdistill.players.guidance_adapters import adapted, new_adapters
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.teacher import Teacher, frozen
+from diffdistill.scaffold.chains import GuidedChains
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
 PAPER = "Jensen & Sadat 2025, arXiv:2503.07274"
 DATA = "none; conditions are drawn uniformly"

@@ -33,20 +33,21 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.analytic import AffinePerAngle, GaussianMixture
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.distances import distance
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.distances import distance
+from diffdistill.core.guidance import guided
+from diffdistill.core.ode import ddim_step, heun_step
+from diffdistill.core.prediction import ROWS, diffuse, edm_boundary, expand
+from diffdistill.core.schedule import EDM, TrigFlow, sampling_grid, student_levels
+from diffdistill.core.times import karras_grid, log_normal
 from diffdistill.errors import UserError
-from diffdistill.guidance import guided
-from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.ode import ddim_step, heun_step
-from diffdistill.players import FewStepSampler, Teacher, frozen, trainable_copy
-from diffdistill.prediction import ROWS, diffuse, edm_boundary, expand
+from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture
+from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.options import option
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.teacher import Teacher, frozen, trainable_copy
 from diffdistill.rng import seed_for, seeded
-from diffdistill.schedule import EDM, TrigFlow, sampling_grid, student_levels
-from diffdistill.times import karras_grid, log_normal
-from diffdistill.verify import Check, differs, equal, gradient, two_points
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
 PAPER = "Song et al. 2023, arXiv:2303.01469"
 DATA = "real images, to place x_t where the trajectories pass"

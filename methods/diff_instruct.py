@@ -27,17 +27,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.guidance import guided
-from diffdistill.losses import gradient_injection
-from diffdistill.matching import fake_score_loss
-from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen, one_step_sampler, only_trains, trainable
-from diffdistill.prediction import diffuse
-from diffdistill.schedule import EDM
-from diffdistill.times import edm_log_normal
-from diffdistill.verify import AffineGame, Check, affine_game, differs, equal, gradient, two_points
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guided
+from diffdistill.core.losses import gradient_injection
+from diffdistill.core.prediction import diffuse
+from diffdistill.core.schedule import EDM
+from diffdistill.core.times import edm_log_normal
+from diffdistill.exact.checks import AffineGame, Check, affine_game, differs, equal, gradient, two_points
+from diffdistill.options import option
+from diffdistill.players.sampler import FewStepSampler, one_step_sampler
+from diffdistill.players.teacher import Teacher, frozen, only_trains, trainable
+from diffdistill.scaffold.matching import fake_score_loss
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
 PAPER = "Luo et al. 2023, arXiv:2305.18455"
 DATA = "none"

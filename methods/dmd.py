@@ -29,25 +29,21 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.analytic import (
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.distances import distance
+from diffdistill.core.guidance import guided
+from diffdistill.core.losses import gradient_injection
+from diffdistill.core.prediction import ROWS, diffuse
+from diffdistill.core.schedule import TrigFlow
+from diffdistill.core.times import check_range, native_uniform
+from diffdistill.exact.analytic import (
     AffineGenerator,
     ClassGaussians,
     GaussianMixture,
     class_gaussians_teacher,
     gaussian_teacher,
 )
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.distances import distance
-from diffdistill.guidance import guided
-from diffdistill.losses import gradient_injection
-from diffdistill.matching import distribution_matching_gradient, fake_score_loss
-from diffdistill.method import Batch, Optimizer, Pair, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen, one_step_sampler, only_trains, trainable
-from diffdistill.prediction import ROWS, diffuse
-from diffdistill.schedule import TrigFlow
-from diffdistill.times import check_range, native_uniform
-from diffdistill.verify import (
+from diffdistill.exact.checks import (
     AffineGame,
     Check,
     affine_game,
@@ -57,6 +53,11 @@ from diffdistill.verify import (
     matching_checks,
     two_points,
 )
+from diffdistill.options import option
+from diffdistill.players.sampler import FewStepSampler, one_step_sampler
+from diffdistill.players.teacher import Teacher, frozen, only_trains, trainable
+from diffdistill.scaffold.matching import distribution_matching_gradient, fake_score_loss
+from diffdistill.scaffold.method import Batch, Optimizer, Pair, Turn
 
 PAPER = "Yin et al. 2023, arXiv:2311.18828"
 DATA = "none; noise-image pairs of the teacher when regression_weight > 0"

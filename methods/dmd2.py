@@ -30,20 +30,22 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.analytic import AffinePerAngle, GaussianMixture, gaussian_teacher
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guided
+from diffdistill.core.losses import gan_discriminator_loss, gan_generator_loss, gradient_injection
+from diffdistill.core.prediction import ROWS, diffuse
+from diffdistill.core.schedule import student_levels
+from diffdistill.core.times import check_range, native_uniform
 from diffdistill.errors import UserError
-from diffdistill.guidance import guided
-from diffdistill.losses import gan_discriminator_loss, gan_generator_loss, gradient_injection
-from diffdistill.matching import distribution_matching_gradient, fake_score_loss
-from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import DiscriminatorHead, FewStepSampler, Teacher, frozen, one_step_sampler
-from diffdistill.prediction import ROWS, diffuse
+from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture, gaussian_teacher
+from diffdistill.exact.checks import AffineGame, Check, differs, equal, gauss_hermite, gradient, matching_checks
+from diffdistill.options import option
+from diffdistill.players.discriminator import DiscriminatorHead
+from diffdistill.players.sampler import FewStepSampler, one_step_sampler
+from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.rng import generator
-from diffdistill.schedule import student_levels
-from diffdistill.times import check_range, native_uniform
-from diffdistill.verify import AffineGame, Check, differs, equal, gauss_hermite, gradient, matching_checks
+from diffdistill.scaffold.matching import distribution_matching_gradient, fake_score_loss
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
 PAPER = "Yin et al. 2024, arXiv:2405.14867"
 DATA = "none for distribution matching; real images when gan_weight > 0"

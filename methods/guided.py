@@ -28,19 +28,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.adapters import guidance_input
-from diffdistill.analytic import class_gaussians_teacher
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guide, require_null
+from diffdistill.core.prediction import ROWS, diffuse
+from diffdistill.core.schedule import student_grid, student_levels
+from diffdistill.core.times import native_uniform
 from diffdistill.errors import UserError
-from diffdistill.guidance import guide, require_null
-from diffdistill.halving import Halving, two_step_target, weighted_x0_loss
-from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen
-from diffdistill.prediction import ROWS, diffuse
-from diffdistill.schedule import student_grid, student_levels
-from diffdistill.times import native_uniform
-from diffdistill.verify import Check, differs, equal, gradient
+from diffdistill.exact.analytic import class_gaussians_teacher
+from diffdistill.exact.checks import Check, differs, equal, gradient
+from diffdistill.options import option
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.scale_input import guidance_input
+from diffdistill.players.teacher import Teacher, frozen
+from diffdistill.scaffold.halving import Halving, two_step_target, weighted_x0_loss
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
 PAPER = "Meng et al. 2023, arXiv:2210.03142"
 DATA = "real images, which are noised"

@@ -29,19 +29,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffdistill.adapters import guidance_input, lora
-from diffdistill.analytic import class_gaussians_teacher
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guide, guided, require_null
+from diffdistill.core.ode import ddim_step, solve
+from diffdistill.core.prediction import ROWS, diffuse, expand
+from diffdistill.core.schedule import lcm_indices, student_levels
 from diffdistill.errors import UserError
-from diffdistill.guidance import guide, guided, require_null
-from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.ode import ddim_step, solve
-from diffdistill.players import FewStepSampler, Teacher, frozen
-from diffdistill.prediction import ROWS, diffuse, expand
+from diffdistill.exact.analytic import class_gaussians_teacher
+from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.options import option
+from diffdistill.players.lora import lora
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.scale_input import guidance_input
+from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.rng import seed_for, seeded
-from diffdistill.schedule import lcm_indices, student_levels
-from diffdistill.verify import Check, differs, equal, gradient, two_points
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
 PAPER = "Luo et al. 2023, arXiv:2310.04378"
 DATA = "real images, to place x_t where the trajectories pass"

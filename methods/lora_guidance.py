@@ -26,18 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffdistill.adapters import lora
-from diffdistill.analytic import class_gaussians_teacher
-from diffdistill.chains import GuidedChains
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.guidance import guide, require_null
-from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen
-from diffdistill.prediction import Prediction, diffuse
-from diffdistill.schedule import sampling_grid, student_levels
-from diffdistill.times import native_uniform
-from diffdistill.verify import Check, differs, equal, gradient, two_points
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guide, require_null
+from diffdistill.core.prediction import Prediction, diffuse
+from diffdistill.core.schedule import sampling_grid, student_levels
+from diffdistill.core.times import native_uniform
+from diffdistill.exact.analytic import class_gaussians_teacher
+from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.options import option
+from diffdistill.players.lora import lora
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.teacher import Teacher, frozen
+from diffdistill.scaffold.chains import GuidedChains
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
 PAPER = "Golnari 2023, arXiv:2312.06899"
 DATA = "real images, which are noised; none with trajectories"

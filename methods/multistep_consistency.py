@@ -30,20 +30,21 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.analytic import AffinePerAngle, GaussianMixture
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.distances import distance
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.distances import distance
+from diffdistill.core.guidance import guided
+from diffdistill.core.losses import per_sample_mean
+from diffdistill.core.ode import addim_step, inverse_ddim
+from diffdistill.core.prediction import ROWS, Prediction, diffuse, expand
+from diffdistill.core.schedule import TrigFlow, student_levels
 from diffdistill.errors import UserError
-from diffdistill.guidance import guided
-from diffdistill.losses import per_sample_mean
-from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.ode import addim_step, inverse_ddim
-from diffdistill.players import FewStepSampler, Teacher, frozen
-from diffdistill.prediction import ROWS, Prediction, diffuse, expand
+from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture
+from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.options import option
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.rng import seed_for, seeded
-from diffdistill.schedule import TrigFlow, student_levels
-from diffdistill.verify import Check, differs, equal, gradient, two_points
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
 PAPER = "Heek et al. 2024, arXiv:2403.06807"
 DATA = "real images, to place x_t where the trajectories pass"

@@ -23,18 +23,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.analytic import AffinePerAngle, gaussian_teacher
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guided
+from diffdistill.core.ode import ddim_step
+from diffdistill.core.prediction import ROWS, diffuse
+from diffdistill.core.schedule import DiscreteVP, sampling_grid, student_grid, student_levels
 from diffdistill.errors import UserError
-from diffdistill.guidance import guided
-from diffdistill.halving import Halving, two_step_target, weighted_x0_loss
-from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.ode import ddim_step
-from diffdistill.players import FewStepSampler, Teacher, frozen, trainable_copy
-from diffdistill.prediction import ROWS, diffuse
-from diffdistill.schedule import DiscreteVP, sampling_grid, student_grid, student_levels
-from diffdistill.verify import Check, differs, equal, gradient
+from diffdistill.exact.analytic import AffinePerAngle, gaussian_teacher
+from diffdistill.exact.checks import Check, differs, equal, gradient
+from diffdistill.options import option
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.teacher import Teacher, frozen, trainable_copy
+from diffdistill.scaffold.halving import Halving, two_step_target, weighted_x0_loss
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
 PAPER = "Salimans & Ho 2022, arXiv:2202.00512"
 DATA = "real images, which are noised to where the steps begin"

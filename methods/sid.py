@@ -34,18 +34,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.analytic import GaussianMixture, mixture_teacher
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.guidance import guided
-from diffdistill.losses import l1_normaliser, per_sample_mean
-from diffdistill.matching import fake_score_loss
-from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen, one_step_sampler, only_trains, trainable
-from diffdistill.prediction import Prediction, diffuse
-from diffdistill.schedule import EDM
-from diffdistill.times import check_range, edm_karras, edm_log_normal, native_uniform
-from diffdistill.verify import AffineGame, Check, affine_game, differs, equal, gradient, two_points
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guided
+from diffdistill.core.losses import l1_normaliser, per_sample_mean
+from diffdistill.core.prediction import Prediction, diffuse
+from diffdistill.core.schedule import EDM
+from diffdistill.core.times import check_range, edm_karras, edm_log_normal, native_uniform
+from diffdistill.exact.analytic import GaussianMixture, mixture_teacher
+from diffdistill.exact.checks import AffineGame, Check, affine_game, differs, equal, gradient, two_points
+from diffdistill.options import option
+from diffdistill.players.sampler import FewStepSampler, one_step_sampler
+from diffdistill.players.teacher import Teacher, frozen, only_trains, trainable
+from diffdistill.scaffold.matching import fake_score_loss
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
 PAPER = "Zhou et al. 2024, arXiv:2404.04057; guidance: arXiv:2406.01561"
 DATA = "none"

@@ -32,16 +32,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.guidance import guided
-from diffdistill.losses import pseudo_huber
-from diffdistill.matching import fake_score_loss
-from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen, one_step_sampler, only_trains, trainable
-from diffdistill.prediction import diffuse, expand
-from diffdistill.times import check_range, edm_karras, edm_log_normal
-from diffdistill.verify import AffineGame, Check, affine_game, differs, equal, gauss_hermite, gradient, two_points
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guided
+from diffdistill.core.losses import pseudo_huber
+from diffdistill.core.prediction import diffuse, expand
+from diffdistill.core.times import check_range, edm_karras, edm_log_normal
+from diffdistill.exact.checks import AffineGame, Check, affine_game, differs, equal, gauss_hermite, gradient, two_points
+from diffdistill.options import option
+from diffdistill.players.sampler import FewStepSampler, one_step_sampler
+from diffdistill.players.teacher import Teacher, frozen, only_trains, trainable
+from diffdistill.scaffold.matching import fake_score_loss
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
 PAPER = "Luo et al. 2024, arXiv:2410.16794"
 DATA = "none"

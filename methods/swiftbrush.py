@@ -23,17 +23,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from diffdistill.adapters import lora
-from diffdistill.analytic import AffineGenerator, ClassGaussians, class_gaussians_teacher
-from diffdistill.config import option
-from diffdistill.denoiser import Cond, Denoiser, choose
-from diffdistill.guidance import guided
-from diffdistill.losses import gradient_injection, per_sample_mean
-from diffdistill.method import Batch, Optimizer, Turn
-from diffdistill.players import FewStepSampler, Teacher, frozen, one_step_sampler, only_trains, trainable
-from diffdistill.prediction import diffuse, expand
-from diffdistill.times import check_range, native_uniform
-from diffdistill.verify import Check, differs, equal, gradient, two_points
+from diffdistill.core.denoiser import Cond, Denoiser, choose
+from diffdistill.core.guidance import guided
+from diffdistill.core.losses import gradient_injection, per_sample_mean
+from diffdistill.core.prediction import diffuse, expand
+from diffdistill.core.times import check_range, native_uniform
+from diffdistill.exact.analytic import AffineGenerator, ClassGaussians, class_gaussians_teacher
+from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.options import option
+from diffdistill.players.lora import lora
+from diffdistill.players.sampler import FewStepSampler, one_step_sampler
+from diffdistill.players.teacher import Teacher, frozen, only_trains, trainable
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
 PAPER = "Nguyen & Tran 2024, arXiv:2312.05239"
 DATA = "none"

@@ -14,20 +14,11 @@ from typing import Any
 import diffusers
 import torch
 
+from diffdistill.core.schedule import DiscreteVP
 from diffdistill.errors import UserError
-from diffdistill.families import (
-    NOT_LOADED,
-    family_of,
-    local_folder,
-    parts_of,
-    read_json,
-    read_metadata,
-    schedule_of,
-)
-from diffdistill.schedule import DiscreteVP
-
-from . import diversity_pipeline
-from .export import pipeline_folder
+from diffdistill.families import NOT_LOADED, family_of, local_folder, parts_of, read_json, read_metadata, schedule_of
+from diffdistill.pipelines.export import pipeline_folder
+from diffdistill.pipelines.shipped import diversity_pipeline
 
 _PIPELINES = {
     "stable_diffusion": diversity_pipeline.DiversityPipeline,

@@ -36,10 +36,11 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """parameterization -> the folder of an untrained class-conditional teacher of 8x8 digits, with dropout."""
+    from diffdistill.commands.teacher import new_teacher
     from diffdistill.config import TeacherConfig
-    from diffdistill.data import open_data
-    from diffdistill.pipelines.export import save_pipeline, teacher_scheduler
-    from diffdistill.teacher import new_teacher
+    from diffdistill.data.images import open_data
+    from diffdistill.pipelines.export import save_pipeline
+    from diffdistill.pipelines.schedulers import teacher_scheduler
 
     root = tmp_path_factory.mktemp("teachers")
 
@@ -61,11 +62,11 @@ def reaches_the_gaussian(tmp_path: Path) -> Callable[..., None]:
     student ends within 2% of the teacher's Gaussian."""
     import torch
 
-    from diffdistill.analytic import AffineGenerator, LearnedGaussian, gaussian_teacher
     from diffdistill.config import FitConfig
-    from diffdistill.denoiser import Denoiser
-    from diffdistill.method import Batch
-    from diffdistill.trainer import Trainer, accelerator_for
+    from diffdistill.core.denoiser import Denoiser
+    from diffdistill.exact.analytic import AffineGenerator, LearnedGaussian, gaussian_teacher
+    from diffdistill.scaffold.method import Batch
+    from diffdistill.training.trainer import Trainer, accelerator_for
 
     def check(method: type, config: object, **fit: object) -> None:
         mean, std = torch.tensor([0.8, -0.5]), torch.tensor([0.5, 1.4])

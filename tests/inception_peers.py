@@ -80,7 +80,7 @@ def compare(python: Path, scratch: Path, count: int) -> bool:
     import torch
     from torch import nn
 
-    from diffdistill.eval.inception import Inception, folded
+    from diffdistill.eval.features.inception import Inception, folded
 
     torch.manual_seed(0)
     networks = {"torch-fidelity": Inception("tf1"), "pytorch-fid": Inception("pytorch-fid")}
@@ -123,7 +123,8 @@ def compare(python: Path, scratch: Path, count: int) -> bool:
 
 
 def distance(features, count: int) -> float:
-    from diffdistill.eval.metrics import frechet_distance, statistics
+    from diffdistill.eval.metrics.frechet import frechet_distance
+    from diffdistill.eval.metrics.moments import statistics
 
     return frechet_distance(statistics(features[: count // 2]), statistics(features[count // 2 :]))
 

@@ -37,7 +37,7 @@ def main() -> int:
         os.environ["DIFFDISTILL_CACHE"] = str(root / "cache")
 
         def command(out: str) -> list[str]:
-            return ["-m", "diffdistill.cli", "eval", args.model, *more, "--out", str(root / out)]
+            return ["-m", "diffdistill.commands.cli", "eval", args.model, *more, "--out", str(root / out)]
 
         started = time.monotonic()
         subprocess.run([sys.executable, *command("whole")], check=True)

@@ -57,7 +57,7 @@ def test_wheel_metadata(dist: Path) -> None:
         licenses = [name for name in archive.namelist() if name.endswith("LICENSE")]
     version = importlib.import_module("diffdistill.version").__version__
     assert f"\nName: diffdistill\nVersion: {version}\n" in metadata
-    assert "diffdistill = diffdistill.cli:main" in scripts
+    assert "diffdistill = diffdistill.commands.cli:main" in scripts
     assert licenses
     assert "Requires-Dist: torchvision" not in metadata
 

@@ -18,12 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..errors import UserError, first_line
-from ..guidance_adapters import load_adapters
-from ..players import Conditions, FewStepSampler, Teacher
-from ._family import Autoencoder, Config, Family, Prompt, Source, read_json, with_null
-from ._schedules import schedule_of
-from .unet2d import new_unet2d, unet2d_teacher
+from diffdistill.errors import UserError, first_line
+from diffdistill.families._family import Autoencoder, Config, Family, Prompt, Source, read_json, with_null
+from diffdistill.families._schedules import schedule_of
+from diffdistill.families.unet2d import new_unet2d, unet2d_teacher
+from diffdistill.players.guidance_adapters import load_adapters
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.teacher import Conditions, Teacher
 
 __all__ = [
     "FAMILIES",
@@ -61,7 +62,7 @@ FAMILIES: dict[str, Family] = {
     if not module.name.startswith("_")
 }
 
-_EMBEDDED = {"digits": Path(__file__).parents[1] / "assets" / "digits-teacher"}
+_EMBEDDED = {"digits": Path(__file__).parent / "assets" / "digits-teacher"}
 
 
 def family_of(folder: Path) -> tuple[Family, Config]:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..denoiser import Call, Cond, Denoiser
-from ..errors import UserError
-from ..players import Conditions, Teacher
-from ..prediction import Row
-from ..schedule import Schedule
+from diffdistill.core.denoiser import Call, Cond, Denoiser
+from diffdistill.core.prediction import Row
+from diffdistill.core.schedule import Schedule
+from diffdistill.errors import UserError
+from diffdistill.players.teacher import Conditions, Teacher
 
 Config = dict[str, Any]
 

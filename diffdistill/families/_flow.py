@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..prediction import Row
-from ..schedule import LinearFlow, Schedule
-from ._family import Config
-from ._schedules import schedule_of
+from diffdistill.core.prediction import Row
+from diffdistill.core.schedule import LinearFlow, Schedule
+from diffdistill.errors import UserError
+from diffdistill.families._family import Config
+from diffdistill.families._schedules import schedule_of
 
 ADDED_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  #: those of the text's own stream
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UserError
-from ..prediction import ROWS, Row, edm_boundary
-from ..schedule import EDM, DiscreteVP, LinearFlow, Schedule
+from diffdistill.core.prediction import ROWS, Row, edm_boundary
+from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule
+from diffdistill.errors import UserError
 
 _VP = {
     *("DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "PNDMScheduler"),

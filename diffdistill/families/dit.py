@@ -8,11 +8,11 @@ import torch
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor
 
-from ..denoiser import Cond
-from ..errors import UserError
-from ..players import Teacher
-from ._family import ATTENTION, KL, Family, Source, latent_teacher, token_map, with_null
-from ._schedules import schedule_of
+from diffdistill.core.denoiser import Cond
+from diffdistill.errors import UserError
+from diffdistill.families._family import ATTENTION, KL, Family, Source, latent_teacher, token_map, with_null
+from diffdistill.families._schedules import schedule_of
+from diffdistill.players.teacher import Teacher
 
 
 def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -7,10 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import Call, Cond
-from ..players import Teacher
-from ._family import ATTENTION, KL, Family, Prompt, Source, Text, latent_size, latent_teacher, pack, token_map, unpack
-from ._flow import ADDED_ATTENTION, flow_schedule
+from diffdistill.core.denoiser import Call, Cond
+from diffdistill.families._family import (
+    ATTENTION,
+    KL,
+    Family,
+    Prompt,
+    Source,
+    Text,
+    latent_size,
+    latent_teacher,
+    pack,
+    token_map,
+    unpack,
+)
+from diffdistill.families._flow import ADDED_ATTENTION, flow_schedule
+from diffdistill.players.teacher import Teacher
 
 
 def _image_ids(height: int, width: int, device: torch.device) -> Tensor:

@@ -6,10 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ..denoiser import Cond
-from ..players import Teacher
-from ._family import ATTENTION, KL, Family, Prompt, Source, latent_size, latent_teacher, plain_text, token_map
-from ._schedules import schedule_of
+from diffdistill.core.denoiser import Cond
+from diffdistill.families._family import (
+    ATTENTION,
+    KL,
+    Family,
+    Prompt,
+    Source,
+    latent_size,
+    latent_teacher,
+    plain_text,
+    token_map,
+)
+from diffdistill.families._schedules import schedule_of
+from diffdistill.players.teacher import Teacher
 
 
 def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..denoiser import Cond
-from ..players import Teacher
-from ._family import (
+from diffdistill.core.denoiser import Cond
+from diffdistill.families._family import (
     ATTENTION,
     Autoencoder,
     Family,
@@ -22,7 +21,8 @@ from ._family import (
     token_map,
     unpack,
 )
-from ._flow import decode_video, encode_video, flow_schedule
+from diffdistill.families._flow import decode_video, encode_video, flow_schedule
+from diffdistill.players.teacher import Teacher
 
 _WORDS = 512  #: tokens of a prompt at most, as the pipeline's own call
 

@@ -6,10 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ..denoiser import Cond
-from ..players import Teacher
-from ._family import ATTENTION, Autoencoder, Family, Prompt, Source, latent_size, latent_teacher, plain_text, token_map
-from ._flow import flow_schedule
+from diffdistill.core.denoiser import Cond
+from diffdistill.families._family import (
+    ATTENTION,
+    Autoencoder,
+    Family,
+    Prompt,
+    Source,
+    latent_size,
+    latent_teacher,
+    plain_text,
+    token_map,
+)
+from diffdistill.families._flow import flow_schedule
+from diffdistill.players.teacher import Teacher
 
 _AUTOENCODER = Autoencoder(
     lambda config: 2 ** (len(config["encoder_block_out_channels"]) - 1),

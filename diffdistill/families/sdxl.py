@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import Cond
-from ._family import ATTENTION, KL, Family, Prompt, Text
-from .stable_diffusion import unet_teacher
+from diffdistill.core.denoiser import Cond
+from diffdistill.families._family import ATTENTION, KL, Family, Prompt, Text
+from diffdistill.families.stable_diffusion import unet_teacher
 
 
 def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters import told_scale
-from ..denoiser import Call, Cond
-from ..errors import UserError
-from ..players import Teacher
-from ._family import ATTENTION, KL, Family, Prompt, Source, latent_size, latent_teacher, plain_text
-from ._schedules import schedule_of
+from diffdistill.core.denoiser import Call, Cond
+from diffdistill.errors import UserError
+from diffdistill.families._family import ATTENTION, KL, Family, Prompt, Source, latent_size, latent_teacher, plain_text
+from diffdistill.families._schedules import schedule_of
+from diffdistill.players.scale_input import told_scale
+from diffdistill.players.teacher import Teacher
 
 
 def unet_teacher(family: str, call: Call) -> Callable[[Any, Source], Teacher]:

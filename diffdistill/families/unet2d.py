@@ -8,11 +8,11 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from ..denoiser import Cond, Denoiser
-from ..errors import UserError
-from ..players import Teacher
-from ._family import Family
-from ._schedules import schedule_of
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.errors import UserError
+from diffdistill.families._family import Family
+from diffdistill.families._schedules import schedule_of
+from diffdistill.players.teacher import Teacher
 
 
 def unet2d_teacher(network: UNet2DModel, scheduler: dict[str, Any], meta: dict[str, Any]) -> Teacher:

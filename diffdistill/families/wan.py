@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..denoiser import Cond
-from ..errors import UserError
-from ..players import Teacher
-from ._family import (
+from diffdistill.core.denoiser import Cond
+from diffdistill.errors import UserError
+from diffdistill.families._family import (
     ATTENTION,
     Autoencoder,
     Config,
@@ -22,7 +21,8 @@ from ._family import (
     plain_text,
     token_map,
 )
-from ._flow import decode_video, encode_video, flow_schedule
+from diffdistill.families._flow import decode_video, encode_video, flow_schedule
+from diffdistill.players.teacher import Teacher
 
 _SIZE = (480, 832)  #: the pipeline's own, in pixels
 _FRAMES = 81

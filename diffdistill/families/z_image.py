@@ -8,10 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..denoiser import Cond
-from ..players import Teacher
-from ._family import ATTENTION, KL, Family, Prompt, Source, latent_size, latent_teacher, plain_text, token_map
-from ._flow import flow_schedule
+from diffdistill.core.denoiser import Cond
+from diffdistill.families._family import (
+    ATTENTION,
+    KL,
+    Family,
+    Prompt,
+    Source,
+    latent_size,
+    latent_teacher,
+    plain_text,
+    token_map,
+)
+from diffdistill.families._flow import flow_schedule
+from diffdistill.players.teacher import Teacher
 
 _WORDS = 512  #: tokens of a prompt at most, as the pipeline's own call
 

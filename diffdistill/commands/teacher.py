@@ -1,0 +1,197 @@
+"""Training a teacher from data: denoising score matching with one player, saved as a diffusers folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.commands.text_teacher import TextTeacher
+from diffdistill.config import TeacherConfig
+from diffdistill.core.losses import denoising_loss
+from diffdistill.core.prediction import diffuse
+from diffdistill.core.schedule import EDM, LinearFlow
+from diffdistill.core.times import log_normal, logit_normal, native_uniform
+from diffdistill.data.batches import batches
+from diffdistill.data.images import Data, open_data
+from diffdistill.environment import environment
+from diffdistill.errors import UserError
+from diffdistill.families import new_unet2d
+from diffdistill.options import build
+from diffdistill.pipelines.export import save_pipeline
+from diffdistill.pipelines.schedulers import scheduler_config, teacher_scheduler
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.teacher import Teacher
+from diffdistill.rng import seed_for
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
+from diffdistill.training.folder import resumed_options, start_folder
+from diffdistill.training.grids import grid_writer
+from diffdistill.training.trainer import Trainer, accelerator_for
+
+
+class Denoising:
+    """A method with one player: E |v_theta(x_t, t) - v|^2 over the parameterisation's own times."""
+
+    needs_data = True
+    needs_pairs = False
+
+    def __init__(self, teacher: Teacher, config: TeacherConfig):
+        self.denoiser = teacher.denoiser
+        self.config = config
+        self.players: dict[str, nn.Module] = {"teacher": teacher.denoiser}
+        self.state: dict[str, nn.Module] = {}
+
+    def optimizer(self, player: str) -> Optimizer:
+        return Optimizer(self.config.lr, weight_decay=self.config.weight_decay)
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("teacher", self.loss)]
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.x0 is not None
+        t = self._times(batch)
+        eps = batch.randn("eps")
+        x_t = diffuse(batch.x0, t, eps)
+        return {"loss": denoising_loss(self.denoiser(x_t, t, batch.cond), batch.x0, eps)}
+
+    def _times(self, batch: Batch) -> Tensor:
+        schedule, draw = self.denoiser.schedule, batch.generator("t")
+        if isinstance(schedule, EDM):
+            return log_normal(schedule, batch.size, draw, -1.2, 1.2)
+        if isinstance(schedule, LinearFlow):
+            return logit_normal(schedule, batch.size, draw, 0.0, 1.0)
+        return native_uniform(schedule, batch.size, draw)
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def sampler(self) -> FewStepSampler:
+        """The teacher with 16 DDIM steps, for the sample grids."""
+        return FewStepSampler(self.denoiser, self.denoiser.schedule.levels(16).tolist(), renoise=False)
+
+
+def new_teacher(config: TeacherConfig, data: Data) -> Teacher:
+    """An untrained UNet2DModel for the data; its weights are a function of the seed."""
+    if data.shape[1] != data.shape[2]:
+        raise UserError(f"resolution: samples of shape {tuple(data.shape)} are not square; give --resolution")
+    widths, attention = _levels(config, data.shape[1])
+    torch.manual_seed(seed_for(config.seed, "initial weights"))
+    teacher = new_unet2d(
+        data.shape,
+        data.num_classes,
+        scheduler_config(teacher_scheduler(config.parameterization)),
+        widths=widths,
+        layers=config.layers,
+        attention=attention,
+        dropout=config.dropout,
+    )
+    teacher.denoiser.train()
+    return teacher
+
+
+def train_teacher(*, resume: str | Path | None = None, **values: Any) -> Path:
+    """Train and save a teacher; returns its diffusers folder, `<out>/teacher`.
+
+    Options are those of `diffdistill teacher`, with underscores; `resume` continues a run folder. Raises
+    UserError for whatever cannot be used.
+    """
+    config = build(TeacherConfig, values if resume is None else resumed_options(Path(resume), values))
+    out = Path(config.out)
+    accelerator = accelerator_for(config, out)
+    data = open_data(config.data, resolution=config.resolution, channels=config.channels)
+    text = _text_teacher(config, data) if config.architecture == "stable-diffusion" else None
+    teacher = text.teacher if text else new_teacher(config, data)
+    method = Denoising(teacher, config)
+    if text:
+        draw, grids = text.batches(accelerator), text.grid_writer(out)
+    else:
+        draw = batches(config, teacher, data, accelerator, config.label_dropout)
+        grids = grid_writer(out, method.sampler, teacher)
+    trainer = Trainer(method, draw, config, out, accelerator, grids)
+    if resume is not None:
+        trainer.resume()
+    parameter_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters())
+    start_folder(out, dataclasses.asdict(config), parameter_bytes, accelerator, resume=resume is not None)
+    if text:
+        text.prepare(out / "vae", accelerator)
+    trainer.fit()
+    if accelerator.is_main_process:
+        with trainer.evaluating():
+            scheduler = teacher_scheduler(config.parameterization)
+            metadata = {
+                "null_class": data.num_classes,
+                "recipe": {**dataclasses.asdict(config), "data_fingerprint": data.fingerprint},
+                "environment": environment(),
+            }
+            card = _card(config, data)
+            if text:
+                del metadata["null_class"]
+                text.save(out / "teacher", metadata, card)
+            else:
+                save_pipeline(out / "teacher", "unet2d", teacher.denoiser.network, scheduler, metadata, card)
+    accelerator.end_training()
+    return out / "teacher"
+
+
+def _levels(config: TeacherConfig, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The UNet's widths, and its levels with attention, for samples of so many pixels."""
+    widths = _whole_numbers("widths", config.widths)
+    attention = _whole_numbers("attention", config.attention)
+    if not widths or size % 2 ** (len(widths) - 1) or any(w < 8 or w % 8 for w in widths):
+        raise UserError(
+            f"widths: {config.widths!r} needs multiples of 8, and {len(widths)} levels to divide {size} pixels"
+        )
+    if any(level not in range(len(widths)) for level in attention):
+        raise UserError(f"attention: {config.attention!r} names a level that is not among 0 to {len(widths) - 1}")
+    return widths, attention
+
+
+def _text_teacher(config: TeacherConfig, data: Data) -> TextTeacher:
+    vae_widths = _whole_numbers("vae_widths", config.vae_widths)
+    latent = data.shape[1] // 2 ** (len(vae_widths) - 1) if vae_widths else 1
+    return TextTeacher(config, data, *_levels(config, latent), vae_widths)
+
+
+def _card(config: TeacherConfig, data: Data) -> str:
+    options = " ".join(
+        f"--{f.name.replace('_', '-')} {shlex.quote(str(getattr(config, f.name)))}"
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != f.default and f.name != "out"
+    )
+    return f"""---
+library_name: diffusers
+tags: [diffusion, diffdistill]
+---
+# A diffusion model of {data.name!r}
+
+Trained by diffdistill on {len(data)} samples of shape {tuple(data.shape)} ({config.parameterization}
+parameterisation, {config.steps} steps, batch {config.batch_size}, seed {config.seed}):
+
+    diffdistill teacher {options} --out runs/teacher
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("FOLDER")
+image = pipeline({_asked(config, data)}num_inference_steps=16).images[0]
+```
+"""
+
+
+def _asked(config: TeacherConfig, data: Data) -> str:
+    if config.architecture == "stable-diffusion":
+        captions = data.get(torch.arange(1)).captions or [""]
+        return f"{captions[0]!r}, guidance_scale=2.0, "
+    return "" if data.num_classes is None else "class_labels=[3], "
+
+
+def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"{name}: {text!r} is not a list of whole numbers such as 32,64") from None

@@ -1,0 +1,212 @@
+"""A small teacher in the Stable Diffusion family, from images with captions: autoencoder, text encoder and UNet.
+
+The autoencoder is trained first, in the run folder's `vae`, and its `scaling_factor` measured so that latents have unit
+variance. Then the UNet and the text encoder are trained together, as one player, on the latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.config import TeacherConfig
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guided
+from diffdistill.core.ode import ddim_step, sample_ode
+from diffdistill.data.batches import batch_indices
+from diffdistill.data.images import Data
+from diffdistill.errors import UserError
+from diffdistill.families import FAMILIES, schedule_of, with_null
+from diffdistill.pipelines.export import pipeline_folder
+from diffdistill.pipelines.schedulers import scheduler_config, teacher_scheduler
+from diffdistill.pipelines.text_pipeline import LATENT_CHANNELS, new_text_pipeline
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.teacher import Teacher
+from diffdistill.rng import generator, image_generators
+from diffdistill.scaffold.method import Batch, Optimizer, Turn
+from diffdistill.training.trainer import Accelerator, Interrupted, Trainer
+
+FAMILY = "stable_diffusion"
+KL_WEIGHT = 1e-6
+VAE_LR = 4e-3
+SHOWN_STEPS, SHOWN_GUIDANCE = 16, 2.0
+
+
+class Autoencoding:
+    """A method with one player: squared and a little absolute error of D(E(x)), and less KL divergence of the latents.
+
+    The other way round, mostly absolute error, the background is learned first and small shapes much later.
+    """
+
+    needs_data, needs_pairs = True, False
+
+    def __init__(self, vae: Any):
+        self.vae = vae
+        self.players: dict[str, nn.Module] = {"vae": vae}
+        self.state: dict[str, nn.Module] = {}
+
+    def optimizer(self, player: str) -> Optimizer:
+        return Optimizer(VAE_LR)
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("vae", self.loss)]
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.x0 is not None
+        posterior = self.vae.encode(batch.x0).latent_dist
+        z = posterior.mean + posterior.std * torch.randn_like(posterior.mean)  # the trainer has seeded it
+        error = self.vae.decode(z).sample - batch.x0
+        reconstruction = 5 * error.square().mean() + 0.3 * error.abs().mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = reconstruction + KL_WEIGHT * kl
+        return {"loss": loss, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def sampler(self) -> FewStepSampler:
+        raise NotImplementedError  # it makes no samples
+
+
+class TextAndUNet(nn.Module):
+    """Both as one network of token numbers."""
+
+    def __init__(self, unet: Any, text_encoder: Any):
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+    def forward(self, x: Tensor, time: Tensor, input_ids: Tensor) -> Tensor:
+        embeds = self.text_encoder(input_ids).last_hidden_state
+        return self.unet(x, time, encoder_hidden_states=embeds, return_dict=False)[0]
+
+
+class TextTeacher:
+    """The parts of such a training; `prepare` trains the autoencoder, after which there are latents to draw from."""
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        data: Data,
+        widths: tuple[int, ...],
+        attention: tuple[int, ...],
+        vae_widths: tuple[int, ...],
+    ):
+        self.config, self.data = config, data
+        least = max(8, 2 ** (len(widths) + len(vae_widths) - 2))
+        if config.parameterization != "vp":
+            raise UserError(f"parameterization: {config.parameterization} is for unet2d; stable-diffusion takes vp")
+        if data.shape[0] != 3 or data.shape[1] != data.shape[2] or data.shape[1] % least:
+            raise UserError(f"resolution: stable-diffusion needs squares of 3 channels and {least} x k pixels")
+        if not vae_widths or any(w < 8 or w % 8 for w in vae_widths):
+            raise UserError(f"vae_widths: {config.vae_widths!r} needs multiples of 8")
+        if config.text_width % 16:
+            raise UserError(f"text_width: {config.text_width} is not a multiple of 16")
+        captions = data.get(torch.arange(len(data))).captions
+        if captions is None:
+            raise UserError(f"data: {data.name!r} has no captions, which stable-diffusion is trained on")
+        self.pipeline = new_text_pipeline(
+            sorted({word for text in captions for word in text.lower().split() if word.isascii() and word.isalnum()}),
+            teacher_scheduler(config.parameterization),
+            pixels=data.shape[1],
+            widths=widths,
+            layers=config.layers,
+            attention=attention,
+            dropout=config.dropout,
+            vae_widths=vae_widths,
+            text_width=config.text_width,
+            seed=config.seed,
+        )
+        self.ids, self.null = self._tokens(captions), self._tokens([""])
+        settings = scheduler_config(self.pipeline.scheduler)
+        network = TextAndUNet(self.pipeline.unet, self.pipeline.text_encoder)
+        denoiser = Denoiser(network, *schedule_of(settings)).train()
+        with_null(denoiser, {"input_ids": self.null})
+        side = self.pipeline.unet.config.sample_size
+        self.teacher = Teacher(denoiser, (LATENT_CHANNELS, side, side), None, FAMILY, "", settings)
+        self.latents = torch.empty(0)
+
+    def _tokens(self, texts: Sequence[str]) -> Tensor:
+        tokenizer = self.pipeline.tokenizer
+        told = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        return tokenizer(list(texts), return_tensors="pt", **told).input_ids
+
+    def prepare(self, out: Path, accelerator: Accelerator) -> None:
+        """Train the autoencoder, or what is left of it, and encode all images."""
+        c, vae, data = self.config, self.pipeline.vae, self.data
+        fit = dataclasses.replace(c, steps=c.vae_steps, batch_size=c.vae_batch_size, ema=0.99, sample_every=0)
+        rank, world = accelerator.process_index, accelerator.num_processes
+
+        def batches(step: int) -> Batch:
+            order = batch_indices(len(data), fit.batch_size, step, seed=c.seed, rank=rank, world_size=world)
+            images = data.get(order).images.to(accelerator.device)
+            return Batch(fit.batch_size, data.shape, {}, images, accelerator.device, (c.seed, step, rank))
+
+        out.mkdir(exist_ok=True)
+        trainer = Trainer(Autoencoding(vae.train()), batches, fit, out, accelerator)
+        trainer.resume()
+        try:
+            if trainer.step < fit.steps:
+                trainer.fit()
+        except Interrupted:
+            raise Interrupted(out.parent) from None  # the run to resume
+        if trainer.average:
+            vae.load_state_dict(vae.state_dict() | trainer.average.state())
+        vae.requires_grad_(False).eval()
+        with torch.no_grad():
+            parts = torch.arange(len(data)).split(128)
+            found = [vae.encode(data.get(part).images.to(accelerator.device)).latent_dist.mode() for part in parts]
+            self.latents = torch.cat(found)
+            factor = round(1 / float(self.latents.std()), 6)
+            vae.register_to_config(scaling_factor=factor)
+            self.latents *= factor
+
+    def batches(self, accelerator: Accelerator) -> Callable[[int], Batch]:
+        """step -> Batch of latents and token numbers; a share of the captions is dropped for guidance."""
+        c, device = self.config, accelerator.device
+        rank, world = accelerator.process_index, accelerator.num_processes
+        for size in (c.batch_size, c.vae_batch_size):
+            batch_indices(len(self.data), size, 0, seed=c.seed, rank=rank, world_size=world)  # refuses now, not later
+
+        def batch(step: int) -> Batch:
+            key = (c.seed, step, rank)
+            order = batch_indices(len(self.data), c.batch_size, step, seed=c.seed, rank=rank, world_size=world)
+            drop = torch.rand(c.batch_size, 1, generator=generator("cpu", *key, "label dropout")) < c.label_dropout
+            ids = torch.where(drop, self.null, self.ids[order])
+            x0 = self.latents[order.to(device)]
+            return Batch(c.batch_size, self.teacher.shape, {"input_ids": ids.to(device)}, x0, device, key)
+
+        return batch
+
+    def grid_writer(self, out: Path) -> Callable[[int], None]:
+        """step -> writes <out>/samples/step-<step>.png of the first captions, guided."""
+        from diffdistill.pictures import image_grid, save_png
+
+        denoiser, vae = self.teacher.denoiser, self.pipeline.vae
+
+        @torch.no_grad()
+        def write(step: int) -> None:
+            noise = [torch.randn(self.teacher.shape, generator=g) for g in image_generators(0, range(24))]
+            z = torch.stack(noise).to(self.latents)
+            cond: Cond = {"input_ids": self.ids[torch.arange(24) % len(self.ids)].to(z.device)}
+            x0 = sample_ode(ddim_step, guided(denoiser, SHOWN_GUIDANCE), denoiser.schedule, z, SHOWN_STEPS, cond)
+            autoencoder = FAMILIES[FAMILY].autoencoder
+            assert autoencoder is not None
+            images = autoencoder.decode(vae, x0).clamp(-1, 1).cpu()
+            save_png(
+                image_grid(images, 8, scale=max(1, 64 // images.shape[-1])), out / "samples" / f"step-{step:08d}.png"
+            )
+
+        return write
+
+    def save(self, folder: Path, metadata: dict[str, Any], card: str) -> Path:
+        """The whole pipeline as a diffusers folder, or nothing."""
+        with pipeline_folder(folder, metadata, card) as partial:
+            self.pipeline.text_encoder.eval()
+            self.pipeline.save_pretrained(partial, safe_serialization=True)
+        return folder

@@ -1,0 +1,131 @@
+"""A pretrained network seen in the normal form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.core.prediction import Prediction, Row, expand
+from diffdistill.core.schedule import Schedule
+
+Cond = dict[str, Tensor]
+"""Conditions by the network's own argument name, each (B, ...); empty when unconditional."""
+
+Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+"""(network, input, time, cond) -> raw output."""
+
+
+def call_by_keyword(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    return network(x, time, **cond)
+
+
+def choose(mask: Tensor, cond: Cond, other: Cond) -> Cond:
+    """The conditions (B, ...) where mask (B,) is true, and the others' elsewhere."""
+    return {
+        key: torch.where(mask.reshape(-1, *[1] * (value.ndim - 1)), value, other[key]) for key, value in cond.items()
+    }
+
+
+class _Reached(Exception):
+    """Leaves a forward pass once the wanted layer has been computed."""
+
+
+class Denoiser(nn.Module):
+    """`forward(x_t, t, cond)` is a pure function of (x_t, t): no host read, no branch on data.
+
+    Only this class knows the network's own time, scaling and output. `null` maps conditions to the
+    null conditions of classifier-free guidance; `feature_layer` names the sub-module whose output a
+    discriminator reads, `feature_map(output, x_t)` makes a map (B, C, h, w) of it where it is none. `rescale(guided,
+    conditional)` is what the family's pipeline does to a guided output. All are optional.
+    """
+
+    network: nn.Module
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        row: Row,
+        *,
+        call: Call = call_by_keyword,
+        null: Callable[[Cond], Cond] | None = None,
+        feature_layer: str | None = None,
+        feature_map: Callable[[Any, Tensor], Tensor] | None = None,
+        rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        super().__init__()
+        self.network = network
+        self.schedule = schedule
+        self.row = row
+        self.call = call
+        self.null = null
+        self.feature_layer = feature_layer
+        self.feature_map = feature_map
+        self.rescale = rescale
+        self.default_scale: float | None = None  # of a network that is told the guidance scale through its pipeline
+        self._half: dict[torch.dtype, torch.dtype | None] = {}  # by the type of the first weight
+
+    def with_network(self, network: nn.Module, feature_layer: str | None) -> Denoiser:
+        """The same view of another network."""
+        twin = Denoiser(
+            network,
+            self.schedule,
+            self.row,
+            call=self.call,
+            null=self.null,
+            feature_layer=feature_layer,
+            feature_map=self.feature_map,
+            rescale=self.rescale,
+        )
+        twin.default_scale = self.default_scale
+        return twin.train(self.training)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x_t (B, ...) of unit variance, t (B,) float64 angles; t is clamped to what the network knows."""
+        t = t.clamp(self.schedule.t_min, self.schedule.t_max)
+        native = self.schedule.native(t)
+        a, b = self.row(native.alpha, native.sigma, self.schedule.data_std)
+        # A half-precision time would round the timestep 999 to 1000.
+        time = native.time.to(torch.promote_types(x_t.dtype, torch.float32))
+        with self._precision(x_t.device.type):
+            y = self.call(self.network, expand(native.scale, x_t) * x_t, time, cond)
+        return Prediction(x_t, t, y.to(x_t.dtype), a * self.schedule.data_std, b)
+
+    def _precision(self, device: str) -> AbstractContextManager[Any]:
+        """Autocast for a network kept in half precision, where there is none: samples and LoRA are float32."""
+        # A LoRA player's own weights are float32, and those of its base say what it computes in.
+        base = getattr(self.network, "base", None)
+        network = base if isinstance(base, nn.Module) else self.network
+        first = next(network.parameters(), None)
+        if first is None:
+            return nullcontext()
+        if first.dtype not in self._half:  # asked once: there are thousands
+            # Any of them: some networks keep a few in float32.
+            kinds = (weight.dtype for weight in network.parameters())
+            self._half[first.dtype] = next((kind for kind in kinds if kind in (torch.float16, torch.bfloat16)), None)
+        half = self._half[first.dtype]
+        return nullcontext() if half is None or torch.is_autocast_enabled(device) else torch.autocast(device, half)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """(B, C, ...) the output of `feature_layer`, in float32; what comes after it is not computed."""
+        if self.feature_layer is None:
+            raise ValueError("this denoiser has no feature_layer")
+        found: list[Any] = []
+
+        def leave(module: nn.Module, args: object, output: Any) -> None:
+            found.append(output)
+            raise _Reached
+
+        handle = self.network.get_submodule(self.feature_layer).register_forward_hook(leave)
+        try:
+            self(x_t, t, cond)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        features = self.feature_map(found[0], x_t) if self.feature_map else found[0]
+        return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features

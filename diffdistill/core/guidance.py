@@ -1,0 +1,66 @@
+"""Classifier-free guidance as a wrapper around a denoiser."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.prediction import Prediction, expand
+from diffdistill.errors import UserError
+
+
+def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Prediction:
+    """y = y_null + scale (y_cond - y_null), in one batched call (Ho & Salimans 2022, arXiv:2207.12598).
+
+    `scale` (B,) is Imagen's and diffusers' (1 is no guidance; w of the papers that write (1 + w) is scale - 1).
+    Any output kind gives the same guidance, since all are affine in one another at a fixed x_t. What the family's
+    pipeline does to a guided output (`rescale`) follows. The denoiser must have a null condition.
+    """
+    assert denoiser.null is not None
+    null = denoiser.null(cond)
+    both = {key: torch.cat([cond[key], null[key]]) for key in cond}
+    pred = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+    y_cond, y_null = pred.y.chunk(2)
+    half = len(x_t)
+    y = y_null + expand(scale, x_t) * (y_cond - y_null)
+    if denoiser.rescale is not None:
+        y = torch.where(expand(scale, x_t) == 1, y, denoiser.rescale(y, y_cond))
+    return Prediction(x_t, pred.t[:half], y, pred.a[:half], pred.b[:half])
+
+
+class Guided(nn.Module):
+    """`guide` at one scale, as a denoiser.
+
+    The scale applies at angles inside `interval` (Kynkaanniemi et al. 2024, arXiv:2404.07724) and is 1 outside.
+    """
+
+    def __init__(self, denoiser: Denoiser, scale: float, interval: tuple[float, float] | None = None):
+        super().__init__()
+        if denoiser.null is None:
+            raise UserError(
+                f"guidance_scale: {scale} needs a teacher that was trained with a null condition, "
+                "and this one has none; use guidance_scale 1"
+            )
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+        self.scale = scale
+        self.interval = interval
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        scale = torch.full_like(t, self.scale)
+        if self.interval is not None:
+            low, high = self.interval
+            scale = torch.where((t >= low) & (t <= high), scale, torch.ones_like(t))
+        return guide(self.denoiser, x_t, t, cond, scale)
+
+
+def require_null(denoiser: Denoiser, what: str) -> None:
+    """UserError for a denoiser without a null condition, which `what` needs."""
+    if denoiser.null is None:
+        raise UserError(f"teacher: {what} needs one that was trained with a null condition, and this one has none")
+
+
+def guided(denoiser: Denoiser, scale: float, interval: tuple[float, float] | None = None) -> nn.Module:
+    """The denoiser itself at scale 1, which needs no second pass; else `Guided`."""
+    return denoiser if scale == 1 else Guided(denoiser, scale, interval)

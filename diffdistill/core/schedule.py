@@ -1,0 +1,330 @@
+"""Noise schedules: between a network's own time and the angle of the normal form.
+
+In the normal form `x_t = cos(t) x0 + sin(t) eps`, with x0 divided by `data_std` and the angle
+`t = atan2(sigma, alpha * data_std)` in [0, pi/2]. A schedule says, for an angle, what the network calls
+that time and how its input is scaled. All tables and angles are float64.
+
+`level` is the time in the units people use: the timestep for DiscreteVP, sigma for EDM and LinearFlow
+(there sigma is the flow time in [0, 1], 1 is noise), the angle for TrigFlow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from diffdistill.errors import UserError
+
+
+class Native(NamedTuple):
+    """What a network sees at an angle; each field is float64 and has the shape of t."""
+
+    time: Tensor  #: the time argument of the network
+    alpha: Tensor  #: x_native = alpha * x0_data + sigma * eps
+    sigma: Tensor
+    scale: Tensor  #: network input = scale * x_t
+
+
+class Schedule(Protocol):
+    """t_min and t_max are the least and greatest noise angle that the network knows.
+
+    `levels(steps)` (steps,) is the stock sampler's descending row of levels.
+    `init_level` is where a one-step student reads pure noise unless told otherwise: the noisiest level from
+    which a stock scheduler can start. `init_scale(t)` is the standard deviation of x_t when that scheduler
+    draws the initial noise.
+    """
+
+    @property
+    def data_std(self) -> float: ...
+    @property
+    def t_min(self) -> float: ...
+    @property
+    def t_max(self) -> float: ...
+    def native(self, t: Tensor) -> Native: ...
+    def angle(self, level: Tensor | float) -> Tensor: ...
+    def at_fraction(self, u: Tensor) -> Tensor: ...
+    def levels(self, steps: int) -> Tensor: ...
+    @property
+    def init_level(self) -> float: ...
+    def init_scale(self, t: float) -> float: ...
+
+
+def _f64(x: Tensor | float) -> Tensor:
+    return torch.as_tensor(x, dtype=torch.float64)
+
+
+def _positive_steps(steps: int) -> int:
+    if steps < 1:
+        raise UserError(f"steps: {steps} is not a number of sampling steps; give 1 or more")
+    return steps
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteVP:
+    """DDPM's variance-preserving chain: alpha = sqrt(abar), sigma = sqrt(1 - abar), level 0..T-1."""
+
+    alphas_cumprod: Tensor  #: (T,), decreasing
+    data_std: float = 1.0
+    _angles: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_config(cls, config: dict, data_std: float = 1.0) -> DiscreteVP:
+        """Build from a diffusers scheduler's config (betas, their schedule, `rescale_betas_zero_snr`).
+
+        Raises UserError for a `beta_schedule` that diffusers does not have.
+        """
+        betas = _betas(config)
+        alphas_cumprod = torch.cumprod(1.0 - betas, 0)
+        if config.get("rescale_betas_zero_snr"):
+            alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
+        return cls(alphas_cumprod, data_std)
+
+    def _table(self, device: torch.device) -> Tensor:
+        # One copy a device: moving the table at every call would synchronise a GPU.
+        if device not in self._angles:
+            abar = self.alphas_cumprod.to(torch.float64)
+            table = torch.atan2((1 - abar).sqrt(), abar.sqrt() * self.data_std)
+            self._angles[device] = table.to(device)
+        return self._angles[device]
+
+    @property
+    def t_min(self) -> float:
+        return float(self._table(torch.device("cpu"))[0])
+
+    @property
+    def t_max(self) -> float:
+        return float(self._table(torch.device("cpu"))[-1])
+
+    def native(self, t: Tensor) -> Native:
+        """Between two timesteps the time is interpolated linearly in the angle; at a timestep it is exact."""
+        table = self._table(t.device)
+        # contiguous: searchsorted warns about an expanded t.
+        above = torch.searchsorted(table, t.detach().contiguous()).clamp(1, len(table) - 1)
+        low, high = table[above - 1], table[above]
+        time = (above - 1) + ((t - low) / (high - low)).clamp(0, 1)
+        cos, sin = torch.cos(t) / self.data_std, torch.sin(t)
+        norm = torch.sqrt(cos**2 + sin**2)
+        return Native(time, cos / norm, sin / norm, 1 / norm)
+
+    def angle(self, level: Tensor | float) -> Tensor:
+        level = _f64(level)
+        table = self._table(level.device)
+        below = level.floor().long().clamp(0, len(table) - 2)
+        return torch.lerp(table[below], table[below + 1], level - below)
+
+    def at_fraction(self, u: Tensor) -> Tensor:
+        table = self._table(u.device)
+        return table[(u * len(table)).long().clamp(0, len(table) - 1)]
+
+    def levels(self, steps: int) -> Tensor:
+        """DDIM with trailing spacing: the first step is at the noisiest timestep."""
+        count = len(self.alphas_cumprod)
+        if _positive_steps(steps) > count:
+            raise UserError(f"steps: {steps} is more than the teacher's {count} timesteps; give {count} or fewer")
+        # Rounded as numpy's arange(count, 0, -count / steps) rounds, which decides ties such as 937.5.
+        levels = count + torch.arange(steps, dtype=torch.float64) * ((count - count / steps) - count)
+        return levels.round() - 1
+
+    @property
+    def init_level(self) -> float:
+        return len(self.alphas_cumprod) - 1
+
+    def init_scale(self, t: float) -> float:
+        # x_native is drawn as plain N(0, I), so x_t is that over the scale.
+        return 1 / float(self.native(_f64(t)).scale)
+
+
+@dataclass(frozen=True)
+class LinearFlow:
+    """Flow matching: alpha = 1 - sigma, level sigma in [0, 1], network time `time_scale * sigma`.
+
+    `shift` moves the sampling grid and the native-uniform times, sigma' = shift sigma / (1 + (shift - 1) sigma)
+    (Esser et al. 2024, arXiv:2403.03206, section 5.3.2), never the meaning of a time. `grid`: whether the pipeline
+    lets its scheduler take its "own" row of levels or hands it the "given" one, 1, .., 1/n. `starts_at_one`: the
+    pipeline's scheduler takes any time; otherwise (pixels) only whole ones below `train_timesteps`.
+    """
+
+    shift: float = 1.0
+    data_std: float = 1.0
+    time_scale: float = 1000.0
+    train_timesteps: int = 1000
+    t_min: float = 0.0
+    grid: Literal["own", "given"] = "own"
+    starts_at_one: bool = False
+
+    @property
+    def t_max(self) -> float:
+        return math.pi / 2
+
+    def native(self, t: Tensor) -> Native:
+        cos, sin = torch.cos(t) / self.data_std, torch.sin(t)
+        norm = cos + sin
+        return Native(self.time_scale * sin / norm, cos / norm, sin / norm, 1 / norm)
+
+    def angle(self, level: Tensor | float) -> Tensor:
+        sigma = _f64(level)
+        return torch.atan2(sigma, (1 - sigma) * self.data_std)
+
+    def _shifted(self, sigma: Tensor) -> Tensor:
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+    def at_fraction(self, u: Tensor) -> Tensor:
+        return self.angle(self._shifted(u))
+
+    def levels(self, steps: int) -> Tensor:
+        """FlowMatchEulerDiscreteScheduler's: uniform between the end points of the shifted range, then shifted."""
+        if self.grid == "given":
+            return self.trailing(steps)
+        # The scheduler takes both ends from its already shifted training table, and shifts once more.
+        ends = self._shifted(torch.tensor([1.0, 1.0 / self.train_timesteps], dtype=torch.float64))
+        sigma = torch.linspace(float(ends[0]), float(ends[1]), _positive_steps(steps), dtype=torch.float64)
+        return self._shifted(sigma)
+
+    def trailing(self, steps: int) -> Tensor:
+        """1, .., 1/n shifted: what is left after k of n steps is a whole step."""
+        return self._shifted(torch.arange(_positive_steps(steps), 0, -1, dtype=torch.float64) / steps)
+
+    @property
+    def init_level(self) -> float:
+        return 1.0 if self.starts_at_one else 1 - 1 / self.train_timesteps
+
+    def init_scale(self, t: float) -> float:
+        return 1 / float(self.native(_f64(t)).scale)
+
+
+@dataclass(frozen=True)
+class EDM:
+    """Karras et al. 2022 (arXiv:2206.00364): alpha = 1, level sigma, network time `time_scale * ln(sigma)`.
+
+    The network's input is c_in x_native, which is x_t itself. `unit_init`: the initial noise has the standard
+    deviation sqrt(sigma^2 + 1) of diffusers' EDMEulerScheduler instead of sigma (CMStochasticIterative).
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    data_std: float = 0.5
+    rho: float = 7.0
+    time_scale: float = 0.25
+    unit_init: bool = True
+
+    @property
+    def t_min(self) -> float:
+        return math.atan(self.sigma_min / self.data_std)
+
+    @property
+    def t_max(self) -> float:
+        return math.atan(self.sigma_max / self.data_std)
+
+    def native(self, t: Tensor) -> Native:
+        sigma = self.data_std * torch.tan(t.clamp(self.t_min, self.t_max))
+        one = torch.ones_like(sigma)
+        return Native(self.time_scale * torch.log(sigma), one, sigma, one)
+
+    def angle(self, level: Tensor | float) -> Tensor:
+        return torch.atan(_f64(level) / self.data_std)
+
+    def _karras(self, u: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (low + u * (high - low)) ** self.rho
+
+    def at_fraction(self, u: Tensor) -> Tensor:
+        return self.angle(self._karras(u))
+
+    def levels(self, steps: int) -> Tensor:
+        """Eq. 5 of the paper."""
+        return self._karras(torch.linspace(1, 0, _positive_steps(steps), dtype=torch.float64))
+
+    @property
+    def init_level(self) -> float:
+        return self.sigma_max
+
+    def init_scale(self, t: float) -> float:
+        sigma = self.data_std * math.tan(t)
+        return math.sqrt((sigma**2 + self.unit_init) / (sigma**2 + self.data_std**2))
+
+
+@dataclass(frozen=True)
+class TrigFlow:
+    """The normal form itself (Lu & Song 2024, arXiv:2410.11081): level, time and angle are one."""
+
+    data_std: float = 1.0
+    t_min: float = 0.0
+    t_max: float = math.pi / 2
+
+    def native(self, t: Tensor) -> Native:
+        return Native(t, torch.cos(t) / self.data_std, torch.sin(t), torch.ones_like(t))
+
+    def angle(self, level: Tensor | float) -> Tensor:
+        return _f64(level)
+
+    def at_fraction(self, u: Tensor) -> Tensor:
+        return self.t_min + u * (self.t_max - self.t_min)
+
+    def levels(self, steps: int) -> Tensor:
+        return torch.linspace(self.t_max, 0, _positive_steps(steps) + 1, dtype=torch.float64)[:-1]
+
+    @property
+    def init_level(self) -> float:
+        return self.t_max
+
+    def init_scale(self, t: float) -> float:
+        return 1.0
+
+
+def sampling_grid(schedule: Schedule, steps: int) -> Tensor:
+    """(steps + 1,) the angles of `schedule.levels(steps)`, and zero."""
+    return torch.cat([schedule.angle(schedule.levels(steps)), torch.zeros(1, dtype=torch.float64)])
+
+
+def student_levels(schedule: Schedule, steps: int) -> Tensor:
+    """(steps,) descending levels that divide the way to clean data, each one a student's starting point.
+
+    The stock grids of EDM and flow matching end at their least noise; a few-step student would waste a pass
+    there, so EDM's are those of one more step without the last, and a flow's are the trailing ones. None is noisier
+    than where a stock scheduler can start.
+    """
+    if isinstance(schedule, LinearFlow):
+        levels = schedule.trailing(steps)
+    else:
+        levels = schedule.levels(steps + 1)[:-1] if isinstance(schedule, EDM) else schedule.levels(steps)
+    return levels.clamp(max=schedule.init_level)
+
+
+def lcm_indices(points: int, steps: int) -> list[int]:
+    """Which of the `points` of LCM's grid its sampler of so many steps takes (Luo et al. 2023, arXiv:2310.04378)."""
+    return [i * points // steps for i in range(steps)]
+
+
+def student_grid(schedule: Schedule, steps: int) -> Tensor:
+    """(steps + 1,) the angles of `student_levels(schedule, steps)`, and zero."""
+    return torch.cat([schedule.angle(student_levels(schedule, steps)), torch.zeros(1, dtype=torch.float64)])
+
+
+def _betas(config: dict) -> Tensor:
+    if config.get("trained_betas") is not None:
+        return _f64(config["trained_betas"])
+    count = config.get("num_train_timesteps", 1000)
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    name = config.get("beta_schedule", "linear")
+    if name == "linear":
+        return torch.linspace(start, end, count, dtype=torch.float64)
+    if name == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+    if name == "sigmoid":
+        return torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float64)) * (end - start) + start
+    if name == "squaredcos_cap_v2":
+        u = torch.arange(count + 1, dtype=torch.float64) / count
+        abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+    known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid"
+    raise UserError(f"beta_schedule: {name!r} is not supported; use one of {known}, or trained_betas")
+
+
+def _zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Lin et al. 2023 (arXiv:2305.08891), Algorithm 1: keep sqrt(abar_0), shift sqrt(abar_T) to zero."""
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

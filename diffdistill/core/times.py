@@ -1,0 +1,84 @@
+"""Distributions over the angle t, and a grid of it; each returns (n,) float64 angles."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffdistill.core.schedule import Schedule
+from diffdistill.errors import UserError
+
+
+def check_range(time_low: float, time_high: float) -> None:
+    """UserError unless the options time_low and time_high leave something between them."""
+    if time_low >= time_high:
+        raise UserError(f"time_low: {time_low} must be less than time_high ({time_high})")
+
+
+def _uniform(n: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
+
+
+def _normal(n: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(n, generator=generator, device=generator.device, dtype=torch.float64)
+
+
+def native_uniform(
+    schedule: Schedule, n: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0
+) -> Tensor:
+    """Uniform in the schedule's own time between the fractions low and high of it.
+
+    Timesteps for DiscreteVP, the shifted sigma for LinearFlow, the index into the Karras grid for EDM.
+    """
+    return schedule.at_fraction(low + (high - low) * _uniform(n, generator))
+
+
+def log_normal(schedule: Schedule, n: int, generator: torch.Generator, mean: float, std: float) -> Tensor:
+    """ln sigma ~ N(mean, std^2) with sigma = data_std tan(t) (Karras et al. 2022, table 1)."""
+    sigma = torch.exp(mean + std * _normal(n, generator))
+    return torch.atan(sigma / schedule.data_std)
+
+
+def edm_log_normal(schedule: Schedule, n: int, generator: torch.Generator, mean: float, std: float) -> Tensor:
+    """EDM's ln sigma ~ N(mean, std^2) at its data_std of 0.5, whatever the schedule's: the same angles for all.
+
+    Clamped to the angles that the schedule knows.
+    """
+    sigma = torch.exp(mean + std * _normal(n, generator))
+    return _edm_angle(schedule, sigma)
+
+
+def edm_karras(schedule: Schedule, n: int, generator: torch.Generator, low: float, high: float) -> Tensor:
+    """Uniform between the fractions low and high of EDM's grid, sigma from 0.002 to 80 with rho = 7 at data_std 0.5.
+
+    Fraction 0 is sigma = 0.002; the angles are the same for all schedules, clamped to those that this one knows.
+    """
+    first, last = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    u = low + (high - low) * _uniform(n, generator)
+    return _edm_angle(schedule, (first + u * (last - first)) ** 7)
+
+
+def _edm_angle(schedule: Schedule, sigma: Tensor) -> Tensor:
+    return torch.atan(sigma / 0.5).clamp(schedule.t_min, schedule.t_max)
+
+
+def logit_normal(schedule: Schedule, n: int, generator: torch.Generator, mean: float, std: float) -> Tensor:
+    """logit of the flow time sigma/(alpha + sigma) ~ N(mean, std^2) (Esser et al. 2024, section 3.1)."""
+    sigma = torch.sigmoid(mean + std * _normal(n, generator))
+    return torch.atan2(sigma, (1 - sigma) * schedule.data_std)
+
+
+def karras_grid(schedule: Schedule, n: int, rho: float = 7.0) -> Tensor:
+    """Descending, evenly spaced in tan(t)^(1/rho): the grid of consistency models (Karras et al. 2022, eq. 5).
+
+    From the schedule's noisiest angle to its cleanest, and within EDM's own range (sigma 80 to 0.002 at
+    data_std 0.5) where those are pure noise or pure data, for which tan(t) is infinite or zero.
+    """
+    low = schedule.t_min or math.atan(0.002 / 0.5)
+    high = min(schedule.t_max, math.atan(80.0 / 0.5))
+    first, last = (math.tan(t) ** (1 / rho) for t in (high, low))
+    grid = torch.atan(torch.linspace(first, last, n, dtype=torch.float64) ** rho)
+    grid[0], grid[-1] = high, low  # to the last bit: a method asks whether it is at an end
+    return grid

@@ -1,0 +1,292 @@
+"""Prompts and images of a text-to-image teacher, encoded once: training then loads neither text encoder nor VAE.
+
+A folder holds shards of conditions and, where the data have images, latents, in safetensors; the conditions of "no
+prompt"; and an index with every setting and a fingerprint of the encoders. Row i is a function of row i of the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from diffdistill.config import EncodeConfig
+from diffdistill.core.denoiser import Cond
+from diffdistill.data.folder import read_lines
+from diffdistill.data.hub import Ended, open_stream, open_texts, parquet_files
+from diffdistill.data.images import Data, open_data, stream_data
+from diffdistill.data.shards import (
+    Kind,
+    device_for,
+    hash_file,
+    is_whole,
+    make,
+    mapped,
+    open_shards,
+    read_index,
+    rows,
+    start,
+)
+from diffdistill.errors import UserError
+from diffdistill.families import FAMILIES, NOT_LOADED, Family, Prompt, describe, family_of, load_pipeline, local_folder
+from diffdistill.files import atomic_write
+from diffdistill.options import build
+from diffdistill.players.teacher import Teacher
+
+KIND = Kind("encode", "encoded prompts", "prompt")
+_NULL = "null.safetensors"
+
+
+def fingerprint(folder: Path, family: Family) -> str:
+    """16 hex digits of what encodes: configs and weights of the VAE and the text encoders, tokenizers too."""
+    assert family.autoencoder is not None
+    digest = hashlib.blake2b(digest_size=8)
+    for part in sorted({"vae", *(family.text.components if family.text else ())}):
+        for path in sorted((folder / part).glob("*")):
+            copy = any(fnmatch(path.name, pattern) for pattern in NOT_LOADED)
+            if path.suffix in (".json", ".safetensors", ".txt", ".model") and not copy:
+                digest.update(f"{part}/{path.name}".encode())
+                hash_file(digest, path)
+    return digest.hexdigest()
+
+
+def read_prompts(path: Path) -> list[str]:
+    """A prompt a line of .txt, or the "prompt", "caption" or "text" of .jsonl; UserError if it holds none."""
+    found = []
+    for number, line in enumerate(read_lines(path, "prompts"), 1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            found.append(_of_json(path, number, line))
+        else:
+            found.append(line.strip())
+    if not found:
+        raise UserError(f"prompts: {path} holds no prompt; write one on each line")
+    return found
+
+
+def _of_json(path: Path, number: int, line: str) -> str:
+    names = ("prompt", "caption", "text")
+    try:
+        row = json.loads(line)
+        return next(row[name] for name in names if isinstance(row.get(name), str))
+    except (ValueError, AttributeError, StopIteration):
+        wanted = ", ".join(map(repr, names))
+        raise UserError(f"prompts: line {number} of {path} is no object with a text called {wanted}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A finished folder, memory-mapped: of a large one only what is read is in memory."""
+
+    folder: Path
+    settings: dict[str, Any]
+    shards: list[dict[str, Tensor]]
+    null: Cond = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.settings["count"]
+
+    @property
+    def size(self) -> dict[str, int | None]:
+        """What `load_teacher` is to be told for samples of this size."""
+        return {"resolution": self.settings["resolution"], "frames": self.settings["frames"]}
+
+    @property
+    def has_images(self) -> bool:
+        return "latents" in self.shards[0]
+
+    def get(self, indices: Tensor) -> tuple[Tensor | None, Cond]:
+        """Latents (B, ...) if there are any, and conditions (B, ...), at int64 indices (B,), in that order.
+
+        In float32, also where they are stored in bfloat16.
+        """
+        columns = _wide(rows(self.shards, self.settings["shard_size"], len(self), indices))
+        return columns.pop("latents", None), columns
+
+    def draw(self, n: int, generator: torch.Generator) -> Cond:
+        """Conditions of n prompts drawn uniformly, on the generator's device."""
+        picked = torch.randint(len(self), (n,), generator=generator, device=generator.device)
+        return {key: value.to(generator.device) for key, value in self.get(picked.cpu())[1].items()}
+
+
+def encode(**values: Any) -> Path:
+    """`diffdistill encode`: encode prompts, or images with captions, or what is still missing; returns the folder.
+
+    Options are those of the command, with underscores. Raises UserError for whatever cannot be used.
+    """
+    config = build(EncodeConfig, values)
+    folder, out, device = local_folder(config.teacher), Path(config.out), device_for(config.device)
+    family, _ = family_of(folder)
+    if family.autoencoder is None:
+        raise UserError(f"teacher: {config.teacher!r} works on pixels, where there is nothing to encode")
+    if (config.prompts is None) == (config.data is None):
+        raise UserError("encode: give either --prompts (a .txt, .jsonl) or --data (images with captions, or classes)")
+    if config.prompts is not None and family.text is None:
+        raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
+    shape, dtype = describe(folder, config.resolution, config.frames).shape, getattr(torch, config.teacher_dtype)
+    size = family.pixels(folder, shape)
+    images: Data | None = None
+    texts: Callable[[range], list[str]] | None = None
+    if config.data is not None:
+        if len(shape) != 3:
+            raise UserError("data: images for a video model; give --prompts")
+        if config.streaming:
+            images = stream_data(config.data, count=config.count, resolution=size[0], channels=3)
+        else:
+            images = open_data(config.data, resolution=size[0], channels=3)
+        needed = "captions" if family.text else "class labels"
+        first = images.get(torch.arange(1))
+        if (first.captions if family.text else first.labels) is None:
+            raise UserError(f"data: {config.data!r} has no {needed}, which {family.name} is conditioned on")
+        count, source = min(len(images), config.count or len(images)), images.fingerprint
+    else:
+        texts, count, source = _prompts(str(config.prompts), config.count, config.streaming)
+    settings: dict[str, Any] = {
+        "fingerprint": fingerprint(folder, family),
+        "family": family.name,
+        "shape": list(shape),
+        "pixels": list(size),
+        "resolution": config.resolution,
+        "frames": config.frames,
+        "embedded_guidance": config.embedded_guidance,
+        "teacher_dtype": None if dtype == torch.float32 else config.teacher_dtype,  # None: as folders without it are
+        "source": source,
+        "count": count,
+        "shard_size": config.shard_size,
+    }
+    if config.streaming:
+        settings["asked"] = count
+        if (out / KIND.index).exists():  # it may have turned out that there are fewer
+            made = read_index(KIND, out)["settings"]
+            settings["count"] = made["count"] if made.get("asked") == count else count
+    index = start(KIND, out, settings, {"teacher": config.teacher})
+
+    @cache
+    def pipeline() -> Any:  # only if something is missing
+        loaded = load_pipeline(folder, leave_out=(family.component,), device=device, dtype=dtype)
+        if dtype == torch.float16 and getattr(loaded.vae.config, "force_upcast", False):
+            loaded.vae.float()  # it says that it overflows otherwise; the stock pipelines do so too
+        return loaded
+
+    prompt = Prompt(size, config.embedded_guidance)
+
+    def stored(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What bfloat16 encoders give is stored as it is, what float16 ones give in float32."""
+        if dtype == torch.float16 and not all(bool(value.isfinite().all()) for value in columns.values()):
+            raise UserError(f"teacher_dtype: {family.name} overflows in float16; use bfloat16 or float32")
+        halves = {key: value.float() for key, value in columns.items() if value.dtype == torch.float16}
+        return {key: value.cpu().contiguous() for key, value in (columns | halves).items()}
+
+    def produce(indices: range) -> dict[str, Tensor]:
+        columns: dict[str, Tensor] = {}
+        captions = None if texts is None else texts(indices)
+        if images is not None:
+            got = images.get(torch.tensor(indices))
+            captions = got.captions
+            vae = pipeline().vae
+            columns["latents"] = family.autoencoder.encode(vae, got.images.to(device, vae.dtype))  # type: ignore[union-attr]
+            if family.text is None:
+                assert got.labels is not None
+                columns["class_labels"] = got.labels
+        if family.text is not None:
+            columns |= family.text.encode(pipeline(), list(captions or ()), prompt)
+        return stored(columns)
+
+    with torch.no_grad():
+        if not is_whole(out / _NULL, index.get("null")):
+            data = save(stored(family.text.null(pipeline(), prompt) if family.text else {}))
+            atomic_write(out / _NULL, data)
+            index["null"] = hashlib.sha256(data).hexdigest()
+        try:
+            make(KIND, out, index, config.batch_size, produce)
+        except Ended as end:
+            print(f"{config.data or config.prompts} has {end.rows} rows")
+            index["settings"]["count"] = end.rows
+            atomic_write(out / KIND.index, json.dumps(index, indent=2) + "\n")
+            make(KIND, out, index, config.batch_size, produce)
+    return out
+
+
+def _prompts(spec: str, count: int | None, streaming: bool) -> tuple[Callable[[range], list[str]], int, str]:
+    """The prompts of consecutive rows, how many there are, and their fingerprint."""
+    if streaming:
+        stream = open_stream(spec, "prompts")
+        return lambda i: stream.texts(stream.rows(list(i))) or [], stream.length(count), stream.fingerprint
+    texts = all_prompts(spec)[:count]
+    joined = "\n".join(texts).encode()
+    return lambda i: texts[i.start : i.stop], len(texts), hashlib.blake2b(joined, digest_size=8).hexdigest()
+
+
+def all_prompts(spec: str) -> list[str]:
+    base, _, split = spec.partition("#")
+    path, held = Path(spec).expanduser(), Path(base).expanduser()
+    if path.suffix in (".txt", ".jsonl"):
+        return read_prompts(path)
+    if held.exists() or parquet_files(held):
+        return open_texts(str(held), split or None)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
+        return open_texts(base, split or None)
+    known = "a .txt, .jsonl or .parquet file or pattern of them, a save_to_disk folder or a Hugging Face dataset"
+    raise UserError(f"prompts: {spec!r} is of no known kind; give {known}")
+
+
+def open_encoded(folder: str | Path) -> Encoded:
+    """A folder made by `encode`; every checksum is verified. UserError if it is not finished or damaged."""
+    folder = Path(folder)
+    settings, shards = open_shards(KIND, folder)
+    if not is_whole(folder / _NULL, read_index(KIND, folder).get("null")):
+        raise UserError(f"encode: {folder / _NULL} is missing or damaged; run {KIND.made_by} again")
+    keys = [sorted((name, tuple(v.shape[1:])) for name, v in shard.items()) for shard in shards]
+    if any(key != keys[0] for key in keys):
+        raise UserError(f"encode: the shards of {str(folder)!r} differ in columns or shapes; make the folder anew")
+    return Encoded(folder, settings, shards, _wide(mapped(KIND, folder / _NULL)))
+
+
+def _wide(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in columns.items()}
+
+
+def check_encoded(encoded: Encoded, folder: Path, family: Family, shape: Sequence[int]) -> None:
+    """UserError unless the folder was made with this teacher's encoders and size."""
+    made, found = encoded.settings, fingerprint(folder, family)
+    if (made["family"], made["fingerprint"]) != (family.name, found):
+        raise UserError(
+            f"prompts: {str(encoded.folder)!r} was made by another model ({made['family']} {made['fingerprint']}; this "
+            f"one is {family.name} {found}); encode with this one"
+        )
+    if tuple(made["shape"]) != tuple(shape):
+        raise UserError(
+            f"prompts: {str(encoded.folder)!r} was made for samples of shape {tuple(made['shape'])}; "
+            f"here they are {tuple(shape)}; give the same --resolution"
+        )
+
+
+def decoder(teacher: Teacher) -> Callable[[Tensor], Tensor]:
+    """Latents (B, ...) -> images (B, 3, H, W) in [-1, 1] by the teacher's VAE, which is loaded for the call alone."""
+    entry = FAMILIES.get(teacher.family)
+    if entry is None or entry.autoencoder is None:
+        return lambda images: images
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        assert entry is not None and entry.autoencoder is not None
+        pipeline = load_pipeline(local_folder(teacher.source), only=("vae",), device=latents.device)
+        vae = pipeline.vae
+        for saving in ("enable_slicing", "enable_tiling"):
+            if hasattr(vae, saving) and latents.shape[-1] > 64:
+                getattr(vae, saving)()
+        images = entry.autoencoder.decode(vae, latents)
+        return images[:, :, 0] if images.ndim == 5 else images
+
+    return decode

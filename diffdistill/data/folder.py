@@ -1,0 +1,282 @@
+"""Folders of images, and encoded images in general: what shape they have, and how they are decoded.
+
+Use `data.open_data`, which turns the `Pictures` found here and in `data_hub` into `Data`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from diffdistill.errors import UserError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_SPLITS = {"train", "test", "val", "valid", "validation"}
+_GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"}
+_ORIENTATION = 0x0112  # the EXIF tag; with values 5 to 8 width and height change places
+
+# An image: where its file lies (a path, or zip://NAME::ARCHIVE), the bytes of one, or pixel values 0..255.
+Source = str | bytes | list[Any] | None
+
+
+class Pictures(NamedTuple):
+    """Images that are decoded when they are read, at least one."""
+
+    size: int
+    fetch: Callable[[list[int]], list[Source]]
+    title: Callable[[int], str]  #: names one image to the user
+    classes: Tensor | None  #: int64 (size,)
+    num_classes: int | None
+    texts: Callable[[list[int]], list[str]] | None
+    fingerprint: str  #: 16 hex digits
+
+
+def open_folder(path: Path, split: str | None) -> Pictures:
+    """A folder of image files, at any depth; hidden files and folders are passed over.
+
+    With a metadata.jsonl, its rows are the samples. Else, where all images lie in several sub-folders, the
+    sub-folders are the classes, in sorted order.
+    """
+    root = path / split if split else path
+    metadata = root / "metadata.jsonl"
+    listing, captions, labels = b"", None, None
+    if metadata.is_file():
+        files, captions, labels = _read_metadata(metadata)
+        listing = metadata.read_bytes()
+    else:
+        files = sorted(_walk(root))
+        tops = {file.partition("/")[0] for file in files if "/" in file}
+        if not root.is_dir():
+            raise UserError(f"data: {path} has no split {split!r}; {root} is not a folder")
+        if not split and "train" in tops and tops <= _SPLITS:
+            return open_folder(path, "train")
+        loose = next((file for file in files if "/" not in file), None)
+        if loose and len(tops) > 1:
+            raise UserError(f"data: {root} has classes in {sorted(tops)[:3]} but {loose} is in none of them")
+        if len(tops) > 1:
+            labels = [file.partition("/")[0] for file in files]
+    if not files:
+        raise UserError(f"data: {root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    digest = hashlib.blake2b(listing, digest_size=8)
+    for file in files:
+        digest.update(f"{file}\0{(root / file).stat().st_size}\n".encode())
+
+    def title(i: int) -> str:
+        return str(root / files[i])
+
+    def fetch(indices: list[int]) -> list[Source]:
+        return [title(i) for i in indices]
+
+    classes, num_classes = class_numbers(labels, len(files), str(metadata))
+    texts = None if captions is None else lambda indices: [captions[i] for i in indices]
+    return Pictures(len(files), fetch, title, classes, num_classes, texts, digest.hexdigest())
+
+
+def holds_images(root: Path) -> bool:
+    return (root / "metadata.jsonl").is_file() or any(_walk(root))
+
+
+def read_lines(path: Path, field: str) -> list[str]:
+    """A text's lines; UserError, which names the user's `field`, where it is no UTF-8 or cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{field}: {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{field}: {path} cannot be read ({error.strerror})") from None
+    # Not the codec utf-8-sig, which does not count the mark's bytes, nor splitlines, which cuts at U+2028 too.
+    return text.removeprefix("\ufeff").split("\n")
+
+
+def _walk(root: Path) -> Iterator[str]:
+    # Not rglob: before Python 3.13 it does not enter linked folders, of which subsets are often made.
+    for folder, inner, files in os.walk(root, followlinks=True):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                yield (Path(folder) / name).relative_to(root).as_posix()
+
+
+def _read_metadata(path: Path) -> tuple[list[str], list[str] | None, list[Any] | None]:
+    """Files, captions and labels of an imagefolder's metadata.jsonl (file_name, text or caption, label)."""
+    rows = []
+    for number, line in enumerate(read_lines(path, "data"), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise UserError(f"data: {path}, line {number} is not JSON ({error})") from error
+        if row is None:
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise UserError(f"data: {path}, line {number} has no 'file_name'; give one JSON object a line")
+        if not (path.parent / row["file_name"]).is_file():
+            raise UserError(f"data: {path}, line {number}: the file {row['file_name']!r} does not exist")
+        rows.append(row)
+    captions = [row.get("text", row.get("caption")) for row in rows]
+    labels = [row.get("label") for row in rows]
+    given = any(caption is not None for caption in captions)
+    return (
+        [row["file_name"] for row in rows],
+        ["" if caption is None else str(caption) for caption in captions] if given else None,
+        labels if any(label is not None for label in labels) else None,
+    )
+
+
+def class_numbers(labels: Tensor | list[Any] | None, size: int, where: str) -> tuple[Tensor, int] | tuple[None, None]:
+    """Labels as int64 (size,), and how many classes: whole numbers from 0 stay, names take their sorted place."""
+    if labels is None:
+        return None, None
+    if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
+        number = {label: i for i, label in enumerate(sorted(set(labels)))}
+        labels = [number[label] for label in labels]
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    numbers = found.long().flatten()
+    if found.is_floating_point() or len(numbers) != size or int(numbers.min()) < 0:
+        wanted = "one for each image, a whole number from 0 or a name"
+        raise UserError(f"data: labels of {where} cannot be used; give {wanted}")
+    return numbers, int(numbers.max()) + 1
+
+
+def channels_first(images: Tensor, where: object) -> Tensor:
+    """(N, H, W), (N, H, W, C) or (N, C, H, W) as (N, C, H, W), with C one of 1, 3, 4 and N at least 1."""
+    shape = tuple(images.shape)
+    if images.numel() and images.ndim == 3:
+        return images[:, None]
+    if images.numel() and images.ndim == 4:
+        first, last = shape[1] in (1, 3, 4), shape[3] in (1, 3, 4)
+        if first and (not last or shape[2] == shape[3]):  # if both could be channels, pictures are square
+            return images
+        if last:
+            return images.permute(0, 3, 1, 2)
+    wanted = "(N, H, W), (N, H, W, C) or (N, C, H, W)"
+    raise UserError(f"data: images of {where} have the shape {shape}; give {wanted}")
+
+
+def find_shape(pictures: Pictures, resolution: int | None, channels: int | None) -> tuple[int, int, int]:
+    """(C, H, W) of all images, from as few headers as settle it; nothing is decoded.
+
+    Raises UserError at the first image that cannot be opened or, without a resolution, is of another size than
+    image 0.
+    """
+    first, all_grey = (0, 0), True
+    chunks = (list(range(i, min(i + 64, pictures.size))) for i in range(0, pictures.size, 64))
+    for i, source in enumerate(chain.from_iterable(map(pictures.fetch, chunks))):
+        with naming_image(pictures.title(i)), _opened(source) as image:
+            # Asked only where the header has EXIF: to look for it, Pillow decodes the whole of a PNG.
+            turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) >= 5
+            width, height = image.size[::-1] if turned else image.size
+            all_grey = all_grey and image.mode in _GREY_MODES
+        first = first if i else (width, height)
+        if resolution is None and (width, height) != first:
+            raise _odd_size(pictures.title(i), (width, height), first)
+        if resolution is not None and (channels is not None or not all_grey):
+            break  # nothing that later images could change
+    width, height = (resolution, resolution) if resolution else first
+    return channels or (1 if all_grey else 3), height, width
+
+
+def decode(
+    pictures: Pictures, indices: list[int], shape: tuple[int, int, int], resize: bool, resample: str | None = None
+) -> Tensor:
+    """The images (B, *shape), float32 in [-1, 1]; the middle square of each is brought to `shape` by `resize`.
+
+    `resample`: one of Pillow's filters, on the square alone. None is bicubic, skips what is finer than a third of our
+    pixels, and looks beyond the square's edges.
+    """
+    sources, titles = pictures.fetch(indices), map(pictures.title, indices)
+    # Threads, not processes: Pillow lets go of the interpreter lock while it decodes and resizes.
+    with ThreadPoolExecutor() as pool:
+        decoded = pool.map(lambda source, title: _decode_one(source, title, shape, resize, resample), sources, titles)
+        return torch.stack(list(decoded)).float() / 127.5 - 1
+
+
+def _decode_one(source: Source, title: str, shape: tuple[int, int, int], resize: bool, resample: str | None) -> Tensor:
+    """One image as uint8 (C, H, W). Raises UserError naming it if it is broken or does not fit `shape`."""
+    channels, height, width = shape
+    with naming_image(title), _opened(source) as opened:
+        if (
+            resize and resample is None
+        ):  # a JPEG can be decoded at a fraction of its size; three times ours loses nothing
+            opened.draft(None, (3 * width, 3 * height))
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip at 255
+            image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("L" if channels == 1 else "RGB")
+        if resize and image.size != (width, height):
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            box = (left, top, left + side, top + side)
+            if resample is None:
+                image = image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+            else:
+                image = image.crop(box).resize((width, height), Image.Resampling[resample.upper()])
+        pixels = torch.from_numpy(np.array(image))
+    if image.size != (width, height):  # the header scan misses an orientation that follows a PNG's pixels
+        raise _odd_size(title, image.size, (width, height))
+    return pixels.reshape(height, width, channels).permute(2, 0, 1)
+
+
+def _opened(source: Source) -> Image.Image:
+    if isinstance(source, str) and not source.startswith("zip://"):
+        return Image.open(source)  # not by way of `content`: where a header is enough, no more is read
+    found = content(source)
+    if isinstance(found, bytes):
+        return Image.open(io.BytesIO(found))
+    pixels = channels_first(torch.as_tensor(found)[None], "this row")[0]
+    if pixels.is_floating_point() or int(pixels.min()) < 0 or int(pixels.max()) > 255:
+        raise ValueError("its values are not whole numbers in 0..255")
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).to(torch.uint8).numpy())
+
+
+def content(source: Source) -> bytes | list[Any]:
+    """What the file of an image holds, or the image itself where it lies in none."""
+    if source is None:
+        raise ValueError("it is missing")
+    if not isinstance(source, str):
+        return source
+    if source.startswith("zip://"):
+        inside, _, archive = source.removeprefix("zip://").partition("::")
+        return _archive(archive).read(inside)
+    return Path(source).read_bytes()
+
+
+@lru_cache(maxsize=16)  # data sets on the Hub are often a few archives; each has a long table to read
+def _archive(path: str) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+@contextmanager
+def naming_image(title: str) -> Iterator[None]:
+    """Turns whatever goes wrong with an image into a UserError that names it."""
+    try:
+        yield
+    except Exception as error:  # Pillow's decoders raise many unrelated types
+        # Pillow's own words for the first name a file object by its address.
+        why = "its content is no image" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"data: cannot read the image {title}: {why}") from error
+
+
+def _odd_size(title: str, found: tuple[int, int], first: tuple[int, int]) -> UserError:
+    sizes = f"{found[0]}x{found[1]} where the first image is {first[0]}x{first[1]}"
+    return UserError(f"data: {title} is {sizes}; give --resolution to bring all images to one size")

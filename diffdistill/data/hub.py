@@ -1,0 +1,296 @@
+"""Data sets that Hugging Face's `datasets` reads: by their id, from parquet files, or as save_to_disk left them.
+
+What `open_hub` opens is downloaded and read in any order; what `open_stream` opens is read from its first row on, as it
+comes, and never on disk.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.data.folder import Pictures, Source, class_numbers, content, naming_image
+from diffdistill.data.shards import hash_file
+from diffdistill.errors import UserError
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """The .parquet file of that name, else those that it matches as a pattern, sorted; empty if there is none."""
+    if path.suffix != ".parquet":
+        return []
+    return [path] if path.is_file() else [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+
+
+def _named(files: list[Path]) -> list[str]:
+    """For `load_dataset`, which takes names for patterns."""
+    return [glob.escape(str(file)) for file in files]
+
+
+def is_saved(path: Path) -> bool:
+    """Whether save_to_disk wrote this folder."""
+    return any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+
+
+def _library(failed: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{failed}: that needs pip install 'diffdistill[datasets]'") from error
+    return datasets
+
+
+def _load(source: str, split: str | None, failed: str) -> tuple[Any, Any]:
+    """The library, and the table of that source; UserError, which begins with `failed`, where it cannot be read."""
+    datasets, part = _library(failed), split or "train"
+    try:
+        if is_saved(Path(source)):
+            table = datasets.load_from_disk(source)
+            splits = table if isinstance(table, dict) else {str(table.split or "train"): table}
+            if part not in splits and (split or len(splits) > 1):
+                raise ValueError(f"it has no split {part!r}, but {sorted(splits)}")
+            table = splits.get(part) or next(iter(splits.values()))
+        elif source.endswith(".parquet"):
+            files = _named(parquet_files(Path(source)))
+            table = datasets.load_dataset("parquet", data_files=files or source, split=part)
+        else:
+            table = datasets.load_dataset(source, split=part)
+    except Exception as error:  # the library passes on what its network and file layers raise
+        raise UserError(f"{failed}: {_one_line(error)}") from error
+    return datasets, table
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _text_column(features: Any) -> str | None:
+    return next((name for name in ("prompt", "caption", "text") if name in features), None)
+
+
+def _image_columns(datasets: Any, features: Any) -> tuple[str | None, str | None, str | None]:
+    """The columns of the image, the label and the caption."""
+    pictures = [c for c in ("image", "img", "pixel_values") if c in features]
+    pictures += [c for c in features if isinstance(features[c], datasets.Image)]
+    scalar = [c for c in features if isinstance(features[c], (datasets.Value, datasets.ClassLabel))]
+    label = next((c for c in ("label", "labels", "cls") if c in scalar), None)
+    caption = next((c for c in ("text", "caption", "txt") if c in scalar and "string" in features[c].dtype), None)
+    return next(iter(pictures), None), label, caption
+
+
+def _encoded_images(datasets: Any, table: Any, picture: str) -> Any:
+    """The table with images as they are stored: decoded by us, a bad one can be named."""
+    if not isinstance((table.features or {}).get(picture), datasets.Image):
+        return table
+    return table.cast_column(picture, datasets.Image(decode=False))
+
+
+def open_texts(source: str, split: str | None) -> list[str]:
+    """The column prompt, caption or text of such a data set."""
+    _, table = _load(source, split, f"prompts: {source!r} cannot be read as a Hugging Face dataset")
+    column = _text_column(table.features)
+    if column is None or not len(table):
+        held = f"{len(table)} rows with the columns {list(table.features)}"
+        raise UserError(f"prompts: {source!r} has {held}; give at least one row, with a 'prompt', 'caption' or 'text'")
+    return [text or "" for text in table.with_format(None).select_columns([column])[:][column]]
+
+
+def open_hub(source: str, split: str | None, doubt: str = "") -> Pictures:
+    """An id, a .parquet file or a folder on this machine; `doubt` opens the message where it cannot be read.
+
+    The images are the column image, img or pixel_values, else the first of type Image; the labels label, labels or
+    cls; the captions text, caption or txt.
+    """
+    datasets, table = _load(source, split, f"data: {source!r} {doubt}cannot be read as a Hugging Face dataset")
+    table, features = table.with_format(None), table.features  # a saved format would turn images into tensors
+    picture, label, caption = _image_columns(datasets, features)
+    if picture is None or not len(table):
+        rows = f"{len(table)} rows with the columns {list(features)}"
+        raise UserError(f"data: {source!r} has {rows}; give at least one row, with an 'image'")
+    encoded = _encoded_images(datasets, table.select_columns([picture]), picture)
+
+    def fetch(indices: list[int]) -> list[Source]:
+        return [v["bytes"] or v["path"] if isinstance(v, dict) else v for v in encoded[indices][picture]]
+
+    def title(i: int) -> str:
+        return f"{source}, row {i}"
+
+    def texts(indices: list[int]) -> list[str]:
+        return [text or "" for text in table.select_columns([caption])[indices][caption]]
+
+    labels = table.select_columns([label])[:][label] if label else None
+    classes, num_classes = class_numbers(labels, len(table), f"{source!r}")
+    if label and isinstance(features[label], datasets.ClassLabel):
+        num_classes = len(features[label].names or []) or num_classes
+    # The library's own fingerprint depends on where the data lies.
+    digest = hashlib.blake2b(f"{len(table)} {list(features)} {labels}".encode(), digest_size=8)
+    some = sorted({i * len(table) // 64 for i in range(64)})
+    for i, value in zip(some, fetch(some), strict=True):
+        with naming_image(title(i)):
+            found = content(value)
+        digest.update(found if isinstance(found, bytes) else str(found).encode())
+    digest.update(str(texts(some) if caption else None).encode())
+    return Pictures(len(table), fetch, title, classes, num_classes, texts if caption else None, digest.hexdigest())
+
+
+class Ended(Exception):
+    """A stream has fewer rows than were asked for."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(f"the data end after {rows} rows")
+        self.rows = rows
+
+
+class Stream:
+    """A data set that is read row by row, in its order, and never kept.
+
+    `size` is its length where something tells it, `num_classes` that of its labels; the fingerprint is that of the
+    commit on the hub, or of the files' names and bytes, and of the first rows.
+    """
+
+    def __init__(
+        self, field: str, name: str, table: Any, columns: tuple[str | None, ...], size: int | None, told: str
+    ) -> None:
+        self.field, self.name, self.size = field, name, size
+        self._table, (self._picture, self._label, self._caption) = table, columns
+        self._next, self._rest = -1, iter(())  # the row that the iterator gives next
+        kind = (table.features or {}).get(self._label)
+        self.num_classes: int | None = len(getattr(kind, "names", None) or ()) or None
+        digest = hashlib.blake2b(f"{told} {columns}".encode(), digest_size=8)
+        rows = self._read(iter(table), 0, 16)
+        if not rows:
+            raise UserError(f"{field}: {name!r} has no row; give at least one")
+        for i, (row, image) in enumerate(zip(rows, self.images(rows), strict=True)):
+            if self._picture is not None:
+                with naming_image(self.title(i)):
+                    found = content(image)
+                digest.update(found if isinstance(found, bytes) else str(found).encode())
+            digest.update(f"{[row[column] for column in columns[1:] if column]}\n".encode())
+        self.fingerprint = digest.hexdigest()
+
+    def length(self, count: int | None) -> int:
+        """How many rows to read if `count` are wanted (None: all); UserError if nobody can say."""
+        if count is None and self.size is None:
+            raise UserError(f"count: {self.name!r} does not tell its length; give --count N, to read the first N rows")
+        return min(n for n in (count, self.size) if n is not None)
+
+    def title(self, i: int) -> str:
+        return f"{self.name}, row {i}"
+
+    def rows(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Consecutive rows; they are read on from the last ones, or anew. Raises Ended if there are not so many."""
+        first, wanted = indices[0], len(indices)
+        if first != self._next:
+            self._rest = iter(self._table.skip(first))
+        found = self._read(self._rest, first, wanted)
+        self._next = first + len(found)
+        if len(found) < wanted:
+            raise Ended(self._next)
+        return found
+
+    def images(self, rows: list[dict[str, Any]]) -> list[Source]:
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(_fetched, [row[self._picture] if self._picture else None for row in rows]))
+
+    def labels(self, rows: list[dict[str, Any]], indices: list[int]) -> Tensor | None:
+        """int64 (B,), or None if there are none; UserError for one that is no whole number."""
+        if self._label is None:
+            return None
+        found = [row[self._label] for row in rows]
+        for i, label in zip(indices, found, strict=True):
+            if not isinstance(label, int) or label < 0:
+                what = "a stream's labels are whole numbers from 0"
+                raise UserError(
+                    f"data: {self.title(i)} has the label {label!r}; {what}, leave --streaming out for names"
+                )
+        return torch.tensor(found)
+
+    def texts(self, rows: list[dict[str, Any]]) -> list[str] | None:
+        return None if self._caption is None else [row[self._caption] or "" for row in rows]
+
+    def _read(self, rest: Iterator[dict[str, Any]], first: int, wanted: int) -> list[dict[str, Any]]:
+        try:
+            return list(islice(rest, wanted))
+        except Exception as error:  # of the network, or of what reads the file
+            self._next = -1
+            told = f"the rows of {self.name!r} from {first} on cannot be read"
+            raise UserError(f"{self.field}: {told} ({_one_line(error)}); the same command goes on there") from error
+
+
+def _fetched(value: Any) -> Source:
+    """An image as `data_folder` reads it; of one that lies elsewhere, the bytes."""
+    if not isinstance(value, dict):
+        return value
+    path = value["path"]
+    if value["bytes"] is None and path and "://" in path:
+        import fsspec  # comes with datasets
+
+        try:
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+        except Exception as error:
+            raise UserError(f"data: the image {path} cannot be read ({_one_line(error)})") from error
+    return value["bytes"] or path
+
+
+def _contents(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    hash_file(digest, file)
+    return f"{file.name} {digest.hexdigest()}"
+
+
+def open_stream(spec: str, field: str) -> Stream:
+    """A hub id, .parquet file or pattern of them, or a folder that holds some; 'SPEC#split' picks a split.
+
+    field: "data", for images with captions or labels, or "prompts", for the column prompt, caption or text. Raises
+    UserError for what cannot be read so.
+    """
+    base, _, part = spec.partition("#")
+    part = part or "train"
+    path = Path(base).expanduser()
+    files = parquet_files(path)
+    held = files or (sorted(path.glob("**/*.parquet")) if base and path.is_dir() and not is_saved(path) else [])
+    if not held and (path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) or base.endswith(".parquet")):
+        raise UserError(
+            f"streaming: {spec!r} is no Hugging Face dataset (user/name) and no .parquet file that exists; other data "
+            "are read from where they lie, leave --streaming out"
+        )
+    failed = f"{field}: {base!r} cannot be read as a Hugging Face dataset"
+    datasets = _library(failed)
+    try:
+        size, told = None, [_contents(file) for file in held]
+        if files:
+            from pyarrow import parquet  # comes with datasets
+
+            size = sum(parquet.ParquetFile(file).metadata.num_rows for file in files)
+            table = datasets.load_dataset("parquet", data_files=_named(files), split=part, streaming=True)
+        elif held:
+            table = datasets.load_dataset(str(path), split=part, streaming=True)
+        else:
+            from huggingface_hub import dataset_info
+
+            commit = dataset_info(base).sha
+            told = [f"{base} {part} {commit}"]
+            table = datasets.load_dataset(base, split=part, streaming=True, revision=commit)
+        features = table.features or dict.fromkeys(next(iter(table), {}))
+    except Exception as error:
+        raise UserError(f"{failed}: {_one_line(error)}") from error
+    if size is None and table.info.splits and part in table.info.splits:
+        size = table.info.splits[part].num_examples or None
+    text = _text_column(features)
+    columns = _image_columns(datasets, features) if field == "data" else (None, None, text)
+    if (columns[0] if field == "data" else text) is None:
+        wanted = "an 'image'" if field == "data" else "a 'prompt', 'caption' or 'text'"
+        raise UserError(f"{field}: {base!r} has the columns {list(features)}; give rows with {wanted}")
+    table = table.select_columns([column for column in columns if column])
+    if columns[0]:
+        table = _encoded_images(datasets, table, columns[0])
+    return Stream(field, spec, table, columns, size, " ".join(told))

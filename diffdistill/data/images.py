@@ -1,0 +1,250 @@
+"""Images to train on, with their labels or captions: arrays, folders, Hugging Face datasets.
+
+`open_data` opens what the user names and `Data.get` reads a batch of it. `batch_indices` says which samples
+a step sees: the order is a function of (seed, step), so a resumed run needs no iterator state. Nothing is
+ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from diffdistill.data.folder import (
+    IMAGE_SUFFIXES,
+    Pictures,
+    channels_first,
+    class_numbers,
+    decode,
+    find_shape,
+    holds_images,
+    open_folder,
+)
+from diffdistill.data.hub import is_saved, open_hub, open_stream
+from diffdistill.data.shapes import draw_many
+from diffdistill.data.webdataset import named_shards, open_shards, shards_of
+from diffdistill.errors import UserError
+
+ACCEPTED = (
+    "'digits', 'shapes' or 'shapes:COUNT' (drawn, with captions), "
+    "a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl), "
+    "WebDataset shards (.tar, a folder or pattern of them), a .npz, .safetensors or .parquet file, "
+    "a save_to_disk folder, or a Hugging Face dataset (user/name)"
+)
+_DIGITS = Path(__file__).parent / "assets" / "digits.safetensors"
+
+
+class Samples(NamedTuple):
+    images: Tensor  #: float32 (B, C, H, W) in [-1, 1]
+    labels: Tensor | None  #: int64 (B,) in 0..num_classes-1
+    captions: list[str] | None  #: B texts, "" where the data has an empty one
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Images of one shape, read by index. The fingerprint tells the content of two sources apart and does
+    not depend on where they lie, nor on the resolution and channels they are read with."""
+
+    name: str
+    shape: tuple[int, int, int]  #: (C, H, W)
+    num_classes: int | None  #: None where there are no labels
+    fingerprint: str  #: 16 hex digits
+    size: int
+    read: Callable[[list[int]], Samples]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def get(self, indices: Tensor) -> Samples:
+        """The samples at int64 indices (B,), in that order.
+
+        Raises UserError for an image that cannot be read, IndexError for an index outside 0..len-1.
+        """
+        wanted: list[int] = indices.tolist()
+        if wanted and not 0 <= min(wanted) <= max(wanted) < self.size:
+            raise IndexError(f"indices {min(wanted)}..{max(wanted)} lie outside 0..{self.size - 1}")
+        return self.read(wanted)
+
+
+def open_data(
+    spec: str, *, resolution: int | None = None, channels: int | None = None, resample: str | None = None
+) -> Data:
+    """Open what `spec` names (see ACCEPTED); 'SPEC#split' picks a split, by default 'train'.
+
+    resolution: the middle square of each image is resized to this side, bicubic and antialiased, None keeps images as
+    they are. resample: encoded images are resized by this filter of Pillow's, and without the short cuts that are
+    otherwise taken. channels: 1 (grey) or 3 (RGB); None keeps what the data has, RGB if any image is.
+    Transparency is put on white, EXIF orientation is applied. Arrays are held in memory, the rest is decoded
+    batch by batch. Raises UserError if `spec` is of no known kind, or is missing, empty or unusable.
+    """
+    if resolution is not None and resolution < 1:
+        raise UserError(f"resolution: {resolution} is not an image side in pixels; give 1 or more")
+    if channels not in (None, 1, 3):
+        raise UserError(f"channels: {channels} is not a kind of image; give 1 (grey) or 3 (RGB)")
+    if spec == "digits":
+        return _open_arrays(_DIGITS, None, spec, resolution, channels, full_scale=16)
+    if drawn := re.fullmatch(r"shapes(?::([1-9]\d{0,6}))?", spec):
+        return _open_shapes(spec, int(drawn[1] or 4000), resolution, channels)
+    base, split = spec, None
+    if "#" in spec and not Path(spec).expanduser().exists():  # a path may itself hold a '#'
+        base, _, split = spec.rpartition("#")
+    path = Path(base).expanduser()
+    name = path.resolve().name + (f"#{split}" if split else "")
+    if path.is_file() and path.suffix in (".npz", ".safetensors"):
+        return _open_arrays(path, split, name, resolution, channels)
+    if path.suffix == ".tar" and path.is_file():
+        shards = [path]
+    else:
+        shards = [] if path.exists() else named_shards(str(path))
+    if shards:
+        return _open_pictures(open_shards(shards, base), name, resolution, channels, resample)
+    is_folder = bool(base) and path.is_dir() and not is_saved(path)  # an empty path would be the current folder
+    if is_folder and not holds_images(path) and (shards := shards_of(path)):
+        return _open_pictures(open_shards(shards, base), name, resolution, channels, resample)
+    if is_folder and (holds_images(path / (split or "")) or not any(path.glob("**/*.parquet"))):
+        return _open_pictures(open_folder(path, split), name, resolution, channels, resample)
+    if is_folder or is_saved(path) or (path.is_file() and path.suffix == ".parquet"):
+        return _open_pictures(open_hub(str(path), split), name, resolution, channels, resample)
+    if path.exists() or not base:
+        raise UserError(f"data: {spec!r} is of no known kind; give {ACCEPTED}")
+    # Only with an owner: `datasets` 3 takes the name pandas for a reader, and unpickles files lying about.
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base)
+    if not is_id or path.suffix in IMAGE_SUFFIXES | {".npz", ".safetensors", ".parquet"}:
+        raise UserError(f"data: {base!r} does not exist; give {ACCEPTED}")
+    pictures = open_hub(base, split, doubt=f"does not exist here (give {ACCEPTED}) and ")
+    return _open_pictures(pictures, spec, resolution, channels, resample)
+
+
+def stream_data(spec: str, *, count: int | None, resolution: int, channels: int) -> Data:
+    """The first `count` images (None: all) of a Hugging Face dataset or parquet files, read in order and never kept.
+
+    A batch that follows the last one costs nothing else; any other opens the data anew. Where they end before `count`,
+    `Data.get` raises `data_hub.Ended`. Raises UserError like `open_data`, and for a length that nobody tells.
+    """
+    stream = open_stream(spec, "data")
+    size, shape = stream.length(count), (channels, resolution, resolution)
+
+    def read(indices: list[int]) -> Samples:
+        rows = stream.rows(indices)
+        pictures = Pictures(size, lambda _: stream.images(rows), stream.title, None, None, None, stream.fingerprint)
+        return Samples(decode(pictures, indices, shape, resize=True), stream.labels(rows, indices), stream.texts(rows))
+
+    return Data(spec, shape, stream.num_classes, stream.fingerprint, size, read)
+
+
+def _open_shapes(name: str, count: int, resolution: int | None, channels: int | None) -> Data:
+    """The first pictures of seed 0 (see shapes.py)."""
+    images, captions, _ = draw_many(0, count)
+    digest = hashlib.blake2b(images.mul(127).round().to(torch.int8).numpy().data, digest_size=8).hexdigest()
+    side, channels = resolution or images.shape[2], channels or 3
+
+    def read(indices: list[int]) -> Samples:
+        batch = _resized(_recolour(images[indices], channels), side, side)
+        return Samples(batch, None, [captions[i] for i in indices])
+
+    return Data(name, (channels, side, side), None, digest, count, read)
+
+
+def _open_pictures(
+    pictures: Pictures, name: str, resolution: int | None, channels: int | None, resample: str | None
+) -> Data:
+    size, _, _, classes, num_classes, texts, fingerprint = pictures
+    shape = find_shape(pictures, resolution, channels)
+
+    def read(indices: list[int]) -> Samples:
+        images = decode(pictures, indices, shape, resize=resolution is not None, resample=resample)
+        labels = None if classes is None else classes[indices]
+        return Samples(images, labels, None if texts is None else texts(indices))
+
+    return Data(name, shape, num_classes, fingerprint, size, read)
+
+
+def _open_arrays(
+    path: Path, split: str | None, name: str, resolution: int | None, channels: int | None, full_scale: int = 255
+) -> Data:
+    """Images (N, H, W), (N, H, W, C) or (N, C, H, W) of 1, 3 or 4 (RGBA) channels, held as they are stored.
+
+    Whole numbers are 0..full_scale. Floats are [0, 1] if none is negative, else [-1, 1]; others are refused.
+    """
+    images, labels = _load_arrays(path, split)
+    images = channels_first(images, path)
+    whole = not images.is_floating_point() and images.dtype != torch.bool
+    if images.dtype != torch.uint8:
+        images = images.long() if whole else images.float()
+    low, high = float(images.min()), float(images.max())
+    least, most = (0, full_scale) if whole else (-1.001, 1.001)  # what rounding put outside is clamped
+    if not (least <= low and high <= most):  # so written, NaN is refused
+        want = f"whole numbers in 0..{full_scale}, or floats in [0, 1] or [-1, 1]"
+        raise UserError(f"data: images of {path} lie in [{low:g}, {high:g}]; give {want}")
+    images = images.to(torch.uint8) if whole else images
+    divisor, offset = (full_scale / 2, 1.0) if whole else (1.0, 0.0) if low < 0 else (0.5, 1.0)
+    classes, num_classes = class_numbers(labels, len(images), str(path))
+    digest = hashlib.blake2b(f"{tuple(images.shape)} {images.dtype} {divisor}".encode(), digest_size=8)
+    for tensor in (images, classes):
+        if tensor is not None:
+            digest.update(tensor.contiguous().numpy().data)
+    channels = channels or (1 if images.shape[1] == 1 else 3)
+    height, width = (resolution, resolution) if resolution else images.shape[2:]
+
+    def read(indices: list[int]) -> Samples:
+        batch = _resized(_recolour(images[indices].float() / divisor - offset, channels), height, width)
+        return Samples(batch, None if classes is None else classes[indices], None)
+
+    return Data(name, (channels, height, width), num_classes, digest.hexdigest(), len(images), read)
+
+
+def _resized(batch: Tensor, height: int, width: int) -> Tensor:
+    """The middle squares of images (B, C, H, W) in that size, or the images themselves if they have it; in [-1, 1]."""
+    if batch.shape[2:] != (height, width):
+        side = min(batch.shape[2:])
+        top, left = (batch.shape[2] - side) // 2, (batch.shape[3] - side) // 2
+        middle = batch[:, :, top : top + side, left : left + side]
+        batch = F.interpolate(middle, (height, width), mode="bicubic", antialias=True)
+    return batch.clamp(-1, 1)
+
+
+def _load_arrays(path: Path, split: str | None) -> tuple[Tensor, Tensor | None]:
+    """The images and, if there are any, the labels of a .npz or .safetensors file, found by name."""
+    is_safetensors, part, whole = path.suffix == ".safetensors", split or "train", not split
+    names = [f"{part}_images", f"x_{part}"] + ["images", "image", "x", "data", "arr_0"] * whole
+    label_names = [f"{part}_labels", f"y_{part}"] + ["labels", "label", "y", "arr_1"] * whole
+
+    def load(key: str) -> Tensor:
+        if is_safetensors:
+            return file.get_tensor(key)
+        array = file[key]
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+    try:
+        opened: Any = safe_open(path, "pt") if is_safetensors else np.load(path, allow_pickle=False)
+        with opened as file:
+            held = sorted(file.keys())
+            images, labels = (next((load(k) for k in keys if k in held), None) for keys in (names, label_names))
+    except Exception as error:  # zipfile, numpy and safetensors raise many unrelated types
+        pickled = "it holds pickled objects, which are never loaded; save plain arrays"
+        why = pickled if "pickle" in str(error) else error
+        raise UserError(f"data: cannot read {path}: {why}") from error
+    if images is None:
+        raise UserError(f"data: {path} holds {held}; the images are looked for as {names}")
+    return images, labels
+
+
+def _recolour(images: Tensor, channels: int) -> Tensor:
+    """Grey, RGB or RGBA images (B, 1|3|4, H, W) in [-1, 1], put on white, as (B, channels, H, W)."""
+    if images.shape[1] == 4:
+        alpha = (images[:, 3:] + 1) / 2
+        images = images[:, :3] * alpha + (1 - alpha)
+    if channels == 1 and images.shape[1] == 3:
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # Pillow's
+        return (images * weights).sum(1, keepdim=True)
+    return images.expand(-1, channels, -1, -1)

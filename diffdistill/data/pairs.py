@@ -1,0 +1,157 @@
+"""Noise-image pairs: what the teacher's deterministic sampler makes of given noise, computed once and kept.
+
+A folder of pairs holds shards of safetensors and an index, `pairs.json`, with every setting, a fingerprint of
+the teacher and a checksum for each shard. Of each pair, `z` is standard normal, `x0` has unit variance
+(an image is x0 times the schedule's data_std), and the rest are its conditions: `class_labels`, if the teacher has
+classes, or an encoded prompt's.
+
+Pair i is a function of (seed, i): its noise comes from a generator of its own, and classes or prompts take turns. The
+noise is that of no evaluation seed, so that a student is never judged on the noise it was trained on. z and classes
+are the same bits whatever the batch; x0 is too for the same batch and shard size, else to float rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.config import PairsConfig
+from diffdistill.core.guidance import guided
+from diffdistill.core.ode import ddim_step, heun_step, sample_ode
+from diffdistill.core.schedule import sampling_grid
+from diffdistill.data.encoded import Encoded, check_encoded, open_encoded
+from diffdistill.data.shards import Kind, device_for, make, open_shards, rows, start
+from diffdistill.errors import UserError
+from diffdistill.families import family_of, load_teacher, local_folder
+from diffdistill.options import build
+from diffdistill.players.teacher import Teacher
+from diffdistill.rng import generator
+from diffdistill.scaffold.method import Pair
+
+KIND = Kind("pairs", "pairs", "pair")
+_STEPS = {"ddim": ddim_step, "heun": heun_step}
+# What a pair depends on, and which pairs a shard holds.
+_RECIPE = ("count", "solver", "sampling_steps", "guidance_scale", "seed", "shard_size")
+
+
+def fingerprint(teacher: Teacher) -> str:
+    """16 hex digits that tell the content of two teachers apart: weights and scheduler."""
+    scheduler = {k: v for k, v in sorted(teacher.scheduler.items()) if k != "_diffusers_version"}
+    digest = hashlib.blake2b(json.dumps(scheduler, default=str).encode(), digest_size=8)
+    weights = teacher.denoiser.network.state_dict()  # LoRA players may lie on the same network
+    own = {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
+    for name, tensor in sorted(own.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def draw_pairs(teacher: Teacher, denoise: nn.Module, config: PairsConfig, indices: Sequence[int]) -> dict[str, Tensor]:
+    """z and x0 (B, ...) and the conditions of pairs `indices`; `denoise` is the teacher, guided or not."""
+    weight = next(itertools.chain(teacher.denoiser.parameters(), teacher.denoiser.buffers()))
+    noise = [torch.randn(teacher.shape, generator=generator("cpu", config.seed, "pair", i)) for i in indices]
+    z, cond = torch.stack(noise), {}
+    if teacher.num_classes is not None:
+        cond = {"class_labels": torch.tensor(indices) % teacher.num_classes}
+    if isinstance(teacher.conditions, Encoded):
+        cond = teacher.conditions.get(torch.tensor(indices) % len(teacher.conditions))[1]
+    given = {key: value.to(weight.device) for key, value in cond.items()}
+    schedule, step = teacher.denoiser.schedule, _STEPS[config.solver]
+    x0 = sample_ode(step, denoise, schedule, z.to(weight), config.sampling_steps, given).cpu()
+    if not bool(x0.isfinite().all()):
+        raise UserError(f"teacher: {teacher.source!r} makes images that are not finite")
+    return {"z": z, "x0": x0, **cond}
+
+
+# -- making them -------------------------------------------------------------------------------------------
+
+
+def make_pairs(**values: Any) -> Path:
+    """`diffdistill pairs`: make a folder of pairs, or what is still missing of it; returns the folder.
+
+    Options are those of the command, with underscores. Shards are written whole, and those that are there and
+    have their checksum are kept. Raises UserError for whatever cannot be used, a folder made with other settings
+    for one.
+    """
+    config = build(PairsConfig, values)
+    out, device = Path(config.out), device_for(config.device)
+    dtype = getattr(torch, config.teacher_dtype)
+    encoded = None if config.prompts is None else open_encoded(config.prompts)
+    size: dict[str, Any] = {} if encoded is None else encoded.size
+    teacher = load_teacher(config.teacher, null_class=config.null_class, conditions=encoded, dtype=dtype, **size)
+    if teacher.size and encoded is None:
+        made = f"`diffdistill encode --teacher {config.teacher}`"
+        raise UserError(f"prompts: {config.teacher!r} needs them; give a folder made by {made}")
+    if encoded is not None:
+        folder = local_folder(config.teacher)
+        check_encoded(encoded, folder, family_of(folder)[0], teacher.shape)
+    teacher.denoiser.to(device)
+    denoise = guided(teacher.denoiser, config.guidance_scale)
+    sampling_grid(teacher.denoiser.schedule, config.sampling_steps)  # refuses too many steps now
+    index = start(KIND, out, _settings(teacher, config), {"teacher": teacher.source})
+    make(KIND, out, index, config.batch_size, lambda indices: draw_pairs(teacher, denoise, config, indices))
+    return out
+
+
+def _settings(teacher: Teacher, config: PairsConfig) -> dict[str, Any]:
+    options = asdict(config)
+    return {
+        "fingerprint": fingerprint(teacher),
+        "shape": list(teacher.shape),
+        "num_classes": teacher.num_classes,
+        "data_std": teacher.denoiser.schedule.data_std,
+        **({"prompts": teacher.conditions.settings["source"]} if isinstance(teacher.conditions, Encoded) else {}),
+        **{name: options[name] for name in _RECIPE},
+    }
+
+
+# -- reading them ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """A finished folder of pairs. Shards are memory-mapped: of a large folder only what is read is in memory."""
+
+    folder: Path
+    settings: dict[str, Any]
+    shards: list[dict[str, Tensor]]
+
+    def __len__(self) -> int:
+        return self.settings["count"]
+
+    def get(self, indices: Tensor) -> Pair:
+        """The pairs at int64 indices (B,), in that order; IndexError for one outside 0..len-1."""
+        columns = rows(self.shards, self.settings["shard_size"], len(self), indices)
+        return Pair(columns.pop("z"), columns.pop("x0"), columns)
+
+
+def open_pairs(folder: str | Path) -> Pairs:
+    """A folder made by `make_pairs`; every shard's checksum is verified. UserError if it is not finished or damaged."""
+    folder = Path(folder)
+    return Pairs(folder, *open_shards(KIND, folder))
+
+
+def check_pairs(teacher: Teacher, pairs: Pairs) -> None:
+    """UserError unless the pairs are this teacher's."""
+    made = pairs.settings
+    if tuple(made["shape"]) != tuple(teacher.shape):
+        raise UserError(
+            f"pairs: {str(pairs.folder)!r} has samples of shape {tuple(made['shape'])}; "
+            f"the teacher's are {tuple(teacher.shape)}"
+        )
+    found = fingerprint(teacher)
+    if (made["fingerprint"], made["num_classes"]) != (found, teacher.num_classes):
+        raise UserError(
+            f"pairs: {str(pairs.folder)!r} was made with another teacher (fingerprint {made['fingerprint']}, "
+            f"{made['num_classes']} classes; this one has {found}, {teacher.num_classes}); make pairs of this one, "
+            "with the same teacher_dtype"
+        )

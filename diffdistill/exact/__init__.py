@@ -1,0 +1,1 @@
+"""Teachers whose every quantity is known, and checks against them."""

@@ -1,0 +1,1 @@
+"""The networks of a distillation: teacher, student, fake score, discriminator, moving average."""

@@ -1,0 +1,44 @@
+"""An exponential moving average of a player's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class MovingAverage:
+    """An exponential moving average of a module's trainable parameters, in their own precision, beside it."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.averages = [p.detach().clone() for p in self.parameters.values()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step `step` (0-based); the decay warms up as (1 + step)/(10 + step)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module carries the average inside the block and its own parameters after it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for index, p in enumerate(self.parameters.values()):
+            p.data, self.averages[index] = self.averages[index], p.data
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(zip(self.parameters, self.averages, strict=True))
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, average in self.state().items():
+            average.copy_(state[name])

@@ -1,0 +1,228 @@
+"""LoRA players on one shared base: the teacher's own weights, and an adapter for each player, switched per call.
+
+Hu et al. 2021, arXiv:2106.09685. The base is stored once, whoever plays on it: teacher, student and fake score differ
+in a few low-rank matrices. At rest no adapter is active, so that the teacher's network gives what it gave before.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffdistill.core.denoiser import Denoiser
+from diffdistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Each adapted layer's weight is W + (alpha / rank) B A; `alpha` is `rank` unless given.
+
+    Adapted are all linear layers and convolutions, or those whose dotted name is, or ends in, one of `targets`.
+    """
+
+    rank: int
+    alpha: float | None = None
+    targets: Sequence[str] | None = None
+
+
+class LoraNetwork(nn.Module):
+    """The shared base with one adapter, whose matrices alone are this module's parameters.
+
+    The base belongs to the teacher: this module neither moves, nor saves, nor trains it. Its copy is another adapter
+    on the same base.
+    """
+
+    def __init__(self, base: nn.Module, adapter: str):
+        super().__init__()
+        self._base = (base,)  # in a tuple: not registered
+        self.adapter = adapter
+        matrices: dict[str, nn.Module] = {}
+        for name, layer in _layers(base):
+            if adapter in layer.lora_A:
+                matrices[f"{name}.lora_A".replace(".", "|")] = layer.lora_A[adapter]
+                matrices[f"{name}.lora_B".replace(".", "|")] = layer.lora_B[adapter]
+        self.matrices = nn.ModuleDict(matrices)
+
+    @property
+    def base(self) -> Any:
+        return self._base[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with active(self.base, self.adapter):
+            return self.base(*args, **kwargs)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Of the base, where a discriminator reads features."""
+        return self.base.get_submodule(target)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoraNetwork:
+        config = copy.deepcopy(self.base.peft_config[self.adapter])
+        twin = LoraNetwork(self.base, _inject(self.base, config))
+        twin.load_state_dict(self.state_dict())
+        for mine, theirs in zip(self.parameters(), twin.parameters(), strict=True):
+            theirs.requires_grad_(mine.requires_grad)
+        memo[id(self)] = twin
+        return twin.train(self.training)
+
+
+def lora_view(denoiser: Denoiser, settings: LoraSettings) -> Denoiser:
+    """The denoiser as a LoRA player: a new adapter on its own weights, which are frozen, without dropout, from here on.
+
+    B is zero at the start and A drawn from torch's global generator. The denoiser itself goes on giving what it gave.
+    Raises UserError where there is nothing to adapt, or a target names no layer.
+    """
+    base = denoiser.network.base if isinstance(denoiser.network, LoraNetwork) else denoiser.network
+    base.eval()
+    for name, p in base.named_parameters():
+        if ".lora_" not in name:  # those are other players'
+            p.requires_grad_(False)
+    # Exact types: what reads the weight without calling the layer, as MultiheadAttention does, would miss A and B.
+    layers = [
+        name.removesuffix(".base_layer")
+        for name, module in base.named_modules()
+        if type(module) in (nn.Linear, nn.Conv2d)
+        and not re.search(r"\.lora_[AB]\.", name)
+        and settings.rank % getattr(module, "groups", 1) == 0  # peft divides the rank over a convolution's groups
+    ]
+    targets = settings.targets
+    if not layers:
+        raise UserError(f"lora: the teacher's {type(base).__name__} has no linear layer or convolution to adapt")
+    if targets is not None:
+        named = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in targets}
+        for target in (target for target, found in named.items() if not found):
+            ends = sorted({re.sub(r".*\.(?=[A-Za-z_])", "", name) for name in layers})
+            near = difflib.get_close_matches(target, ends, n=1)
+            told = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ends)}"
+            raise UserError(f"lora: the teacher's {type(base).__name__} has no layer called {target} to adapt; {told}")
+        layers = [name for name in layers if any(name in found for found in named.values())]
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.rank if settings.alpha is None else settings.alpha,
+        target_modules="|".join(map(re.escape, layers)),  # matched whole, where a list would match suffixes too
+        lora_dropout=0.0,
+    )
+    return denoiser.with_network(LoraNetwork(base, _inject(base, config)), denoiser.feature_layer)
+
+
+def _inject(base: nn.Module, config: LoraConfig) -> str:
+    """Add an adapter, at rest; returns its name."""
+    name = f"player{len(getattr(base, 'peft_config', {}))}"
+    trained = {p: p.requires_grad for p in base.parameters()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is what is wanted
+        inject_adapter_in_model(config, base, name)
+    for p, before in trained.items():
+        p.requires_grad_(before)  # peft leaves it to the newest adapter alone
+    # Kept, since walking through all modules at every call takes milliseconds on a large network.
+    vars(base)["_lora_layers"] = [(n, m) for n, m in base.named_modules() if isinstance(m, LoraLayer)]
+    for _, layer in _layers(base):
+        if name in layer.lora_A:
+            for matrix in (layer.lora_A[name], layer.lora_B[name]):
+                # A bf16 weight does not move by a learning rate's worth.
+                half = matrix.weight.dtype in (torch.float16, torch.bfloat16)
+                matrix.to(torch.float32 if half else matrix.weight.dtype).requires_grad_(True)
+    _switch(base, None)
+    return name
+
+
+def _layers(base: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return vars(base).get("_lora_layers", [])
+
+
+def _switch(base: nn.Module, adapter: str | None) -> None:
+    # Not `set_adapter` and `enable_adapters`: these also say which adapter requires a gradient, which is the trainer's.
+    for _, layer in _layers(base):
+        layer._disable_adapters = adapter is None
+        layer._active_adapter = [] if adapter is None else [adapter]
+
+
+def _active(base: nn.Module) -> str | None:
+    layer = next((layer for _, layer in _layers(base)), None)
+    return layer._active_adapter[0] if layer is not None and layer._active_adapter else None
+
+
+@contextmanager
+def active(base: nn.Module, adapter: str | None) -> Iterator[None]:
+    """The base carries that adapter inside the block, and after it what it carried before."""
+    before = _active(base)
+    _switch(base, adapter)
+    try:
+        yield
+    finally:
+        _switch(base, before)
+
+
+def without_lora(network: nn.Module) -> nn.Module:
+    """The network itself if it is a LoRA player's or plain, else its layers with the adapters taken off, in place."""
+    if isinstance(network, LoraNetwork):
+        return network
+    for name, layer in _layers(network):
+        if isinstance(layer, LoraLayer):
+            network.set_submodule(name, layer.get_base_layer())
+    for kept in ("peft_config", "_lora_layers"):
+        vars(network).pop(kept, None)
+    return network
+
+
+def merged(network: LoraNetwork) -> nn.Module:
+    """A plain copy of the base with that adapter in its weights, on the CPU; the base stays as it is.
+
+    Adapted layers become float32 where the base is in half precision, which would round the adapter away.
+    """
+    memo: dict[int, Any] = {}  # what deepcopy is to take for each part: neither adapters nor device are copied
+    for _, layer in _layers(network.base):
+        plain = copy.deepcopy(layer.get_base_layer()).cpu()
+        if network.adapter in layer.lora_A:
+            delta = layer.get_delta_weight(network.adapter).detach().cpu()
+            wide = torch.promote_types(plain.weight.dtype, torch.float32)
+            plain = plain.to(wide)
+            with torch.no_grad():
+                plain.weight += delta.to(wide)
+        memo[id(layer)] = plain
+    for value in (*network.base.parameters(), *network.base.buffers()):
+        kept = value.detach().cpu().clone()
+        memo.setdefault(id(value), nn.Parameter(kept, False) if isinstance(value, nn.Parameter) else kept)
+    return without_lora(copy.deepcopy(network.base, memo))
+
+
+def lora_weights(network: LoraNetwork) -> dict[str, Tensor]:
+    """The adapter as diffusers' `load_lora_weights` reads it; alpha / rank, which that takes for 1, is in B."""
+    config = network.base.peft_config[network.adapter]
+    weights = get_peft_model_state_dict(network.base, adapter_name=network.adapter)
+    scale = config.lora_alpha / config.r
+    return {k: (v * scale if ".lora_B." in k else v).detach().cpu().contiguous() for k, v in weights.items()}
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Recompute the network's activations in the backward pass, each with the adapter of its forward pass."""
+    base: Any = network.base if isinstance(network, LoraNetwork) else network
+    if not getattr(base, "_supports_gradient_checkpointing", False):
+        raise UserError(f"gradient_checkpointing: {type(base).__name__} has none; use false")
+
+    def recomputed(module: Any, *args: Any) -> Any:
+        adapter = _active(base)
+
+        def run(*inputs: Any) -> Any:
+            with active(base, adapter):
+                return module(*inputs)
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+    base.enable_gradient_checkpointing(recomputed)
+
+
+def lora(denoiser: Denoiser, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None) -> Denoiser:
+    """A LoRA player on the denoiser's own weights (see lora.py)."""
+    return lora_view(denoiser, LoraSettings(rank, alpha, targets))

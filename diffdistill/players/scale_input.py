@@ -1,0 +1,154 @@
+"""Small trainable parts on a network that stays the same class: LoRA, and the guidance scale as an input."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.errors import UserError
+from diffdistill.players.lora import LoraNetwork, merged
+
+
+class GuidanceEmbedding(nn.Module):
+    """A class embedding that also takes the guidance scale: table(label) + MLP(features(scale)).
+
+    The MLP's last layer begins at zero, so that the network begins as it was for every scale. `default` is the
+    scale where none is given (`guidance_input`) and the one `plain_network` keeps.
+    """
+
+    frequencies: Tensor
+    default: Tensor
+
+    def __init__(self, table: nn.Embedding, default: float):
+        super().__init__()
+        self.table = table
+        # Periods from 3 to 100 for scales of 1 to 15. Frequencies of 1000 would turn the scale into a
+        # lookup key, which generalises to no scale in between.
+        frequencies = torch.exp2(torch.linspace(-4, 1, 16))
+        width, like = table.embedding_dim, table.weight
+        last = nn.Linear(width, width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.mlp = nn.Sequential(nn.Linear(2 * len(frequencies), width), nn.SiLU(), last).to(like)
+        self.register_buffer("frequencies", frequencies.to(like))
+        self.register_buffer("default", torch.tensor(float(default)).to(like))
+
+    def of_scale(self, scale: Tensor) -> Tensor:
+        """(B,) -> (B, width), what the scale adds to the class's row."""
+        phase = scale[:, None].to(self.frequencies) * self.frequencies
+        return self.mlp(torch.cat([phase.sin(), phase.cos()], 1))
+
+    def forward(self, label_and_scale: Tensor) -> Tensor:
+        """(B, 2) floats, the label and the guidance scale -> (B, width)."""
+        label, scale = label_and_scale.unbind(1)
+        return self.table(label.long()) + self.of_scale(scale)
+
+
+def _without_scale(cond: Cond) -> Cond:
+    return {key: value for key, value in cond.items() if key != "guidance_scale"}
+
+
+def _keeping_scale(null: Callable[[Cond], Cond] | None) -> Callable[[Cond], Cond] | None:
+    """The null conditions of a network that is told the scale, which stays as it was."""
+    return None if null is None else lambda cond: cond | null(_without_scale(cond))
+
+
+def scale_embedding(scale: Tensor, width: int) -> Tensor:
+    """(B, width) what Stable Diffusion's pipelines tell a UNet with `time_cond_proj_dim` of a guidance scale (B,).
+
+    Sines and cosines of 1000 w, w = scale - 1 (Luo et al. 2023, arXiv:2310.04378, section 4.2).
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=scale.device))
+    phase = 1000 * (scale.float() - 1)[:, None] * frequencies
+    return torch.cat([phase.sin(), phase.cos()], 1)
+
+
+def told_scale(denoiser: Denoiser, default: float) -> None:
+    """From now on this UNet, which has a `time_cond_proj_dim`, takes `cond["guidance_scale"]` (B,), or `default`."""
+    network: Any = denoiser.network
+    inner_call, width = denoiser.call, network.config.time_cond_proj_dim
+
+    def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        scale = cond.get("guidance_scale")
+        scale = x.new_full((len(x),), default) if scale is None else scale
+        return inner_call(
+            network, x, time, _without_scale(cond) | {"timestep_cond": scale_embedding(scale, width).to(x.dtype)}
+        )
+
+    denoiser.call, denoiser.default_scale = call, default
+    denoiser.null = _keeping_scale(denoiser.null)
+
+
+def _condition_input(denoiser: Denoiser, default: float) -> Denoiser:
+    """`guidance_input` for Stable Diffusion's UNets, as LCM has it; its projection begins at zero."""
+    twin = copy.deepcopy(denoiser)
+    network: Any = twin.network
+    table = network.time_embedding
+    table.cond_proj = nn.Linear(256, table.linear_1.in_features, bias=False).to(table.linear_1.weight)
+    nn.init.zeros_(table.cond_proj.weight)
+    network.register_to_config(time_cond_proj_dim=256)
+    told_scale(twin, default)
+    return twin
+
+
+def guidance_input(denoiser: Denoiser, layer: str = "class_embedding", *, default: float = 1.0) -> Denoiser:
+    """A copy that takes the guidance scale (B,) as `cond["guidance_scale"]`, 1 being no guidance.
+
+    Stable Diffusion's UNets take it as their stock pipelines give it (`told_scale`). Of others, `layer` is the
+    network's embedding of class labels, which becomes a `GuidanceEmbedding`: diffusers' networks
+    hand their `class_labels` to that layer untouched, so both numbers travel in that one argument. Which
+    parameters are trained stays as it was; those of the new part are. Without "guidance_scale" in the
+    conditions it is `default`. Raises UserError where `layer` is not an embedding.
+    """
+    if isinstance(denoiser.network, LoraNetwork):
+        raise UserError(
+            "guidance_input: a LoRA student has one guidance scale; give the least and the greatest the same"
+        )
+    if "timestep_cond" in inspect.signature(denoiser.network.forward).parameters:
+        return _condition_input(denoiser, default)
+    twin = copy.deepcopy(denoiser)
+    table = dict(twin.network.named_modules()).get(layer)
+    if not isinstance(table, nn.Embedding):
+        raise UserError(
+            f"guidance_input: this teacher's network has no class embedding ({layer}) to add the guidance scale to; "
+            "use a class-conditional teacher or a fixed scale"
+        )
+    twin.network.set_submodule(layer, GuidanceEmbedding(table, default))
+    inner_call = denoiser.call
+
+    def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        labels = cond["class_labels"]
+        scale = cond.get("guidance_scale")
+        if scale is None:
+            scale = network.get_submodule(layer).default.expand(len(labels))  # type: ignore[operator]
+        # Labels are exact in float32, and would not be in half precision.
+        packed = torch.stack([labels.float(), scale.float()], 1)
+        return inner_call(network, x, time, _without_scale(cond) | {"class_labels": packed})
+
+    twin.call, twin.null = call, _keeping_scale(denoiser.null)
+    return twin
+
+
+def plain_network(network: nn.Module) -> nn.Module:
+    """The stock network that computes the same, to float rounding: for export.
+
+    LoRA is merged into the weights, and a guidance embedding at its default scale into the class table. A copy,
+    or the network itself where it has neither.
+    """
+    plain = merged(network) if isinstance(network, LoraNetwork) else network
+    if any(isinstance(module, GuidanceEmbedding) for module in plain.modules()):
+        plain = copy.deepcopy(plain) if plain is network else plain
+        for name, module in list(plain.named_modules()):
+            if isinstance(module, GuidanceEmbedding):
+                with torch.no_grad():
+                    module.table.weight += module.of_scale(module.default[None])
+                plain.set_submodule(name, module.table)
+    return plain

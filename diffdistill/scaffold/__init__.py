@@ -1,0 +1,1 @@
+"""What a method is, and the games that methods are written on."""

@@ -1,0 +1,167 @@
+"""From options to teacher, data, pairs and method."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffdistill.catalogue import MethodInfo, describe_method
+from diffdistill.config import TrainConfig, run_options
+from diffdistill.core.denoiser import Denoiser
+from diffdistill.data.batches import check_data
+from diffdistill.data.encoded import Encoded, check_encoded, encode, open_encoded
+from diffdistill.data.images import Data, open_data
+from diffdistill.data.pairs import Pairs, check_pairs, open_pairs
+from diffdistill.errors import UserError
+from diffdistill.families import FAMILIES, family_of, load_teacher, local_folder
+from diffdistill.options import build, split
+from diffdistill.players.lora import LoraSettings, checkpoint_activations
+from diffdistill.players.teacher import Teacher
+from diffdistill.rng import seed_for
+from diffdistill.scaffold.method import Method
+from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into
+
+
+@dataclasses.dataclass
+class Game:
+    """A distillation's parts, put together from its options."""
+
+    config: TrainConfig
+    info: MethodInfo
+    method_config: Any
+    teacher: Teacher
+    method: Method
+
+    def options(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config) | dataclasses.asdict(self.method_config)
+
+
+def make_game(values: dict[str, Any]) -> Game:
+    """Teacher and method from the options of `diffdistill train`, nothing trained yet."""
+    info = describe_method(str(values.get("method", TrainConfig.method)))
+    shared, own = split(values, TrainConfig, info.config)
+    config, method_config = build(TrainConfig, shared), build(info.config, own)
+    module = info.load()
+    teacher = _teacher(config)
+    # The method's own Config has the same fields; the one read from source served only to parse options.
+    torch.manual_seed(seed_for(config.seed, "initial weights"))
+    method = module.METHOD(teacher, module.Config(**dataclasses.asdict(method_config)))
+    for role in sorted(teacher.lora.keys() - teacher.cast):
+        told = role.replace("_", " ")
+        raise UserError(f"{role}: {info.name} has no {told} that can be an adapter on the teacher; leave it at full")
+    if config.gradient_checkpointing:
+        parts = [part for player in method.players.values() for part in player.modules()]
+        for network in {part.network for part in parts if isinstance(part, Denoiser)}:
+            checkpoint_activations(network)
+    return Game(config, info, method_config, teacher, method)
+
+
+def _teacher(config: TrainConfig) -> Teacher:
+    """The teacher with its encoded prompts, and what it is told of LoRA players."""
+    folder = local_folder(config.teacher)
+    family, _ = family_of(folder)
+    dtype = getattr(torch, config.teacher_dtype)
+    size = {"resolution": config.resolution, "frames": config.frames}
+    encoded: Encoded | None = None
+    if family.autoencoder is not None:
+        encoded = _encoded(config) if config.prompts is not None or family.conditions == "text" else None
+    elif config.prompts is not None or config.resolution is not None:
+        given = "prompts" if config.prompts is not None else "resolution"
+        raise UserError(f"{given}: {config.teacher!r} is a model of pixels, which has none to choose; leave it out")
+    if encoded is not None:  # which say the size where nothing else does
+        size = {name: encoded.size[name] if value is None else value for name, value in size.items()}
+    teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, conditions=encoded, **size)
+    if config.frames is not None and len(teacher.shape) == 3:
+        raise UserError(f"frames: {config.frames} was given, and {family.name} makes images; leave it out")
+    if encoded is not None:
+        check_encoded(encoded, folder, family, teacher.shape)
+        if "guidance" in encoded.shards[0]:  # the student is to be called with what it was trained with
+            told = {"guidance_scale": encoded.settings["embedded_guidance"]}
+            teacher = dataclasses.replace(teacher, size=teacher.size | told)
+    targets = family.lora_targets
+    if config.adapter_targets is not None:
+        named = [name.strip() for name in config.adapter_targets.split(",")]
+        targets = None if named == ["all"] else tuple(named)
+    settings = LoraSettings(config.adapter_rank, config.adapter_alpha, targets)
+    lora = {role: settings for role in ("student", "fake_score") if getattr(config, role) == "lora"}
+    return dataclasses.replace(teacher, lora=lora)
+
+
+def _encoded(config: TrainConfig) -> Encoded:
+    """The folder of `prompts`, which is made first in the run folder if it names a file of prompts."""
+    if config.prompts is None:
+        made = f"`diffdistill encode --teacher {config.teacher}`"
+        raise UserError(f"prompts: {config.teacher!r} needs them; give a .txt, or a folder made by {made}")
+    if Path(config.prompts).is_dir():
+        return open_encoded(config.prompts)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"prompts: {config.prompts!r} with several processes; encode it first with `diffdistill encode`"
+        )
+    inside = Path(config.out) / "encoded"
+    if not Path(config.prompts).exists() and inside.is_dir():
+        return open_encoded(inside)
+    options = {"teacher": config.teacher, "prompts": config.prompts, "device": config.device}
+    size = {"resolution": config.resolution, "frames": config.frames}
+    return open_encoded(encode(**options, **size, out=inside))
+
+
+def _data_for(game: Game) -> Data | None:
+    if not game.method.needs_data:
+        return None
+    encoded = game.teacher.conditions
+    if isinstance(encoded, Encoded):
+        if not encoded.has_images:
+            raise UserError(
+                f"prompts: {game.info.name} with these options needs images too; give a folder made by "
+                "`diffdistill encode --data` from images with captions"
+            )
+        return None
+    if FAMILIES[game.teacher.family].autoencoder is not None:
+        raise UserError(f"prompts: {game.info.name} needs images; give a folder made by `diffdistill encode --data`")
+    if game.config.data is None:
+        raise UserError(f"data: {game.info.name} with these options needs real images; give --data ({game.info.data})")
+    channels, size = game.teacher.shape[0], game.teacher.shape[1]
+    data = open_data(game.config.data, resolution=size, channels=channels)
+    check_data(game.teacher, data)
+    return data
+
+
+def _pairs_for(game: Game, needed: int) -> Pairs | None:
+    if not game.method.needs_pairs:
+        return None
+    folder, name = game.config.pairs, game.info.name
+    if folder is None:
+        made = f"`diffdistill pairs --teacher {game.config.teacher} --out DIR`"
+        raise UserError(f"pairs: {name} with these options needs noise-image pairs; make them with {made}")
+    pairs = open_pairs(folder)
+    check_pairs(game.teacher, pairs)
+    if len(pairs) < needed:
+        raise UserError(f"pairs: {folder!r} holds {len(pairs)} and a step takes {needed}; make more")
+    own, theirs = game.options().get("guidance_scale"), pairs.settings["guidance_scale"]
+    if own is not None and own != theirs:
+        print(f"note: the pairs were made with guidance_scale {theirs:g} and {name}'s is {own:g}", file=sys.stderr)
+    return pairs
+
+
+def load_run(run: str | Path, step: int | None = None) -> tuple[Game, int]:
+    """A run's parts with the student as its checkpoint at `step` (default: the last) has it, and that step."""
+    run = Path(run)
+    game = make_game(run_options(run) | {"out": str(run)})  # which may have been moved
+    found = {int(path.name.split("-")[1]): path for path in checkpoints(run / "checkpoints")}
+    if not found:
+        raise UserError(f"run: {str(run)!r} has no checkpoint yet")
+    step = max(found) if step is None else step
+    if step not in found:
+        raise UserError(f"step: no checkpoint at {step}; there are {', '.join(map(str, sorted(found)))}")
+    tensors, _ = load_checkpoint(found[step])
+    for name, module in game.method.state.items():
+        load_into(module, tensors[f"state.{name}"], found[step])
+    name, student = next(iter(game.method.players.items()))
+    load_into(student.eval(), tensors[name] | tensors.get("average", {}), found[step])
+    return game, step

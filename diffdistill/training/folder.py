@@ -1,0 +1,76 @@
+"""A run's folder: where it starts, and what may change when it goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffdistill.config import run_options
+from diffdistill.environment import environment
+from diffdistill.errors import UserError
+from diffdistill.files import atomic_write
+from diffdistill.training.trainer import Accelerator
+
+
+def refuse_a_run(out: Path) -> None:
+    """UserError if the folder holds a run already."""
+    if (out / "config.yaml").exists():
+        raise UserError(f"out: {str(out)!r} already holds a run; resume it with --resume {out}, or choose another")
+
+
+def start_folder(
+    out: Path,
+    options: dict[str, Any],
+    player_bytes: int,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    kept_bytes: int = 0,
+    export_bytes: int = 0,
+) -> None:
+    """Make the run folder with its resolved options and environment, and start the tracker.
+
+    Fails here, not after the training, where the folder cannot be written or the disk has no room for the
+    checkpoints: parameters, two moments and an average each, and what a method keeps besides (`kept_bytes`), of
+    which one more than is kept exists at times; and for the student (`export_bytes`).
+    """
+    import yaml
+
+    if accelerator.is_main_process:
+        if not resume:
+            refuse_a_run(out)
+        existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+        need = (4 * player_bytes + kept_bytes) * (options["keep_checkpoints"] + 1) + export_bytes
+        free = shutil.disk_usage(existing).free
+        if free < need:
+            raise UserError(f"out: {str(out)!r} has {free >> 20} MiB free and this run needs {need >> 20} MiB")
+        try:
+            atomic_write(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            atomic_write(out / "config.yaml", yaml.safe_dump(options, sort_keys=False))
+        except OSError as error:
+            raise UserError(f"out: cannot write to {str(out)!r} ({error.strerror}); choose another --out") from None
+    told = {k: v for k, v in options.items() if v is not None}  # TensorBoard takes no None
+    accelerator.init_trackers("diffdistill", config=told)
+
+
+_ON_RESUME = {
+    "steps",
+    "device",
+    "threads",
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tracker",
+}
+
+
+def resumed_options(run: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """A run folder's options with those given now; UserError for one that cannot change on the way."""
+    saved = run_options(run)
+    for name in values:
+        if name not in _ON_RESUME:
+            raise UserError(f"{name}: cannot change when a run is resumed; what can is {', '.join(sorted(_ON_RESUME))}")
+    return saved | values | {"out": str(run)}

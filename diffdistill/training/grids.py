@@ -1,0 +1,37 @@
+"""Grids of samples, drawn while a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from diffdistill.data.encoded import Encoded, decoder
+from diffdistill.families import FAMILIES
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.teacher import Teacher
+from diffdistill.rng import image_generators
+
+
+def grid_writer(out: Path, sampler_now: Callable[[], FewStepSampler], teacher: Teacher) -> Callable[[int], None]:
+    """step -> writes <out>/samples/step-<step>.png, always of the same noise and conditions."""
+    from diffdistill.pictures import image_grid, save_png
+
+    columns = min(teacher.num_classes or 8, 10)
+    encoded = teacher.conditions
+    latent = FAMILIES[teacher.family].autoencoder is not None
+    count = 8 if latent else 8 * columns  # large images, and a decoder
+    decode = decoder(teacher)
+
+    def write(step: int) -> None:
+        sampler = sampler_now()
+        device = next(sampler.denoiser.parameters()).device
+        cond = {} if teacher.num_classes is None else {"class_labels": torch.arange(count, device=device) % columns}
+        if isinstance(encoded, Encoded):
+            cond = {k: v.to(device) for k, v in encoded.get(torch.arange(count) % len(encoded))[1].items()}
+        images = decode(sampler(teacher.shape, cond, image_generators(0, range(count)))).float().clamp(-1, 1)
+        picture = image_grid(images, columns, scale=max(1, 32 // images.shape[-1]))
+        save_png(picture, out / "samples" / f"step-{step:08d}.png")
+
+    return write

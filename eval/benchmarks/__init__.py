@@ -1,0 +1,1 @@
+"""Benchmarks of diffdistill itself, each a command of its own."""

@@ -1,0 +1,236 @@
+"""Benchmark: the memory that DMD2 takes with LoRA players on one shared base, against full players.
+
+    python -m diffdistill.eval.benchmarks.memory --out memory.md
+
+Each kind trains for two steps in a process of its own: the same UNet of random weights through a diffusers folder,
+batch 1, checkpointed activations, AdamW, student and fake score both moving in every step. On a CPU the peak is what
+the process holds resident above what it held once everything was imported; on a GPU what torch has allocated.
+Weights are parameters by their storage, so that a shared base counts once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import save
+from torch import nn
+
+from diffdistill.data.batches import batches
+from diffdistill.data.encoded import KIND, fingerprint
+from diffdistill.data.shards import device_for, make, start
+from diffdistill.environment import environment, peak_memory_mb
+from diffdistill.errors import UserError
+from diffdistill.eval.report import markdown_table, write_json, write_text
+from diffdistill.families import FAMILIES, load_teacher
+from diffdistill.files import atomic_write
+from diffdistill.training.assemble import make_game
+from diffdistill.training.trainer import Trainer, accelerator_for
+
+KINDS = ("full", "lora")
+COLUMNS = ("players", "weights MB", "trained MB", "peak MB", "of full", "seconds a step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A UNet, and what its prompts look like: shapes by name, without the batch."""
+
+    family: str
+    unet: dict[str, Any]
+    cond: dict[str, tuple[int, ...]]
+    vae_blocks: int  #: 2^(blocks - 1) pixels a latent pixel
+
+
+NETWORKS = {
+    "mid": Network(
+        "stable_diffusion",
+        {"sample_size": 16, "block_out_channels": (96, 192, 384, 384), "cross_attention_dim": 768},
+        {"encoder_hidden_states": (77, 768)},
+        4,
+    ),
+    "sdxl": Network(
+        "sdxl",
+        {
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
+        4,
+    ),
+}
+
+
+def prepare(folder: Path, network: Network, resolution: int, dtype: torch.dtype) -> None:
+    """A pipeline of random weights as far as training reads it, in `teacher`, and its prompts in `prompts`."""
+    teacher, family = folder / "teacher", FAMILIES[network.family]
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**network.unet)
+    (unet if dtype == torch.float32 else unet.to(dtype)).save_pretrained(teacher / "unet")
+    blocks = network.vae_blocks
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
+        norm_num_groups=4,
+    )
+    vae.save_pretrained(teacher / "vae")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    DDIMScheduler(**betas, clip_sample=False, timestep_spacing="trailing").save_pretrained(teacher / "scheduler")
+    index = {"_class_name": family.pipelines[0], "unet": ["diffusers", "UNet2DConditionModel"]}
+    (teacher / "model_index.json").write_text(json.dumps(index))
+    side = resolution // 2 ** (blocks - 1)
+    settings = {
+        "fingerprint": fingerprint(teacher, family),
+        "family": family.name,
+        "shape": [4, side, side],
+        "resolution": resolution,
+        "frames": None,
+        "count": 4,
+        "shard_size": 4,
+    }
+    made = start(KIND, folder / "prompts", settings, {"null": None})
+    data = {name: torch.randn(4, *shape) for name, shape in network.cond.items()}
+    make(
+        KIND, folder / "prompts", made, 4, lambda indices: {name: value[list(indices)] for name, value in data.items()}
+    )
+    null = save({name: value[:1].clone() for name, value in data.items() if name != "time_ids"})
+    atomic_write(folder / "prompts" / "null.safetensors", null)
+    made["null"] = hashlib.sha256(null).hexdigest()
+    atomic_write(folder / "prompts" / KIND.index, json.dumps(made))
+
+
+def stored_mb(modules: Sequence[nn.Module], *, trained: bool = False) -> float:
+    """The parameters of all of them in MB, each storage counted once."""
+    found = {
+        p.untyped_storage().data_ptr(): p for m in modules for p in m.parameters() if p.requires_grad or not trained
+    }
+    return sum(p.untyped_storage().nbytes() for p in found.values()) / 2**20
+
+
+def resident_mb() -> float:
+    """What this process holds now; 0 where the kernel does not say, so that a peak then counts the imports too."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def measure(folder: Path, kind: str, dtype: str, steps: int, device: str) -> dict[str, Any]:
+    """Two steps in this process, which has done nothing else. On a GPU without the memory, no peak."""
+    torch.set_num_threads(1)
+    on_gpu = device_for(device).type == "cuda"
+    half = dtype == "bf16"
+    options = {
+        "method": "dmd2", "teacher": str(folder / "teacher"), "prompts": str(folder / "prompts"),
+        "student": kind, "fake_score": kind, "update_ratio": 1, "gradient_checkpointing": True, "batch_size": 1,
+        "steps": steps, "sample_every": 0, "device": device,
+        "teacher_dtype": "bfloat16" if half else "float32", "mixed_precision": "bf16" if half else "no",
+    }  # fmt: skip
+    load_teacher("digits")  # what is imported late
+    before = 0.0 if on_gpu else resident_mb()
+    game = make_game(options)
+    accelerator = accelerator_for(game.config, folder)
+    game.teacher.denoiser.to(accelerator.device)
+    draw = batches(game.config, game.teacher, None, accelerator)
+    parts = [game.teacher.denoiser, *game.method.players.values()]
+    row: dict[str, Any] = {"players": kind}
+    try:
+        trainer = Trainer(game.method, draw, game.config, folder, accelerator)
+        row |= {"weights MB": stored_mb(parts), "trained MB": stored_mb(parts, trained=True)}
+        started = time.perf_counter()
+        for _ in range(steps):
+            trainer.iteration()
+        if on_gpu:
+            torch.cuda.synchronize()
+    except torch.cuda.OutOfMemoryError:
+        return row | {"peak MB": None, "seconds a step": None}
+    taken = (time.perf_counter() - started) / steps
+    return row | {"peak MB": peak_memory_mb() - before, "seconds a step": taken}
+
+
+def compare(network: str, resolution: int, dtype: str, steps: int, device: str) -> list[dict[str, Any]]:
+    """A row for each kind of player; each is measured in its own process."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        told = {"network": network, "resolution": resolution, "dtype": dtype, "steps": steps, "device": device}
+        arguments = [text for name, value in told.items() for text in (f"--{name}", str(value))]
+        prepare(Path(folder), NETWORKS[network], resolution, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        for kind in KINDS:
+            command = [
+                sys.executable,
+                "-m",
+                "diffdistill.eval.benchmarks.memory",
+                "--one",
+                kind,
+                "--folder",
+                folder,
+                *arguments,
+            ]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"memory: the {kind} players failed: {done.stderr.strip()[-500:]}")
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    whole = rows[0]["peak MB"]
+    for row in rows:
+        row["of full"] = row["peak MB"] / whole if whole and row["peak MB"] else None
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--network", choices=NETWORKS, default="mid", help="sdxl: on a GPU only (default: mid)")
+    parser.add_argument("--resolution", type=int, default=128, help="pixels, eight a latent pixel (default: 128)")
+    parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32", help="of the teacher and autocast")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", help="write the table there too, as Markdown")
+    parser.add_argument("--json", help="write the rows there")
+    parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    try:
+        if args.network == "sdxl" and (args.device == "cpu" or not torch.cuda.is_available()):
+            raise UserError("network: sdxl takes a GPU with some 80 GB, and torch sees none here; use mid")
+        if args.resolution < 64 or args.resolution % 64:
+            raise UserError(f"resolution: {args.resolution} is not a multiple of 64; use 128")
+        if args.one:
+            print(json.dumps(measure(Path(args.folder), args.one, args.dtype, args.steps, args.device)))
+            return 0
+        rows = compare(args.network, args.resolution, args.dtype, args.steps, args.device)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    table = markdown_table(rows, COLUMNS)
+    print(table)
+    told = environment()
+    print(f"{told['gpu'] or told['platform']}, torch {told['torch']}, diffusers {told['diffusers']}, {told['commit']}")
+    if args.out:
+        write_text(table, args.out)
+    if args.json:
+        write_json({"rows": rows, "columns": COLUMNS, "environment": told}, args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

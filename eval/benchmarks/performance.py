@@ -1,0 +1,163 @@
+"""`make bench`: runs the benchmarks that fit this machine and writes docs/performance.md from what they measured.
+
+    python -m diffdistill.eval.benchmarks.performance --out docs/performance.md
+
+Each benchmark is a process of its own and keeps its rows in runs/performance, with commit, versions and hardware. A
+benchmark that is not run now keeps the section of its last run there; one that never ran has a line that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffdistill.errors import UserError
+from diffdistill.eval.report import markdown_table, write_text
+from diffdistill.files import atomic_write
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A script that writes {"rows", "columns", "environment"} to the file it is given."""
+
+    name: str
+    title: str
+    arguments: tuple[str, ...]  #: after `python -m`
+    about: str
+    gpu: bool = False  #: takes one
+    cpu: bool = False  #: uses none
+
+    @property
+    def command(self) -> str:
+        """As one types it."""
+        module, *rest = self.arguments
+        return " ".join(["diffdistill" if module == "diffdistill.commands.cli" else f"python -m {module}", *rest])
+
+
+BENCHMARKS = (
+    Benchmark(
+        "memory", "Memory of LoRA players", ("diffdistill.eval.benchmarks.memory",),
+        "DMD2 on a UNet of Stable Diffusion's shape (81M parameters, random weights, 16x16 latents, batch 1, float32, "
+        "AdamW, activations checkpointed), one thread. Student and fake score are full copies of the teacher, or LoRA "
+        "of rank 64 on the teacher's own weights. Each row in a process of its own; the peak is what it held resident "
+        "beyond the imports.",
+    ),
+    Benchmark(
+        "memory-sdxl", "Memory of LoRA players, SDXL at 1024x1024 in bf16",
+        ("diffdistill.eval.benchmarks.memory", "--network", "sdxl", "--resolution", "1024", "--dtype", "bf16"),
+        "The same with SDXL's shape and random weights, on a GPU.", gpu=True,
+    ),
+    Benchmark(
+        "overhead", "What the trainer costs", ("diffdistill.eval.benchmarks.overhead",),
+        "A cycle of training over its bare network passes, backward passes, optimizer and average, one thread, "
+        "interleaved in one run; the middle half of the pairs beside it.", cpu=True,
+    ),
+    Benchmark(
+        "throughput", "Evaluation throughput", ("diffdistill.eval.benchmarks.throughput",),
+        "Against torchmetrics' FrechetInceptionDistance with the same network (random weights), interleaved in one "
+        "run: images through the feature network, and two sets of 50,000 x 2048 features, in batches of 64, up to the "
+        "distance.", cpu=True,
+    ),
+    Benchmark(
+        "speed", "Speed of a student", ("diffdistill.commands.cli", "speed", "runs/demo", "--batch-sizes", "1,64"),
+        "The digits student of `make demo` against its teacher, end to end.",
+    ),
+    Benchmark(
+        "speed-text", "Speed of text-to-image students",
+        ("diffdistill.commands.cli", "speed", "runs/shapes/dmd2-1", "runs/shapes/dmd2-4", "--batch-sizes", "1,8"),
+        "Students of `make demo-text` against their teacher, text encoding and decoding included.",
+    ),
+    Benchmark(
+        "board", "The scoreboard", ("diffdistill.commands.cli", "bench", "--suite", "digits"),
+        "Every method on the same teacher, budget, seeds and evaluation; an hour on two cores. The README explains it.",
+    ),
+)  # fmt: skip
+
+
+FOLDERS = {"speed": "speed.json", "bench": "board.json"}
+"""Commands that make a folder, and the file in it that has the rows."""
+
+
+def unfit(benchmark: Benchmark) -> str | None:
+    """Why it cannot be run here, or None."""
+    if benchmark.gpu and not torch.cuda.is_available():
+        return "it takes a GPU, and none was at hand"
+    for word in benchmark.arguments:
+        if word.startswith("runs/") and not Path(word).is_dir():
+            return f"it takes {word}, which `make demo` or `make demo-text` makes"
+    return None
+
+
+def run(benchmark: Benchmark, folder: Path) -> str | None:
+    """None if it ran and its rows are kept; else why not."""
+    if (reason := unfit(benchmark)) is not None:
+        return reason
+    out = folder / f"{benchmark.name}.json"
+    print(f"{benchmark.name}: {benchmark.command}", flush=True)
+    made = next((name for word, name in FOLDERS.items() if word in benchmark.arguments), None)
+    where = ["--json", str(out)] if made is None else ["--out", str(out.with_suffix(""))]
+    done = subprocess.run([sys.executable, "-m", *benchmark.arguments, *where])
+    if done.returncode:
+        return f"it failed with exit code {done.returncode}"
+    if made is not None:
+        atomic_write(out, (out.with_suffix("") / made).read_bytes())
+    return None
+
+
+def section(benchmark: Benchmark, folder: Path, reason: str | None) -> str:
+    """Markdown of what was measured last, or why nothing was."""
+    text = f"## {benchmark.title}\n\n{benchmark.about}\n\n"
+    file = folder / f"{benchmark.name}.json"
+    if not file.is_file():
+        return (
+            text + f"`{benchmark.command}` was not measured here: {reason or unfit(benchmark) or 'it was left out'}.\n"
+        )
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    made = found["environment"]
+    where = (
+        not benchmark.cpu and made["gpu"]
+    ) or f"{made['platform']}, {made['cpu_threads']} CPU thread{'s' * (made['cpu_threads'] != 1)}"
+    commit = (made["commit"] or "unknown")[:10] + "+" * (made["commit"] or "").endswith("+")
+    versions = f"torch {made['torch']}, diffusers {made['diffusers']}, commit {commit}"
+    return text + f"{markdown_table(found['rows'], found['columns'])}\n`{benchmark.command}` ({where}; {versions})\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    names = ",".join(benchmark.name for benchmark in BENCHMARKS)
+    parser.add_argument("--only", default=names, help=f"(default: {names})")
+    parser.add_argument("--folder", default="runs/performance", help="the rows (default: runs/performance)")
+    parser.add_argument("--out", default="docs/performance.md", help="(default: docs/performance.md)")
+    args = parser.parse_args(argv)
+    wanted, folder = args.only.split(",") if args.only else [], Path(args.folder)
+    try:
+        for name in wanted:
+            if name not in names.split(","):
+                raise UserError(f"only: {name!r} is no benchmark; they are {names}")
+        folder.mkdir(parents=True, exist_ok=True)
+        reasons = {b.name: run(b, folder) for b in BENCHMARKS if b.name in wanted}
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for name, reason in reasons.items():
+        if reason:
+            print(f"{name}: not measured, {reason}", file=sys.stderr)
+    head = (
+        "# Performance\n\nWritten by `make bench`; each section says the command, the machine and the commit. The "
+        "README has a scoreboard of all methods too, with what it shows.\n\n"
+    )
+    write_text(head + "\n".join(section(b, folder, reasons.get(b.name)) for b in BENCHMARKS), args.out)
+    print(f"wrote {args.out}")
+    return 1 if any(reason and "failed" in reason for reason in reasons.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

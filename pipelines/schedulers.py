@@ -1,0 +1,168 @@
+"""The stock scheduler that repeats a sampler's levels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+
+from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, lcm_indices
+from diffdistill.errors import UserError
+from diffdistill.families import FAMILIES
+from diffdistill.players.adapter_networks import AdaptedNetwork
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.teacher import Teacher
+
+# What a student keeps of its teacher's discrete VP scheduler: the chain and the kind of output.
+_VP_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+
+
+def student_scheduler(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
+    """The stock scheduler that repeats the sampler exactly when it is given the student's number of steps.
+
+    Raises UserError where no stock scheduler can start at the student's level, or take its steps.
+    """
+    schedule, level = sampler.denoiser.schedule, sampler.levels[0]
+    if isinstance(schedule, LinearFlow) and isinstance(sampler.denoiser.network, AdaptedNetwork):
+        # Its own pipeline can drive the scheduler of flow matching, which takes any number of steps.
+        return diffusers.FlowMatchEulerDiscreteScheduler(schedule.train_timesteps, schedule.shift)
+    if isinstance(schedule, LinearFlow) and schedule.starts_at_one:
+        entry = FAMILIES.get(teacher.family)
+        return _latent_flow_scheduler(schedule, sampler, entry is None or entry.flow_grid == "own")
+    if len(sampler.levels) > 1:
+        return _several_steps(teacher, sampler)
+    if isinstance(schedule, DiscreteVP):
+        kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
+        # One trailing step is at the last timestep; one leading step is at `steps_offset`.
+        noisiest = len(schedule.alphas_cumprod) - 1
+        last = level == noisiest
+        if level != int(level) or not 0 <= level <= noisiest:
+            raise UserError(f"student_level: {level} is not a whole timestep from 0 to {noisiest}")
+        if not last:
+            # The chain up to that level. `steps_offset` would do, but StableDiffusionPipeline sets it to 1.
+            alphas = schedule.alphas_cumprod[: int(level) + 1].double()
+            betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
+            kind = kept.get("prediction_type", "epsilon")
+            kept = {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": kind}
+        return diffusers.DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
+    if isinstance(schedule, EDM):
+        if not schedule.sigma_min < level <= schedule.sigma_max:
+            raise UserError(f"student_level: {level} is not a sigma from {schedule.sigma_min} to {schedule.sigma_max}")
+        shared = {
+            "sigma_min": schedule.sigma_min,
+            "sigma_max": level,
+            "sigma_data": schedule.data_std,
+            "rho": schedule.rho,
+        }
+        if schedule.unit_init:
+            kind = teacher.scheduler.get("prediction_type", "epsilon")
+            return diffusers.EDMEulerScheduler(**shared, prediction_type=kind)
+        return diffusers.CMStochasticIterativeScheduler(**shared, clip_denoised=False)
+    if isinstance(schedule, LinearFlow):
+        return _flow_scheduler(_flow_shift_for(level, schedule), schedule.train_timesteps)
+    raise UserError(f"export: no stock scheduler for a {type(schedule).__name__} student")
+
+
+def _several_steps(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
+    schedule, steps = sampler.denoiser.schedule, len(sampler.levels)
+    own = torch.tensor(sampler.levels, dtype=torch.float64)
+    if isinstance(schedule, DiscreteVP):
+        count = len(schedule.alphas_cumprod)
+        kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
+        if sampler.renoise:
+            for points in (n for n in range(steps, count + 1) if count % n == 0):
+                if torch.equal(schedule.levels(points)[lcm_indices(points, steps)], own):
+                    # The scaling makes its c_skip less than 1e-12, so that it takes the network's x0 as it is.
+                    return diffusers.LCMScheduler(**kept, original_inference_steps=points, timestep_scaling=1e6)
+        if sampler.renoise or count % steps or not torch.equal(schedule.levels(steps), own):
+            raise UserError(
+                f"export: {steps} steps do not divide the teacher's {count} timesteps evenly; use 2, 4 or 8"
+            )
+        return diffusers.DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
+    if isinstance(schedule, EDM) and schedule.unit_init and not sampler.renoise:
+        low, high = sampler.levels[-1], sampler.levels[0]
+        if torch.allclose(replace(schedule, sigma_min=low, sigma_max=high).levels(steps), own):
+            scheduler = student_scheduler(teacher, FewStepSampler(sampler.denoiser, [high]))
+            return type(scheduler).from_config({**scheduler.config, "sigma_min": low})
+    how = "renoising" if sampler.renoise else "deterministic"
+    raise UserError(
+        f"export: no stock scheduler takes {steps} {how} steps on this teacher's {type(schedule).__name__} schedule; "
+        "use one step"
+    )
+
+
+def _latent_flow_scheduler(schedule: LinearFlow, sampler: FewStepSampler, own_row: bool) -> SchedulerMixin:
+    """Flow matching's own scheduler with the sampler's levels, the trailing ones.
+
+    `own_row`: the pipeline lets it take its own row, where others hand it 1, .., 1/n.
+    """
+    steps, own = len(sampler.levels), torch.tensor(sampler.levels, dtype=torch.float64)
+    if not torch.allclose(schedule.trailing(steps), own):
+        told = ", ".join(f"{level:g}" for level in sampler.levels)
+        raise UserError(f"export: this pipeline's scheduler cannot start {steps} steps at {told}; leave the levels out")
+    kind = diffusers.FlowMatchEulerDiscreteScheduler
+    if sampler.renoise and steps > 1:
+        kind = diffusers.FlowMatchLCMScheduler
+    shift, terminal = schedule.shift, None
+    if own_row and steps > 1:
+        # It shifts the row from 1 to its own least sigma and stretches that to end at `shift_terminal`. Both rows are
+        # Moebius functions of k; they are the same one for the shift q/(q - 1), q = shift n d/(shift - 1), where d is
+        # what one step takes off before the shift. d depends weakly on the new shift.
+        terminal, shift = float(own[-1]), 1.0
+        for _ in range(100 if schedule.shift != 1 else 0):
+            least = shift / (schedule.train_timesteps + shift - 1)
+            q = schedule.shift * steps * (1 - least) / (steps - 1) / (schedule.shift - 1)
+            shift = q / (q - 1)
+    return kind(schedule.train_timesteps, shift, shift_terminal=terminal)
+
+
+def _flow_scheduler(shift: float, timesteps: int) -> SchedulerMixin:
+    """Euler steps of flow matching, in the one stock scheduler that pixel pipelines can drive."""
+    return diffusers.DPMSolverMultistepScheduler(
+        num_train_timesteps=timesteps,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        solver_order=1,
+        final_sigmas_type="zero",
+    )
+
+
+def _flow_shift_for(level: float, schedule: LinearFlow) -> float:
+    """The shift that moves that scheduler's one-step sigma, 1 - 1/T, to the level."""
+    first, time = 1 - 1 / schedule.train_timesteps, level * schedule.train_timesteps
+    # That scheduler hands the network whole timesteps only.
+    if not 0 < level < 1 or abs(time - round(time)) > 1e-6:
+        raise UserError(f"student_level: {level} is not k/{schedule.train_timesteps} inside (0, 1)")
+    return level * (1 - first) / (first * (1 - level))
+
+
+def teacher_scheduler(parameterization: str) -> SchedulerMixin:
+    """The stock scheduler of a teacher of ours: DDIM ('vp'), EDM's Euler ('edm') or Euler steps of a flow."""
+    if parameterization == "edm":
+        return diffusers.EDMEulerScheduler()
+    if parameterization == "flow":
+        return _flow_scheduler(1.0, 1000)
+    return diffusers.DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+def scheduler_config(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """The config as scheduler_config.json would hold it."""
+    return {**scheduler.config, "_class_name": type(scheduler).__name__}

@@ -1,0 +1,1 @@
+"""Files that travel with a student; they import nothing of diffdistill."""

@@ -1,0 +1,109 @@
+"""The scoreboard: passes are counted, trainings share a budget, and what is done is not repeated."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffdistill import UserError
+from diffdistill.catalogue import describe_method, method_names
+from diffdistill.eval.bench import SUITES, Entry, averaged, bench, entries, passes_per_step, planned
+from diffdistill.training.assemble import make_game
+
+
+def test_every_method_has_a_preset_for_the_suite() -> None:
+    assert {e.info.name for e in entries(SUITES["digits"], None, [0])} == set(method_names())
+    found = entries(SUITES["digits"], ["dmd2"], [0, 1])
+    assert [(e.name, e.seed) for e in found] == [("dmd2", 0), ("dmd2 4step", 0), ("dmd2", 1), ("dmd2 4step", 1)]
+
+
+def test_passes_are_counted_with_guidance_and_backward() -> None:
+    shared = {"method": "dmd2", "update_ratio": 1, "batch_size": 4}
+    assert passes_per_step(make_game(shared)) == (4, 8)  # two of the four are trained
+    assert passes_per_step(make_game(shared | {"guidance_scale": 2.0})) == (5, 9)
+    # three steps of four move the fake score alone, on fresh samples
+    assert passes_per_step(make_game(shared | {"update_ratio": 4})) == (2.5, 5)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_no_pass_is_done_that_the_definition_does_not_need(name: str) -> None:
+    info = describe_method(name)
+    for preset in (p for p in info.presets if p.split("-")[0] == "digits"):
+        values = dict(info.presets[preset]) | {"method": name, "batch_size": 2}
+        passes, _ = passes_per_step(make_game(values))
+        assert passes == pytest.approx(info.passes[preset], rel=0.15), preset
+
+
+def test_the_budget_sets_the_steps_and_stages_keep_their_share() -> None:
+    info = describe_method("progressive")
+    values, passes, scale = planned(Entry(info, "digits", 0), SUITES["digits"], 500, {})
+    assert values["steps"] == 100 and passes == 3 and scale == 1  # five passes with the backward one
+    assert values["stage_steps"] == 20
+
+
+def test_a_file_of_ones_own_is_trained_by_its_path(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text((Path(__file__).parents[2] / "methods" / "progressive.py").read_text())
+    (entry,) = entries(SUITES["digits"], [str(mine)], [0])
+    assert planned(entry, SUITES["digits"], 5, {}).values["method"] == str(mine)
+    (tmp_path / "dmd2.py").write_text(mine.read_text())
+    with pytest.raises(UserError, match=r"methods: '.*dmd2.py' has the name of a method of ours"):
+        entries(SUITES["digits"], [str(tmp_path / "dmd2.py")], [0])
+
+
+def test_what_is_named_twice_is_trained_once() -> None:
+    assert len(entries(SUITES["digits"], ["sid", "sid:digits"], [0, 0])) == 1
+
+
+def test_a_method_without_the_preset_is_refused(tmp_path: Path) -> None:
+    text = (
+        (Path(__file__).parents[2] / "methods" / "progressive.py").read_text().replace('"digits": {', '"other": {', 1)
+    )
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match="methods: mine has no preset 'digits'"):
+        entries(SUITES["digits"], [str(tmp_path / "mine.py")], [0])
+
+
+def test_rows_are_averaged_over_seeds_once_each() -> None:
+    row = {"method": "a", "steps": 1, "seed": 0, "noise": 0, "frechet distance": 1.0, "recall": 0.5}
+    other = row | {"noise": 1, "frechet distance": 3.0}
+    third = [row | {"seed": 1, "noise": n, "frechet distance": 4.0} for n in (0, 1)]
+    (mean,) = averaged([row, row, other, *third])
+    assert mean["seeds"] == 2 and mean["frechet distance"] == 3.0 and mean["recall"] == 0.5
+    assert mean["+-"] == pytest.approx(2**0.5)  # of 2 and 4
+
+
+def test_peak_memory_is_not_inherited() -> None:
+    held = b"x" * (800 << 20)  # what the operating system would count as the child's too
+    code = "from diffdistill.environment import peak_memory_mb; print(peak_memory_mb())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50 < float(done.stdout) < len(held) / 2**20
+
+
+@pytest.mark.slow
+def test_a_board_is_made_and_taken_up_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffdistill.eval.bench.MOST_IMAGES", 400)
+
+    def run(methods: list[str]) -> list[str]:
+        bench("digits", methods=methods, seeds=[0], budget=40, out=tmp_path)
+        return capsys.readouterr().out.splitlines()
+
+    run(["dmd2"])
+    before = json.loads((tmp_path / "board.json").read_text())
+    note = (tmp_path / "runs" / "dmd2-seed0.json").stat().st_mtime_ns
+    run(["dmd2", "progressive"])
+    after = json.loads((tmp_path / "board.json").read_text())
+    assert (tmp_path / "runs" / "dmd2-seed0.json").stat().st_mtime_ns == note
+    rows = {(r["method"], r["steps"]): r for r in after["rows"]}
+    assert {(r["method"], r["steps"]) for r in before["rows"]} < set(rows)
+    assert {("progressive", 1), ("progressive", 2), ("progressive", 4)} <= set(rows)
+    assert rows["dmd2", 1]["passes"] == rows["dmd2", 1]["least"] == 4 and rows["dmd2", 1]["peak MB"] > 100
+    for changed in ({"budget": 50}, {"data": str(tmp_path)}):
+        with pytest.raises(UserError, match=f"{next(iter(changed))}: .* is not the board's"):
+            bench("digits", **{"methods": ["dmd2"], "seeds": [0], "budget": 40, "out": tmp_path} | changed)
+    for name in ("board.md", "quality.png", "samples.png"):
+        assert (tmp_path / name).stat().st_size > 100

@@ -1,0 +1,358 @@
+"""Every family against its stock pipeline: tiny networks of the real architectures, random weights."""
+
+import copy
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from diffdistill.catalogue import describe_method
+from diffdistill.core.denoiser import Cond
+from diffdistill.core.guidance import guided
+from diffdistill.core.ode import ddim_step, solve
+from diffdistill.core.schedule import DiscreteVP
+from diffdistill.data.encoded import decoder
+from diffdistill.errors import UserError
+from diffdistill.families import FAMILIES, Family, Prompt, Source, family_of, load_pipeline, load_teacher, with_null
+from diffdistill.families._family import unpack
+from diffdistill.pipelines.card import model_card
+from diffdistill.pipelines.export import save_pipeline
+from diffdistill.players.lora import LoraSettings, lora_view
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.teacher import Teacher
+from tests import tiny_a, tiny_b
+
+PROMPT = "a red fox in the snow"
+LABEL = 7
+FRAMES = tiny_b.FRAMES
+
+# Of the stock pipeline, at a guidance scale; steps, generator and size are added. A family whose pipelines are here is
+# tested.
+CALLS: dict[str, Callable[[float], dict[str, Any]]] = {
+    "stable_diffusion": lambda g: {"prompt": PROMPT, "guidance_scale": g},
+    "sdxl": lambda g: {"prompt": PROMPT, "guidance_scale": g},
+    "dit": lambda g: {"class_labels": [LABEL], "guidance_scale": g},
+    "pixart_sigma": lambda g: {
+        "prompt": PROMPT,
+        "guidance_scale": g,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    },
+    "sana": lambda g: {
+        "prompt": PROMPT,
+        "guidance_scale": g,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+        "complex_human_instruction": None,
+    },
+    "sd3": lambda g: {"prompt": PROMPT, "guidance_scale": g},
+    # Its own scale is told to the network.
+    "flux": lambda g: {"prompt": PROMPT, "guidance_scale": 3.5, "true_cfg_scale": g, "negative_prompt": ""},
+    "qwen_image": lambda g: {"prompt": PROMPT, "true_cfg_scale": g, "negative_prompt": ""},
+    "z_image": lambda g: {"prompt": PROMPT, "guidance_scale": g - 1},
+    "wan": lambda g: {"prompt": PROMPT, "guidance_scale": g},
+    "unet2d_ddim": lambda g: {},
+    # One step: the stock sampler adds noise between two.
+    "consistency_model": lambda g: {"class_labels": LABEL, "num_inference_steps": 1},
+}
+# Other settings of the same family; the name up to the space is that of its call.
+BUILDERS: dict[str, Callable[..., Any]] = {
+    **tiny_a.PIPELINES,
+    **tiny_b.PIPELINES,
+    "stable_diffusion v": partial(tiny_a.stable_diffusion, prediction_type="v_prediction"),
+    "stable_diffusion v zero_snr": partial(tiny_a.stable_diffusion, prediction_type="v_prediction", zero_snr=True),
+    "stable_diffusion sample": partial(tiny_a.stable_diffusion, prediction_type="sample"),
+}
+SIZES = {**tiny_a.SIZES, **tiny_b.SIZES}
+CASES = [name for name in BUILDERS if name.split()[0] in CALLS]
+LATENT = [name for name in CASES if name in FAMILIES and FAMILIES[name].autoencoder is not None]
+TEXT = [name for name in LATENT if FAMILIES[name].text is not None]
+UNGUIDED = ("unet2d_ddim", "consistency_model")
+SCALES = [(name, g) for name in CASES for g in (1.0, 5.0) if g == 1 or name not in UNGUIDED]
+
+
+@dataclass
+class Case:
+    """A tiny pipeline, saved, and the teacher that is loaded from there."""
+
+    call: Callable[[float], dict[str, Any]]
+    pipe: Any
+    folder: Path
+    family: Family
+    teacher: Teacher
+    cond: Cond
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
+    """(name, times the usual size) -> that case."""
+    root = tmp_path_factory.mktemp("families")
+
+    @cache
+    def saved(name: str) -> tuple[Any, Path]:
+        folder = root / name.replace(" ", "-")
+        pipe = BUILDERS[name]()
+        pipe.set_progress_bar_config(disable=True)
+        pipe.save_pretrained(folder)
+        return pipe, folder
+
+    @cache
+    def make(name: str, times: int = 1) -> Case:
+        pipe, folder = saved(name)
+        kind = name.split()[0]
+        teacher = load_teacher(folder, resolution=SIZES[kind] * times, frames=FRAMES)
+        family, _ = family_of(folder)
+        cond: Cond = {}
+        if family.text is not None:
+            encoders = load_pipeline(folder, leave_out=(family.component,))
+            prompt = Prompt(family.pixels(folder, teacher.shape))
+            with torch.no_grad():
+                cond = family.text.encode(encoders, [PROMPT], prompt)
+                with_null(teacher.denoiser, family.text.null(encoders, prompt))
+        elif teacher.num_classes is not None:
+            cond = {"class_labels": torch.tensor([LABEL])}
+        return Case(CALLS[kind], pipe, folder, family, teacher, cond)
+
+    return make
+
+
+@torch.no_grad()
+def stock(case: Case, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (1, *shape) and images (1, ..) in [-1, 1] that the stock pipeline makes, and the angles on its way."""
+    scheduler, shape = case.pipe.scheduler, case.teacher.shape
+    outputs: list[Tensor] = []
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        outputs.append(result[0])
+        return result
+
+    original, scheduler.step = scheduler.step, step
+    try:
+        settings = {"num_inference_steps": 4, "output_type": "np", **case.teacher.size, **case.call(guidance)}
+        result = case.pipe(**settings, generator=torch.Generator().manual_seed(1))
+    finally:
+        del scheduler.step
+    images = torch.from_numpy(result[0]) * 2 - 1
+    x = outputs[-1][:1].float()
+    latents = unpack(x, shape) if x.ndim == 3 else x.reshape(1, *shape)
+    schedule = case.teacher.denoiser.schedule
+    levels = scheduler.timesteps if isinstance(schedule, DiscreteVP) else scheduler.sigmas[:-1]
+    grid = torch.cat([schedule.angle(levels.double()), torch.zeros(1, dtype=torch.float64)])
+    return latents, images, grid
+
+
+@torch.no_grad()
+def ours(case: Case, guidance: float, grid: Tensor) -> Tensor:
+    """(1, *shape) what the teacher makes of the same noise on the same grid."""
+    denoiser, shape = case.teacher.denoiser, case.teacher.shape
+    z = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    start = z * denoiser.schedule.init_scale(float(grid[0]))
+    return solve(ddim_step, guided(denoiser, guidance), start, grid, case.cond) * denoiser.schedule.data_std
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """The greatest difference, relative to the greatest value of b where that is above 1."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    assert b.isfinite().all()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1))
+
+
+def middle(case: Case, n: int) -> tuple[Tensor, Tensor, Cond]:
+    """x_t, t and conditions of n samples half-way."""
+    schedule = case.teacher.denoiser.schedule
+    t = schedule.at_fraction(torch.full((n,), 0.5, dtype=torch.float64))
+    return torch.randn(n, *case.teacher.shape), t, {k: v.expand(n, *v.shape[1:]) for k, v in case.cond.items()}
+
+
+@pytest.mark.parametrize(("name", "guidance"), SCALES)
+def test_same_samples_as_the_stock_pipeline(made: Callable[..., Case], name: str, guidance: float) -> None:
+    case = made(name)
+    latents, _, grid = stock(case, guidance)
+    assert gap(ours(case, guidance, grid), latents) < 1e-4
+
+
+@pytest.mark.parametrize("told", [1.0, 5.0])
+def test_flux_is_told_its_guidance(made: Callable[..., Case], told: float) -> None:
+    case = made("flux")
+    usual, _, _ = stock(case, 1.0)
+    call = {**case.call(1.0), "guidance_scale": told}
+    case = replace(case, call=lambda g: call, cond={**case.cond, "guidance": torch.tensor([told])})
+    latents, _, grid = stock(case, 1.0)
+    assert gap(usual, latents) > 1e-3
+    assert gap(ours(case, 1.0, grid), latents) < 1e-4
+
+
+@pytest.mark.parametrize("name", TEXT)
+@torch.no_grad()
+def test_prompts_of_two_lengths_do_not_mind_each_other(made: Callable[..., Case], name: str) -> None:
+    case = made(name)
+    denoiser, prompts = case.teacher.denoiser, [PROMPT, "cat"]
+    assert case.family.text is not None
+    prompt = Prompt(case.family.pixels(case.folder, case.teacher.shape))
+    cond = case.family.text.encode(case.pipe, prompts, prompt)
+    assert prompts == [PROMPT, "cat"]
+    x, t, _ = middle(case, 2)
+    both = guided(denoiser, 5.0)(x, t, cond).x0
+    features = denoiser.features(x, t, cond)
+    for i in range(2):
+        one = case.family.text.encode(case.pipe, [prompts[i]], prompt)
+        assert {k: v.shape for k, v in one.items()} == {k: v[:1].shape for k, v in cond.items()}
+        assert gap(guided(denoiser, 5.0)(x[i : i + 1], t[:1], one).x0, both[i : i + 1]) < 1e-4
+        assert gap(denoiser.features(x[i : i + 1], t[:1], one), features[i : i + 1]) < 1e-4
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_same_samples_at_twice_the_size(made: Callable[..., Case], name: str) -> None:
+    case = made(name, 2)
+    assert case.teacher.shape[-1] == 2 * made(name).teacher.shape[-1]
+    latents, _, grid = stock(case, 5.0)
+    assert gap(ours(case, 5.0, grid), latents) < 1e-4
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_the_comparison_sees_a_wrong_guidance_time_or_output(made: Callable[..., Case], name: str) -> None:
+    case = made(name)
+    denoiser = case.teacher.denoiser
+    latents, _, grid = stock(case, 5.0)
+    assert gap(ours(case, 4.0, grid), latents) > 1e-3
+    for wrong in (
+        lambda network, x, time, cond: denoiser.call(network, x, 1.01 * time, cond),
+        lambda network, x, time, cond: -denoiser.call(network, x, time, cond),
+    ):
+        changed = copy.copy(denoiser)
+        changed.call = wrong
+        assert gap(ours(replace_teacher(case, changed), 5.0, grid), latents) > 1e-3
+
+
+def replace_teacher(case: Case, denoiser: Any) -> Case:
+    return replace(case, teacher=replace(case.teacher, denoiser=denoiser))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_discriminator_can_read_features(made: Callable[..., Case], name: str) -> None:
+    case = made(name)
+    features = case.teacher.denoiser.features(*middle(case, 2))
+    assert features.ndim == 4 and len(features) == 2 and features.isfinite().all()
+    assert features.shape[2] == features.shape[3] > 1 or case.family.name == "wan"
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_players_start_as_the_teacher(made: Callable[..., Case], name: str) -> None:
+    """In training mode too, where DiT would drop labels, and as LoRA on the layers that the family names."""
+    case = made(name)
+    x, t, cond = middle(case, 16)
+    denoiser = copy.deepcopy(case.teacher.denoiser)
+    expected = denoiser(x, t, cond).x0
+    student = replace_teacher(case, denoiser).teacher.player("student")
+    assert student.network.training and gap(student(x, t, cond).x0, expected) < 1e-5
+    lora = lora_view(denoiser, LoraSettings(2, targets=case.family.lora_targets)).train()
+    assert gap(lora(x, t, cond).x0, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", LATENT)
+@torch.no_grad()
+def test_the_autoencoder_is_used_as_the_pipeline_uses_it(made: Callable[..., Case], name: str) -> None:
+    case = made(name)
+    latents, images, _ = stock(case, 1.0)
+    first = images if images.ndim == 4 else images[:, 0]
+    decoded = decoder(case.teacher)(latents).clamp(-1, 1)
+    assert gap(decoded, first.permute(0, 3, 1, 2)) < 1e-4
+
+    autoencoder, vae = case.family.autoencoder, case.pipe.vae
+    assert autoencoder is not None
+    size = case.family.pixels(case.folder, case.teacher.shape)
+    pictures = torch.rand(2, 3, *([FRAMES] if len(case.teacher.shape) == 4 else []), *size) * 2 - 1
+    encoded = autoencoder.encode(vae, pictures)
+    assert encoded.shape == (2, *case.teacher.shape)
+    assert autoencoder.channels(dict(vae.config)) == case.teacher.shape[0]
+    again = autoencoder.decode(vae, encoded)
+    plain = vae(pictures[:, :, None] if type(vae).__name__ == "AutoencoderKLQwenImage" else pictures).sample
+    assert gap(again, plain.reshape(again.shape)) < 1e-4
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_a_size_that_does_not_fit_names_one_that_does(made: Callable[..., Case], name: str) -> None:
+    with pytest.raises(UserError, match=r"^resolution: .*use \d+"):
+        load_teacher(made(name).folder, resolution=SIZES[name] + 1, frames=FRAMES)
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value"), [("unet", "time_cond_proj_dim", 8), ("vae", "latents_mean", [0.0] * 4)]
+)
+def test_a_unet_or_vae_that_works_otherwise_is_refused(
+    made: Callable[..., Case], part: str, setting: str, value: object
+) -> None:
+    case = made("stable_diffusion")
+    config = copy.deepcopy(dict(case.pipe.vae.config))
+    network = copy.copy(case.teacher.denoiser.network)
+    if part == "unet":
+        network.register_to_config(**{setting: value})  # type: ignore[operator]
+    else:
+        config[setting] = value
+
+    class Changed(Source):
+        def config(self, component: str) -> dict[str, Any]:
+            return config
+
+    scheduler = json.loads((case.folder / "scheduler" / "scheduler_config.json").read_text())
+    with pytest.raises(UserError, match=f"^teacher: .*{setting}"):
+        case.family.teacher(network, Changed(case.folder, {}, scheduler, {}))
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_the_model_card_reads_the_network_as_a_single_file(
+    made: Callable[..., Case], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = made(name)
+    teacher, network = case.teacher, copy.deepcopy(case.teacher.denoiser.network)
+    for part in network.parameters():  # not what the source folder holds
+        part.data.add_(1e-3)
+    card = model_card(describe_method("dmd2"), {}, teacher, FewStepSampler(teacher.denoiser, [0.9]), 1)
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    if not case.family.single_file:
+        assert len(code) == 1 and not hasattr(getattr(diffusers, case.family.network), "from_single_file")
+        return
+    # Of a network that is larger than diffusers' limit, too, there is one file.
+    given = [p for p in inspect.signature(ModelMixin.save_pretrained).parameters.values() if p.default is not p.empty]
+    limits = tuple("1KB" if p.name == "max_shard_size" else p.default for p in given)
+    monkeypatch.setattr(ModelMixin.save_pretrained, "__defaults__", limits)
+    folder = save_pipeline(
+        tmp_path / "student", name, network, case.pipe.scheduler, {"levels": [0.9]}, card, str(case.folder)
+    )
+    found: dict[str, Any] = {}
+    exec(code[-1].replace("FOLDER", str(folder)), found)
+    loaded, kept = found["network"].state_dict(), network.state_dict()
+    assert type(found["network"]) is type(network) and loaded.keys() == kept.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in kept.items())
+
+
+def test_an_unknown_pipeline_is_told_which_are_known(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
+    with pytest.raises(UserError, match="NoSuchPipeline") as error:
+        family_of(tmp_path)
+    for family in FAMILIES.values():
+        assert all(pipeline in str(error.value) for pipeline in family.pipelines)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_whole(name: str) -> None:
+    """Its stock pipeline exists, has the LoRA loader that it says, and takes the arguments of a student."""
+    family = FAMILIES[name]
+    stock_class = getattr(diffusers, family.pipelines[0])
+    assert family.name == name and hasattr(diffusers, family.network)
+    assert hasattr(stock_class, "load_lora_weights") == family.loads_lora
+    assert hasattr(getattr(diffusers, family.network), "from_single_file") == family.single_file
+    assert (family.text is not None) == (family.conditions == "text")
+    assert set(family.arguments(1)) <= set(inspect.signature(stock_class.__call__).parameters)

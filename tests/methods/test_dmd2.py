@@ -1,0 +1,157 @@
+"""DMD2: its exact checks hold, known mistakes are caught, and it reaches a known answer end to end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffdistill import UserError, distill, load_teacher
+from diffdistill.core.losses import denoising_loss
+from diffdistill.exact.checks import run_checks
+from diffdistill.methods import dmd2
+from diffdistill.methods.dmd2 import DMD2, Config
+from diffdistill.players.teacher import only_trains, trainable
+from diffdistill.scaffold import matching
+from diffdistill.scaffold.method import Batch
+
+
+def test_every_exact_check_holds() -> None:
+    checks = run_checks(dmd2.verify)
+    assert [c for c in checks if not c.ok] == []
+    assert sum(c.name.startswith("gradient of KL") for c in checks) == 3
+
+
+def opposite_sign(x: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
+    grad, gap = REAL_GRADIENT(x, *args, **kw)
+    return -grad, gap
+
+
+def not_detached(x: Tensor, grad: Tensor) -> Tensor:
+    return 0.5 * ((x - (x - grad)) ** 2).mean()
+
+
+def detached(x: Tensor, grad: Tensor) -> Tensor:
+    return REAL_INJECTION(x.detach() + 0 * x, grad)
+
+
+def wrong_samples(fake_score: Any, x: Tensor, t: Tensor, eps: Tensor, cond: Any, kind: str) -> Tensor:
+    return denoising_loss(fake_score(dmd2.diffuse(x, t, eps), t, cond), x.flip(0), eps)
+
+
+def with_gradients(self: DMD2, batch: Batch) -> Tensor:
+    sampler = self.sampler()
+    x_t, t = sampler.input_at(3, batch.randn("z"), batch.cond, lambda j: batch.randn(f"z {j}"))
+    return self.student(x_t, t, batch.cond).x0
+
+
+def one_normaliser_for_the_batch(x: Tensor, x0: Tensor) -> Tensor:
+    return (x - x0).abs().mean().detach().expand(len(x))
+
+
+REAL_GRADIENT, REAL_INJECTION = dmd2.distribution_matching_gradient, dmd2.gradient_injection
+MUTANTS: dict[str, tuple[Any, str, Any]] = {
+    "no normaliser": (matching, "l1_normaliser", lambda x, x0: torch.ones(len(x), dtype=x.dtype)),
+    "one normaliser for the batch": (matching, "l1_normaliser", one_normaliser_for_the_batch),
+    "opposite sign": (dmd2, "distribution_matching_gradient", opposite_sign),
+    "the gradient's target is not detached": (dmd2, "gradient_injection", not_detached),
+    "the student is detached": (dmd2, "gradient_injection", detached),
+    "the fake score is trained on the wrong samples": (dmd2, "fake_score_loss", wrong_samples),
+    "the student moves last": (DMD2, "turns", lambda self, step: REAL_TURNS(self, step)[::-1]),
+    "the ratio is ignored": (DMD2, "turns", lambda self, step: REAL_TURNS(self, 0)),
+    "the discriminator's labels are swapped": (
+        dmd2,
+        "gan_discriminator_loss",
+        lambda real, fake, f=dmd2.gan_discriminator_loss: f(fake, real),
+    ),
+    "the simulation has gradients": (DMD2, "generate", with_gradients),
+    "only the first level is trained": (dmd2.torch, "randint", lambda *a, **k: torch.zeros((), dtype=torch.int64)),
+    "the saturating generator loss": (dmd2, "gan_generator_loss", lambda fake: -nn.functional.softplus(fake).mean()),
+}
+REAL_TURNS = DMD2.turns
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*MUTANTS[name])
+    assert any(not c.ok for c in run_checks(dmd2.verify))
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_an_affine_student_reaches_the_gaussian(normalise: bool, reaches_the_gaussian: Callable[..., None]) -> None:
+    config = Config(student_lr=5e-3, fake_score_lr=2e-2, update_ratio=3, normalise=normalise, beta1=0.0, time_low=0.1)
+    reaches_the_gaussian(DMD2, config, steps=2400, ema=0.99)
+
+
+def test_guidance_is_the_teachers_alone(tiny_teacher: Callable[[str], Path]) -> None:
+    method = DMD2(load_teacher(tiny_teacher("vp")), Config(guidance_scale=3.0))
+    seen = []
+    method.fake_score.network.register_forward_hook(lambda module, args, out: seen.append(("fake", len(args[0]))))
+    method.teacher.denoiser.network.register_forward_hook(
+        lambda module, args, out: seen.append(("teacher", len(args[0])))
+    )
+    x = torch.zeros(4, 1, 8, 8)
+    t = torch.full((4,), 0.7, dtype=torch.float64)
+    method.matching(x, t, torch.randn_like(x), {"class_labels": torch.arange(4)})
+    assert sorted(seen) == [("fake", 4), ("teacher", 8)]
+
+
+def test_the_gap_begins_at_zero(tiny_teacher: Callable[[str], Path]) -> None:
+    """Teacher and fake score are the same network then; dropout in one of them would show."""
+    method = DMD2(load_teacher(tiny_teacher("vp")), Config())
+    batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 0, 0))
+    assert float(method.student_turn([], batch)["gap"]) == 0
+
+
+def test_the_students_gan_gradient_leaves_the_critic_alone(tiny_teacher: Callable[[str], Path]) -> None:
+    method = DMD2(load_teacher(tiny_teacher("vp")), Config(gan_weight=1.0))
+    only_trains("student", trainable(method.players))
+    data = torch.randn(4, 1, 8, 8)
+    batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, data, torch.device("cpu"), (0, 0, 0))
+    logs = method.student_turn([], batch)
+    logs["gan"].backward()
+    assert all(p.grad is None for p in method.players["fake_score"].parameters())
+    assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in method.student.parameters())
+
+
+def test_gan_needs_data_and_matching_does_not(tiny_teacher: Callable[[str], Path], tmp_path: Path) -> None:
+    shared = {"teacher": str(tiny_teacher("vp")), "steps": 1, "batch_size": 4, "sample_every": 0, "device": "cpu"}
+    distill(**shared, out=str(tmp_path / "free"))
+    with pytest.raises(UserError, match=r"data: dmd2 .* needs real images"):
+        distill(**shared, gan_weight=0.1, out=str(tmp_path / "gan"))
+
+
+@pytest.mark.parametrize("parameterization", ["vp", "edm", "flow"])
+def test_it_trains_every_parameterisation(
+    parameterization: str, tiny_teacher: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = distill(
+        teacher=str(tiny_teacher(parameterization)),
+        data="digits",
+        steps=2,
+        batch_size=4,
+        update_ratio=1,
+        gan_weight=0.1,
+        out=str(tmp_path / "run"),
+        sample_every=0,
+        device="cpu",
+    )
+    assert (folder / "model_index.json").is_file()
+
+
+def test_the_matching_gradient_is_that_of_images_so_that_the_gan_weight_means_the_authors(
+    tiny_teacher: Callable[[str], Path],
+) -> None:
+    """An EDM teacher's x is the image over data_std = 0.5; the normalised gradient has no unit."""
+    method = DMD2(load_teacher(tiny_teacher("edm")), Config())
+    with torch.no_grad():
+        next(method.fake_score.parameters()).add_(0.1)
+    x = torch.randn(4, 1, 8, 8, requires_grad=True)
+    t, eps, cond = torch.full((4,), 0.7).double(), torch.randn(4, 1, 8, 8), {"class_labels": torch.arange(4)}
+    (got,) = torch.autograd.grad(method.matching(x, t, eps, cond)["loss"], x)
+    image, x_t = 0.5 * x.detach(), dmd2.diffuse(x.detach(), t, eps)
+    real, fake = (0.5 * network(x_t, t, cond).x0 for network in (method.teacher, method.fake_score))
+    theirs = (fake - real) / (image - real).abs().mean((1, 2, 3), keepdim=True) / x.numel()  # d loss / d image
+    assert torch.allclose(got, 0.5 * theirs, rtol=1e-4, atol=1e-9) and float(theirs.abs().max()) > 0

@@ -1,0 +1,488 @@
+"""Family x method x kind of player: trained, exported, and the same images by diffusers without diffdistill."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffdistill.catalogue import method_names
+from diffdistill.commands.cli import main
+from diffdistill.commands.distill import distill, export_run
+from diffdistill.config import run_options
+from diffdistill.core.prediction import ROWS
+from diffdistill.core.schedule import student_levels
+from diffdistill.data.batches import batches
+from diffdistill.data.encoded import decoder, encode, open_encoded
+from diffdistill.data.pairs import make_pairs
+from diffdistill.errors import UserError
+from diffdistill.families import FAMILIES, load_teacher
+from diffdistill.families._family import pack, unpack
+from diffdistill.pipelines.schedulers import student_scheduler
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.scale_input import plain_network
+from diffdistill.training.assemble import load_run, make_game
+from diffdistill.training.trainer import Trainer, accelerator_for
+from tests import tiny_a, tiny_b
+
+BUILDERS = {
+    **tiny_a.PIPELINES,
+    **tiny_b.PIPELINES,
+    "sd_v": partial(tiny_a.stable_diffusion, prediction_type="v_prediction", zero_snr=True),
+}
+SIZES = {**tiny_a.SIZES, **tiny_b.SIZES, "sd_v": tiny_a.SIZES["stable_diffusion"]}
+LATENT = [name for name, family in FAMILIES.items() if family.autoencoder is not None]
+PROMPTS = ["a red square", "a blue circle on the left", "nothing much", "two dogs"]
+METHODS: dict[str, dict[str, Any]] = {
+    "consistency": {"mode": "distillation", "grid_points": 5, "grid": "native", "student_steps": 2},
+    "dmd2": {"update_ratio": 1, "student_steps": 2},
+    "sid": {},
+    "progressive": {"start_steps": 4, "final_steps": 2, "stage_steps": 1},
+}
+# So that two steps of an adapter show in the image: some of the random networks hardly listen to their attention.
+LORA_RATES = {"qwen_image": 2.0, "sd3": 0.5}
+
+# Nothing of ours: what anybody has who was given the folders.
+STRANGER = """
+import json, sys, torch
+from safetensors.torch import save_file
+sys.modules["diffdistill"] = None  # an import of it would fail
+from diffusers import DiffusionPipeline
+for job in json.load(open(sys.argv[1])):
+    pipe = DiffusionPipeline.from_pretrained(job["base"] or job["student"])
+    pipe.set_progress_bar_config(disable=True)
+    if job["base"]:
+        pipe.load_lora_weights(job["student"] + "/lora")
+        pipe.scheduler = DiffusionPipeline.from_pretrained(job["student"]).scheduler
+    torch.manual_seed(5)
+    call = json.load(open(job["student"] + "/diffdistill.json"))["call"]
+    got = pipe(**job["what"], generator=torch.Generator().manual_seed(3), output_type=job["type"], **call)
+    latents = got.frames if hasattr(got, "frames") else got.images
+    save_file({"x": torch.as_tensor(latents).contiguous()}, job["out"])
+"""
+
+
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """family -> a tiny pipeline's folder, and its prompts encoded, with latents of drawn images."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("families")
+
+    def make(name: str) -> tuple[Path, Path]:
+        folder, out = root / name, root / f"{name}-encoded"
+        if not out.exists():
+            BUILDERS[name]().save_pretrained(folder)
+            images = root / "images"
+            if not images.exists():
+                images.mkdir()
+                for i in range(len(PROMPTS)):
+                    Image.new("RGB", (32, 32), (60 * i, 200 - 50 * i, 90)).save(images / f"{i}.png")
+                rows = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate(PROMPTS)]
+                (images / "metadata.jsonl").write_text("\n".join(rows))
+                for i in range(len(PROMPTS)):
+                    (root / "classes" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+                    Image.open(images / f"{i}.png").save(root / "classes" / str(i % 2) / f"{i}.png")
+                (root / "prompts.txt").write_text("\n".join(PROMPTS))
+            options: dict[str, Any] = {"teacher": str(folder), "resolution": SIZES[name], "out": str(out)}
+            if name == "wan":
+                encode(**options, prompts=str(root / "prompts.txt"), frames=5)
+            else:
+                encode(**options, data=str(root / "classes" if name == "dit" else images))
+        return folder, out
+
+    return make
+
+
+def options_for(folder: Path, prompts: Path, name: str, method: str, kind: str) -> dict[str, Any]:
+    critic = {"fake_score": kind} if method in ("dmd2", "sid") else {}
+    frames = {"frames": 5} if name == "wan" else {}
+    return {
+        "method": method, "teacher": str(folder), "prompts": str(prompts), "resolution": SIZES[name], **frames,
+        "student": kind, **critic, "adapter_rank": 2, "student_lr": 1e-3, "batch_size": 2, "steps": 2,
+        "sample_every": 0, "device": "cpu", **METHODS[method],
+    }  # fmt: skip
+
+
+def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], trained: bool = True) -> torch.Tensor:
+    """The player as the run's checkpoint has it, or as it was before the training: nothing exported is read.
+
+    The noise is drawn as a stock pipeline does: the first from its generator, and the rest from there too where the
+    pipeline hands it to its scheduler, else from the global one.
+    """
+    game = load_run(run)[0] if trained else make_game(run_options(run))
+    sampler, teacher = game.method.sampler(), game.teacher
+    first = torch.Generator().manual_seed(3)
+    z = torch.randn(1, *shape, generator=first)
+    told = FAMILIES[teacher.family].pipelines[0]
+    hands = told in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "SanaPipeline")
+    torch.manual_seed(5)
+
+    packed = teacher.family in ("flux", "qwen_image")
+
+    def noise(j: int) -> torch.Tensor:
+        drawn = torch.randn(pack(z).shape if packed else z.shape, generator=first if hands else None)
+        return unpack(drawn, shape) if packed else drawn
+
+    with torch.no_grad():
+        x, t = sampler.input_at(len(sampler.levels) - 1, z, cond, noise)
+        x0 = sampler.denoiser(x, t, cond).x0
+        if told == "DiTPipeline":  # it gives images only
+            return (decoder(teacher)(x0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return pack(x0) if packed else x0
+
+
+def apart(image: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, as a part of the largest value of `other` if that exceeds 1."""
+    return float((image - other).abs().max()) / max(1, float(other.abs().max()))
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_the_stranger_gets_the_students_images(
+    name: str, encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded(name)
+    data = open_encoded(prompts)
+    cond, shape = data.get(torch.tensor([1]))[1], tuple(data.settings["shape"])
+    jobs, expected = [], []
+    before: dict[str, torch.Tensor] = {}
+    for method, kind in product(METHODS, ("full", "lora")):
+        run = tmp_path / f"{method}-{kind}"
+        options = options_for(folder, prompts, name, method, kind) | {"out": str(run)}
+        if kind == "lora":
+            options |= {"student_lr": LORA_RATES.get(name, 0.1), "adapter_alpha": 6.0}
+        # What makes no sense says so.
+        if method == "progressive" and ROWS["epsilon"] is load_teacher(folder, resolution=SIZES[name]).denoiser.row:
+            with pytest.raises(UserError, match="predicts the noise"):
+                distill(**options)
+            continue
+        if method in ("consistency", "progressive") and not data.has_images:
+            with pytest.raises(UserError, match="needs images too"):
+                distill(**options)
+            continue
+        student = distill(**options)
+        image = ours(run, cond, shape)
+        if method not in before:  # both kinds begin as the teacher
+            before[method] = ours(run, cond, shape, trained=False)
+        # Ten times what is allowed below: weights that went missing would show.
+        assert apart(image, before[method]) > 1e-2, (method, kind)
+        alone = [str(folder)] if kind == "lora" and FAMILIES[name].loads_lora else []
+        for base in ["", *alone]:
+            what = {"class_labels": cond["class_labels"].tolist()} if name == "dit" else {"prompt": PROMPTS[1]}
+            job = {"student": str(student), "base": base, "what": what, "type": "np" if name == "dit" else "latent"}
+            jobs.append(job | {"out": str(tmp_path / f"{len(jobs)}.safetensors")})
+            expected.append(image)
+    assert len(jobs) >= 4
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-c", STRANGER, str(tmp_path / "jobs.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    wrong = []
+    for job, image in zip(jobs, expected, strict=True):
+        got = load_file(job["out"])["x"].reshape(image.shape)
+        error = apart(got, image)
+        if not error < 1e-3:
+            wrong.append((job["student"], job["base"], error))
+    assert not wrong, wrong
+
+
+def test_a_lora_student_of_pixels_is_exported_as_it_was_trained(tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    folder, run = tmp_path / "teacher", tmp_path / "run"
+    tiny_a.unet2d_ddim().save_pretrained(folder)
+    adapters = {"student": "lora", "fake_score": "lora", "adapter_rank": 2, "adapter_alpha": 6.0, "student_lr": 0.1}
+    shared = {"teacher": str(folder), "batch_size": 2, "steps": 2, "sample_every": 0, "device": "cpu"}
+    student = distill(method="sid", **shared, **adapters, out=str(run))
+    pipeline = DiffusionPipeline.from_pretrained(student)
+    pipeline.set_progress_bar_config(disable=True)
+    told = {"num_inference_steps": 1, "output_type": "np", "generator": torch.Generator().manual_seed(3)}
+    got = torch.as_tensor(pipeline(**told).images)
+    shape = tuple(load_teacher(folder).shape)
+    trained, before = (
+        (ours(run, {}, shape, trained) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) for trained in (True, False)
+    )
+    assert apart(trained, before) > 1e-2
+    assert apart(got, trained) < 1e-3
+
+
+def test_the_base_is_stored_once_and_stays_as_it_was(
+    encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded("sd3")
+    options = options_for(folder, prompts, "sd3", "dmd2", "lora")
+    game = make_game(options)
+    base = game.teacher.denoiser.network
+    before = {k: v.clone() for k, v in base.state_dict().items() if ".lora_" not in k}
+    own = {name: {id(p) for p in module.parameters()} for name, module in game.method.players.items()}
+    assert own["student"] and own["fake_score"] and not own["student"] & own["fake_score"]
+    storages = {p.data_ptr() for module in (*game.method.players.values(), base) for p in module.parameters()}
+    whole = sum(v.numel() for v in before.values())
+    every = sum(p.numel() for p in {p.data_ptr(): p for p in base.parameters()}.values())
+    assert len(storages) == len(list(base.parameters()))  # all that the players have lies in the one network
+    assert every < 1.5 * whole
+    accelerator = accelerator_for(game.config, tmp_path)
+    trainer = Trainer(
+        game.method, batches(game.config, game.teacher, None, accelerator), game.config, tmp_path, accelerator
+    )
+    for _ in range(2):
+        trainer.iteration()
+    after = base.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_checkpointed_activations_give_the_same_gradients_and_a_resumed_run_the_same_bits(
+    kind: str, encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded("sd3")
+    options = options_for(folder, prompts, "sd3", "dmd2", kind) | {"steps": 3}
+    whole = distill(**options, out=str(tmp_path / "whole"))
+    spared = distill(**options, out=str(tmp_path / "spared"), gradient_checkpointing=True)
+    distill(**(options | {"steps": 1}), out=str(tmp_path / "run"))
+    resumed = distill(resume=tmp_path / "run", steps=3)
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    expected = load_file(whole / file)
+    for other, limit in ((spared, 1e-6), (resumed, 0.0), (export_run(tmp_path / "run", out=tmp_path / "again"), 0.0)):
+        got = load_file(other / file)
+        assert got.keys() == expected.keys()
+        assert max(float((got[k] - expected[k]).abs().max()) for k in got) <= limit
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "adapter_guidance": {},
+    "consistency": METHODS["consistency"],
+    "diff_instruct": {},
+    "dmd": {},
+    "dmd2": {"gan_weight": 0.01, "update_ratio": 1},
+    "guided": {"guidance_min": 2.0, "guidance_max": 2.0, "start_steps": 4, "final_steps": 2, "stage_steps": 1,
+               "guidance_steps": 1},
+    "lcm": {"guidance_min": 2.0, "guidance_max": 2.0, "ddim_steps": 10, "student_steps": 2},
+    "lora_guidance": {"trajectories": True, "trajectory_steps": 2, "sampling_steps": 2},
+    "multistep_consistency": {},
+    "progressive": METHODS["progressive"],
+    "sid": {},
+    "sim": {},
+    "swiftbrush": {"guidance_scale": 2.0},
+}  # fmt: skip
+SAYS_SO = {
+    ("adapter_guidance", "full"): "class-conditional teacher",
+    ("adapter_guidance", "lora"): "class-conditional teacher",
+    ("lora_guidance", "lora"): "has no student that can be an adapter on the teacher",
+}
+
+
+def test_every_method_is_listed() -> None:
+    assert sorted(OTHERS) == method_names()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("method", OTHERS)
+def test_every_method_runs_with_both_kinds_or_says_why_not(
+    method: str, kind: str, encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded("sd_v")
+    options = options_for(folder, prompts, "sd_v", "progressive", kind) | {"method": method}
+    for name in METHODS["progressive"]:
+        options.pop(name)
+    options |= OTHERS[method]
+    critics = {"dmd", "dmd2", "sid", "sim", "diff_instruct"}
+    if kind == "lora" and method in critics:
+        options["fake_score"] = "lora"
+    if method == "dmd":
+        made = {"teacher": str(folder), "prompts": str(prompts), "count": 4, "sampling_steps": 2, "device": "cpu"}
+        options["pairs"] = str(make_pairs(**made, out=str(tmp_path / "pairs")))
+    if (method, kind) in SAYS_SO:
+        with pytest.raises(UserError, match=SAYS_SO[method, kind]):
+            distill(**options, out=str(tmp_path / "run"))
+        return
+    before = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    student = distill(**options, out=str(tmp_path / "run"))
+    after = load_file(student / "unet/diffusion_pytorch_model.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert (student / "lora").is_dir() == (kind == "lora" or method == "lora_guidance")
+
+
+def test_a_fake_score_where_there_is_none_is_refused(
+    encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded("sd_v")
+    options = options_for(folder, prompts, "sd_v", "progressive", "full") | {"fake_score": "lora"}
+    with pytest.raises(UserError, match="fake_score: progressive has no fake score"):
+        distill(**options, out=str(tmp_path / "run"))
+
+
+def test_a_full_student_is_a_single_file_too(encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    folder, prompts = encoded("sd_v")
+    student = distill(**options_for(folder, prompts, "sd_v", "progressive", "full"), out=str(tmp_path / "run"))
+    file = student / "unet/diffusion_pytorch_model.safetensors"
+    network = UNet2DConditionModel.from_single_file(str(file), config=str(student), subfolder="unet")
+    kept = load_file(file)
+    assert all(torch.equal(kept[name], value) for name, value in network.state_dict().items())
+
+
+def test_moments_in_eight_bits_resume_to_the_same_bits(
+    encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded("sd_v")
+    options = options_for(folder, prompts, "sd_v", "dmd2", "full") | {"optimizer": "adamw8bit", "steps": 3}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(UserError, match="optimizer: adamw8bit needs the package bitsandbytes"):
+            distill(**options, out=str(tmp_path / "run"))
+        return
+    whole = distill(**options, out=str(tmp_path / "whole"))
+    distill(**(options | {"steps": 1}), out=str(tmp_path / "run"))
+    resumed = distill(resume=tmp_path / "run", steps=3)
+    a, b = (load_file(s / "unet/diffusion_pytorch_model.safetensors") for s in (whole, resumed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_bf16_teacher_that_keeps_some_weights_in_float32(
+    encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded("wan")
+    options = options_for(folder, prompts, "wan", "dmd2", "lora") | {"teacher_dtype": "bfloat16"}
+    kinds = {p.dtype for n, p in make_game(options).teacher.denoiser.named_parameters() if ".lora_" not in n}
+    assert kinds == {torch.bfloat16, torch.float32}
+    distill(**options, out=str(tmp_path / "run"))
+
+
+def test_a_bf16_teacher_with_float32_adapters(encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    folder, prompts = encoded("sd3")
+    options = options_for(folder, prompts, "sd3", "dmd2", "lora")
+    game = make_game(options | {"teacher_dtype": "bfloat16"})
+    base = [p for n, p in game.teacher.denoiser.named_parameters() if ".lora_" not in n]
+    assert {p.dtype for p in base} == {torch.bfloat16}
+    assert {p.dtype for p in game.method.players["student"].parameters()} == {torch.float32}
+    for precision in ("bf16", "no"):
+        given = options | {"teacher_dtype": "bfloat16", "mixed_precision": precision, "sample_every": 1}
+        student = distill(**given, out=str(tmp_path / precision))
+        weights = load_file(student / "lora/pytorch_lora_weights.safetensors")
+        assert weights and all(bool(value.isfinite().all()) for value in weights.values())
+    # What is exported is the base and the adapter, not their sum in bf16, which would round the adapter away.
+    network = game.method.players["student"].network
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=1e-3)
+    name, layer = next((n, m) for n, m in network.base.named_modules() if hasattr(m, "lora_A"))
+    expected = layer.base_layer.weight.float() + layer.get_delta_weight(network.adapter)
+    assert torch.equal(plain_network(network).get_submodule(name).weight, expected)
+
+
+def test_from_the_command_line(
+    encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    folder, _ = encoded("sd_v")
+    prompts, run = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("\n".join(PROMPTS))
+    assert main(["families"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in FAMILIES)
+    shared = ["--teacher", str(folder), "--resolution", str(SIZES["sd_v"]), "--device", "cpu"]
+    train = ["train", "--method", "dmd2", "--prompts", str(prompts), "--student", "lora", "--fake-score", "lora"]
+    assert main([*train, *shared, "--steps", "2", "--batch-size", "2", "--out", str(run)]) == 0
+    assert (run / "encoded" / "encode.json").is_file()
+    assert len(list((run / "samples").glob("*.png"))) == 2  # decoded
+    for model in (run, folder):
+        out = tmp_path / f"{model.name}.png"
+        wanted = ["--prompt", "a red square", "--prompt", "two dogs", "--count", "3", "--out", str(out)]
+        assert main(["sample", str(model), *wanted]) == 0
+        assert Image.open(out).size[0] > 3 * 16
+    card = (run / "student" / "README.md").read_text()
+    assert 'pipeline("a prompt", num_inference_steps=1, guidance_scale=1.0, height=16, width=16)' in card
+    capsys.readouterr()
+    for arguments, told in (
+        (["sample", str(run)], "prompt:"),
+        (["sample", str(run), "--prompt", "x", "--steps", "3"], "steps:"),
+        (["sample", "digits", "--prompt", "x"], "prompt:"),
+        (["train", "--method", "dmd2", *shared, "--out", str(tmp_path / "none")], "prompts:"),
+        (
+            ["train", "--prompts", str(prompts), "--out", str(tmp_path / "none")],
+            "prompts: 'digits' is a model of pixels",
+        ),
+        (["pairs", "--teacher", str(folder), "--out", str(tmp_path / "none")], "prompts:"),
+        (["eval", str(run)], "eval:"),
+    ):
+        assert main(arguments) == 2, arguments
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and told in lines[0], lines
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "sdxl"])
+def test_a_student_that_is_told_the_scale_takes_it_from_the_stock_pipeline(
+    name: str, encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    folder, prompts = encoded(name)
+    options = options_for(folder, prompts, name, "progressive", "full") | OTHERS["lcm"] | {"method": "lcm"}
+    for other in METHODS["progressive"]:
+        options.pop(other)
+    options |= {"guidance_min": 1.0, "guidance_max": 3.0, "guidance_scale": 2.0, "student_lr": 0.1}
+    student = distill(**options, out=str(tmp_path / "run"))
+    call = json.loads((student / "diffdistill.json").read_text())["call"]
+    data = open_encoded(prompts)
+    pipeline = DiffusionPipeline.from_pretrained(student)
+    pipeline.set_progress_bar_config(disable=True)
+    images = {}
+    for scale in (2.0, 3.0):
+        told = call | {"guidance_scale": scale, "output_type": "latent"}
+        images[scale] = pipeline(PROMPTS[1], generator=torch.Generator().manual_seed(3), **told).images
+    got = ours(tmp_path / "run", data.get(torch.tensor([1]))[1], tuple(data.settings["shape"]))
+    assert call["guidance_scale"] == 2.0
+    assert float((images[2.0] - got).abs().max()) < 1e-3 * max(1, float(got.abs().max()))
+    assert float((images[3.0] - images[2.0]).abs().max()) > 1e-3
+
+
+def test_a_student_of_a_level_inside_the_chain_starts_there_in_the_stock_pipeline(
+    encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    folder, prompts = encoded("stable_diffusion")
+    options = options_for(folder, prompts, "stable_diffusion", "sid", "full") | {"student_level": 750}
+    student = distill(**options, out=str(tmp_path / "run"))
+    pipeline = DiffusionPipeline.from_pretrained(student)
+    call = json.loads((student / "diffdistill.json").read_text())["call"]
+    told = call | {"generator": torch.Generator().manual_seed(3), "output_type": "latent"}
+    got = pipeline(PROMPTS[1], **told).images
+    assert pipeline.scheduler.timesteps.tolist() == [750]
+    data = open_encoded(prompts)
+    expected = ours(tmp_path / "run", data.get(torch.tensor([1]))[1], tuple(data.settings["shape"]))
+    assert float((got - expected).abs().max()) < 1e-3 * max(1, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("renoise", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "z_image", "sana", "wan", "wan_unipc"])
+def test_the_schedulers_row_is_the_students(name: str, steps: int, renoise: bool, tmp_path: Path) -> None:
+    """Wan's own scheduler is UniPC with flow sigmas; a student's is not."""
+    import numpy as np
+    from diffusers import UniPCMultistepScheduler
+
+    pipeline = BUILDERS[name.removesuffix("_unipc")]()
+    if name == "wan_unipc":
+        pipeline.scheduler = UniPCMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+        )
+    pipeline.save_pretrained(tmp_path)
+    size = SIZES[name.removesuffix("_unipc")]
+    teacher = load_teacher(tmp_path, resolution=size, frames=5 if "wan" in name else None)
+    levels = student_levels(teacher.denoiser.schedule, steps)
+    sampler = FewStepSampler(teacher.denoiser, levels.tolist(), renoise=renoise)
+    scheduler = student_scheduler(teacher, sampler)
+    given = {"sigmas": np.linspace(1, 1 / steps, steps)} if FAMILIES[teacher.family].flow_grid == "given" else {}
+    scheduler.set_timesteps(steps, **given)
+    assert torch.allclose(scheduler.sigmas[:-1].double(), levels, atol=1e-6)
