@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,15 +37,15 @@ class MethodInfo:
 
     def load(self) -> types.ModuleType:
         """Import the method's module."""
-        if self.path.parent == _methods_folder():
-            return importlib.import_module(f"diffdistill.methods.{self.name}")
-        name = f"diffdistill_method_{self.name}"  # a file called random.py must not hide the real one
-        spec = importlib.util.spec_from_file_location(name, self.path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
+        return _import(self.path, self.name, "")
+
+    def verify(self) -> Callable[[], Iterable[Any]] | None:
+        """What yields its exact checks: `verify` of its file, or of checks/<name>.py beside it; None if neither is."""
+        module = self.load()
+        beside = self.path.parent / "checks" / f"{self.name}.py"
+        if not hasattr(module, "verify") and beside.is_file():
+            module = _import(beside, self.name, "checks.")
+        return getattr(module, "verify", None)
 
 
 _LITERALS = {"PAPER", "DATA", "EQUATIONS", "PRESETS", "END_TO_END", "PASSES", "ANY_STEPS", "SCALES"}
@@ -55,6 +55,18 @@ def _methods_folder() -> Path:
     spec = importlib.util.find_spec("diffdistill.methods")
     assert spec is not None and spec.submodule_search_locations is not None
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _import(path: Path, name: str, folder: str) -> types.ModuleType:
+    if _methods_folder() in path.parents:
+        return importlib.import_module(f"diffdistill.methods.{folder}{name}")
+    name = f"diffdistill_method_{folder.replace('.', '_')}{name}"  # a file called random.py must not hide the real one
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def method_names() -> list[str]:
@@ -89,7 +101,7 @@ def describe_method(name: str) -> MethodInfo:
                     said["Config"] = _config_class(node, path)
     except Exception as error:  # whatever the file's own text raises
         raise UserError(f"method: {path}, line {node.lineno}: {type(error).__name__}: {error}") from None
-    missing = {"PAPER", "DATA", "EQUATIONS", "Config", "METHOD", "verify"} - defined
+    missing = {"PAPER", "DATA", "EQUATIONS", "Config", "METHOD"} - defined
     if missing:
         raise UserError(f"method: {path} does not define {', '.join(sorted(missing))}; see CONTRIBUTING.md")
     config: type = said["Config"]

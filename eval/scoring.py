@@ -2,9 +2,9 @@
 
 What is kept of an image is what the measures say of it, in checksummed shards: an interrupted evaluation goes on from
 the last whole one. Batches are cut by the protocol and not by the number of processes, so that several processes
-(`torchrun --nproc_per_node 2 -m diffdistill.commands.cli eval ..`) give the bits of one, as do any number of interruptions,
-where each has the same number of threads. Features are read back shard by shard; those of a reference are kept in a
-cache by what they depend on.
+(`torchrun --nproc_per_node 2 -m diffdistill.commands.cli eval ..`) give the bits of one, as do any number of
+interruptions, where each has the same number of threads. Features are read back shard by shard; those of a reference
+are kept in a cache by what they depend on.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ closed form.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -33,12 +32,10 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import gan_discriminator_loss, gan_generator_loss, gradient_injection
-from diffdistill.core.prediction import ROWS, diffuse
+from diffdistill.core.prediction import diffuse
 from diffdistill.core.schedule import student_levels
 from diffdistill.core.times import check_range, native_uniform
 from diffdistill.errors import UserError
-from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture, gaussian_teacher
-from diffdistill.exact.checks import AffineGame, Check, differs, equal, gauss_hermite, gradient, matching_checks
 from diffdistill.options import option
 from diffdistill.players.discriminator import DiscriminatorHead
 from diffdistill.players.sampler import FewStepSampler, one_step_sampler
@@ -277,98 +274,3 @@ def _head(fake_score: Denoiser, teacher: Teacher) -> DiscriminatorHead:
 
 
 METHOD = DMD2
-
-
-def verify() -> Iterator[Check]:
-    """Appendix B's rows for distribution matching, on Gaussians whose every quantity is known."""
-
-    def make(parts: AffineGame, normalise: bool) -> DMD2:
-        config = Config(normalise=normalise)
-        return DMD2(parts.teacher, config, student=parts.student, fake_score=parts.fake_score)
-
-    yield from matching_checks(make)
-    yield from _gan_checks()
-    yield from _simulation_checks()
-    teacher = gaussian_teacher([0.0], 1.0)
-    for ratio in (1, 3):
-        method = DMD2(teacher, Config(update_ratio=ratio))
-        order = [[turn.player for turn in method.turns(k)] for k in range(2 * ratio)]
-        expected_order = [(["student"] if k % ratio == 0 else []) + ["fake_score"] for k in range(2 * ratio)]
-        same = float(order == expected_order)
-        yield equal(f"order of turns, update_ratio {ratio}: the student first, every {ratio}", 1.0, same, 0.0)
-
-
-def _simulation_checks() -> Iterator[Check]:
-    """Backward simulation with the exact map to data, x0 = mu + s (x_t - cos(t) mu)/sqrt(V), at each of four levels."""
-    mu, s = torch.tensor([0.7]).double(), torch.tensor([0.5]).double()
-    teacher = gaussian_teacher(mu.tolist(), s)
-    schedule = teacher.denoiser.schedule
-    angles = schedule.angle(student_levels(schedule, 4))
-    network = AffinePerAngle(angles, 1)
-    variance = torch.cos(angles) ** 2 * s**2 + torch.sin(angles) ** 2
-    network.slope.data[:] = (s / variance.sqrt())[:, None]
-    network.offset.data[:] = mu - network.slope.data * (torch.cos(angles) * mu)[:, None]
-    student = Denoiser(network, schedule, ROWS["sample"])
-    method = DMD2(teacher, Config(student_steps=4), student=student, fake_score=student)
-    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 4).unsqueeze(-1)  # (16, 4, 1): z and 3 noises
-    for k in range(4):
-        with torch.no_grad():
-            x_t, _ = method.sampler().input_at(k, signs[:, 0], {}, lambda j: signs[:, j])
-        got = torch.cat([x_t.mean(0), x_t.var(0, unbiased=False)])
-        closed = torch.stack([torch.cos(angles[k]) * mu[0], variance[k]])
-        yield equal(f"mean and variance of what level {k} reads are the teacher's", closed, got, 1e-12)
-        if k:
-            same = method.sampler().input_at(k, signs[:, 0], {}, lambda j: signs[:, 0])[0].detach()
-            yield differs(f"the first noise again at level {k} is caught", variance[k], same.var(unbiased=False), 1e-3)
-    trained = torch.zeros(4, 1, dtype=torch.float64)
-    alone = 0
-    for step in range(24):
-        batch = Batch(8, (1,), {}, None, torch.device("cpu"), (0, step, 0))
-        slope = gradient(method.generate(batch).sum(), network.slope).view(4, 1)
-        trained += (slope != 0).double()
-        alone += int((slope != 0).sum() == 1)
-    yield equal("gradients flow through one level's pass, not through the simulation", 24.0, float(alone), 0.0)
-    yield equal("every level gets its turn", 4.0, float((trained > 0).sum()), 0.0)
-
-
-def _gan_checks() -> Iterator[Check]:
-    """The GAN losses with the optimal discriminator d = log p_t/q_t, by quadrature over z."""
-    t, nodes, weights = 0.8, *gauss_hermite(80)
-    angle = torch.full((len(nodes),), t).double()
-    p = GaussianMixture([[0.7]], [0.5])
-    q = GaussianMixture([[0.2]], [0.9])
-
-    def points(mean: Tensor | float, std: float) -> Tensor:
-        """(n, 1) nodes of the marginal at t of N(mean, std^2)."""
-        spread = (torch.cos(angle) ** 2 * std**2 + torch.sin(angle) ** 2).sqrt()
-        return (torch.cos(angle) * mean + spread * nodes)[:, None]
-
-    def logit(x_t: Tensor) -> Tensor:
-        return p.log_density(x_t, angle) - q.log_density(x_t, angle)
-
-    def expected(loss_of: Callable[..., Tensor], *logits: Tensor) -> Tensor:
-        terms = [loss_of(*(d[i : i + 1] for d in logits)) for i in range(len(nodes))]
-        return (weights * torch.stack(terms)).sum()
-
-    h = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    real, fake = points(0.7, 0.5), points(0.2, 0.9)
-    for name, bump in (("x", lambda x: x[:, 0]), ("cos x", lambda x: torch.cos(x[:, 0]))):
-        loss = expected(gan_discriminator_loss, logit(real) + h * bump(real), logit(fake) + h * bump(fake))
-        yield equal(
-            f"log p_t/q_t minimises the discriminator's loss along {name}",
-            0.0,
-            gradient(loss, h),
-            1e-6,
-            scale=1,
-        )
-        swapped = expected(gan_discriminator_loss, logit(fake) + h * bump(fake), logit(real) + h * bump(real))
-        yield differs("real and generated swapped are caught", 0.0, gradient(swapped, h), 1e-6, scale=1.0)
-
-    mean = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    got = gradient(expected(gan_generator_loss, logit(points(mean, 0.9))), mean)
-    pull = (p.score(fake, angle) - q.score(fake, angle))[:, 0] * torch.cos(angle)
-    closed = -(weights * torch.sigmoid(-logit(fake)) * pull).sum()
-    yield equal("the student's GAN gradient is -E[q/(p+q) (s_p - s_q)]", closed, got, 1e-9)
-    level = torch.zeros(4, dtype=torch.float64)
-    two_log_two = 2 * math.log(2)
-    yield equal("the GAN loss at p = q is 2 log 2", two_log_two, gan_discriminator_loss(level, level), 1e-12)

@@ -19,10 +19,9 @@ not the paper's stochastic variant. With guidance_min = guidance_max the student
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -34,8 +33,6 @@ from diffdistill.core.prediction import ROWS, diffuse
 from diffdistill.core.schedule import student_grid, student_levels
 from diffdistill.core.times import native_uniform
 from diffdistill.errors import UserError
-from diffdistill.exact.analytic import class_gaussians_teacher
-from diffdistill.exact.checks import Check, differs, equal, gradient
 from diffdistill.options import option
 from diffdistill.players.sampler import FewStepSampler
 from diffdistill.players.scale_input import guidance_input
@@ -227,119 +224,3 @@ class GuidedDistillation:
 
 
 METHOD = GuidedDistillation
-
-
-class _PerNode(nn.Module):
-    """x0 = slope x_t + base + scale gain, each its own at each angle of a grid, for one class: any guided step fits."""
-
-    def __init__(self, grid: Tensor, d: int):
-        super().__init__()
-        self.grid = nn.Buffer(grid)
-        self.weights = nn.Parameter(torch.zeros(len(grid), 3, d, dtype=torch.float64))
-
-    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: Tensor) -> Tensor:
-        slope, base, gain = self.weights[(t[:, None] - self.grid).abs().argmin(1)].unbind(1)
-        return slope * x_t + base + guidance_scale[:, None] * gain
-
-    def fit(self, node: int, x_t: Tensor, scale: Tensor, x0: Tensor) -> None:
-        """Least squares at one node, per dimension."""
-        for d in range(x_t.shape[1]):
-            known = torch.stack([x_t[:, d], torch.ones_like(scale), scale], 1)
-            self.weights.data[node, :, d] = torch.linalg.lstsq(known, x0[:, d]).solution
-
-
-def verify() -> Iterator[Check]:
-    """Section 5.2's sanity items, on a class and "no class" of one variance: guidance is affine there."""
-    means, std = torch.tensor([[0.7, -0.4], [-1.1, 0.6]]).double(), torch.tensor([0.5, 1.3]).double()
-    teacher, n = class_gaussians_teacher(means, std), 64
-    schedule = teacher.denoiser.schedule
-    grid, draw = student_grid(schedule, 8), torch.Generator().manual_seed(0)
-    x_t = torch.randn(n, 2, generator=draw, dtype=torch.float64)
-    scale, cond = 1 + 4 * torch.rand(n, generator=draw, dtype=torch.float64), {"class_labels": torch.zeros(n).long()}
-    aim = means[1] + scale[:, None] * (means[0] - means[1])  # guided, the class is a Gaussian of this mean
-
-    def gain(t: Tensor) -> Tensor:
-        """rho in x0 = m + rho (x_t - cos(t) m)."""
-        return torch.cos(t) * std**2 / (torch.cos(t) ** 2 * std**2 + torch.sin(t) ** 2)
-
-    def landed(x: Tensor, first: int, last: int, stride: int = 1) -> Tensor:
-        """Where guided DDIM steps over the grid end: each is affine, with the factor k about the mean."""
-        for t, s in pairwise(grid[first : last + 1 : stride]):
-            k = torch.cos(s) * gain(t) + torch.sin(s) * (1 - torch.cos(t) * gain(t)) / torch.sin(t)
-            x = torch.cos(s) * aim + k * (x - torch.cos(t) * aim)
-        return x
-
-    def method_of(**options: object) -> tuple[GuidedDistillation, _PerNode]:
-        network = _PerNode(grid, 2)
-        student = Denoiser(network, schedule, ROWS["sample"])
-        config = Config(**{"start_steps": 8, "guidance_steps": 1, "stage_steps": 1} | options)  # type: ignore[arg-type]
-        return GuidedDistillation(teacher, config, student=student), network
-
-    method, network = method_of()
-    for i in range(8):
-        t, node = grid[i], torch.full((n,), i)
-        exact = aim + gain(t) * (x_t - torch.cos(t) * aim)
-        loss = method.one_pass(x_t, grid[node], cond, scale)["loss"]
-        weight = torch.clamp(torch.tan(t) ** -2, min=1)
-        yield equal(f"stage one's loss of a student of nothing, node {i}", (weight * exact**2).mean(), loss, 1e-12)
-        off = gradient(method.one_pass(x_t, grid[node], cond, scale + 1)["loss"], network.weights)
-        network.fit(i, x_t, scale, exact)
-        loss = method.one_pass(x_t, grid[node], cond, scale)["loss"]
-        yield equal(f"zero at x_w, node {i}", 0.0, loss, 1e-20, scale=1.0)
-        at_optimum = gradient(loss, network.weights)
-        yield equal(f"... and its gradient, node {i}", 0.0, at_optimum, 1e-9, scale=1.0)
-        yield differs(f"... which is not zero elsewhere, node {i}", 0.0, off, 1e-3)
-        plain = teacher.denoiser(x_t, grid[node], cond).x0
-        with torch.no_grad():
-            told = method.student(x_t, grid[node], method.given(cond, scale)).x0
-            shifted = method.student(x_t, grid[node], method.given(cond, scale - 1)).x0
-        null = teacher.denoiser(x_t, grid[node], {"class_labels": cond["class_labels"] + 1}).x0
-        w = (scale - 1)[:, None]
-        yield equal(f"x_w = (1 + w) x_c - w x_u, node {i}", (1 + w) * plain - w * null, told, 1e-9)
-        yield differs(f"w given for a is caught, node {i}", told, shifted, 1e-3)
-        across = (told - plain) / w
-        yield equal(f"x_w - x_c is linear in w, node {i}", across.mean(0).expand(n, 2), across, 1e-6)
-
-    # The whole of stage two: at the optimum of each halving, the student is two steps of the one before.
-    for stage in range(3):
-        method.after_step(stage)
-        stride = 2 << stage
-        (turn,) = method.turns(stage + 1)
-        yield equal(f"halving {stage + 1} starts a new optimizer", 1.0, float(turn.restart), 0.0)
-        yield equal(f"... at the full learning rate, halving {stage + 1}", 1.0, turn.lr_factor, 0.0)
-        for i in range(0, 8, stride):
-            t, s, node = grid[i], grid[i + stride], torch.full((n,), i)
-            end = landed(x_t, i, i + stride)
-            wanted = (torch.sin(t) * end - torch.sin(s) * x_t) / torch.sin(t - s)
-            before = method.half_steps(x_t, node, stride, cond, scale)["loss"]
-            yield differs(f"halving {stage + 1} has something to learn, node {i}", 0.0, before, 1e-9)
-            network.fit(i, x_t, scale, wanted)
-            loss = method.half_steps(x_t, node, stride, cond, scale)["loss"]
-            slopes = gradient(loss, network.weights)
-            yield equal(f"loss at {stride} guided steps in one, node {i}", 0.0, loss, 1e-18, scale=1.0)
-            yield equal(f"... and its gradient, node {i}", 0.0, slopes, 1e-8, scale=1.0)
-        batch = Batch(n, (2,), cond, x_t, torch.device("cpu"), (0, stage, 0))
-        whole = turn.loss(batch)["loss"]
-        yield equal(f"... and of a whole turn of halving {stage + 1}", 0.0, whole, 1e-18, scale=1.0)
-        method.after_step(stage + 1)
-        sampler = method.sampler()
-        yield equal(f"steps after halving {stage + 1}", 8 // stride, len(sampler.levels), 0.0)
-        x, t = sampler.input_at(len(sampler.levels) - 1, x_t, method.given(cond, scale), lambda j: x_t * torch.nan)
-        made = sampler.denoiser(x, t, method.given(cond, scale)).x0
-        yield equal(f"{8 // stride} steps are eight guided DDIM steps", landed(x_t, 0, 8), made, 1e-8)
-        coarse = landed(x_t, 0, 8, stride)
-        yield differs(f"... and not {8 // stride} guided DDIM steps", coarse, made, 1e-3)
-
-    for options in ({"guidance_min": 2.0, "guidance_max": 4.0}, {"guidance_min": 1.0, "guidance_max": 1.5}):
-        method, network = method_of(**options)
-        low, high = options.values()
-        drawn = method.scales(Batch(4096, (2,), {}, None, torch.device("cpu"), (0, 0, 0)))
-        ends = torch.stack([drawn.min(), drawn.mean(), drawn.max()])
-        yield equal(f"scales from {low} to {high}", torch.tensor([low, (low + high) / 2, high]), ends, 0.01)
-    method, _ = method_of(guidance_steps=4, stage_steps=2, final_steps=2)
-    turns = [method.turns(step)[0] for step in range(9)]
-    rates = torch.tensor([1, 0.75, 0.5, 0.25, 1, 0.5, 1, 0.5, 0])
-    yield equal("learning rates of the stages", rates, torch.tensor([turn.lr_factor for turn in turns]), 1e-12)
-    restarts = [step for step, turn in enumerate(turns) if turn.restart]
-    yield equal("new optimizers", 0.0, float(restarts != [4, 6]), 0.0)
-    yield equal("stage one alone goes on", 1.0, method_of(final_steps=8)[0].turns(10**6)[0].lr_factor, 0.0)

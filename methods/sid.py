@@ -26,9 +26,8 @@ code's; the paper's text was not compared.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -37,14 +36,11 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import l1_normaliser, per_sample_mean
-from diffdistill.core.prediction import Prediction, diffuse
-from diffdistill.core.schedule import EDM
+from diffdistill.core.prediction import diffuse
 from diffdistill.core.times import check_range, edm_karras, edm_log_normal, native_uniform
-from diffdistill.exact.analytic import GaussianMixture, mixture_teacher
-from diffdistill.exact.checks import AffineGame, Check, affine_game, differs, equal, gradient, two_points
 from diffdistill.options import option
 from diffdistill.players.sampler import FewStepSampler, one_step_sampler
-from diffdistill.players.teacher import Teacher, frozen, only_trains, trainable
+from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.scaffold.matching import fake_score_loss
 from diffdistill.scaffold.method import Batch, Optimizer, Turn
 
@@ -245,187 +241,3 @@ def sid_loss(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, alpha: float, norma
 
 
 METHOD = SiD
-
-
-@dataclass(frozen=True)
-class _Exact:
-    """Closed forms, per dimension, for a teacher N(mu, s^2) and a student N(m, b^2) at the angle t.
-
-    x_t = cos m + sqrt(U) w with U = cos^2 b^2 + sin^2, and D = mean + k (x_t - cos mean), k = cos std^2/variance.
-    """
-
-    mu: Tensor
-    s: Tensor
-    m: Tensor
-    b: Tensor
-    t: float
-
-    def coefficients(self, m: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """(offset, slope) of Delta = offset + slope x_t, where the fake score is that of a student (m, b)."""
-        cos, sin2 = math.cos(self.t), math.sin(self.t) ** 2
-        k_phi = cos * self.s**2 / (cos**2 * self.s**2 + sin2)
-        k_psi = cos * b**2 / (cos**2 * b**2 + sin2)
-        return self.mu * (1 - k_phi * cos) - m * (1 - k_psi * cos), k_phi - k_psi
-
-    def fisher(self, sampling: tuple[Tensor, Tensor], score: tuple[Tensor, Tensor]) -> Tensor:
-        """E|Delta|^2 over the dimensions' mean, x_t from the student `sampling`, the fake score of `score`."""
-        cos, sin2 = math.cos(self.t), math.sin(self.t) ** 2
-        offset, slope = self.coefficients(*score)
-        m, b = sampling
-        return ((offset + slope * cos * m) ** 2 + slope**2 * (cos**2 * b**2 + sin2)).mean()
-
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of F in full, along the samples alone, and along the fake score alone (frozen distribution)."""
-        theta = self.m.clone().requires_grad_(), self.b.clone().requires_grad_()
-        now = self.m, self.b
-        parts = self.fisher(theta, theta), self.fisher(theta, now), self.fisher(now, theta)
-        full, path, frozen_distribution = (gradient(f, *theta) for f in parts)
-        return full, path, frozen_distribution
-
-
-def verify() -> Iterator[Check]:
-    """Appendix B's row for SiD, on Gaussians whose every quantity is known."""
-    mu, s = torch.tensor([0.7, -0.4], dtype=torch.float64), torch.tensor([0.5, 1.3], dtype=torch.float64)
-    m, b = torch.tensor([-0.3, 0.5], dtype=torch.float64), torch.tensor([0.9, 0.6], dtype=torch.float64)
-
-    def game(mean: Tensor, scale: Tensor, config: Config) -> tuple[SiD, AffineGame]:
-        parts = affine_game(mu, s, mean, scale)
-        method = SiD(parts.teacher, config, student=parts.student, fake_score=parts.fake_score)
-        only_trains("student", trainable(method.players))
-        return method, parts
-
-    def slope(method: SiD, parts: AffineGame, angle: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and its gradient in (mean, scale)."""
-        loss = method.matching(method.sampler().one_step(z, {}), angle, eps, {})["loss"]
-        return loss, gradient(loss, parts.generator.mean, parts.generator.scale)
-
-    z, eps = two_points(2)  # without the normaliser everything here has degree 2
-    for t in (0.2, 0.8, 1.4):
-        angle = torch.full((len(z),), t, dtype=torch.float64)
-        cos2, sin2 = torch.cos(angle[0]) ** 2, torch.sin(angle[0]) ** 2
-        exact = _Exact(mu, s, m, b, t)
-        fisher = exact.fisher((m, b), (m, b))
-        full, path, frozen_distribution = exact.gradients()
-        for alpha in (0.0, 0.5, 1.0, 1.2):
-            method, parts = game(m, b, Config(alpha=alpha, normalise=False))
-            loss, got = slope(method, parts, angle)
-            yield equal(f"E[L] = (1 - a) F, a = {alpha}, t = {t}", (1 - alpha) * fisher, loss, 1e-9, scale=1e-3)
-            expected = full / 2 + (0.5 - alpha) * path
-            yield equal(f"gradient of the loss, a = {alpha}, t = {t}", expected, got, 1e-9)
-            if alpha == 0.5:
-                yield equal(f"half the Fisher divergence's gradient at a = 1/2, t = {t}", full / 2, got, 1e-9)
-            if alpha == 1.0:
-                yield equal(f"the frozen distribution's gradient at a = 1, t = {t}", frozen_distribution / 2, got, 1e-9)
-                yield differs(f"which is not that of F, t = {t}", full / 2, got, 1e-3)
-            big_v, big_u = cos2 * s**2 + sin2, cos2 * b**2 + sin2
-            # Diff-Instruct: sin^2/cos^2 times the gradient of KL(q_t || p_t), a mean over two dimensions
-            diff_instruct = torch.cat([sin2 * (m - mu) / big_v, sin2 * b * (1 / big_v - 1 / big_u)]) / 2
-            method.teacher, method.evaluated = _Detached(method.teacher), _Detached(method.evaluated)
-            detached = slope(method, parts, angle)[1]
-            yield equal(f"both networks detached: Diff-Instruct, a = {alpha}, t = {t}", diff_instruct, detached, 1e-9)
-            yield differs(f"that this is not SiD is caught, a = {alpha}, t = {t}", expected, detached, 1e-3)
-
-            same_width, parts = game(m, s, Config(alpha=alpha, normalise=False))
-            got = gradient(slope(same_width, parts, angle)[0], parts.generator.mean)
-            pull = (sin2 / big_v) ** 2 * (m - mu) / 2
-            yield equal(f"the mean's gradient at the teacher's width, a = {alpha}, t = {t}", pull, got, 1e-9)
-
-        for normalise in (False, True):
-            settled, parts = game(mu, s, Config(normalise=normalise))
-            label = "with" if normalise else "without"
-            got = slope(settled, parts, angle)[1]
-            yield equal(f"zero at the optimum, {label} the normaliser, t = {t}", 0.0, got, 1e-9, scale=1.0)
-        method, parts = game(m, b, Config())
-        yield equal(
-            f"each sample's gradient is divided by n, t = {t}",
-            _normalised(exact, z, eps, detach=True),
-            slope(method, parts, angle)[1],
-            1e-9,
-        )
-        yield differs(
-            f"a gradient through n is caught, t = {t}",
-            _normalised(exact, z, eps, detach=False),
-            slope(method, parts, angle)[1],
-            1e-3,
-        )
-        method, parts = game(m, b, Config())
-        only_trains("fake_score", trainable(method.players))
-        x = method.sampler().one_step(z, {})
-        rate = torch.sqrt(cos2 * sin2) * (1 - b**2) / (cos2 * b**2 + sin2)  # of the exact velocity
-        residual = (b * (rate * cos2.sqrt() + sin2.sqrt())) ** 2 + (rate * sin2.sqrt() - cos2.sqrt()) ** 2
-        denoising = method.denoising(x, angle, eps, {})
-        yield equal(f"the fake score's loss at its optimum, t = {t}", residual.mean(), denoising, 1e-9)
-        zero = gradient(denoising, parts.score.means, parts.score.stds)
-        yield equal(f"its gradient there is zero, t = {t}", 0.0, zero, 1e-9, scale=1.0)
-
-    order = [turn.player for turn in game(m, b, Config())[0].turns(0)]
-    yield equal("the fake score moves first", 1.0, float(order == ["fake_score", "student"]), 0.0)
-    for schedule in (EDM(), EDM(data_std=1.0, sigma_min=1e-9, sigma_max=1e9)):
-        for fraction, sigma in ((0.0, 0.002), (0.8, 24.40834178658), (1.0, 80.0)):
-            drawn = torch.tan(edm_karras(schedule, 1, torch.Generator(), fraction, fraction))
-            yield equal(f"sigma at {fraction} of the grid, data_std {schedule.data_std}", 2 * sigma, drawn, 1e-9)
-        drawn = torch.tan(edm_log_normal(schedule, 1, torch.Generator(), -1.2, 0.0))
-        yield equal(f"the fake score's median sigma, data_std {schedule.data_std}", 2 * math.exp(-1.2), drawn, 1e-9)
-    yield from _guidance_checks()
-
-
-class _Detached(nn.Module):
-    """The mistake of detaching a network's output where only its parameters should be fixed."""
-
-    def __init__(self, denoise: nn.Module):
-        super().__init__()
-        self.denoise = denoise
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        pred = self.denoise(x_t, t, cond)
-        return replace(pred, x_t=pred.x_t.detach(), y=pred.y.detach())
-
-
-def _normalised(exact: _Exact, z: Tensor, eps: Tensor, *, detach: bool) -> Tensor:
-    """The gradient of mean L_i/n_i at a = 1.2, from the Gaussians' formulas alone."""
-    cos, sin = math.cos(exact.t), math.sin(exact.t)
-    m, b = exact.m.clone().requires_grad_(), exact.b.clone().requires_grad_()
-    x = m + b * z
-    x_t = cos * x + sin * eps
-    k = cos * exact.s**2 / (cos**2 * exact.s**2 + sin**2)
-    from_x = exact.mu + k * (x_t - cos * exact.mu) - x
-    offset, slope = exact.coefficients(exact.m, exact.b)
-    delta = offset + slope * x_t
-    n = from_x.abs().mean(1)
-    loss = (delta * (from_x - 1.2 * delta)).mean(1) / (n.detach() if detach else n)
-    return gradient(loss.mean(), m, b)
-
-
-def _guidance_checks() -> Iterator[Check]:
-    """Guidance on two classes in one dimension: D_null + kappa (D_class - D_null), from the exact scores."""
-    p = GaussianMixture([[-0.8], [0.9]], [0.5, 0.3], labels=[0, 1])
-    q = GaussianMixture([[-0.2], [0.4]], [0.8, 0.6], labels=[0, 1])
-    generator = torch.Generator().manual_seed(0)
-    x, eps = (torch.randn(6, 1, generator=generator, dtype=torch.float64) for _ in range(2))
-    t = torch.linspace(0.3, 1.3, 6, dtype=torch.float64)
-    labels = torch.tensor([0, 1, 0, 1, 0, 1])
-    cond = {"class_labels": labels}
-    x_t = torch.cos(t)[:, None] * x + torch.sin(t)[:, None] * eps
-
-    def denoised(network: GaussianMixture, kappa: float) -> Tensor:
-        own, none = (network.score(x_t, t, c) for c in (labels, torch.full_like(labels, 2)))
-        score = none + kappa * (own - none)
-        return (x_t + torch.sin(t)[:, None] ** 2 * score) / torch.cos(t)[:, None]
-
-    teacher = mixture_teacher(p.means, p.stds, labels=[0, 1])
-    for kappas in ((1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (1.0, 2.0, 1.0), (1.0, 1.0, 2.5), (2.0, 1.5, 4.0)):
-        training, fake, real = kappas
-        config = Config(
-            guidance_scale=real,
-            fake_score_guidance=fake,
-            fake_score_training_guidance=training,
-            normalise=False,
-        )
-        method = SiD(teacher, config, student=teacher.denoiser, fake_score=q.denoiser())
-        real_x0, fake_x0 = denoised(p, real), denoised(q, fake)
-        delta = real_x0 - fake_x0
-        expected = (delta * (real_x0 - x - 1.2 * delta)).mean()
-        name = f"kappa_1, kappa_2 = kappa_3, kappa_4 = {training}, {fake}, {real}"
-        yield equal(f"the student's loss at {name}", expected, method.matching(x, t, eps, cond)["loss"], 1e-9)
-        fit = ((denoised(q, training) - x) / torch.sin(t)[:, None]).square().mean()
-        yield equal(f"the fake score's loss at {name}", fit, method.denoising(x, t, eps, cond), 1e-9)

@@ -30,6 +30,7 @@ from diffdistill.errors import UserError
 from diffdistill.eval.metrics.scores import class_agreement
 from diffdistill.files import atomic_write
 
+MODULE = "diffdistill.eval.features.digit_classifier"
 WEIGHTS = "digit_classifier.safetensors"
 CARD = "digit_classifier.json"
 MNIST = "mnist_classifier"
@@ -171,7 +172,7 @@ def make(out: Path, seed: int, epochs: int) -> dict:
             "seed": seed,
             "epochs": epochs,
             "torch": torch.__version__,
-            "command": f"python -m diffdistill.eval.features.digit_classifier --out DIR --seed {seed} --epochs {epochs}",
+            "command": f"python -m {MODULE} --out DIR --seed {seed} --epochs {epochs}",
         },
     )
 
@@ -201,7 +202,7 @@ def make_mnist(data: str, out: Path, seed: int, epochs: int) -> dict:
             "seed": seed,
             "epochs": epochs,
             "torch": torch.__version__,
-            "command": f"python -m diffdistill.eval.features.digit_classifier {options}",
+            "command": f"python -m {MODULE} {options}",
         },
     )
 
@@ -221,7 +222,7 @@ def _write(out: Path, name: str, model: DigitClassifier, told: dict) -> dict:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m diffdistill.eval.features.digit_classifier",
+        prog=f"python -m {MODULE}",
         description="Train the digit classifier and write its weights and card.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the two files")

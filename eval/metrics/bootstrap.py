@@ -4,15 +4,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.eval.metrics.frechet import frechet_distance, root
-from diffdistill.eval.metrics.moments import (
-    Statistics,
-    _row_mean,
-    add_products,
-    block_rows,
-    check,
-    padded,
-    symmetric,
-)
+from diffdistill.eval.metrics.moments import Statistics, _row_mean, add_products, block_rows, check, padded, symmetric
 from diffdistill.rng import generator
 
 

@@ -23,6 +23,8 @@ from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import adapter_guidance
 from diffdistill.methods.adapter_guidance import AdapterGuidance, Config
+from diffdistill.methods.checks import adapter_guidance as checks
+from diffdistill.methods.checks.adapter_guidance import verify
 from diffdistill.players.adapter_networks import AdaptedNetwork, GuidanceAdapters
 from diffdistill.players.guidance_adapters import adapted, load_adapters, new_adapters, save_adapters
 from diffdistill.players.sampler import FewStepSampler
@@ -36,7 +38,7 @@ SMALL = {"adapter_width": 8, "trajectory_steps": 5, "sampling_steps": 4, "studen
 
 
 def test_every_exact_check_holds() -> None:
-    assert [c for c in run_checks(adapter_guidance.verify) if not c.ok] == []
+    assert [c for c in run_checks(verify) if not c.ok] == []
 
 
 def all_at_the_beginning(self: GuidedChains, batch: Batch, teacher: Denoiser) -> None:
@@ -95,7 +97,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MUTANTS[name])
-    assert any(not c.ok for c in run_checks(adapter_guidance.verify))
+    assert any(not c.ok for c in run_checks(verify))
 
 
 def options(teacher: Path, out: Path, **changes: Any) -> dict[str, Any]:
@@ -279,7 +281,7 @@ def test_the_chains_of_another_rank_begin_anew() -> None:
 
 def class_teacher() -> Teacher:
     means = torch.tensor([[0.7, -0.4], [-0.9, 0.3], [0.1, 0.2]]).double()
-    return adapter_guidance._Classes(means, torch.ones(3, 2).double()).teacher()
+    return checks._Classes(means, torch.ones(3, 2).double()).teacher()
 
 
 @pytest.mark.parametrize("kind", ["additive", "attention", "mlp_gate"])

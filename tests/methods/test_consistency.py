@@ -17,6 +17,7 @@ from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow
 from diffdistill.core.times import karras_grid
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import consistency
+from diffdistill.methods.checks.consistency import verify
 from diffdistill.methods.consistency import Config, Consistency
 from diffdistill.scaffold.method import Batch
 
@@ -24,7 +25,7 @@ Teachers = Callable[[str], Path]
 
 
 def test_every_exact_check_holds() -> None:
-    checks = run_checks(consistency.verify)
+    checks = run_checks(verify)
     assert [c for c in checks if not c.ok] == []
     assert sum(c.name.startswith("product of the step factors") for c in checks) == 4
 
@@ -104,7 +105,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MUTANTS[name])
     torch.manual_seed(0)
-    assert any(not c.ok for c in consistency.verify())  # stops at the first
+    assert any(not c.ok for c in verify())  # stops at the first
 
 
 # -- grids and times -------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from diffdistill.core.losses import denoising_loss, gradient_injection
 from diffdistill.core.times import log_normal
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import diff_instruct
+from diffdistill.methods.checks.diff_instruct import verify
 from diffdistill.methods.diff_instruct import Config, DiffInstruct
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.scaffold.matching import distribution_matching_gradient
@@ -20,7 +21,7 @@ from diffdistill.scaffold.method import Batch
 
 
 def test_every_exact_check_holds() -> None:
-    checks = run_checks(diff_instruct.verify)
+    checks = run_checks(verify)
     assert [c for c in checks if not c.ok] == []
     assert sum(c.name.startswith("sigma^2 times the gradient") for c in checks) == 3
 
@@ -70,7 +71,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MUTANTS[name])
-    assert any(not c.ok for c in run_checks(diff_instruct.verify))
+    assert any(not c.ok for c in run_checks(verify))
 
 
 def test_an_affine_student_reaches_the_gaussian(reaches_the_gaussian: Callable[..., None]) -> None:

@@ -19,6 +19,8 @@ from diffdistill.data.pairs import draw_pairs, make_pairs
 from diffdistill.exact.analytic import AffineGenerator, LearnedGaussian, gaussian_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import dmd
+from diffdistill.methods.checks import dmd as checks_of_dmd
+from diffdistill.methods.checks.dmd import verify
 from diffdistill.methods.dmd import DMD, Config
 from diffdistill.scaffold.method import Batch, Pair
 from diffdistill.training.trainer import Trainer, accelerator_for
@@ -27,7 +29,7 @@ Teachers = Callable[[str], Path]
 
 
 def test_every_exact_check_holds() -> None:
-    checks = run_checks(dmd.verify)
+    checks = run_checks(verify)
     assert [c for c in checks if not c.ok] == []
     assert sum(c.name.startswith("gradient of KL") for c in checks) == 6
 
@@ -93,8 +95,10 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MUTANTS[name])
-    monkeypatch.setattr(dmd, "_mode_checks", lambda: iter(()))  # the descents, which no mutant needs, take seconds
-    assert any(not c.ok for c in run_checks(dmd.verify))
+    monkeypatch.setattr(
+        checks_of_dmd, "_mode_checks", lambda: iter(())
+    )  # the descents, which no mutant needs, take seconds
+    assert any(not c.ok for c in run_checks(verify))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from diffdistill import UserError, distill, load_teacher
 from diffdistill.core.losses import denoising_loss
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import dmd2
+from diffdistill.methods.checks.dmd2 import verify
 from diffdistill.methods.dmd2 import DMD2, Config
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.scaffold import matching
@@ -19,7 +20,7 @@ from diffdistill.scaffold.method import Batch
 
 
 def test_every_exact_check_holds() -> None:
-    checks = run_checks(dmd2.verify)
+    checks = run_checks(verify)
     assert [c for c in checks if not c.ok] == []
     assert sum(c.name.startswith("gradient of KL") for c in checks) == 3
 
@@ -76,7 +77,7 @@ REAL_TURNS = DMD2.turns
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MUTANTS[name])
-    assert any(not c.ok for c in run_checks(dmd2.verify))
+    assert any(not c.ok for c in run_checks(verify))
 
 
 @pytest.mark.parametrize("normalise", [True, False])

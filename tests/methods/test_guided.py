@@ -18,6 +18,7 @@ from diffdistill.core.prediction import ROWS
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import guided
+from diffdistill.methods.checks.guided import verify
 from diffdistill.methods.guided import Config, GuidedDistillation
 from diffdistill.players.sampler import FewStepSampler
 from diffdistill.players.teacher import Teacher
@@ -29,7 +30,7 @@ Teachers = Callable[[str], Path]
 
 
 def test_every_exact_check_holds() -> None:
-    assert [c for c in run_checks(guided.verify) if not c.ok] == []
+    assert [c for c in run_checks(verify) if not c.ok] == []
 
 
 def one_step_target(teacher: Any, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, cond: Any) -> Tensor:
@@ -79,7 +80,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MUTANTS[name])
-    assert any(not c.ok for c in run_checks(guided.verify))
+    assert any(not c.ok for c in run_checks(verify))
 
 
 def options(teacher: Path, out: Path, **changes: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.families import load_student
 from diffdistill.methods import lcm
+from diffdistill.methods.checks.lcm import verify
 from diffdistill.methods.lcm import LCM, Config
 from diffdistill.scaffold.method import Batch
 
@@ -28,7 +29,7 @@ REAL_GUIDE, REAL_F, REAL_LOSS, REAL_STEP = lcm.guide, LCM.f, LCM.consistency, LC
 
 
 def test_every_exact_check_holds() -> None:
-    checks = run_checks(lcm.verify)
+    checks = run_checks(verify)
     assert [c for c in checks if not c.ok] == []
     assert sum(c.name.startswith("the fixed point is") for c in checks) == 2
 
@@ -107,7 +108,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MUTANTS[name])
-    assert any(not c.ok for c in run_checks(lcm.verify))
+    assert any(not c.ok for c in run_checks(verify))
 
 
 def batch_of(n: int, shape: tuple[int, ...] = (1, 8, 8)) -> Batch:

@@ -16,6 +16,7 @@ from diffdistill.core.prediction import Prediction
 from diffdistill.exact.analytic import class_gaussians_teacher, gaussian_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import lora_guidance
+from diffdistill.methods.checks.lora_guidance import verify
 from diffdistill.methods.lora_guidance import Config, LoRAGuidance
 from diffdistill.players.sampler import FewStepSampler
 from diffdistill.rng import image_generators
@@ -26,7 +27,7 @@ Teachers = Callable[[str], Path]
 
 
 def test_every_exact_check_holds() -> None:
-    assert [c for c in run_checks(lora_guidance.verify) if not c.ok] == []
+    assert [c for c in run_checks(verify) if not c.ok] == []
 
 
 def not_detached(self: LoRAGuidance, x_t: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Prediction]:
@@ -59,7 +60,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MUTANTS[name])
-    assert any(not c.ok for c in run_checks(lora_guidance.verify))
+    assert any(not c.ok for c in run_checks(verify))
 
 
 def options(teacher: Path, out: Path, **changes: Any) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from diffdistill import UserError, distill, load_student, load_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import progressive
+from diffdistill.methods.checks.progressive import verify
 from diffdistill.methods.progressive import Config, Progressive
 from diffdistill.scaffold.halving import Halving
 
 
 def test_every_exact_check_holds() -> None:
-    assert [c for c in run_checks(progressive.verify) if not c.ok] == []
+    assert [c for c in run_checks(verify) if not c.ok] == []
 
 
 REAL_TARGET, REAL_LOSS, REAL_AFTER = (
@@ -52,7 +53,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MUTANTS[name])
-    assert any(not c.ok for c in run_checks(progressive.verify))
+    assert any(not c.ok for c in run_checks(verify))
 
 
 def test_stages() -> None:

@@ -12,13 +12,14 @@ from diffdistill import UserError, distill, load_teacher
 from diffdistill.core.losses import denoising_loss
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import sid
+from diffdistill.methods.checks.sid import verify
 from diffdistill.methods.sid import Config, SiD
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.scaffold.method import Batch
 
 
 def test_every_exact_check_holds() -> None:
-    checks = run_checks(sid.verify)
+    checks = run_checks(verify)
     assert [c for c in checks if not c.ok] == []
     assert sum(c.name.startswith("gradient of the loss") for c in checks) == 12
 
@@ -59,7 +60,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MUTANTS[name])
-    assert any(not c.ok for c in run_checks(sid.verify))
+    assert any(not c.ok for c in run_checks(verify))
 
 
 @pytest.mark.parametrize("normalise", [True, False])

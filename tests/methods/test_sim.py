@@ -13,13 +13,14 @@ from diffdistill.core.losses import denoising_loss
 from diffdistill.core.prediction import Prediction
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import sim
+from diffdistill.methods.checks.sim import verify
 from diffdistill.methods.sim import SIM, Config
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.scaffold.method import Batch
 
 
 def test_every_exact_check_holds() -> None:
-    checks = run_checks(sim.verify)
+    checks = run_checks(verify)
     assert [c for c in checks if not c.ok] == []
     assert sum(c.name.startswith("gradient of E d(y)") for c in checks) == 12
 
@@ -76,7 +77,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MUTANTS[name])
-    assert any(not c.ok for c in run_checks(sim.verify))
+    assert any(not c.ok for c in run_checks(verify))
 
 
 @pytest.mark.parametrize("distance", ["pseudo_huber", "l2"])

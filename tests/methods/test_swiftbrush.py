@@ -15,6 +15,7 @@ from diffdistill.core.losses import denoising_loss
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import swiftbrush
+from diffdistill.methods.checks.swiftbrush import verify
 from diffdistill.methods.swiftbrush import Config, SwiftBrush
 from diffdistill.players.teacher import trainable
 from diffdistill.scaffold.method import Batch
@@ -24,7 +25,7 @@ REAL_DENOISING, REAL_EXPAND = SwiftBrush.denoising, swiftbrush.expand
 
 
 def test_every_exact_check_holds() -> None:
-    checks = run_checks(swiftbrush.verify)
+    checks = run_checks(verify)
     assert [c for c in checks if not c.ok] == []
     assert sum(c.name.startswith("the student's gradient") for c in checks) == 6
 
@@ -72,7 +73,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*MUTANTS[name])
-    assert any(not c.ok for c in run_checks(swiftbrush.verify))
+    assert any(not c.ok for c in run_checks(verify))
 
 
 def batch_of(n: int) -> Batch:

@@ -1,0 +1,1 @@
+"""What `diffdistill verify` checks a method against: closed forms, and mistakes that must be caught."""
