@@ -1,4 +1,8 @@
-"""The methods that there are, and what a method's file says of itself, read without importing it."""
+"""The methods that there are, and what a method's files say of it, read without importing it.
+
+A method is one file, `<name>.py`, with its presets beside it in presets/<name>.yaml and its exact checks in
+checks/<name>.py. Both are optional for a method of one's own.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,40 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from diffdistill import options as option_groups
 from diffdistill.config import TrainConfig
 from diffdistill.errors import UserError
-from diffdistill.options import nearest, option
+from diffdistill.options import nearest
+
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class About:
+    """What a method says of itself, with literals, so that it can be read without importing torch."""
+
+    paper: str  #: authors, year, arXiv number
+    data: str  #: what it learns from
+    equations: Mapping[
+        str, str
+    ]  #: equation of the paper -> dotted names in its own file or below diffdistill, by commas
+    kind: Literal["distribution", "trajectory", "guidance"]  #: what its student is to repeat of the teacher
+    needs: tuple[Literal["images", "pairs"], ...] = ()  #: what it cannot be trained without, whatever its options
+    defaults: Mapping[str, Scalar] = field(default_factory=dict)  #: training options that are others than usual
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options under a name."""
+
+    source: str  #: where they stand in a paper or its code, or how they were come by
+    options: Mapping[str, Scalar]
 
 
 @dataclass(frozen=True)
@@ -25,30 +55,44 @@ class MethodInfo:
     name: str
     path: Path
     doc: str
-    paper: str
-    data: str
-    equations: Mapping[str, str]
-    presets: Mapping[str, Mapping[str, Any]]
+    about: About
     config: type
-    end_to_end: Mapping[str, Any] | None = None  #: what its student should be on the plane (end_to_end.py)
-    passes: Mapping[str, float] = field(default_factory=dict)  #: preset -> network passes that a step needs at least
-    any_steps: bool = False  #: one student, sampled with any number of steps
-    scales: Sequence[str] = ()  #: options that count training steps
+
+    @cached_property
+    def presets(self) -> Mapping[str, Preset]:
+        """By name; UserError for a file that is not of that form."""
+        path = self.path.parent / "presets" / f"{self.name}.yaml"
+        if not path.is_file():
+            return {}
+        entries = option_groups.read_mapping(str(path), "presets")
+        return {name: _preset(path, name, entry) for name, entry in entries.items()}
 
     def load(self) -> types.ModuleType:
         """Import the method's module."""
         return _import(self.path, self.name, "")
 
-    def verify(self) -> Callable[[], Iterable[Any]] | None:
-        """What yields its exact checks: `verify` of its file, or of checks/<name>.py beside it; None if neither is."""
-        module = self.load()
+    @cached_property
+    def checks(self) -> types.ModuleType:
+        """The module of its checks: checks/<name>.py beside it, or its own where there is none."""
         beside = self.path.parent / "checks" / f"{self.name}.py"
-        if not hasattr(module, "verify") and beside.is_file():
-            module = _import(beside, self.name, "checks.")
-        return getattr(module, "verify", None)
+        return _import(beside, self.name, "checks.") if beside.is_file() else self.load()
+
+    @property
+    def verify(self) -> Callable[[], Iterable[Any]] | None:
+        """What yields its exact checks, if it has any."""
+        return vars(self.checks).get("verify")
+
+    @property
+    def plane(self) -> Mapping[str, Scalar] | None:
+        """The options with which it is trained in the plane (exact/plane.py), if it says any."""
+        return vars(self.checks).get("PLANE")
 
 
-_LITERALS = {"PAPER", "DATA", "EQUATIONS", "PRESETS", "END_TO_END", "PASSES", "ANY_STEPS", "SCALES"}
+def _preset(path: Path, name: str, entry: Any) -> Preset:
+    known = [f.name for f in dataclasses.fields(Preset)]
+    if not isinstance(entry, dict) or set(entry) != set(known) or not isinstance(entry["options"], dict):
+        raise UserError(f"presets: {path}, {name!r} is not a mapping with {' and '.join(known)}")
+    return Preset(str(entry["source"]), {str(key).replace("-", "_"): value for key, value in entry["options"].items()})
 
 
 def _methods_folder() -> Path:
@@ -70,6 +114,7 @@ def _import(path: Path, name: str, folder: str) -> types.ModuleType:
 
 
 def method_names() -> list[str]:
+    """The names of the methods that diffdistill ships."""
     return sorted(p.stem for p in _methods_folder().glob("*.py") if not p.stem.startswith("_"))
 
 
@@ -87,38 +132,63 @@ def describe_method(name: str) -> MethodInfo:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
         raise UserError(f"method: {path} does not parse ({error})") from None
-    said: dict[str, Any] = {}
-    defined: set[str] = set()
-    try:
-        for node in tree.body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                defined.add(node.targets[0].id)
-                if node.targets[0].id in _LITERALS:
-                    said[node.targets[0].id] = ast.literal_eval(node.value)
-            elif isinstance(node, ast.ClassDef | ast.FunctionDef):
-                defined.add(node.name)
-                if node.name == "Config":
-                    said["Config"] = _config_class(node, path)
-    except Exception as error:  # whatever the file's own text raises
-        raise UserError(f"method: {path}, line {node.lineno}: {type(error).__name__}: {error}") from None
-    missing = {"PAPER", "DATA", "EQUATIONS", "Config", "METHOD"} - defined
+    definitions = _definitions(tree)
+    missing = [name for name in ("ABOUT", "Config", "METHOD") if name not in definitions]
     if missing:
-        raise UserError(f"method: {path} does not define {', '.join(sorted(missing))}; see CONTRIBUTING.md")
-    config: type = said["Config"]
+        unknown = [name for name in definitions if name.isupper() and name not in ("ABOUT", "METHOD")]
+        hint = "".join(f"; {name} is none of them" for name in unknown if nearest(name, missing).startswith("did"))
+        raise UserError(f"method: {path} does not define {', '.join(missing)}{hint}; see CONTRIBUTING.md")
+    about, config = _about(definitions["ABOUT"], path), _config_class(definitions["Config"], path)
     clash = {f.name for f in dataclasses.fields(config)} & {f.name for f in dataclasses.fields(TrainConfig)}
     if clash:
         raise UserError(f"method: {path} has options of every training: {', '.join(sorted(clash))}; rename them")
-    doc = ast.get_docstring(tree) or ""
-    return MethodInfo(
-        path.stem, path, doc, said["PAPER"], said["DATA"], said["EQUATIONS"], said.get("PRESETS", {}), config,
-        said.get("END_TO_END"), said.get("PASSES", {}), said.get("ANY_STEPS", False), said.get("SCALES", ()),
-    )  # fmt: skip
+    return MethodInfo(path.stem, path, ast.get_docstring(tree) or "", about, config)
+
+
+def _definitions(tree: ast.Module) -> dict[str, ast.stmt]:
+    """What a module defines at its top level, by name."""
+    definitions: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            definitions[node.name] = node
+        elif isinstance(node, ast.Assign):
+            definitions |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            definitions[node.target.id] = node
+    return definitions
+
+
+def _about(node: ast.stmt, path: Path) -> About:
+    where = f"method: {path}, line {node.lineno}"
+    call = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+    if not isinstance(call, ast.Call) or call.args or ast.unparse(call.func) != "About":
+        raise UserError(f"{where}: ABOUT is not About(paper=.., data=.., equations=.., kind=..)")
+    try:
+        said = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except ValueError:
+        raise UserError(f"{where}: ABOUT has a value that is no literal") from None
+    known = {f.name: f for f in dataclasses.fields(About)}
+    for name in said:
+        if name not in known:
+            raise UserError(f"{where}: ABOUT has no field {name!r}; {nearest(name, known)}")
+    required = [n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in said]
+    if missing:
+        raise UserError(f"{where}: ABOUT does not say {', '.join(missing)}")
+    training = [f.name for f in dataclasses.fields(TrainConfig)]
+    for name in said.get("defaults", {}):
+        if name not in training:
+            raise UserError(f"{where}: ABOUT's defaults have no training option {name!r}; {nearest(name, training)}")
+    return About(**said)
 
 
 def _config_class(node: ast.stmt, path: Path) -> type:
     """The options class alone, executed with nothing but what an options class needs."""
     module = types.ModuleType(f"diffdistill._options.{path.stem}")
-    module.__dict__.update({"dataclass": dataclass, "option": option, "Literal": Literal})
+    module.__dict__.update(vars(option_groups) | {"__name__": module.__name__})
     sys.modules[module.__name__] = module  # get_type_hints looks names up there
-    exec(compile(ast.Module([node], []), str(path), "exec"), module.__dict__)
+    try:
+        exec(compile(ast.Module([node], []), str(path), "exec"), module.__dict__)
+    except Exception as error:  # whatever the file's own text raises
+        raise UserError(f"method: {path}, line {node.lineno}: {type(error).__name__}: {error}") from None
     return module.__dict__["Config"]

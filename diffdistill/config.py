@@ -54,12 +54,15 @@ class TrainConfig(FitConfig):
     teacher_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "the teacher's weights; those that are trained are float32"
     )
-    student: Literal["full", "lora"] = option("full", "full: its own weights; lora: an adapter on the teacher's")
-    fake_score: Literal["full", "lora"] = option("full", "the same for the fake score, in methods that have one")
-    adapter_rank: int = option(64, "rank of LoRA players", at_least=1)
-    adapter_alpha: float | None = option(None, "their scale is adapter_alpha / adapter_rank; default: 1", above=0)
-    adapter_targets: str | None = option(
-        None, "names of the layers they adapt, separated by commas, or all; default: the family's usual ones"
+    lora: str | None = option(
+        None,
+        "roles that are LoRA on the teacher's weights, separated by commas: student, fake_score; "
+        "default: none, or what the method says",
+    )
+    lora_rank: int = option(64, "rank of LoRA players", at_least=1)
+    lora_alpha: float | None = option(None, "LoRA's scale is lora_alpha / lora_rank; default: 1", above=0)
+    lora_targets: str | None = option(
+        None, "names of the layers with LoRA, separated by commas, or all; default: the family's usual ones"
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     out: str = option("runs/train", "the run folder")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,14 +112,200 @@ def split(values: Mapping[str, Any], first: type, second: type) -> tuple[dict[st
 
 def read_yaml(path: str) -> dict[str, Any]:
     """A flat mapping of option names to values; UserError for anything else."""
+    return {key.replace("-", "_"): value for key, value in read_mapping(path, "config").items()}
+
+
+def read_mapping(path: str, what: str) -> dict[str, Any]:
+    """A YAML file that is a mapping with texts for keys; UserError, which begins with `what`, for anything else."""
     import yaml
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"config: {path!r} cannot be read ({error.strerror})") from None
+        raise UserError(f"{what}: {path!r} cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config: {path!r} is not YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{what}: {path!r} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"config: {path!r} is not a mapping of options to values")
-    return {key.replace("-", "_"): value for key, value in values.items()}
+        raise UserError(f"{what}: {path!r} is not a mapping of names to values")
+    return values
+
+
+# -- option groups that methods share: one idea has one name, one text and one range ----------------------------------
+
+
+class Options:
+    """Base of the groups. `class Config(Group, beta1=0.0)` gives an inherited option another default."""
+
+    def __init_subclass__(cls, **defaults: Any) -> None:
+        groups = {f.name: (base, f) for base in cls.__bases__ if dataclasses.is_dataclass(base)
+                  for f in dataclasses.fields(base)}  # fmt: skip
+        annotations = {}
+        for name, default in defaults.items():
+            if name not in groups:
+                raise TypeError(f"{cls.__name__}: {name} is no option of its groups; {nearest(name, groups)}")
+            group, old = groups[name]
+            annotations[name] = typing.get_type_hints(group)[name]
+            setattr(cls, name, field(default=default, metadata=old.metadata))
+        cls.__annotations__ = annotations | inspect.get_annotations(cls)
+
+    def __post_init__(self) -> None:
+        """Groups whose options depend on one another check them here, after super().__post_init__()."""
+
+
+@dataclass(frozen=True)
+class StudentOptions(Options):
+    """A student that AdamW trains."""
+
+    student_lr: float = option(1e-5, "AdamW's learning rate for the student", above=0)
+    beta1: float = option(0.9, "AdamW's first beta, for all players", at_least=0, below=1)
+    weight_decay: float = option(0.0, "AdamW's weight decay; 0 is Adam", at_least=0)
+
+
+@dataclass(frozen=True)
+class TeacherGuidance(Options):
+    """A teacher that may be guided, at one scale."""
+
+    guidance_scale: float = option(1.0, "classifier-free guidance of the teacher; 1 is none", at_least=0)
+
+
+@dataclass(frozen=True)
+class ScaleRange(Options):
+    """Guidance scales that are drawn for each sample, and that the student takes as an input."""
+
+    guidance_min: float = option(1.0, "guidance scales are drawn uniformly from this one on; 1 is none", at_least=0)
+    guidance_max: float = option(
+        5.0, "the highest guidance scale; if it is guidance_min, the student takes no scale", at_least=0
+    )
+    guidance_scale: float | None = option(
+        None, "the guidance scale of samples and of the exported student; default: the middle of the range", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.guidance_min, self.guidance_max
+        if low > high:
+            raise UserError(f"guidance_min: {low} must be at most guidance_max ({high})")
+        if self.guidance_scale is None:
+            object.__setattr__(self, "guidance_scale", (low + high) / 2)
+        elif not low <= self.guidance_scale <= high:
+            raise UserError(
+                f"guidance_scale: {self.guidance_scale} is not in what is trained, {low} (guidance_min) to "
+                f"{high} (guidance_max)"
+            )
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether the student takes the scale as an input."""
+        return self.guidance_min < self.guidance_max
+
+    @property
+    def scale(self) -> float:
+        """The exported student's guidance scale."""
+        assert self.guidance_scale is not None
+        return self.guidance_scale
+
+
+@dataclass(frozen=True)
+class MatchingOptions(StudentOptions, TeacherGuidance):
+    """A one-step student and a fake score that learns its samples."""
+
+    student_level: float | None = option(
+        None, "the timestep or sigma at which a one-step student reads pure noise; default: the noisiest", at_least=0
+    )
+    fake_score_lr: float = option(1e-5, "AdamW's learning rate for the fake score", above=0)
+    fake_score_loss: Literal["v", "epsilon"] = option(
+        "v", "the fake score's loss; v: weighted as in EDM; epsilon: unweighted, as for Stable Diffusion"
+    )
+    update_ratio: int = option(1, "steps of the fake score for one of the student", at_least=1)
+
+
+@dataclass(frozen=True)
+class MatchingTimes(Options):
+    """The range of noise levels at which distributions are matched."""
+
+    time_low: float = option(
+        0.02,
+        "the least noise in the student's loss, as a fraction of the time that it is drawn from",
+        at_least=0,
+        below=1,
+    )
+    time_high: float = option(0.98, "the most noise in the student's loss, likewise", above=0, at_most=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.time_low >= self.time_high:
+            raise UserError(f"time_low: {self.time_low} must be less than time_high ({self.time_high})")
+
+
+@dataclass(frozen=True)
+class NormaliserOptions(Options):
+    """DMD's normaliser of the matching gradient."""
+
+    normalise: bool = option(True, "divide each sample's loss by mean|x - D_teacher|; false: the exact divergence's")
+
+
+@dataclass(frozen=True)
+class SimulationOptions(Options):
+    """A student of several steps, trained on inputs that its own sampler makes."""
+
+    student_steps: int = option(1, "the student's sampling steps, at the teacher's own evenly spaced times", at_least=1)
+
+
+@dataclass(frozen=True)
+class AdversarialOptions(Options):
+    """A discriminator head on the fake score."""
+
+    gan_weight: float = option(0.0, "weight of the GAN loss in the student's loss; above 0 needs data", at_least=0)
+    discriminator_weight: float = option(0.01, "weight of the GAN loss in the fake score's loss", at_least=0)
+
+
+@dataclass(frozen=True)
+class FakeScoreGuidance(Options):
+    """A fake score that is guided, and so learns without conditions too."""
+
+    label_dropout: float = option(
+        0.1, "share of conditions that a guided fake score is trained without", at_least=0, at_most=1
+    )
+
+
+@dataclass(frozen=True)
+class FollowingOptions(StudentOptions):
+    """A student that follows trajectories against a slow copy of itself."""
+
+    target_ema: float = option(0.95, "decay of the target, the student's moving average", at_least=0, below=1)
+    student_steps: int = option(1, "the student's sampling steps; its training is the same for any number", at_least=1)
+
+
+@dataclass(frozen=True)
+class ImageDistance(Options):
+    """How far two images lie apart."""
+
+    distance: Literal["huber", "l2", "lpips"] = option(
+        "huber", "huber: pseudo-Huber of the whole sample; l2: mean square; lpips: VGG features, with pip install lpips"
+    )
+    huber_c: float | None = option(None, "c of the pseudo-Huber distance; default: 0.00054 sqrt(dimensions)", above=0)
+
+
+@dataclass(frozen=True)
+class HalvingOptions(StudentOptions):
+    """Stages, each of which halves the sampling steps."""
+
+    start_steps: int = option(
+        16, "the teacher's DDIM steps in the first halving; final_steps times a power of two", at_least=1
+    )
+    final_steps: int = option(1, "the sampling steps of the last stage's student", at_least=1)
+    stage_steps: int = option(1000, "training steps of each halving", at_least=1)
+    student_lr: float = option(
+        5e-5, "AdamW's learning rate at the start of a stage; it falls linearly to zero", above=0
+    )
+    weight: Literal["truncated_snr", "snr_plus_one"] = option(
+        "truncated_snr", "weight of the error in x0; truncated_snr: max(1, SNR); snr_plus_one: the error in v"
+    )
+
+
+@dataclass(frozen=True)
+class GuidedSampling(StudentOptions):
+    """A student that imitates guidance in one pass and leaves the number of steps as it is."""
+
+    trajectory_steps: int = option(50, "DDIM steps of the guided trajectories that are trained on", at_least=1)
+    sampling_steps: int = option(20, "DDIM steps of samples and of the export, one pass each", at_least=1)

@@ -7,7 +7,7 @@ small adapters on its layers, which know guidance scale, time and class, make on
 every scale in a range. They are trained at points of guided trajectories, where they will be used. The number of
 sampling steps stays what it was; the adapters can be put on a student of few steps as well.
 
-The trajectories are not stored. A batch is B chains of the guided sampler (`diffdistill/chains.py`), at staggered
+The trajectories are not stored. A batch is B chains of the guided sampler (scaffold/chains.py), at staggered
 steps: the guided output at their present points is the target, and it is also what moves them on. A training
 step so costs one guided call and one pass of the student.
 
@@ -28,75 +28,34 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.catalogue import About
+from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.core.guidance import guide
 from diffdistill.core.prediction import Prediction
-from diffdistill.errors import UserError
-from diffdistill.options import option
-from diffdistill.players.adapter_networks import AdaptedNetwork
+from diffdistill.options import GuidedSampling, ScaleRange, option
 from diffdistill.players.guidance_adapters import adapted, new_adapters
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.scaffold.chains import GuidedChains
-from diffdistill.scaffold.method import Batch, Optimizer, Turn
+from diffdistill.scaffold.method import Batch, Method, Outcome, Turn
 
-PAPER = "Jensen & Sadat 2025, arXiv:2503.07274"
-DATA = "none; conditions are drawn uniformly"
-EQUATIONS = {
-    "guided target and loss (section 3; authors' train.py)": "AdapterGuidance.matching, guidance.guide",
-    "guided trajectories (section 3; authors' sample_trajectories.py)": "chains.GuidedChains",
-    "adapters: additive, cross-attention, gated MLP (authors' models/)": "adapter_networks.KINDS",
-}
-PRESETS = {
-    "digits": {
-        "teacher": "digits",
-        "steps": 400,
-        "batch_size": 64,
-        "adapter": "attention",
-        "adapted_layers": "blocks",
-        "adapter_width": 20,
-        "guidance_min": 1.75,
-        "guidance_max": 2.25,
-        "guidance_scale": 2.0,
-        "trajectory_steps": 20,
-        "student_lr": 1e-2,
-        "warmup_steps": 20,
-        "lr_schedule": "cosine",
-        "ema": 0.99,
+ABOUT = About(
+    paper="Jensen & Sadat 2025, arXiv:2503.07274",
+    data="nothing; conditions are drawn uniformly",
+    kind="guidance",
+    equations={
+        "guided target and loss (section 3; authors' train.py)": "AdapterGuidance.imitation, core.guidance.guide",
+        "guided trajectories (section 3; authors' sample_trajectories.py)": "scaffold.chains.GuidedChains",
+        "adapters: additive, cross-attention, gated MLP (authors' models/)": "players.adapter_networks.KINDS",
     },
-    "imagenet256": {
-        "steps": 5000,
-        "batch_size": 64,
-        "adapter": "additive",
-        "adapter_width": 256,
-        "guidance_min": 1.0,
-        "guidance_max": 6.0,
-        "trajectory_steps": 1000,
-        "student_lr": 1e-4,
-        "warmup_steps": 500,
-        "lr_schedule": "cosine",
-    },
-    "stable-diffusion": {
-        "steps": 5000,
-        "batch_size": 64,
-        "adapter": "attention",
-        "adapter_width": 320,
-        "guidance_min": 1.0,
-        "guidance_max": 12.0,
-        "trajectory_steps": 999,
-        "student_lr": 1e-4,
-        "warmup_steps": 500,
-        "lr_schedule": "cosine",
-    },
-}
-PASSES = {"digits": 3}
+)
 
 
 @dataclass(frozen=True)
-class Config:
-    """AGD's options."""
+class Config(GuidedSampling, ScaleRange, student_lr=1e-4, guidance_max=6.0, guidance_scale=3.0):
+    """AGD's options; AdamW trains the adapters alone."""
 
     adapter: Literal["additive", "attention", "mlp_gate"] = option(
         "additive", "additive: the same at all positions, blind to x; attention, mlp_gate: of the layer's input"
@@ -105,72 +64,41 @@ class Config:
     adapted_layers: Literal["attention", "blocks"] = option(
         "attention", "attention: the attention layers; blocks: these and the residual blocks"
     )
-    guidance_min: float = option(1.0, "guidance scales are drawn uniformly from here (1: none)", at_least=0)
-    guidance_max: float = option(6.0, "... to here", at_least=0)
-    guidance_scale: float = option(3.0, "the scale of samples and of the export, unless told otherwise", at_least=0)
-    trajectory_steps: int = option(50, "DDIM steps of the guided trajectories that are trained on", at_least=1)
-    sampling_steps: int = option(20, "DDIM steps of samples and of the export, one pass each", at_least=1)
-    student_lr: float = option(1e-4, "AdamW's learning rate for the adapters", above=0)
-    beta1: float = option(0.9, "AdamW's first beta", at_least=0, below=1)
-    weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
     loss: Literal["l2", "l1"] = option("l2", "mean square or mean absolute error of the network's output")
 
 
-class AdapterGuidance:
+class AdapterGuidance(Method):
     """One player: the student is the teacher's own network with adapters, which alone are trained."""
 
-    needs_data = False
-    needs_pairs = False
-
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        if config.guidance_min <= config.guidance_max and not (
-            config.guidance_min <= config.guidance_scale <= config.guidance_max
-        ):
-            raise UserError(
-                f"guidance_scale: {config.guidance_scale} is not in what is trained, {config.guidance_min} "
-                f"(guidance_min) to {config.guidance_max} (guidance_max)"
-            )
-        self.config = config
+        super().__init__(teacher, config)
         self.teacher = frozen(teacher.denoiser)
-        self.schedule = teacher.denoiser.schedule
         self.chains = GuidedChains(teacher, config.trajectory_steps, config.guidance_min, config.guidance_max)
         if student is None:
             adapters = new_adapters(teacher, config.adapter, config.adapter_width, config.adapted_layers)
-            student = adapted(self.teacher, adapters, config.guidance_scale)
+            student = adapted(self.teacher, adapters, config.scale)
         self.student = student
-        self.players: dict[str, nn.Module] = {"student": self.student}
-        self.state: dict[str, nn.Module] = {"chains": self.chains}
-
-    def optimizer(self, player: str) -> Optimizer:
-        return Optimizer(self.config.student_lr, (self.config.beta1, 0.999), self.config.weight_decay)
+        self.players, self.state = {"student": student}, {"chains": self.chains}
 
     def turns(self, step: int) -> Sequence[Turn]:
         return [Turn("student", self.student_turn)]
 
-    def after_step(self, step: int) -> None:
-        pass
+    def sampler(self) -> Sampler:
+        return Sampler(self.student, self.schedule.levels(self.config.sampling_steps).tolist(), DDIM())
 
-    def sampler(self) -> FewStepSampler:
-        return FewStepSampler(self.student, self.schedule.levels(self.config.sampling_steps).tolist(), renoise=False)
-
-    def student_turn(self, batch: Batch) -> dict[str, Tensor]:
-        points = self.chains.points(batch, self.teacher)
-        loss, target = self.matching(*points)
+    def student_turn(self, batch: Batch) -> Outcome:
+        """The loss where the chains stand, whose target also moves them on."""
+        loss, target = self.imitation(*self.chains.points(batch, self.teacher))
         self.chains.advance(batch, target)
-        return {"loss": loss}
+        return Outcome(loss)
 
-    def matching(self, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> tuple[Tensor, Prediction]:
+    def imitation(self, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> tuple[Tensor, Prediction]:
         """The loss of one pass against the guided two at x_t (B, ...), with scales (B,); and the guided prediction."""
         with torch.no_grad():
             target = guide(self.teacher, x_t, t, cond, scale)
-        got = self.student(x_t, t, {**cond, "guidance_scale": scale})
+        output = self.student(x_t, t, cond, Extra(scale)).y
         error = F.mse_loss if self.config.loss == "l2" else F.l1_loss
-        return error(got.y, target.y), target
+        return error(output, target.y), target
 
 
 METHOD = AdapterGuidance
-
-
-def _network(method: AdapterGuidance) -> AdaptedNetwork:
-    assert isinstance(method.student.network, AdaptedNetwork)
-    return method.student.network

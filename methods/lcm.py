@@ -12,7 +12,7 @@ Guidance scales here are diffusers' a, 1 being none: a = 1 + w with the paper's 
 y_c + w (y_c - y_u) while their help text calls --w_min a scale; w in [5, 15] is a in [6, 16].)
 
 Formulas were read in those scripts. Deviations: the scale enters beside the class embedding with frequencies of
-at most 2, not beside the time with sinusoids of 1000 w. With `lora_rank` the scale is fixed, since that student
+at most 2, not beside the time with sinusoids of 1000 w. With a LoRA student the scale is fixed, since that student
 has no input for it; the script draws it all the same. The timesteps of c_skip and c_out are counted on the
 scripts' grid of K steps up to 1000, for any schedule. Samplers take the network's x0 for f, whose c_skip is below
 1e-5 on the grid. Dropout, which Stable Diffusion has none of, drops the same units in both passes of the student.
@@ -20,206 +20,115 @@ scripts' grid of K steps up to 1000, for any schedule. Samplers take the network
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.catalogue import About
+from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
 from diffdistill.core.guidance import guide, require_null
-from diffdistill.core.prediction import diffuse, expand
+from diffdistill.core.prediction import expand
 from diffdistill.core.schedule import lcm_indices, student_levels
 from diffdistill.errors import UserError
-from diffdistill.options import option
-from diffdistill.players.lora import lora
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.options import FollowingOptions, ScaleRange, option
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.scale_input import guidance_input
-from diffdistill.players.teacher import Teacher, frozen
-from diffdistill.rng import seed_for, seeded
-from diffdistill.scaffold.method import Batch, Optimizer, Turn
+from diffdistill.players.teacher import Teacher
+from diffdistill.rng import seeded
+from diffdistill.scaffold.following import FollowingMethod
+from diffdistill.scaffold.method import Batch, Outcome
 
-PAPER = "Luo et al. 2023, arXiv:2310.04378"
-DATA = "real images, to place x_t where the trajectories pass"
-EQUATIONS = {
-    "consistency distillation loss with guidance and skipping (section 4.3)": "LCM.consistency",
-    "guided probability-flow ODE, one DDIM step (section 4.2)": "LCM.less_noisy, guidance.guide",
-    "c_skip and c_out (section 4.1)": "LCM.scalings, LCM.f",
-    "the scale drawn for each sample, and as an input (section 4.2)": "LCM.scales, adapters.guidance_input",
-    "target's moving average (Algorithm 1)": "LCM.after_step",
-    "elementwise Huber distance": "LCM.distance",
-    "multistep sampling (Algorithm 3)": "LCM.sampler, players.FewStepSampler",
-    "LCM-LoRA (arXiv:2311.05556)": "adapters.lora",
-}
-PRESETS = {
-    "digits": {
-        "teacher": "digits",
-        "data": "digits",
-        "steps": 500,
-        "batch_size": 64,
-        "ddim_steps": 20,
-        "guidance_max": 2.0,
-        "guidance_scale": 1.0,
-        "student_lr": 5e-4,
-        "lr_schedule": "cosine",
-        "ema": 0.99,
+ABOUT = About(
+    paper="Luo et al. 2023, arXiv:2310.04378",
+    data="real images, to place x_t where the trajectories pass",
+    kind="trajectory",
+    needs=("images",),
+    equations={
+        "consistency distillation loss with guidance and skipping (section 4.3)": "LCM.following",
+        "guided probability-flow ODE, one DDIM step (section 4.2)": "LCM.less_noisy, core.guidance.guide",
+        "c_skip and c_out (section 4.1)": "LCM.scalings, LCM.f",
+        "the scale drawn for each sample, and as an input (section 4.2)": (
+            "LCM.scales, players.scale_input.guidance_input"
+        ),
+        "target's moving average (Algorithm 1)": "scaffold.following.FollowingMethod.after_step",
+        "elementwise Huber distance": "LCM.distance",
+        "multistep sampling (Algorithm 3)": "LCM.sampler, players.sampler.Renoise",
+        "LCM-LoRA (arXiv:2311.05556)": "players.lora.lora_view",
     },
-    "sd15": {
-        "steps": 1000,
-        "batch_size": 12,
-        "guidance_min": 6.0,
-        "guidance_max": 16.0,
-        "guidance_scale": 8.5,
-        "student_lr": 1e-6,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-    },
-    "sd15-lora": {
-        "steps": 1000,
-        "batch_size": 12,
-        "lora_rank": 64,
-        "guidance_min": 8.5,
-        "guidance_max": 8.5,
-        "student_lr": 1e-6,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-    },
-}
-PASSES = {"digits": 4}
-ANY_STEPS = True
-END_TO_END = {
-    "kind": "trajectory",
-    "options": {"guidance_max": 2.0, "guidance_scale": 1.5, "steps": 3000, "student_lr": 1e-3},
-}
+)
 
 
 @dataclass(frozen=True)
-class Config:
-    """LCM's options."""
+class Config(FollowingOptions, ScaleRange, student_lr=1e-4, weight_decay=0.01, guidance_max=1.0):
+    """LCM's options; sampling steps are evenly spaced among the K."""
 
-    guidance_min: float = option(1.0, "guidance scales are drawn uniformly from here; 1 is none (w = 0)", at_least=0)
-    guidance_max: float = option(1.0, "... to here; equal to guidance_min, the student takes no scale", at_least=0)
-    guidance_scale: float | None = option(
-        None, "the scale of the exported student; default: the middle of the range", at_least=0
-    )
     ddim_steps: int = option(50, "K, the teacher's steps of which each training sample takes one", at_least=1)
-    student_steps: int = option(1, "sampling steps, evenly spaced among the K; training is the same", at_least=1)
-    lora_rank: int = option(0, "train LoRA of that rank alone, at one fixed scale; 0: the whole network", at_least=0)
-    lora_alpha: float | None = option(None, "LoRA is multiplied by lora_alpha / lora_rank; default: by 1", above=0)
-    distance: Literal["huber", "l2"] = option("huber", "elementwise sqrt(d^2 + c^2) - c, or d^2")
-    huber_c: float = option(0.001, "c of that", above=0)
+    distance: Literal["huber", "l2"] = option("huber", "elementwise; huber: sqrt(d^2 + c^2) - c; l2: d^2")
+    huber_c: float = option(0.001, "c of the elementwise Huber distance", above=0)
     timestep_scaling: float = option(10.0, "S: c_skip = 0.25/((S t)^2 + 0.25), t the timestep up to 1000", above=0)
-    target_ema: float = option(0.95, "the target's moving average", at_least=0, below=1)
-    student_lr: float = option(1e-4, "AdamW's learning rate", above=0)
-    beta1: float = option(0.9, "AdamW's first beta", at_least=0, below=1)
-    weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
-
-    def __post_init__(self) -> None:
-        if self.guidance_scale is None:
-            object.__setattr__(self, "guidance_scale", (self.guidance_min + self.guidance_max) / 2)
 
 
-class LCM:
-    """One player. Its moving average, the target, lies in the checkpoint; with LoRA it is its own target."""
+class Skip(NamedTuple):
+    """t, the point i of the grid that it is, and the guidance scale, all (B,)."""
 
-    needs_data, needs_pairs = True, False
+    t: Tensor
+    i: Tensor
+    scale: Tensor
+
+
+class LCM(FollowingMethod[Skip]):
+    """A LoRA student is its own target."""
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        c = self.config = config
-        if not c.guidance_min <= c.guidance_max:
-            raise UserError(f"guidance_min: {c.guidance_min} must be at most guidance_max ({c.guidance_max})")
-        assert c.guidance_scale is not None
-        scale = c.guidance_scale
-        if not c.guidance_min <= scale <= c.guidance_max:
-            raise UserError(
-                f"guidance_scale: {scale} is not in what is trained, {c.guidance_min} (guidance_min) to "
-                f"{c.guidance_max} (guidance_max)"
-            )
+        c = config
         if c.student_steps > c.ddim_steps:
             raise UserError(f"student_steps: {c.student_steps} must be at most ddim_steps ({c.ddim_steps})")
-        self.takes_scale = c.guidance_min < c.guidance_max
-        if self.takes_scale and c.lora_rank:
-            raise UserError("guidance_max: with lora_rank the scale is fixed; give guidance_min the same value")
-        self.teacher = frozen(teacher.denoiser)
-        self.guides = self.takes_scale or scale != 1
+        lora = "student" in teacher.lora
+        if c.takes_scale and lora:
+            raise UserError("guidance_max: a LoRA student has one guidance scale; give guidance_min the same value")
+        if student is None:
+            student = teacher.player("student")
+            student = guidance_input(student, default=c.scale) if c.takes_scale else student
+        super().__init__(teacher, c, student, slow_target=not lora)
+        self.guides = c.takes_scale or c.guidance_scale != 1
         if self.guides:
             require_null(self.teacher, "a guidance scale")
-        self.schedule = teacher.denoiser.schedule
-        self.levels, self.grid = self._grid()
-        self.student = student or self._student(teacher, scale)
-        self.players: dict[str, nn.Module] = {"student": self.student}
-        self.state: dict[str, nn.Module] = {}
-        self.target = self.student
-        if not c.lora_rank:
-            self.target = self.state["target"] = copy.deepcopy(self.student).requires_grad_(False)
+        levels = student_levels(self.schedule, c.ddim_steps)
+        self.levels = levels.tolist()
+        least = torch.tensor([self.schedule.t_min]).double()  # that the network knows
+        self.grid = torch.cat([self.schedule.angle(levels), least])
 
-    def _grid(self) -> tuple[list[float], Tensor]:
-        """The K descending levels, and their angles with the least one that the network knows, (K + 1,)."""
-        schedule = self.schedule
-        levels = student_levels(schedule, self.config.ddim_steps)
-        return levels.tolist(), torch.cat([schedule.angle(levels), torch.tensor([schedule.t_min]).double()])
-
-    def _student(self, teacher: Teacher, scale: float) -> Denoiser:
-        c = self.config
-        if c.lora_rank:
-            return lora(teacher.start or teacher.denoiser, c.lora_rank, c.lora_alpha)
-        student = teacher.player("student")
-        return guidance_input(student, default=scale) if self.takes_scale else student
-
-    def optimizer(self, player: str) -> Optimizer:
-        return Optimizer(self.config.student_lr, (self.config.beta1, 0.999), self.config.weight_decay)
-
-    def turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("student", self.student_turn)]
-
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """target <- mu target + (1 - mu) student."""
-        if self.state:
-            averages: list[Tensor] = list(self.target.parameters())
-            torch._foreach_lerp_(averages, list(self.student.parameters()), 1 - self.config.target_ema)
-
-    def sampler(self) -> FewStepSampler:
+    def sampler(self) -> Sampler:
         """Levels among the K, as evenly as whole indices are, as in diffusers' LCMScheduler."""
-        taken = lcm_indices(self.config.ddim_steps, self.config.student_steps)
-        return FewStepSampler(self.student, [self.levels[i] for i in taken])
+        indices = lcm_indices(self.config.ddim_steps, self.config.student_steps)
+        return Sampler(self.student, [self.levels[i] for i in indices])
+
+    def interval(self, step: int, batch: Batch) -> Skip:
+        i = batch.integers(self.config.ddim_steps, "student/step")
+        return Skip(self.grid.to(i.device)[i], i, self.scales(batch.uniform("student/scale")))
 
     def scales(self, u: Tensor) -> Tensor:
         """(B,) guidance scales for u (B,) uniform in [0, 1)."""
         return self.config.guidance_min + (self.config.guidance_max - self.config.guidance_min) * u
 
-    def student_turn(self, batch: Batch) -> dict[str, Tensor]:
-        assert batch.x0 is not None
-        draw = batch.generator("student/step")
-        i = torch.randint(self.config.ddim_steps, (batch.size,), generator=draw, device=draw.device)
-        draw = batch.generator("student/scale")
-        scale = self.scales(torch.rand(batch.size, generator=draw, device=draw.device, dtype=torch.float64))
-        x_t = diffuse(batch.x0, self.grid.to(i.device)[i], batch.randn("student/eps"))
-        return self.consistency(x_t, i, scale, batch.cond, seed_for(*batch.key, "student/dropout"))
+    def less_noisy(self, x_t: Tensor, x0: Tensor, eps: Tensor, interval: Skip, cond: Cond) -> Tensor:
+        """One DDIM step of the guided teacher down the grid; x0 and eps are guided alike."""
+        t, i, scale = interval
+        pred = guide(self.teacher, x_t, t, cond, scale) if self.guides else self.teacher(x_t, t, cond)
+        return pred.at(self.grid.to(i.device)[i + 1])
 
-    def consistency(self, x_t: Tensor, i: Tensor, scale: Tensor, cond: Cond, seed: int = 0) -> dict[str, Tensor]:
-        """The loss at x_t (B, ...) on the grid's points i (B,), for the scales (B,).
-
-        Only f at the noisier point, x_t, gets a gradient; both passes of f drop the units of `seed`.
-        """
-        own = cond | {"guidance_scale": scale} if self.takes_scale else cond
+    def following(self, x_t: Tensor, x_r: Tensor, interval: Skip, cond: Cond, seed: int = 0) -> Outcome:
+        """Only f at the noisier point, x_t, gets a gradient."""
+        i, extra = interval.i, Extra(interval.scale) if self.config.takes_scale else NONE
         with seeded(seed, x_t.device):
-            f = self.f(self.student, x_t, i, own)
-        with torch.no_grad():
-            x_r = self.less_noisy(x_t, i, scale, cond)
-            with seeded(seed, x_t.device):
-                target = self.f(self.target, x_r, i + 1, own)
+            f = self.f(self.student, x_t, i, cond, extra)
+        with torch.no_grad(), seeded(seed, x_t.device):
+            target = self.f(self.target, x_r, i + 1, cond, extra)
         loss = self.distance(f.float() if f.dtype.itemsize < 4 else f, target.to(f))
-        return {"loss": loss, "consistency": loss}
-
-    def less_noisy(self, x_t: Tensor, i: Tensor, scale: Tensor, cond: Cond) -> Tensor:
-        """x_r (B, ...), one DDIM step of the guided teacher down the grid; x0 and eps are guided alike."""
-        grid = self.grid.to(i.device)
-        pred = guide(self.teacher, x_t, grid[i], cond, scale) if self.guides else self.teacher(x_t, grid[i], cond)
-        return pred.at(grid[i + 1])
+        return Outcome(loss, {"consistency": loss})
 
     def scalings(self, i: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out, (B,) float64 each, at the grid's points i; exactly 1 and 0 at the last one.
@@ -231,14 +140,15 @@ class LCM:
         scaled = (self.config.timestep_scaling * t) ** 2
         return 0.25 / (scaled + 0.25), (scaled / (scaled + 0.25)).sqrt()
 
-    def f(self, denoiser: Denoiser, x_t: Tensor, i: Tensor, cond: Cond) -> Tensor:
+    def f(self, denoiser: Denoiser, x_t: Tensor, i: Tensor, cond: Cond, extra: Extra = NONE) -> Tensor:
         """(B, ...) c_skip x_t + c_out x0, in the normal form; for a VP teacher that is the native x_t."""
         c_skip, c_out = self.scalings(i)
-        x0 = denoiser(x_t, self.grid.to(i.device)[i], cond).x0
+        x0 = denoiser(x_t, self.grid.to(i.device)[i], cond, extra).x0
         f = expand(c_skip, x_t) * x_t + expand(c_out, x_t) * x0
         return torch.where(expand(c_out, x_t) > 0, f, x_t)  # at t = 0 an x0 may be 0/0
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean over all elements of the distance of x and y (B, ...)."""
         if self.config.distance == "l2":
             return F.mse_loss(x, y)
         c = self.config.huber_c

@@ -9,7 +9,7 @@ weights.
 
 Deviations: formulas and settings are those of the author's script; the paper's text was not at hand. There the
 teacher is the LoRA network with LoRA off, in two calls without gradients; here it is the teacher itself in one
-batched call. LoRA also goes on convolutions with `lora_layers: all`, for networks with little attention.
+batched call. LoRA also goes on convolutions with `lora_targets: all`, for networks with little attention.
 `trajectories` trains at points of guided trajectories instead of noised data, as AGD does (Jensen & Sadat 2025);
 the script has no such thing. The loss compares the network's own outputs, which is eps for the author's networks.
 """
@@ -18,121 +18,78 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guide, require_null
 from diffdistill.core.prediction import Prediction, diffuse
 from diffdistill.core.schedule import student_levels
 from diffdistill.core.times import native_uniform
-from diffdistill.options import option
-from diffdistill.players.lora import lora
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.options import GuidedSampling, TeacherGuidance, option
+from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.scaffold.chains import GuidedChains
-from diffdistill.scaffold.method import Batch, Optimizer, Turn
+from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
 
-PAPER = "Golnari 2023, arXiv:2312.06899"
-DATA = "real images, which are noised; none with trajectories"
-EQUATIONS = {
-    "guided target and loss (author's train_sd_distill_lora.py)": "LoRAGuidance.matching, guidance.guide",
-    "LoRA on the attention layers": "adapters.lora",
-    "points of guided trajectories (AGD, arXiv:2503.07274)": "chains.GuidedChains",
-}
-PRESETS = {
-    "digits": {
-        "teacher": "digits",
-        "data": "digits",
-        "steps": 400,
-        "batch_size": 64,
-        "guidance_scale": 2.0,
-        "lora_rank": 8,
-        "lora_layers": "all",
-        "student_lr": 1e-3,
-        "lr_schedule": "cosine",
-        "ema": 0.99,
+ABOUT = About(
+    paper="Golnari 2023, arXiv:2312.06899",
+    data="real images, which are noised; nothing with trajectories",
+    kind="guidance",
+    equations={
+        "guided target and loss (author's train_sd_distill_lora.py)": "LoRAGuidance.imitation, core.guidance.guide",
+        "LoRA on the attention layers": "players.lora.lora_view",
+        "points of guided trajectories (AGD, arXiv:2503.07274)": "scaffold.chains.GuidedChains",
     },
-    "sd21": {
-        "batch_size": 1,
-        "guidance_scale": 7.5,
-        "lora_rank": 4,
-        "lora_layers": "attention",
-        "student_lr": 5e-6,
-        "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
-    },
-}
-PASSES = {"digits": 3}
-
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+    defaults={"lora": "student", "lora_rank": 4, "lora_targets": "to_q,to_k,to_v,to_out.0"},
+)
 
 
 @dataclass(frozen=True)
-class Config:
-    """LoRA guidance distillation's options."""
+class Config(GuidedSampling, TeacherGuidance, student_lr=1e-4, guidance_scale=7.5):
+    """LoRA guidance distillation's options; the student has the guidance scale for good."""
 
-    guidance_scale: float = option(7.5, "the scale that the student has for good (1: none)", at_least=0)
-    lora_rank: int = option(4, "rank of the trained weights", at_least=1)
-    lora_alpha: float | None = option(None, "they are multiplied by lora_alpha / lora_rank; default: by 1", above=0)
-    lora_layers: Literal["attention", "all"] = option(
-        "attention", "attention: projections of the attention layers; all: every linear layer and convolution"
-    )
     trajectories: bool = option(False, "train at points of guided trajectories, without data")
-    trajectory_steps: int = option(50, "DDIM steps of these", at_least=1)
-    sampling_steps: int = option(20, "DDIM steps of samples and of the export, one pass each", at_least=1)
-    student_lr: float = option(1e-4, "AdamW's learning rate", above=0)
-    beta1: float = option(0.9, "AdamW's first beta", at_least=0, below=1)
-    weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
 
 
-class LoRAGuidance:
+class LoRAGuidance(Method):
     """One player; the chains of `trajectories` lie in the checkpoint."""
 
-    needs_pairs = False
-
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        self.config = config
+        super().__init__(teacher, config)
         self.teacher = frozen(teacher.denoiser)
         require_null(self.teacher, "guidance distillation")
-        self.schedule = teacher.denoiser.schedule
-        targets = _ATTENTION if config.lora_layers == "attention" else None
-        self.student = student or lora(teacher.start or teacher.denoiser, config.lora_rank, config.lora_alpha, targets)
-        self.needs_data = not config.trajectories
-        self.players: dict[str, nn.Module] = {"student": self.student}
-        self.state: dict[str, nn.Module] = {}
+        self.student = student or teacher.player("student")
+        self.players = {"student": self.student}
         if config.trajectories:
             scale = config.guidance_scale
             self.chains = self.state["chains"] = GuidedChains(teacher, config.trajectory_steps, scale, scale)
-
-    def optimizer(self, player: str) -> Optimizer:
-        return Optimizer(self.config.student_lr, (self.config.beta1, 0.999), self.config.weight_decay)
+        else:
+            self.needs = frozenset({Need.IMAGES})
 
     def turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("student", self.student_turn)]
+        return [Turn("student", self.on_trajectories if self.config.trajectories else self.on_data)]
 
-    def after_step(self, step: int) -> None:
-        pass
+    def sampler(self) -> Sampler:
+        levels = student_levels(self.schedule, self.config.sampling_steps)
+        return Sampler(self.student, levels.tolist(), DDIM())
 
-    def sampler(self) -> FewStepSampler:
-        return FewStepSampler(
-            self.student, student_levels(self.schedule, self.config.sampling_steps).tolist(), renoise=False
-        )
-
-    def student_turn(self, batch: Batch) -> dict[str, Tensor]:
-        if self.config.trajectories:
-            points = self.chains.points(batch, self.teacher)
-            loss, target = self.matching(points.x_t, points.t, points.cond)
-            self.chains.advance(batch, target)
-            return {"loss": loss}
-        assert batch.x0 is not None
+    def on_data(self, batch: Batch) -> Outcome:
+        """The loss on noised images."""
         t = native_uniform(self.schedule, batch.size, batch.generator("student/t"))
-        return {"loss": self.matching(diffuse(batch.x0, t, batch.randn("student/eps")), t, batch.cond)[0]}
+        return Outcome(self.imitation(diffuse(batch.images, t, batch.randn("student/eps")), t, batch.cond)[0])
 
-    def matching(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Prediction]:
+    def on_trajectories(self, batch: Batch) -> Outcome:
+        """The loss where the chains stand, which then move on."""
+        points = self.chains.points(batch, self.teacher)
+        loss, target = self.imitation(points.x_t, points.t, points.cond)
+        self.chains.advance(batch, target)
+        return Outcome(loss)
+
+    def imitation(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Prediction]:
         """The loss of one pass against the guided two at x_t (B, ...), t (B,); and the guided prediction."""
         with torch.no_grad():
             target = guide(self.teacher, x_t, t, cond, torch.full_like(t, self.config.guidance_scale))

@@ -22,134 +22,58 @@ sum over elements, since d is of the whole sample. The student's input is what t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.guidance import guided
+from diffdistill.catalogue import About
+from diffdistill.core.denoiser import Cond
 from diffdistill.core.losses import pseudo_huber
 from diffdistill.core.prediction import diffuse, expand
-from diffdistill.core.times import check_range, edm_karras, edm_log_normal
-from diffdistill.options import option
-from diffdistill.players.sampler import FewStepSampler, one_step_sampler
-from diffdistill.players.teacher import Teacher, frozen
-from diffdistill.scaffold.matching import fake_score_loss
-from diffdistill.scaffold.method import Batch, Optimizer, Turn
+from diffdistill.core.times import edm_karras, edm_log_normal
+from diffdistill.options import MatchingOptions, MatchingTimes, option
+from diffdistill.scaffold.matching import MatchingMethod
+from diffdistill.scaffold.method import Batch, Outcome
 
-PAPER = "Luo et al. 2024, arXiv:2410.16794"
-DATA = "none"
-EQUATIONS = {
-    "score implicit matching's loss (section 3.2)": "SIM.divergence",
-    "pseudo-Huber and squared distance and their gradients (section 3.3)": "distance, distance_gradient",
-    "denoising loss of the fake score": "matching.fake_score_loss",
-}
-PRESETS = {
-    "digits": {
-        "teacher": "digits",
-        "steps": 400,
-        "batch_size": 64,
-        "student_lr": 3e-4,
-        "fake_score_lr": 1e-3,
-        "student_level": 872,
-        "lr_schedule": "cosine",
-        "ema": 0.99,
-        "c": 0.0043,
+ABOUT = About(
+    paper="Luo et al. 2024, arXiv:2410.16794",
+    data="nothing",
+    kind="distribution",
+    equations={
+        "score implicit matching's loss (section 3.2)": "SIM.divergence",
+        "pseudo-Huber and squared distance and their gradients (section 3.3)": "distance, distance_gradient",
+        "denoising loss of the fake score": "scaffold.matching.fake_score_loss",
     },
-    "cifar10": {
-        "batch_size": 256,
-        "student_level": 2.5,
-        "ema": 0.99965,
-        "max_grad_norm": 0,
-    },
-}
-PASSES = {"digits": 4}
-END_TO_END = {
-    "kind": "distribution",
-    "options": {
-        "time_low": 0.2,
-        "c": 0.3,
-        "student_lr": 1e-3,
-        "fake_score_lr": 2e-3,
-        "student_level": 1.373,
-        "steps": 2000,
-    },
-}
+)
 
 
 @dataclass(frozen=True)
-class Config:
-    """SIM's options."""
+class Config(MatchingOptions, MatchingTimes, beta1=0.0, time_low=0.0, time_high=0.8):
+    """SIM's options; the student's times are fractions of EDM's grid of levels, where 0.8 is sigma = 24.4."""
 
-    student_lr: float = option(1e-5, "AdamW's learning rate for the student", above=0)
-    fake_score_lr: float = option(1e-5, "AdamW's learning rate for the fake score", above=0)
-    beta1: float = option(0.0, "AdamW's first beta, for both players", at_least=0, below=1)
-    weight_decay: float = option(0.0, "AdamW's weight decay; 0 is Adam", at_least=0)
-    distance: Literal["pseudo_huber", "l2"] = option("pseudo_huber", "sqrt(|y|^2 + c^2) - c, or |y|^2")
+    distance: Literal["pseudo_huber", "l2"] = option(
+        "pseudo_huber", "of the score gap y; pseudo_huber: sqrt(|y|^2 + c^2) - c; l2: |y|^2"
+    )
     c: float = option(0.03, "the pseudo-Huber distance's c, in the units of y over a whole sample", above=0)
     weight: Literal["denoiser", "score"] = option(
-        "denoiser", "y: the gap of the denoisers, or of the scores, which grows as 1/sigma^2"
-    )
-    student_level: float | None = option(
-        None, "the timestep or sigma at which the student reads pure noise; default: the noisiest", at_least=0
-    )
-    time_low: float = option(0.0, "the student's loss draws from EDM's grid of levels, from this fraction", at_least=0)
-    time_high: float = option(0.8, "... to this one; 0.8 is sigma = 24.4", above=0, at_most=1)
-    guidance_scale: float = option(
-        1.0, "classifier-free guidance of the teacher (1: none); never of the fake score", at_least=0
+        "denoiser", "what y is; denoiser: the gap of the denoisers; score: of the scores, which grows as 1/sigma^2"
     )
 
 
-class SIM:
-    """Players: student and fake_score, one turn each; the student moves first."""
+class SIM(MatchingMethod):
+    """The distance of the scores is minimised through a gradient that score identities give."""
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        config: Config,
-        *,
-        student: Denoiser | None = None,
-        fake_score: Denoiser | None = None,
-    ):
-        check_range(config.time_low, config.time_high)
-        self.config = config
-        self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
-        self.student = student or teacher.player("student")
-        self.fake_score = fake_score or teacher.player("fake_score")
-        self.schedule = teacher.denoiser.schedule
-        self.needs_data, self.needs_pairs = False, False
-        self.players: dict[str, nn.Module] = {"student": self.student, "fake_score": self.fake_score}
-        self.state: dict[str, nn.Module] = {}
+    def times(self, player: str, batch: Batch) -> Tensor:
+        n, draw = batch.size, batch.generator(f"{player}/t")
+        if player == "student":
+            return edm_karras(self.schedule, n, draw, self.config.time_low, self.config.time_high)
+        return edm_log_normal(self.schedule, n, draw, -1.2, 1.2)
 
-    def optimizer(self, player: str) -> Optimizer:
-        c = self.config
-        return Optimizer(c.student_lr if player == "student" else c.fake_score_lr, (c.beta1, 0.999), c.weight_decay)
-
-    def turns(self, step: int) -> Sequence[Turn]:
-        drawn: list[Tensor] = []
-        return [
-            Turn("student", partial(self.student_turn, drawn)),
-            Turn("fake_score", partial(self.fake_score_turn, drawn)),
-        ]
-
-    def after_step(self, step: int) -> None:
-        pass
-
-    def sampler(self) -> FewStepSampler:
-        return one_step_sampler(self.student, self.config.student_level)
-
-    def student_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        c = self.config
-        self.fake_score.eval()  # its dropout would be noise in y
-        t = edm_karras(self.schedule, batch.size, batch.generator("student/t"), c.time_low, c.time_high)
-        x = self.sampler().one_step(batch.randn("z"), batch.cond)
-        drawn.append(x.detach())
-        loss, y = self.divergence(x, t, batch.randn("student/eps"), batch.cond)
-        return {"loss": loss.mean(), "distance": distance(y.detach(), c.distance, c.c).mean()}
+    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
+        loss, y = self.divergence(x, t, eps, cond)
+        return Outcome(loss.mean(), {"distance": distance(y.detach(), self.config.distance, self.config.c).mean()})
 
     def divergence(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """(B,) -d'(y) . (s_psi - grad log q(x_t | x)), and y (B, ...); both networks stay in the graph."""
@@ -159,14 +83,6 @@ class SIM:
         y = expand(scale, x) * (x0_fake - x0_teacher)
         to_x = expand(scale, x) * (x0_fake - x)
         return -(distance_gradient(y, self.config.distance, self.config.c) * to_x).flatten(1).sum(1), y
-
-    def fake_score_turn(self, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        self.fake_score.train()
-        t = edm_log_normal(self.schedule, batch.size, batch.generator("fake_score/t"), -1.2, 1.2)
-        return {"loss": self.denoising(drawn[0], t, batch.randn("fake_score/eps"), batch.cond)}
-
-    def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
-        return fake_score_loss(self.fake_score, x, t, eps, cond)
 
 
 def distance(y: Tensor, kind: str, c: float) -> Tensor:

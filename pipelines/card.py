@@ -73,7 +73,7 @@ tags: [diffusion, distillation, diffdistill, {info.name}]
 ---
 # A {steps}-step student of {teacher.source}
 
-Distilled with diffdistill by {info.name} ({info.paper}), {step} steps.
+Distilled with diffdistill by {info.name} ({info.about.paper}), {step} steps.
 
 ```python
 from diffusers import DiffusionPipeline

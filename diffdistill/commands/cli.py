@@ -68,7 +68,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _options(train, TrainConfig, "options of every training")
     if argv[:1] == ["train"]:
         info = describe_method(_method_of(argv))
-        _options(train, info.config, f"options of {info.name} ({info.paper})")
+        _options(train, info.config, f"options of {info.name} ({info.about.paper})")
 
     sample = command("sample", "draw images from a teacher or student folder as one PNG")
     sample.add_argument("folder", help="a run, the folder of a student or a teacher, a hub id, or 'digits'")
@@ -455,18 +455,19 @@ def _methods(args: argparse.Namespace) -> int:
         infos = [describe_method(name) for name in method_names()]
         for info in infos:
             print(f"{info.name:22} {info.doc.splitlines()[0]}")
-            print(f"{'':22} {info.paper}; data: {info.data}")
+            print(f"{'':22} {info.about.paper}; data: {info.about.data}")
         return 0
     info = describe_method(args.method)
-    print(info.doc.strip(), f"\npaper: {info.paper}", f"data:  {info.data}", "\nequations:", sep="\n")
-    for equation, where in info.equations.items():
+    print(info.doc.strip(), f"\npaper: {info.about.paper}", f"data:  {info.about.data}", "\nequations:", sep="\n")
+    for equation, where in info.about.equations.items():
         print(f"  {equation}\n      {where}")
     print("\noptions:")
     for f in dataclasses.fields(info.config):
         print(f"  --{f.name.replace('_', '-'):22} {f.metadata['help']} (default: {f.default})")
     print("\npresets:")
-    for name, values in info.presets.items():
-        print(f"  {name:22} {'  '.join(f'{k}={v}' for k, v in values.items())}")
+    for name, preset in info.presets.items():
+        print(f"  {name:22} {'  '.join(f'{k}={v}' for k, v in preset.options.items())}")
+        print(f"  {'':22} source: {preset.source}")
     return 0
 
 
@@ -478,17 +479,17 @@ def _verify(args: argparse.Namespace) -> int:
     rows, failed = [], 0
     for name in method_names() if args.all else [args.method]:
         info = describe_method(name)
-        verify = info.verify()
+        verify = info.verify
         checks = run_checks(verify) if verify else []
         if verify is None:
             print(
                 f"note: {info.name} has no verify(), in its file or in checks/{info.name}.py beside it: nothing exact"
             )
-        if info.end_to_end is not None and not args.exact:
+        if info.plane is not None and not args.exact:
             from diffdistill.exact.plane import checks as end_to_end
 
             checks += end_to_end(info)
-        print(f"{info.name}: {info.paper}")
+        print(f"{info.name}: {info.about.paper}")
         print(f"  {'':4} {'expected':>12} {'got':>12} {'error':>9} {'limit':>9}  check")
         for c in checks:
             sign = "<=" if c.kind == "equal" else "> "

@@ -38,15 +38,15 @@ def distill(*, preset: str | None = None, resume: str | Path | None = None, **va
         presets = describe_method(str(values.get("method", TrainConfig.method))).presets
         if preset not in presets:
             raise UserError(f"preset: {preset!r} is not known; {nearest(preset, presets)}")
-        values = dict(presets[preset]) | values
+        values = dict(presets[preset].options) | values
     out = Path(str(values.get("out", TrainConfig.out)))
     if resume is None:
         refuse_a_run(out)  # before anything is loaded
     game = make_game(values)
     config, method, teacher = game.config, game.method, game.teacher
     student_scheduler(teacher, method.sampler())  # a level that cannot be exported is refused now
-    whole = getattr(method, "whole", config.steps)  # what only methods with stages say
-    if config.steps != whole:
+    whole = method.whole
+    if whole is not None and config.steps != whole:
         end = "it stops at an earlier stage" if config.steps < whole else "the rest trains nothing"
         print(
             f"note: all stages of {game.info.name} take {whole} steps and steps is {config.steps}: {end}",

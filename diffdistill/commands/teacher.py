@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffdistill.commands.text_teacher import TextTeacher
 from diffdistill.config import TeacherConfig
@@ -25,26 +25,24 @@ from diffdistill.families import new_unet2d
 from diffdistill.options import build
 from diffdistill.pipelines.export import save_pipeline
 from diffdistill.pipelines.schedulers import scheduler_config, teacher_scheduler
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
-from diffdistill.scaffold.method import Batch, Optimizer, Turn
+from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
 from diffdistill.training.folder import resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
 from diffdistill.training.trainer import Trainer, accelerator_for
 
 
-class Denoising:
+class Denoising(Method):
     """A method with one player: E |v_theta(x_t, t) - v|^2 over the parameterisation's own times."""
 
-    needs_data = True
-    needs_pairs = False
+    needs = frozenset({Need.IMAGES})
 
     def __init__(self, teacher: Teacher, config: TeacherConfig):
+        super().__init__(teacher, config)
         self.denoiser = teacher.denoiser
-        self.config = config
-        self.players: dict[str, nn.Module] = {"teacher": teacher.denoiser}
-        self.state: dict[str, nn.Module] = {}
+        self.players = {"teacher": teacher.denoiser}
 
     def optimizer(self, player: str) -> Optimizer:
         return Optimizer(self.config.lr, weight_decay=self.config.weight_decay)
@@ -52,12 +50,11 @@ class Denoising:
     def turns(self, step: int) -> Sequence[Turn]:
         return [Turn("teacher", self.loss)]
 
-    def loss(self, batch: Batch) -> dict[str, Tensor]:
-        assert batch.x0 is not None
+    def loss(self, batch: Batch) -> Outcome:
         t = self._times(batch)
         eps = batch.randn("eps")
-        x_t = diffuse(batch.x0, t, eps)
-        return {"loss": denoising_loss(self.denoiser(x_t, t, batch.cond), batch.x0, eps)}
+        x_t = diffuse(batch.images, t, eps)
+        return Outcome(denoising_loss(self.denoiser(x_t, t, batch.cond), batch.images, eps))
 
     def _times(self, batch: Batch) -> Tensor:
         schedule, draw = self.denoiser.schedule, batch.generator("t")
@@ -67,12 +64,9 @@ class Denoising:
             return logit_normal(schedule, batch.size, draw, 0.0, 1.0)
         return native_uniform(schedule, batch.size, draw)
 
-    def after_step(self, step: int) -> None:
-        pass
-
-    def sampler(self) -> FewStepSampler:
+    def sampler(self) -> Sampler:
         """The teacher with 16 DDIM steps, for the sample grids."""
-        return FewStepSampler(self.denoiser, self.denoiser.schedule.levels(16).tolist(), renoise=False)
+        return Sampler(self.denoiser, self.denoiser.schedule.levels(16).tolist(), DDIM())
 
 
 def new_teacher(config: TeacherConfig, data: Data) -> Teacher:

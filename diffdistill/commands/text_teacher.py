@@ -25,10 +25,10 @@ from diffdistill.families import FAMILIES, schedule_of, with_null
 from diffdistill.pipelines.export import pipeline_folder
 from diffdistill.pipelines.schedulers import scheduler_config, teacher_scheduler
 from diffdistill.pipelines.text_pipeline import LATENT_CHANNELS, new_text_pipeline
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator, image_generators
-from diffdistill.scaffold.method import Batch, Optimizer, Turn
+from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
 from diffdistill.training.trainer import Accelerator, Interrupted, Trainer
 
 FAMILY = "stable_diffusion"
@@ -37,18 +37,18 @@ VAE_LR = 4e-3
 SHOWN_STEPS, SHOWN_GUIDANCE = 16, 2.0
 
 
-class Autoencoding:
+class Autoencoding(Method):
     """A method with one player: squared and a little absolute error of D(E(x)), and less KL divergence of the latents.
 
     The other way round, mostly absolute error, the background is learned first and small shapes much later.
     """
 
-    needs_data, needs_pairs = True, False
+    needs = frozenset({Need.IMAGES})
 
     def __init__(self, vae: Any):
         self.vae = vae
-        self.players: dict[str, nn.Module] = {"vae": vae}
-        self.state: dict[str, nn.Module] = {}
+        self.players = {"vae": vae}
+        self.state = {}
 
     def optimizer(self, player: str) -> Optimizer:
         return Optimizer(VAE_LR)
@@ -56,21 +56,16 @@ class Autoencoding:
     def turns(self, step: int) -> Sequence[Turn]:
         return [Turn("vae", self.loss)]
 
-    def loss(self, batch: Batch) -> dict[str, Tensor]:
-        assert batch.x0 is not None
-        posterior = self.vae.encode(batch.x0).latent_dist
+    def loss(self, batch: Batch) -> Outcome:
+        posterior = self.vae.encode(batch.images).latent_dist
         z = posterior.mean + posterior.std * torch.randn_like(posterior.mean)  # the trainer has seeded it
-        error = self.vae.decode(z).sample - batch.x0
+        error = self.vae.decode(z).sample - batch.images
         reconstruction = 5 * error.square().mean() + 0.3 * error.abs().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = reconstruction + KL_WEIGHT * kl
-        return {"loss": loss, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
+        return Outcome(reconstruction + KL_WEIGHT * kl, {"reconstruction": reconstruction, "kl": kl})
 
-    def after_step(self, step: int) -> None:
-        pass
-
-    def sampler(self) -> FewStepSampler:
-        raise NotImplementedError  # it makes no samples
+    def sampler(self) -> Sampler:
+        raise AssertionError("an autoencoder makes no samples")
 
 
 class TextAndUNet(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +20,30 @@ Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
 """(network, input, time, cond) -> raw output."""
 
 
+@dataclass(frozen=True)
+class Extra:
+    """A second input besides x_t, t and the conditions, for the networks that take one; None: not given."""
+
+    scale: Tensor | None = None  #: (B,) the guidance scale that the network gives in one pass; 1 is none
+
+
+NONE = Extra()
+
+ExtraCall = Callable[[nn.Module, Tensor, Tensor, Cond, Extra], Tensor]
+"""The same of a network that takes a second input."""
+
+
 def call_by_keyword(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return network(x, time, **cond)
+
+
+def scale_by_keyword(call: Call) -> ExtraCall:
+    """The call of a network that takes the guidance scale as its own argument `guidance_scale`, or none."""
+
+    def with_scale(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
+        return call(network, x, time, cond if extra.scale is None else cond | {"guidance_scale": extra.scale})
+
+    return with_scale
 
 
 def choose(mask: Tensor, cond: Cond, other: Cond) -> Cond:
@@ -38,7 +61,8 @@ class Denoiser(nn.Module):
     """`forward(x_t, t, cond)` is a pure function of (x_t, t): no host read, no branch on data.
 
     Only this class knows the network's own time, scaling and output. `null` maps conditions to the
-    null conditions of classifier-free guidance; `feature_layer` names the sub-module whose output a
+    null conditions of classifier-free guidance; `extra_call` is there where the network takes a second input (`Extra`),
+    and is used in place of `call`; `feature_layer` names the sub-module whose output a
     discriminator reads, `feature_map(output, x_t)` makes a map (B, C, h, w) of it where it is none. `rescale(guided,
     conditional)` is what the family's pipeline does to a guided output. All are optional.
     """
@@ -52,6 +76,7 @@ class Denoiser(nn.Module):
         row: Row,
         *,
         call: Call = call_by_keyword,
+        extra_call: ExtraCall | None = None,
         null: Callable[[Cond], Cond] | None = None,
         feature_layer: str | None = None,
         feature_map: Callable[[Any, Tensor], Tensor] | None = None,
@@ -62,6 +87,7 @@ class Denoiser(nn.Module):
         self.schedule = schedule
         self.row = row
         self.call = call
+        self.extra_call = extra_call
         self.null = null
         self.feature_layer = feature_layer
         self.feature_map = feature_map
@@ -76,6 +102,7 @@ class Denoiser(nn.Module):
             self.schedule,
             self.row,
             call=self.call,
+            extra_call=self.extra_call,
             null=self.null,
             feature_layer=feature_layer,
             feature_map=self.feature_map,
@@ -84,7 +111,7 @@ class Denoiser(nn.Module):
         twin.default_scale = self.default_scale
         return twin.train(self.training)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, extra: Extra = NONE) -> Prediction:
         """x_t (B, ...) of unit variance, t (B,) float64 angles; t is clamped to what the network knows."""
         t = t.clamp(self.schedule.t_min, self.schedule.t_max)
         native = self.schedule.native(t)
@@ -92,8 +119,15 @@ class Denoiser(nn.Module):
         # A half-precision time would round the timestep 999 to 1000.
         time = native.time.to(torch.promote_types(x_t.dtype, torch.float32))
         with self._precision(x_t.device.type):
-            y = self.call(self.network, expand(native.scale, x_t) * x_t, time, cond)
+            y = self._call(expand(native.scale, x_t) * x_t, time, cond, extra)
         return Prediction(x_t, t, y.to(x_t.dtype), a * self.schedule.data_std, b)
+
+    def _call(self, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
+        if self.extra_call is not None:
+            return self.extra_call(self.network, x, time, cond, extra)
+        if extra is not NONE:
+            raise ValueError(f"{type(self.network).__name__} takes no second input")
+        return self.call(self.network, x, time, cond)
 
     def _precision(self, device: str) -> AbstractContextManager[Any]:
         """Autocast for a network kept in half precision, where there is none: samples and LoRA are float32."""

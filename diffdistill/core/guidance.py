@@ -5,28 +5,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
 from diffdistill.core.prediction import Prediction, expand
 from diffdistill.errors import UserError
 
 
-def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Prediction:
+def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor, extra: Extra = NONE) -> Prediction:
     """y = y_null + scale (y_cond - y_null), in one batched call (Ho & Salimans 2022, arXiv:2207.12598).
 
     `scale` (B,) is Imagen's and diffusers' (1 is no guidance; w of the papers that write (1 + w) is scale - 1).
     Any output kind gives the same guidance, since all are affine in one another at a fixed x_t. What the family's
     pipeline does to a guided output (`rescale`) follows. The denoiser must have a null condition.
     """
+    return guide_with_conditional(denoiser, x_t, t, cond, scale, extra)[0]
+
+
+def guide_with_conditional(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor, extra: Extra = NONE
+) -> tuple[Prediction, Prediction]:
+    """`guide`, and the conditional prediction of the same call."""
     assert denoiser.null is not None
     null = denoiser.null(cond)
     both = {key: torch.cat([cond[key], null[key]]) for key in cond}
-    pred = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+    twice = NONE if extra.scale is None else Extra(torch.cat([extra.scale, extra.scale]))
+    pred = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, twice)
     y_cond, y_null = pred.y.chunk(2)
     half = len(x_t)
     y = y_null + expand(scale, x_t) * (y_cond - y_null)
     if denoiser.rescale is not None:
         y = torch.where(expand(scale, x_t) == 1, y, denoiser.rescale(y, y_cond))
-    return Prediction(x_t, pred.t[:half], y, pred.a[:half], pred.b[:half])
+    conditional = Prediction(x_t, pred.t[:half], y_cond, pred.a[:half], pred.b[:half])
+    return conditional.with_output(y), conditional
 
 
 class Guided(nn.Module):

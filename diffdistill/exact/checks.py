@@ -141,7 +141,7 @@ def matching_checks(make: Callable[[AffineGame, bool], Matching]) -> Iterator[Ch
         method, parts = game(m, b)
         x = method.sampler().one_step(z, {})
         # gradient_injection averages over the two dimensions; the divergence sums over them.
-        loss = 2 * method.matching(x, angle, eps, {})["loss"]
+        loss = 2 * method.matching(x, angle, eps, {}).loss
         affine, score = parts.generator, parts.score
         got = gradient(loss, affine.mean, affine.scale)
         yield equal(f"gradient of KL(q_t || p_t) in mean and scale, t = {t}", kl, got, 1e-6)
@@ -165,13 +165,13 @@ def matching_checks(make: Callable[[AffineGame, bool], Matching]) -> Iterator[Ch
         for normalise in (False, True):
             settled, at_optimum = game(mu, s, normalise)
             x = settled.sampler().one_step(z, {})
-            matching = settled.matching(x, angle, eps, {})["loss"]
+            matching = settled.matching(x, angle, eps, {}).loss
             zero = gradient(matching, at_optimum.generator.mean, at_optimum.generator.scale)
             label = "with" if normalise else "without"
             yield equal(f"zero at the optimum, {label} the normaliser, t = {t}", 0.0, zero, 1e-9, scale=1.0)
         method, parts = game(m, b, True)
         x = method.sampler().one_step(z, {})
-        got = gradient(method.matching(x, angle, eps, {})["loss"], parts.generator.mean, parts.generator.scale)
+        got = gradient(method.matching(x, angle, eps, {}).loss, parts.generator.mean, parts.generator.scale)
         cos, x = cos2.sqrt(), x.detach()
         x_t = cos * x + sin2.sqrt() * eps
         teacher, fake = mu + cos * s**2 * (x_t - cos * mu) / big_v, m + cos * b**2 * (x_t - cos * m) / big_u

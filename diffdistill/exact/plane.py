@@ -11,6 +11,7 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from diffdistill.core.prediction import ROWS, diffuse
 from diffdistill.exact.analytic import GaussianMixture
 from diffdistill.exact.checks import Check, equal
 from diffdistill.options import build, split
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher, trainable_copy
 from diffdistill.rng import generator
-from diffdistill.scaffold.method import Batch, Method, Pair
+from diffdistill.scaffold.method import Batch, Method, Need, Pair
+from diffdistill.training.assemble import lora_settings
 from diffdistill.training.trainer import Trainer, accelerator_for
 
 MODES, CLASSES, SPREAD = 8, 2, 0.15
@@ -102,20 +104,24 @@ def _seeded(make: type[nn.Module]) -> nn.Module:
 def train_on_the_plane(info: MethodInfo, options: dict[str, Any]) -> tuple[Method, Trainer]:
     """The method, trained with its options; the trainer's `evaluating()` puts the average in place."""
     defaults = {"batch_size": 256, "ema": 0.99, "lr_schedule": "cosine", "max_grad_norm": 0.0, "steps": 2000}
-    shared, own = split(defaults | options, TrainConfig, info.config)
+    shared, own = split({**defaults, **info.about.defaults, **options}, TrainConfig, info.config)
     module = info.load()
     fields = {f.name for f in dataclasses.fields(FitConfig)}
     config = build(FitConfig, {k: v for k, v in shared.items() if k in fields} | {"sample_every": 0, "device": "cpu"})
-    teacher = plane_teacher()
+    teacher = replace(plane_teacher(), lora=lora_settings(build(TrainConfig, shared), None))
     torch.manual_seed(0)
     method = module.METHOD(teacher, module.Config(**dataclasses.asdict(build(info.config, own))))
     mix = mixture()
-    pairs = _pairs(mix, float(own.get("guidance_scale", 1.0))) if method.needs_pairs else None
+    pairs = _pairs(mix, float(own.get("guidance_scale", 1.0))) if Need.PAIRS in method.needs else None
 
     def batches(step: int) -> Batch:
         key, n = (0, step, 0), config.batch_size
         cond = teacher.random_cond(n, generator("cpu", *key, "condition"))
-        x0 = mix.sample(n, generator("cpu", *key, "data"), cond["class_labels"]).float() if method.needs_data else None
+        x0 = (
+            mix.sample(n, generator("cpu", *key, "data"), cond["class_labels"]).float()
+            if Need.IMAGES in method.needs
+            else None
+        )
         pair = None
         if pairs is not None:
             chosen = torch.randint(len(pairs.z), (n,), generator=generator("cpu", *key, "pairs"))
@@ -148,14 +154,14 @@ def _map(mix: GaussianMixture, x: Tensor, t: float, cond: dict[str, Tensor], sca
 
 
 @torch.no_grad()
-def _draw(sampler: FewStepSampler) -> Tensor:
+def _draw(sampler: Sampler) -> Tensor:
     z, cond = _noise()
     draw = generator("cpu", 0, "plane renoise")
     x, t = sampler.input_at(len(sampler.levels) - 1, z, cond, lambda j: torch.randn(_COUNT, 2, generator=draw))
     return sampler.denoiser(x, t, cond).x0
 
 
-def measures(sampler: FewStepSampler, kind: str, scale: float = 1.0) -> dict[str, float]:
+def measures(sampler: Sampler, kind: str, scale: float = 1.0) -> dict[str, float]:
     """What the student's samples are judged by, each 0 for a perfect student and infinitely many samples."""
     mix, x = mixture(), _draw(sampler)
     z, cond = _noise()
@@ -186,18 +192,16 @@ def _fisher_gap(mix: GaussianMixture, x: Tensor, angle: float) -> float:
 
 def checks(info: MethodInfo) -> Iterator[Check]:
     """The end-to-end rows of a method that says what its student should be."""
-    assert info.end_to_end is not None
-    kind, options = info.end_to_end["kind"], dict(info.end_to_end["options"])
+    assert info.plane is not None
+    kind, options = info.about.kind, dict(info.plane)
     scale = float(options.get("guidance_scale", 1.0))
     method, trainer = train_on_the_plane(info, options)
     with trainer.evaluating():
         after = measures(method.sampler(), kind, scale)
     start = plane_teacher().start
     assert start is not None
-    levels = method.sampler().levels
-    before = measures(
-        FewStepSampler(trainable_copy(start).eval(), levels, renoise=method.sampler().renoise), kind, scale
-    )
+    sampler = method.sampler()
+    before = measures(Sampler(trainable_copy(start).eval(), sampler.levels, sampler.step), kind, scale)
     for name, value in after.items():
         limit = LIMITS[name.split()[0]]
         yield equal(f"end to end, {trainer.step} steps on eight modes: {name}", 0.0, value, limit, scale=1.0)

@@ -11,7 +11,7 @@ from diffdistill.core.denoiser import Call, Cond
 from diffdistill.errors import UserError
 from diffdistill.families._family import ATTENTION, KL, Family, Prompt, Source, latent_size, latent_teacher, plain_text
 from diffdistill.families._schedules import schedule_of
-from diffdistill.players.scale_input import told_scale
+from diffdistill.players.scale_input import take_scale
 from diffdistill.players.teacher import Teacher
 
 
@@ -33,7 +33,7 @@ def unet_teacher(family: str, call: Call) -> Callable[[Any, Source], Teacher]:
         schedule = schedule_of(source.scheduler)
         made = latent_teacher(family, network, source, shape, schedule, call, feature_layer=layer)
         if config.time_cond_proj_dim is not None:
-            told_scale(made.denoiser, scale)
+            take_scale(made.denoiser, scale)
         return made
 
     return teacher

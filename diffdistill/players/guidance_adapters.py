@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.denoiser import Denoiser, scale_by_keyword
 from diffdistill.errors import UserError
 from diffdistill.files import atomic_folder
 from diffdistill.players.adapter_networks import CONFIG, AdaptedNetwork, GuidanceAdapters, Site, layer_input, positions
@@ -18,14 +18,13 @@ from diffdistill.players.teacher import Teacher
 
 
 def adapted(denoiser: Denoiser, adapters: nn.Module, guidance_scale: float) -> Denoiser:
-    """The denoiser with adapters on its network, which both share; `cond` may hold "guidance_scale" (B,).
-
-    Without it the scale is `guidance_scale`.
-    """
+    """The denoiser with adapters on its network, which both share; it takes `Extra.scale`, or `guidance_scale`."""
     network = AdaptedNetwork(denoiser.network, adapters, guidance_scale)
     inner = denoiser.feature_layer
     network.to(next(iter(denoiser.network.state_dict().values())).device)
-    return denoiser.with_network(network, None if inner is None else f"base.{inner}")
+    twin = denoiser.with_network(network, None if inner is None else f"base.{inner}")
+    twin.extra_call = scale_by_keyword(denoiser.call)
+    return twin
 
 
 def new_adapters(teacher: Teacher, kind: str, hidden: int, where: str) -> GuidanceAdapters:

@@ -13,16 +13,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class LoraSettings:
     rank: int
     alpha: float | None = None
     targets: Sequence[str] | None = None
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether the module is a LoRA player's network."""
+    return isinstance(module, LoraNetwork)
 
 
 class LoraNetwork(nn.Module):
@@ -83,6 +90,8 @@ def lora_view(denoiser: Denoiser, settings: LoraSettings) -> Denoiser:
     B is zero at the start and A drawn from torch's global generator. The denoiser itself goes on giving what it gave.
     Raises UserError where there is nothing to adapt, or a target names no layer.
     """
+    from peft import LoraConfig  # takes three seconds, through transformers
+
     base = denoiser.network.base if isinstance(denoiser.network, LoraNetwork) else denoiser.network
     base.eval()
     for name, p in base.named_parameters():
@@ -118,6 +127,9 @@ def lora_view(denoiser: Denoiser, settings: LoraSettings) -> Denoiser:
 
 def _inject(base: nn.Module, config: LoraConfig) -> str:
     """Add an adapter, at rest; returns its name."""
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
     name = f"player{len(getattr(base, 'peft_config', {}))}"
     trained = {p: p.requires_grad for p in base.parameters()}
     with warnings.catch_warnings():
@@ -169,7 +181,7 @@ def without_lora(network: nn.Module) -> nn.Module:
     if isinstance(network, LoraNetwork):
         return network
     for name, layer in _layers(network):
-        if isinstance(layer, LoraLayer):
+        if hasattr(layer, "get_base_layer"):
             network.set_submodule(name, layer.get_base_layer())
     for kept in ("peft_config", "_lora_layers"):
         vars(network).pop(kept, None)
@@ -199,6 +211,8 @@ def merged(network: LoraNetwork) -> nn.Module:
 
 def lora_weights(network: LoraNetwork) -> dict[str, Tensor]:
     """The adapter as diffusers' `load_lora_weights` reads it; alpha / rank, which that takes for 1, is in B."""
+    from peft import get_peft_model_state_dict
+
     config = network.base.peft_config[network.adapter]
     weights = get_peft_model_state_dict(network.base, adapter_name=network.adapter)
     scale = config.lora_alpha / config.r

@@ -1,28 +1,72 @@
-"""How a few-step student is sampled."""
+"""How a few-step student is sampled: levels, and the step from one to the next."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.prediction import diffuse
+from diffdistill.core.prediction import Prediction, diffuse
 
 
-class FewStepSampler:
-    """How a few-step student is sampled: one denoising a level, from noise at the first level.
+class Step(Protocol):
+    """What follows a student's prediction, on the way to the next level."""
 
-    After a level, `renoise` adds fresh noise up to the next one (Song et al. 2023, Algorithm 1; DMD2's
-    sampler); otherwise the DDIM step goes there. A one-step student has one level, and both are the same.
+    name: ClassVar[str]  #: in a student's record
+    stock: ClassVar[Mapping[str, str]]  #: the class of diffusers that takes several such steps, by kind of schedule
+
+    def __call__(self, prediction: Prediction, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        """x_s (B, ...) at the angles s (B,); noise() (B, ...) is standard normal, and drawn if it is called."""
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """Fresh noise on the predicted x0 (Song et al. 2023, arXiv:2303.01469, Algorithm 1; DMD2's sampler)."""
+
+    name: ClassVar[str] = "renoise"
+    stock: ClassVar[Mapping[str, str]] = {"DiscreteVP": "LCMScheduler", "LinearFlow": "FlowMatchLCMScheduler"}
+
+    def __call__(self, prediction: Prediction, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        return diffuse(prediction.x0, s, noise())
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """The deterministic step, a rotation (Song et al. 2021, arXiv:2010.02502, eq. 12 with eta = 0)."""
+
+    name: ClassVar[str] = "ddim"
+    stock: ClassVar[Mapping[str, str]] = {
+        "DiscreteVP": "DDIMScheduler",
+        "EDM": "EDMEulerScheduler",
+        "LinearFlow": "FlowMatchEulerDiscreteScheduler",
+    }
+
+    def __call__(self, prediction: Prediction, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        return prediction.at(s)
+
+
+STEPS: dict[str, Step] = {step.name: step for step in (Renoise(), DDIM())}
+
+
+class Sampler:
+    """One denoising a level, from noise at the first level; `step` leads from a level to the next.
+
+    `levels` are timesteps or sigmas of the denoiser's schedule, descending. With one level the step does not matter.
     """
 
-    def __init__(self, denoiser: Denoiser, levels: Sequence[float], *, renoise: bool = True):
+    def __init__(self, denoiser: Denoiser, levels: Sequence[float], step: Step = STEPS["renoise"]):
         self.denoiser = denoiser
         self.levels = tuple(float(level) for level in levels)
-        self.renoise = renoise
+        self.step = step
+
+    @property
+    def renoise(self) -> bool:
+        return self.step.name == "renoise"
 
     def start(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and t (B,) at the first level, for standard normal z (B, ...)."""
@@ -35,8 +79,7 @@ class FewStepSampler:
         x, t = self.start(z)
         for j in range(1, k + 1):
             s = self.denoiser.schedule.angle(self.levels[j]).to(x.device).expand(len(x))
-            pred = self.denoiser(x, t, cond)
-            x = diffuse(pred.x0, s, noise(j)) if self.renoise else pred.at(s)
+            x = self.step(self.denoiser(x, t, cond), s, lambda j=j: noise(j))  # type: ignore[misc]
             t = s
         return x, t
 
@@ -58,6 +101,13 @@ class FewStepSampler:
         return self.denoiser(x, t, cond).x0 * self.denoiser.schedule.data_std
 
 
-def one_step_sampler(student: Denoiser, level: float | None) -> FewStepSampler:
+def one_step_sampler(student: Denoiser, level: float | None) -> Sampler:
     """The sampler of a one-step student that reads pure noise at `level`; None: at its schedule's `init_level`."""
-    return FewStepSampler(student, [student.schedule.init_level if level is None else level])
+    return Sampler(student, [student.schedule.init_level if level is None else level])
+
+
+class FewStepSampler(Sampler):
+    """The same with `renoise` in place of a step."""
+
+    def __init__(self, denoiser: Denoiser, levels: Sequence[float], *, renoise: bool = True):
+        super().__init__(denoiser, levels, STEPS["renoise" if renoise else "ddim"])

@@ -1,17 +1,16 @@
-"""Small trainable parts on a network that stays the same class: LoRA, and the guidance scale as an input."""
+"""The guidance scale as an input of a network that stays the same class."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.errors import UserError
 from diffdistill.players.lora import LoraNetwork, merged
 
@@ -51,15 +50,6 @@ class GuidanceEmbedding(nn.Module):
         return self.table(label.long()) + self.of_scale(scale)
 
 
-def _without_scale(cond: Cond) -> Cond:
-    return {key: value for key, value in cond.items() if key != "guidance_scale"}
-
-
-def _keeping_scale(null: Callable[[Cond], Cond] | None) -> Callable[[Cond], Cond] | None:
-    """The null conditions of a network that is told the scale, which stays as it was."""
-    return None if null is None else lambda cond: cond | null(_without_scale(cond))
-
-
 def scale_embedding(scale: Tensor, width: int) -> Tensor:
     """(B, width) what Stable Diffusion's pipelines tell a UNet with `time_cond_proj_dim` of a guidance scale (B,).
 
@@ -71,20 +61,16 @@ def scale_embedding(scale: Tensor, width: int) -> Tensor:
     return torch.cat([phase.sin(), phase.cos()], 1)
 
 
-def told_scale(denoiser: Denoiser, default: float) -> None:
-    """From now on this UNet, which has a `time_cond_proj_dim`, takes `cond["guidance_scale"]` (B,), or `default`."""
+def take_scale(denoiser: Denoiser, default: float) -> None:
+    """From now on this UNet, which has a `time_cond_proj_dim`, takes `Extra.scale` (B,), or `default`."""
     network: Any = denoiser.network
     inner_call, width = denoiser.call, network.config.time_cond_proj_dim
 
-    def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        scale = cond.get("guidance_scale")
-        scale = x.new_full((len(x),), default) if scale is None else scale
-        return inner_call(
-            network, x, time, _without_scale(cond) | {"timestep_cond": scale_embedding(scale, width).to(x.dtype)}
-        )
+    def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
+        scale = x.new_full((len(x),), default) if extra.scale is None else extra.scale
+        return inner_call(network, x, time, cond | {"timestep_cond": scale_embedding(scale, width).to(x.dtype)})
 
-    denoiser.call, denoiser.default_scale = call, default
-    denoiser.null = _keeping_scale(denoiser.null)
+    denoiser.extra_call, denoiser.default_scale = call, default
 
 
 def _condition_input(denoiser: Denoiser, default: float) -> Denoiser:
@@ -95,18 +81,18 @@ def _condition_input(denoiser: Denoiser, default: float) -> Denoiser:
     table.cond_proj = nn.Linear(256, table.linear_1.in_features, bias=False).to(table.linear_1.weight)
     nn.init.zeros_(table.cond_proj.weight)
     network.register_to_config(time_cond_proj_dim=256)
-    told_scale(twin, default)
+    take_scale(twin, default)
     return twin
 
 
 def guidance_input(denoiser: Denoiser, layer: str = "class_embedding", *, default: float = 1.0) -> Denoiser:
-    """A copy that takes the guidance scale (B,) as `cond["guidance_scale"]`, 1 being no guidance.
+    """A copy that takes the guidance scale (B,) as `Extra.scale`, 1 being no guidance.
 
-    Stable Diffusion's UNets take it as their stock pipelines give it (`told_scale`). Of others, `layer` is the
+    Stable Diffusion's UNets take it as their stock pipelines give it (`take_scale`). Of others, `layer` is the
     network's embedding of class labels, which becomes a `GuidanceEmbedding`: diffusers' networks
     hand their `class_labels` to that layer untouched, so both numbers travel in that one argument. Which
-    parameters are trained stays as it was; those of the new part are. Without "guidance_scale" in the
-    conditions it is `default`. Raises UserError where `layer` is not an embedding.
+    parameters are trained stays as it was; those of the new part are. Where none is given it is
+    `default`. Raises UserError where `layer` is not an embedding.
     """
     if isinstance(denoiser.network, LoraNetwork):
         raise UserError(
@@ -124,16 +110,15 @@ def guidance_input(denoiser: Denoiser, layer: str = "class_embedding", *, defaul
     twin.network.set_submodule(layer, GuidanceEmbedding(table, default))
     inner_call = denoiser.call
 
-    def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        labels = cond["class_labels"]
-        scale = cond.get("guidance_scale")
+    def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
+        labels, scale = cond["class_labels"], extra.scale
         if scale is None:
             scale = network.get_submodule(layer).default.expand(len(labels))  # type: ignore[operator]
         # Labels are exact in float32, and would not be in half precision.
         packed = torch.stack([labels.float(), scale.float()], 1)
-        return inner_call(network, x, time, _without_scale(cond) | {"class_labels": packed})
+        return inner_call(network, x, time, cond | {"class_labels": packed})
 
-    twin.call, twin.null = call, _keeping_scale(denoiser.null)
+    twin.extra_call = call
     return twin
 
 

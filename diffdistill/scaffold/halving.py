@@ -1,16 +1,30 @@
-"""Progressive distillation's parts (Salimans & Ho 2022, arXiv:2202.00512), for the methods that halve their steps."""
+"""The game of the methods that halve their steps: progressive distillation's stages (Salimans & Ho 2022).
+
+arXiv:2202.00512.
+"""
 
 from __future__ import annotations
 
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Cond
+from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.ode import Denoise, ddim_step, inverse_ddim
+from diffdistill.core.prediction import ROWS, diffuse
+from diffdistill.core.schedule import student_grid, student_levels
 from diffdistill.errors import UserError
+from diffdistill.options import HalvingOptions
+from diffdistill.players.sampler import DDIM, Sampler
+from diffdistill.players.teacher import Teacher, frozen
+from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,121 @@ class Halving:
     def lr_factor(self, step: int) -> float:
         """Linear to zero within a stage, as in the authors' configuration."""
         return max(0.0, 1 - (step - self.stage(step) * self.stage_steps) / self.stage_steps)
+
+
+class Stage(nn.Module):
+    """The student of the stage before, and how many training steps are done: what a checkpoint needs besides."""
+
+    done: Tensor
+
+    def __init__(self, previous: Denoiser | None):
+        super().__init__()
+        self.previous = previous
+        self.register_buffer("done", torch.zeros((), dtype=torch.int64))
+
+
+class HalvingMethod(Method):
+    """One player, the student, without dropout; its former self is the teacher of the next stage.
+
+    A method may train `first_steps` steps of its own (`first_turn`) before the halvings. With start_steps equal to
+    final_steps there are no halvings after them.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.IMAGES})  # type: ignore[misc]
+    stream: ClassVar[str] = "student/"  # of the halvings' randomness
+
+    def __init__(self, teacher: Teacher, config: HalvingOptions, student: Denoiser, *, first_steps: int = 0):
+        if teacher.denoiser.row is ROWS["epsilon"]:
+            raise UserError(
+                "teacher: it predicts the noise, which says nothing of the image at the noisiest step of a few; "
+                "give one that predicts v, x0 or a flow velocity to a method that halves its steps"
+            )
+        super().__init__(teacher, config)
+        self.first_steps = first_steps
+        self.halving: Halving | None = None
+        if config.start_steps != config.final_steps or not first_steps:
+            self.halving = Halving(config.start_steps, config.final_steps, config.stage_steps)
+            self.whole = first_steps + self.halving.whole
+        self.student = student.eval()
+        self.grid = student_grid(self.schedule, config.start_steps)
+        self.stage = Stage(frozen(copy.deepcopy(student)) if self.halving else None)
+        self.players = {"student": self.student}
+        self.state = {"stage": self.stage}
+
+    # -- what a method says --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def teacher_of(self, stage: int) -> Denoise:
+        """Whose two steps the student of that halving makes in one; after the first it may be `self.previous`."""
+
+    def first_turn(self, batch: Batch) -> Outcome:
+        """What is trained before the halvings."""
+        raise AssertionError("a method with first_steps says what they are")
+
+    def extra(self, batch: Batch) -> Extra:
+        """A second input that both networks of a halving take."""
+        return NONE
+
+    # -- the game --------------------------------------------------------------------------------------------
+
+    @property
+    def previous(self) -> Denoiser:
+        """The student of the stage before."""
+        assert self.stage.previous is not None
+        return self.stage.previous
+
+    @final
+    def turns(self, step: int) -> Sequence[Turn]:
+        k = step - self.first_steps
+        if self.halving is None:
+            return [Turn("student", self.first_turn)]
+        if k < 0:
+            return [Turn("student", self.first_turn, 1 - step / self.first_steps)]
+        return [Turn("student", partial(self.halving_turn, k), self.halving.lr_factor(k), self._starts(step))]
+
+    def _starts(self, step: int) -> bool:
+        """Whether a stage after the first begins at this training step."""
+        k = step - self.first_steps
+        return self.halving is not None and (self.halving.starts(k) or (k == 0 and step > 0))
+
+    @final
+    def after_step(self, step: int) -> None:
+        self.stage.done.fill_(step + 1)
+        if self._starts(step + 1):
+            self.previous.load_state_dict(self.student.state_dict())
+
+    @final
+    def sampler(self) -> Sampler:
+        """DDIM with the steps of the student as it stands; before training, with those it will have.
+
+        A student of the first steps takes any number, here those of the first halving.
+        """
+        steps, done = self.config.final_steps, int(self.stage.done)
+        if self.halving is not None and done:
+            steps = self.halving.student_steps(max(done - 1 - self.first_steps, 0))
+        levels = student_levels(self.schedule, self.config.start_steps)[:: self.config.start_steps // steps]
+        return Sampler(self.student, levels.tolist(), DDIM())
+
+    @final
+    def halving_turn(self, k: int, batch: Batch) -> Outcome:
+        assert self.halving is not None
+        steps = self.halving.student_steps(k)
+        stride = self.config.start_steps // steps
+        i = stride * batch.integers(steps, f"{self.stream}i")
+        grid = self.grid.to(i.device)
+        t, mid, s = grid[i], grid[i + stride // 2], grid[i + stride]
+        x_t = diffuse(batch.images, t, batch.randn(f"{self.stream}eps"))
+        return self.halve(self.teacher_of(self.halving.stage(k)), x_t, t, mid, s, batch.cond, self.extra(batch))
+
+    @final
+    def halve(
+        self, teacher: Denoise, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, cond: Cond, extra: Extra = NONE
+    ) -> Outcome:
+        """One student step from t to s for two of the teacher's over mid, at x_t (B, ...); angles (B,)."""
+        both = teacher if extra is NONE else partial(teacher, extra=extra)
+        target = two_step_target(both, x_t, t, mid, s, cond)
+        loss = weighted_x0_loss(self.student(x_t, t, cond, extra).x0, target, t, self.config.weight)
+        return Outcome(loss, {"x0_error": loss})
 
 
 def two_step_target(teacher: Denoise, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, cond: Cond) -> Tensor:

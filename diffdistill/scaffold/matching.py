@@ -1,14 +1,164 @@
-"""What the methods that match distributions share: the score gap, and the fake score's training."""
+"""The game of the methods that match distributions: a student, and a fake score that learns its samples."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar, Literal, final
 
-from diffdistill.core.denoiser import Cond
-from diffdistill.core.losses import denoising_loss, l1_normaliser, per_sample_mean
+import torch
+from torch import Tensor, nn
+
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guided
+from diffdistill.core.losses import denoising_loss, gradient_injection, l1_normaliser, per_sample_mean
 from diffdistill.core.ode import Denoise
 from diffdistill.core.prediction import diffuse, expand
+from diffdistill.core.schedule import student_levels
+from diffdistill.errors import UserError
+from diffdistill.options import AdversarialOptions, MatchingOptions, SimulationOptions
+from diffdistill.players.sampler import Sampler, one_step_sampler
+from diffdistill.players.teacher import Teacher, frozen
+from diffdistill.scaffold.adversary import Adversary
+from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
+from diffdistill.scaffold.simulation import simulated_input
+
+
+class MatchingMethod(Method):
+    """Players: student and fake_score. The fake score moves in every step, the student in every `update_ratio`-th.
+
+    A method says the student's loss (`matching`) and the noise levels of both players (`times`); the rest are
+    defaults. With `AdversarialOptions` among its options the fake score carries a discriminator, which is trained
+    with it; with `SimulationOptions` the student may take several steps.
+    """
+
+    student_first: ClassVar[bool] = True
+    # Whether the fake score learns from the samples that the student was judged by, where both move.
+    shares_samples: ClassVar[bool] = True
+    # off: in no network; own: in the fake score in its own turn alone, since in the student's it would be noise in the
+    # difference of two networks; mover: in the player whose turn it is.
+    dropout: ClassVar[Literal["off", "own", "mover"]] = "own"
+
+    # The fake score's random streams.
+    fake_score_stream: ClassVar[str] = "fake_score"
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        config: MatchingOptions,
+        *,
+        student: Denoiser | None = None,
+        fake_score: Denoiser | None = None,
+    ):
+        super().__init__(teacher, config)
+        self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
+        self.student = student or teacher.player("student")
+        self.fake_score = fake_score or teacher.player("fake_score")
+        self.players = {"student": self.student, "fake_score": self.fake_score}
+        self.steps = config.student_steps if isinstance(config, SimulationOptions) else 1
+        if config.student_level is not None and self.steps > 1:
+            raise UserError(f"student_level: {config.student_level} is for one step, and student_steps is {self.steps}")
+        self.adversary: Adversary | None = None
+        if isinstance(config, AdversarialOptions) and config.gan_weight > 0:
+            self.needs = frozenset({Need.IMAGES})
+            self.adversary = Adversary(self.fake_score, teacher)
+            self.gan_weight, self.discriminator_weight = config.gan_weight, config.discriminator_weight
+            self.players["fake_score"] = nn.ModuleDict({"denoiser": self.fake_score, "head": self.adversary.head})
+        self._set_dropout("student")
+
+    # -- what a method says --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
+        """The student's loss on its samples x (B, ...), noised to the angles t (B,) with eps (B, ...)."""
+
+    @abstractmethod
+    def times(self, player: str, batch: Batch) -> Tensor:
+        """(B,) the angles of a player's loss."""
+
+    def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        """The fake score's loss on the student's samples x (B, ...), which get no gradient."""
+        return fake_score_loss(self.fake_score, x, t, eps, cond, self.config.fake_score_loss)
+
+    def fake_score_cond(self, batch: Batch) -> Cond:
+        """The conditions that the fake score is trained with."""
+        return batch.cond
+
+    def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
+        """Samples (B, ...) of the student, and its loss on them."""
+        x = self.generate(batch, "student")
+        return x, self.matching(x, self.times("student", batch), batch.randn("student/eps"), batch.cond)
+
+    # -- the game --------------------------------------------------------------------------------------------
+
+    @final
+    def optimizer(self, player: str) -> Optimizer:
+        c = self.config
+        return Optimizer(c.student_lr if player == "student" else c.fake_score_lr, (c.beta1, 0.999), c.weight_decay)
+
+    @final
+    def turns(self, step: int) -> Sequence[Turn]:
+        drawn: list[Tensor] = []
+        student = Turn("student", partial(self.student_turn, drawn))
+        fake_score = Turn("fake_score", partial(self.fake_score_turn, drawn))
+        if step % self.config.update_ratio:
+            return [fake_score]
+        return [student, fake_score] if self.student_first else [fake_score, student]
+
+    @final
+    def sampler(self) -> Sampler:
+        if self.steps > 1:
+            return Sampler(self.student, student_levels(self.schedule, self.steps).tolist())
+        return one_step_sampler(self.student, self.config.student_level)
+
+    @final
+    def generate(self, batch: Batch, player: str) -> Tensor:
+        """x (B, ...) for a player's turn, of a level drawn for this step; gradients flow through its one pass."""
+        sampler = self.sampler()
+        if self.steps > 1:
+            x_t, t = simulated_input(sampler, batch)
+            return self.student(x_t, t, batch.cond).x0
+        return sampler.one_step(batch.randn("z" if self.shares_samples else f"{player}/z"), batch.cond)
+
+    @final
+    def student_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
+        self._set_dropout("student")
+        x, outcome = self.student_loss(batch)
+        if self.shares_samples:
+            drawn.append(x.detach())
+        if self.adversary is None:
+            return outcome
+        gan = self.adversary.student_loss(x, batch)
+        return Outcome(outcome.loss + self.gan_weight * gan, {**outcome.shown, "gan": gan})
+
+    @final
+    def fake_score_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
+        self._set_dropout("fake_score")
+        with torch.no_grad():
+            x = drawn[0] if drawn else self.generate(batch, "fake_score")
+        t, cond = self.times("fake_score", batch), self.fake_score_cond(batch)
+        loss = self.denoising(x, t, batch.randn(f"{self.fake_score_stream}/eps"), cond)
+        if self.adversary is None:
+            return Outcome(loss, {"denoising": loss})
+        gan = self.adversary.critic_loss(x, batch)
+        return Outcome(loss + self.discriminator_weight * gan, {"denoising": loss, "gan": gan})
+
+    def _set_dropout(self, player: str) -> None:
+        drops = {"off": (), "own": ("student", player), "mover": (player,)}[self.dropout]
+        self.student.train("student" in drops)
+        self.fake_score.train("fake_score" in drops)
+
+
+def dmd_loss(
+    x: Tensor, t: Tensor, eps: Tensor, cond: Cond, teacher: Denoise, fake_score: Denoiser, normalise: bool
+) -> Outcome:
+    """DMD's loss of samples x (B, ...) at the angles t (B,) with noise eps (B, ...)."""
+    gradient, gap = distribution_matching_gradient(x, diffuse(x, t, eps), t, cond, teacher, fake_score, normalise)
+    # The normalised gradient has no unit. The authors' is that of images, data_std x, and other terms' weights
+    # are relative to it.
+    unit = fake_score.schedule.data_std if normalise else 1.0
+    return Outcome(unit * gradient_injection(x, gradient), {"gap": gap.mean()})
 
 
 def distribution_matching_gradient(

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.options import StudentOptions
+from diffdistill.players.sampler import Sampler
+from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator
 
 
+class Need(enum.Enum):
+    """What a training must be given besides the teacher."""
+
+    IMAGES = "real images"
+    PAIRS = "noise-image pairs of the teacher"
+
+
 class Pair(NamedTuple):
-    """Noise and the image that the teacher's sampler makes of it (see pairs.py)."""
+    """Noise and the image that the teacher's sampler makes of it (see data/pairs.py)."""
 
     z: Tensor  #: (B, ...) standard normal
     x0: Tensor  #: (B, ...) of unit variance
@@ -32,7 +43,13 @@ class Batch:
     x0: Tensor | None  #: (B, *shape) real data of unit variance, or None in data-free training
     device: torch.device
     key: tuple[int, ...]  #: (seed, step, rank)
-    pair: Pair | None = None  #: where the method asks for pairs
+    pair: Pair | None = None  #: where the method needs pairs
+
+    @property
+    def images(self) -> Tensor:
+        """(B, *shape) the real data, for a method that needs them."""
+        assert self.x0 is not None, "the method does not say that it needs images"
+        return self.x0
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator that is a function of (seed, step, rank, purpose)."""
@@ -41,6 +58,16 @@ class Batch:
     def randn(self, purpose: str) -> Tensor:
         """(B, *shape) standard normal noise for that purpose."""
         return torch.randn(self.size, *self.shape, generator=self.generator(purpose), device=self.device)
+
+    def uniform(self, purpose: str) -> Tensor:
+        """(B,) float64 in [0, 1) for that purpose."""
+        draw = self.generator(purpose)
+        return torch.rand(self.size, generator=draw, device=draw.device, dtype=torch.float64)
+
+    def integers(self, n: int, purpose: str) -> Tensor:
+        """(B,) int64 from 0 to n - 1 for that purpose."""
+        draw = self.generator(purpose)
+        return torch.randint(n, (self.size,), generator=draw, device=draw.device)
 
 
 class Optimizer(NamedTuple):
@@ -51,33 +78,62 @@ class Optimizer(NamedTuple):
     weight_decay: float = 0.01
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a turn minimises, and the scalars that are logged beside it."""
+
+    loss: Tensor
+    shown: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class Turn(NamedTuple):
-    """One player's move. `loss` returns {"loss": scalar, and detached scalars to log}.
+    """One player's move.
 
     `lr_factor` multiplies the learning rate of this move; `restart` gives the player a new optimizer first.
     """
 
     player: str
-    loss: Callable[[Batch], dict[str, Tensor]]
+    loss: Callable[[Batch], Outcome]
     lr_factor: float = 1.0
     restart: bool = False
 
 
-class Method(Protocol):
-    """Trainable players by role, one optimizer each; the first is the one that is averaged and exported.
+class Method(ABC):
+    """Trainable players by role, one optimizer each; the trainer knows nothing else of a method.
 
-    Of a player, what requires a gradient when training starts is trained, and nothing else. `state` is what
-    a checkpoint holds besides the players: an averaged target, the teacher of the present stage.
-    `needs_data`, `needs_pairs`: whether `Batch.x0` and `Batch.pair` must be there. A method with stages may also say
-    `whole`, the training steps that all of them take.
+    Of a player, what requires a gradient when training starts is trained, and nothing else. The first player is
+    averaged and exported. `state` is what a checkpoint holds besides the players: an averaged target, the teacher of
+    the present stage. A subclass says its options in a dataclass `Config` beside it, and overrides what is abstract
+    and the defaults that are not marked final.
     """
 
-    players: dict[str, nn.Module]
-    state: dict[str, nn.Module]
-    needs_data: bool
-    needs_pairs: bool
+    needs: frozenset[Need] = frozenset()
+    whole: int | None = None  #: the training steps of all stages, of a method that has stages
 
-    def optimizer(self, player: str) -> Optimizer: ...
-    def turns(self, step: int) -> Sequence[Turn]: ...
-    def after_step(self, step: int) -> None: ...
-    def sampler(self) -> FewStepSampler: ...
+    def __init__(self, teacher: Teacher, config: Any):
+        self.config = config
+        self.schedule = teacher.denoiser.schedule
+        self.players: dict[str, nn.Module] = {}
+        self.state: dict[str, nn.Module] = {}
+
+    @property
+    def exported(self) -> str:
+        """The role of the player that is averaged and exported."""
+        return next(iter(self.players))
+
+    def optimizer(self, player: str) -> Optimizer:
+        """A player's AdamW: the student's options, unless the method says otherwise."""
+        options: StudentOptions = self.config
+        return Optimizer(options.student_lr, (options.beta1, 0.999), options.weight_decay)
+
+    @abstractmethod
+    def turns(self, step: int) -> Sequence[Turn]:
+        """The moves of a training step, in their order."""
+
+    def after_step(self, step: int) -> None:
+        """What follows the moves of a training step."""
+        return None
+
+    @abstractmethod
+    def sampler(self) -> Sampler:
+        """How the student is sampled as it stands."""

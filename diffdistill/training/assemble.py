@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from diffdistill.data.pairs import Pairs, check_pairs, open_pairs
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, family_of, load_teacher, local_folder
 from diffdistill.options import build, split
-from diffdistill.players.lora import LoraSettings, checkpoint_activations
+from diffdistill.players.lora import LoraSettings, checkpoint_activations, is_lora
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
-from diffdistill.scaffold.method import Method
+from diffdistill.scaffold.method import Method, Need
 from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into
 
 
@@ -44,16 +45,14 @@ class Game:
 def make_game(values: dict[str, Any]) -> Game:
     """Teacher and method from the options of `diffdistill train`, nothing trained yet."""
     info = describe_method(str(values.get("method", TrainConfig.method)))
-    shared, own = split(values, TrainConfig, info.config)
+    shared, own = split({**info.about.defaults, **values}, TrainConfig, info.config)
     config, method_config = build(TrainConfig, shared), build(info.config, own)
     module = info.load()
     teacher = _teacher(config)
     # The method's own Config has the same fields; the one read from source served only to parse options.
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     method = module.METHOD(teacher, module.Config(**dataclasses.asdict(method_config)))
-    for role in sorted(teacher.lora.keys() - teacher.cast):
-        told = role.replace("_", " ")
-        raise UserError(f"{role}: {info.name} has no {told} that can be an adapter on the teacher; leave it at full")
+    check_lora(teacher, method, info.name)
     if config.gradient_checkpointing:
         parts = [part for player in method.players.values() for part in player.modules()]
         for network in {part.network for part in parts if isinstance(part, Denoiser)}:
@@ -83,13 +82,28 @@ def _teacher(config: TrainConfig) -> Teacher:
         if "guidance" in encoded.shards[0]:  # the student is to be called with what it was trained with
             told = {"guidance_scale": encoded.settings["embedded_guidance"]}
             teacher = dataclasses.replace(teacher, size=teacher.size | told)
-    targets = family.lora_targets
-    if config.adapter_targets is not None:
-        named = [name.strip() for name in config.adapter_targets.split(",")]
-        targets = None if named == ["all"] else tuple(named)
-    settings = LoraSettings(config.adapter_rank, config.adapter_alpha, targets)
-    lora = {role: settings for role in ("student", "fake_score") if getattr(config, role) == "lora"}
-    return dataclasses.replace(teacher, lora=lora)
+    return dataclasses.replace(teacher, lora=lora_settings(config, family.lora_targets))
+
+
+def lora_settings(config: TrainConfig, usual: Sequence[str] | None) -> dict[str, LoraSettings]:
+    """By role, for those that are LoRA; `usual` are the layers that have it unless the options name others."""
+    roles = [role.strip() for role in (config.lora or "").split(",") if role.strip()]
+    targets = usual
+    if config.lora_targets is not None:
+        names = tuple(name.strip() for name in config.lora_targets.split(","))
+        targets = None if names == ("all",) else names
+    return {role: LoraSettings(config.lora_rank, config.lora_alpha, targets) for role in roles}
+
+
+def check_lora(teacher: Teacher, method: Method, name: str) -> None:
+    """UserError for a role that was to be LoRA and is no player, or one that the method makes in its own way."""
+    players = {role: list(player.modules()) for role, player in method.players.items()}
+    able = [role for role, parts in players.items() if role in teacher.lora and any(map(is_lora, parts))]
+    for role in teacher.lora:
+        if role not in able:
+            raise UserError(
+                f"lora: {name} has no player {role!r} that can be LoRA; its players are {', '.join(players)}"
+            )
 
 
 def _encoded(config: TrainConfig) -> Encoded:
@@ -112,7 +126,7 @@ def _encoded(config: TrainConfig) -> Encoded:
 
 
 def _data_for(game: Game) -> Data | None:
-    if not game.method.needs_data:
+    if Need.IMAGES not in game.method.needs:
         return None
     encoded = game.teacher.conditions
     if isinstance(encoded, Encoded):
@@ -125,7 +139,9 @@ def _data_for(game: Game) -> Data | None:
     if FAMILIES[game.teacher.family].autoencoder is not None:
         raise UserError(f"prompts: {game.info.name} needs images; give a folder made by `diffdistill encode --data`")
     if game.config.data is None:
-        raise UserError(f"data: {game.info.name} with these options needs real images; give --data ({game.info.data})")
+        raise UserError(
+            f"data: {game.info.name} with these options needs real images; give --data ({game.info.about.data})"
+        )
     channels, size = game.teacher.shape[0], game.teacher.shape[1]
     data = open_data(game.config.data, resolution=size, channels=channels)
     check_data(game.teacher, data)
@@ -133,7 +149,7 @@ def _data_for(game: Game) -> Data | None:
 
 
 def _pairs_for(game: Game, needed: int) -> Pairs | None:
-    if not game.method.needs_pairs:
+    if Need.PAIRS not in game.method.needs:
         return None
     folder, name = game.config.pairs, game.info.name
     if folder is None:
@@ -162,6 +178,7 @@ def load_run(run: str | Path, step: int | None = None) -> tuple[Game, int]:
     tensors, _ = load_checkpoint(found[step])
     for name, module in game.method.state.items():
         load_into(module, tensors[f"state.{name}"], found[step])
-    name, student = next(iter(game.method.players.items()))
+    name = game.method.exported
+    student = game.method.players[name]
     load_into(student.eval(), tensors[name] | tensors.get("average", {}), found[step])
     return game, step

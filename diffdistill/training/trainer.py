@@ -71,7 +71,7 @@ class Trainer:
         self.on_sample = on_sample
         self.step = 0
         self.totals: dict[str, tuple[Tensor | float, int]] = {}  # sums since the last line of metrics.jsonl
-        self.averaged = next(iter(method.players)) if config.ema else None
+        self.averaged = method.exported if config.ema else None
         self._start_players()
         self.average = MovingAverage(method.players[self.averaged], config.ema) if self.averaged else None
 
@@ -107,15 +107,16 @@ class Trainer:
         # Dropout draws from the global generator; seeding it makes the masks a function of the step too.
         torch.manual_seed(seed_for(*batch.key, turn.player, "global"))
         with self.accelerator.autocast():
-            logs = turn.loss(batch)
-        self.accelerator.backward(logs["loss"])
+            outcome = turn.loss(batch)
+        loss = outcome.loss
+        self.accelerator.backward(loss)
         grads = [p.grad for p in self.parameters[turn.player] if p.grad is not None]
         if self.accelerator.num_processes > 1:
             grads = self._averaged_over_processes(turn.player)
         norm = torch.nn.utils.get_total_norm(grads)
-        if self._anywhere(not bool(torch.isfinite(logs["loss"].detach() + norm))):
-            loss = float(logs["loss"].detach())
-            raise self._non_finite(turn.player, f"loss {loss}, gradient norm {float(norm)}; it was not updated")
+        if self._anywhere(not bool(torch.isfinite(loss.detach() + norm))):
+            what = f"loss {float(loss.detach())}, gradient norm {float(norm)}; it was not updated"
+            raise self._non_finite(turn.player, what)
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters[turn.player], self.config.max_grad_norm, norm)
         optimizer = self.optimizers[turn.player]
@@ -123,7 +124,8 @@ class Trainer:
             group["lr"] = self._learning_rate(turn.player) * turn.lr_factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return {k: v.detach() for k, v in logs.items()} | {"grad_norm": norm.detach()}
+        logs = {"loss": loss, **outcome.shown, "grad_norm": norm}
+        return {name: value.detach() for name, value in logs.items()}
 
     def _learning_rate(self, player: str) -> float:
         c = self.config

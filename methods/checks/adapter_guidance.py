@@ -12,8 +12,8 @@ from diffdistill.core.guidance import guide
 from diffdistill.core.prediction import ROWS
 from diffdistill.core.schedule import TrigFlow, sampling_grid
 from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
-from diffdistill.methods.adapter_guidance import AdapterGuidance, Config, _network
-from diffdistill.players.adapter_networks import Additive, Corrections
+from diffdistill.methods.adapter_guidance import AdapterGuidance, Config
+from diffdistill.players.adapter_networks import AdaptedNetwork, Additive, Corrections
 from diffdistill.players.guidance_adapters import adapted
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.chains import GuidedChains
@@ -76,14 +76,14 @@ def verify() -> Iterator[Check]:
         offset = -sin * cos * (means[label] / var[label] - means[-1] / var[-1])
         wanted = (a - 1) ** 2 * (slope**2 + offset**2).mean() / cos**2
         method, out = _additive(means, unequal)
-        loss, _ = method.matching(x, angle, cond, scale)
+        loss, _ = method.imitation(x, angle, cond, scale)
         yield equal(f"at zero init the loss is (a - 1)^2 E|eps_c - eps_u|^2, {name}", wanted, loss, 1e-12, scale=1e-2)
-        off_by_one, _ = method.matching(x, angle, cond, scale + 1)
+        off_by_one, _ = method.imitation(x, angle, cond, scale + 1)
         yield differs(f"... where w = a - 1 taken for a is caught, {name}", wanted, off_by_one, 1e-6)
 
         with torch.no_grad():
             out.bias.copy_(offset / cos)  # the mean correction, the best that does not look at x
-        loss, _ = method.matching(x, angle, cond, scale)
+        loss, _ = method.imitation(x, angle, cond, scale)
         left = (a - 1) ** 2 * (slope**2).mean() / cos**2
         yield equal(f"unequal variances: what the best additive adapter leaves, {name}", left, loss, 1e-12, scale=1e-2)
         yield equal(f"... which is its minimum, {name}", 0.0, gradient(loss, out.bias), 1e-12, scale=1.0)
@@ -93,7 +93,7 @@ def verify() -> Iterator[Check]:
         method, out = _additive(means, same)
         with torch.no_grad():
             out.bias.copy_(-sin * (means[label] - means[-1]) / (cos**2 * same[0] ** 2 + sin**2))
-        loss, _ = method.matching(x, angle, cond, scale)
+        loss, _ = method.imitation(x, angle, cond, scale)
         yield equal(f"equal variances: an additive adapter is exact, {name}", 0.0, loss, 1e-24, scale=1.0)
         slopes = gradient(loss, *_network(method).adapters.parameters())
         yield equal(f"... with gradient zero, {name}", 0.0, slopes, 1e-12, scale=1.0)
@@ -176,3 +176,8 @@ def _base_checks(means: Tensor, stds: Tensor) -> Iterator[Check]:
         off = method.student(x, t, {**cond, "guidance_scale": torch.ones(8).double()}).y
         yield equal(f"{kind}: at scale 1 it is the base model to the bit", plain, off, 0.0)
         yield equal(f"{kind}: and after the call the base is untouched", plain, method.teacher(x, t, cond).y, 0.0)
+
+
+def _network(method: AdapterGuidance) -> AdaptedNetwork:
+    assert isinstance(method.student.network, AdaptedNetwork)
+    return method.student.network

@@ -14,8 +14,11 @@ from diffdistill.core.prediction import ROWS, diffuse, edm_boundary
 from diffdistill.core.schedule import EDM, TrigFlow
 from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture
 from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
-from diffdistill.methods.consistency import Config, Consistency
+from diffdistill.methods.consistency import Config, Consistency, Step
 from diffdistill.players.teacher import Teacher
+
+# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
+PLANE = {"grid": "native", "grid_points": 18, "steps": 2000, "student_lr": 0.001}
 
 
 class _Gaussian:
@@ -57,7 +60,7 @@ class _Gaussian:
             x_t = torch.cos(t)[:, None] * (x_r / torch.cos(r)[:, None] + extra)
         else:
             x_t = diffuse(x0, t, eps)
-            x_r = self.method.less_noisy(x_t, x0, eps, t, r, {})
+            x_r = self.method.less_noisy(x_t, x0, eps, Step(t, r), {})
         return tuple(v.unflatten(0, (count, size)) for v in (x_t, x_r, t, r))
 
     def pair(self, i: int) -> list[Tensor]:
@@ -70,7 +73,7 @@ class _Gaussian:
             self.network.fit(i, x_t[i], self.method.target_x0(x_r[i], r[i], {}))
             self.copy_to_target()
         x_t, x_r, t, r = (v.flatten(0, 1) for v in (x_t, x_r, t, r))
-        loss = self.method.consistency(x_t, x_r, t, r, {})["loss"]
+        loss = self.method.following(x_t, x_r, Step(t, r), {}).loss
         return loss, gradient(loss, self.network.slope, self.network.offset)
 
     def factors(self, solver: str) -> Tensor:
@@ -145,7 +148,7 @@ def _off_the_optimum() -> Iterator[Check]:
     for i in (1, n - 2):
         last = i == n - 2
         x_t, x_r, t, r = game.pair(i)
-        loss = game.method.consistency(x_t, x_r, t, r, {})["loss"]
+        loss = game.method.following(x_t, x_r, Step(t, r), {}).loss
         # online - target = slope (s z + sigma eps) + rest in VE coordinates
         a, b = (1 / cos[-1], 0.0) if last else (target.slope[i + 1], target.offset[i + 1])
         slope = network.slope[i] * cos[i] - a * cos[i + 1] * factors[i]
@@ -167,7 +170,7 @@ def _off_the_optimum() -> Iterator[Check]:
         config = Config(solver="euler", grid_points=6, huber_c=0.3, loss_weight=name)  # type: ignore[arg-type]
         other = _Gaussian(config).method
         other.student, other.target = game.method.student, game.method.target
-        loss = other.consistency(x_t, x_r, t, r, {})["loss"]
+        loss = other.following(x_t, x_r, Step(t, r), {}).loss
         yield equal(f"pseudo-Huber, {name}", factor * (root - 0.3).mean(), loss, 1e-10)
         expected = torch.zeros(n, d, dtype=torch.float64)
         expected[1] = factor * (gap / root[:, None]).mean(0)
@@ -235,7 +238,7 @@ def _easy() -> Iterator[Check]:
         target = x_r if name == "r = 0" else 0.4 * x_r + network.offset[2]
         gap = (0.4 * x_t + network.offset[1] - target).detach()
         root, weight = torch.sqrt(gap.square().sum(1) + 0.09), 1 / (torch.tan(t) - torch.tan(r_now))
-        loss = method.consistency(x_t, x_r, t, r_now, {})["loss"]
+        loss = method.following(x_t, x_r, Step(t, r_now), {}).loss
         yield equal(f"easy: the weighted pseudo-Huber loss, {name}", (weight * (root - 0.3)).mean(), loss, 1e-10)
         slopes = torch.zeros_like(network.offset)
         slopes[1] = (weight[:, None] * gap / root[:, None]).mean(0)
@@ -245,7 +248,7 @@ def _easy() -> Iterator[Check]:
         z, eps = two_points(2)
         x0, t = game.mu + game.s * z, torch.full((16,), 0.9).double()
         x_t, r = diffuse(x0, t, eps), torch.full((16,), 0.7).double()
-        got = other.less_noisy(x_t, x0, eps, t, r, {})
+        got = other.less_noisy(x_t, x0, eps, Step(t, r), {})
         factor = 1 + (torch.tan(r) - torch.tan(t)) * torch.tan(t) / (1 + torch.tan(t) ** 2)
         euler = torch.cos(r) * (game.mu[1] + factor * (x_t[:, 1] / torch.cos(t) - game.mu[1]))
         shared = torch.cos(r) * x0[:, 1] + torch.sin(r) * eps[:, 1]
@@ -281,7 +284,7 @@ def _boundary_and_dropout() -> Iterator[Check]:
     t = torch.full((len(x),), 1.0).double()
     loss = easy.distance(easy.student(x, t, {}).x0, easy.target_x0(x, t, {})).mean()
     yield differs("a network drops other units at each pass", 0.0, loss, 1e-3, scale=1.0)
-    loss = easy.consistency(x, x, t, t, {}, seed=7)["distance"]
+    loss = easy.following(x, x, Step(t, t), {}, seed=7).shown["distance"]
     yield equal("and the same ones in both passes of the loss", 0.0, loss, 1e-12, scale=1.0)
 
 

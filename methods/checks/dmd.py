@@ -32,6 +32,9 @@ from diffdistill.methods.dmd import DMD, Config
 from diffdistill.players.teacher import Teacher, only_trains, trainable
 from diffdistill.scaffold.method import Batch, Pair
 
+# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
+PLANE = {"student_lr": 0.001, "fake_score_lr": 0.002, "beta1": 0.0, "steps": 2000}
+
 
 def verify() -> Iterator[Check]:
     """Distribution matching, regression and guidance in closed form; what the pairs are for, by quadrature."""
@@ -84,7 +87,7 @@ def _regression_checks() -> Iterator[Check]:
         """The gradient of all that the student's turn minimises, for one batch's noise."""
         parts = affine_game(mu, s, mean, scale)
         method = _dmd(parts, Config(normalise=False, regression_weight=weight))
-        return gradient(method.student_turn([], batch)["loss"], parts.generator.mean, parts.generator.scale)
+        return gradient(method.student_turn([], batch).loss, parts.generator.mean, parts.generator.scale)
 
     for weight in (0.25, 0.5):
         added = whole(2 * weight, m, b) - whole(weight, m, b)
@@ -114,7 +117,7 @@ def _guidance_checks() -> Iterator[Check]:
         method = DMD(teacher, config, student=student, fake_score=fake_score)
         only_trains("student", trainable(method.players))
         x = method.sampler().one_step(z, cond)
-        got = gradient(2 * method.matching(x, angle, eps, cond)["loss"], affine.mean, affine.scale)
+        got = gradient(2 * method.matching(x, angle, eps, cond).loss, affine.mean, affine.scale)
         real = mu[2] + scale * (mu[1] - mu[2])
         exact = torch.cat([cos2 * (m - real) / big_v, cos2 * b * (1 / big_v - 1 / big_u)])
         yield equal(f"gradient with the teacher guided by {scale:g}", exact, got, 1e-9)
@@ -145,7 +148,7 @@ def _mode_checks() -> Iterator[Check]:
         spread = torch.sqrt((cos * b) ** 2 + sin**2)
         z, eps = (cos * b * first - sin * second) / spread, (sin * first + cos * b * second) / spread
         x = _weighted(method.sampler().one_step(z[:, None], {}), weights.repeat(2) / 2)
-        loss = method.matching(x, torch.full_like(z, t), eps[:, None], {})["loss"]
+        loss = method.matching(x, torch.full_like(z, t), eps[:, None], {}).loss
         if weight:
             x_ref = _weighted(method.sampler().one_step(nodes[:, None], {}), weights)
             loss = loss + weight * method.regression(x_ref, y)

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.denoiser import Cond, Denoiser, call_by_keyword, scale_by_keyword
 from diffdistill.core.prediction import ROWS
 from diffdistill.core.schedule import student_grid
 from diffdistill.exact.analytic import class_gaussians_teacher
 from diffdistill.exact.checks import Check, differs, equal, gradient
 from diffdistill.methods.guided import Config, GuidedDistillation
+from diffdistill.players.sampler import Sampler
 from diffdistill.scaffold.method import Batch
+
+# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
+PLANE = {
+    "guidance_max": 2.0,
+    "guidance_scale": 1.5,
+    "guidance_steps": 500,
+    "start_steps": 16,
+    "final_steps": 1,
+    "stage_steps": 500,
+    "steps": 2500,
+    "student_lr": 0.002,
+    "lr_schedule": "constant",
+    "ema": 0.0,
+}
 
 
 class _PerNode(nn.Module):
@@ -34,6 +50,10 @@ class _PerNode(nn.Module):
         for d in range(x_t.shape[1]):
             known = torch.stack([x_t[:, d], torch.ones_like(scale), scale], 1)
             self.weights.data[node, :, d] = torch.linalg.lstsq(known, x0[:, d]).solution
+
+
+def _at_scale(scale: Tensor, network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    return network(x, time, **cond, guidance_scale=scale)
 
 
 def verify() -> Iterator[Check]:
@@ -59,7 +79,7 @@ def verify() -> Iterator[Check]:
 
     def method_of(**options: object) -> tuple[GuidedDistillation, _PerNode]:
         network = _PerNode(grid, 2)
-        student = Denoiser(network, schedule, ROWS["sample"])
+        student = Denoiser(network, schedule, ROWS["sample"], extra_call=scale_by_keyword(call_by_keyword))
         config = Config(**{"start_steps": 8, "guidance_steps": 1, "stage_steps": 1} | options)  # type: ignore[arg-type]
         return GuidedDistillation(teacher, config, student=student), network
 
@@ -67,25 +87,25 @@ def verify() -> Iterator[Check]:
     for i in range(8):
         t, node = grid[i], torch.full((n,), i)
         exact = aim + gain(t) * (x_t - torch.cos(t) * aim)
-        loss = method.one_pass(x_t, grid[node], cond, scale)["loss"]
+        loss = method.one_pass(x_t, grid[node], cond, scale).loss
         weight = torch.clamp(torch.tan(t) ** -2, min=1)
         yield equal(f"stage one's loss of a student of nothing, node {i}", (weight * exact**2).mean(), loss, 1e-12)
-        off = gradient(method.one_pass(x_t, grid[node], cond, scale + 1)["loss"], network.weights)
+        off = gradient(method.one_pass(x_t, grid[node], cond, scale + 1).loss, network.weights)
         network.fit(i, x_t, scale, exact)
-        loss = method.one_pass(x_t, grid[node], cond, scale)["loss"]
+        loss = method.one_pass(x_t, grid[node], cond, scale).loss
         yield equal(f"zero at x_w, node {i}", 0.0, loss, 1e-20, scale=1.0)
         at_optimum = gradient(loss, network.weights)
         yield equal(f"... and its gradient, node {i}", 0.0, at_optimum, 1e-9, scale=1.0)
         yield differs(f"... which is not zero elsewhere, node {i}", 0.0, off, 1e-3)
         plain = teacher.denoiser(x_t, grid[node], cond).x0
         with torch.no_grad():
-            told = method.student(x_t, grid[node], method.given(cond, scale)).x0
-            shifted = method.student(x_t, grid[node], method.given(cond, scale - 1)).x0
+            guided_x0 = method.student(x_t, grid[node], cond, method.input_of(scale)).x0
+            shifted = method.student(x_t, grid[node], cond, method.input_of(scale - 1)).x0
         null = teacher.denoiser(x_t, grid[node], {"class_labels": cond["class_labels"] + 1}).x0
         w = (scale - 1)[:, None]
-        yield equal(f"x_w = (1 + w) x_c - w x_u, node {i}", (1 + w) * plain - w * null, told, 1e-9)
-        yield differs(f"w given for a is caught, node {i}", told, shifted, 1e-3)
-        across = (told - plain) / w
+        yield equal(f"x_w = (1 + w) x_c - w x_u, node {i}", (1 + w) * plain - w * null, guided_x0, 1e-9)
+        yield differs(f"w given for a is caught, node {i}", guided_x0, shifted, 1e-3)
+        across = (guided_x0 - plain) / w
         yield equal(f"x_w - x_c is linear in w, node {i}", across.mean(0).expand(n, 2), across, 1e-6)
 
     # The whole of stage two: at the optimum of each halving, the student is two steps of the one before.
@@ -96,24 +116,28 @@ def verify() -> Iterator[Check]:
         yield equal(f"halving {stage + 1} starts a new optimizer", 1.0, float(turn.restart), 0.0)
         yield equal(f"... at the full learning rate, halving {stage + 1}", 1.0, turn.lr_factor, 0.0)
         for i in range(0, 8, stride):
-            t, s, node = grid[i], grid[i + stride], torch.full((n,), i)
+            t, s = grid[i], grid[i + stride]
             end = landed(x_t, i, i + stride)
             wanted = (torch.sin(t) * end - torch.sin(s) * x_t) / torch.sin(t - s)
-            before = method.half_steps(x_t, node, stride, cond, scale)["loss"]
+            angles = [grid[k].expand(n) for k in (i, i + stride // 2, i + stride)]
+            half = partial(method.halve, method.previous, x_t, *angles, cond, method.input_of(scale))
+            before = half().loss
             yield differs(f"halving {stage + 1} has something to learn, node {i}", 0.0, before, 1e-9)
             network.fit(i, x_t, scale, wanted)
-            loss = method.half_steps(x_t, node, stride, cond, scale)["loss"]
+            loss = half().loss
             slopes = gradient(loss, network.weights)
             yield equal(f"loss at {stride} guided steps in one, node {i}", 0.0, loss, 1e-18, scale=1.0)
             yield equal(f"... and its gradient, node {i}", 0.0, slopes, 1e-8, scale=1.0)
         batch = Batch(n, (2,), cond, x_t, torch.device("cpu"), (0, stage, 0))
-        whole = turn.loss(batch)["loss"]
+        whole = turn.loss(batch).loss
         yield equal(f"... and of a whole turn of halving {stage + 1}", 0.0, whole, 1e-18, scale=1.0)
         method.after_step(stage + 1)
         sampler = method.sampler()
         yield equal(f"steps after halving {stage + 1}", 8 // stride, len(sampler.levels), 0.0)
-        x, t = sampler.input_at(len(sampler.levels) - 1, x_t, method.given(cond, scale), lambda j: x_t * torch.nan)
-        made = sampler.denoiser(x, t, method.given(cond, scale)).x0
+        fixed = Denoiser(network, schedule, ROWS["sample"], call=partial(_at_scale, scale))
+        fixed_sampler = Sampler(fixed, sampler.levels, sampler.step)
+        x, t = fixed_sampler.input_at(len(sampler.levels) - 1, x_t, cond, lambda j: x_t * torch.nan)
+        made = fixed(x, t, cond).x0
         yield equal(f"{8 // stride} steps are eight guided DDIM steps", landed(x_t, 0, 8), made, 1e-8)
         coarse = landed(x_t, 0, 8, stride)
         yield differs(f"... and not {8 // stride} guided DDIM steps", coarse, made, 1e-3)

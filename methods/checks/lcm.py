@@ -7,13 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Cond, Denoiser, Extra, call_by_keyword, scale_by_keyword
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, solve
 from diffdistill.core.prediction import ROWS, diffuse
 from diffdistill.exact.analytic import class_gaussians_teacher
 from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
-from diffdistill.methods.lcm import LCM, Config
+from diffdistill.methods.lcm import LCM, Config, Skip
+
+# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
+PLANE = {"guidance_max": 2.0, "guidance_scale": 1.5, "steps": 3000, "student_lr": 0.001}
 
 
 class AffineStudent(nn.Module):
@@ -50,13 +53,18 @@ def verify() -> Iterator[Check]:
         """The student whose f is the exact composition, or that much beside it at each angle (K + 1, 2)."""
         moved = exact[1] if shift is None else exact[1] + shift
         network = AffineStudent(angles, exact[0].clone(), moved.clone(), exact[2].clone())
-        student = Denoiser(network, teacher.denoiser.schedule, ROWS["sample"])
+        call = scale_by_keyword(call_by_keyword)
+        student = Denoiser(network, teacher.denoiser.schedule, ROWS["sample"], extra_call=call)
         settings: dict = {"ddim_steps": K, "guidance_min": 1.0, "guidance_max": 9.0} | options
         return LCM(teacher, Config(**settings), student=student)
 
     def loss(lcm: LCM, k: int, scale: Tensor) -> Tensor:
         x_t = diffuse(z, angles[k].expand(len(z)), eps)
-        return lcm.consistency(x_t, torch.full((len(z),), k), scale, cond)["loss"]
+        skip = skip_at(k, scale)
+        return lcm.following(x_t, lcm.less_noisy(x_t, z, eps, skip, cond), skip, cond).loss
+
+    def skip_at(k: int, scale: Tensor) -> Skip:
+        return Skip(angles[k].expand(len(z)), torch.full((len(z),), k), scale)
 
     def parameters(lcm: LCM) -> list[Tensor]:
         return list(lcm.student.network.parameters())
@@ -72,10 +80,9 @@ def verify() -> Iterator[Check]:
         x = solve(ddim_step, guided(teacher.denoiser, a), z, angles, cond)
         mean = mu[1] + a * (mu[0] - mu[1])
         yield equal(f"{K} guided DDIM steps are the product of the factors, scale {a}", product[0] * z + mean, x, 1e-9)
-        with_scale = cond | {"guidance_scale": scale}
-        got = lcm.f(lcm.student, z, torch.zeros(len(z), dtype=torch.int64), with_scale)
+        got = lcm.f(lcm.student, z, torch.zeros(len(z), dtype=torch.int64), cond, Extra(scale))
         yield equal(f"the fixed point is their composition, scale {a}", x, got, 1e-9)
-        other = lcm.f(lcm.student, z, torch.zeros(len(z), dtype=torch.int64), cond | {"guidance_scale": scale - 1})
+        other = lcm.f(lcm.student, z, torch.zeros(len(z), dtype=torch.int64), cond, Extra(scale - 1))
         yield differs(f"w in place of 1 + w as the input is caught, scale {a}", x, other, 1e-2)
 
     mixed = both.repeat(len(z) // 2)
@@ -105,8 +112,8 @@ def verify() -> Iterator[Check]:
 
             own = gradient(value, base_of(lcm.student))
             yield equal(f"its gradient, at the noisier point alone, point {k}", pull(gap), own, 1e-7)
-            lcm = method(beside, distance=distance, guidance_max=1.0, lora_rank=1)
-            lcm.takes_scale, lcm.guides = True, True  # a LoRA student is its own target
+            lcm = method(beside, distance=distance)
+            lcm.target = lcm.student  # as that of a LoRA student is
             closed = pull(out[k] * beside[k] - out[k + 1] * beside[k + 1])
             own = gradient(loss(lcm, k, mixed), base_of(lcm.student))
             yield equal(f"... and with the student as its own target, point {k}", closed, own, 1e-7)
@@ -119,7 +126,7 @@ def verify() -> Iterator[Check]:
 
     lcm = method(beside)
     i = torch.full((len(z),), K)
-    end = lcm.f(lcm.target, z, i, cond | {"guidance_scale": mixed})
+    end = lcm.f(lcm.target, z, i, cond, Extra(mixed))
     yield equal("at the last point f is x_r itself, exactly", z, end, 0.0)
     for k, t in ((0, 999.0), (K - 1, 99.0), (K, 0.0)):
         closed = torch.tensor([0.25 / (100 * t**2 + 0.25), 10 * t / (100 * t**2 + 0.25) ** 0.5])
@@ -138,9 +145,14 @@ def verify() -> Iterator[Check]:
     x_t, ones = diffuse(z, plain.grid[3].expand(len(z)), eps), torch.ones(len(z)).double()
     i = torch.full((len(z),), 3)
     plain.guides = True
-    expected = plain.less_noisy(x_t, i, ones, cond)
+    expected = plain.less_noisy(x_t, z, eps, Skip(plain.grid[i], i, ones), cond)
     plain.guides = False
-    yield equal("scale 1 is the unguided step", expected, plain.less_noisy(x_t, i, ones, cond), 1e-12)
+    yield equal(
+        "scale 1 is the unguided step",
+        expected,
+        plain.less_noisy(x_t, z, eps, Skip(plain.grid[i], i, ones), cond),
+        1e-12,
+    )
     for steps in (1, 2, 5):
         levels = method(student_steps=steps).sampler().levels
         yield equal(
@@ -153,6 +165,6 @@ def verify() -> Iterator[Check]:
 
 def _undetached(lcm: LCM, x_t: Tensor, k: int, scale: Tensor, teachers: Tensor, cond: Cond) -> Tensor:
     """The loss with the target in the graph, and with another scale for the teacher."""
-    i, own = torch.full((len(x_t),), k), cond | {"guidance_scale": scale}
-    x_r = lcm.less_noisy(x_t, i, teachers, cond)
-    return lcm.distance(lcm.f(lcm.student, x_t, i, own), lcm.f(lcm.target, x_r, i + 1, own))
+    i, extra = torch.full((len(x_t),), k), Extra(scale)
+    x_r = lcm.less_noisy(x_t, x_t, x_t, Skip(lcm.grid[i], i, teachers), cond)
+    return lcm.distance(lcm.f(lcm.student, x_t, i, cond, extra), lcm.f(lcm.target, x_r, i + 1, cond, extra))

@@ -34,14 +34,14 @@ def verify() -> Iterator[Check]:
         cos, sin = torch.cos(angle[0]), torch.sin(angle[0])
         var = cos**2 * std**2 + sin**2
         # v = slope (x - cos m) - sin m moves with the mean m by -sin/V.
-        start, _ = method_of(means).matching(x, angle, cond)
+        start, _ = method_of(means).imitation(x, angle, cond)
         wanted = (a - 1) ** 2 * ((sin / var * (means[label] - means[-1])) ** 2).mean()
         yield equal(f"at the start the loss is (a - 1)^2 E|v_c - v_u|^2, t = {t}", wanted, start, 1e-12)
         yield differs(f"... which w for a would not give, t = {t}", a**2 / (a - 1) ** 2 * wanted, start, 1e-6)
 
         elsewhere = torch.tensor([[0.2, 0.1], [0.4, -1.0], [1.0, 1.0]]).double()
         method = method_of(elsewhere)
-        loss, target = method.matching(x, angle, cond)
+        loss, target = method.imitation(x, angle, cond)
         slope = torch.zeros(3, 2).double()
         slope[label] = 2 * (sin / var) ** 2 * (elsewhere[label] - aim[label]) / 2  # the mean over two dimensions
         got = gradient(loss, next(method.student.parameters()))
@@ -50,7 +50,7 @@ def verify() -> Iterator[Check]:
         yield equal(f"the target is the guided velocity, t = {t}", guided_v, target.v, 1e-12)
 
         method = method_of(aim)
-        loss, _ = method.matching(x, angle, cond)
+        loss, _ = method.imitation(x, angle, cond)
         yield equal(f"zero at the guided means, t = {t}", 0.0, loss, 1e-24, scale=1.0)
         yield equal(f"... and its gradient, t = {t}", 0.0, gradient(loss, *method.student.parameters()), 1e-12, scale=1)
 
@@ -66,9 +66,9 @@ def verify() -> Iterator[Check]:
 
     method = method_of(means)
     times = math.pi / 2 * torch.rand(16, generator=batch.generator("student/t"), dtype=torch.float64)
-    yield equal("a turn on noised data", wanted_at(times), method.student_turn(batch)["loss"], 1e-9)
+    yield equal("a turn on noised data", wanted_at(times), method.on_data(batch).loss, 1e-9)
     method = method_of(means, trajectories=True, trajectory_steps=4)
-    turn, times = method.student_turn(batch)["loss"], sampling_grid(method.schedule, 4)[torch.arange(16) // 4]
+    turn, times = method.on_trajectories(batch).loss, sampling_grid(method.schedule, 4)[torch.arange(16) // 4]
     yield equal("a turn at staggered points of trajectories", wanted_at(times), turn, 1e-9)
 
     sampler = method_of(aim, sampling_steps=7).sampler()

@@ -15,8 +15,19 @@ from diffdistill.core.prediction import ROWS, diffuse
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture
 from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
-from diffdistill.methods.multistep_consistency import Config, MultistepConsistency
+from diffdistill.methods.multistep_consistency import Config, MultistepConsistency, Segment
 from diffdistill.players.teacher import Teacher
+
+# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
+PLANE = {
+    "segments": 2,
+    "eta": 0.0,
+    "teacher_steps_start": 32,
+    "teacher_steps_end": 32,
+    "loss_weight": "v",
+    "steps": 2000,
+    "student_lr": 0.001,
+}
 
 
 class _Gaussian:
@@ -42,7 +53,7 @@ class _Gaussian:
         x0 = self.mu + self.s * z
         t, r, e = (self.grid[row, k].expand(16) for k in (i, i + 1, -1))
         x_t = diffuse(x0, t, eps)
-        return x_t, self.method.less_noisy(x_t, x0, eps, t, r, {}), t, r, e
+        return x_t, self.method.less_noisy(x_t, x0, eps, Segment(t, r, r), {}), t, r, e
 
     def minimise(self) -> tuple[Tensor, Tensor]:
         """Loss and gradient after each angle was fitted to x_ref, from the end of its segment upwards."""
@@ -50,8 +61,8 @@ class _Gaussian:
         for row in range(len(self.grid)):
             for i in reversed(range(self.grid.shape[1] - 1)):
                 x_t, x_r, t, r, e = self.at(row, i)
-                self.network.fit(self.node(row, i), x_t, self.method.reference(x_t, x_r, t, r, e, {}))
-                losses.append(self.method.consistency(x_t, x_r, t, r, e, {})["loss"])
+                self.network.fit(self.node(row, i), x_t, self.method.reference(x_t, x_r, Segment(t, r, e), {}))
+                losses.append(self.method.following(x_t, x_r, Segment(t, r, e), {}).loss)
         loss = torch.stack(losses).sum()
         return loss, gradient(loss, self.network.slope, self.network.offset)
 
@@ -98,11 +109,11 @@ def _steps() -> Iterator[Check]:
         x_var = eta * (mean - x0).square().sum(1, keepdim=True) / 2
         added = (alpha_s - alpha * sigma_s / sigma) ** 2 * x_var
         closed = alpha_s * mean + torch.sqrt(sigma_s**2 + 2 / noise.square().sum(1, keepdim=True) * added) * noise
-        got = _Gaussian(Config(eta=eta)).method.less_noisy(x_t, x0, eps, t, s, {})
+        got = _Gaussian(Config(eta=eta)).method.less_noisy(x_t, x0, eps, Segment(t, s, s), {})
         yield equal(f"adjusted DDIM, eq. 14, eta = {eta}", closed, got, 1e-12)
     plain = alpha_s * mean + sigma_s * noise
     yield differs("which is more than DDIM", plain, got, 1e-3)
-    shared = _Gaussian(Config(mode="training")).method.less_noisy(x_t, x0, eps, t, s, {})
+    shared = _Gaussian(Config(mode="training")).method.less_noisy(x_t, x0, eps, Segment(t, s, s), {})
     yield equal("in training x_r has the noise of x_t", alpha_s * x0 + sigma_s * eps, shared, 1e-12)
 
 
@@ -142,7 +153,7 @@ def _fixed_point() -> Iterator[Check]:
     x_t, _, t, r, e = game.at(0, 0)
     x_r, z_e = game.exact.flow_map(x_t, t, r), game.exact.flow_map(x_t, t, e)
     game.network.fit(game.node(0, 1), x_r, inverse_ddim(z_e, x_r, r, e))
-    x_ref = game.method.reference(x_t, x_r, t, r, e, {})
+    x_ref = game.method.reference(x_t, x_r, Segment(t, r, e), {})
     landed = torch.cos(e)[:, None] * x_ref + torch.sin(e)[:, None] * (
         (x_t - torch.cos(t)[:, None] * x_ref) / torch.sin(t)[:, None]
     )
@@ -182,7 +193,7 @@ def _one_step(game: _Gaussian, i: int, label: str) -> Iterator[Check]:
         expected = torch.zeros(2, *network.slope.shape, dtype=torch.float64)
         expected[0, node] = outside * inside * (pull * x_t).mean(0)
         expected[1, node] = outside * inside * pull.mean(0)
-    loss = game.method.consistency(x_t, x_r, t, r, e, {})["loss"]
+    loss = game.method.following(x_t, x_r, Segment(t, r, e), {}).loss
     yield equal(f"the loss, {label}", outside * value.mean(), loss, 1e-10)
     got = gradient(loss, network.slope, network.offset)
     yield equal(f"its gradient, through the noisier point alone, {label}", expected, got, 1e-10)
@@ -196,15 +207,17 @@ def _limits() -> Iterator[Check]:
     for row in (0, 2, 3):
         t, r = game.grid[row, 0].expand(16), game.grid[row, 1].expand(16)
         x_t = diffuse(x0, t, eps)
-        x_r = game.method.less_noisy(x_t, x0, eps, t, r, {})
-        got = game.method.reference(x_t, x_r, t, r, r, {})
+        x_r = game.method.less_noisy(x_t, x0, eps, Segment(t, r, r), {})
+        got = game.method.reference(x_t, x_r, Segment(t, r, r), {})
         yield equal(
             f"training with as many segments as steps: x_ref is the data, eq. 9, segment {row + 1}", x0, got, 1e-12
         )
     one = _Gaussian(Config(segments=1, teacher_steps_start=6))
     one.network.slope.data.fill_(0.4)
     x_t, x_r, t, r, e = one.at(0, 1)
-    yield equal("one segment: x_ref is f(x_r, r)", 0.4 * x_r, one.method.reference(x_t, x_r, t, r, e, {}), 1e-12)
+    yield equal(
+        "one segment: x_ref is f(x_r, r)", 0.4 * x_r, one.method.reference(x_t, x_r, Segment(t, r, e), {}), 1e-12
+    )
 
     method = _Gaussian(Config(segments=8, anneal_steps=100)).method
     expected = [8.0, round(math.sqrt(64 * 1280) / 8), 160.0, 160.0]
@@ -218,5 +231,5 @@ def _limits() -> Iterator[Check]:
     teacher = Denoiser(layers, TrigFlow(), ROWS["sample"], call=lambda module, x, time, cond: module(x))
     method = MultistepConsistency(Teacher(teacher, (2,)), Config())
     t, e = torch.full((16,), 1.0).double(), torch.full((16,), 0.5).double()
-    loss = method.consistency(z, z, t, t, e, {}, seed=7)["distance"]
+    loss = method.following(z, z, Segment(t, t, e), {}, seed=7).shown["distance"]
     yield equal("both passes drop the same units", 0.0, loss, 1e-9, scale=1.0)

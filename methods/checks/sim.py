@@ -14,6 +14,9 @@ from diffdistill.exact.checks import AffineGame, Check, affine_game, differs, eq
 from diffdistill.methods.sim import SIM, Config, distance, distance_gradient
 from diffdistill.players.teacher import only_trains, trainable
 
+# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
+PLANE = {"time_low": 0.2, "c": 0.3, "student_lr": 0.001, "fake_score_lr": 0.002, "student_level": 1.373, "steps": 2000}
+
 
 def verify() -> Iterator[Check]:
     """Appendix B's row for SIM, on Gaussians in one dimension by quadrature and in two by formulas."""

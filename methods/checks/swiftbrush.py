@@ -14,6 +14,9 @@ from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
 from diffdistill.methods.swiftbrush import Config, SwiftBrush
 from diffdistill.players.teacher import only_trains, trainable
 
+# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
+PLANE = {"student_lr": 0.0005, "fake_score_lr": 0.002, "lora_rank": 32, "lora_alpha": 32, "beta1": 0.0, "steps": 2000}
+
 
 def verify() -> Iterator[Check]:
     """Two classes of one variance and a Gaussian for "no class": guided or not, all is affine and by hand."""
@@ -28,14 +31,14 @@ def verify() -> Iterator[Check]:
     def game(config: Config, means: Tensor = own, std: Tensor = c) -> tuple[SwiftBrush, AffineGenerator]:
         teacher, generator = class_gaussians_teacher(mu, s), AffineGenerator(m, b)
         student = Denoiser(generator, teacher.denoiser.schedule, teacher.denoiser.row)
-        method = SwiftBrush(teacher, config, student=student, lora_teacher=ClassGaussians(means, std).denoiser())
+        method = SwiftBrush(teacher, config, student=student, fake_score=ClassGaussians(means, std).denoiser())
         return method, generator
 
     def student_gradient(method: SwiftBrush, generator: AffineGenerator, t: Tensor) -> Tensor:
         only_trains("student", trainable(method.players))
         x = method.sampler().one_step(z, cond)
         # gradient_injection averages over the two dimensions; the closed form sums over them.
-        return gradient(2 * method.matching(x, t, eps, cond)["loss"], generator.mean, generator.scale)
+        return gradient(2 * method.matching(x, t, eps, cond).loss, generator.mean, generator.scale)
 
     for t in (0.2, 0.8, 1.4):
         angle = torch.full((len(z),), t).double()
@@ -72,8 +75,8 @@ def verify() -> Iterator[Check]:
         yield equal(f"sigma^3/alpha times the gradient of KL(q_t || p_t), t = {t}", sin**3 / cos * kl, got, 1e-9)
 
         method, generator = game(Config(guidance_scale=4.5))
-        only_trains("lora_teacher", trainable(method.players))
-        network = method.lora_teacher.network
+        only_trains("fake_score", trainable(method.players))
+        network = method.fake_score.network
         assert isinstance(network, ClassGaussians)
         loss = method.denoising(generator(z, angle).neg(), angle, eps, cond)
         parts = (sin * cos / big_c) ** 2 * ((m - own[label]) ** 2 + b**2) + (sin**2 / big_c - 1) ** 2
@@ -83,24 +86,24 @@ def verify() -> Iterator[Check]:
         got = gradient(loss, network.means)
         yield equal(f"its gradient, of this class's mean alone, t = {t}", slope.flatten(), got, 1e-9)
         method, generator = game(Config(), everywhere, b)
-        only_trains("lora_teacher", trainable(method.players))
-        network = method.lora_teacher.network
+        only_trains("fake_score", trainable(method.players))
+        network = method.fake_score.network
         assert isinstance(network, ClassGaussians)
         generator.requires_grad_()  # it gets no gradient all the same
         loss = method.denoising(generator(z, angle).neg(), angle, eps, cond)
         zero = gradient(loss, network.means, network.std, generator.mean, generator.scale)
         yield equal(f"zero at the student's distribution, t = {t}", 0.0, zero, 1e-9, scale=1.0)
 
-    method, _ = game(Config(label_drop=0.25))
+    method, _ = game(Config(label_dropout=0.25))
     labels = method.dropped(cond, torch.arange(16) / 16)["class_labels"]
     yield equal("a quarter of the conditions is dropped", torch.tensor([2] * 4 + [1] * 12), labels, 0.0)
     for step in (0, 1):
-        players = [turn.player for turn in method.turns(step)] == ["student", "lora_teacher"]
+        players = [turn.player for turn in method.turns(step)] == ["student", "fake_score"]
         yield equal(f"order of turns at step {step}: the student, then the LoRA teacher", 1.0, float(players), 0.0)
 
 
 def _through_both_networks(method: SwiftBrush, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
     """The mistake of leaving both networks in the graph: the loss without its stop-gradients."""
     x_t = diffuse(x, t, eps)
-    gap = method.teacher(x_t, t, cond).eps - method.guided_lora_teacher(x_t, t, cond).eps
+    gap = method.teacher(x_t, t, cond).eps - method.guided_fake_score(x_t, t, cond).eps
     return (expand(torch.sin(t) ** 2, gap) * gap * x).mean()

@@ -210,7 +210,7 @@ def trained(method: AdapterGuidance, teacher: Teacher, steps: int, lr: float) ->
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
-        method.student_turn(batch_of(teacher, 64, step))["loss"].backward()
+        method.student_turn(batch_of(teacher, 64, step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -370,7 +370,7 @@ def test_a_plain_network_is_corrected_at_its_output(kind: str) -> None:
     teacher = Teacher(Denoiser(MLP().double(), TrigFlow(), ROWS["v_prediction"], null=null), (2,), 3)
     method = AdapterGuidance(teacher, Config(adapter=kind, trajectory_steps=4))  # type: ignore[arg-type]
     batch = Batch(6, (2,), {"class_labels": torch.arange(6) % 3}, None, torch.device("cpu"), (0, 0, 0))
-    loss = method.student_turn(batch)["loss"]
+    loss = method.student_turn(batch).loss
     loss.backward()
     grads = [p.grad for p in method.student.parameters() if p.requires_grad and p.grad is not None]
     assert loss.dtype == torch.float64 and any(bool(g.abs().sum() > 0) for g in grads)

@@ -212,7 +212,7 @@ def test_no_network_runs_twice_and_guidance_is_the_teachers_alone(
     method = Consistency(teacher, Config(**options))
     target = {"target": method.target.network} if method.state else {}
     with calls(teacher=teacher.denoiser.network, student=method.student.network, **target) as seen:
-        method.turns(0)[0].loss(batch_of(method))["loss"].backward()
+        method.turns(0)[0].loss(batch_of(method)).loss.backward()
     assert [n for name, n in seen if name == "teacher"] == teacher_passes
     assert [n for name, n in seen if name == "student"] == ([4] if method.state else [4, 4])
     assert all(p.grad is None for p in method.target.parameters()) or not method.state

@@ -103,7 +103,7 @@ def test_the_gap_begins_at_zero(tiny_teacher: Callable[[str], Path]) -> None:
     """Teacher and fake score are the same network then; dropout in one of them would show."""
     method = DMD2(load_teacher(tiny_teacher("vp")), Config())
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 0, 0))
-    assert float(method.student_turn([], batch)["gap"]) == 0
+    assert float(method.student_turn([], batch).shown["gap"]) == 0
 
 
 def test_the_students_gan_gradient_leaves_the_critic_alone(tiny_teacher: Callable[[str], Path]) -> None:
@@ -151,7 +151,7 @@ def test_the_matching_gradient_is_that_of_images_so_that_the_gan_weight_means_th
         next(method.fake_score.parameters()).add_(0.1)
     x = torch.randn(4, 1, 8, 8, requires_grad=True)
     t, eps, cond = torch.full((4,), 0.7).double(), torch.randn(4, 1, 8, 8), {"class_labels": torch.arange(4)}
-    (got,) = torch.autograd.grad(method.matching(x, t, eps, cond)["loss"], x)
+    (got,) = torch.autograd.grad(method.matching(x, t, eps, cond).loss, x)
     image, x_t = 0.5 * x.detach(), dmd2.diffuse(x.detach(), t, eps)
     real, fake = (0.5 * network(x_t, t, cond).x0 for network in (method.teacher, method.fake_score))
     theirs = (fake - real) / (image - real).abs().mean((1, 2, 3), keepdim=True) / x.numel()  # d loss / d image

@@ -152,7 +152,7 @@ def test_every_part_of_the_student_is_trained_and_the_teacher_is_not(tiny_teache
     batch = Batch(4, teacher.shape, {"class_labels": torch.arange(4)}, data, torch.device("cpu"), (0, 0, 0))
     (turn,) = method.turns(0)
     assert isinstance(turn, Turn)
-    turn.loss(batch)["loss"].backward()
+    turn.loss(batch).loss.backward()
     assert all(p.grad is not None for p in method.student.parameters())
     assert all(p.grad is None for p in (*method.teacher.parameters(), *method.previous.parameters()))
 

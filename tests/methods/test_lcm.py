@@ -144,13 +144,13 @@ def test_passes_and_the_shared_dropout(tiny_teacher: Callable[[str], Path], monk
     passes: list[tuple[str, int]] = []
     for name, denoiser in (("student", method.student), ("target", method.target), ("teacher", method.teacher)):
         denoiser.network.register_forward_hook(lambda m, args, out, name=name: passes.append((name, len(args[0]))))
-    method.student_turn(batch_of(4))["loss"].backward()
+    method.student_turn(batch_of(4)).loss.backward()
     assert sorted(passes) == [("student", 4), ("target", 4), ("teacher", 8)]
     assert all(p.grad is None for p in (*method.target.parameters(), *method.teacher.parameters()))
     monkeypatch.setattr(method, "f", lambda denoiser, x_t, i, cond: torch.rand(4))
-    assert float(method.student_turn(batch_of(4))["loss"]) == 0
+    assert float(method.student_turn(batch_of(4)).loss) == 0
     monkeypatch.setattr(lcm, "seeded", lambda seed, device: contextlib.nullcontext())
-    assert float(method.student_turn(batch_of(4))["loss"]) > 0
+    assert float(method.student_turn(batch_of(4)).loss) > 0
 
 
 def test_scales_are_drawn_for_each_sample(tiny_teacher: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_unconditional_teachers_need_guidance_1() -> None:
     teacher = gaussian_teacher([0.3, 0.1], 0.7)
     method = LCM(teacher, Config(), student=teacher.denoiser)
     assert not method.takes_scale
-    assert torch.isfinite(method.student_turn(batch_of(8, (2,)))["loss"])
+    assert torch.isfinite(method.student_turn(batch_of(8, (2,))).loss)
     with pytest.raises(UserError, match=r"teacher: a guidance scale needs one that was trained with a null condition"):
         LCM(teacher, Config(guidance_max=2.0), student=teacher.denoiser)
 

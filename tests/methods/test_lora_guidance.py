@@ -97,7 +97,7 @@ def test_only_lora_is_trained(tiny_teacher: Teachers) -> None:
         data = torch.randn(4, 1, 8, 8)
         batch = Batch(4, teacher.shape, {"class_labels": torch.arange(4)}, data, torch.device("cpu"), (0, 0, 0))
         optimizer = torch.optim.AdamW([p for p in method.student.parameters() if p.requires_grad], lr=1e-2)
-        method.student_turn(batch)["loss"].backward()
+        method.student_turn(batch).loss.backward()
         optimizer.step()
         after = {name.replace(".base_layer", ""): p for name, p in teacher.denoiser.state_dict().items()}
         assert all(torch.equal(before[name], after[name]) for name in before)
@@ -133,7 +133,7 @@ def test_training_reaches_the_guided_means() -> None:
     optimizer = torch.optim.Adam([learned], lr=0.05)
     for step in range(150):
         cond = {"class_labels": torch.arange(32) % 2}
-        loss = method.student_turn(Batch(32, (2,), cond, None, torch.device("cpu"), (0, step, 0)))["loss"]
+        loss = method.student_turn(Batch(32, (2,), cond, None, torch.device("cpu"), (0, step, 0))).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -115,7 +115,7 @@ def test_points_below_the_least_level_are_moved_there(tiny_teacher: Teachers) ->
     x, cond = torch.randn(4, 1, 8, 8), {"class_labels": torch.arange(4)}
     for r in (t, torch.zeros_like(t)):
         x_r = method.less_noisy(x, torch.zeros_like(x), torch.zeros_like(x), t, r, cond)
-        loss = method.consistency(x, x_r, t, r, torch.zeros_like(t), cond)["loss"]
+        loss = method.consistency(x, x_r, t, r, torch.zeros_like(t), cond).loss
         loss.backward()
         grads = [p.grad for p in method.student.parameters() if p.grad is not None]
         assert all(bool(torch.isfinite(g).all()) for g in grads)

@@ -83,7 +83,7 @@ def test_the_students_gradient_leaves_the_fake_score_alone(
     assert all(p.grad is None for p in method.teacher.parameters())
     assert method.student.training and not method.fake_score.training
     only_trains("fake_score", parameters)
-    method.fake_score_turn(batch)["loss"].backward()
+    method.fake_score_turn(batch).loss.backward()
     assert method.fake_score.training and not method.student.training
     assert any(bool(p.grad.any()) for p in method.fake_score.parameters() if p.grad is not None)
 

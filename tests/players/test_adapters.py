@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffdistill import UserError, load_teacher
-from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.denoiser import Denoiser, Extra
 from diffdistill.core.guidance import guide
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.players.average import MovingAverage
@@ -106,18 +106,19 @@ def test_lora_adapts_a_float64_network_in_float64(teacher: Teacher) -> None:
 
 def test_the_scale_is_an_input_that_starts_without_effect(teacher: Teacher) -> None:
     player = guidance_input(teacher.player("student"), default=2.0).eval()
-    scaled = COND | {"guidance_scale": torch.tensor([1.0, 2.0, 5.0, 9.5, 14.0], dtype=torch.float64)}
+    scaled = Extra(torch.tensor([1.0, 2.0, 5.0, 9.5, 14.0], dtype=torch.float64))
     expected = teacher.denoiser(X, T, COND).y
-    assert torch.equal(player(X, T, scaled).y, expected)
+    assert torch.equal(player(X, T, COND, scaled).y, expected)
     assert torch.equal(player(X, T, COND).y, expected)
     shaken(player)
-    out = player(X, T, scaled).y
-    given, absent = player(X, T, COND | {"guidance_scale": torch.full((5,), 2.0)}).y, player(X, T, COND).y
+    out = player(X, T, COND, scaled).y
+    given, absent = player(X, T, COND, Extra(torch.full((5,), 2.0))).y, player(X, T, COND).y
     assert torch.equal(given, absent)
     changed = (out - absent).flatten(1).norm(dim=1) > 1e-4
     assert changed.tolist() == [True, False, True, True, True]  # each sample by its own scale
-    assert torch.equal(copy.deepcopy(player)(X, T, scaled).y, out)
-    assert torch.equal(player.features(X, T, scaled), player.features(X, T, scaled))
+    assert torch.equal(copy.deepcopy(player)(X, T, COND, scaled).y, out)
+    with pytest.raises(ValueError, match="no second input"):
+        teacher.denoiser(X, T, COND, scaled)
 
 
 def test_the_default_scale_is_part_of_the_state(teacher: Teacher) -> None:
@@ -131,12 +132,9 @@ def test_the_default_scale_is_part_of_the_state(teacher: Teacher) -> None:
 
 def test_guidance_of_a_scaled_network_keeps_the_scale_in_both_halves(teacher: Teacher) -> None:
     player = shaken(guidance_input(teacher.player("student")))
-    scaled = COND | {"guidance_scale": torch.full((5,), 4.0)}
-    assert player.null is not None
-    assert player.null(scaled)["guidance_scale"] is scaled["guidance_scale"]
-    null = scaled | {"class_labels": torch.full((5,), 10)}
-    c, u = player(X, T, scaled).y, player(X, T, null).y
-    got = guide(player, X, T, scaled, torch.full((5,), 3.0, dtype=torch.float64)).y
+    scaled, null = Extra(torch.full((5,), 4.0)), {"class_labels": torch.full((5,), 10)}
+    c, u = player(X, T, COND, scaled).y, player(X, T, null, scaled).y
+    got = guide(player, X, T, COND, torch.full((5,), 3.0, dtype=torch.float64), scaled).y
     assert relative(got, u + 3 * (c - u)) < 1e-5
 
 

@@ -1,0 +1,88 @@
+"""The game of the methods that follow trajectories: from x_t to a less noisy x_r, where a slow copy says the rest."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.prediction import diffuse
+from diffdistill.players.teacher import Teacher, frozen
+from diffdistill.rng import seed_for
+from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
+
+
+class Interval(Protocol):
+    """A stretch of trajectory for each sample; a method's own has more fields."""
+
+    @property
+    def t(self) -> Tensor:
+        """(B,) the angles of the noisier end."""
+
+
+I = TypeVar("I", bound=Interval)
+
+
+class FollowingMethod(Method, Generic[I]):
+    """One player, the student. Its slow copy, the target, lies in the checkpoint; without one it is its own target.
+
+    A method says the interval that is followed (`interval`), where it leads (`less_noisy`) and the loss there
+    (`following`), which gets a seed so that both passes of the student drop the same units.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.IMAGES})  # type: ignore[misc]
+
+    def __init__(self, teacher: Teacher, config: Any, student: Denoiser, *, slow_target: bool):
+        super().__init__(teacher, config)
+        self.teacher: Any = frozen(teacher.denoiser)
+        self.student = self.target = student
+        self.players = {"student": student}
+        if slow_target:
+            self.target = copy.deepcopy(student).requires_grad_(False)
+            self.state = {"target": self.target}
+
+    # -- what a method says --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def interval(self, step: int, batch: Batch) -> I:
+        """What each sample of a training step follows."""
+
+    @abstractmethod
+    def less_noisy(self, x_t: Tensor, x0: Tensor, eps: Tensor, interval: I, cond: Cond) -> Tensor:
+        """(B, ...) x_r: by a teacher's step from x_t, or x0 under the same noise eps as x_t. No gradient passes."""
+
+    @abstractmethod
+    def following(self, x_t: Tensor, x_r: Tensor, interval: I, cond: Cond, seed: int = 0) -> Outcome:
+        """The loss of the student at x_t (B, ...) against the target at x_r (B, ...)."""
+
+    def target_decay(self, step: int) -> float:
+        """The decay of the target's moving average at a training step."""
+        return self.config.target_ema
+
+    # -- the game --------------------------------------------------------------------------------------------
+
+    @final
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("student", partial(self.student_turn, step))]
+
+    @final
+    def student_turn(self, step: int, batch: Batch) -> Outcome:
+        interval, eps = self.interval(step, batch), batch.randn("student/eps")
+        x_t = diffuse(batch.images, interval.t, eps)
+        with torch.no_grad():
+            x_r = self.less_noisy(x_t, batch.images, eps, interval, batch.cond)
+        return self.following(x_t, x_r, interval, batch.cond, seed_for(*batch.key, "student/dropout"))
+
+    @final
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """target <- mu target + (1 - mu) student."""
+        if self.state:
+            averages: list[Tensor] = list(self.target.parameters())
+            torch._foreach_lerp_(averages, list(self.student.parameters()), 1 - self.target_decay(step))
