@@ -24,7 +24,6 @@ knows, "easy" takes r = 0, and x_r itself as the target. `huber_c` and `time_mea
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -38,7 +37,7 @@ from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, heun_step
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.schedule import sampling_grid, student_levels
-from diffdistill.core.times import karras_grid, log_normal
+from diffdistill.core.times import grid_points_at, karras_grid, log_normal
 from diffdistill.errors import UserError
 from diffdistill.options import FollowingOptions, ImageDistance, TeacherGuidance, option
 from diffdistill.players.sampler import Sampler
@@ -58,7 +57,7 @@ ABOUT = About(
         "consistency training pair (eq. 10, Algorithm 3)": "Consistency.less_noisy",
         "boundary condition f(x, sigma_min) = x (section 3)": "Consistency.target_x0",
         "Karras grid (section 4)": "core.times.karras_grid",
-        "N(k) and mu(k) (appendix C)": "grid_points_at, Consistency.target_decay",
+        "N(k) and mu(k) (appendix C)": "core.times.grid_points_at, Consistency.target_decay",
         "target's moving average (eq. 8)": "scaffold.following.FollowingMethod.after_step",
         "distances; pseudo-Huber of Song & Dhariwal 2023, arXiv:2310.14189": "core.distances.distance",
         "t to r and its stages (arXiv:2406.14548 and its code)": "Consistency.easy_partner",
@@ -95,10 +94,8 @@ class Config(FollowingOptions, ImageDistance, TeacherGuidance, student_lr=1e-4):
 
 
 class Step(NamedTuple):
-    """From t to the less noisy r, both (B,)."""
-
-    t: Tensor
-    r: Tensor
+    t: Tensor  #: (B,) angles
+    r: Tensor  #: (B,) the less noisy ones
 
 
 class Consistency(FollowingMethod[Step]):
@@ -120,14 +117,10 @@ class Consistency(FollowingMethod[Step]):
     def sampler(self) -> Sampler:
         return Sampler(self.student, student_levels(self.schedule, self.config.student_steps).tolist())
 
-    # -- times ---------------------------------------------------------------------------------------------
-
     def points(self, step: int) -> int:
         """N at that training step."""
-        c = self.config
-        if c.mode != "training":
-            return c.grid_points
-        return grid_points_at(step, c.ramp_steps, c.start_scales, c.end_scales)
+        c, ends = self.config, (self.config.start_scales, self.config.end_scales)
+        return grid_points_at(step, c.ramp_steps, *ends) if c.mode == "training" else c.grid_points
 
     def target_decay(self, step: int) -> float:
         """mu at that training step."""
@@ -144,9 +137,9 @@ class Consistency(FollowingMethod[Step]):
         return grid
 
     def interval(self, step: int, batch: Batch) -> Step:
-        if self.config.mode == "easy":
-            draw = batch.generator("student/t")
-            t = log_normal(self.schedule, batch.size, draw, self.config.time_mean, self.config.time_std)
+        c, draw = self.config, batch.generator("student/t")
+        if c.mode == "easy":
+            t = log_normal(self.schedule, batch.size, draw, c.time_mean, c.time_std)
             t = t.clamp(self.schedule.t_min, self.schedule.t_max)
             return Step(t, self.easy_partner(t, step))
         grid = self.grid(step).to(batch.device)
@@ -161,8 +154,6 @@ class Consistency(FollowingMethod[Step]):
         sigma = sigma - sigma * (1 - ratio) * (1 + 8 * torch.sigmoid(-sigma))
         r = torch.atan(sigma.clamp_min(0) / self.schedule.data_std)
         return torch.where(r < self.schedule.t_min, 0.0, r)
-
-    # -- the loss ------------------------------------------------------------------------------------------
 
     def less_noisy(self, x_t: Tensor, x0: Tensor, eps: Tensor, interval: Step, cond: Cond) -> Tensor:
         if not self.from_teacher:
@@ -190,8 +181,3 @@ class Consistency(FollowingMethod[Step]):
 
 
 METHOD = Consistency
-
-
-def grid_points_at(k: int, total: int, s0: int, s1: int) -> int:
-    """N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1, from s0 to s1 + 1; constant after K."""
-    return math.ceil(math.sqrt(min(k / total, 1) * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1

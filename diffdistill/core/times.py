@@ -82,3 +82,9 @@ def karras_grid(schedule: Schedule, n: int, rho: float = 7.0) -> Tensor:
     grid = torch.atan(torch.linspace(first, last, n, dtype=torch.float64) ** rho)
     grid[0], grid[-1] = high, low  # to the last bit: a method asks whether it is at an end
     return grid
+
+
+def grid_points_at(k: int, total: int, s0: int, s1: int) -> int:
+    """N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1, from s0 to s1 + 1; constant after K = total
+    (Song et al. 2023, arXiv:2303.01469, appendix C)."""
+    return math.ceil(math.sqrt(min(k / total, 1) * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1

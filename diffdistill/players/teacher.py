@@ -73,8 +73,14 @@ def trainable_copy(denoiser: Denoiser) -> Denoiser:
 
 
 def frozen(module: Module) -> Module:
-    """The module itself, with no trainable parameter and in evaluation mode."""
-    return module.requires_grad_(False).eval()
+    """The module itself, with no trainable parameter of its own and in evaluation mode.
+
+    The matrices of LoRA players, which lie in the layers of their base, are the players'.
+    """
+    for name, parameter in module.named_parameters():
+        if ".lora_" not in name:
+            parameter.requires_grad_(False)
+    return module.eval()
 
 
 def trainable(players: Mapping[str, nn.Module]) -> dict[str, list[nn.Parameter]]:

@@ -339,10 +339,10 @@ def test_options_that_do_not_fit(teacher: Path, prompts: Path, tmp_path: Path) -
     run = tmp_path / "run"
     for more, told in (
         (
-            {"student": "lora", "adapter_targets": "foo"},
+            {"lora": "student", "lora_targets": "foo"},
             "lora: the teacher's UNet2DConditionModel has no layer called foo to adapt; there are .*to_out.0, to_q",
         ),
-        ({"student": "lora", "adapter_targets": "to_q,to_kk"}, "no layer called to_kk to adapt; did you mean 'to_k'"),
+        ({"lora": "student", "lora_targets": "to_q,to_kk"}, "no layer called to_kk to adapt; did you mean 'to_k'"),
         ({"method": "consistency", "mode": "training"}, "needs images too"),
         ({"frames": 5}, "frames: 5 was given, and stable_diffusion makes images"),
     ):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffdistill.catalogue import method_names
+from diffdistill.catalogue import describe_method, method_names
 from diffdistill.commands.cli import main
 from diffdistill.commands.distill import distill, export_run
 from diffdistill.config import run_options
@@ -103,11 +103,12 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
 
 
 def options_for(folder: Path, prompts: Path, name: str, method: str, kind: str) -> dict[str, Any]:
-    critic = {"fake_score": kind} if method in ("dmd2", "sid") else {}
+    roles = "student,fake_score" if method in ("dmd2", "sid") else "student"
+    lora = {"lora": roles} if kind == "lora" else {}
     frames = {"frames": 5} if name == "wan" else {}
     return {
         "method": method, "teacher": str(folder), "prompts": str(prompts), "resolution": SIZES[name], **frames,
-        "student": kind, **critic, "adapter_rank": 2, "student_lr": 1e-3, "batch_size": 2, "steps": 2,
+        **lora, "lora_rank": 2, "student_lr": 1e-3, "batch_size": 2, "steps": 2,
         "sample_every": 0, "device": "cpu", **METHODS[method],
     }  # fmt: skip
 
@@ -158,7 +159,7 @@ def test_the_stranger_gets_the_students_images(
         run = tmp_path / f"{method}-{kind}"
         options = options_for(folder, prompts, name, method, kind) | {"out": str(run)}
         if kind == "lora":
-            options |= {"student_lr": LORA_RATES.get(name, 0.1), "adapter_alpha": 6.0}
+            options |= {"student_lr": LORA_RATES.get(name, 0.1), "lora_alpha": 6.0}
         # What makes no sense says so.
         if method == "progressive" and ROWS["epsilon"] is load_teacher(folder, resolution=SIZES[name]).denoiser.row:
             with pytest.raises(UserError, match="predicts the noise"):
@@ -199,7 +200,7 @@ def test_a_lora_student_of_pixels_is_exported_as_it_was_trained(tmp_path: Path) 
 
     folder, run = tmp_path / "teacher", tmp_path / "run"
     tiny_a.unet2d_ddim().save_pretrained(folder)
-    adapters = {"student": "lora", "fake_score": "lora", "adapter_rank": 2, "adapter_alpha": 6.0, "student_lr": 0.1}
+    adapters = {"lora": "student,fake_score", "lora_rank": 2, "lora_alpha": 6.0, "student_lr": 0.1}
     shared = {"teacher": str(folder), "batch_size": 2, "steps": 2, "sample_every": 0, "device": "cpu"}
     student = distill(method="sid", **shared, **adapters, out=str(run))
     pipeline = DiffusionPipeline.from_pretrained(student)
@@ -276,7 +277,6 @@ OTHERS: dict[str, dict[str, Any]] = {
 SAYS_SO = {
     ("adapter_guidance", "full"): "class-conditional teacher",
     ("adapter_guidance", "lora"): "class-conditional teacher",
-    ("lora_guidance", "lora"): "has no student that can be an adapter on the teacher",
 }
 
 
@@ -294,9 +294,8 @@ def test_every_method_runs_with_both_kinds_or_says_why_not(
     for name in METHODS["progressive"]:
         options.pop(name)
     options |= OTHERS[method]
-    critics = {"dmd", "dmd2", "sid", "sim", "diff_instruct"}
-    if kind == "lora" and method in critics:
-        options["fake_score"] = "lora"
+    if kind == "lora" and describe_method(method).about.kind == "distribution":
+        options["lora"] = "student,fake_score"
     if method == "dmd":
         made = {"teacher": str(folder), "prompts": str(prompts), "count": 4, "sampling_steps": 2, "device": "cpu"}
         options["pairs"] = str(make_pairs(**made, out=str(tmp_path / "pairs")))
@@ -316,8 +315,8 @@ def test_a_fake_score_where_there_is_none_is_refused(
     encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     folder, prompts = encoded("sd_v")
-    options = options_for(folder, prompts, "sd_v", "progressive", "full") | {"fake_score": "lora"}
-    with pytest.raises(UserError, match="fake_score: progressive has no fake score"):
+    options = options_for(folder, prompts, "sd_v", "progressive", "full") | {"lora": "fake_score"}
+    with pytest.raises(UserError, match="lora: progressive has no player 'fake_score'"):
         distill(**options, out=str(tmp_path / "run"))
 
 
@@ -391,7 +390,7 @@ def test_from_the_command_line(
     printed = capsys.readouterr().out
     assert all(name in printed for name in FAMILIES)
     shared = ["--teacher", str(folder), "--resolution", str(SIZES["sd_v"]), "--device", "cpu"]
-    train = ["train", "--method", "dmd2", "--prompts", str(prompts), "--student", "lora", "--fake-score", "lora"]
+    train = ["train", "--method", "dmd2", "--prompts", str(prompts), "--lora", "student,fake_score"]
     assert main([*train, *shared, "--steps", "2", "--batch-size", "2", "--out", str(run)]) == 0
     assert (run / "encoded" / "encode.json").is_file()
     assert len(list((run / "samples").glob("*.png"))) == 2  # decoded
