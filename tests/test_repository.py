@@ -11,6 +11,7 @@ from diffdistill.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 GITHUB = ROOT / ".github"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FORMS = [path for path in sorted((GITHUB / "ISSUE_TEMPLATE").glob("*.yml")) if path.name != "config.yml"]
 
 
@@ -75,9 +76,14 @@ def test_the_other_templates_are_there() -> None:
     assert "make test" in (GITHUB / "PULL_REQUEST_TEMPLATE.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))],
-                         ids=lambda path: path.name)  # fmt: skip
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_pictures_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
     missing = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_the_tests_that_it_names_exist(path: Path) -> None:
+    names = re.findall(r"tests/[\w/]+\.py", path.read_text(encoding="utf-8"))
+    assert not [name for name in names if not (ROOT / name).is_file()]
