@@ -33,6 +33,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
+        """Whether the row holds."""
         return self.error <= self.tolerance if self.kind == "equal" else self.error > self.tolerance
 
 
@@ -113,9 +114,14 @@ class Matching(Protocol):
     fake_score: Denoiser
     players: dict[str, nn.Module]
 
-    def sampler(self) -> FewStepSampler: ...
-    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> dict[str, Tensor]: ...
-    def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor: ...
+    def sampler(self) -> FewStepSampler:
+        """How the student draws."""
+
+    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> dict[str, Tensor]:
+        """The student's loss, as "loss", for samples x (B, ...) noised with eps (B, ...) to the angles t (B,)."""
+
+    def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        """The fake score's loss on the same, a scalar."""
 
 
 def matching_checks(make: Callable[[AffineGame, bool], Matching]) -> Iterator[Check]:
