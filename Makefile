@@ -1,11 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# `make CONSTRAINTS=` installs the newest versions that setup.cfg allows.
+CONSTRAINTS ?= constraints.txt
 
 SHAPES := runs/shapes
 STUDENTS := dmd2-1 dmd2-4 progressive-1 progressive-4
 
-.PHONY: demo demo-text $(STUDENTS) bench test lint format typecheck wheel clean
+.PHONY: demo demo-text $(STUDENTS) bench test suite coverage lint format typecheck wheel clean
 
 # A run is never overwritten; the demo's own folder is the exception.
 demo: $(STAMP)
@@ -38,8 +40,14 @@ progressive-4:
 bench: $(STAMP)
 	$(BIN)/python -m diffdistill.eval.benchmarks.performance --out docs/performance.md
 
-test: lint typecheck
+test: lint typecheck suite
+
+suite: $(STAMP)
 	$(BIN)/python -m pytest --durations=10
+
+# The suite again, with the share of lines that it runs, file by file.
+coverage: $(STAMP)
+	$(BIN)/python -m pytest --cov=. --cov-report=term:skip-covered
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -67,5 +75,5 @@ clean:
 # Editable on purpose: after a plain install, Python run from here finds ./diffdistill without the mapped folders.
 $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,eval,lite0]'
+	$(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev,eval,lite0]'
 	touch $@

@@ -62,6 +62,7 @@ def side_by_side(rows: Sequence[tuple[str, Tensor]], scale: int = 1) -> Image.Im
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Write a picture as PNG, whole or not at all; returns the path. Raises OSError if it cannot be written."""
     data = io.BytesIO()
     image.save(data, format="PNG")
     return atomic_write(path, data.getvalue())

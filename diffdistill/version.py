@@ -1,1 +1,3 @@
+"""The version of the package; setup.cfg reads it here."""
+
 __version__ = "0.1.0"

@@ -108,7 +108,8 @@ def compare(old: dict[str, object], new: dict[str, object]) -> int:
     for name in [*old, *(n for n in new if n not in old)]:
         a, b = old.get(name), new.get(name)
         trained = isinstance(a, list) and a and isinstance(a[0], dict)
-        if trained and isinstance(b, list) and len(a) == len(b) and isinstance(b[0], dict):  # what only the new logs
+        if trained and isinstance(b, list) and len(a) == len(b) and isinstance(b[0], dict):
+            # What only the new one logs is left out.
             b = [{k: v for k, v in line.items() if k in before} for line, before in zip(b, a, strict=True)]
         same = a == b
         verdict = ("the same bits, 20 steps" if trained else f"both refuse: {a}") if same else f"DIFFERS: {a} | {b}"

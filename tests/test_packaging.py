@@ -158,8 +158,8 @@ def test_nothing_unpickles() -> None:
     paths = [path for path in git_files("setup.py", "diffdistill", *MAPPED) if path.endswith(".py")]
     found = {path: unpickling((ROOT / path).read_text(encoding="utf-8")) for path in paths}
     # The standard feature networks are .pth files: read where their checksum is right, and then without running code.
-    weights = (ROOT / "eval/weights.py").read_text(encoding="utf-8")
-    (line,) = found.pop("eval/weights.py")
+    weights = (ROOT / "eval/features/weights.py").read_text(encoding="utf-8")
+    (line,) = found.pop("eval/features/weights.py")
     assert line.endswith(": torch.load") and "weights_only=True" in weights.splitlines()[int(line.split(":")[0]) - 1]
     assert not {path: lines for path, lines in found.items() if lines}
 

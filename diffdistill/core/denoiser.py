@@ -34,6 +34,7 @@ ExtraCall = Callable[[nn.Module, Tensor, Tensor, Cond, Extra], Tensor]
 
 
 def call_by_keyword(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    """`network(x, time, **cond)`: the call of a network that takes its conditions by name and returns a tensor."""
     return network(x, time, **cond)
 
 

@@ -57,6 +57,7 @@ class Guided(nn.Module):
         self.interval = interval
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """The guided prediction at x_t (B, ...) and the angles t (B,), as `Denoiser.forward`."""
         scale = torch.full_like(t, self.scale)
         if self.interval is not None:
             low, high = self.interval

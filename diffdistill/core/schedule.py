@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,27 +30,38 @@ class Native(NamedTuple):
 
 
 class Schedule(Protocol):
-    """t_min and t_max are the least and greatest noise angle that the network knows.
-
-    `levels(steps)` (steps,) is the stock sampler's descending row of levels.
-    `init_level` is where a one-step student reads pure noise unless told otherwise: the noisiest level from
-    which a stock scheduler can start. `init_scale(t)` is the standard deviation of x_t when that scheduler
-    draws the initial noise.
-    """
+    """The relation of a network's own time, its levels and the angles of the normal form."""
 
     @property
-    def data_std(self) -> float: ...
+    def data_std(self) -> float:
+        """The standard deviation of the data in the network's units; the normal form's x0 is divided by it."""
+
     @property
-    def t_min(self) -> float: ...
+    def t_min(self) -> float:
+        """The least noise angle that the network knows."""
+
     @property
-    def t_max(self) -> float: ...
-    def native(self, t: Tensor) -> Native: ...
-    def angle(self, level: Tensor | float) -> Tensor: ...
-    def at_fraction(self, u: Tensor) -> Tensor: ...
-    def levels(self, steps: int) -> Tensor: ...
+    def t_max(self) -> float:
+        """The greatest noise angle that the network knows."""
+
+    def native(self, t: Tensor) -> Native:
+        """What the network sees at the angles t, of any shape."""
+
+    def angle(self, level: Tensor | float) -> Tensor:
+        """The float64 angles of levels of any shape."""
+
+    def at_fraction(self, u: Tensor) -> Tensor:
+        """The angles at the fractions u of the schedule's own times; 0 is the least noise and 1 the most."""
+
+    def levels(self, steps: int) -> Tensor:
+        """(steps,) the stock sampler's descending row of levels. Raises UserError for less than one step."""
+
     @property
-    def init_level(self) -> float: ...
-    def init_scale(self, t: float) -> float: ...
+    def init_level(self) -> float:
+        """Where a one-step student reads pure noise by default: the noisiest level that a stock scheduler starts at."""
+
+    def init_scale(self, t: float) -> float:
+        """The standard deviation of x_t at the angle t when the stock scheduler draws the initial noise."""
 
 
 def _f64(x: Tensor | float) -> Tensor:
@@ -72,7 +83,7 @@ class DiscreteVP:
     _angles: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_config(cls, config: dict, data_std: float = 1.0) -> DiscreteVP:
+    def from_config(cls, config: dict[str, Any], data_std: float = 1.0) -> DiscreteVP:
         """Build from a diffusers scheduler's config (betas, their schedule, `rescale_betas_zero_snr`).
 
         Raises UserError for a `beta_schedule` that diffusers does not have.
@@ -93,10 +104,12 @@ class DiscreteVP:
 
     @property
     def t_min(self) -> float:
+        """The angle of timestep 0."""
         return float(self._table(torch.device("cpu"))[0])
 
     @property
     def t_max(self) -> float:
+        """The angle of timestep T - 1; pi/2 for zero terminal SNR."""
         return float(self._table(torch.device("cpu"))[-1])
 
     def native(self, t: Tensor) -> Native:
@@ -111,12 +124,14 @@ class DiscreteVP:
         return Native(time, cos / norm, sin / norm, 1 / norm)
 
     def angle(self, level: Tensor | float) -> Tensor:
+        """Between two timesteps the angle is interpolated linearly."""
         level = _f64(level)
         table = self._table(level.device)
         below = level.floor().long().clamp(0, len(table) - 2)
         return torch.lerp(table[below], table[below + 1], level - below)
 
     def at_fraction(self, u: Tensor) -> Tensor:
+        """The angle of timestep floor(u T)."""
         table = self._table(u.device)
         return table[(u * len(table)).long().clamp(0, len(table) - 1)]
 
@@ -131,10 +146,11 @@ class DiscreteVP:
 
     @property
     def init_level(self) -> float:
+        """The last timestep, T - 1."""
         return len(self.alphas_cumprod) - 1
 
     def init_scale(self, t: float) -> float:
-        # x_native is drawn as plain N(0, I), so x_t is that over the scale.
+        """The initial noise is N(0, I) in the network's units, so x_t is that over the scale."""
         return 1 / float(self.native(_f64(t)).scale)
 
 
@@ -158,14 +174,17 @@ class LinearFlow:
 
     @property
     def t_max(self) -> float:
+        """Pure noise, pi/2."""
         return math.pi / 2
 
     def native(self, t: Tensor) -> Native:
+        """alpha + sigma = 1, so both are divided by the sum of cos(t)/data_std and sin(t)."""
         cos, sin = torch.cos(t) / self.data_std, torch.sin(t)
         norm = cos + sin
         return Native(self.time_scale * sin / norm, cos / norm, sin / norm, 1 / norm)
 
     def angle(self, level: Tensor | float) -> Tensor:
+        """The angle of the flow time sigma in [0, 1]."""
         sigma = _f64(level)
         return torch.atan2(sigma, (1 - sigma) * self.data_std)
 
@@ -173,6 +192,7 @@ class LinearFlow:
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
     def at_fraction(self, u: Tensor) -> Tensor:
+        """The angle of the flow time u, shifted."""
         return self.angle(self._shifted(u))
 
     def levels(self, steps: int) -> Tensor:
@@ -190,9 +210,11 @@ class LinearFlow:
 
     @property
     def init_level(self) -> float:
+        """The flow time 1, or the next of `train_timesteps` below it where the scheduler does not start at one."""
         return 1.0 if self.starts_at_one else 1 - 1 / self.train_timesteps
 
     def init_scale(self, t: float) -> float:
+        """The initial noise is N(0, I) in the network's units, so x_t is that over the scale."""
         return 1 / float(self.native(_f64(t)).scale)
 
 
@@ -213,18 +235,22 @@ class EDM:
 
     @property
     def t_min(self) -> float:
+        """The angle of sigma_min."""
         return math.atan(self.sigma_min / self.data_std)
 
     @property
     def t_max(self) -> float:
+        """The angle of sigma_max."""
         return math.atan(self.sigma_max / self.data_std)
 
     def native(self, t: Tensor) -> Native:
+        """sigma = data_std tan(t), inside the range that the network knows; alpha is 1."""
         sigma = self.data_std * torch.tan(t.clamp(self.t_min, self.t_max))
         one = torch.ones_like(sigma)
         return Native(self.time_scale * torch.log(sigma), one, sigma, one)
 
     def angle(self, level: Tensor | float) -> Tensor:
+        """The angle of the noise's standard deviation sigma."""
         return torch.atan(_f64(level) / self.data_std)
 
     def _karras(self, u: Tensor) -> Tensor:
@@ -232,6 +258,7 @@ class EDM:
         return (low + u * (high - low)) ** self.rho
 
     def at_fraction(self, u: Tensor) -> Tensor:
+        """The angle at the fraction u of the Karras grid, evenly spaced in sigma^(1/rho)."""
         return self.angle(self._karras(u))
 
     def levels(self, steps: int) -> Tensor:
@@ -240,9 +267,11 @@ class EDM:
 
     @property
     def init_level(self) -> float:
+        """The greatest sigma."""
         return self.sigma_max
 
     def init_scale(self, t: float) -> float:
+        """The initial noise has the standard deviation sigma, or sqrt(sigma^2 + 1) with `unit_init`."""
         sigma = self.data_std * math.tan(t)
         return math.sqrt((sigma**2 + self.unit_init) / (sigma**2 + self.data_std**2))
 
@@ -256,22 +285,28 @@ class TrigFlow:
     t_max: float = math.pi / 2
 
     def native(self, t: Tensor) -> Native:
+        """The angle itself, and an unscaled input."""
         return Native(t, torch.cos(t) / self.data_std, torch.sin(t), torch.ones_like(t))
 
     def angle(self, level: Tensor | float) -> Tensor:
+        """The level itself."""
         return _f64(level)
 
     def at_fraction(self, u: Tensor) -> Tensor:
+        """Linear in the angle."""
         return self.t_min + u * (self.t_max - self.t_min)
 
     def levels(self, steps: int) -> Tensor:
+        """Evenly spaced angles from t_max, without the zero at the end."""
         return torch.linspace(self.t_max, 0, _positive_steps(steps) + 1, dtype=torch.float64)[:-1]
 
     @property
     def init_level(self) -> float:
+        """The greatest angle."""
         return self.t_max
 
     def init_scale(self, t: float) -> float:
+        """Always one: the initial noise is N(0, I)."""
         return 1.0
 
 
@@ -304,7 +339,7 @@ def student_grid(schedule: Schedule, steps: int) -> Tensor:
     return torch.cat([schedule.angle(student_levels(schedule, steps)), torch.zeros(1, dtype=torch.float64)])
 
 
-def _betas(config: dict) -> Tensor:
+def _betas(config: dict[str, Any]) -> Tensor:
     if config.get("trained_betas") is not None:
         return _f64(config["trained_betas"])
     count = config.get("num_train_timesteps", 1000)

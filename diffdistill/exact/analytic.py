@@ -200,6 +200,8 @@ class ClassGaussians(nn.Module):
         return slope * (x_t - cos * mean) - sin * mean
 
     def denoiser(self) -> Denoiser:
+        """These Gaussians as a denoiser in the normal form; the null condition is the last label."""
+
         def null(cond: Cond) -> Cond:
             return {"class_labels": torch.full_like(cond["class_labels"], len(self.means) - 1)}
 
@@ -220,6 +222,7 @@ class LearnedGaussian(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(d))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """(B, d) the velocity at x_t (B, d) and the angles t (B,)."""
         cos, sin, variance = torch.cos(t)[:, None], torch.sin(t)[:, None], torch.exp(2 * self.log_std)
         slope = cos * sin * (1 - variance) / (cos**2 * variance + sin**2)
         return slope * (x_t - cos * self.mean) - sin * self.mean
@@ -237,6 +240,7 @@ class AffineGenerator(nn.Module):
         self.scale = nn.Parameter(scale.double().clone())
 
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """(B, d) the velocity at t = pi/2, minus x0; t and the labels change nothing."""
         return -(self.mean + self.scale * x_t)
 
     def exact_score(self) -> GaussianMixture:
@@ -260,6 +264,7 @@ class AffinePerAngle(nn.Module):
         self.offset = nn.Parameter(torch.zeros(len(angles), d, dtype=torch.float64))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """(B, d) the predicted x0 at x_t (B, d), by the pair of the angle that is nearest to t (B,)."""
         node = (t[:, None] - self.angles).abs().argmin(1)
         return self.slope[node] * x_t + self.offset[node]
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.exact.analytic import AffineGenerator, GaussianMixture, gaussian_teacher
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher, only_trains, trainable
+from diffdistill.scaffold.method import Outcome
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
+        """Whether the row holds."""
         return self.error <= self.tolerance if self.kind == "equal" else self.error > self.tolerance
 
 
@@ -113,9 +115,14 @@ class Matching(Protocol):
     fake_score: Denoiser
     players: dict[str, nn.Module]
 
-    def sampler(self) -> FewStepSampler: ...
-    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> dict[str, Tensor]: ...
-    def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor: ...
+    def sampler(self) -> Sampler:
+        """How the student draws."""
+
+    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
+        """The student's loss for samples x (B, ...) noised with eps (B, ...) to the angles t (B,)."""
+
+    def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        """The fake score's loss on the same, a scalar."""
 
 
 def matching_checks(make: Callable[[AffineGame, bool], Matching]) -> Iterator[Check]:

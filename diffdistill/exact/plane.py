@@ -66,6 +66,7 @@ class PlaneNet(nn.Module):
         )
 
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        """(B, 2) the velocity at x_t (B, 2), the angles t (B,) and the classes (B,)."""
         angles = t[:, None] * torch.arange(1, 9, device=t.device, dtype=t.dtype)
         features = torch.cat([torch.sin(angles), torch.cos(angles)], 1).to(x_t.dtype)
         return self.layers(self.first(x_t) + self.time_embedding(features) + self.class_embedding(class_labels))

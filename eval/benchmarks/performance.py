@@ -77,7 +77,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "board", "The scoreboard", ("diffdistill.commands.cli", "bench", "--suite", "digits"),
-        "Every method on the same teacher, budget, seeds and evaluation; an hour on two cores. The README explains it.",
+        "Every method on the same teacher, budget, seeds and evaluation; an hour on two cores. docs/results.md has it.",
     ),
 )  # fmt: skip
 
@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reason:
             print(f"{name}: not measured, {reason}", file=sys.stderr)
     head = (
-        "# Performance\n\nWritten by `make bench`; each section says the command, the machine and the commit. The "
-        "README has a scoreboard of all methods too, with what it shows.\n\n"
+        "# Performance\n\nWritten by `make bench`; each section says the command, the machine and the commit. "
+        "[results.md](results.md) has a scoreboard of all methods too, with what it shows.\n\n"
     )
     write_text(head + "\n".join(section(b, folder, reasons.get(b.name)) for b in BENCHMARKS), args.out)
     print(f"wrote {args.out}")
