@@ -45,7 +45,7 @@ def test_players_begin_near_the_teacher() -> None:
 def test_every_method_says_what_its_student_should_be() -> None:
     # The two that repeat guidance step for step are exempt: the plane's classes lie so far apart that guidance moves
     # a sample by less than a small network errs. Their own tests train them to guided answers.
-    silent = {name for name in method_names() if describe_method(name).end_to_end is None}
+    silent = {name for name in method_names() if describe_method(name).plane is None}
     assert silent == {"adapter_guidance", "lora_guidance"}
 
 

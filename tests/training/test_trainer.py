@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import diffdistill.training.checkpoint
 from diffdistill import UserError, distill
 from diffdistill.config import FitConfig
-from diffdistill.scaffold.method import Batch, Optimizer, Turn
+from diffdistill.players.sampler import Sampler
+from diffdistill.scaffold.method import Batch, Method, Optimizer, Outcome, Turn
 from diffdistill.training.checkpoint import checkpoints, load_checkpoint
 from diffdistill.training.trainer import Interrupted, NonFinite, Trainer, accelerator_for
 
@@ -184,14 +185,12 @@ def test_a_damaged_checkpoint_is_named(whole: Path, tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "step-00000006")
 
 
-class TwoPlayers:
+class TwoPlayers(Method):
     """Each player's loss also depends on the other; `poison` makes one loss infinite at one step."""
 
-    needs_data = needs_pairs = False
-
     def __init__(self, poison: int | None = None):
-        self.players: dict[str, nn.Module] = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}
-        self.state: dict[str, nn.Module] = {}
+        self.players = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}
+        self.state = {}
         self.poison = poison
         self.moves: list[tuple[int, str]] = []
         self.ends: list[int] = []
@@ -202,10 +201,13 @@ class TwoPlayers:
     def turns(self, step: int) -> list[Turn]:
         return [Turn(name, lambda batch, name=name: self._loss(name, step, batch)) for name in ("b", "a")]
 
-    def _loss(self, player: str, step: int, batch: Batch) -> dict[str, Tensor]:
+    def sampler(self) -> Sampler:
+        raise AssertionError("nothing is drawn")
+
+    def _loss(self, player: str, step: int, batch: Batch) -> Outcome:
         self.moves.append((step, player))
         loss = self.players["a"](self.players["b"](batch.randn("x"))).square().mean()
-        return {"loss": loss * (float("inf") if step == self.poison and player == "a" else 1.0)}
+        return Outcome(loss * (float("inf") if step == self.poison and player == "a" else 1.0))
 
     def after_step(self, step: int) -> None:
         self.ends.append(step)
