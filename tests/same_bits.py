@@ -19,6 +19,7 @@ from pathlib import Path
 SHORT = {"stage-steps": 5, "guidance-steps": 5, "anneal-steps": 10, "ramp-steps": 10}
 TEXT = {"shapes", "shapes-4step"}
 UNSEEN = {"seconds_per_step", "peak_memory_mb"}  # of the machine
+RENAMED = {"lora_teacher/": "fake_score/"}  # SwiftBrush's second player, whose values are compared all the same
 # Whatever a preset does not say; some presets want a package (lpips) that is not installed here.
 VARIANTS: dict[str, list[str]] = {
     "dmd2:digits gan": ["--data", "digits", "--gan-weight", "0.01", "--update-ratio", "2"],
@@ -92,15 +93,21 @@ def record(binary: str) -> dict[str, object]:
                 more += [f"--{option}", str(value)] if f"--{option}" in options else []
             out = root / name.replace(":", "-").replace(" ", "-")
             done = run(binary, "train", "--method", method, "--preset", preset, *more, "--steps", "20",
-                       "--batch-size", "8", "--log-every", "1", "--sample-every", "0", "--checkpoint-every", "0", "--threads", "1",
-                       "--device", "cpu", "--out", str(out))  # fmt: skip
+                       "--batch-size", "8", "--log-every", "1", "--sample-every", "0", "--checkpoint-every", "0",
+                       "--threads", "1", "--device", "cpu", "--out", str(out))  # fmt: skip
             if done.returncode:
                 rows[name] = done.stderr.strip().splitlines()[-1:]
             else:
                 lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-                rows[name] = [{k: v for k, v in line.items() if k not in UNSEEN} for line in lines]
+                rows[name] = [{_renamed(k): v for k, v in line.items() if k not in UNSEEN} for line in lines]
             print(name, len(rows[name]), rows[name][-1], file=sys.stderr, flush=True)  # type: ignore
     return rows
+
+
+def _renamed(name: str) -> str:
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name
 
 
 def compare(old: dict[str, object], new: dict[str, object]) -> int:
