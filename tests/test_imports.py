@@ -1,6 +1,8 @@
 """The layer of a module is its folder; third parties stay where they belong; `--help` is fast."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -179,3 +181,11 @@ def test_violations_are_seen(module: str, source: str, caught: bool) -> None:
 )
 def test_imports_at_start_are_seen(source: str, caught: bool) -> None:
     assert ("torch" in imported("commands.cli", ast.parse(source), at_start=True)) == caught
+
+
+def test_importing_a_method_imports_torch_and_nothing_heavier() -> None:
+    """LoRA's peft alone takes three seconds, through transformers and accelerate."""
+    packages = sorted(HEAVY - {"torch", "numpy"})
+    code = f"import sys, diffdistill.methods.lora_guidance; print([p for p in {packages} if p in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
