@@ -55,7 +55,7 @@ def choose(mask: Tensor, cond: Cond, other: Cond) -> Cond:
 
 
 class _Reached(Exception):
-    """Leaves a forward pass once the wanted layer has been computed."""
+    """Leaves a forward pass once the feature layer has been computed."""
 
 
 class Denoiser(nn.Module):
@@ -93,7 +93,7 @@ class Denoiser(nn.Module):
         self.feature_layer = feature_layer
         self.feature_map = feature_map
         self.rescale = rescale
-        self.default_scale: float | None = None  # of a network that is told the guidance scale through its pipeline
+        self.default_scale: float | None = None  # of a network whose stock pipeline passes it the guidance scale
         self._half: dict[torch.dtype, torch.dtype | None] = {}  # by the type of the first weight
 
     def with_network(self, network: nn.Module, feature_layer: str | None) -> Denoiser:
@@ -149,10 +149,10 @@ class Denoiser(nn.Module):
         """(B, C, ...) the output of `feature_layer`, in float32; what comes after it is not computed."""
         if self.feature_layer is None:
             raise ValueError("this denoiser has no feature_layer")
-        found: list[Any] = []
+        outputs: list[Any] = []
 
         def leave(module: nn.Module, args: object, output: Any) -> None:
-            found.append(output)
+            outputs.append(output)
             raise _Reached
 
         handle = self.network.get_submodule(self.feature_layer).register_forward_hook(leave)
@@ -162,5 +162,5 @@ class Denoiser(nn.Module):
             pass
         finally:
             handle.remove()
-        features = self.feature_map(found[0], x_t) if self.feature_map else found[0]
+        features = self.feature_map(outputs[0], x_t) if self.feature_map else outputs[0]
         return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features

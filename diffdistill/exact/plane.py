@@ -176,8 +176,8 @@ def measures(sampler: Sampler, kind: str, scale: float = 1.0) -> dict[str, float
     turns = math.pi * torch.arange(64, dtype=torch.float64) / 64
     directions = torch.stack([torch.cos(turns), torch.sin(turns)])
     apart = (x @ directions).sort(0).values - (exact @ directions).sort(0).values
-    found = {"modes": float((MODES * weights - 1).abs().max()), "sliced_w2": float(apart.square().mean().sqrt())}
-    return found | {f"fisher at t = {a}": _fisher_gap(mix, x, a) for a in _ANGLES}
+    distances = {"modes": float((MODES * weights - 1).abs().max()), "sliced_w2": float(apart.square().mean().sqrt())}
+    return distances | {f"fisher at t = {a}": _fisher_gap(mix, x, a) for a in _ANGLES}
 
 
 def _fisher_gap(mix: GaussianMixture, x: Tensor, angle: float) -> float:

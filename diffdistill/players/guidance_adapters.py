@@ -60,12 +60,12 @@ def _layers(network: nn.Module, kind: str) -> list[str]:
 
 def _measured(teacher: Teacher, names: list[str]) -> list[Site]:
     """Sites with the channels that they have in a call of the teacher."""
-    found: list[Site] = []
+    sites: list[Site] = []
 
     def measure(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x, y = (positions(v) for v in (layer_input(args, kwargs), output if isinstance(output, Tensor) else output[0]))
         if x.shape[1] == y.shape[1]:  # a block that changes the resolution has no correction per position
-            found.append(Site(name, x.shape[2], y.shape[2]))
+            sites.append(Site(name, x.shape[2], y.shape[2]))
 
     handles = []
     for name in names:
@@ -84,7 +84,7 @@ def _measured(teacher: Teacher, names: list[str]) -> list[Site]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return sites
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -110,12 +110,12 @@ def lora_view(denoiser: Denoiser, settings: LoraSettings) -> Denoiser:
         raise UserError(f"lora: the teacher's {type(base).__name__} has no linear layer or convolution to adapt")
     if targets is not None:
         named = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in targets}
-        for target in (target for target, found in named.items() if not found):
+        for target in (target for target, matches in named.items() if not matches):
             ends = sorted({re.sub(r".*\.(?=[A-Za-z_])", "", name) for name in layers})
             near = difflib.get_close_matches(target, ends, n=1)
-            told = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ends)}"
-            raise UserError(f"lora: the teacher's {type(base).__name__} has no layer called {target} to adapt; {told}")
-        layers = [name for name in layers if any(name in found for found in named.values())]
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ends)}"
+            raise UserError(f"lora: the teacher's {type(base).__name__} has no layer called {target} to adapt; {hint}")
+        layers = [name for name in layers if any(name in matches for matches in named.values())]
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank if settings.alpha is None else settings.alpha,
@@ -133,7 +133,7 @@ def _inject(base: nn.Module, config: LoraConfig) -> str:
     name = f"player{len(getattr(base, 'peft_config', {}))}"
     trained = {p: p.requires_grad for p in base.parameters()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is what is wanted
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several players on one base, on purpose
         inject_adapter_in_model(config, base, name)
     for p, before in trained.items():
         p.requires_grad_(before)  # peft leaves it to the newest adapter alone

@@ -100,16 +100,16 @@ class GuidedChains(nn.Module):
     def _start(self, batch: Batch, teacher: Denoiser) -> None:
         """Chain i goes to step i n / B with as many guided steps: once in a training."""
         n, size = len(self.grid) - 1, batch.size
-        wanted = [i * n // size for i in range(size)]
+        starts = [i * n // size for i in range(size)]
         x_t, cond, scale = self._fresh(batch, "chains/start")
-        for k in range(wanted[-1]):
-            first = next(i for i in range(size) if wanted[i] > k)  # those before it have arrived
+        for k in range(starts[-1]):
+            first = next(i for i in range(size) if starts[i] > k)  # those before it have arrived
             t, s = (self.grid[j].expand(size - first) for j in (k, k + 1))
             rest = {key: value[first:] for key, value in cond.items()}
             moved = guide(teacher, x_t[first:], t, rest, scale[first:]).at(s)
             x_t = torch.cat([x_t[:first], moved])
         self.x_t, self.scale, self.owner = x_t, scale, batch.key[2]
-        self.step = torch.tensor(wanted, device=x_t.device)
+        self.step = torch.tensor(starts, device=x_t.device)
         self.rank = torch.tensor(self.owner, device=x_t.device)
         for key in self.keys:
             setattr(self, f"cond_{key}", cond[key])
