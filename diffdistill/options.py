@@ -193,6 +193,10 @@ class ScaleRange(Options):
                 f"{high} (guidance_max)"
             )
 
+    def drawn(self, u: Any) -> Any:
+        """The scales for u, uniform in [0, 1)."""
+        return self.guidance_min + (self.guidance_max - self.guidance_min) * u
+
     @property
     def takes_scale(self) -> bool:
         """Whether the student takes the scale as an input."""

@@ -22,31 +22,27 @@ that of the others. The loss compares the network's own outputs, which is eps fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser, Extra
-from diffdistill.core.guidance import guide
 from diffdistill.core.prediction import Prediction
 from diffdistill.options import GuidedSampling, ScaleRange, option
 from diffdistill.players.guidance_adapters import adapted, new_adapters
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher, frozen
-from diffdistill.scaffold.chains import GuidedChains
-from diffdistill.scaffold.method import Batch, Method, Outcome, Turn
+from diffdistill.scaffold.imitating import ImitatingMethod
 
 ABOUT = About(
     paper="Jensen & Sadat 2025, arXiv:2503.07274",
     data="nothing; conditions are drawn uniformly",
     kind="guidance",
     equations={
-        "guided target and loss (section 3; authors' train.py)": "AdapterGuidance.imitation, core.guidance.guide",
+        "guided target and loss (section 3; authors' train.py)": "AdapterGuidance.error, core.guidance.guide",
         "guided trajectories (section 3; authors' sample_trajectories.py)": "scaffold.chains.GuidedChains",
         "adapters: additive, cross-attention, gated MLP (authors' models/)": "players.adapter_networks.KINDS",
     },
@@ -67,38 +63,25 @@ class Config(GuidedSampling, ScaleRange, student_lr=1e-4, guidance_max=6.0, guid
     loss: Literal["l2", "l1"] = option("l2", "mean square or mean absolute error of the network's output")
 
 
-class AdapterGuidance(Method):
-    """One player: the student is the teacher's own network with adapters, which alone are trained."""
+class AdapterGuidance(ImitatingMethod):
+    """The student is the teacher's own network with adapters, which alone are trained."""
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        super().__init__(teacher, config)
-        self.teacher = frozen(teacher.denoiser)
-        self.chains = GuidedChains(teacher, config.trajectory_steps, config.guidance_min, config.guidance_max)
-        if student is None:
-            adapters = new_adapters(teacher, config.adapter, config.adapter_width, config.adapted_layers)
-            student = adapted(self.teacher, adapters, config.scale)
-        self.student = student
-        self.players, self.state = {"student": student}, {"chains": self.chains}
+        scales = (config.guidance_min, config.guidance_max)
+        super().__init__(teacher, config, student or self.adapted(teacher, config), scales)
 
-    def turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("student", self.student_turn)]
+    @staticmethod
+    def adapted(teacher: Teacher, config: Config) -> Denoiser:
+        """The teacher with adapters that have no effect yet."""
+        adapters = new_adapters(teacher, config.adapter, config.adapter_width, config.adapted_layers)
+        return adapted(frozen(teacher.denoiser), adapters, config.scale)
 
     def sampler(self) -> Sampler:
         return Sampler(self.student, self.schedule.levels(self.config.sampling_steps).tolist(), DDIM())
 
-    def student_turn(self, batch: Batch) -> Outcome:
-        """The loss where the chains stand, whose target also moves them on."""
-        loss, target = self.imitation(*self.chains.points(batch, self.teacher))
-        self.chains.advance(batch, target)
-        return Outcome(loss)
-
-    def imitation(self, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> tuple[Tensor, Prediction]:
-        """The loss of one pass against the guided two at x_t (B, ...), with scales (B,); and the guided prediction."""
-        with torch.no_grad():
-            target = guide(self.teacher, x_t, t, cond, scale)
+    def error(self, target: Prediction, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Tensor:
         output = self.student(x_t, t, cond, Extra(scale)).y
-        error = F.mse_loss if self.config.loss == "l2" else F.l1_loss
-        return error(output, target.y), target
+        return F.mse_loss(output, target.y) if self.config.loss == "l2" else F.l1_loss(output, target.y)
 
 
 METHOD = AdapterGuidance

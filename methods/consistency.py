@@ -42,7 +42,6 @@ from diffdistill.errors import UserError
 from diffdistill.options import FollowingOptions, ImageDistance, TeacherGuidance, option
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
-from diffdistill.rng import seeded
 from diffdistill.scaffold.following import FollowingMethod
 from diffdistill.scaffold.method import Batch, Outcome
 
@@ -170,10 +169,7 @@ class Consistency(FollowingMethod[Step]):
     def following(self, x_t: Tensor, x_r: Tensor, interval: Step, cond: Cond, seed: int = 0) -> Outcome:
         """w(t) d(f(x_t, t), sg f_target(x_r, r))."""
         t, r = interval
-        with seeded(seed, x_t.device):
-            x0 = self.student(x_t, t, cond).x0
-        with seeded(seed, x_t.device):
-            target = self.target_x0(x_r, r, cond)
+        x0, target = self.both(seed, x_t, lambda: self.student(x_t, t, cond).x0, lambda: self.target_x0(x_r, r, cond))
         d = self.distance(x0, target)
         gap = self.schedule.data_std * (torch.tan(t) - torch.tan(r))  # of sigma
         weighted = d / gap.to(d) if self.inverse_step else d

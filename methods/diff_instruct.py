@@ -56,6 +56,8 @@ class Config(MatchingOptions, beta1=0.0):
 class DiffInstruct(MatchingMethod):
     """The score gap of EDM's denoisers, as it is, is what the student follows."""
 
+    dropout = "own"
+
     def times(self, player: str, batch: Batch) -> Tensor:
         mean, std = self.config.time_mean, self.config.time_std
         return edm_log_normal(self.schedule, batch.size, batch.generator(f"{player}/t"), mean, std)

@@ -28,7 +28,6 @@ from torch import Tensor
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.distances import distance
-from diffdistill.core.times import native_uniform
 from diffdistill.options import ImageDistance, MatchingOptions, MatchingTimes, NormaliserOptions, option
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
@@ -59,20 +58,13 @@ class Config(MatchingOptions, MatchingTimes, NormaliserOptions, ImageDistance, w
 
 
 class DMD(MatchingMethod):
-    """One pass of the student serves the fresh noise and that of the pairs."""
-
-    dropout = "off"  # for all networks (appendix B)
+    """One pass of the student serves the fresh noise and that of the pairs; no network drops out (appendix B)."""
 
     def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
         super().__init__(teacher, config, **players)
         if config.regression_weight > 0:
             self.needs = frozenset({Need.PAIRS})
             self.distance = distance(config.distance, teacher.shape, self.schedule.data_std, config.huber_c)
-
-    def times(self, player: str, batch: Batch) -> Tensor:
-        c = self.config
-        span = (c.time_low, c.time_high) if player == "student" else ()
-        return native_uniform(self.schedule, batch.size, batch.generator(f"{player}/t"), *span)
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
         pair, z, cond = batch.pair if self.needs else None, batch.randn("z"), batch.cond

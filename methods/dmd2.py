@@ -27,7 +27,6 @@ from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond
-from diffdistill.core.times import native_uniform
 from diffdistill.options import (
     AdversarialOptions,
     MatchingOptions,
@@ -36,7 +35,7 @@ from diffdistill.options import (
     SimulationOptions,
 )
 from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
-from diffdistill.scaffold.method import Batch, Outcome
+from diffdistill.scaffold.method import Outcome
 
 ABOUT = About(
     paper="Yin et al. 2024, arXiv:2405.14867",
@@ -70,14 +69,10 @@ class Config(
 
 
 class DMD2(MatchingMethod):
-    """DMD without its regression, with more steps of the fake score, a discriminator on it, and several steps."""
+    """DMD without its regression, with more steps of the fake score, a discriminator on it, and several steps.
 
-    dropout = "off"  # as the authors: in one of the two networks it would be noise in their difference
-
-    def times(self, player: str, batch: Batch) -> Tensor:
-        c = self.config
-        low, high = (c.time_low, c.time_high) if player == "student" else (0.0, 1.0)
-        return native_uniform(self.schedule, batch.size, batch.generator(f"{player}/t"), low, high)
+    As with the authors, no network drops out: in one of the two it would be noise in their difference.
+    """
 
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         return dmd_loss(x, t, eps, cond, self.teacher, self.fake_score, self.config.normalise)

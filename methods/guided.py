@@ -30,8 +30,8 @@ from diffdistill.core.ode import Denoise
 from diffdistill.core.prediction import diffuse
 from diffdistill.core.times import native_uniform
 from diffdistill.options import HalvingOptions, ScaleRange, option
-from diffdistill.players.scale_input import guidance_input
-from diffdistill.players.teacher import Teacher, frozen
+from diffdistill.players.scale_input import scale_player
+from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.halving import HalvingMethod, weighted_x0_loss
 from diffdistill.scaffold.method import Batch, Outcome
 
@@ -66,17 +66,13 @@ class GuidedDistillation(HalvingMethod):
     """Stage one gives guidance in one pass; stage two halves that student's steps."""
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        self.teacher = frozen(teacher.denoiser)
-        require_null(self.teacher, "guided distillation")
-        if student is None:
-            student = teacher.player("student")
-            student = guidance_input(student, default=config.scale) if config.takes_scale else student
-        super().__init__(teacher, config, student, first_steps=config.guidance_steps)
+        require_null(teacher.denoiser, "guided distillation")
+        first_steps = config.guidance_steps
+        super().__init__(teacher, config, student or scale_player(teacher, config), first_steps=first_steps)
 
     def scales(self, batch: Batch) -> Tensor:
         """(B,) guidance scales."""
-        c = self.config
-        return c.guidance_min + (c.guidance_max - c.guidance_min) * batch.uniform("student/scale")
+        return self.config.drawn(batch.uniform("student/scale"))
 
     def extra(self, batch: Batch) -> Extra:
         return self.input_of(self.scales(batch))

@@ -35,9 +35,8 @@ from diffdistill.core.schedule import lcm_indices, student_levels
 from diffdistill.errors import UserError
 from diffdistill.options import FollowingOptions, ScaleRange, option
 from diffdistill.players.sampler import Sampler
-from diffdistill.players.scale_input import guidance_input
+from diffdistill.players.scale_input import scale_player
 from diffdistill.players.teacher import Teacher
-from diffdistill.rng import seeded
 from diffdistill.scaffold.following import FollowingMethod
 from diffdistill.scaffold.method import Batch, Outcome
 
@@ -89,10 +88,7 @@ class LCM(FollowingMethod[Skip]):
         lora = "student" in teacher.lora
         if c.takes_scale and lora:
             raise UserError("guidance_max: a LoRA student has one guidance scale; give guidance_min the same value")
-        if student is None:
-            student = teacher.player("student")
-            student = guidance_input(student, default=c.scale) if c.takes_scale else student
-        super().__init__(teacher, c, student, slow_target=not lora)
+        super().__init__(teacher, c, student or scale_player(teacher, c), slow_target=not lora)
         self.guides = c.takes_scale or c.guidance_scale != 1
         if self.guides:
             require_null(self.teacher, "a guidance scale")
@@ -112,7 +108,7 @@ class LCM(FollowingMethod[Skip]):
 
     def scales(self, u: Tensor) -> Tensor:
         """(B,) guidance scales for u (B,) uniform in [0, 1)."""
-        return self.config.guidance_min + (self.config.guidance_max - self.config.guidance_min) * u
+        return self.config.drawn(u)
 
     def less_noisy(self, x_t: Tensor, x0: Tensor, eps: Tensor, interval: Skip, cond: Cond) -> Tensor:
         """One DDIM step of the guided teacher down the grid; x0 and eps are guided alike."""
@@ -123,10 +119,12 @@ class LCM(FollowingMethod[Skip]):
     def following(self, x_t: Tensor, x_r: Tensor, interval: Skip, cond: Cond, seed: int = 0) -> Outcome:
         """Only f at the noisier point, x_t, gets a gradient."""
         i, extra = interval.i, Extra(interval.scale) if self.config.takes_scale else NONE
-        with seeded(seed, x_t.device):
-            f = self.f(self.student, x_t, i, cond, extra)
-        with torch.no_grad(), seeded(seed, x_t.device):
-            target = self.f(self.target, x_r, i + 1, cond, extra)
+        f, target = self.both(
+            seed,
+            x_t,
+            lambda: self.f(self.student, x_t, i, cond, extra),
+            lambda: self.f(self.target, x_r, i + 1, cond, extra),
+        )
         loss = self.distance(f.float() if f.dtype.itemsize < 4 else f, target.to(f))
         return Outcome(loss, {"consistency": loss})
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.distances import distance
-from diffdistill.core.guidance import guide_with_conditional, require_null
+from diffdistill.core.guidance import guide_with_conditional, guided
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.ode import addim_step, inverse_ddim
 from diffdistill.core.prediction import Prediction, diffuse, expand
@@ -38,7 +38,6 @@ from diffdistill.errors import UserError
 from diffdistill.options import ImageDistance, StudentOptions, TeacherGuidance, option
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher
-from diffdistill.rng import seeded
 from diffdistill.scaffold.following import FollowingMethod
 from diffdistill.scaffold.method import Batch, Outcome
 
@@ -94,7 +93,7 @@ class MultistepConsistency(FollowingMethod[Segment]):
                 raise UserError(
                     f"guidance_scale: {config.guidance_scale} guides the teacher's step, and mode training has none"
                 )
-            require_null(self.teacher, "a guidance scale")
+            guided(self.teacher, config.guidance_scale)  # which refuses a teacher without a null condition
         self.distance = distance(config.distance, teacher.shape, self.schedule.data_std, config.huber_c)
 
     def sampler(self) -> Sampler:
@@ -146,10 +145,12 @@ class MultistepConsistency(FollowingMethod[Segment]):
 
     def following(self, x_t: Tensor, x_r: Tensor, interval: Segment, cond: Cond, seed: int = 0) -> Outcome:
         """w(t) d(f(x_t, t), sg x_ref)."""
-        with seeded(seed, x_t.device):
-            x0 = self.student(x_t, interval.t, cond).x0
-        with seeded(seed, x_t.device):
-            x_ref = self.reference(x_t, x_r, interval, cond)
+        x0, x_ref = self.both(
+            seed,
+            x_t,
+            lambda: self.student(x_t, interval.t, cond).x0,
+            lambda: self.reference(x_t, x_r, interval, cond),
+        )
         sin = torch.sin(interval.t)
         if self.config.loss_weight == "v":  # v is (cos(t) x_t - x0)/sin(t)
             d = self.distance(x0 / expand(sin, x0), x_ref / expand(sin, x0))

@@ -23,7 +23,7 @@ from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import Denoise
 from diffdistill.options import HalvingOptions, TeacherGuidance
-from diffdistill.players.teacher import Teacher, frozen
+from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.halving import HalvingMethod
 
 ABOUT = About(
@@ -52,7 +52,7 @@ class Progressive(HalvingMethod):
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
         super().__init__(teacher, config, student or teacher.player("student"))
-        self.first = guided(frozen(teacher.denoiser), config.guidance_scale)
+        self.first = guided(self.teacher, config.guidance_scale)
 
     def teacher_of(self, stage: int) -> Denoise:
         return self.first if stage == 0 else self.previous

@@ -65,6 +65,8 @@ class Config(MatchingOptions, MatchingTimes, beta1=0.0, time_low=0.0, time_high=
 class SIM(MatchingMethod):
     """The distance of the scores is minimised through a gradient that score identities give."""
 
+    dropout = "own"
+
     def times(self, player: str, batch: Batch) -> Tensor:
         n, draw = batch.size, batch.generator(f"{player}/t")
         if player == "student":

@@ -26,7 +26,6 @@ from diffdistill.core.denoiser import Cond, Denoiser, choose
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import gradient_injection, per_sample_mean
 from diffdistill.core.prediction import diffuse, expand
-from diffdistill.core.times import native_uniform
 from diffdistill.options import FakeScoreGuidance, MatchingOptions, MatchingTimes
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.matching import MatchingMethod
@@ -55,18 +54,11 @@ class Config(MatchingOptions, MatchingTimes, FakeScoreGuidance, student_lr=1e-6,
 class SwiftBrush(MatchingMethod):
     """The fake score is the paper's LoRA teacher."""
 
-    dropout = "off"
     fake_score_stream = "lora"
 
     def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
         super().__init__(teacher, config, **players)
         self.guided_fake_score = guided(self.fake_score, config.guidance_scale)
-
-    def times(self, player: str, batch: Batch) -> Tensor:
-        if player == "fake_score":
-            return native_uniform(self.schedule, batch.size, batch.generator("lora/t"))
-        draw = batch.generator("student/t")
-        return native_uniform(self.schedule, batch.size, draw, self.config.time_low, self.config.time_high)
 
     def fake_score_cond(self, batch: Batch) -> Cond:
         draw = batch.generator("lora/drop")

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.errors import UserError
+from diffdistill.options import ScaleRange
 from diffdistill.players.lora import LoraNetwork, merged
+from diffdistill.players.teacher import Teacher
 
 
 class GuidanceEmbedding(nn.Module):
@@ -120,6 +122,12 @@ def guidance_input(denoiser: Denoiser, layer: str = "class_embedding", *, defaul
 
     twin.extra_call = call
     return twin
+
+
+def scale_player(teacher: Teacher, scales: ScaleRange) -> Denoiser:
+    """A student that takes the guidance scale as an input, where there is more than one."""
+    student = teacher.player("student")
+    return guidance_input(student, default=scales.scale) if scales.takes_scale else student
 
 
 def plain_network(network: nn.Module) -> nn.Module:

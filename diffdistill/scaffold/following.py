@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, final
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.prediction import diffuse
 from diffdistill.players.teacher import Teacher, frozen
-from diffdistill.rng import seed_for
+from diffdistill.rng import seed_for, seeded
 from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
 
 
@@ -78,6 +78,14 @@ class FollowingMethod(Method, Generic[I]):
         with torch.no_grad():
             x_r = self.less_noisy(x_t, batch.images, eps, interval, batch.cond)
         return self.following(x_t, x_r, interval, batch.cond, seed_for(*batch.key, "student/dropout"))
+
+    @final
+    def both(self, seed: int, x_t: Tensor, own: Callable[[], Tensor], target: Callable[[], Tensor]) -> list[Tensor]:
+        """What the student says and what the target says, without a gradient; both drop the units of the seed."""
+        with seeded(seed, x_t.device):
+            first = own()
+        with torch.no_grad(), seeded(seed, x_t.device):
+            return [first, target()]
 
     @final
     @torch.no_grad()

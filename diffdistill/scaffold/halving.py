@@ -95,6 +95,7 @@ class HalvingMethod(Method):
                 "give one that predicts v, x0 or a flow velocity to a method that halves its steps"
             )
         super().__init__(teacher, config)
+        self.teacher = frozen(teacher.denoiser)
         self.first_steps = first_steps
         self.halving: Halving | None = None
         if config.start_steps != config.final_steps or not first_steps:

@@ -16,6 +16,7 @@ from diffdistill.core.losses import denoising_loss, gradient_injection, l1_norma
 from diffdistill.core.ode import Denoise
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.schedule import student_levels
+from diffdistill.core.times import native_uniform
 from diffdistill.errors import UserError
 from diffdistill.options import AdversarialOptions, MatchingOptions, SimulationOptions
 from diffdistill.players.sampler import Sampler, one_step_sampler
@@ -28,9 +29,9 @@ from diffdistill.scaffold.simulation import simulated_input
 class MatchingMethod(Method):
     """Players: student and fake_score. The fake score moves in every step, the student in every `update_ratio`-th.
 
-    A method says the student's loss (`matching`) and the noise levels of both players (`times`); the rest are
-    defaults. With `AdversarialOptions` among its options the fake score carries a discriminator, which is trained
-    with it; with `SimulationOptions` the student may take several steps.
+    A method says the student's loss (`matching`); the rest are defaults. Times are uniform in the teacher's own, the
+    student's within `MatchingTimes`. With `AdversarialOptions` among its options the fake score carries a
+    discriminator, which is trained with it; with `SimulationOptions` the student may take several steps.
     """
 
     student_first: ClassVar[bool] = True
@@ -38,7 +39,7 @@ class MatchingMethod(Method):
     shares_samples: ClassVar[bool] = True
     # off: in no network; own: in the fake score in its own turn alone, since in the student's it would be noise in the
     # difference of two networks; mover: in the player whose turn it is.
-    dropout: ClassVar[Literal["off", "own", "mover"]] = "own"
+    dropout: ClassVar[Literal["off", "own", "mover"]] = "off"
 
     # The fake score's random streams.
     fake_score_stream: ClassVar[str] = "fake_score"
@@ -73,9 +74,12 @@ class MatchingMethod(Method):
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         """The student's loss on its samples x (B, ...), noised to the angles t (B,) with eps (B, ...)."""
 
-    @abstractmethod
     def times(self, player: str, batch: Batch) -> Tensor:
         """(B,) the angles of a player's loss."""
+        stream, span = self.fake_score_stream, (0.0, 1.0)
+        if player == "student":
+            stream, span = player, (self.config.time_low, self.config.time_high)
+        return native_uniform(self.schedule, batch.size, batch.generator(f"{stream}/t"), *span)
 
     def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
         """The fake score's loss on the student's samples x (B, ...), which get no gradient."""
