@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.exact.analytic import AffineGenerator, GaussianMixture, gaussian_teacher
-from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher, only_trains, trainable
-from diffdistill.scaffold.method import Outcome
+from diffdistill.scaffold.matching import MatchingMethod
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,9 @@ def _check(
 
 def gradient(loss: Tensor, *parameters: Tensor) -> Tensor:
     """The gradients of a scalar with respect to all parameters, flattened into one vector."""
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
     return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradients, strict=True)]
     )
 
 
@@ -108,86 +107,92 @@ def two_points(d: int) -> tuple[Tensor, Tensor]:
     return signs[:, :d], signs[:, d:]
 
 
-class Matching(Protocol):
-    """What `matching_checks` asks of a method that matches distributions."""
+class _Moments:
+    """A teacher N(mu, s^2) and a student N(m, b^2) in two dimensions, seen at the angle t."""
 
-    teacher: nn.Module
-    fake_score: Denoiser
-    players: dict[str, nn.Module]
-
-    def sampler(self) -> Sampler:
-        """How the student draws."""
-
-    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
-        """The student's loss for samples x (B, ...) noised with eps (B, ...) to the angles t (B,)."""
-
-    def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
-        """The fake score's loss on the same, a scalar."""
-
-
-def matching_checks(make: Callable[[AffineGame, bool], Matching]) -> Iterator[Check]:
-    """Distribution matching of an affine student with a Gaussian, where all is known in closed form.
-
-    `make` gives the method of a game, with DMD's normaliser or without.
-    """
     mu, s = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
     m, b = torch.tensor([-0.3, 0.5]).double(), torch.tensor([0.9, 0.6]).double()
 
-    def game(mean: Tensor, scale: Tensor, normalise: bool = False) -> tuple[Matching, AffineGame]:
-        parts = affine_game(mu, s, mean, scale)
-        method = make(parts, normalise)
-        only_trains("student", trainable(method.players))
-        return method, parts
+    def __init__(self, t: float):
+        self.t = t
+        self.z, self.eps = two_points(2)  # everything here has degree 2
+        self.angle = torch.full((len(self.z),), t).double()
+        self.cos2, self.sin2 = torch.cos(self.angle[0]) ** 2, torch.sin(self.angle[0]) ** 2
+        self.big_v = self.cos2 * self.s**2 + self.sin2  # the variance of the teacher's x_t
+        self.big_u = self.cos2 * self.b**2 + self.sin2  # the variance of the student's
 
-    z, eps = two_points(2)  # everything here has degree 2
+
+MakeMethod = Callable[[AffineGame, bool], MatchingMethod]
+"""The method of a game, with DMD's normaliser or without."""
+
+
+def matching_checks(make: MakeMethod) -> Iterator[Check]:
+    """Distribution matching of an affine student with a Gaussian, where all is known in closed form."""
     for t in (0.2, 0.8, 1.4):
-        angle = torch.full((len(z),), t).double()
-        cos2, sin2 = torch.cos(angle[0]) ** 2, torch.sin(angle[0]) ** 2
-        big_v, big_u = cos2 * s**2 + sin2, cos2 * b**2 + sin2
-        kl = torch.cat([cos2 * (m - mu) / big_v, cos2 * b * (1 / big_v - 1 / big_u)])
-        method, parts = game(m, b)
-        x = method.sampler().one_step(z, {})
-        # gradient_injection averages over the two dimensions; the divergence sums over them.
-        loss = 2 * method.matching(x, angle, eps, {}).loss
-        affine, score = parts.generator, parts.score
-        got = gradient(loss, affine.mean, affine.scale)
-        yield equal(f"gradient of KL(q_t || p_t) in mean and scale, t = {t}", kl, got, 1e-6)
-        yield differs(f"the opposite sign is caught, t = {t}", kl, -got, 1e-6)
-        through = _through_both_networks(method, x, angle, eps)
-        yield differs(
-            f"a gradient through the two networks is caught, t = {t}",
-            kl,
-            gradient(through, affine.mean, affine.scale),
-            1e-6,
-        )
-
-        rate = torch.sqrt(cos2 * sin2) * (1 - b**2) / big_u
-        off = rate * cos2.sqrt() + sin2.sqrt()
-        expected = ((b * off) ** 2 + (rate * sin2.sqrt() - cos2.sqrt()) ** 2).mean()
-        denoising = method.denoising(x, angle, eps, {})
-        yield equal(f"the fake score's loss at its optimum, t = {t}", expected, denoising, 1e-9)
-        slope = gradient(denoising, score.means, score.stds)
-        yield equal(f"its gradient there is zero, t = {t}", 0.0, slope, 1e-9, scale=1.0)
-
-        for normalise in (False, True):
-            settled, at_optimum = game(mu, s, normalise)
-            x = settled.sampler().one_step(z, {})
-            matching = settled.matching(x, angle, eps, {}).loss
-            zero = gradient(matching, at_optimum.generator.mean, at_optimum.generator.scale)
-            label = "with" if normalise else "without"
-            yield equal(f"zero at the optimum, {label} the normaliser, t = {t}", 0.0, zero, 1e-9, scale=1.0)
-        method, parts = game(m, b, True)
-        x = method.sampler().one_step(z, {})
-        got = gradient(method.matching(x, angle, eps, {}).loss, parts.generator.mean, parts.generator.scale)
-        cos, x = cos2.sqrt(), x.detach()
-        x_t = cos * x + sin2.sqrt() * eps
-        teacher, fake = mu + cos * s**2 * (x_t - cos * mu) / big_v, m + cos * b**2 * (x_t - cos * m) / big_u
-        pull = (fake - teacher) / (x - teacher).abs().mean(1, keepdim=True)
-        closed = torch.cat([pull.mean(0), (pull * z).mean(0)]) / 2  # the mean over two dimensions
-        yield equal(f"gradient with the normaliser, t = {t}", closed, got, 1e-9)
+        at = _Moments(t)
+        yield from _divergence_checks(make, at)
+        yield from _denoising_checks(make, at)
+        yield from _optimum_checks(make, at)
+        yield _normaliser_check(make, at)
 
 
-def _through_both_networks(method: Matching, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+def _game(make: MakeMethod, mean: Tensor, scale: Tensor, normalise: bool = False) -> tuple[MatchingMethod, AffineGame]:
+    parts = affine_game(_Moments.mu, _Moments.s, mean, scale)
+    method = make(parts, normalise)
+    only_trains("student", trainable(method.players))
+    return method, parts
+
+
+def _divergence_checks(make: MakeMethod, at: _Moments) -> Iterator[Check]:
+    pull = at.cos2 * (at.m - at.mu) / at.big_v
+    kl = torch.cat([pull, at.cos2 * at.b * (1 / at.big_v - 1 / at.big_u)])
+    method, parts = _game(make, at.m, at.b)
+    x = method.sampler().one_step(at.z, {})
+    affine = parts.generator
+    # gradient_injection averages over the two dimensions; the divergence sums over them.
+    got = gradient(2 * method.matching(x, at.angle, at.eps, {}).loss, affine.mean, affine.scale)
+    yield equal(f"gradient of KL(q_t || p_t) in mean and scale, t = {at.t}", kl, got, 1e-6)
+    yield differs(f"the opposite sign is caught, t = {at.t}", kl, -got, 1e-6)
+    through = gradient(_through_both_networks(method, x, at.angle, at.eps), affine.mean, affine.scale)
+    yield differs(f"a gradient through the two networks is caught, t = {at.t}", kl, through, 1e-6)
+
+
+def _denoising_checks(make: MakeMethod, at: _Moments) -> Iterator[Check]:
+    """The fake score is exact, and so at the optimum of its own loss."""
+    method, parts = _game(make, at.m, at.b)
+    rate = torch.sqrt(at.cos2 * at.sin2) * (1 - at.b**2) / at.big_u
+    off = rate * at.cos2.sqrt() + at.sin2.sqrt()
+    expected = ((at.b * off) ** 2 + (rate * at.sin2.sqrt() - at.cos2.sqrt()) ** 2).mean()
+    denoising = method.denoising(method.sampler().one_step(at.z, {}), at.angle, at.eps, {})
+    yield equal(f"the fake score's loss at its optimum, t = {at.t}", expected, denoising, 1e-9)
+    slope = gradient(denoising, parts.score.means, parts.score.stds)
+    yield equal(f"its gradient there is zero, t = {at.t}", 0.0, slope, 1e-9, scale=1.0)
+
+
+def _optimum_checks(make: MakeMethod, at: _Moments) -> Iterator[Check]:
+    for normalise in (False, True):
+        method, parts = _game(make, at.mu, at.s, normalise)
+        loss = method.matching(method.sampler().one_step(at.z, {}), at.angle, at.eps, {}).loss
+        zero = gradient(loss, parts.generator.mean, parts.generator.scale)
+        label = "with" if normalise else "without"
+        yield equal(f"zero at the optimum, {label} the normaliser, t = {at.t}", 0.0, zero, 1e-9, scale=1.0)
+
+
+def _normaliser_check(make: MakeMethod, at: _Moments) -> Check:
+    method, parts = _game(make, at.m, at.b, True)
+    x = method.sampler().one_step(at.z, {})
+    loss = method.matching(x, at.angle, at.eps, {}).loss
+    got = gradient(loss, parts.generator.mean, parts.generator.scale)
+    cos, x = at.cos2.sqrt(), x.detach()
+    x_t = cos * x + at.sin2.sqrt() * at.eps
+    teacher = at.mu + cos * at.s**2 * (x_t - cos * at.mu) / at.big_v
+    fake = at.m + cos * at.b**2 * (x_t - cos * at.m) / at.big_u
+    pull = (fake - teacher) / (x - teacher).abs().mean(1, keepdim=True)
+    closed = torch.cat([pull.mean(0), (pull * at.z).mean(0)]) / 2  # the mean over two dimensions
+    return equal(f"gradient with the normaliser, t = {at.t}", closed, got, 1e-9)
+
+
+def _through_both_networks(method: MatchingMethod, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """The mistake of leaving both networks in the graph: 2 x the same loss without its stop-gradients."""
     x_t = diffuse(x, t, eps)
     gap = method.fake_score(x_t, t, {}).x0 - method.teacher(x_t, t, {}).x0

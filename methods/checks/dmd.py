@@ -161,10 +161,10 @@ def _mode_checks() -> Iterator[Check]:
 
     def settle(t: float, weight: float) -> Tensor:
         """(2,) m and b where descent from near one mode ends."""
-        found = torch.tensor([1.2, 0.5]).double()
+        theta = torch.tensor([1.2, 0.5]).double()
         for _ in range(200):
-            found = found - 0.3 * slope(found[:1], found[1:], t, weight)
-        return found
+            theta = theta - 0.3 * slope(theta[:1], theta[1:], t, weight)
+        return theta
 
     for t, weight, other_mode, name in (
         (0.4, 0.0, 0.0, "without pairs, little noise: one mode"),

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from diffdistill.core.denoiser import Denoiser
-from diffdistill.core.losses import gan_discriminator_loss, gan_generator_loss
+from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.prediction import ROWS
 from diffdistill.core.schedule import student_levels
 from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture, gaussian_teacher
 from diffdistill.exact.checks import AffineGame, Check, differs, equal, gauss_hermite, gradient, matching_checks
 from diffdistill.methods.dmd2 import DMD2, Config
+from diffdistill.scaffold.adversary import Adversary
 from diffdistill.scaffold.method import Batch
 
 # How it is trained in the plane, where its student must reach the limits of exact/plane.py.
@@ -73,12 +73,30 @@ def _simulation_checks() -> Iterator[Check]:
     yield equal("every level gets its turn", 4.0, float((trained > 0).sum()), 0.0)
 
 
+class _Logits(Adversary):
+    """The method's own adversary on samples (B,) that are the discriminator's logits of themselves."""
+
+    def __init__(self) -> None:
+        self.fake_score = gaussian_teacher([0.0], 1.0).denoiser  # its schedule alone is read
+
+    def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        return x
+
+    def of_critic(self, real: Tensor, fake: Tensor) -> Tensor:
+        return self.critic_loss(fake, self._batch(real))
+
+    def of_student(self, fake: Tensor) -> Tensor:
+        return self.student_loss(fake, self._batch(fake))
+
+    def _batch(self, images: Tensor) -> Batch:
+        return Batch(len(images), (), {}, images, images.device, (0, 0, 0))
+
+
 def _gan_checks() -> Iterator[Check]:
     """The GAN losses with the optimal discriminator d = log p_t/q_t, by quadrature over z."""
     t, nodes, weights = 0.8, *gauss_hermite(80)
     angle = torch.full((len(nodes),), t).double()
-    p = GaussianMixture([[0.7]], [0.5])
-    q = GaussianMixture([[0.2]], [0.9])
+    p, q, gan = GaussianMixture([[0.7]], [0.5]), GaussianMixture([[0.2]], [0.9]), _Logits()
 
     def points(mean: Tensor | float, std: float) -> Tensor:
         """(n, 1) nodes of the marginal at t of N(mean, std^2)."""
@@ -95,22 +113,16 @@ def _gan_checks() -> Iterator[Check]:
     h = torch.zeros((), dtype=torch.float64, requires_grad=True)
     real, fake = points(0.7, 0.5), points(0.2, 0.9)
     for name, bump in (("x", lambda x: x[:, 0]), ("cos x", lambda x: torch.cos(x[:, 0]))):
-        loss = expected(gan_discriminator_loss, logit(real) + h * bump(real), logit(fake) + h * bump(fake))
-        yield equal(
-            f"log p_t/q_t minimises the discriminator's loss along {name}",
-            0.0,
-            gradient(loss, h),
-            1e-6,
-            scale=1,
-        )
-        swapped = expected(gan_discriminator_loss, logit(fake) + h * bump(fake), logit(real) + h * bump(real))
+        loss = expected(gan.of_critic, logit(real) + h * bump(real), logit(fake) + h * bump(fake))
+        slope = gradient(loss, h)
+        yield equal(f"log p_t/q_t minimises the discriminator's loss along {name}", 0.0, slope, 1e-6, scale=1)
+        swapped = expected(gan.of_critic, logit(fake) + h * bump(fake), logit(real) + h * bump(real))
         yield differs("real and generated swapped are caught", 0.0, gradient(swapped, h), 1e-6, scale=1.0)
 
     mean = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    got = gradient(expected(gan_generator_loss, logit(points(mean, 0.9))), mean)
+    got = gradient(expected(gan.of_student, logit(points(mean, 0.9))), mean)
     pull = (p.score(fake, angle) - q.score(fake, angle))[:, 0] * torch.cos(angle)
     closed = -(weights * torch.sigmoid(-logit(fake)) * pull).sum()
     yield equal("the student's GAN gradient is -E[q/(p+q) (s_p - s_q)]", closed, got, 1e-9)
     level = torch.zeros(4, dtype=torch.float64)
-    two_log_two = 2 * math.log(2)
-    yield equal("the GAN loss at p = q is 2 log 2", two_log_two, gan_discriminator_loss(level, level), 1e-12)
+    yield equal("the GAN loss at p = q is 2 log 2", 2 * math.log(2), gan.of_critic(level, level), 1e-12)

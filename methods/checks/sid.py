@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Cond
 from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import EDM
-from diffdistill.core.times import edm_karras, edm_log_normal
+from diffdistill.core.times import edm_log_normal
 from diffdistill.exact.analytic import GaussianMixture, mixture_teacher
 from diffdistill.exact.checks import AffineGame, Check, affine_game, differs, equal, gradient, two_points
 from diffdistill.methods.sid import Config, SiD
 from diffdistill.players.teacher import only_trains, trainable
+from diffdistill.scaffold.method import Batch
 
 # How it is trained in the plane, where its student must reach the limits of exact/plane.py.
 PLANE = {
@@ -64,91 +66,124 @@ class _Exact:
         full, path, frozen_distribution = (gradient(f, *theta) for f in parts)
         return full, path, frozen_distribution
 
+    def diff_instruct(self) -> Tensor:
+        """sin^2/cos^2 times the gradient of KL(q_t || p_t), a mean over two dimensions: Diff-Instruct's."""
+        cos2, sin2 = math.cos(self.t) ** 2, math.sin(self.t) ** 2
+        big_v, big_u = cos2 * self.s**2 + sin2, cos2 * self.b**2 + sin2
+        return torch.cat([sin2 * (self.m - self.mu) / big_v, sin2 * self.b * (1 / big_v - 1 / big_u)]) / 2
+
+
+MU, S = torch.tensor([0.7, -0.4], dtype=torch.float64), torch.tensor([0.5, 1.3], dtype=torch.float64)  # the teacher's
+M, B = torch.tensor([-0.3, 0.5], dtype=torch.float64), torch.tensor([0.9, 0.6], dtype=torch.float64)  # the student's
+
 
 def verify() -> Iterator[Check]:
     """Appendix B's row for SiD, on Gaussians whose every quantity is known."""
-    mu, s = torch.tensor([0.7, -0.4], dtype=torch.float64), torch.tensor([0.5, 1.3], dtype=torch.float64)
-    m, b = torch.tensor([-0.3, 0.5], dtype=torch.float64), torch.tensor([0.9, 0.6], dtype=torch.float64)
-
-    def game(mean: Tensor, scale: Tensor, config: Config) -> tuple[SiD, AffineGame]:
-        parts = affine_game(mu, s, mean, scale)
-        method = SiD(parts.teacher, config, student=parts.student, fake_score=parts.fake_score)
-        only_trains("student", trainable(method.players))
-        return method, parts
-
-    def slope(method: SiD, parts: AffineGame, angle: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and its gradient in (mean, scale)."""
-        loss = method.matching(method.sampler().one_step(z, {}), angle, eps, {}).loss
-        return loss, gradient(loss, parts.generator.mean, parts.generator.scale)
-
-    z, eps = two_points(2)  # without the normaliser everything here has degree 2
     for t in (0.2, 0.8, 1.4):
-        angle = torch.full((len(z),), t, dtype=torch.float64)
-        cos2, sin2 = torch.cos(angle[0]) ** 2, torch.sin(angle[0]) ** 2
-        exact = _Exact(mu, s, m, b, t)
-        fisher = exact.fisher((m, b), (m, b))
-        full, path, frozen_distribution = exact.gradients()
+        exact = _Exact(MU, S, M, B, t)
         for alpha in (0.0, 0.5, 1.0, 1.2):
-            method, parts = game(m, b, Config(alpha=alpha, normalise=False))
-            loss, got = slope(method, parts, angle)
-            yield equal(f"E[L] = (1 - a) F, a = {alpha}, t = {t}", (1 - alpha) * fisher, loss, 1e-9, scale=1e-3)
-            expected = full / 2 + (0.5 - alpha) * path
-            yield equal(f"gradient of the loss, a = {alpha}, t = {t}", expected, got, 1e-9)
-            if alpha == 0.5:
-                yield equal(f"half the Fisher divergence's gradient at a = 1/2, t = {t}", full / 2, got, 1e-9)
-            if alpha == 1.0:
-                yield equal(f"the frozen distribution's gradient at a = 1, t = {t}", frozen_distribution / 2, got, 1e-9)
-                yield differs(f"which is not that of F, t = {t}", full / 2, got, 1e-3)
-            big_v, big_u = cos2 * s**2 + sin2, cos2 * b**2 + sin2
-            # Diff-Instruct: sin^2/cos^2 times the gradient of KL(q_t || p_t), a mean over two dimensions
-            diff_instruct = torch.cat([sin2 * (m - mu) / big_v, sin2 * b * (1 / big_v - 1 / big_u)]) / 2
-            method.teacher, method.evaluated = _Detached(method.teacher), _Detached(method.evaluated)
-            detached = slope(method, parts, angle)[1]
-            yield equal(f"both networks detached: Diff-Instruct, a = {alpha}, t = {t}", diff_instruct, detached, 1e-9)
-            yield differs(f"that this is not SiD is caught, a = {alpha}, t = {t}", expected, detached, 1e-3)
-
-            same_width, parts = game(m, s, Config(alpha=alpha, normalise=False))
-            got = gradient(slope(same_width, parts, angle)[0], parts.generator.mean)
-            pull = (sin2 / big_v) ** 2 * (m - mu) / 2
-            yield equal(f"the mean's gradient at the teacher's width, a = {alpha}, t = {t}", pull, got, 1e-9)
-
-        for normalise in (False, True):
-            settled, parts = game(mu, s, Config(normalise=normalise))
-            label = "with" if normalise else "without"
-            got = slope(settled, parts, angle)[1]
-            yield equal(f"zero at the optimum, {label} the normaliser, t = {t}", 0.0, got, 1e-9, scale=1.0)
-        method, parts = game(m, b, Config())
-        yield equal(
-            f"each sample's gradient is divided by n, t = {t}",
-            _normalised(exact, z, eps, detach=True),
-            slope(method, parts, angle)[1],
-            1e-9,
-        )
-        yield differs(
-            f"a gradient through n is caught, t = {t}",
-            _normalised(exact, z, eps, detach=False),
-            slope(method, parts, angle)[1],
-            1e-3,
-        )
-        method, parts = game(m, b, Config())
-        only_trains("fake_score", trainable(method.players))
-        x = method.sampler().one_step(z, {})
-        rate = torch.sqrt(cos2 * sin2) * (1 - b**2) / (cos2 * b**2 + sin2)  # of the exact velocity
-        residual = (b * (rate * cos2.sqrt() + sin2.sqrt())) ** 2 + (rate * sin2.sqrt() - cos2.sqrt()) ** 2
-        denoising = method.denoising(x, angle, eps, {})
-        yield equal(f"the fake score's loss at its optimum, t = {t}", residual.mean(), denoising, 1e-9)
-        zero = gradient(denoising, parts.score.means, parts.score.stds)
-        yield equal(f"its gradient there is zero, t = {t}", 0.0, zero, 1e-9, scale=1.0)
-
-    order = [turn.player for turn in game(m, b, Config())[0].turns(0)]
+            yield from _loss_checks(exact, alpha)
+        yield from _optimum_checks(t)
+        yield from _normaliser_checks(exact)
+        yield from _denoising_checks(t)
+    order = [turn.player for turn in _game(M, B, Config())[0].turns(0)]
     yield equal("the fake score moves first", 1.0, float(order == ["fake_score", "student"]), 0.0)
+    yield from _level_checks()
+    yield from _guidance_checks()
+
+
+def _game(mean: Tensor, scale: Tensor, config: Config) -> tuple[SiD, AffineGame]:
+    parts = affine_game(MU, S, mean, scale)
+    method = SiD(parts.teacher, config, student=parts.student, fake_score=parts.fake_score)
+    only_trains("student", trainable(method.players))
+    return method, parts
+
+
+def _points(t: float) -> tuple[Tensor, Tensor, Tensor]:
+    """z, eps and the angles; without the normaliser everything here has degree 2."""
+    z, eps = two_points(2)
+    return z, eps, torch.full((len(z),), t, dtype=torch.float64)
+
+
+def _slope(method: SiD, parts: AffineGame, t: float) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient in (mean, scale)."""
+    z, eps, angle = _points(t)
+    loss = method.matching(method.sampler().one_step(z, {}), angle, eps, {}).loss
+    return loss, gradient(loss, parts.generator.mean, parts.generator.scale)
+
+
+def _loss_checks(exact: _Exact, alpha: float) -> Iterator[Check]:
+    """The student's loss without the normaliser, and its gradient."""
+    t = exact.t
+    fisher = exact.fisher((M, B), (M, B))
+    full, path, frozen_distribution = exact.gradients()
+    method, parts = _game(M, B, Config(alpha=alpha, normalise=False))
+    loss, got = _slope(method, parts, t)
+    yield equal(f"E[L] = (1 - a) F, a = {alpha}, t = {t}", (1 - alpha) * fisher, loss, 1e-9, scale=1e-3)
+    expected = full / 2 + (0.5 - alpha) * path
+    yield equal(f"gradient of the loss, a = {alpha}, t = {t}", expected, got, 1e-9)
+    if alpha == 0.5:
+        yield equal(f"half the Fisher divergence's gradient at a = 1/2, t = {t}", full / 2, got, 1e-9)
+    if alpha == 1.0:
+        yield equal(f"the frozen distribution's gradient at a = 1, t = {t}", frozen_distribution / 2, got, 1e-9)
+        yield differs(f"which is not that of F, t = {t}", full / 2, got, 1e-3)
+    method.teacher, method.evaluated = _Detached(method.teacher), _Detached(method.evaluated)
+    detached = _slope(method, parts, t)[1]
+    name = f"a = {alpha}, t = {t}"
+    yield equal(f"both networks detached: Diff-Instruct, {name}", exact.diff_instruct(), detached, 1e-9)
+    yield differs(f"that this is not SiD is caught, {name}", expected, detached, 1e-3)
+
+    same_width, parts = _game(M, S, Config(alpha=alpha, normalise=False))
+    got = gradient(_slope(same_width, parts, t)[0], parts.generator.mean)
+    sin2 = torch.sin(torch.tensor(t, dtype=torch.float64)) ** 2
+    pull = (sin2 / ((1 - sin2) * S**2 + sin2)) ** 2 * (M - MU) / 2
+    yield equal(f"the mean's gradient at the teacher's width, {name}", pull, got, 1e-9)
+
+
+def _optimum_checks(t: float) -> Iterator[Check]:
+    for normalise in (False, True):
+        method, parts = _game(MU, S, Config(normalise=normalise))
+        label = "with" if normalise else "without"
+        zero = _slope(method, parts, t)[1]
+        yield equal(f"zero at the optimum, {label} the normaliser, t = {t}", 0.0, zero, 1e-9, scale=1.0)
+
+
+def _normaliser_checks(exact: _Exact) -> Iterator[Check]:
+    z, eps, _ = _points(exact.t)
+    method, parts = _game(M, B, Config())
+    got = _slope(method, parts, exact.t)[1]
+    expected, wrong = (_normalised(exact, z, eps, detach=detach) for detach in (True, False))
+    yield equal(f"each sample's gradient is divided by n, t = {exact.t}", expected, got, 1e-9)
+    yield differs(f"a gradient through n is caught, t = {exact.t}", wrong, got, 1e-3)
+
+
+def _denoising_checks(t: float) -> Iterator[Check]:
+    """The fake score is exact, and so at the optimum of its own loss."""
+    z, eps, angle = _points(t)
+    method, parts = _game(M, B, Config())
+    only_trains("fake_score", trainable(method.players))
+    cos2, sin2 = torch.cos(angle[0]) ** 2, torch.sin(angle[0]) ** 2
+    rate = torch.sqrt(cos2 * sin2) * (1 - B**2) / (cos2 * B**2 + sin2)  # of the exact velocity
+    residual = (B * (rate * cos2.sqrt() + sin2.sqrt())) ** 2 + (rate * sin2.sqrt() - cos2.sqrt()) ** 2
+    denoising = method.denoising(method.sampler().one_step(z, {}), angle, eps, {})
+    yield equal(f"the fake score's loss at its optimum, t = {t}", residual.mean(), denoising, 1e-9)
+    zero = gradient(denoising, parts.score.means, parts.score.stds)
+    yield equal(f"its gradient there is zero, t = {t}", 0.0, zero, 1e-9, scale=1.0)
+
+
+def _level_checks() -> Iterator[Check]:
+    """Both players' levels are the same angles for all schedules."""
+    method, _ = _game(M, B, Config())
+    batch = Batch(1, (2,), {}, None, torch.device("cpu"), (0, 0, 0))
     for schedule in (EDM(), EDM(data_std=1.0, sigma_min=1e-9, sigma_max=1e9)):
+        method.schedule = schedule
         for fraction, sigma in ((0.0, 0.002), (0.8, 24.40834178658), (1.0, 80.0)):
-            drawn = torch.tan(edm_karras(schedule, 1, torch.Generator(), fraction, fraction))
+            # A range without width, which a Config refuses: every level that is drawn is its end.
+            method.config = SimpleNamespace(times="karras", time_low=fraction, time_high=fraction)
+            drawn = torch.tan(method.times("student", batch))
             yield equal(f"sigma at {fraction} of the grid, data_std {schedule.data_std}", 2 * sigma, drawn, 1e-9)
         drawn = torch.tan(edm_log_normal(schedule, 1, torch.Generator(), -1.2, 0.0))
         yield equal(f"the fake score's median sigma, data_std {schedule.data_std}", 2 * math.exp(-1.2), drawn, 1e-9)
-    yield from _guidance_checks()
 
 
 class _Detached(nn.Module):

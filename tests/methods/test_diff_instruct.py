@@ -1,6 +1,7 @@
 """Diff-Instruct: its exact checks hold, known mistakes are caught, and it reaches a known answer end to end."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from diffdistill.methods import diff_instruct
 from diffdistill.methods.checks.diff_instruct import verify
 from diffdistill.methods.diff_instruct import Config, DiffInstruct
 from diffdistill.players.teacher import only_trains, trainable
-from diffdistill.scaffold.matching import distribution_matching_gradient
-from diffdistill.scaffold.method import Batch
+from diffdistill.scaffold import matching
+from diffdistill.scaffold.method import Batch, Outcome
 
 
 def test_every_exact_check_holds() -> None:
@@ -26,23 +27,23 @@ def test_every_exact_check_holds() -> None:
     assert sum(c.name.startswith("sigma^2 times the gradient") for c in checks) == 3
 
 
-def opposite_sign(self: DiffInstruct, *args: Any) -> dict[str, Tensor]:
-    logs = REAL_MATCHING(self, *args)
-    return logs | {"loss": -logs["loss"]}
+def opposite_sign(self: DiffInstruct, *args: Any) -> Outcome:
+    outcome = REAL_MATCHING(self, *args)
+    return replace(outcome, loss=-outcome.loss)
 
 
 def not_detached(x: Tensor, grad: Tensor) -> Tensor:
     return 0.5 * ((x - (x - grad)) ** 2).mean()
 
 
-def kl_weight(self: DiffInstruct, x: Tensor, t: Tensor, eps: Tensor, cond: Any) -> dict[str, Tensor]:
-    grad, _ = distribution_matching_gradient(
+def kl_weight(self: DiffInstruct, x: Tensor, t: Tensor, eps: Tensor, cond: Any) -> Outcome:
+    grad, _ = matching.distribution_matching_gradient(
         x, diff_instruct.diffuse(x, t, eps), t, cond, self.teacher, self.fake_score, False
     )
-    return {"loss": gradient_injection(x, grad)}
+    return Outcome(gradient_injection(x, grad))
 
 
-def wrong_samples(fake_score: Any, x: Tensor, t: Tensor, eps: Tensor, cond: Any) -> Tensor:
+def wrong_samples(fake_score: Any, x: Tensor, t: Tensor, eps: Tensor, cond: Any, kind: str) -> Tensor:
     return denoising_loss(fake_score(diff_instruct.diffuse(x, t, eps), t, cond), x.flip(0), eps)
 
 
@@ -61,7 +62,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
         lambda x, g: REAL_INJECTION(x.detach() + 0 * x, g),
     ),
     "twice the gradient": (diff_instruct, "gradient_injection", lambda x, g: REAL_INJECTION(x, 2 * g)),
-    "the fake score is trained on the wrong samples": (diff_instruct, "fake_score_loss", wrong_samples),
+    "the fake score is trained on the wrong samples": (matching, "fake_score_loss", wrong_samples),
     "levels in the teacher's own units": (diff_instruct, "edm_log_normal", other_units),
     "the student moves last": (DiffInstruct, "turns", lambda self, step: REAL_TURNS(self, step)[::-1]),
     "the ratio is ignored": (DiffInstruct, "turns", lambda self, step: REAL_TURNS(self, 0)),
@@ -98,9 +99,9 @@ def test_the_students_gradient_leaves_the_fake_score_alone(tiny_teacher: Callabl
     method = DiffInstruct(load_teacher(tiny_teacher("vp")), Config())
     only_trains("student", trainable(method.players))
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 0, 0))
-    logs = method.student_turn([], batch)
-    assert float(logs["gap"]) == 0  # at the start both networks are one; dropout in either would show
-    logs["loss"].backward()
+    outcome = method.student_turn([], batch)
+    assert float(outcome.shown["gap"]) == 0  # at the start both networks are one; dropout in either would show
+    outcome.loss.backward()
     assert all(p.grad is None for p in method.fake_score.parameters())
 
 

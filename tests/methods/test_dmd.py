@@ -15,14 +15,15 @@ from diffdistill.config import FitConfig, PairsConfig
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import denoising_loss
+from diffdistill.core.prediction import diffuse
 from diffdistill.data.pairs import draw_pairs, make_pairs
 from diffdistill.exact.analytic import AffineGenerator, LearnedGaussian, gaussian_teacher
 from diffdistill.exact.checks import run_checks
-from diffdistill.methods import dmd
 from diffdistill.methods.checks import dmd as checks_of_dmd
 from diffdistill.methods.checks.dmd import verify
 from diffdistill.methods.dmd import DMD, Config
-from diffdistill.scaffold.method import Batch, Pair
+from diffdistill.scaffold import matching
+from diffdistill.scaffold.method import Batch, Outcome, Pair
 from diffdistill.training.trainer import Trainer, accelerator_for
 
 Teachers = Callable[[str], Path]
@@ -49,35 +50,36 @@ def swapped_networks(x: Tensor, x_t: Tensor, t: Tensor, cond: Any, teacher: Any,
 
 
 def wrong_samples(fake_score: Any, x: Tensor, t: Tensor, eps: Tensor, cond: Any, kind: str) -> Tensor:
-    return denoising_loss(fake_score(dmd.diffuse(x, t, eps), t, cond), x.flip(0), eps)
+    return denoising_loss(fake_score(diffuse(x, t, eps), t, cond), x.flip(0), eps)
 
 
 def turn_with_pair(change: Callable[[Pair], Pair]) -> Callable[..., Any]:
-    def turn(self: DMD, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def turn(self: DMD, drawn: list[Tensor], batch: Batch) -> Outcome:
         return REAL_TURN(self, drawn, replace(batch, pair=change(batch.pair)) if batch.pair else batch)
 
     return turn
 
 
-def unweighted(self: DMD, drawn: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-    logs = REAL_TURN(self, drawn, batch)
-    return logs | {"loss": logs["loss"] + (1 - self.config.regression_weight) * logs.get("regression", 0)}
+def unweighted(self: DMD, drawn: list[Tensor], batch: Batch) -> Outcome:
+    outcome = REAL_TURN(self, drawn, batch)
+    missing = (1 - self.config.regression_weight) * outcome.shown.get("regression", torch.zeros(()))
+    return replace(outcome, loss=outcome.loss + missing)
 
 
-REAL_GRADIENT, REAL_INJECTION = dmd.distribution_matching_gradient, dmd.gradient_injection
+REAL_GRADIENT, REAL_INJECTION = matching.distribution_matching_gradient, matching.gradient_injection
 REAL_TURNS, REAL_TURN, REAL_REGRESSION = DMD.turns, DMD.student_turn, DMD.regression
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "opposite sign": (dmd, "distribution_matching_gradient", opposite_sign),
-    "the teacher and the fake score swapped": (dmd, "distribution_matching_gradient", swapped_networks),
-    "the fake score is guided too": (dmd, "distribution_matching_gradient", both_guided),
-    "the teacher is not guided": (dmd, "guided", lambda denoiser, scale: denoiser),
-    "the student is detached": (dmd, "gradient_injection", lambda x, g: REAL_INJECTION(x.detach() + 0 * x, g)),
+    "opposite sign": (matching, "distribution_matching_gradient", opposite_sign),
+    "the teacher and the fake score swapped": (matching, "distribution_matching_gradient", swapped_networks),
+    "the fake score is guided too": (matching, "distribution_matching_gradient", both_guided),
+    "the teacher is not guided": (matching, "guided", lambda denoiser, scale: denoiser),
+    "the student is detached": (matching, "gradient_injection", lambda x, g: REAL_INJECTION(x.detach() + 0 * x, g)),
     "the gradient's target is not detached": (
-        dmd,
+        matching,
         "gradient_injection",
         lambda x, g: 0.5 * ((x - (x - g)) ** 2).mean(),
     ),
-    "the fake score is trained on the wrong samples": (dmd, "fake_score_loss", wrong_samples),
+    "the fake score is trained on the wrong samples": (matching, "fake_score_loss", wrong_samples),
     "the student moves last": (DMD, "turns", lambda self, step: REAL_TURNS(self, step)[::-1]),
     "the fake score does not move": (DMD, "turns", lambda self, step: REAL_TURNS(self, step)[:1]),
     "the regression is left out": (DMD, "regression", lambda self, x, y: 0 * REAL_REGRESSION(self, x, y)),
@@ -195,14 +197,14 @@ def test_one_pass_of_each_network_a_turn_and_guidance_is_the_teachers(tiny_teach
     pair = Pair(torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), cond)
     batch = Batch(4, (1, 8, 8), cond, None, torch.device("cpu"), (0, 0, 0), pair)
     student, fake_score = method.turns(0)
-    logs = student.loss(batch)
+    outcome = student.loss(batch)
     assert sorted(seen) == [("fake", 4), ("student", 8), ("teacher", 8)]
     seen.clear()
     fake_score.loss(batch)
     assert seen == [("fake", 4)]
     # The turn's loss is not changed by dropout, which the tiny teacher has.
     again = DMD(load_teacher(tiny_teacher("vp")), Config(guidance_scale=3.0)).turns(0)[0].loss(batch)
-    assert float(again["loss"].detach()) == float(logs["loss"].detach())
+    assert float(again.loss.detach()) == float(outcome.loss.detach())
 
 
 def test_the_students_noise_is_that_of_the_pairs(tiny_teacher: Teachers) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from diffdistill import UserError, distill, load_teacher
 from diffdistill.core.losses import denoising_loss
+from diffdistill.core.prediction import diffuse
 from diffdistill.exact.checks import run_checks
-from diffdistill.methods import dmd2
 from diffdistill.methods.checks.dmd2 import verify
 from diffdistill.methods.dmd2 import DMD2, Config
 from diffdistill.players.teacher import only_trains, trainable
-from diffdistill.scaffold import matching
+from diffdistill.scaffold import adversary, matching
 from diffdistill.scaffold.method import Batch
 
 
@@ -39,10 +39,10 @@ def detached(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def wrong_samples(fake_score: Any, x: Tensor, t: Tensor, eps: Tensor, cond: Any, kind: str) -> Tensor:
-    return denoising_loss(fake_score(dmd2.diffuse(x, t, eps), t, cond), x.flip(0), eps)
+    return denoising_loss(fake_score(diffuse(x, t, eps), t, cond), x.flip(0), eps)
 
 
-def with_gradients(self: DMD2, batch: Batch) -> Tensor:
+def with_gradients(self: DMD2, batch: Batch, player: str) -> Tensor:
     sampler = self.sampler()
     x_t, t = sampler.input_at(3, batch.randn("z"), batch.cond, lambda j: batch.randn(f"z {j}"))
     return self.student(x_t, t, batch.cond).x0
@@ -52,24 +52,28 @@ def one_normaliser_for_the_batch(x: Tensor, x0: Tensor) -> Tensor:
     return (x - x0).abs().mean().detach().expand(len(x))
 
 
-REAL_GRADIENT, REAL_INJECTION = dmd2.distribution_matching_gradient, dmd2.gradient_injection
+REAL_GRADIENT, REAL_INJECTION = matching.distribution_matching_gradient, matching.gradient_injection
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "no normaliser": (matching, "l1_normaliser", lambda x, x0: torch.ones(len(x), dtype=x.dtype)),
     "one normaliser for the batch": (matching, "l1_normaliser", one_normaliser_for_the_batch),
-    "opposite sign": (dmd2, "distribution_matching_gradient", opposite_sign),
-    "the gradient's target is not detached": (dmd2, "gradient_injection", not_detached),
-    "the student is detached": (dmd2, "gradient_injection", detached),
-    "the fake score is trained on the wrong samples": (dmd2, "fake_score_loss", wrong_samples),
+    "opposite sign": (matching, "distribution_matching_gradient", opposite_sign),
+    "the gradient's target is not detached": (matching, "gradient_injection", not_detached),
+    "the student is detached": (matching, "gradient_injection", detached),
+    "the fake score is trained on the wrong samples": (matching, "fake_score_loss", wrong_samples),
     "the student moves last": (DMD2, "turns", lambda self, step: REAL_TURNS(self, step)[::-1]),
     "the ratio is ignored": (DMD2, "turns", lambda self, step: REAL_TURNS(self, 0)),
     "the discriminator's labels are swapped": (
-        dmd2,
+        adversary,
         "gan_discriminator_loss",
-        lambda real, fake, f=dmd2.gan_discriminator_loss: f(fake, real),
+        lambda real, fake, f=adversary.gan_discriminator_loss: f(fake, real),
     ),
     "the simulation has gradients": (DMD2, "generate", with_gradients),
-    "only the first level is trained": (dmd2.torch, "randint", lambda *a, **k: torch.zeros((), dtype=torch.int64)),
-    "the saturating generator loss": (dmd2, "gan_generator_loss", lambda fake: -nn.functional.softplus(fake).mean()),
+    "only the first level is trained": (torch, "randint", lambda *a, **k: torch.zeros((), dtype=torch.int64)),
+    "the saturating generator loss": (
+        adversary,
+        "gan_generator_loss",
+        lambda fake: -nn.functional.softplus(fake).mean(),
+    ),
 }
 REAL_TURNS = DMD2.turns
 
@@ -111,8 +115,7 @@ def test_the_students_gan_gradient_leaves_the_critic_alone(tiny_teacher: Callabl
     only_trains("student", trainable(method.players))
     data = torch.randn(4, 1, 8, 8)
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, data, torch.device("cpu"), (0, 0, 0))
-    logs = method.student_turn([], batch)
-    logs["gan"].backward()
+    method.student_turn([], batch).shown["gan"].backward()
     assert all(p.grad is None for p in method.players["fake_score"].parameters())
     assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in method.student.parameters())
 
@@ -152,7 +155,7 @@ def test_the_matching_gradient_is_that_of_images_so_that_the_gan_weight_means_th
     x = torch.randn(4, 1, 8, 8, requires_grad=True)
     t, eps, cond = torch.full((4,), 0.7).double(), torch.randn(4, 1, 8, 8), {"class_labels": torch.arange(4)}
     (got,) = torch.autograd.grad(method.matching(x, t, eps, cond).loss, x)
-    image, x_t = 0.5 * x.detach(), dmd2.diffuse(x.detach(), t, eps)
+    image, x_t = 0.5 * x.detach(), diffuse(x.detach(), t, eps)
     real, fake = (0.5 * network(x_t, t, cond).x0 for network in (method.teacher, method.fake_score))
     theirs = (fake - real) / (image - real).abs().mean((1, 2, 3), keepdim=True) / x.numel()  # d loss / d image
     assert torch.allclose(got, 0.5 * theirs, rtol=1e-4, atol=1e-9) and float(theirs.abs().max()) > 0

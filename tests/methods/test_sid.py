@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill import UserError, distill, load_teacher
+from diffdistill.core import guidance
 from diffdistill.core.losses import denoising_loss
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import sid
@@ -37,7 +38,7 @@ def from_the_noisy_end(schedule: Any, n: int, generator: Any, low: float, high: 
     return REAL_TIMES(schedule, n, generator, 1 - high, 1 - low)
 
 
-REAL_LOSS, REAL_TIMES, REAL_TURNS, REAL_GUIDED = sid.sid_loss, sid.edm_karras, SiD.turns, sid.guided
+REAL_LOSS, REAL_TIMES, REAL_TURNS, REAL_GUIDED = sid.sid_loss, sid.edm_karras, SiD.turns, guidance.Guided
 REAL_NORMALISER = sid.l1_normaliser
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the teacher is detached": (sid, "sid_loss", loss_with(lambda x, p, q, a, n: (x, p.detach(), q, a, n))),
@@ -52,8 +53,8 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the fake score is trained on the wrong samples": (sid, "fake_score_loss", wrong_samples),
     "the levels start at the noisy end": (sid, "edm_karras", from_the_noisy_end),
     "the student moves first": (SiD, "turns", lambda self, step: REAL_TURNS(self, step)[::-1]),
-    "guidance is off by one": (sid, "guided", lambda d, k: REAL_GUIDED(d, k if k == 1 else 1 + k)),
-    "the guidance scales are ignored": (sid, "guided", lambda d, scale: d),
+    "guidance is off by one": (guidance, "Guided", lambda d, k, interval: REAL_GUIDED(d, 1 + k, interval)),
+    "the guidance scales are ignored": (guidance, "Guided", lambda d, scale, interval: d),
 }
 
 
@@ -76,14 +77,14 @@ def test_the_students_gradient_leaves_the_fake_score_alone(
     parameters = trainable(method.players)
     only_trains("student", parameters)
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 0, 0))
-    logs = method.student_turn(batch)
-    assert float(logs["gap"]) == 0  # at the start both networks are one; dropout in either would show
-    logs["loss"].backward()
+    outcome = method.student_turn([], batch)
+    assert float(outcome.shown["gap"]) == 0  # at the start both networks are one; dropout in either would show
+    outcome.loss.backward()
     assert all(p.grad is None for p in method.fake_score.parameters())
     assert all(p.grad is None for p in method.teacher.parameters())
     assert method.student.training and not method.fake_score.training
     only_trains("fake_score", parameters)
-    method.fake_score_turn(batch).loss.backward()
+    method.fake_score_turn([], batch).loss.backward()
     assert method.fake_score.training and not method.student.training
     assert any(bool(p.grad.any()) for p in method.fake_score.parameters() if p.grad is not None)
 
@@ -95,19 +96,19 @@ def test_guidance_is_one_batched_call_each(tiny_teacher: Callable[[str], Path]) 
     for name, denoiser in (("fake", method.fake_score), ("teacher", method.teacher.denoiser)):
         denoiser.network.register_forward_hook(lambda module, args, out, n=name: seen.append((n, len(args[0]))))
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 0, 0))
-    method.student_turn(batch)
+    method.student_turn([], batch)
     assert sorted(seen) == [("fake", 8), ("teacher", 8)]
     seen.clear()
-    method.fake_score_turn(batch)
+    method.fake_score_turn([], batch)
     assert seen == [("fake", 8)]
 
 
 def test_a_guided_fake_score_learns_without_a_class_too(tiny_teacher: Callable[[str], Path]) -> None:
     teacher, cond = load_teacher(tiny_teacher("vp")), {"class_labels": torch.arange(1000) % 10}
-    draw = torch.Generator().manual_seed(0)
-    assert SiD(teacher, Config(guidance_scale=2.0)).drop_labels(cond, 1000, draw) is cond
+    batch = Batch(1000, (1, 8, 8), cond, None, torch.device("cpu"), (0, 0, 0))
+    assert SiD(teacher, Config(guidance_scale=2.0)).fake_score_cond(batch) is cond
     method = SiD(teacher, Config(fake_score_guidance=2.0, label_dropout=0.3))
-    labels = method.drop_labels(cond, 1000, draw)["class_labels"]
+    labels = method.fake_score_cond(batch)["class_labels"]
     dropped = labels != cond["class_labels"]
     assert bool((labels[dropped] == 10).all()) and 250 < int(dropped.sum()) < 350
 

@@ -16,6 +16,7 @@ from diffdistill.methods import sim
 from diffdistill.methods.checks.sim import verify
 from diffdistill.methods.sim import SIM, Config
 from diffdistill.players.teacher import only_trains, trainable
+from diffdistill.scaffold import matching
 from diffdistill.scaffold.method import Batch
 
 
@@ -33,7 +34,7 @@ def elementwise(y: Tensor, kind: str, c: float) -> Tensor:
     return 2 * y if kind == "l2" else y / torch.sqrt(y**2 + c**2)
 
 
-def wrong_samples(fake_score: Any, x: Tensor, t: Tensor, eps: Tensor, cond: Any) -> Tensor:
+def wrong_samples(fake_score: Any, x: Tensor, t: Tensor, eps: Tensor, cond: Any, kind: str) -> Tensor:
     return denoising_loss(fake_score(sim.diffuse(x, t, eps), t, cond), x.flip(0), eps)
 
 
@@ -69,7 +70,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "opposite sign": (SIM, "divergence", opposite),
     "the teacher is detached": (SIM, "divergence", detached("teacher")),
     "the fake score is detached": (SIM, "divergence", detached("fake_score")),
-    "the fake score is trained on the wrong samples": (sim, "fake_score_loss", wrong_samples),
+    "the fake score is trained on the wrong samples": (matching, "fake_score_loss", wrong_samples),
     "the student moves last": (SIM, "turns", lambda self, step: REAL_TURNS(self, step)[::-1]),
 }
 
@@ -105,9 +106,9 @@ def test_the_students_gradient_leaves_the_fake_score_alone(tiny_teacher: Callabl
     method = SIM(load_teacher(tiny_teacher("vp")), Config())
     only_trains("student", trainable(method.players))
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 0, 0))
-    logs = method.student_turn([], batch)
-    assert float(logs["distance"]) == 0  # at the start both networks are one; dropout in either would show
-    logs["loss"].backward()
+    outcome = method.student_turn([], batch)
+    assert float(outcome.shown["distance"]) == 0  # at the start both networks are one; dropout in either would show
+    outcome.loss.backward()
     assert all(p.grad is None for p in method.fake_score.parameters())
 
 

@@ -1,6 +1,7 @@
 """SwiftBrush: its exact checks hold, known mistakes are caught, and its LoRA teacher resumes with the same bits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ from torch import Tensor, nn
 
 from diffdistill import UserError, distill, load_teacher
 from diffdistill.commands.distill import export_run
+from diffdistill.config import TrainConfig
+from diffdistill.core import guidance
 from diffdistill.core.losses import denoising_loss
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import swiftbrush
 from diffdistill.methods.checks.swiftbrush import verify
 from diffdistill.methods.swiftbrush import Config, SwiftBrush
-from diffdistill.players.teacher import trainable
-from diffdistill.scaffold.method import Batch
+from diffdistill.players.teacher import Teacher, trainable
+from diffdistill.scaffold.method import Batch, Outcome
+from diffdistill.training.assemble import lora_settings
 
-REAL_INJECTION, REAL_GUIDED, REAL_TURNS = swiftbrush.gradient_injection, swiftbrush.guided, SwiftBrush.turns
+REAL_INJECTION, REAL_GUIDED, REAL_TURNS = swiftbrush.gradient_injection, guidance.Guided, SwiftBrush.turns
 REAL_DENOISING, REAL_EXPAND = SwiftBrush.denoising, swiftbrush.expand
 
 
@@ -35,21 +39,21 @@ def is_lora_teacher(denoiser: nn.Module) -> bool:
 
 
 def guidance_of(which: Callable[[nn.Module], bool]) -> Callable[..., nn.Module]:
-    return lambda denoiser, scale: REAL_GUIDED(denoiser, scale if which(denoiser) else 1)
+    return lambda denoiser, *rest: REAL_GUIDED(denoiser, *rest) if which(denoiser) else denoiser
 
 
 def weighted_as_v(self: SwiftBrush, x: Tensor, t: Tensor, eps: Tensor, cond: Any) -> Tensor:
     x = x.detach()
-    return denoising_loss(self.lora_teacher(swiftbrush.diffuse(x, t, eps), t, cond), x, eps)
+    return denoising_loss(self.fake_score(swiftbrush.diffuse(x, t, eps), t, cond), x, eps)
 
 
 def student_in_the_graph(self: SwiftBrush, x: Tensor, t: Tensor, eps: Tensor, cond: Any) -> Tensor:
-    error = (self.lora_teacher(swiftbrush.diffuse(x, t, eps), t, cond).eps - eps).square().mean(1)
+    error = (self.fake_score(swiftbrush.diffuse(x, t, eps), t, cond).eps - eps).square().mean(1)
     return (torch.cos(t) ** 2 * error).mean()
 
 
 def guided_denoising(self: SwiftBrush, *args: Any) -> Tensor:
-    self.lora_teacher = self.guided_lora_teacher  # type: ignore[assignment]
+    self.fake_score = self.guided_fake_score  # type: ignore[assignment]
     return REAL_DENOISING(self, *args)
 
 
@@ -57,9 +61,9 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "opposite sign": (swiftbrush, "gradient_injection", lambda x, grad: REAL_INJECTION(x, -grad)),
     "the target is not detached": (swiftbrush, "gradient_injection", lambda x, g: 0.5 * (x - (x - g)).square().mean()),
     "the student is detached": (swiftbrush, "gradient_injection", lambda x, g: REAL_INJECTION(x.detach() + 0 * x, g)),
-    "the teacher alone is guided": (swiftbrush, "guided", guidance_of(lambda d: not is_lora_teacher(d))),
-    "the LoRA teacher alone is guided": (swiftbrush, "guided", guidance_of(is_lora_teacher)),
-    "1 + scale": (swiftbrush, "guided", lambda d, scale: REAL_GUIDED(d, scale if scale == 1 else 1 + scale)),
+    "the teacher alone is guided": (guidance, "Guided", guidance_of(lambda d: not is_lora_teacher(d))),
+    "the LoRA teacher alone is guided": (guidance, "Guided", guidance_of(is_lora_teacher)),
+    "1 + scale": (guidance, "Guided", lambda d, scale, *rest: REAL_GUIDED(d, 1 + scale, *rest)),
     "weights are not squared": (swiftbrush, "expand", lambda w, like: REAL_EXPAND(w.sqrt(), like)),
     "the LoRA teacher's loss is weighted as v": (SwiftBrush, "denoising", weighted_as_v),
     "the LoRA teacher's loss reaches the student": (SwiftBrush, "denoising", student_in_the_graph),
@@ -80,22 +84,28 @@ def batch_of(n: int) -> Batch:
     return Batch(n, (1, 8, 8), {"class_labels": torch.arange(n) % 10}, None, torch.device("cpu"), (0, 0, 0))
 
 
+def with_lora(folder: Path, **options: Any) -> Teacher:
+    config = TrainConfig(lora="fake_score", lora_alpha=108.0, **options)
+    return replace(load_teacher(folder), lora=lora_settings(config, usual=None))
+
+
 def test_the_lora_teacher_starts_as_the_teacher(tiny_teacher: Callable[[str], Path]) -> None:
-    teacher = load_teacher(tiny_teacher("vp"))
+    teacher = with_lora(tiny_teacher("vp"))
     method = SwiftBrush(teacher, Config(guidance_scale=3.0))
     x = torch.randn(4, 1, 8, 8)
-    logs = method.matching(x, torch.full((4,), 0.7).double(), torch.randn_like(x), batch_of(4).cond)
-    assert float(logs["gap"]) == 0
+    outcome = method.matching(x, torch.full((4,), 0.7).double(), torch.randn_like(x), batch_of(4).cond)
+    assert float(outcome.shown["gap"]) == 0
 
 
 def test_only_the_low_rank_weights_learn_and_as_a_few_passes(tiny_teacher: Callable[[str], Path]) -> None:
-    method = SwiftBrush(load_teacher(tiny_teacher("vp")), Config(guidance_scale=3.0, lora_targets="to_q, conv1"))
-    names = {name for name, p in method.lora_teacher.named_parameters() if p.requires_grad}
+    teacher = with_lora(tiny_teacher("vp"), lora_targets="to_q, conv1")
+    method = SwiftBrush(teacher, Config(guidance_scale=3.0))
+    names = {name for name, p in method.fake_score.named_parameters() if p.requires_grad}
     assert names
     assert all("lora_" in name and ("|conv1|" in name or "|to_q|" in name) for name in names)
     assert len(trainable(method.players)["student"]) == len(list(method.student.parameters()))
     passes: list[tuple[str, int]] = []
-    for name, denoiser in (("student", method.student), ("lora", method.lora_teacher), ("teacher", method.teacher)):
+    for name, denoiser in (("student", method.student), ("lora", method.fake_score), ("teacher", method.teacher)):
         seen = denoiser.denoiser if name == "teacher" else denoiser
         seen.register_forward_hook(lambda m, args, out, name=name: passes.append((name, len(args[0]))))
     student, lora_teacher = method.turns(0)
@@ -105,13 +115,13 @@ def test_only_the_low_rank_weights_learn_and_as_a_few_passes(tiny_teacher: Calla
 
 
 def test_times_and_dropped_conditions(tiny_teacher: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    method = SwiftBrush(load_teacher(tiny_teacher("edm")), Config(label_drop=0.1))
+    method = SwiftBrush(with_lora(tiny_teacher("edm")), Config(label_dropout=0.1))
     seen: dict[str, tuple[Tensor, Any]] = {}
-    zero = {"loss": torch.zeros(())}
-    monkeypatch.setattr(method, "matching", lambda x, t, eps, cond: seen.setdefault("student", (t, cond)) and zero)
+    zero = torch.zeros(())
     monkeypatch.setattr(
-        method, "denoising", lambda x, t, eps, cond: seen.setdefault("lora", (t, cond)) and zero["loss"]
+        method, "matching", lambda x, t, eps, cond: seen.setdefault("student", (t, cond)) and Outcome(zero)
     )
+    monkeypatch.setattr(method, "denoising", lambda x, t, eps, cond: seen.setdefault("lora", (t, cond)) and zero)
     monkeypatch.setattr(method.student, "forward", lambda x, t, cond: type("P", (), {"x0": x}))
     for turn in method.turns(0):
         turn.loss(batch_of(4000))
@@ -129,10 +139,10 @@ def test_times_and_dropped_conditions(tiny_teacher: Callable[[str], Path], monke
 def test_unconditional_teachers_need_guidance_1() -> None:
     teacher = gaussian_teacher([0.0], 1.0)
     lora_teacher = gaussian_teacher([0.0], 1.0).denoiser
-    method = SwiftBrush(teacher, Config(), lora_teacher=lora_teacher)
+    method = SwiftBrush(teacher, Config(), fake_score=lora_teacher)
     assert method.dropped({}, torch.zeros(3)) == {}
     with pytest.raises(UserError, match=r"guidance_scale: 2.0 needs a teacher that was trained with a null"):
-        SwiftBrush(teacher, Config(guidance_scale=2.0), lora_teacher=lora_teacher)
+        SwiftBrush(teacher, Config(guidance_scale=2.0), fake_score=lora_teacher)
 
 
 @pytest.mark.parametrize("parameterization", ["vp", "edm", "flow"])
@@ -163,14 +173,14 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     distill(**shared, steps=4, out=str(whole))
     distill(**shared, steps=2, out=str(parts))
-    first = load_file(parts / "checkpoints/step-00000002/lora_teacher.safetensors")
+    first = load_file(parts / "checkpoints/step-00000002/fake_score.safetensors")
     distill(resume=parts, steps=4)
-    for name in ("student", "lora_teacher", "average", "lora_teacher.optimizer"):
+    for name in ("student", "fake_score", "average", "fake_score.optimizer"):
         file = f"checkpoints/step-00000004/{name}.safetensors"
         a, b = load_file(whole / file), load_file(parts / file)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a), name
-    last = load_file(parts / "checkpoints/step-00000004/lora_teacher.safetensors")
+    last = load_file(parts / "checkpoints/step-00000004/fake_score.safetensors")
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     assert moved
     assert all("lora_" in name for name in moved)
