@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -138,11 +139,31 @@ def describe_method(name: str) -> MethodInfo:
         unknown = [name for name in definitions if name.isupper() and name not in ("ABOUT", "METHOD")]
         hint = "".join(f"; {name} is none of them" for name in unknown if nearest(name, missing).startswith("did"))
         raise UserError(f"method: {path} does not define {', '.join(missing)}{hint}; see CONTRIBUTING.md")
+    _refuse_unread(definitions, path)
     about, config = _about(definitions["ABOUT"], path), _config_class(definitions["Config"], path)
     clash = {f.name for f in dataclasses.fields(config)} & {f.name for f in dataclasses.fields(TrainConfig)}
     if clash:
         raise UserError(f"method: {path} has options of every training: {', '.join(sorted(clash))}; rename them")
     return MethodInfo(path.stem, path, ast.get_docstring(tree) or "", about, config)
+
+
+# Constants of earlier versions, which nothing reads, and what is read in their place.
+_UNREAD = {
+    "PRESETS": "presets stand in presets/{name}.yaml",
+    "END_TO_END": "what it learns in the plane is ABOUT's kind, and with which options PLANE in checks/{name}.py",
+    "PASSES": "what a benchmark needs to know stands with its suite",
+    "SCALES": "what a benchmark needs to know stands with its suite",
+    "ANY_STEPS": "what a benchmark needs to know stands with its suite",
+}
+
+
+def _refuse_unread(definitions: Mapping[str, ast.stmt], path: Path) -> None:
+    """UserError for a constant that would have no effect, also a slightly misspelt one."""
+    for name, node in definitions.items():
+        close = difflib.get_close_matches(name, _UNREAD, n=1, cutoff=0.85) if name.isupper() else []
+        if close:
+            hint = _UNREAD[close[0]].format(name=path.stem)
+            raise UserError(f"method: {path}, line {node.lineno}: {name} is not read; {hint}")
 
 
 def _definitions(tree: ast.Module) -> dict[str, ast.stmt]:
