@@ -151,9 +151,9 @@ def describe_method(name: str) -> MethodInfo:
 _UNREAD = {
     "PRESETS": "presets stand in presets/{name}.yaml",
     "END_TO_END": "what it learns in the plane is ABOUT's kind, and with which options PLANE in checks/{name}.py",
-    "PASSES": "what a benchmark needs to know stands with its suite",
-    "SCALES": "what a benchmark needs to know stands with its suite",
-    "ANY_STEPS": "what a benchmark needs to know stands with its suite",
+    "PASSES": "what a benchmark needs stands in eval/suites/",
+    "SCALES": "what a benchmark needs stands in eval/suites/",
+    "ANY_STEPS": "what a benchmark needs stands in eval/suites/",
 }
 
 
