@@ -9,7 +9,6 @@ from typing import Any
 from diffdistill.catalogue import describe_method
 from diffdistill.config import TrainConfig
 from diffdistill.data.batches import batches
-from diffdistill.data.encoded import Encoded
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, local_folder
@@ -60,7 +59,7 @@ def distill(*, preset: str | None = None, resume: str | Path | None = None, **va
     kept_bytes = sum(v.numel() * v.element_size() for m in method.state.values() for v in m.state_dict().values())
     export_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters()) + _parts_bytes(teacher)
     teacher.denoiser.to(accelerator.device)
-    grids = grid_writer(out, method.sampler, teacher)
+    grids = grid_writer(out, method.sampler, teacher, game.encoded)
     trainer = Trainer(method, draw, config, out, accelerator, grids)
     if resume is not None:
         trainer.resume()
@@ -99,9 +98,8 @@ def _export(game: Game, folder: Path, step: int) -> Path:
     }
     card = model_card(game.info, game.options(), game.teacher, sampler, step)
     if FAMILIES[game.teacher.family].autoencoder is not None:
-        encoded = game.teacher.conditions
-        given = {"resolution": game.config.resolution, "frames": game.config.frames}
-        metadata |= encoded.size if isinstance(encoded, Encoded) else given
+        size = {"resolution": game.config.resolution, "frames": game.config.frames}
+        metadata |= size if game.encoded is None else game.encoded.size
         metadata["call"] = student_call(game.teacher, sampler)
     network = sampler.denoiser.network
     return save_pipeline(folder, game.teacher.family, network, scheduler, metadata, card, game.teacher.source)

@@ -18,7 +18,8 @@ from diffdistill.config import TeacherConfig
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, sample_ode
-from diffdistill.data.batches import batch_indices
+from diffdistill.data.batches import batch_indices, batches
+from diffdistill.data.examples import Example
 from diffdistill.data.images import Data
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, schedule_of, with_null
@@ -27,7 +28,7 @@ from diffdistill.pipelines.schedulers import scheduler_config, teacher_scheduler
 from diffdistill.pipelines.text_pipeline import LATENT_CHANNELS, new_text_pipeline
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
-from diffdistill.rng import generator, image_generators
+from diffdistill.rng import image_generators
 from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
 from diffdistill.training.trainer import Accelerator, Interrupted, Trainer
 
@@ -82,7 +83,7 @@ class TextAndUNet(nn.Module):
 
 
 class TextTeacher:
-    """The parts of such a training; `prepare` trains the autoencoder, after which there are latents to draw from."""
+    """The parts of such a training; once `prepare` has trained the autoencoder, these are examples of latents."""
 
     def __init__(
         self,
@@ -135,15 +136,9 @@ class TextTeacher:
         """Train the autoencoder, or what is left of it, and encode all images."""
         c, vae, data = self.config, self.pipeline.vae, self.data
         fit = dataclasses.replace(c, steps=c.vae_steps, batch_size=c.vae_batch_size, ema=0.99, sample_every=0)
-        rank, world = accelerator.process_index, accelerator.num_processes
-
-        def batches(step: int) -> Batch:
-            order = batch_indices(len(data), fit.batch_size, step, seed=c.seed, rank=rank, world_size=world)
-            images = data.get(order).images.to(accelerator.device)
-            return Batch(fit.batch_size, data.shape, {}, images, accelerator.device, (c.seed, step, rank))
-
+        draw = batches(fit, dataclasses.replace(self.teacher, shape=data.shape), data, accelerator)
         out.mkdir(exist_ok=True)
-        trainer = Trainer(Autoencoding(vae.train()), batches, fit, out, accelerator)
+        trainer = Trainer(Autoencoding(vae.train()), draw, fit, out, accelerator)
         trainer.resume()
         try:
             if trainer.step < fit.steps:
@@ -161,22 +156,19 @@ class TextTeacher:
             vae.register_to_config(scaling_factor=factor)
             self.latents *= factor
 
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def get(self, indices: Tensor) -> Example:
+        """Latents (B, ...) and token numbers (B, L) of the images at int64 indices (B,)."""
+        return Example(self.latents[indices.to(self.latents.device)], {"input_ids": self.ids[indices]})
+
     def batches(self, accelerator: Accelerator) -> Callable[[int], Batch]:
         """step -> Batch of latents and token numbers; a share of the captions is dropped for guidance."""
-        c, device = self.config, accelerator.device
-        rank, world = accelerator.process_index, accelerator.num_processes
-        for size in (c.batch_size, c.vae_batch_size):
-            batch_indices(len(self.data), size, 0, seed=c.seed, rank=rank, world_size=world)  # refuses now, not later
-
-        def batch(step: int) -> Batch:
-            key = (c.seed, step, rank)
-            order = batch_indices(len(self.data), c.batch_size, step, seed=c.seed, rank=rank, world_size=world)
-            drop = torch.rand(c.batch_size, 1, generator=generator("cpu", *key, "label dropout")) < c.label_dropout
-            ids = torch.where(drop, self.null, self.ids[order])
-            x0 = self.latents[order.to(device)]
-            return Batch(c.batch_size, self.teacher.shape, {"input_ids": ids.to(device)}, x0, device, key)
-
-        return batch
+        c, rank, world = self.config, accelerator.process_index, accelerator.num_processes
+        # Refused now, not when the autoencoder is trained.
+        batch_indices(len(self), c.vae_batch_size, 0, seed=c.seed, rank=rank, world_size=world)
+        return batches(c, self.teacher, self, accelerator, c.label_dropout)
 
     def grid_writer(self, out: Path) -> Callable[[int], None]:
         """step -> writes <out>/samples/step-<step>.png of the first captions, guided."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from diffdistill.config import FitConfig
-from diffdistill.data.encoded import Encoded
+from diffdistill.core.denoiser import Cond, choose
+from diffdistill.data.examples import ClassLabels, Example, Examples, TensorExamples, to_device
 from diffdistill.data.images import Data
-from diffdistill.data.pairs import Pairs
 from diffdistill.errors import UserError
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator, seed_for
-from diffdistill.scaffold.method import Batch, Pair
+from diffdistill.scaffold.method import Batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,62 +50,85 @@ def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:
 def batches(
     config: FitConfig,
     teacher: Teacher,
-    data: Data | None,
+    examples: Examples | None,
     accelerator: Accelerator,
     label_dropout: float = 0.0,
-    pairs: Pairs | None = None,
+    pairs: Examples | None = None,
 ) -> Callable[[int], Batch]:
-    """step -> Batch: a function of (seed, step, rank) alone. Without data, conditions are drawn uniformly."""
+    """step -> Batch: a function of (seed, step, rank) alone.
+
+    Examples come in shuffled epochs; without any, class labels are drawn uniformly. `pairs` are further examples with
+    an order of their own, of which the batch takes the noise-image pairs. `label_dropout`: the share of samples whose
+    condition becomes the teacher's "no class" or "no prompt". Raises UserError if there are fewer examples than a batch
+    needs.
+    """
     rank, world = accelerator.process_index, accelerator.num_processes
     device, size = accelerator.device, config.batch_size
-    known = data if data is not None else teacher.conditions
-    if isinstance(known, Data | Encoded):
-        batch_indices(len(known), size, 0, seed=config.seed, rank=rank, world_size=world)  # refuses now, not later
+    labels = ClassLabels(teacher.num_classes)
+    if examples is not None:
+        batch_indices(len(examples), size, 0, seed=config.seed, rank=rank, world_size=world)  # refuses now, not later
 
-    def pair_at(step: int) -> Pair | None:
-        if pairs is None:
-            return None
-        # Not the data's order: pair i and image i have nothing to do with each other.
-        seed = seed_for(config.seed, "pairs")
-        got = pairs.get(batch_indices(len(pairs), size, step, seed=seed, rank=rank, world_size=world))
-        return Pair(got.z.to(device), got.x0.to(device), {k: v.to(device) for k, v in got.cond.items()})
+    def in_order(source: Examples, step: int, seed: int) -> Example:
+        indices = batch_indices(len(source), size, step, seed=seed, rank=rank, world_size=world)
+        return to_device(source.get(indices), device)
 
     def batch(step: int) -> Batch:
         key = (config.seed, step, rank)
-        if isinstance(teacher.conditions, Encoded):
-            encoded = teacher.conditions
-            order = batch_indices(len(encoded), size, step, seed=config.seed, rank=rank, world_size=world)
-            x0, cond = encoded.get(order)
-            cond = {name: value.to(device) for name, value in cond.items()}
-            return Batch(size, teacher.shape, cond, None if x0 is None else x0.to(device), device, key, pair_at(step))
-        if data is None:
-            cond = teacher.random_cond(size, generator(device, *key, "condition"))
-            return Batch(size, teacher.shape, cond, None, device, key, pair_at(step))
-        got = data.get(batch_indices(len(data), size, step, seed=config.seed, rank=rank, world_size=world))
-        x0 = got.images.to(device) / teacher.denoiser.schedule.data_std
-        cond = {}
-        if teacher.num_classes is not None and got.labels is not None:
-            labels = got.labels.to(device)
-            if label_dropout and teacher.denoiser.null is not None:
-                drop = torch.rand(size, generator=generator(device, *key, "label dropout"), device=device)
-                null = teacher.denoiser.null({"class_labels": labels})["class_labels"]
-                labels = torch.where(drop < label_dropout, null, labels)
-            cond = {"class_labels": labels}
-        return Batch(size, teacher.shape, cond, x0, device, key, pair_at(step))
+        if examples is None:
+            example = labels.draw(size, generator(device, *key, "condition"))
+        else:
+            example = in_order(examples, step, config.seed)
+        pair = example.pair
+        if pairs is not None:
+            # Not the order of the examples: pair i and image i have nothing to do with each other.
+            pair = in_order(pairs, step, seed_for(config.seed, "pairs")).pair
+        x0 = None if example.x0 is None else example.x0 / teacher.denoiser.schedule.data_std
+        cond = _known(teacher, example.cond)
+        if label_dropout:
+            cond = _dropped(teacher, cond, label_dropout, generator(device, *key, "label dropout"))
+        return Batch(size, teacher.shape, cond, x0, device, key, pair)
 
     return batch
 
 
-def check_data(teacher: Teacher, data: Data) -> None:
-    """UserError unless the data's shape and labels are the teacher's."""
-    if tuple(data.shape) != tuple(teacher.shape):
-        raise UserError(
-            f"data: {data.name!r} has samples of shape {tuple(data.shape)}; the teacher's are {tuple(teacher.shape)}"
-        )
+def _known(teacher: Teacher, cond: Cond) -> Cond:
+    """The conditions without the class labels of data that a teacher without classes is trained on."""
     if teacher.num_classes is not None:
-        if data.num_classes is None:
-            raise UserError(f"data: {data.name!r} has no labels and the teacher has {teacher.num_classes} classes")
-        if data.num_classes > teacher.num_classes:
-            raise UserError(
-                f"data: {data.name!r} has {data.num_classes} classes; the teacher knows {teacher.num_classes}"
-            )
+        return cond
+    return {name: value for name, value in cond.items() if name != "class_labels"}
+
+
+def _dropped(teacher: Teacher, cond: Cond, share: float, draw: torch.Generator) -> Cond:
+    """The conditions (B, ...) with those of that share of the samples replaced by the teacher's "no condition"."""
+    null = teacher.denoiser.null
+    if null is None or not cond:
+        return cond
+    drop = torch.rand(len(next(iter(cond.values()))), generator=draw, device=draw.device)
+    return cond | choose(drop < share, null(cond), cond)
+
+
+def check_data(teacher: Teacher, examples: Examples) -> None:
+    """UserError unless shape, conditions and labels of the examples are those that the teacher takes.
+
+    Of data that do not say them, the first example is looked at.
+    """
+    if not len(examples):
+        raise UserError("data: there are no examples; give at least as many as a batch has")
+    name, shape, classes = _described(examples)
+    if shape is not None and shape != tuple(teacher.shape):
+        raise UserError(f"data: {name} has samples of shape {shape}; the teacher's are {tuple(teacher.shape)}")
+    if teacher.num_classes is not None:
+        if classes is None:
+            raise UserError(f"data: {name} has no labels and the teacher has {teacher.num_classes} classes")
+        if classes > teacher.num_classes:
+            raise UserError(f"data: {name} has {classes} classes; the teacher knows {teacher.num_classes}")
+
+
+def _described(examples: Examples) -> tuple[str, tuple[int, ...] | None, int | None]:
+    """What messages call the data, the shape of a sample and the number of classes, as far as there are any."""
+    if isinstance(examples, Data):
+        return repr(examples.name), tuple(examples.shape), examples.num_classes
+    first = examples.get(torch.zeros(1, dtype=torch.int64))
+    labels = (examples if isinstance(examples, TensorExamples) else first).cond.get("class_labels")
+    shape = None if first.x0 is None else tuple(first.x0.shape[1:])
+    return f"the {type(examples).__name__}", shape, None if labels is None else int(labels.max()) + 1

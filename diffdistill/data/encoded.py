@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from diffdistill.config import EncodeConfig
 from diffdistill.core.denoiser import Cond
+from diffdistill.data.examples import Example
 from diffdistill.data.folder import read_lines
 from diffdistill.data.hub import Ended, open_stream, open_texts, parquet_files
 from diffdistill.data.images import Data, open_data, stream_data
@@ -38,7 +39,17 @@ from diffdistill.data.shards import (
     start,
 )
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES, NOT_LOADED, Family, Prompt, describe, family_of, load_pipeline, local_folder
+from diffdistill.families import (
+    FAMILIES,
+    NOT_LOADED,
+    Family,
+    Prompt,
+    describe,
+    family_of,
+    load_pipeline,
+    local_folder,
+    with_null,
+)
 from diffdistill.files import atomic_write
 from diffdistill.options import build
 from diffdistill.players.teacher import Teacher
@@ -106,18 +117,20 @@ class Encoded:
     def has_images(self) -> bool:
         return "latents" in self.shards[0]
 
-    def get(self, indices: Tensor) -> tuple[Tensor | None, Cond]:
-        """Latents (B, ...) if there are any, and conditions (B, ...), at int64 indices (B,), in that order.
+    def get(self, indices: Tensor) -> Example:
+        """Latents (B, ...), if there are any, and conditions (B, ...) at int64 indices (B,), in that order.
 
-        In float32, also where they are stored in bfloat16.
+        In float32, also where they are stored in bfloat16. Raises IndexError for one outside 0..len-1.
         """
         columns = _wide(rows(self.shards, self.settings["shard_size"], len(self), indices))
-        return columns.pop("latents", None), columns
+        return Example(columns.pop("latents", None), columns)
 
-    def draw(self, n: int, generator: torch.Generator) -> Cond:
-        """Conditions of n prompts drawn uniformly, on the generator's device."""
-        picked = torch.randint(len(self), (n,), generator=generator, device=generator.device)
-        return {key: value.to(generator.device) for key, value in self.get(picked.cpu())[1].items()}
+
+def with_prompts(teacher: Teacher, encoded: Encoded) -> Teacher:
+    """The teacher with the conditions of "no prompt", and of the first prompt where only their shapes matter."""
+    if encoded.null:
+        with_null(teacher.denoiser, encoded.null)
+    return replace(teacher, example_cond=encoded.get(torch.zeros(1, dtype=torch.int64)).cond)
 
 
 def encode(**values: Any) -> Path:

@@ -1,8 +1,6 @@
 """Images to train on, with their labels or captions: arrays, folders, Hugging Face datasets.
 
-`open_data` opens what the user names and `Data.get` reads a batch of it. `batch_indices` says which samples
-a step sees: the order is a function of (seed, step), so a resumed run needs no iterator state. Nothing is
-ever unpickled.
+`open_data` opens what the user names and `Data.get` reads a batch of it. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from diffdistill.data.examples import Example
 from diffdistill.data.folder import (
     IMAGE_SUFFIXES,
     Pictures,
@@ -44,10 +43,22 @@ ACCEPTED = (
 _DIGITS = Path(__file__).parent / "assets" / "digits.safetensors"
 
 
-class Samples(NamedTuple):
-    images: Tensor  #: float32 (B, C, H, W) in [-1, 1]
-    labels: Tensor | None  #: int64 (B,) in 0..num_classes-1
-    captions: list[str] | None  #: B texts, "" where the data has an empty one
+@dataclass(frozen=True)
+class Samples(Example):
+    """B images with what the data say of them."""
+
+    x0: Tensor
+    captions: list[str] | None = None  #: B texts, "" where the data has an empty one
+
+    @property
+    def images(self) -> Tensor:
+        """float32 (B, C, H, W) in [-1, 1]."""
+        return self.x0
+
+    @property
+    def labels(self) -> Tensor | None:
+        """int64 (B,) in 0..num_classes-1."""
+        return self.cond.get("class_labels")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +81,14 @@ class Data:
 
         Raises UserError for an image that cannot be read, IndexError for an index outside 0..len-1.
         """
-        wanted: list[int] = indices.tolist()
-        if wanted and not 0 <= min(wanted) <= max(wanted) < self.size:
-            raise IndexError(f"indices {min(wanted)}..{max(wanted)} lie outside 0..{self.size - 1}")
-        return self.read(wanted)
+        rows: list[int] = indices.tolist()
+        if rows and not 0 <= min(rows) <= max(rows) < self.size:
+            raise IndexError(f"indices {min(rows)}..{max(rows)} lie outside 0..{self.size - 1}")
+        return self.read(rows)
+
+
+def _samples(images: Tensor, labels: Tensor | None, captions: list[str] | None) -> Samples:
+    return Samples(images, {} if labels is None else {"class_labels": labels}, captions=captions)
 
 
 def open_data(
@@ -137,7 +152,8 @@ def stream_data(spec: str, *, count: int | None, resolution: int, channels: int)
     def read(indices: list[int]) -> Samples:
         rows = stream.rows(indices)
         pictures = Pictures(size, lambda _: stream.images(rows), stream.title, None, None, None, stream.fingerprint)
-        return Samples(decode(pictures, indices, shape, resize=True), stream.labels(rows, indices), stream.texts(rows))
+        batch = decode(pictures, indices, shape, resize=True)
+        return _samples(batch, stream.labels(rows, indices), stream.texts(rows))
 
     return Data(spec, shape, stream.num_classes, stream.fingerprint, size, read)
 
@@ -150,7 +166,7 @@ def _open_shapes(name: str, count: int, resolution: int | None, channels: int | 
 
     def read(indices: list[int]) -> Samples:
         batch = _resized(_recolour(images[indices], channels), side, side)
-        return Samples(batch, None, [captions[i] for i in indices])
+        return _samples(batch, None, [captions[i] for i in indices])
 
     return Data(name, (channels, side, side), None, digest, count, read)
 
@@ -164,7 +180,7 @@ def _open_pictures(
     def read(indices: list[int]) -> Samples:
         images = decode(pictures, indices, shape, resize=resolution is not None, resample=resample)
         labels = None if classes is None else classes[indices]
-        return Samples(images, labels, None if texts is None else texts(indices))
+        return _samples(images, labels, None if texts is None else texts(indices))
 
     return Data(name, shape, num_classes, fingerprint, size, read)
 
@@ -198,7 +214,7 @@ def _open_arrays(
 
     def read(indices: list[int]) -> Samples:
         batch = _resized(_recolour(images[indices].float() / divisor - offset, channels), height, width)
-        return Samples(batch, None if classes is None else classes[indices], None)
+        return _samples(batch, None if classes is None else classes[indices], None)
 
     return Data(name, (channels, height, width), num_classes, digest.hexdigest(), len(images), read)
 

@@ -27,7 +27,8 @@ from diffdistill.config import PairsConfig
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, heun_step, sample_ode
 from diffdistill.core.schedule import sampling_grid
-from diffdistill.data.encoded import Encoded, check_encoded, open_encoded
+from diffdistill.data.encoded import Encoded, check_encoded, open_encoded, with_prompts
+from diffdistill.data.examples import ClassLabels, Example, Examples
 from diffdistill.data.shards import Kind, device_for, make, open_shards, rows, start
 from diffdistill.errors import UserError
 from diffdistill.families import family_of, load_teacher, local_folder
@@ -55,18 +56,24 @@ def fingerprint(teacher: Teacher) -> str:
 
 
 @torch.no_grad()
-def draw_pairs(teacher: Teacher, denoise: nn.Module, config: PairsConfig, indices: Sequence[int]) -> dict[str, Tensor]:
-    """z and x0 (B, ...) and the conditions of pairs `indices`; `denoise` is the teacher, guided or not."""
+def draw_pairs(
+    teacher: Teacher,
+    denoise: nn.Module,
+    config: PairsConfig,
+    indices: Sequence[int],
+    conditions: Examples | None = None,
+) -> dict[str, Tensor]:
+    """z and x0 (B, ...) and the conditions of pairs `indices`; `denoise` is the teacher, guided or not.
+
+    Pair i has the condition i of `conditions`, which take turns; None: the teacher's classes.
+    """
     weight = next(itertools.chain(teacher.denoiser.parameters(), teacher.denoiser.buffers()))
-    noise = [torch.randn(teacher.shape, generator=generator("cpu", config.seed, "pair", i)) for i in indices]
-    z, cond = torch.stack(noise), {}
-    if teacher.num_classes is not None:
-        cond = {"class_labels": torch.tensor(indices) % teacher.num_classes}
-    if isinstance(teacher.conditions, Encoded):
-        cond = teacher.conditions.get(torch.tensor(indices) % len(teacher.conditions))[1]
-    given = {key: value.to(weight.device) for key, value in cond.items()}
+    z = torch.stack([torch.randn(teacher.shape, generator=generator("cpu", config.seed, "pair", i)) for i in indices])
+    conditions = ClassLabels(teacher.num_classes) if conditions is None else conditions
+    cond = conditions.get(torch.tensor(indices) % len(conditions)).cond
+    moved = {key: value.to(weight.device) for key, value in cond.items()}
     schedule, step = teacher.denoiser.schedule, _STEPS[config.solver]
-    x0 = sample_ode(step, denoise, schedule, z.to(weight), config.sampling_steps, given).cpu()
+    x0 = sample_ode(step, denoise, schedule, z.to(weight), config.sampling_steps, moved).cpu()
     if not bool(x0.isfinite().all()):
         raise UserError(f"teacher: {teacher.source!r} makes images that are not finite")
     return {"z": z, "x0": x0, **cond}
@@ -87,29 +94,30 @@ def make_pairs(**values: Any) -> Path:
     dtype = getattr(torch, config.teacher_dtype)
     encoded = None if config.prompts is None else open_encoded(config.prompts)
     size: dict[str, Any] = {} if encoded is None else encoded.size
-    teacher = load_teacher(config.teacher, null_class=config.null_class, conditions=encoded, dtype=dtype, **size)
+    teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, **size)
     if teacher.size and encoded is None:
-        made = f"`diffdistill encode --teacher {config.teacher}`"
-        raise UserError(f"prompts: {config.teacher!r} needs them; give a folder made by {made}")
+        command = f"`diffdistill encode --teacher {config.teacher}`"
+        raise UserError(f"prompts: {config.teacher!r} needs them; give a folder made by {command}")
     if encoded is not None:
         folder = local_folder(config.teacher)
         check_encoded(encoded, folder, family_of(folder)[0], teacher.shape)
+        teacher = with_prompts(teacher, encoded)
     teacher.denoiser.to(device)
     denoise = guided(teacher.denoiser, config.guidance_scale)
     sampling_grid(teacher.denoiser.schedule, config.sampling_steps)  # refuses too many steps now
-    index = start(KIND, out, _settings(teacher, config), {"teacher": teacher.source})
-    make(KIND, out, index, config.batch_size, lambda indices: draw_pairs(teacher, denoise, config, indices))
+    index = start(KIND, out, _settings(teacher, config, encoded), {"teacher": teacher.source})
+    make(KIND, out, index, config.batch_size, lambda indices: draw_pairs(teacher, denoise, config, indices, encoded))
     return out
 
 
-def _settings(teacher: Teacher, config: PairsConfig) -> dict[str, Any]:
+def _settings(teacher: Teacher, config: PairsConfig, encoded: Encoded | None) -> dict[str, Any]:
     options = asdict(config)
     return {
         "fingerprint": fingerprint(teacher),
         "shape": list(teacher.shape),
         "num_classes": teacher.num_classes,
         "data_std": teacher.denoiser.schedule.data_std,
-        **({"prompts": teacher.conditions.settings["source"]} if isinstance(teacher.conditions, Encoded) else {}),
+        **({} if encoded is None else {"prompts": encoded.settings["source"]}),
         **{name: options[name] for name in _RECIPE},
     }
 
@@ -128,10 +136,11 @@ class Pairs:
     def __len__(self) -> int:
         return self.settings["count"]
 
-    def get(self, indices: Tensor) -> Pair:
-        """The pairs at int64 indices (B,), in that order; IndexError for one outside 0..len-1."""
+    def get(self, indices: Tensor) -> Example:
+        """The pairs at int64 indices (B,), in that order, and their conditions; IndexError outside 0..len-1."""
         columns = rows(self.shards, self.settings["shard_size"], len(self), indices)
-        return Pair(columns.pop("z"), columns.pop("x0"), columns)
+        z, x0 = columns.pop("z"), columns.pop("x0")
+        return Example(cond=columns, pair=Pair(z, x0, columns))
 
 
 def open_pairs(folder: str | Path) -> Pairs:
@@ -148,10 +157,10 @@ def check_pairs(teacher: Teacher, pairs: Pairs) -> None:
             f"pairs: {str(pairs.folder)!r} has samples of shape {tuple(made['shape'])}; "
             f"the teacher's are {tuple(teacher.shape)}"
         )
-    found = fingerprint(teacher)
-    if (made["fingerprint"], made["num_classes"]) != (found, teacher.num_classes):
+    own = fingerprint(teacher)
+    if (made["fingerprint"], made["num_classes"]) != (own, teacher.num_classes):
         raise UserError(
             f"pairs: {str(pairs.folder)!r} was made with another teacher (fingerprint {made['fingerprint']}, "
-            f"{made['num_classes']} classes; this one has {found}, {teacher.num_classes}); make pairs of this one, "
+            f"{made['num_classes']} classes; this one has {own}, {teacher.num_classes}); make pairs of this one, "
             "with the same teacher_dtype"
         )

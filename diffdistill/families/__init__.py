@@ -24,7 +24,7 @@ from diffdistill.families._schedules import schedule_of
 from diffdistill.families.unet2d import new_unet2d, unet2d_teacher
 from diffdistill.players.guidance_adapters import load_adapters
 from diffdistill.players.sampler import FewStepSampler
-from diffdistill.players.teacher import Conditions, Teacher
+from diffdistill.players.teacher import Teacher
 
 __all__ = [
     "FAMILIES",
@@ -93,14 +93,12 @@ def load_teacher(
     resolution: int | None = None,
     frames: int | None = None,
     dtype: torch.dtype = torch.float32,
-    conditions: Conditions | None = None,
 ) -> Teacher:
     """A teacher from a diffusers folder, a hub id, or 'digits', the one embedded in this package.
 
     `null_class` is the class label that the teacher learned as "no class"; a folder made by diffdistill
-    says it itself. `resolution` and `frames` choose the samples' size where the family has more than one, and
-    `conditions` are a text family's prompts, encoded. Only the network is loaded, and only safetensors are read.
-    Raises UserError for whatever cannot be used.
+    says it itself. `resolution` and `frames` choose the samples' size where the family has more than one. Only the
+    network is loaded, and only safetensors are read. Raises UserError for whatever cannot be used.
     """
     folder = local_folder(str(path_or_hub_id))
     family, index = family_of(folder)
@@ -109,7 +107,7 @@ def load_teacher(
         meta["null_class"] = null_class
     scheduler = _with_defaults(read_json(folder / "scheduler" / "scheduler_config.json"))
     network = _load_model(getattr(diffusers, family.network), folder / family.component, dtype)
-    source = Source(folder, index, scheduler, meta, resolution, frames, conditions)
+    source = Source(folder, index, scheduler, meta, resolution, frames)
     teacher = replace(family.teacher(network, source), source=str(path_or_hub_id))
     if family.conditions == "text":
         height, width = family.pixels(folder, teacher.shape)

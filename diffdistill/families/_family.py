@@ -15,7 +15,7 @@ from diffdistill.core.denoiser import Call, Cond, Denoiser
 from diffdistill.core.prediction import Row
 from diffdistill.core.schedule import Schedule
 from diffdistill.errors import UserError
-from diffdistill.players.teacher import Conditions, Teacher
+from diffdistill.players.teacher import Teacher
 
 Config = dict[str, Any]
 
@@ -41,7 +41,6 @@ class Source(NamedTuple):
     meta: Config  #: diffdistill.json, or empty
     resolution: int | None = None  #: pixels a side; None: the model's own
     frames: int | None = None  #: of a video
-    conditions: Conditions | None = None
 
     def config(self, component: str) -> Config:
         """`component`/config.json."""
@@ -190,10 +189,8 @@ def latent_teacher(
     feature_map: Callable[[Any, Tensor], Tensor] | None = None,
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Teacher:
-    """The teacher of a latent family; a text family's null condition is that of its prompts."""
+    """The teacher of a latent family; the null condition of one of text comes with its prompts (`with_null`)."""
     denoiser = Denoiser(
         network, *schedule, call=call, feature_layer=feature_layer, feature_map=feature_map, rescale=rescale
     )
-    if source.conditions is not None and source.conditions.null:
-        with_null(denoiser, source.conditions.null)
-    return Teacher(denoiser, shape, num_classes, family, "", source.scheduler, conditions=source.conditions)
+    return Teacher(denoiser, shape, num_classes, family, "", source.scheduler)

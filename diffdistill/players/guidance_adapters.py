@@ -79,8 +79,7 @@ def _measured(teacher: Teacher, names: list[str]) -> list[Site]:
     try:
         with torch.no_grad():
             t = torch.ones(1, dtype=torch.float64, device=weight.device)
-            cond = teacher.random_cond(1, torch.Generator(weight.device).manual_seed(0))
-            teacher.denoiser(torch.zeros(1, *teacher.shape).to(weight), t, cond)
+            teacher.denoiser(torch.zeros(1, *teacher.shape).to(weight), t, teacher.sample_cond(1))
     finally:
         for handle in handles:
             handle.remove()

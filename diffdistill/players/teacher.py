@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,17 +15,6 @@ from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.players.lora import LoraSettings, lora_view, without_lora
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-class Conditions(Protocol):
-    """Encoded prompts, which a text-to-image teacher is conditioned on."""
-
-    @property
-    def null(self) -> Cond:
-        """The conditions of "no prompt", (1, ...) each."""
-
-    def draw(self, n: int, generator: torch.Generator) -> Cond:
-        """Those of n prompts drawn uniformly, on the generator's device."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +28,29 @@ class Teacher:
     source: str = ""  #: the folder, hub id or 'digits' it came from
     scheduler: dict[str, Any] = field(default_factory=dict)  #: the config of its diffusers scheduler
     start: Denoiser | None = None  #: what players begin as copies of; None: the denoiser itself
-    conditions: Conditions | None = None  #: a text-to-image teacher's prompts
+    example_cond: Cond = field(default_factory=dict)  #: (1, ...) of a text-to-image teacher, conditions of one prompt
     size: dict[str, Any] = field(default_factory=dict)  #: height, width, num_frames, as the stock pipeline takes them
     lora: Mapping[str, LoraSettings] = field(default_factory=dict)  #: roles that are LoRA on the teacher's own weights
-    cast: set[str] = field(default_factory=set)  #: the roles that a method asked a player for
+
+    def sample_cond(self, n: int) -> Cond:
+        """Conditions (n, ...) with the names, shapes and types that the teacher takes, on its device.
+
+        For what depends on nothing else: class 0, or one prompt's; empty for an unconditional teacher.
+        """
+        device = next(itertools.chain(self.denoiser.parameters(), self.denoiser.buffers())).device
+        if self.num_classes is not None:
+            return {"class_labels": torch.zeros(n, dtype=torch.int64, device=device)}
+        return {name: value.to(device).expand(n, *value.shape[1:]) for name, value in self.example_cond.items()}
 
     def random_cond(self, n: int, generator: torch.Generator) -> Cond:
-        """Conditions drawn uniformly over the classes or prompts; empty for an unconditional teacher."""
-        if self.conditions is not None:
-            return self.conditions.draw(n, generator)
+        """Class labels (n,) drawn uniformly; `sample_cond` of a teacher without classes."""
         if self.num_classes is None:
-            return {}
+            return self.sample_cond(n)
         device = generator.device
         return {"class_labels": torch.randint(self.num_classes, (n,), generator=generator, device=device)}
 
     def player(self, role: str) -> Denoiser:
         """A player that begins as the teacher: a trainable copy, or LoRA on the teacher's own weights (`lora`)."""
-        self.cast.add(role)
         start = self.start or self.denoiser
         return lora_view(start, self.lora[role]) if role in self.lora else trainable_copy(start)
 

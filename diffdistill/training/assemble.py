@@ -15,8 +15,9 @@ from diffdistill.catalogue import MethodInfo, describe_method
 from diffdistill.config import TrainConfig, run_options
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.data.batches import check_data
-from diffdistill.data.encoded import Encoded, check_encoded, encode, open_encoded
-from diffdistill.data.images import Data, open_data
+from diffdistill.data.encoded import Encoded, check_encoded, encode, open_encoded, with_prompts
+from diffdistill.data.examples import Examples
+from diffdistill.data.images import open_data
 from diffdistill.data.pairs import Pairs, check_pairs, open_pairs
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, family_of, load_teacher, local_folder
@@ -37,6 +38,7 @@ class Game:
     method_config: Any
     teacher: Teacher
     method: Method
+    encoded: Encoded | None = None  #: prompts of a latent teacher, with latents if there are any
 
     def options(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config) | dataclasses.asdict(self.method_config)
@@ -48,7 +50,7 @@ def make_game(values: dict[str, Any]) -> Game:
     shared, own = split({**info.about.defaults, **values}, TrainConfig, info.config)
     config, method_config = build(TrainConfig, shared), build(info.config, own)
     module = info.load()
-    teacher = _teacher(config)
+    teacher, encoded = _teacher(config)
     # The method's own Config has the same fields; the one read from source served only to parse options.
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     method = module.METHOD(teacher, module.Config(**dataclasses.asdict(method_config)))
@@ -57,11 +59,11 @@ def make_game(values: dict[str, Any]) -> Game:
         parts = [part for player in method.players.values() for part in player.modules()]
         for network in {part.network for part in parts if isinstance(part, Denoiser)}:
             checkpoint_activations(network)
-    return Game(config, info, method_config, teacher, method)
+    return Game(config, info, method_config, teacher, method, encoded)
 
 
-def _teacher(config: TrainConfig) -> Teacher:
-    """The teacher with its encoded prompts, and what it is told of LoRA players."""
+def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
+    """The teacher with the settings of its LoRA players, and its encoded prompts if it has any."""
     folder = local_folder(config.teacher)
     family, _ = family_of(folder)
     dtype = getattr(torch, config.teacher_dtype)
@@ -70,19 +72,20 @@ def _teacher(config: TrainConfig) -> Teacher:
     if family.autoencoder is not None:
         encoded = _encoded(config) if config.prompts is not None or family.conditions == "text" else None
     elif config.prompts is not None or config.resolution is not None:
-        given = "prompts" if config.prompts is not None else "resolution"
-        raise UserError(f"{given}: {config.teacher!r} is a model of pixels, which has none to choose; leave it out")
+        option = "prompts" if config.prompts is not None else "resolution"
+        raise UserError(f"{option}: {config.teacher!r} is a model of pixels, which has none to choose; leave it out")
     if encoded is not None:  # which say the size where nothing else does
         size = {name: encoded.size[name] if value is None else value for name, value in size.items()}
-    teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, conditions=encoded, **size)
+    teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, **size)
     if config.frames is not None and len(teacher.shape) == 3:
         raise UserError(f"frames: {config.frames} was given, and {family.name} makes images; leave it out")
     if encoded is not None:
         check_encoded(encoded, folder, family, teacher.shape)
+        teacher = with_prompts(teacher, encoded)
         if "guidance" in encoded.shards[0]:  # the student is to be called with what it was trained with
-            told = {"guidance_scale": encoded.settings["embedded_guidance"]}
-            teacher = dataclasses.replace(teacher, size=teacher.size | told)
-    return dataclasses.replace(teacher, lora=lora_settings(config, family.lora_targets))
+            guidance = {"guidance_scale": encoded.settings["embedded_guidance"]}
+            teacher = dataclasses.replace(teacher, size=teacher.size | guidance)
+    return dataclasses.replace(teacher, lora=lora_settings(config, family.lora_targets)), encoded
 
 
 def lora_settings(config: TrainConfig, usual: Sequence[str] | None) -> dict[str, LoraSettings]:
@@ -125,16 +128,17 @@ def _encoded(config: TrainConfig) -> Encoded:
     return open_encoded(encode(**options, **size, out=inside))
 
 
-def _data_for(game: Game) -> Data | None:
-    if Need.IMAGES not in game.method.needs:
-        return None
-    encoded = game.teacher.conditions
-    if isinstance(encoded, Encoded):
-        if not encoded.has_images:
+def _data_for(game: Game) -> Examples | None:
+    """What the method is trained on; None: class labels drawn uniformly."""
+    encoded, needed = game.encoded, Need.IMAGES in game.method.needs
+    if encoded is not None:
+        if needed and not encoded.has_images:
             raise UserError(
                 f"prompts: {game.info.name} with these options needs images too; give a folder made by "
                 "`diffdistill encode --data` from images with captions"
             )
+        return encoded
+    if not needed:
         return None
     if FAMILIES[game.teacher.family].autoencoder is not None:
         raise UserError(f"prompts: {game.info.name} needs images; give a folder made by `diffdistill encode --data`")

@@ -7,19 +7,21 @@ from pathlib import Path
 
 import torch
 
-from diffdistill.data.encoded import Encoded, decoder
+from diffdistill.data.encoded import decoder
+from diffdistill.data.examples import Examples, to_device
 from diffdistill.families import FAMILIES
 from diffdistill.players.sampler import FewStepSampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 
 
-def grid_writer(out: Path, sampler_now: Callable[[], FewStepSampler], teacher: Teacher) -> Callable[[int], None]:
-    """step -> writes <out>/samples/step-<step>.png, always of the same noise and conditions."""
+def grid_writer(
+    out: Path, sampler_now: Callable[[], FewStepSampler], teacher: Teacher, prompts: Examples | None = None
+) -> Callable[[int], None]:
+    """step -> writes <out>/samples/step-<step>.png, always of the same noise and conditions: the first `prompts`."""
     from diffdistill.pictures import image_grid, save_png
 
     columns = min(teacher.num_classes or 8, 10)
-    encoded = teacher.conditions
     latent = FAMILIES[teacher.family].autoencoder is not None
     count = 8 if latent else 8 * columns  # large images, and a decoder
     decode = decoder(teacher)
@@ -28,8 +30,8 @@ def grid_writer(out: Path, sampler_now: Callable[[], FewStepSampler], teacher: T
         sampler = sampler_now()
         device = next(sampler.denoiser.parameters()).device
         cond = {} if teacher.num_classes is None else {"class_labels": torch.arange(count, device=device) % columns}
-        if isinstance(encoded, Encoded):
-            cond = {k: v.to(device) for k, v in encoded.get(torch.arange(count) % len(encoded))[1].items()}
+        if prompts is not None:
+            cond = to_device(prompts.get(torch.arange(count) % len(prompts)), device).cond
         images = decode(sampler(teacher.shape, cond, image_generators(0, range(count)))).float().clamp(-1, 1)
         picture = image_grid(images, columns, scale=max(1, 32 // images.shape[-1]))
         save_png(picture, out / "samples" / f"step-{step:08d}.png")

@@ -96,7 +96,8 @@ def test_batch_sizes_that_cannot_be() -> None:
 
 def test_digits() -> None:
     data = open_data("digits")
-    images, labels, captions = every(data)
+    samples = every(data)
+    images, labels, captions = samples.images, samples.labels, samples.captions
     assert (data.name, data.shape, data.num_classes, len(data)) == ("digits", (1, 8, 8), 10, 1797)
     assert images.dtype == torch.float32 and images.aminmax() == (-1, 1) and captions is None
     assert ((images + 1) * 8).frac().eq(0).all()
@@ -145,7 +146,8 @@ def test_mnist_like_npz(tmp_path: Path) -> None:
 def test_layouts_and_types_of_arrays(tmp_path: Path, array: np.ndarray, shape: tuple[int, int, int]) -> None:
     np.savez(tmp_path / "a.npz", array)
     data = open_data(f"{tmp_path}/a.npz")
-    images, labels, _ = every(data)
+    samples = every(data)
+    images, labels = samples.images, samples.labels
     assert data.shape == shape == images.shape[1:] and (labels, data.num_classes) == (None, None)
     assert images.dtype == torch.float32 and images.min() < -0.8 and 0.8 < images.max() <= 1
 
@@ -216,7 +218,8 @@ def test_flat_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / "._a.jpg").write_text("what macOS leaves behind")
     data = open_data(str(tmp_path))
-    images, labels, captions = every(data)
+    samples = every(data)
+    images, labels, captions = samples.images, samples.labels, samples.captions
     assert (data.shape, data.num_classes, labels, captions) == ((3, 8, 8), None, None, None)
     assert images.mean((1, 2, 3)).tolist() == [-1, 1, 1] and images.dtype == torch.float32
 
@@ -261,7 +264,8 @@ def test_metadata_gives_captions_and_labels(tmp_path: Path) -> None:
     save_image(tmp_path / "x/b.png", "black")
     save_image(tmp_path / "unlisted.png")
     data = open_data(str(tmp_path))
-    images, _, captions = every(data)
+    samples = every(data)
+    images, captions = samples.images, samples.captions
     assert captions == ["a red\u2028square", ""] and labels_of(every(data)) == [1, 0] and data.num_classes == 2
     assert images.mean((1, 2, 3)).tolist() == [-1, 1]
     assert data.get(torch.tensor([1, 0])).captions == ["", "a red\u2028square"]
@@ -467,7 +471,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_hub_dataset(tmp_path: Path, hub: types.ModuleType) -> None:
     hub.tables["user/name", "train"] = fake_table(tmp_path)
     data = open_data("user/name")
-    images, _, captions = every(data)
+    samples = every(data)
+    images, captions = samples.images, samples.captions
     assert (data.name, data.shape, data.num_classes, len(data)) == ("user/name", (3, 8, 8), 3, 3)
     assert torch.allclose(images[:, 0, 0, 0], torch.tensor([0, 100, 200]) / 127.5 - 1)
     assert labels_of(every(data)) == [1, 0, 1] and captions == ["zero", "", "two"]

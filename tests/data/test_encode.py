@@ -217,12 +217,12 @@ def test_encoders_in_half_precision(teacher: Path, tmp_path: Path, monkeypatch: 
         assert loaded[getattr(torch, name)].text_encoder.dtype == getattr(torch, name)
     # The autoencoder's config says force_upcast, as most do: in float16 the real ones overflow.
     assert [loaded[kind].vae.dtype for kind in loaded] == [torch.float32, torch.bfloat16, torch.float32]
-    latents, cond = folders["float32"].get(torch.arange(1))
-    assert latents is not None
+    exact = folders["float32"].get(torch.arange(1))
+    assert exact.x0 is not None
     for name, limit in (("bfloat16", 0.05), ("float16", 0.005)):
-        got, other = folders[name].get(torch.arange(1))
-        assert got is not None and got.dtype == torch.float32
-        pairs = [(got, latents), *((other[key], cond[key]) for key in cond)]
+        rounded = folders[name].get(torch.arange(1))
+        assert rounded.x0 is not None and rounded.x0.dtype == torch.float32
+        pairs = [(rounded.x0, exact.x0), *((rounded.cond[key], exact.cond[key]) for key in exact.cond)]
         assert {a.dtype for a, _ in pairs} == {torch.float32}
         assert 0 < max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs) < limit
         assert {value.dtype for value in folders[name].null.values()} == {torch.float32}
@@ -398,8 +398,9 @@ def test_images_of_webdataset_shards(teacher: Path, tmp_path: Path) -> None:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     given = options(teacher, tmp_path, tmp_path / "out") | {"prompts": None, "data": str(tmp_path / "0.tar")}
-    latents, cond = open_encoded(encode(**given)).get(torch.arange(1))
-    assert latents is not None and latents.shape == (1, 4, 8, 8) and cond["encoder_hidden_states"].shape[1] == 77
+    example = open_encoded(encode(**given)).get(torch.arange(1))
+    assert example.x0 is not None and example.x0.shape == (1, 4, 8, 8)
+    assert example.cond["encoder_hidden_states"].shape[1] == 77
 
 
 # ---- streaming: a stand-in for what `datasets` gives with streaming=True, as in its versions 4 and 5

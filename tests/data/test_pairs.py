@@ -88,14 +88,17 @@ def test_they_are_read_in_any_order_across_shards(tiny_teacher: Teachers, folder
     read = open_pairs(folder)
     assert len(read) == 10 and len(read.shards) == 3
     wanted = torch.tensor([9, 0, 5, 5])
-    got = read.get(wanted)
+    example = read.get(wanted)
+    got = example.pair
+    assert got is not None and torch.equal(example.cond["class_labels"], got.cond["class_labels"])
     assert got.z.shape == got.x0.shape == (4, 1, 8, 8)
     teacher = load_teacher(tiny_teacher("vp"))
     drawn = draw_pairs(teacher, teacher.denoiser, PairsConfig(sampling_steps=2), wanted.tolist())
     assert torch.equal(got.z, drawn["z"]) and torch.equal(got.cond["class_labels"], drawn["class_labels"])
     torch.testing.assert_close(got.x0, drawn["x0"], rtol=0, atol=1e-5)
     other = make_pairs(**settings(tiny_teacher("vp"), tmp_path / "one", shard_size=50, batch_size=10))
-    assert torch.equal(open_pairs(other).get(wanted).z, got.z)
+    again = open_pairs(other).get(wanted).pair
+    assert again is not None and torch.equal(again.z, got.z)
     with pytest.raises(IndexError):
         read.get(torch.tensor([10]))
     with pytest.raises(IndexError):
@@ -107,7 +110,7 @@ def test_a_stopped_run_goes_on_and_has_the_same_bits(
 ) -> None:
     real, calls = draw_pairs, []
 
-    def stopping(teacher: Any, denoise: Any, config: Any, indices: Sequence[int]) -> dict[str, Tensor]:
+    def stopping(teacher: Any, denoise: Any, config: Any, indices: Sequence[int], conditions: Any) -> dict[str, Tensor]:
         calls.append(indices[0])
         if len(calls) == 4:  # inside the second shard
             raise KeyboardInterrupt

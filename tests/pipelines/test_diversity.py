@@ -24,7 +24,7 @@ from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, solve
 from diffdistill.core.prediction import diffuse
 from diffdistill.core.schedule import DiscreteVP
-from diffdistill.data.encoded import encode, open_encoded
+from diffdistill.data.encoded import encode, open_encoded, with_prompts
 from diffdistill.errors import UserError
 from diffdistill.eval.sample import decoded, traced
 from diffdistill.exact.analytic import GaussianMixture
@@ -128,18 +128,18 @@ def test_the_student_starts_where_our_solver_leaves_off(
         PROMPTS[1], generator=torch.Generator().manual_seed(3), height=16, width=16, base_guidance=3.0
     )
     data = open_encoded(root / f"{name}-prompts")
-    teacher = load_teacher(teachers(name), resolution=16, conditions=data)
+    teacher = with_prompts(load_teacher(teachers(name), resolution=16), data)
     timesteps = pipeline.base_scheduler.timesteps.double()
     last = hand_off_index(timesteps, pipeline.scheduler.timesteps[1])
     assert abs(timesteps[last] - pipeline.scheduler.timesteps[1]) <= 25 and last == (5 if name != "sdxl" else 4)
     z = torch.randn(1, *teacher.shape, generator=torch.Generator().manual_seed(3))
-    schedule, cond = teacher.denoiser.schedule, data.get(torch.tensor([1]))[1]
+    schedule, cond = teacher.denoiser.schedule, data.get(torch.tensor([1])).cond
     with torch.no_grad():
         x = solve(ddim_step, guided(teacher.denoiser, 3.0), z, schedule.angle(timesteps[: last + 1]), cond)
     assert (got - x).abs().max() < 1e-4 * x.abs().max()
     # From there the student's own scheduler and network, for its last three steps.
     scheduler, x = pipeline.scheduler, got
-    embeds = data.get(torch.tensor([1]))[1]
+    embeds = data.get(torch.tensor([1])).cond
     student = loaded(students(name))
     call = load_teacher(students(name), resolution=16).denoiser.call
     noise = torch.Generator().manual_seed(3)

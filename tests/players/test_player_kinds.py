@@ -152,7 +152,7 @@ def test_the_stranger_gets_the_students_images(
 ) -> None:
     folder, prompts = encoded(name)
     data = open_encoded(prompts)
-    cond, shape = data.get(torch.tensor([1]))[1], tuple(data.settings["shape"])
+    cond, shape = data.get(torch.tensor([1])).cond, tuple(data.settings["shape"])
     jobs, expected = [], []
     before: dict[str, torch.Tensor] = {}
     for method, kind in product(METHODS, ("full", "lora")):
@@ -439,7 +439,7 @@ def test_a_student_that_is_told_the_scale_takes_it_from_the_stock_pipeline(
     for scale in (2.0, 3.0):
         told = call | {"guidance_scale": scale, "output_type": "latent"}
         images[scale] = pipeline(PROMPTS[1], generator=torch.Generator().manual_seed(3), **told).images
-    got = ours(tmp_path / "run", data.get(torch.tensor([1]))[1], tuple(data.settings["shape"]))
+    got = ours(tmp_path / "run", data.get(torch.tensor([1])).cond, tuple(data.settings["shape"]))
     assert call["guidance_scale"] == 2.0
     assert float((images[2.0] - got).abs().max()) < 1e-3 * max(1, float(got.abs().max()))
     assert float((images[3.0] - images[2.0]).abs().max()) > 1e-3
@@ -459,7 +459,7 @@ def test_a_student_of_a_level_inside_the_chain_starts_there_in_the_stock_pipelin
     got = pipeline(PROMPTS[1], **told).images
     assert pipeline.scheduler.timesteps.tolist() == [750]
     data = open_encoded(prompts)
-    expected = ours(tmp_path / "run", data.get(torch.tensor([1]))[1], tuple(data.settings["shape"]))
+    expected = ours(tmp_path / "run", data.get(torch.tensor([1])).cond, tuple(data.settings["shape"]))
     assert float((got - expected).abs().max()) < 1e-3 * max(1, float(expected.abs().max()))
 
 

@@ -74,6 +74,15 @@ def test_random_conditions() -> None:
     assert Teacher(denoiser, (2,)).random_cond(5, generators(0)[0]) == {}
 
 
+def test_sample_conditions_have_the_shapes_of_what_the_teacher_takes() -> None:
+    denoiser = Denoiser(Elementwise(), TrigFlow(), ROWS["v_prediction"])
+    assert Teacher(denoiser, (2,), 3).sample_cond(4)["class_labels"].tolist() == [0, 0, 0, 0]
+    assert Teacher(denoiser, (2,)).sample_cond(4) == {}
+    prompt = {"text": torch.randn(1, 7, 5), "lengths": torch.tensor([3])}
+    cond = Teacher(denoiser, (2,), example_cond=prompt).sample_cond(4)
+    assert cond["text"].shape == (4, 7, 5) and cond["lengths"].tolist() == [3, 3, 3, 3]
+
+
 # -- features and the discriminator ------------------------------------------------------------------------------
 
 

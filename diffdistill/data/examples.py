@@ -1,0 +1,107 @@
+"""What every kind of data is to a training: `len` examples, read by index.
+
+Images, encoded prompts and latents, noise-image pairs and class labels are all `Examples`, and so is any object with
+`__len__` and `get`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from diffdistill.core.denoiser import Cond
+from diffdistill.errors import UserError
+from diffdistill.scaffold.method import Pair
+
+
+@dataclass(frozen=True)
+class Example:
+    """B examples. What a kind of data does not have is None or empty."""
+
+    x0: Tensor | None = None
+    """(B, ...) float, in the units of the teacher's samples: images in [-1, 1], or latents as the network takes them.
+    `data.batches` brings them to unit variance."""
+    cond: Cond = field(default_factory=dict)  #: conditions (B, ...) by the network's own argument names
+    pair: Pair | None = None  #: noise and the image that the teacher makes of it, both of unit variance
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """Data to train on."""
+
+    def __len__(self) -> int: ...
+
+    def get(self, indices: Tensor) -> Example:
+        """The examples at int64 indices (B,) on the CPU, in that order."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TensorExamples:
+    """Samples (N, ...) that are held in memory, with or without conditions (N, ...)."""
+
+    x0: Tensor
+    cond: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.x0.ndim < 2 or not self.x0.is_floating_point():
+            shape = f"{tuple(self.x0.shape)} of {self.x0.dtype}"
+            raise UserError(f"data: a tensor {shape} holds no samples; give floats (N, ...), images in [-1, 1] say")
+        for name, values in self.cond.items():
+            if len(values) != len(self):
+                raise UserError(f"data: there are {len(values)} of the condition {name!r} and {len(self)} samples")
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    def get(self, indices: Tensor) -> Example:
+        """The samples at int64 indices (B,), in that order."""
+        return Example(self.x0[indices], {name: values[indices] for name, values in self.cond.items()})
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """The conditions of a training without data: an example for each class, or one without conditions."""
+
+    num_classes: int | None
+
+    def __len__(self) -> int:
+        return self.num_classes or 1
+
+    def get(self, indices: Tensor) -> Example:
+        """Class i for index i."""
+        return Example(cond={} if self.num_classes is None else {"class_labels": indices})
+
+    def draw(self, n: int, generator: torch.Generator) -> Example:
+        """n examples drawn uniformly and with replacement, on the generator's device."""
+        return self.get(torch.randint(len(self), (n,), generator=generator, device=generator.device))
+
+
+def as_examples(data: Tensor | Examples) -> Examples:
+    """A tensor (N, ...) of samples as examples; examples as they are; UserError for anything else."""
+    if isinstance(data, Tensor):
+        return TensorExamples(data)
+    if not isinstance(data, Examples):
+        raise UserError(
+            f"data: {type(data).__name__} is no data; give a tensor (N, C, H, W), or an object with __len__ and "
+            "get(indices) -> Example"
+        )
+    return data
+
+
+def to_device(example: Example, device: torch.device) -> Example:
+    """The same examples with every tensor on that device."""
+
+    def moved(cond: Cond) -> Cond:
+        return {name: value.to(device) for name, value in cond.items()}
+
+    pair = example.pair
+    return Example(
+        None if example.x0 is None else example.x0.to(device),
+        moved(example.cond),
+        None if pair is None else Pair(pair.z.to(device), pair.x0.to(device), moved(pair.cond)),
+    )

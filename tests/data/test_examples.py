@@ -1,0 +1,123 @@
+"""Whatever has `get` and `__len__` is data; batches of it have the right units and order."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffdistill import UserError, load_teacher
+from diffdistill.config import FitConfig
+from diffdistill.data.batches import batch_indices, batches, check_data
+from diffdistill.data.examples import ClassLabels, Example, Examples, TensorExamples, as_examples
+from diffdistill.data.images import open_data
+from diffdistill.data.pairs import make_pairs, open_pairs
+from diffdistill.players.teacher import Teacher
+from diffdistill.scaffold.method import Pair
+from diffdistill.training.trainer import accelerator_for
+
+CONFIG = FitConfig(batch_size=6, device="cpu")
+
+
+class Numbered:
+    """A user's own data: example i is filled with i and of class i % 10."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def get(self, indices: Tensor) -> Example:
+        filled = indices.float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+        cond = {"class_labels": indices % 10}
+        return Example(filled, cond, Pair(-filled, filled, cond))
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Callable[..., Any]:
+    accelerator = accelerator_for(CONFIG, tmp_path)
+    return lambda teacher, examples, **how: batches(CONFIG, teacher, examples, accelerator, **how)
+
+
+@pytest.mark.parametrize("parameterization", ["vp", "edm"])
+def test_ones_own_examples_come_in_shuffled_epochs_and_in_unit_variance(
+    parameterization: str, tiny_teacher: Callable[[str], Path], drawn: Callable[..., Any]
+) -> None:
+    teacher = load_teacher(tiny_teacher(parameterization))
+    check_data(teacher, Numbered())
+    batch = drawn(teacher, Numbered())
+    for step in (0, 3, 9):
+        order, x0 = batch_indices(20, 6, step, seed=0), batch(step).x0
+        assert torch.equal(x0[:, 0, 0, 0] * teacher.denoiser.schedule.data_std, order.float())
+        assert torch.equal(batch(step).cond["class_labels"], order % 10)
+        assert torch.equal(batch(step).pair.z[:, 0, 0, 0], -order.float()) and x0.shape == (6, 1, 8, 8)
+
+
+def test_a_tensor_is_data(tiny_teacher: Callable[[str], Path], drawn: Callable[..., Any]) -> None:
+    images, labels = torch.randn(9, 1, 8, 8), torch.arange(9)
+    batch = drawn(load_teacher(tiny_teacher("vp")), TensorExamples(images, {"class_labels": labels}))(0)
+    order = batch_indices(9, 6, 0, seed=0)
+    assert torch.equal(batch.x0, images[order]) and torch.equal(batch.cond["class_labels"], order)
+    assert torch.equal(as_examples(images).get(torch.tensor([2, 0])).x0, images[[2, 0]])
+    assert isinstance(Numbered(), Examples) and as_examples(open_data("digits")).get(torch.arange(2)).pair is None
+
+
+@pytest.mark.parametrize("wrong", [torch.arange(4), torch.zeros(3, 1, 8, 8, dtype=torch.uint8), [1, 2], "digits", None])
+def test_what_is_no_data_is_said_to_be_none(wrong: Any) -> None:
+    with pytest.raises(UserError, match=r"^data: ") as error:
+        as_examples(wrong)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="data: there are 3 of the condition 'class_labels' and 4 samples"):
+        TensorExamples(torch.zeros(4, 1, 8, 8), {"class_labels": torch.zeros(3)})
+
+
+def test_data_that_are_not_the_teachers_are_refused(tiny_teacher: Callable[[str], Path]) -> None:
+    teacher, labels = load_teacher(tiny_teacher("vp")), {"class_labels": torch.arange(12)}
+    for examples, says in (
+        (TensorExamples(torch.zeros(12, 3, 8, 8)), r"has samples of shape \(3, 8, 8\); the teacher's are \(1, 8, 8\)"),
+        (TensorExamples(torch.zeros(12, 1, 8, 8)), "has no labels and the teacher has 10 classes"),
+        (TensorExamples(torch.zeros(12, 1, 8, 8), labels), "has 12 classes; the teacher knows 10"),
+        (TensorExamples(torch.zeros(0, 1, 8, 8)), "there are no examples"),
+        (open_data("digits", channels=3), r"'digits' has samples of shape \(3, 8, 8\)"),
+    ):
+        with pytest.raises(UserError, match=f"^data: .*{says}"):
+            check_data(teacher, examples)
+
+
+def test_without_data_classes_are_drawn_uniformly(
+    tiny_teacher: Callable[[str], Path], drawn: Callable[..., Any]
+) -> None:
+    teacher = load_teacher(tiny_teacher("vp"))
+    batch = drawn(teacher, None)
+    assert batch(0).x0 is None and not torch.equal(batch(0).cond["class_labels"], batch(1).cond["class_labels"])
+    expected = teacher.random_cond(6, batch(5).generator("condition"))
+    assert torch.equal(batch(5).cond["class_labels"], expected["class_labels"])
+    labels = ClassLabels(3).draw(3000, torch.Generator().manual_seed(0)).cond["class_labels"]
+    assert labels.dtype == torch.int64 and int(labels.bincount(minlength=3).min()) > 900 and int(labels.max()) == 2
+    unconditional: Teacher = replace(teacher, num_classes=None)
+    assert drawn(unconditional, None)(0).cond == drawn(unconditional, Numbered())(0).cond == {}
+
+
+def test_labels_are_dropped_at_the_rate_and_nowhere_else(
+    tiny_teacher: Callable[[str], Path], drawn: Callable[..., Any]
+) -> None:
+    teacher = load_teacher(tiny_teacher("vp"))
+    plain, dropping = drawn(teacher, Numbered()), drawn(teacher, Numbered(), label_dropout=0.25)
+    before = torch.cat([plain(step).cond["class_labels"] for step in range(300)])
+    after = torch.cat([dropping(step).cond["class_labels"] for step in range(300)])
+    dropped = after == 10
+    assert torch.equal(after[~dropped], before[~dropped]) and abs(float(dropped.float().mean()) - 0.25) < 0.04
+    assert torch.equal(dropping(7).x0, plain(7).x0)
+
+
+def test_pairs_are_examples_with_an_order_of_their_own(
+    tiny_teacher: Callable[[str], Path], drawn: Callable[..., Any], tmp_path: Path
+) -> None:
+    teacher = load_teacher(tiny_teacher("vp"))
+    options = {"teacher": str(tiny_teacher("vp")), "count": 10, "sampling_steps": 1, "device": "cpu"}
+    pairs = open_pairs(make_pairs(**options, out=str(tmp_path / "pairs")))
+    alone, beside = drawn(teacher, pairs)(0), drawn(teacher, Numbered(), pairs=pairs)(0)
+    assert alone.x0 is None and torch.equal(alone.cond["class_labels"], alone.pair.cond["class_labels"])
+    assert torch.equal(alone.cond["class_labels"], batch_indices(10, 6, 0, seed=0))
+    assert not torch.equal(beside.pair.cond["class_labels"], alone.cond["class_labels"])
