@@ -30,7 +30,7 @@ from diffdistill.eval.metrics.manifold import precision_recall
 from diffdistill.eval.metrics.moments import statistics
 from diffdistill.eval.metrics.scores import class_agreement
 from diffdistill.eval.report import check_writable, markdown_table, text_table, write_json, write_text
-from diffdistill.families import METADATA, is_student, load_student, load_teacher, read_metadata
+from diffdistill.families import METADATA, is_student, load_student, load_teacher, student_record
 from diffdistill.pictures import save_png, side_by_side
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
@@ -144,18 +144,18 @@ def draws_of(
     if not is_student(models[0]):
         judged = on_device(load_teacher(models[0]))
         return judged, str(models[0]), _teacher_rows(judged, teacher_steps, 1.0)
-    loaded = [(model, load_student(model), read_metadata(model)) for model in models]
+    loaded = [(model, load_student(model), student_record(model)) for model in models]
     first = loaded[0][2]
-    source = teacher or first["teacher"]
-    judged = on_device(load_teacher(source, null_class=first["options"].get("null_class")))
+    source = teacher or first.teacher
+    judged = on_device(load_teacher(source, null_class=first.teacher_null_class))
     teachers: list[Row] = []
     students: list[Row] = []
-    for model, (sampler, described), meta in loaded:
-        if (came_from := teacher or meta["teacher"]) != source:
+    for model, (sampler, described), record in loaded:
+        if (came_from := teacher or record.teacher) != source:
             raise UserError(f"eval: {model} has another teacher ({came_from!r}) than {models[0]} ({source!r})")
         # The student imitates the teacher as it was guided.
         known = {row.model for row in teachers}
-        guided_rows = _teacher_rows(judged, teacher_steps, meta["options"].get("guidance_scale", 1.0))
+        guided_rows = _teacher_rows(judged, teacher_steps, record.guidance.scale)
         teachers += [row for row in guided_rows if row.model not in known]
         sampler.denoiser.to(device())
         name = "student" if len(models) == 1 else model.parent.name

@@ -25,6 +25,7 @@ from diffdistill.eval.evaluate import Draw, model_folder, teacher_images
 from diffdistill.families import (
     METADATA,
     Family,
+    TeacherRecord,
     describe,
     family_of,
     in_half,
@@ -35,7 +36,7 @@ from diffdistill.families import (
     local_folder,
     parts_of,
     read_json,
-    read_metadata,
+    read_record,
 )
 from diffdistill.pictures import as_bytes
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
@@ -160,8 +161,9 @@ def _pixel_model(path: Path, name: str, found: str, wanted: Wanted) -> Model:
 
 def stock_call(path: Path, family: Family | None, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
     """Arguments of a stock pipeline's call: a student's own, or a number of steps with guidance off or in its units."""
-    given = read_metadata(path).get("call")
-    call = dict(given or (family.arguments(steps or LATENT_STEPS) if family else {"num_inference_steps": steps}))
+    record = read_record(path)
+    own = None if record is None or isinstance(record, TeacherRecord) else record.call
+    call = dict(own or (family.arguments(steps or LATENT_STEPS) if family else {"num_inference_steps": steps}))
     call = {key: value for key, value in call.items() if value is not None}
     if guidance_scale is not None:
         if "true_cfg_scale" in call:  # which acts only where a negative prompt is given

@@ -25,7 +25,7 @@ from diffdistill.eval.attention import attention, require_xformers
 from diffdistill.eval.evaluate import model_folder, models_in
 from diffdistill.eval.models import any_pipeline, check_dtype, family_or_none, pixel_sampler, stock_call
 from diffdistill.eval.report import check_writable, markdown_table, text_table, with_notes, write_json, write_text
-from diffdistill.families import Family, describe, is_student, load_pipeline, local_folder, read_metadata
+from diffdistill.families import Family, StudentRecord, describe, is_student, load_pipeline, local_folder, read_record
 from diffdistill.rng import image_generators
 
 COLUMNS = (
@@ -152,18 +152,18 @@ def _plans(folders: Sequence[str], asked: Asked) -> list[Plan]:
     for folder in folders:
         for model in models_in(folder) or [model_folder(folder)]:
             path = _pipeline_folder(model)
-            meta = read_metadata(path)
-            source = asked.teacher or meta.get("teacher") if "levels" in meta else asked.teacher
+            found = read_record(path)
+            record = found if isinstance(found, StudentRecord) else None
+            source = asked.teacher or (None if record is None else record.teacher)
             key = None
             if source is not None:
-                options = meta.get("options", {})
-                trained = options.get("guidance_scale")  # the student imitates the teacher as it was guided
-                scale = (
-                    asked.guidance_scale if asked.guidance_scale is not None else 1.0 if trained is None else trained
-                )
-                size = tuple((k, v) for k, v in meta.get("call", {}).items() if k in SIZE)
+                imitated = 1.0 if record is None else record.guidance.scale
+                scale = imitated if asked.guidance_scale is None else asked.guidance_scale
+                call = {} if record is None or record.call is None else record.call
+                size = tuple((k, v) for k, v in call.items() if k in SIZE)
+                null_class = None if record is None else record.teacher_null_class
                 key = (str(source), float(scale), size)
-                teachers.setdefault(key, Plan(_pipeline_folder(source), "", scale, size, options.get("null_class")))
+                teachers.setdefault(key, Plan(_pipeline_folder(source), "", scale, size, null_class))
             models.append((Plan(path, _name(model), own), key))
     keys, plans = list(teachers), list[Plan]()
     for (source, scale, _), plan in teachers.items():
@@ -193,12 +193,17 @@ def _name(model: Path) -> str:
     return (model.parent if model.name in ("student", "teacher") else model).resolve().name
 
 
+def _frames(path: Path) -> int | None:
+    record = read_record(path)
+    return record.frames if isinstance(record, StudentRecord) else None
+
+
 def _check_resolution(plan: Plan, resolution: int | None) -> None:
     family = family_or_none(plan.path)
     if resolution is None or family is None:
         return
     if family.autoencoder is not None:
-        describe(plan.path, resolution, read_metadata(plan.path).get("frames"))
+        describe(plan.path, resolution, _frames(plan.path))
     elif resolution != (own := describe(plan.path).shape[-1]):
         raise UserError(f"resolution: {resolution} is not the {own} that {plan.name} makes, a pixel model; use {own}")
 

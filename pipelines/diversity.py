@@ -16,7 +16,17 @@ import torch
 
 from diffdistill.core.schedule import DiscreteVP
 from diffdistill.errors import UserError
-from diffdistill.families import NOT_LOADED, family_of, local_folder, parts_of, read_json, read_metadata, schedule_of
+from diffdistill.families import (
+    NOT_LOADED,
+    DiversityRecord,
+    StudentRecord,
+    family_of,
+    local_folder,
+    parts_of,
+    read_json,
+    read_record,
+    schedule_of,
+)
 from diffdistill.pipelines.export import pipeline_folder
 from diffdistill.pipelines.shipped import diversity_pipeline
 
@@ -39,25 +49,26 @@ def write_diversity(
     `teacher` None: the one that the student was distilled from. Raises UserError for a student of one step, of another
     family than Stable Diffusion, or whose teacher has another noise schedule.
     """
-    folder, meta = local_folder(str(student)), read_metadata(student)
-    family, index = family_of(folder)
-    if "levels" not in meta or isinstance(index["_class_name"], list):
+    folder = local_folder(str(student))
+    record, (family, index) = read_record(folder), family_of(folder)
+    if not isinstance(record, StudentRecord) or isinstance(index["_class_name"], list):
         raise UserError(f"student: {str(student)!r} is no plain student of diffdistill; give an exported folder")
     if family.name not in _PIPELINES:
         raise UserError(f"student: {family.name} is not supported here; supported are {', '.join(_PIPELINES)}")
-    if len(meta["levels"]) < 2:
+    if len(record.levels) < 2:
         raise UserError("student: it takes one step, which the teacher would stand in for; it must take two or more")
-    source = str(teacher or meta["teacher"])
+    source = str(teacher or record.teacher)
     base = local_folder(source)
     if family_of(base)[0] is not family:
         raise UserError(f"teacher: {source!r} is {family_of(base)[0].name} and the student is {family.name}")
-    base_scheduler = _check_schedules(base, folder, len(meta["levels"]), base_steps)
+    base_scheduler = _check_schedules(base, folder, len(record.levels), base_steps)
 
-    call = {name: value for name, value in meta["call"].items() if name in ("height", "width", "num_inference_steps")}
+    sizes = ("height", "width", "num_inference_steps")
+    call = {name: value for name, value in (record.call or {}).items() if name in sizes}
     settings = {"base_steps": base_steps, "base_guidance": base_guidance, **call}
     script = Path(inspect.getsourcefile(diversity_pipeline) or "")
-    told = {"student": str(student), "teacher": source, "call": settings}
-    with pipeline_folder(Path(out), told, _card(str(student), source, settings), script.name) as partial:
+    made = DiversityRecord(str(student), source, settings)
+    with pipeline_folder(Path(out), made, _card(str(student), source, settings), script.name) as partial:
         index = dict(index)
         for name in parts_of(index):
             _copy(folder / name, partial / name)

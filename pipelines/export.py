@@ -11,12 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from diffusers import SchedulerMixin
 from torch import nn
 
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES, METADATA, Family, local_folder, parts_of
+from diffdistill.families import (
+    FAMILIES,
+    METADATA,
+    Family,
+    Record,
+    StudentRecord,
+    TeacherRecord,
+    diffusers_class,
+    local_folder,
+    parts_of,
+    write_record,
+)
 from diffdistill.files import atomic_folder
 from diffdistill.pipelines.shipped import adapted_pipeline
 from diffdistill.pipelines.shipped.student_pipeline import FILE, pipeline_file
@@ -28,11 +38,11 @@ from diffdistill.players.scale_input import plain_network
 
 
 @contextmanager
-def pipeline_folder(folder: Path, metadata: dict[str, Any], card: str, marker: str = METADATA) -> Iterator[Path]:
-    """A folder to write a pipeline into; `folder` becomes it with metadata and model card, whole or not at all."""
+def pipeline_folder(folder: Path, record: Record, card: str, marker: str = METADATA) -> Iterator[Path]:
+    """A folder to write a pipeline into; `folder` becomes it with record and model card, whole or not at all."""
     with atomic_folder(folder, marker) as partial:
         yield partial
-        (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        write_record(partial, record)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -41,7 +51,7 @@ def save_pipeline(
     family: str,
     network: nn.Module,
     scheduler: SchedulerMixin,
-    metadata: dict[str, Any],
+    record: StudentRecord | TeacherRecord,
     card: str,
     source: str | None = None,
 ) -> Path:
@@ -51,20 +61,22 @@ def save_pipeline(
     beside it where the stock pipeline has `load_lora_weights`.
     """
     entry = FAMILIES[family]
-    with pipeline_folder(folder, metadata, card) as partial:
+    stock = diffusers_class(entry.pipelines[0])
+    with pipeline_folder(folder, record, card) as partial:
         plain = network.base if isinstance(network, AdaptedNetwork) else plain_network(network)
         if entry.autoencoder is None:
             parts = {entry.component: plain, "scheduler": scheduler}
-            getattr(diffusers, entry.pipelines[0])(**parts).save_pretrained(partial, safe_serialization=True)
+            stock(**parts).save_pretrained(partial, safe_serialization=True)
         else:
             _copy_parts(local_folder(str(source)), partial, entry, plain, scheduler)
-            if "call" in metadata:
-                (partial / FILE).write_text(pipeline_file(entry.pipelines[0], metadata["call"]), encoding="utf-8")
+            if isinstance(record, StudentRecord) and record.call is not None:
+                (partial / FILE).write_text(pipeline_file(entry.class_names[0], record.call), encoding="utf-8")
         if isinstance(network, AdaptedNetwork):
-            _add_adapters(partial, network, len(metadata["levels"]))
+            assert isinstance(record, StudentRecord)
+            _add_adapters(partial, network, len(record.levels))
         if isinstance(network, LoraNetwork) and entry.loads_lora:
             layers = {f"{entry.component}_lora_layers": lora_weights(network)}
-            getattr(diffusers, entry.pipelines[0]).save_lora_weights(partial / "lora", **layers)
+            stock.save_lora_weights(partial / "lora", **layers)
     return folder
 
 
@@ -86,7 +98,7 @@ def _copy_parts(source: Path, folder: Path, entry: Family, network: Any, schedul
     for part in other_parts(source, entry):
         pickled = shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack")
         shutil.copytree(part, folder / part.name, ignore=pickled)
-    index["_class_name"] = entry.pipelines[0]
+    index["_class_name"] = entry.class_names[0]
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     shards = {"max_shard_size": sys.maxsize} if entry.single_file else {}
     network.save_pretrained(folder / entry.component, safe_serialization=True, **shards)

@@ -39,6 +39,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     from diffdistill.commands.teacher import new_teacher
     from diffdistill.config import TeacherConfig
     from diffdistill.data.images import open_data
+    from diffdistill.families import TeacherRecord
     from diffdistill.pipelines.export import save_pipeline
     from diffdistill.pipelines.schedulers import teacher_scheduler
 
@@ -50,7 +51,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             config = TeacherConfig(parameterization=parameterization, widths="8,16", layers=1, dropout=0.1)
             teacher = new_teacher(config, open_data("digits"))
             scheduler = teacher_scheduler(parameterization)
-            save_pipeline(folder, "unet2d", teacher.denoiser.network, scheduler, {"null_class": 10}, "")
+            save_pipeline(folder, "unet2d", teacher.denoiser.network, scheduler, TeacherRecord(10), "")
         return folder
 
     return make

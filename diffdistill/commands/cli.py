@@ -305,7 +305,7 @@ def _families(args: argparse.Namespace) -> int:
     for family in FAMILIES.values():
         targets = ", ".join(family.lora_targets or ["all linear layers and convolutions"])
         print(f"{family.name:18} {family.models}")
-        print(f"{'':18} pipelines: {', '.join(family.pipelines)}; conditions: {family.conditions}")
+        print(f"{'':18} pipelines: {', '.join(family.class_names)}; conditions: {family.conditions}")
         print(f"{'':18} network: {family.component}, {family.network}; LoRA: {targets}")
         print(f"{'':18} stock guidance: {family.stock_guidance}")
     return 0

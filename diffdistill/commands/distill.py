@@ -9,12 +9,12 @@ from typing import Any
 from diffdistill.catalogue import describe_method
 from diffdistill.config import TrainConfig
 from diffdistill.data.batches import batches
-from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, local_folder
 from diffdistill.options import coerce, nearest
-from diffdistill.pipelines.card import model_card, student_call
+from diffdistill.pipelines.card import model_card
 from diffdistill.pipelines.export import other_parts, save_pipeline
+from diffdistill.pipelines.record import new_student_record
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.players.teacher import Teacher
 from diffdistill.training.assemble import Game, _data_for, _pairs_for, load_run, make_game
@@ -85,24 +85,12 @@ def _parts_bytes(teacher: Teacher) -> int:
 def _export(game: Game, folder: Path, step: int) -> Path:
     sampler = game.method.sampler()
     scheduler = student_scheduler(game.teacher, sampler)
-    metadata = {
-        "levels": list(sampler.levels),
-        "renoise": sampler.renoise,
-        "num_classes": game.teacher.num_classes,
-        "null_class": game.teacher.num_classes if game.teacher.denoiser.null is not None else None,
-        "teacher": game.teacher.source,
-        "method": game.info.name,
-        "step": step,
-        "options": game.options(),
-        "environment": environment(),
-    }
+    size = {"resolution": game.config.resolution, "frames": game.config.frames}
+    size = size if game.encoded is None else game.encoded.size
+    record = new_student_record(game.info.name, game.options(), game.teacher, sampler, step, **size)
     card = model_card(game.info, game.options(), game.teacher, sampler, step)
-    if FAMILIES[game.teacher.family].autoencoder is not None:
-        size = {"resolution": game.config.resolution, "frames": game.config.frames}
-        metadata |= size if game.encoded is None else game.encoded.size
-        metadata["call"] = student_call(game.teacher, sampler)
     network = sampler.denoiser.network
-    return save_pipeline(folder, game.teacher.family, network, scheduler, metadata, card, game.teacher.source)
+    return save_pipeline(folder, game.teacher.family, network, scheduler, record, card, game.teacher.source)
 
 
 def export_run(run: str | Path, *, step: int | None = None, out: str | Path | None = None) -> Path:

@@ -21,7 +21,7 @@ from diffdistill.data.batches import batches
 from diffdistill.data.images import Data, open_data
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
-from diffdistill.families import new_unet2d
+from diffdistill.families import TeacherRecord, new_unet2d
 from diffdistill.options import build
 from diffdistill.pipelines.export import save_pipeline
 from diffdistill.pipelines.schedulers import scheduler_config, teacher_scheduler
@@ -117,17 +117,13 @@ def train_teacher(*, resume: str | Path | None = None, **values: Any) -> Path:
     if accelerator.is_main_process:
         with trainer.evaluating():
             scheduler = teacher_scheduler(config.parameterization)
-            metadata = {
-                "null_class": data.num_classes,
-                "recipe": {**dataclasses.asdict(config), "data_fingerprint": data.fingerprint},
-                "environment": environment(),
-            }
+            recipe = {**dataclasses.asdict(config), "data_fingerprint": data.fingerprint}
+            record = TeacherRecord(None if text else data.num_classes, recipe, environment())
             card = _card(config, data)
             if text:
-                del metadata["null_class"]
-                text.save(out / "teacher", metadata, card)
+                text.save(out / "teacher", record, card)
             else:
-                save_pipeline(out / "teacher", "unet2d", teacher.denoiser.network, scheduler, metadata, card)
+                save_pipeline(out / "teacher", "unet2d", teacher.denoiser.network, scheduler, record, card)
     accelerator.end_training()
     return out / "teacher"
 

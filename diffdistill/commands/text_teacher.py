@@ -22,7 +22,7 @@ from diffdistill.data.batches import batch_indices, batches
 from diffdistill.data.examples import Example
 from diffdistill.data.images import Data
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES, schedule_of, with_null
+from diffdistill.families import FAMILIES, TeacherRecord, schedule_of, with_null
 from diffdistill.pipelines.export import pipeline_folder
 from diffdistill.pipelines.schedulers import scheduler_config, teacher_scheduler
 from diffdistill.pipelines.text_pipeline import LATENT_CHANNELS, new_text_pipeline
@@ -191,9 +191,9 @@ class TextTeacher:
 
         return write
 
-    def save(self, folder: Path, metadata: dict[str, Any], card: str) -> Path:
+    def save(self, folder: Path, record: TeacherRecord, card: str) -> Path:
         """The whole pipeline as a diffusers folder, or nothing."""
-        with pipeline_folder(folder, metadata, card) as partial:
+        with pipeline_folder(folder, record, card) as partial:
             self.pipeline.text_encoder.eval()
             self.pipeline.save_pretrained(partial, safe_serialization=True)
         return folder

@@ -1,41 +1,54 @@
 """Diffusers families: how a saved pipeline becomes a teacher, and a network a pipeline again.
 
 To add a family, add a file: which pipeline classes it covers, how its network is called, its latents and prompts. A
-family is found by its file's name.
+family is found by its file's name, or registered from outside the package by `register_family`.
 """
 
-from __future__ import annotations
-
-import importlib
-import pkgutil
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
-import diffusers
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
-
-from diffdistill.errors import UserError, first_line
-from diffdistill.families._family import Autoencoder, Config, Family, Prompt, Source, read_json, with_null
+from diffdistill.families._family import Autoencoder, Family, Prompt, Source, diffusers_class, read_json, with_null
+from diffdistill.families._loading import (
+    NOT_LOADED,
+    describe,
+    in_half,
+    is_student,
+    load_pipeline,
+    load_student,
+    load_teacher,
+    local_folder,
+    parts_of,
+    record_of,
+    student_record,
+)
+from diffdistill.families._record import (
+    METADATA,
+    DiversityRecord,
+    Guidance,
+    Record,
+    StudentRecord,
+    TeacherRecord,
+    read_record,
+    write_record,
+)
+from diffdistill.families._registry import FAMILIES, family_of, register_family
 from diffdistill.families._schedules import schedule_of
 from diffdistill.families.unet2d import new_unet2d, unet2d_teacher
-from diffdistill.players.guidance_adapters import load_adapters
-from diffdistill.players.sampler import FewStepSampler
-from diffdistill.players.teacher import Teacher
 
 __all__ = [
     "FAMILIES",
     "METADATA",
     "NOT_LOADED",
     "Autoencoder",
+    "DiversityRecord",
     "Family",
+    "Guidance",
     "Prompt",
+    "Record",
     "Source",
+    "StudentRecord",
+    "TeacherRecord",
     "describe",
+    "diffusers_class",
     "family_of",
+    "in_half",
     "is_student",
     "load_pipeline",
     "load_student",
@@ -44,197 +57,12 @@ __all__ = [
     "new_unet2d",
     "parts_of",
     "read_json",
-    "read_metadata",
+    "read_record",
+    "record_of",
+    "register_family",
     "schedule_of",
+    "student_record",
     "unet2d_teacher",
     "with_null",
+    "write_record",
 ]
-
-METADATA = "diffdistill.json"
-"""Beside model_index.json, what diffusers' configs cannot say: classes, null class, student levels."""
-
-NOT_LOADED = [f"*.{kind}" for kind in ("bin", "msgpack", "ckpt", "pt", "pth", "onnx*", "fp16.*", "non_ema.*")]
-"""What is never read of a pipeline's folder: what would be unpickled, and copies of the weights."""
-
-FAMILIES: dict[str, Family] = {
-    module.name: importlib.import_module(f".{module.name}", __name__).FAMILY
-    for module in pkgutil.iter_modules(__path__)
-    if not module.name.startswith("_")
-}
-
-_EMBEDDED = {"digits": Path(__file__).parent / "assets" / "digits-teacher"}
-
-
-def family_of(folder: Path) -> tuple[Family, Config]:
-    """The family of a diffusers folder and its model_index.json; UserError where none reads it."""
-    index = read_json(folder / "model_index.json")
-    name, own = index.get("_class_name"), None
-    if isinstance(name, list):  # of a file in the folder, [file, class]
-        own, name = name
-    family = next((f for f in FAMILIES.values() if name in f.pipelines), None)
-    if family is None and own is not None:
-        raise UserError(
-            f"teacher: {folder} carries a pipeline of its own, {own}.py, whose code is run only if you say so: by "
-            "DiffusionPipeline.from_pretrained(.., trust_remote_code=True), or `diffdistill eval --trust-remote-code`"
-        )
-    if family is None:
-        known = ", ".join(p for f in FAMILIES.values() for p in f.pipelines)
-        raise UserError(
-            f"teacher: pipeline class {name!r} is not supported; supported are {known}; "
-            "CONTRIBUTING.md, 'Adding a family', says how to add one"
-        )
-    return family, index
-
-
-def load_teacher(
-    path_or_hub_id: str | Path,
-    *,
-    null_class: int | None = None,
-    resolution: int | None = None,
-    frames: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Teacher:
-    """A teacher from a diffusers folder, a hub id, or 'digits', the one embedded in this package.
-
-    `null_class` is the class label that the teacher learned as "no class"; a folder made by diffdistill
-    says it itself. `resolution` and `frames` choose the samples' size where the family has more than one. Only the
-    network is loaded, and only safetensors are read. Raises UserError for whatever cannot be used.
-    """
-    folder = local_folder(str(path_or_hub_id))
-    family, index = family_of(folder)
-    meta = read_metadata(folder)
-    if null_class is not None:
-        meta["null_class"] = null_class
-    scheduler = _with_defaults(read_json(folder / "scheduler" / "scheduler_config.json"))
-    network = _load_model(getattr(diffusers, family.network), folder / family.component, dtype)
-    source = Source(folder, index, scheduler, meta, resolution, frames)
-    teacher = replace(family.teacher(network, source), source=str(path_or_hub_id))
-    if family.conditions == "text":
-        height, width = family.pixels(folder, teacher.shape)
-        teacher = replace(teacher, size={"height": height, "width": width} | teacher.size)
-    teacher.denoiser.requires_grad_(False).eval()
-    return teacher
-
-
-def _with_defaults(config: Config) -> Config:
-    """A scheduler's config with what its class takes where it says nothing: the classes differ in that."""
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    try:
-        whole = {} if kind is None else dict(kind.from_config(config).config)
-    except (ValueError, TypeError, NotImplementedError, ImportError):
-        return config  # schedule_of says what is wrong with it
-    return {k: v for k, v in whole.items() if k != "_use_default_values"} | config
-
-
-def parts_of(index: Config) -> list[str]:
-    """The parts that a model_index.json names, each a sub-folder."""
-    return [name for name, part in index.items() if isinstance(part, list) and part[0] is not None and name[0] != "_"]
-
-
-def in_half(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """How diffusers is told the type of a pipeline's weights; nothing for float32, which it is by default."""
-    return {} if dtype == torch.float32 else {"torch_dtype": dtype}
-
-
-def load_pipeline(
-    folder: Path, *, leave_out: Sequence[str] = (), only: Sequence[str] | None = None, device: Any = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Any:  # fmt: skip
-    """The stock pipeline of a folder, in evaluation mode, without the parts in `leave_out`, or with `only` those."""
-    family, index = family_of(folder)
-    parts = parts_of(index)
-    for name in parts:
-        if not (folder / name).is_dir() and (only is None or name in only) and name not in leave_out:
-            raise UserError(f"teacher: {folder} has no {name}/, which {family.name} needs; give the whole pipeline")
-    absent = {name: None for name in parts if name in leave_out or (only is not None and name not in only)}
-    absent.pop("scheduler", None)
-    try:
-        kind = getattr(diffusers, family.pipelines[0])
-        pipeline = kind.from_pretrained(folder, use_safetensors=True, **in_half(dtype), **absent)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"teacher: the pipeline in {folder} does not load ({first_line(error)})") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def describe(folder: Path, resolution: int | None = None, frames: int | None = None) -> Teacher:
-    """The teacher of a folder from its configs alone: samples and classes are those of it, weights there are none."""
-    family, index = family_of(folder)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    config = {k: v for k, v in read_json(folder / family.component / "config.json").items() if k[0] != "_"}
-    with torch.device("meta"):
-        network = getattr(diffusers, family.network).from_config(config)
-    return family.teacher(network, Source(folder, index, scheduler, {}, resolution, frames))
-
-
-def local_folder(name: str) -> Path:
-    if name in _EMBEDDED:
-        return _EMBEDDED[name]
-    path = Path(name)
-    if path.is_dir():
-        return path
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.exists()
-    if not looks_like_hub_id:
-        raise UserError(f"teacher: {name!r} is not a folder; give a diffusers folder, a hub id or 'digits'")
-    from huggingface_hub import snapshot_download
-
-    # The whole pipeline but what would be unpickled and what is not loaded: a student is exported with all its parts.
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=["model_index.json", METADATA, "*/*"], ignore_patterns=NOT_LOADED)
-        )
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = first_line(error)
-        raise UserError(f"teacher: {name!r} is no folder here, nor could it be had from the hub ({reason})") from error
-
-
-def _load_model(model: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Read a diffusers model; a missing or damaged file is named."""
-    config = read_json(folder / "config.json")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"teacher: {folder} has no .safetensors weights; save it with safe_serialization=True")
-    for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"teacher: {file} is not a whole safetensors file ({error})") from None
-    if config.get("_class_name") not in (None, model.__name__):
-        raise UserError(f"teacher: {folder} holds a {config['_class_name']}; {model.__name__} is expected")
-    try:
-        network = model.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"teacher: {folder} does not load as {model.__name__} ({first_line(error)})") from error
-    absent = [name for name, p in network.named_parameters() if p.is_meta]
-    if absent:
-        raise UserError(f"teacher: {folder} does not load as {model.__name__} (it has no {absent[0]})")
-    return network
-
-
-def read_metadata(path_or_hub_id: str | Path) -> dict[str, Any]:
-    """What diffdistill wrote into the folder beside diffusers' own files; empty if it did not make it."""
-    path = local_folder(str(path_or_hub_id)) / METADATA
-    return read_json(path) if path.is_file() else {}
-
-
-def is_student(path_or_hub_id: str | Path) -> bool:
-    """Whether the folder is a student exported by diffdistill."""
-    return "levels" in read_metadata(path_or_hub_id)
-
-
-def load_student(path_or_hub_id: str | Path) -> tuple[FewStepSampler, Teacher]:
-    """A student's sampler from an exported folder, and its shape and classes as a Teacher.
-
-    Raises UserError if the folder was not exported by diffdistill.
-    """
-    meta = read_metadata(path_or_hub_id)
-    described = load_teacher(path_or_hub_id, resolution=meta.get("resolution"), frames=meta.get("frames"))
-    if "levels" not in meta:
-        raise UserError(
-            f"student: {str(path_or_hub_id)!r} has no levels in {METADATA}; it is no student of diffdistill"
-        )
-    adapters = local_folder(str(path_or_hub_id)) / "adapter"
-    if adapters.is_dir():
-        described = replace(described, denoiser=load_adapters(adapters, described.denoiser))
-    return FewStepSampler(described.denoiser, meta["levels"], renoise=meta["renoise"]), described

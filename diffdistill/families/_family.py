@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Call, Cond, Denoiser
@@ -21,6 +22,11 @@ Config = dict[str, Any]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The layers that LoRA usually adapts."""
+
+
+def diffusers_class(kind: str | type) -> Any:
+    """The class of diffusers that has this name; a class is itself."""
+    return getattr(diffusers, kind) if isinstance(kind, str) else kind
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,7 +44,8 @@ class Source(NamedTuple):
     folder: Path
     parts: Config  #: model_index.json
     scheduler: Config  #: scheduler_config.json
-    meta: Config  #: diffdistill.json, or empty
+    null_class: int | None = None  #: the class label that the network learned as "no class", where one is known
+    guidance_scale: float | None = None  #: of a student of ours that takes it as an input: its default
     resolution: int | None = None  #: pixels a side; None: the model's own
     frames: int | None = None  #: of a video
 
@@ -92,9 +99,10 @@ class Family:
 
     name: str
     models: str  #: what people know it by
-    pipelines: tuple[str, ...]  #: `_class_name`s in model_index.json; the first is what a student is saved as
+    #: Pipelines, by the names of classes in diffusers, or classes of your own; a student is saved as the first.
+    pipelines: tuple[str | type, ...]
     component: str  #: the sub-folder of the network
-    network: str  #: its class in diffusers
+    network: str | type  #: its class: the name of one in diffusers, or a ModelMixin of your own
     conditions: str  #: "none", "classes", "text"
     teacher: Callable[[nn.Module, Source], Teacher]
     lora_targets: tuple[str, ...] | None = None  #: the layers that LoRA usually adapts; None: all linear ones
@@ -105,6 +113,11 @@ class Family:
     stock_guidance: str = "u + g (c - u)"  #: for the table
     loads_lora: bool = True  #: the stock pipeline has `load_lora_weights`
     single_file: bool = False  #: the network's class has `from_single_file`, which reads the weights of a student
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The pipelines as model_index.json names them."""
+        return tuple(kind if isinstance(kind, str) else kind.__name__ for kind in self.pipelines)
 
     def pixels(self, folder: Path, shape: Sequence[int]) -> tuple[int, int]:
         """Height and width of images whose samples have that shape."""

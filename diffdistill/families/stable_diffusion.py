@@ -20,8 +20,7 @@ def unet_teacher(family: str, call: Call) -> Callable[[Any, Source], Teacher]:
 
     def teacher(network: Any, source: Source) -> Teacher:
         config, vae = network.config, source.config("vae")
-        scale = source.meta.get("call", {}).get("guidance_scale")  # of a student of ours
-        if config.time_cond_proj_dim is not None and scale is None:
+        if config.time_cond_proj_dim is not None and source.guidance_scale is None:
             raise UserError("teacher: a UNet that is told its guidance (time_cond_proj_dim) is not supported")
         if vae.get("latents_mean") is not None:
             raise UserError("teacher: a VAE with latents_mean is not supported; use one with a scaling_factor alone")
@@ -32,8 +31,8 @@ def unet_teacher(family: str, call: Call) -> Callable[[Any, Source], Teacher]:
         layer = "mid_block" if network.mid_block is not None else None
         schedule = schedule_of(source.scheduler)
         made = latent_teacher(family, network, source, shape, schedule, call, feature_layer=layer)
-        if config.time_cond_proj_dim is not None:
-            take_scale(made.denoiser, scale)
+        if config.time_cond_proj_dim is not None and source.guidance_scale is not None:
+            take_scale(made.denoiser, source.guidance_scale)
         return made
 
     return teacher

@@ -15,8 +15,8 @@ from diffdistill.families._schedules import schedule_of
 from diffdistill.players.teacher import Teacher
 
 
-def unet2d_teacher(network: UNet2DModel, scheduler: dict[str, Any], meta: dict[str, Any]) -> Teacher:
-    """A teacher from a UNet2DModel, its scheduler's config and `{"null_class": int}` where it has one."""
+def unet2d_teacher(network: UNet2DModel, scheduler: dict[str, Any], null_class: int | None) -> Teacher:
+    """A teacher from a UNet2DModel, its scheduler's config and the label that means "no class", if there is one."""
     config = network.config
     if config.in_channels != config.out_channels:
         raise UserError(
@@ -28,7 +28,6 @@ def unet2d_teacher(network: UNet2DModel, scheduler: dict[str, Any], meta: dict[s
     schedule, row = schedule_of(scheduler)
     # Convolutions run 1.6 times as fast this way round on a CPU, and no slower on a GPU.
     network.to(memory_format=torch.channels_last)
-    null_class = meta.get("null_class")
     num_classes = config.num_class_embeds
     if null_class is not None:
         if num_classes is None or null_class != num_classes - 1:
@@ -82,7 +81,7 @@ def new_unet2d(
         dropout=dropout,
         num_class_embeds=None if num_classes is None else num_classes + 1,
     )
-    return unet2d_teacher(network, scheduler, {} if num_classes is None else {"null_class": num_classes})
+    return unet2d_teacher(network, scheduler, num_classes)
 
 
 # Exported as the one stock pipeline that takes class labels or none, scales noise and input as the scheduler says,
@@ -94,6 +93,6 @@ FAMILY = Family(
     "unet",
     "UNet2DModel",
     "classes",
-    lambda network, source: unet2d_teacher(network, source.scheduler, source.meta),
+    lambda network, source: unet2d_teacher(network, source.scheduler, source.null_class),
     loads_lora=False,
 )

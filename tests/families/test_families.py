@@ -23,7 +23,17 @@ from diffdistill.core.ode import ddim_step, solve
 from diffdistill.core.schedule import DiscreteVP
 from diffdistill.data.encoded import decoder
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES, Family, Prompt, Source, family_of, load_pipeline, load_teacher, with_null
+from diffdistill.families import (
+    FAMILIES,
+    Family,
+    Prompt,
+    Source,
+    StudentRecord,
+    family_of,
+    load_pipeline,
+    load_teacher,
+    with_null,
+)
 from diffdistill.families._family import unpack
 from diffdistill.pipelines.card import model_card
 from diffdistill.pipelines.export import save_pipeline
@@ -308,7 +318,7 @@ def test_a_unet_or_vae_that_works_otherwise_is_refused(
 
     scheduler = json.loads((case.folder / "scheduler" / "scheduler_config.json").read_text())
     with pytest.raises(UserError, match=f"^teacher: .*{setting}"):
-        case.family.teacher(network, Changed(case.folder, {}, scheduler, {}))
+        case.family.teacher(network, Changed(case.folder, {}, scheduler))
 
 
 @pytest.mark.parametrize("name", LATENT)
@@ -328,9 +338,8 @@ def test_the_model_card_reads_the_network_as_a_single_file(
     given = [p for p in inspect.signature(ModelMixin.save_pretrained).parameters.values() if p.default is not p.empty]
     limits = tuple("1KB" if p.name == "max_shard_size" else p.default for p in given)
     monkeypatch.setattr(ModelMixin.save_pretrained, "__defaults__", limits)
-    folder = save_pipeline(
-        tmp_path / "student", name, network, case.pipe.scheduler, {"levels": [0.9]}, card, str(case.folder)
-    )
+    record = StudentRecord((0.9,), "ddim", str(case.folder))
+    folder = save_pipeline(tmp_path / "student", name, network, case.pipe.scheduler, record, card, str(case.folder))
     found: dict[str, Any] = {}
     exec(code[-1].replace("FOLDER", str(folder)), found)
     loaded, kept = found["network"].state_dict(), network.state_dict()

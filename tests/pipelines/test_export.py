@@ -13,18 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from diffdistill import UserError, distill, load_student, load_teacher
 from diffdistill.commands.distill import export_run
-from diffdistill.families import METADATA
+from diffdistill.families import METADATA, local_folder
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.players.sampler import FewStepSampler
 from diffdistill.rng import image_generators
 
 Teachers = Callable[[str], Path]
-
-
-def load_folder_of(name: str) -> Path:
-    from diffdistill.families import _EMBEDDED
-
-    return _EMBEDDED[name]
 
 
 # What a stranger would run: stock diffusers, the model card's call, one generator an image.
@@ -151,7 +145,7 @@ def test_the_run_of_another_teacher_is_refused(tiny_teacher: Teachers, tmp_path:
     run = tmp_path / "run"
     distill(teacher=str(teacher), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(run))
     shutil.rmtree(teacher)
-    shutil.copytree(load_folder_of("digits"), teacher)
+    shutil.copytree(local_folder("digits"), teacher)
     with pytest.raises(UserError, match=r"checkpoint: .*step-00000001 is of another network"):
         export_run(run)
 
@@ -272,7 +266,7 @@ def test_teacher_folders_that_cannot_be_used(tiny_teacher: Teachers, tmp_path: P
 def test_the_embedded_teacher_is_small_and_says_its_recipe() -> None:
     teacher = load_teacher("digits")
     assert teacher.num_classes == 10 and teacher.shape == (1, 8, 8)
-    folder = load_folder_of("digits")
+    folder = local_folder("digits")
     assert sum(p.stat().st_size for p in folder.rglob("*.safetensors")) < 4e6
     recipe = json.loads((folder / METADATA).read_text())["recipe"]
     assert recipe["data"] == "digits" and recipe["seed"] == 0

@@ -1,0 +1,74 @@
+"""Which families there are: those of this package, one file each, and those that are registered from outside."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+
+from diffdistill.errors import UserError, first_line
+from diffdistill.families._family import Config, Family, read_json
+
+FAMILIES: dict[str, Family] = {
+    module.name: importlib.import_module(f"diffdistill.families.{module.name}").FAMILY
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)])
+    if not module.name.startswith("_")
+}
+"""By name; of two that cover a pipeline, the first reads it."""
+
+
+def register_family(family: Family | str | Path) -> Family:
+    """Let a family from outside the package read teachers and save students, before those of the package; returns it.
+
+    `family` is a `Family`, or a .py file that defines FAMILY. Raises UserError for a file that does not, and for the
+    name of a family of the package.
+    """
+    own = family if isinstance(family, Family) else _family_in(Path(family))
+    if own.name in _OURS:
+        raise UserError(f"family: {own.name!r} is the name of a family of diffdistill; choose another")
+    others = {name: entry for name, entry in FAMILIES.items() if name != own.name}
+    FAMILIES.clear()
+    FAMILIES.update({own.name: own} | others)
+    return own
+
+
+_OURS = frozenset(FAMILIES)
+
+
+def _family_in(path: Path) -> Family:
+    name = f"diffdistill_family_{path.stem}"  # a file called random.py must not hide the real one
+    spec = importlib.util.spec_from_file_location(name, path)
+    if path.suffix != ".py" or not path.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"family: {str(path)!r} is no Python file; give one that defines FAMILY")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file's own code raises
+        raise UserError(f"family: {path} cannot be imported ({type(error).__name__}: {first_line(error)})") from error
+    own = vars(module).get("FAMILY")
+    if not isinstance(own, Family):
+        raise UserError(f"family: {path} does not define FAMILY, a diffdistill.families.Family")
+    return own
+
+
+def family_of(folder: Path) -> tuple[Family, Config]:
+    """The family of a diffusers folder and its model_index.json; UserError where none reads it."""
+    index = read_json(folder / "model_index.json")
+    name, own = index.get("_class_name"), None
+    if isinstance(name, list):  # of a file in the folder, [file, class]
+        own, name = name
+    family = next((f for f in FAMILIES.values() if name in f.class_names), None)
+    if family is None and own is not None:
+        raise UserError(
+            f"teacher: {folder} carries a pipeline of its own, {own}.py, whose code is run only if you say so: by "
+            "DiffusionPipeline.from_pretrained(.., trust_remote_code=True), or `diffdistill eval --trust-remote-code`"
+        )
+    if family is None:
+        known = ", ".join(p for f in FAMILIES.values() for p in f.class_names)
+        raise UserError(
+            f"teacher: pipeline class {name!r} is not supported; supported are {known}; "
+            "CONTRIBUTING.md, 'Adding a family', says how to add one"
+        )
+    return family, index

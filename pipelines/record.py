@@ -1,0 +1,66 @@
+"""The record of a student that is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffdistill.core.denoiser import Denoiser
+from diffdistill.environment import environment
+from diffdistill.families import FAMILIES, Guidance, StudentRecord
+from diffdistill.pipelines.card import student_call
+from diffdistill.players.adapter_networks import AdaptedNetwork
+from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.scale_input import GuidanceEmbedding
+from diffdistill.players.teacher import Teacher
+
+
+def new_student_record(
+    method: str,
+    options: dict[str, Any],
+    teacher: Teacher,
+    sampler: FewStepSampler,
+    step: int,
+    *,
+    resolution: int | None = None,
+    frames: int | None = None,
+) -> StudentRecord:
+    """What is written beside the student that `sampler` samples, at training step `step`.
+
+    `options` are those of the training; `resolution` and `frames` those of a latent model's samples.
+    """
+    entry = FAMILIES.get(teacher.family)
+    latent = entry is not None and entry.autoencoder is not None
+    return StudentRecord(
+        levels=sampler.levels,
+        move="renoise" if sampler.renoise else "ddim",
+        teacher=teacher.source,
+        method=method,
+        step=step,
+        guidance=imitated_guidance(sampler.denoiser, options),
+        num_classes=teacher.num_classes,
+        null_class=None if teacher.denoiser.null is None else teacher.num_classes,
+        resolution=resolution if latent else None,
+        frames=frames if latent else None,
+        call=student_call(teacher, sampler) if latent else None,
+        options=options,
+        environment=environment(),
+    )
+
+
+def imitated_guidance(student: Denoiser, options: Mapping[str, Any]) -> Guidance:
+    """How the teacher was guided in a training with these options, of which `student` is exported.
+
+    The options of a range are called guidance_min and guidance_max, that of one scale guidance_scale.
+    """
+    least, greatest = options.get("guidance_min"), options.get("guidance_max")
+    network = student.network
+    scale = float(network.guidance_scale) if isinstance(network, AdaptedNetwork) else student.default_scale
+    if scale is not None:  # a student of one that took it has no range of its own
+        return Guidance(scale, float(scale if least is None else least), float(scale if greatest is None else greatest))
+    # A class embedding is exported with its default scale for good.
+    tables = [part for part in network.modules() if isinstance(part, GuidanceEmbedding)]
+    scale = float(tables[0].default) if tables else options.get("guidance_scale")
+    if scale is None:  # of a range that is one scale
+        scale = least
+    return Guidance(1.0 if scale is None else float(scale))
