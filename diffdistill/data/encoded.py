@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from functools import cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -73,17 +73,17 @@ def fingerprint(folder: Path, family: Family) -> str:
 
 def read_prompts(path: Path) -> list[str]:
     """A prompt a line of .txt, or the "prompt", "caption" or "text" of .jsonl; UserError if it holds none."""
-    found = []
+    prompts = []
     for number, line in enumerate(read_lines(path, "prompts"), 1):
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
-            found.append(_of_json(path, number, line))
+            prompts.append(_of_json(path, number, line))
         else:
-            found.append(line.strip())
-    if not found:
+            prompts.append(line.strip())
+    if not prompts:
         raise UserError(f"prompts: {path} holds no prompt; write one on each line")
-    return found
+    return prompts
 
 
 def _of_json(path: Path, number: int, line: str) -> str:
@@ -92,8 +92,9 @@ def _of_json(path: Path, number: int, line: str) -> str:
         row = json.loads(line)
         return next(row[name] for name in names if isinstance(row.get(name), str))
     except (ValueError, AttributeError, StopIteration):
-        wanted = ", ".join(map(repr, names))
-        raise UserError(f"prompts: line {number} of {path} is no object with a text called {wanted}") from None
+        raise UserError(
+            f"prompts: line {number} of {path} is no object with a text called {', '.join(map(repr, names))}"
+        ) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,7 @@ class Encoded:
 
     @property
     def size(self) -> dict[str, int | None]:
-        """What `load_teacher` is to be told for samples of this size."""
+        """The arguments of `load_teacher` for samples of this size."""
         return {"resolution": self.settings["resolution"], "frames": self.settings["frames"]}
 
     @property
@@ -139,86 +140,30 @@ def encode(**values: Any) -> Path:
     Options are those of the command, with underscores. Raises UserError for whatever cannot be used.
     """
     config = build(EncodeConfig, values)
-    folder, out, device = local_folder(config.teacher), Path(config.out), device_for(config.device)
+    folder, out = local_folder(config.teacher), Path(config.out)
     family, _ = family_of(folder)
     if family.autoencoder is None:
         raise UserError(f"teacher: {config.teacher!r} works on pixels, where there is nothing to encode")
-    if (config.prompts is None) == (config.data is None):
-        raise UserError("encode: give either --prompts (a .txt, .jsonl) or --data (images with captions, or classes)")
-    if config.prompts is not None and family.text is None:
-        raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
-    shape, dtype = describe(folder, config.resolution, config.frames).shape, getattr(torch, config.teacher_dtype)
-    size = family.pixels(folder, shape)
-    images: Data | None = None
-    texts: Callable[[range], list[str]] | None = None
-    if config.data is not None:
-        if len(shape) != 3:
-            raise UserError("data: images for a video model; give --prompts")
-        if config.streaming:
-            images = stream_data(config.data, count=config.count, resolution=size[0], channels=3)
-        else:
-            images = open_data(config.data, resolution=size[0], channels=3)
-        needed = "captions" if family.text else "class labels"
-        first = images.get(torch.arange(1))
-        if (first.captions if family.text else first.labels) is None:
-            raise UserError(f"data: {config.data!r} has no {needed}, which {family.name} is conditioned on")
-        count, source = min(len(images), config.count or len(images)), images.fingerprint
-    else:
-        texts, count, source = _prompts(str(config.prompts), config.count, config.streaming)
-    settings: dict[str, Any] = {
-        "fingerprint": fingerprint(folder, family),
-        "family": family.name,
-        "shape": list(shape),
-        "pixels": list(size),
-        "resolution": config.resolution,
-        "frames": config.frames,
-        "embedded_guidance": config.embedded_guidance,
-        "teacher_dtype": None if dtype == torch.float32 else config.teacher_dtype,  # None: as folders without it are
-        "source": source,
-        "count": count,
+    encoder = _Encoder(config, folder, family, describe(folder, config.resolution, config.frames).shape)
+    source = _open_source(config, encoder)
+    settings = encoder.settings() | {
+        "source": source.fingerprint,
+        "count": source.count,
         "shard_size": config.shard_size,
     }
     if config.streaming:
-        settings["asked"] = count
+        settings["asked"] = source.count
         if (out / KIND.index).exists():  # it may have turned out that there are fewer
             made = read_index(KIND, out)["settings"]
-            settings["count"] = made["count"] if made.get("asked") == count else count
+            settings["count"] = made["count"] if made.get("asked") == source.count else source.count
     index = start(KIND, out, settings, {"teacher": config.teacher})
 
-    @cache
-    def pipeline() -> Any:  # only if something is missing
-        loaded = load_pipeline(folder, leave_out=(family.component,), device=device, dtype=dtype)
-        if dtype == torch.float16 and getattr(loaded.vae.config, "force_upcast", False):
-            loaded.vae.float()  # it says that it overflows otherwise; the stock pipelines do so too
-        return loaded
-
-    prompt = Prompt(size, config.embedded_guidance)
-
-    def stored(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What bfloat16 encoders give is stored as it is, what float16 ones give in float32."""
-        if dtype == torch.float16 and not all(bool(value.isfinite().all()) for value in columns.values()):
-            raise UserError(f"teacher_dtype: {family.name} overflows in float16; use bfloat16 or float32")
-        halves = {key: value.float() for key, value in columns.items() if value.dtype == torch.float16}
-        return {key: value.cpu().contiguous() for key, value in (columns | halves).items()}
-
     def produce(indices: range) -> dict[str, Tensor]:
-        columns: dict[str, Tensor] = {}
-        captions = None if texts is None else texts(indices)
-        if images is not None:
-            got = images.get(torch.tensor(indices))
-            captions = got.captions
-            vae = pipeline().vae
-            columns["latents"] = family.autoencoder.encode(vae, got.images.to(device, vae.dtype))  # type: ignore[union-attr]
-            if family.text is None:
-                assert got.labels is not None
-                columns["class_labels"] = got.labels
-        if family.text is not None:
-            columns |= family.text.encode(pipeline(), list(captions or ()), prompt)
-        return stored(columns)
+        return encoder.columns(source, indices)
 
     with torch.no_grad():
         if not is_whole(out / _NULL, index.get("null")):
-            data = save(stored(family.text.null(pipeline(), prompt) if family.text else {}))
+            data = save(encoder.null())
             atomic_write(out / _NULL, data)
             index["null"] = hashlib.sha256(data).hexdigest()
         try:
@@ -229,6 +174,96 @@ def encode(**values: Any) -> Path:
             atomic_write(out / KIND.index, json.dumps(index, indent=2) + "\n")
             make(KIND, out, index, config.batch_size, produce)
     return out
+
+
+class _Encoder:
+    """A pipeline's encoders for samples of one size, which are loaded when something is encoded."""
+
+    def __init__(self, config: EncodeConfig, folder: Path, family: Family, shape: tuple[int, ...]):
+        self.config, self.folder, self.family, self.shape = config, folder, family, shape
+        self.device, self.dtype = device_for(config.device), getattr(torch, config.teacher_dtype)
+        self.size = family.pixels(folder, shape)  #: height and width in pixels
+        self.prompt = Prompt(self.size, config.embedded_guidance)
+
+    @cached_property
+    def pipeline(self) -> Any:
+        loaded = load_pipeline(self.folder, leave_out=(self.family.component,), device=self.device, dtype=self.dtype)
+        if self.dtype == torch.float16 and getattr(loaded.vae.config, "force_upcast", False):
+            loaded.vae.float()  # it says that it overflows otherwise; the stock pipelines do so too
+        return loaded
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on besides the data."""
+        config = self.config
+        return {
+            "fingerprint": fingerprint(self.folder, self.family),
+            "family": self.family.name,
+            "shape": list(self.shape),
+            "pixels": list(self.size),
+            "resolution": config.resolution,
+            "frames": config.frames,
+            "embedded_guidance": config.embedded_guidance,
+            # None in float32, as folders are from before there was a choice.
+            "teacher_dtype": None if self.dtype == torch.float32 else config.teacher_dtype,
+        }
+
+    def null(self) -> dict[str, Tensor]:
+        """The conditions of "no prompt", (1, ...) each; empty for a family without text."""
+        return self.stored(self.family.text.null(self.pipeline, self.prompt) if self.family.text else {})
+
+    def columns(self, source: _Source, indices: range) -> dict[str, Tensor]:
+        """Latents and conditions (n, ...) of consecutive rows of the data."""
+        columns: dict[str, Tensor] = {}
+        captions = None if source.texts is None else source.texts(indices)
+        if source.images is not None:
+            samples = source.images.get(torch.tensor(indices))
+            captions, vae = samples.captions, self.pipeline.vae
+            assert self.family.autoencoder is not None
+            columns["latents"] = self.family.autoencoder.encode(vae, samples.images.to(self.device, vae.dtype))
+            if self.family.text is None:
+                assert samples.labels is not None
+                columns["class_labels"] = samples.labels
+        if self.family.text is not None:
+            columns |= self.family.text.encode(self.pipeline, list(captions or ()), self.prompt)
+        return self.stored(columns)
+
+    def stored(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What bfloat16 encoders give is stored as it is, what float16 ones give in float32."""
+        if self.dtype == torch.float16 and not all(bool(value.isfinite().all()) for value in columns.values()):
+            raise UserError(f"teacher_dtype: {self.family.name} overflows in float16; use bfloat16 or float32")
+        halves = {key: value.float() for key, value in columns.items() if value.dtype == torch.float16}
+        return {key: value.cpu().contiguous() for key, value in (columns | halves).items()}
+
+
+class _Source(NamedTuple):
+    """What is encoded: images with captions or classes, or texts by consecutive rows."""
+
+    images: Data | None
+    texts: Callable[[range], list[str]] | None
+    count: int
+    fingerprint: str
+
+
+def _open_source(config: EncodeConfig, encoder: _Encoder) -> _Source:
+    """The data of the options; UserError where the encoder's family cannot use them."""
+    family, (height, _) = encoder.family, encoder.size
+    if (config.prompts is None) == (config.data is None):
+        raise UserError("encode: give either --prompts (a .txt, .jsonl) or --data (images with captions, or classes)")
+    if config.data is None:
+        if family.text is None:
+            raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
+        return _Source(None, *_prompts(str(config.prompts), config.count, config.streaming))
+    if len(encoder.shape) != 3:
+        raise UserError("data: images for a video model; give --prompts")
+    if config.streaming:
+        images = stream_data(config.data, count=config.count, resolution=height, channels=3)
+    else:
+        images = open_data(config.data, resolution=height, channels=3)
+    first = images.get(torch.arange(1))
+    if (first.captions if family.text else first.labels) is None:
+        needed = "captions" if family.text else "class labels"
+        raise UserError(f"data: {config.data!r} has no {needed}, which {family.name} is conditioned on")
+    return _Source(images, None, min(len(images), config.count or len(images)), images.fingerprint)
 
 
 def _prompts(spec: str, count: int | None, streaming: bool) -> tuple[Callable[[range], list[str]], int, str]:
@@ -272,11 +307,11 @@ def _wide(columns: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check_encoded(encoded: Encoded, folder: Path, family: Family, shape: Sequence[int]) -> None:
     """UserError unless the folder was made with this teacher's encoders and size."""
-    made, found = encoded.settings, fingerprint(folder, family)
-    if (made["family"], made["fingerprint"]) != (family.name, found):
+    made, own = encoded.settings, fingerprint(folder, family)
+    if (made["family"], made["fingerprint"]) != (family.name, own):
         raise UserError(
             f"prompts: {str(encoded.folder)!r} was made by another model ({made['family']} {made['fingerprint']}; this "
-            f"one is {family.name} {found}); encode with this one"
+            f"one is {family.name} {own}); encode with this one"
         )
     if tuple(made["shape"]) != tuple(shape):
         raise UserError(
