@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffdistill.catalogue import MethodInfo
-from diffdistill.families import FAMILIES
+from diffdistill.families import FAMILIES, Family
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import FILE
 from diffdistill.players.adapter_networks import AdaptedNetwork
@@ -15,7 +15,7 @@ from diffdistill.players.teacher import Teacher
 
 
 def student_call(teacher: Teacher, sampler: FewStepSampler) -> dict[str, Any]:
-    """What the stock pipeline must be told besides the prompt to make the student's images."""
+    """The arguments of the stock pipeline's call, besides the prompt, that make the student's images."""
     call = FAMILIES[teacher.family].arguments(len(sampler.levels)) | teacher.size
     scale = sampler.denoiser.default_scale
     return call if scale is None else call | {"guidance_scale": scale}
@@ -25,48 +25,15 @@ def model_card(info: MethodInfo, options: dict[str, Any], teacher: Teacher, samp
     """README.md of a student: teacher, method, settings, and the lines that load it."""
     settings = "\n".join(f"| {name} | {value} |" for name, value in options.items())
     levels = ", ".join(f"{level:g}" for level in sampler.levels)
-    steps = len(sampler.levels)
-    entry = FAMILIES[teacher.family] if teacher.family in FAMILIES else FAMILIES["unet2d"]
-    if entry.autoencoder is None:
-        given = [] if teacher.num_classes is None else ["batch_size=4", "class_labels=[0, 1, 2, 3]"]
-        call = ", ".join(given + ([f"num_inference_steps={steps}"] if steps > 1 else []))
-    else:
-        given = ['"a prompt"'] if entry.conditions == "text" else ["class_labels=[0, 1, 2, 3]"]
-        call = ", ".join(given + [f"{name}={value!r}" for name, value in student_call(teacher, sampler).items()])
-    network, source = sampler.denoiser.network, '"FOLDER"'
-    if isinstance(network, AdaptedNetwork):
-        call += f", guidance_scale={float(network.guidance_scale):g}"
+    steps, network = len(sampler.levels), sampler.denoiser.network
+    entry = FAMILIES.get(teacher.family, FAMILIES["unet2d"])
+    subject, call = _call(entry, teacher, sampler)
+    source, adapted = '"FOLDER"', isinstance(network, AdaptedNetwork)
+    if adapted:
         source += ", trust_remote_code=True"  # the folder's own adapted_pipeline.py
-    lora = ""
-    if isinstance(network, LoraNetwork) and entry.loads_lora:
-        scheduler = type(student_scheduler(teacher, sampler)).__name__
-        lora = f"""
-The student's weights are its teacher's and a LoRA, which is in `lora/` alone. On the teacher's pipeline:
-
-```python
-pipeline.load_lora_weights("FOLDER/lora")
-pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
-images = pipeline({call}).{"frames" if "num_frames" in call else "images"}
-```
-"""
-    alone = ""
-    if entry.single_file and not isinstance(network, AdaptedNetwork):
-        file = f"FOLDER/{entry.component}/diffusion_pytorch_model.safetensors"
-        alone = f"""
-The network's weights are one file, which `from_single_file` reads too:
-
-```python
-from diffusers import {entry.network}
-
-network = {entry.network}.from_single_file("{file}", config="FOLDER", subfolder="{entry.component}")
-```
-"""
-    own = ""
-    if entry.autoencoder is not None and not isinstance(network, AdaptedNetwork):
-        own = f"""These arguments are in `{FILE}` too, where `generator` seeds the noise of every step in any family:
-`DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)({given[0]})`.
-
-"""
+    lora = _lora(teacher, sampler, call) if isinstance(network, LoraNetwork) and entry.loads_lora else ""
+    alone = _single_file(entry) if entry.single_file and not adapted else ""
+    own = _own_pipeline(subject) if entry.autoencoder is not None and not adapted else ""
     return f"""---
 library_name: diffusers
 tags: [diffusion, distillation, diffdistill, {info.name}]
@@ -79,7 +46,7 @@ Distilled with diffdistill by {info.name} ({info.about.paper}), {step} steps.
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained({source})
-images = pipeline({call}).{"frames" if "num_frames" in call else "images"}
+images = pipeline({call}).{_output(call)}
 ```
 {lora}{alone}
 {own}The call makes {steps} step{"s" if steps > 1 else ""}, with the student's own scheduler in `scheduler/`; the levels
@@ -89,4 +56,57 @@ that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
 | option | value |
 |---|---|
 {settings}
+"""
+
+
+def _call(entry: Family, teacher: Teacher, sampler: FewStepSampler) -> tuple[str, str]:
+    """What the pipeline draws, and all arguments of its call, as Python."""
+    steps, network = len(sampler.levels), sampler.denoiser.network
+    if entry.autoencoder is None:
+        subject = "" if teacher.num_classes is None else "batch_size=4, class_labels=[0, 1, 2, 3]"
+        arguments = [*filter(None, [subject]), *([f"num_inference_steps={steps}"] if steps > 1 else [])]
+    else:
+        subject = '"a prompt"' if entry.conditions == "text" else "class_labels=[0, 1, 2, 3]"
+        arguments = [subject, *(f"{name}={value!r}" for name, value in student_call(teacher, sampler).items())]
+    if isinstance(network, AdaptedNetwork):
+        arguments.append(f"guidance_scale={float(network.guidance_scale):g}")
+    return subject, ", ".join(arguments)
+
+
+def _output(call: str) -> str:
+    """The attribute of the pipeline's result."""
+    return "frames" if "num_frames" in call else "images"
+
+
+def _lora(teacher: Teacher, sampler: FewStepSampler, call: str) -> str:
+    scheduler = type(student_scheduler(teacher, sampler)).__name__
+    return f"""
+The student's weights are its teacher's and a LoRA, which is in `lora/` alone. On the teacher's pipeline:
+
+```python
+pipeline.load_lora_weights("FOLDER/lora")
+pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
+images = pipeline({call}).{_output(call)}
+```
+"""
+
+
+def _single_file(entry: Family) -> str:
+    network = entry.network if isinstance(entry.network, str) else entry.network.__name__
+    file = f"FOLDER/{entry.component}/diffusion_pytorch_model.safetensors"
+    return f"""
+The network's weights are one file, which `from_single_file` reads too:
+
+```python
+from diffusers import {network}
+
+network = {network}.from_single_file("{file}", config="FOLDER", subfolder="{entry.component}")
+```
+"""
+
+
+def _own_pipeline(subject: str) -> str:
+    return f"""These arguments are in `{FILE}` too, where `generator` seeds the noise of every step in any family:
+`DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)({subject})`.
+
 """

@@ -54,15 +54,35 @@ def new_text_pipeline(
     seed: int,
 ) -> Any:
     """The pipeline; its weights are a function of the seed, and its scaling_factor is yet to be measured."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
     torch.manual_seed(seed_for(seed, "initial weights"))
     tokenizer = tokenizer_of(words)
-    text = CLIPTextConfig(
+    unet = _unet(pixels // 2 ** (len(vae_widths) - 1), widths, layers, attention, dropout, text_width)
+    vae = _autoencoder(pixels, vae_widths)
+    for network in (unet, vae):
+        network.to(memory_format=torch.channels_last)
+    scheduler.register_to_config(steps_offset=1)  # which the pipeline wants, and trailing steps do not look at
+    return diffusers.StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=CLIPTextModel(_text_config(tokenizer, text_width)),
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _text_config(tokenizer: Any, width: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=text_width,
-        intermediate_size=4 * text_width,
-        projection_dim=text_width,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=TOKENS,
@@ -70,9 +90,14 @@ def new_text_pipeline(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    levels, factor = range(len(widths)), 2 ** (len(vae_widths) - 1)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=pixels // factor,
+
+
+def _unet(
+    side: int, widths: tuple[int, ...], layers: int, attention: tuple[int, ...], dropout: float, text_width: int
+) -> Any:
+    levels = range(len(widths))
+    return diffusers.UNet2DConditionModel(
+        sample_size=side,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         block_out_channels=widths,
@@ -84,10 +109,13 @@ def new_text_pipeline(
         norm_num_groups=8,
         dropout=dropout,
     )
+
+
+def _autoencoder(pixels: int, widths: tuple[int, ...]) -> Any:
     vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(vae_widths),
-        up_block_types=("UpDecoderBlock2D",) * len(vae_widths),
-        block_out_channels=vae_widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
         norm_num_groups=8,
         sample_size=pixels,
         latent_channels=LATENT_CHANNELS,
@@ -96,16 +124,4 @@ def new_text_pipeline(
     with torch.no_grad():  # latents of little noise from the start: those of variance 1 drown the picture for long
         vae.quant_conv.weight[LATENT_CHANNELS:] = 0
         vae.quant_conv.bias[LATENT_CHANNELS:] = -6
-    for network in (unet, vae):
-        network.to(memory_format=torch.channels_last)
-    scheduler.register_to_config(steps_offset=1)  # which the pipeline wants, and trailing steps do not look at
-    return diffusers.StableDiffusionPipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return vae

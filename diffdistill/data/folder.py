@@ -1,6 +1,6 @@
 """Folders of images, and encoded images in general: what shape they have, and how they are decoded.
 
-Use `data.open_data`, which turns the `Pictures` found here and in `data_hub` into `Data`.
+Use `data.images.open_data`, which turns the `Pictures` of this module and of `data.hub` into `Data`.
 """
 
 from __future__ import annotations
@@ -129,10 +129,10 @@ def _read_metadata(path: Path) -> tuple[list[str], list[str] | None, list[Any] |
         rows.append(row)
     captions = [row.get("text", row.get("caption")) for row in rows]
     labels = [row.get("label") for row in rows]
-    given = any(caption is not None for caption in captions)
+    captioned = any(caption is not None for caption in captions)
     return (
         [row["file_name"] for row in rows],
-        ["" if caption is None else str(caption) for caption in captions] if given else None,
+        ["" if caption is None else str(caption) for caption in captions] if captioned else None,
         labels if any(label is not None for label in labels) else None,
     )
 
@@ -145,13 +145,13 @@ def class_numbers(labels: Tensor | list[Any] | None, size: int, where: str) -> t
         number = {label: i for i, label in enumerate(sorted(set(labels)))}
         labels = [number[label] for label in labels]
     try:
-        found = torch.as_tensor(labels)
+        values = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
-    numbers = found.long().flatten()
-    if found.is_floating_point() or len(numbers) != size or int(numbers.min()) < 0:
-        wanted = "one for each image, a whole number from 0 or a name"
-        raise UserError(f"data: labels of {where} cannot be used; give {wanted}")
+        values = torch.empty(0)
+    numbers = values.long().flatten()
+    if values.is_floating_point() or len(numbers) != size or int(numbers.min()) < 0:
+        form = "one for each image, a whole number from 0 or a name"
+        raise UserError(f"data: labels of {where} cannot be used; give {form}")
     return numbers, int(numbers.max()) + 1
 
 
@@ -166,8 +166,8 @@ def channels_first(images: Tensor, where: object) -> Tensor:
             return images
         if last:
             return images.permute(0, 3, 1, 2)
-    wanted = "(N, H, W), (N, H, W, C) or (N, C, H, W)"
-    raise UserError(f"data: images of {where} have the shape {shape}; give {wanted}")
+    layouts = "(N, H, W), (N, H, W, C) or (N, C, H, W)"
+    raise UserError(f"data: images of {where} have the shape {shape}; give {layouts}")
 
 
 def find_shape(pictures: Pictures, resolution: int | None, channels: int | None) -> tuple[int, int, int]:
@@ -240,10 +240,10 @@ def _decode_one(source: Source, title: str, shape: tuple[int, int, int], resize:
 def _opened(source: Source) -> Image.Image:
     if isinstance(source, str) and not source.startswith("zip://"):
         return Image.open(source)  # not by way of `content`: where a header is enough, no more is read
-    found = content(source)
-    if isinstance(found, bytes):
-        return Image.open(io.BytesIO(found))
-    pixels = channels_first(torch.as_tensor(found)[None], "this row")[0]
+    held = content(source)
+    if isinstance(held, bytes):
+        return Image.open(io.BytesIO(held))
+    pixels = channels_first(torch.as_tensor(held)[None], "this row")[0]
     if pixels.is_floating_point() or int(pixels.min()) < 0 or int(pixels.max()) > 255:
         raise ValueError("its values are not whole numbers in 0..255")
     return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).to(torch.uint8).numpy())
@@ -277,6 +277,6 @@ def naming_image(title: str) -> Iterator[None]:
         raise UserError(f"data: cannot read the image {title}: {why}") from error
 
 
-def _odd_size(title: str, found: tuple[int, int], first: tuple[int, int]) -> UserError:
-    sizes = f"{found[0]}x{found[1]} where the first image is {first[0]}x{first[1]}"
+def _odd_size(title: str, size: tuple[int, int], first: tuple[int, int]) -> UserError:
+    sizes = f"{size[0]}x{size[1]} where the first image is {first[0]}x{first[1]}"
     return UserError(f"data: {title} is {sizes}; give --resolution to bring all images to one size")

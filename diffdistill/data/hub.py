@@ -135,8 +135,8 @@ def open_hub(source: str, split: str | None, doubt: str = "") -> Pictures:
     some = sorted({i * len(table) // 64 for i in range(64)})
     for i, value in zip(some, fetch(some), strict=True):
         with naming_image(title(i)):
-            found = content(value)
-        digest.update(found if isinstance(found, bytes) else str(found).encode())
+            data = content(value)
+        digest.update(data if isinstance(data, bytes) else str(data).encode())
     digest.update(str(texts(some) if caption else None).encode())
     return Pictures(len(table), fetch, title, classes, num_classes, texts if caption else None, digest.hexdigest())
 
@@ -157,22 +157,22 @@ class Stream:
     """
 
     def __init__(
-        self, field: str, name: str, table: Any, columns: tuple[str | None, ...], size: int | None, told: str
+        self, field: str, name: str, table: Any, columns: tuple[str | None, ...], size: int | None, origin: str
     ) -> None:
         self.field, self.name, self.size = field, name, size
         self._table, (self._picture, self._label, self._caption) = table, columns
         self._next, self._rest = -1, iter(())  # the row that the iterator gives next
         kind = (table.features or {}).get(self._label)
         self.num_classes: int | None = len(getattr(kind, "names", None) or ()) or None
-        digest = hashlib.blake2b(f"{told} {columns}".encode(), digest_size=8)
+        digest = hashlib.blake2b(f"{origin} {columns}".encode(), digest_size=8)
         rows = self._read(iter(table), 0, 16)
         if not rows:
             raise UserError(f"{field}: {name!r} has no row; give at least one")
         for i, (row, image) in enumerate(zip(rows, self.images(rows), strict=True)):
             if self._picture is not None:
                 with naming_image(self.title(i)):
-                    found = content(image)
-                digest.update(found if isinstance(found, bytes) else str(found).encode())
+                    data = content(image)
+                digest.update(data if isinstance(data, bytes) else str(data).encode())
             digest.update(f"{[row[column] for column in columns[1:] if column]}\n".encode())
         self.fingerprint = digest.hexdigest()
 
@@ -187,14 +187,14 @@ class Stream:
 
     def rows(self, indices: list[int]) -> list[dict[str, Any]]:
         """Consecutive rows; they are read on from the last ones, or anew. Raises Ended if there are not so many."""
-        first, wanted = indices[0], len(indices)
+        first, count = indices[0], len(indices)
         if first != self._next:
             self._rest = iter(self._table.skip(first))
-        found = self._read(self._rest, first, wanted)
-        self._next = first + len(found)
-        if len(found) < wanted:
+        rows = self._read(self._rest, first, count)
+        self._next = first + len(rows)
+        if len(rows) < count:
             raise Ended(self._next)
-        return found
+        return rows
 
     def images(self, rows: list[dict[str, Any]]) -> list[Source]:
         with ThreadPoolExecutor() as pool:
@@ -204,29 +204,29 @@ class Stream:
         """int64 (B,), or None if there are none; UserError for one that is no whole number."""
         if self._label is None:
             return None
-        found = [row[self._label] for row in rows]
-        for i, label in zip(indices, found, strict=True):
+        labels = [row[self._label] for row in rows]
+        for i, label in zip(indices, labels, strict=True):
             if not isinstance(label, int) or label < 0:
                 what = "a stream's labels are whole numbers from 0"
                 raise UserError(
                     f"data: {self.title(i)} has the label {label!r}; {what}, leave --streaming out for names"
                 )
-        return torch.tensor(found)
+        return torch.tensor(labels)
 
     def texts(self, rows: list[dict[str, Any]]) -> list[str] | None:
         return None if self._caption is None else [row[self._caption] or "" for row in rows]
 
-    def _read(self, rest: Iterator[dict[str, Any]], first: int, wanted: int) -> list[dict[str, Any]]:
+    def _read(self, rest: Iterator[dict[str, Any]], first: int, count: int) -> list[dict[str, Any]]:
         try:
-            return list(islice(rest, wanted))
+            return list(islice(rest, count))
         except Exception as error:  # of the network, or of what reads the file
             self._next = -1
-            told = f"the rows of {self.name!r} from {first} on cannot be read"
-            raise UserError(f"{self.field}: {told} ({_one_line(error)}); the same command goes on there") from error
+            what = f"the rows of {self.name!r} from {first} on cannot be read"
+            raise UserError(f"{self.field}: {what} ({_one_line(error)}); the same command goes on there") from error
 
 
 def _fetched(value: Any) -> Source:
-    """An image as `data_folder` reads it; of one that lies elsewhere, the bytes."""
+    """An image as `data.folder` reads it; of one that lies elsewhere, the bytes."""
     if not isinstance(value, dict):
         return value
     path = value["path"]
@@ -266,7 +266,7 @@ def open_stream(spec: str, field: str) -> Stream:
     failed = f"{field}: {base!r} cannot be read as a Hugging Face dataset"
     datasets = _library(failed)
     try:
-        size, told = None, [_contents(file) for file in held]
+        size, origin = None, [_contents(file) for file in held]
         if files:
             from pyarrow import parquet  # comes with datasets
 
@@ -278,7 +278,7 @@ def open_stream(spec: str, field: str) -> Stream:
             from huggingface_hub import dataset_info
 
             commit = dataset_info(base).sha
-            told = [f"{base} {part} {commit}"]
+            origin = [f"{base} {part} {commit}"]
             table = datasets.load_dataset(base, split=part, streaming=True, revision=commit)
         features = table.features or dict.fromkeys(next(iter(table), {}))
     except Exception as error:
@@ -288,9 +288,9 @@ def open_stream(spec: str, field: str) -> Stream:
     text = _text_column(features)
     columns = _image_columns(datasets, features) if field == "data" else (None, None, text)
     if (columns[0] if field == "data" else text) is None:
-        wanted = "an 'image'" if field == "data" else "a 'prompt', 'caption' or 'text'"
-        raise UserError(f"{field}: {base!r} has the columns {list(features)}; give rows with {wanted}")
+        columns_of = "an 'image'" if field == "data" else "a 'prompt', 'caption' or 'text'"
+        raise UserError(f"{field}: {base!r} has the columns {list(features)}; give rows with {columns_of}")
     table = table.select_columns([column for column in columns if column])
     if columns[0]:
         table = _encoded_images(datasets, table, columns[0])
-    return Stream(field, spec, table, columns, size, " ".join(told))
+    return Stream(field, spec, table, columns, size, " ".join(origin))

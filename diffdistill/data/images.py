@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ def stream_data(spec: str, *, count: int | None, resolution: int, channels: int)
     """The first `count` images (None: all) of a Hugging Face dataset or parquet files, read in order and never kept.
 
     A batch that follows the last one costs nothing else; any other opens the data anew. Where they end before `count`,
-    `Data.get` raises `data_hub.Ended`. Raises UserError like `open_data`, and for a length that nobody tells.
+    `Data.get` raises `data.hub.Ended`. Raises UserError like `open_data`, and for a length that nobody tells.
     """
     stream = open_stream(spec, "data")
     size, shape = stream.length(count), (channels, resolution, resolution)
@@ -200,8 +201,8 @@ def _open_arrays(
     low, high = float(images.min()), float(images.max())
     least, most = (0, full_scale) if whole else (-1.001, 1.001)  # what rounding put outside is clamped
     if not (least <= low and high <= most):  # so written, NaN is refused
-        want = f"whole numbers in 0..{full_scale}, or floats in [0, 1] or [-1, 1]"
-        raise UserError(f"data: images of {path} lie in [{low:g}, {high:g}]; give {want}")
+        ranges = f"whole numbers in 0..{full_scale}, or floats in [0, 1] or [-1, 1]"
+        raise UserError(f"data: images of {path} lie in [{low:g}, {high:g}]; give {ranges}")
     images = images.to(torch.uint8) if whole else images
     divisor, offset = (full_scale / 2, 1.0) if whole else (1.0, 0.0) if low < 0 else (0.5, 1.0)
     classes, num_classes = class_numbers(labels, len(images), str(path))
@@ -238,21 +239,35 @@ def _load_arrays(path: Path, split: str | None) -> tuple[Tensor, Tensor | None]:
     def load(key: str) -> Tensor:
         if is_safetensors:
             return file.get_tensor(key)
+        if _is_pickled(path, key):
+            raise UserError(f"data: {path} holds pickled objects in {key!r}, which are never loaded; save plain arrays")
         array = file[key]
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
+    if not is_safetensors and not zipfile.is_zipfile(path):
+        raise UserError(
+            f"data: {path} is no .npz archive, and nothing pickled is ever loaded; save arrays with numpy.savez"
+        )
     try:
         opened: Any = safe_open(path, "pt") if is_safetensors else np.load(path, allow_pickle=False)
         with opened as file:
             held = sorted(file.keys())
             images, labels = (next((load(k) for k in keys if k in held), None) for keys in (names, label_names))
+    except UserError:
+        raise
     except Exception as error:  # zipfile, numpy and safetensors raise many unrelated types
-        pickled = "it holds pickled objects, which are never loaded; save plain arrays"
-        why = pickled if "pickle" in str(error) else error
-        raise UserError(f"data: cannot read {path}: {why}") from error
+        raise UserError(f"data: cannot read {path}: {error}") from error
     if images is None:
         raise UserError(f"data: {path} holds {held}; the images are looked for as {names}")
     return images, labels
+
+
+def _is_pickled(path: Path, key: str) -> bool:
+    """Whether an array of a .npz file holds Python objects, by its header alone."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
+        headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        read = headers.get(np.lib.format.read_magic(member))
+        return read is not None and read(member)[2].hasobject
 
 
 def _recolour(images: Tensor, channels: int) -> Tensor:

@@ -142,16 +142,16 @@ def read(images: Tensor) -> Reading:
     return Reading(seen, middle, overlap)
 
 
-def judge(images: Tensor, wanted: Tensor) -> dict[str, float]:
-    """Percentages of images whose colour, shape, position, and all three, are those wanted (N, 3); and the spread.
+def judge(images: Tensor, expected: Tensor) -> dict[str, float]:
+    """Percentages of images whose colour, shape, position, and all three, are those expected (N, 3); and the spread.
 
     The spread, in pixels, is the root mean square distance of shapes from the middle of the place they were to be at,
     where they are nearest to it: how much of the pictures' variety is there.
     """
-    found = read(images)
-    right = found.attributes == wanted
+    reading = read(images)
+    right = reading.attributes == expected
     columns = {"colour %": right[:, 0], "shape %": right[:, 1], "position %": right[:, 2], "all three %": right.all(1)}
-    places = torch.tensor(list(PLACES.values())).to(found.middle)[wanted[:, 2]]
-    away = (found.middle - places).square().sum(1)[right[:, 2]]
+    places = torch.tensor(list(PLACES.values())).to(reading.middle)[expected[:, 2]]
+    away = (reading.middle - places).square().sum(1)[right[:, 2]]
     spread = float(away.mean().sqrt()) if len(away) else 0.0
     return {name: 100 * float(column.float().mean()) for name, column in columns.items()} | {"spread px": spread}

@@ -45,15 +45,15 @@ class Kind:
         return f"`diffdistill {self.command or self.name}`"
 
 
-def device_for(wanted: str) -> torch.device:
+def device_for(name: str) -> torch.device:
     """'auto', 'cpu' or 'cuda' as a device; UserError for a GPU that is not there."""
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' was asked for and torch sees no GPU; use --device cpu or auto")
-    return torch.device("cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda")
+    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
-def start(kind: Kind, out: Path, settings: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    """The folder's index: the one that is there if it is of the same settings, else a new one with `told` besides.
+def start(kind: Kind, out: Path, settings: dict[str, Any], notes: dict[str, Any]) -> dict[str, Any]:
+    """The folder's index: the one that is there if it is of the same settings, else a new one with `notes` besides.
 
     UserError if shards of other settings are there.
     """
@@ -70,7 +70,7 @@ def start(kind: Kind, out: Path, settings: dict[str, Any], told: dict[str, Any])
             )
     elif others:
         raise UserError(f"out: {str(out)!r} exists and is no folder of {kind.what}; choose another --out")
-    index = {**told, "settings": settings, "environment": environment(), "shards": {}}
+    index = {**notes, "settings": settings, "environment": environment(), "shards": {}}
     try:
         atomic_write(out / kind.index, json.dumps(index, indent=2) + "\n")
     except OSError as error:
@@ -112,18 +112,18 @@ def make(
             others.unlink()
     there = count - sum(len(ranges[k]) for k in missing)
     missing = missing if world_size == 1 else [k for k in missing if k % world_size == rank]
-    told = _progress(kind.unit, there + sum(len(ranges[k]) for k in missing), there, silent=rank > 0)
+    show = _progress(kind.unit, there + sum(len(ranges[k]) for k in missing), there, silent=rank > 0)
     for done, k in enumerate(missing):
         parts = []
         for first in range(ranges[k].start, ranges[k].stop, batch_size):
             indices = range(first, min(first + batch_size, ranges[k].stop))
             parts.append(produce(indices))
-            told(len(indices))
+            show(len(indices))
         data = save({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
-        left, told_left = (1, "the next file") if is_stream else (len(missing) - done, "what is missing")
+        left, what_is_left = (1, "the next file") if is_stream else (len(missing) - done, "what is missing")
         need, free = len(data) * left, shutil.disk_usage(out).free
         if free < need:
-            raise UserError(f"out: {str(out)!r} has {free >> 20} MiB free and {told_left} needs {need >> 20} MiB")
+            raise UserError(f"out: {str(out)!r} has {free >> 20} MiB free and {what_is_left} needs {need >> 20} MiB")
         atomic_write(out / names[k], data)
         if world_size == 1:  # the same command may run a second time, beside this one
             index["shards"] |= read_index(kind, out)["shards"]
@@ -139,7 +139,7 @@ def _progress(unit: str, total: int, done: int, silent: bool = False) -> Callabl
     bar = tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
     started, before = time.perf_counter(), done
 
-    def told(n: int) -> None:
+    def show(n: int) -> None:
         nonlocal done
         bar.update(n)
         done += n
@@ -149,7 +149,7 @@ def _progress(unit: str, total: int, done: int, silent: bool = False) -> Callabl
         if done == total:
             bar.close()
 
-    return told
+    return show
 
 
 def open_shards(kind: Kind, folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
@@ -170,10 +170,10 @@ def open_shards(kind: Kind, folder: Path) -> tuple[dict[str, Any], list[dict[str
 
 def rows(shards: list[dict[str, Tensor]], size: int, count: int, indices: Tensor) -> dict[str, Tensor]:
     """The rows at int64 indices (B,) of shards of `size` rows, in that order; IndexError outside 0..count-1."""
-    wanted = indices.tolist()
-    if wanted and not 0 <= min(wanted) <= max(wanted) < count:
-        raise IndexError(f"indices {min(wanted)}..{max(wanted)} lie outside 0..{count - 1}")
-    return {key: torch.stack([shards[i // size][key][i % size] for i in wanted]) for key in shards[0]}
+    chosen = indices.tolist()
+    if chosen and not 0 <= min(chosen) <= max(chosen) < count:
+        raise IndexError(f"indices {min(chosen)}..{max(chosen)} lie outside 0..{count - 1}")
+    return {key: torch.stack([shards[i // size][key][i % size] for i in chosen]) for key in shards[0]}
 
 
 def read_index(kind: Kind, folder: Path) -> dict[str, Any]:

@@ -47,17 +47,17 @@ def named_shards(pattern: str) -> list[Path]:
     """
     if not (pattern.endswith(".tar") and (glob.has_magic(pattern) or _ROW.search(pattern))):
         return []
-    found = []
+    files = []
     for name in _counted(pattern):
         if glob.has_magic(name):
-            found += [Path(file) for file in sorted(glob.glob(name, recursive=True))]
+            files += [Path(file) for file in sorted(glob.glob(name, recursive=True))]
         elif Path(name).is_file():
-            found.append(Path(name))
+            files.append(Path(name))
         else:
             raise UserError(f"data: {name}, which {pattern!r} names, does not exist; give a row of those that do")
-    if not found:
+    if not files:
         raise UserError(f"data: no file is called {pattern!r}; give the pattern of .tar files that exist")
-    return found
+    return files
 
 
 def _counted(pattern: str) -> list[str]:
@@ -126,10 +126,10 @@ def _index(shard: Path) -> list[tuple[str, dict[str, _Member]]]:
 
 
 def _all_or_none(values: list[T | None], names: list[str], what: str) -> list[T] | None:
-    given = [value for value in values if value is not None]
-    if given and len(given) < len(values):
+    present = [value for value in values if value is not None]
+    if present and len(present) < len(values):
         raise UserError(f"data: {names[values.index(None)]} has no {what}, which others have; give all of them one")
-    return given or None
+    return present or None
 
 
 def _label(name: str, parts: dict[str, _Member]) -> int | None:

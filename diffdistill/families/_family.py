@@ -58,7 +58,7 @@ class Prompt(NamedTuple):
     """How prompts are encoded besides their text."""
 
     resolution: tuple[int, int]  #: height and width of the image in pixels
-    guidance: float = 3.5  #: what a network with an embedded guidance scale is told
+    guidance: float = 3.5  #: the scale that a network with an embedded guidance scale is given
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ def with_null(denoiser: Denoiser, null: Cond) -> None:
     """Tell a denoiser the conditions of "no prompt", (1, ...) each; others it leaves as they are."""
 
     def nothing(cond: Cond) -> Cond:
-        given = {key: value.to(cond[key]).expand_as(cond[key]) for key, value in null.items()}
-        return cond | given
+        nulls = {key: value.to(cond[key]).expand_as(cond[key]) for key, value in null.items()}
+        return cond | nulls
 
     denoiser.null = nothing
 

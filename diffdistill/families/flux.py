@@ -1,4 +1,4 @@
-"""FluxTransformer2DModel: FLUX.1-dev, which is told its guidance, and FLUX.1-schnell."""
+"""FluxTransformer2DModel: FLUX.1-dev, which takes the guidance scale as an input, and FLUX.1-schnell."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _image_ids(height: int, width: int, device: torch.device) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], 1).float()
 
 
-def _caller(told: bool) -> Call:
-    """The call of a network that is `told` its guidance, or not."""
+def _caller(takes_guidance: bool) -> Call:
+    """The call of a network that takes the guidance scale as an input, or does not."""
 
     def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         text = cond["encoder_hidden_states"]
@@ -43,7 +43,7 @@ def _caller(told: bool) -> Call:
             timestep=time / 1000,
             img_ids=_image_ids(x.shape[2] // 2, x.shape[3] // 2, x.device),
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
-            guidance=cond["guidance"] if told else None,
+            guidance=cond["guidance"] if takes_guidance else None,
             return_dict=False,
         )[0]
         return unpack(output, x.shape[1:])
@@ -94,6 +94,6 @@ FAMILY = Family(
     text=Text(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), _encode, _null),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 3.5},
     flow_grid="given",
-    stock_guidance="guidance_scale is told to the network; true_cfg_scale g: u + g (c - u)",
+    stock_guidance="guidance_scale is an input of the network; true_cfg_scale g: u + g (c - u)",
     single_file=True,
 )

@@ -15,8 +15,8 @@ from diffdistill.families.stable_diffusion import unet_teacher
 def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     text = cond["encoder_hidden_states"]
     added = {key: cond[key] for key in ("text_embeds", "time_ids")}
-    told = {"timestep_cond": cond.get("timestep_cond"), "return_dict": False}
-    return network(x, time, encoder_hidden_states=text, added_cond_kwargs=added, **told)[0]
+    others = {"timestep_cond": cond.get("timestep_cond"), "return_dict": False}
+    return network(x, time, encoder_hidden_states=text, added_cond_kwargs=added, **others)[0]
 
 
 def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:

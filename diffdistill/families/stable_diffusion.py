@@ -21,7 +21,9 @@ def unet_teacher(family: str, call: Call) -> Callable[[Any, Source], Teacher]:
     def teacher(network: Any, source: Source) -> Teacher:
         config, vae = network.config, source.config("vae")
         if config.time_cond_proj_dim is not None and source.guidance_scale is None:
-            raise UserError("teacher: a UNet that is told its guidance (time_cond_proj_dim) is not supported")
+            raise UserError(
+                "teacher: a UNet that takes the guidance scale as an input (time_cond_proj_dim) is not supported"
+            )
         if vae.get("latents_mean") is not None:
             raise UserError("teacher: a VAE with latents_mean is not supported; use one with a scaling_factor alone")
         factor = KL.factor(vae)

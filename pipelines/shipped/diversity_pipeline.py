@@ -49,9 +49,9 @@ class _FromSecondStep:
         self._scheduler = scheduler
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._scheduler, name)
+        value = getattr(self._scheduler, name)
         # Some pipelines tell it to begin with the first of the timesteps that they see.
-        return (lambda index=0: found(index + 1)) if name == "set_begin_index" else found
+        return (lambda index=0: value(index + 1)) if name == "set_begin_index" else value
 
     @property
     def timesteps(self) -> torch.Tensor:
@@ -112,11 +112,11 @@ class _StartsWithBase:
             return {}
 
         sized = {"height": self.config.height, "width": self.config.width}
-        told = sized | kwargs | {"output_type": "latent", "return_dict": False, "callback_on_step_end": stop}
-        told.pop("callback_on_step_end_tensor_inputs", None)
+        rest = sized | kwargs | {"output_type": "latent", "return_dict": False, "callback_on_step_end": stop}
+        rest.pop("callback_on_step_end_tensor_inputs", None)
         guidance = self.config.base_guidance if base_guidance is None else base_guidance
         with self._with(unet=self.base_unet, scheduler=base):
-            x = super().__call__(prompt, num_inference_steps=base_steps, guidance_scale=guidance, **told)[0]  # type: ignore[misc]
+            x = super().__call__(prompt, num_inference_steps=base_steps, guidance_scale=guidance, **rest)[0]  # type: ignore[misc]
         return carried(x, base, base.timesteps[last], student, student.timesteps[1])
 
     @torch.no_grad()

@@ -66,7 +66,7 @@ CALLS: dict[str, Callable[[float], dict[str, Any]]] = {
         "complex_human_instruction": None,
     },
     "sd3": lambda g: {"prompt": PROMPT, "guidance_scale": g},
-    # Its own scale is told to the network.
+    # Its own scale is an input of the network.
     "flux": lambda g: {"prompt": PROMPT, "guidance_scale": 3.5, "true_cfg_scale": g, "negative_prompt": ""},
     "qwen_image": lambda g: {"prompt": PROMPT, "true_cfg_scale": g, "negative_prompt": ""},
     "z_image": lambda g: {"prompt": PROMPT, "guidance_scale": g - 1},
