@@ -1,11 +1,8 @@
-"""Each kind of source opens and reads as a user would expect, and the order of samples is what it says."""
+"""Arrays and folders of images open and read as a user would expect."""
 
-import dataclasses
 import json
 import pickle
 import sys
-import types
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,81 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffdistill.data.batches import batch_indices
-from diffdistill.data.images import Data, Samples, open_data
-from diffdistill.errors import UserError
-
-
-def every(data: Data) -> Samples:
-    return data.get(torch.arange(len(data)))
-
-
-def labels_of(samples: Samples) -> list[int]:
-    assert samples.labels is not None and samples.labels.dtype == torch.int64
-    return samples.labels.tolist()
-
-
-def random_images(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def save_image(path: Path, colour: object = "red", size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)  # type: ignore[arg-type]
-    return path
-
-
-def refused(spec: object, **how: int) -> str:
-    with pytest.raises(UserError) as caught:
-        every(open_data(str(spec), **how))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-# ---- order
-
-
-def row(n: int, batch: int, steps: int, **how: int) -> list[int]:
-    return torch.cat([batch_indices(n, batch, step, **{"seed": 0, **how}) for step in range(steps)]).tolist()
-
-
-@pytest.mark.parametrize(("n", "batch"), [(10, 3), (10, 10), (7, 1), (12, 4)])
-def test_each_epoch_visits_every_sample_once(n: int, batch: int) -> None:
-    seen = row(n, batch, 3 * n)
-    epochs = [seen[i : i + n] for i in range(0, len(seen) - n + 1, n)]
-    assert len(epochs) == 3 * batch and all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
-
-
-def test_order_is_a_function_of_seed_and_step() -> None:
-    forward = [batch_indices(50, 8, step, seed=3).tolist() for step in range(30)]
-    assert forward == [batch_indices(50, 8, step, seed=3).tolist() for step in reversed(range(30))][::-1]
-    assert forward[0] != batch_indices(50, 8, 0, seed=4).tolist()
-    torch.manual_seed(99)  # a caller's use of the global generator changes nothing
-    assert forward[29] == batch_indices(50, 8, 29, seed=3).tolist()
-
-
-def test_ranks_share_what_one_rank_would_see() -> None:
-    for step in range(20):
-        ranks = [batch_indices(17, 4, step, seed=1, rank=rank, world_size=2) for rank in range(2)]
-        assert torch.cat(ranks).equal(batch_indices(17, 8, step, seed=1))
-
-
-def test_a_batch_is_the_callers_own() -> None:
-    first = batch_indices(10, 4, 0, seed=0)
-    kept = first.clone()
-    first.zero_()
-    assert first.dtype == torch.int64 and batch_indices(10, 4, 0, seed=0).equal(kept)
-
-
-def test_batch_sizes_that_cannot_be() -> None:
-    with pytest.raises(UserError, match=r"4096 is larger than the data \(1797 samples\); use at most 1797"):
-        batch_indices(1797, 4096, 0, seed=0)
-    with pytest.raises(UserError, match="use at most 449"):
-        batch_indices(1797, 512, 0, seed=0, world_size=4)
-    with pytest.raises(UserError, match="0"):
-        batch_indices(1797, 0, 0, seed=0)
-
+from diffdistill.data.images import open_data
+from tests.data.reading import every, labels_of, random_images, refused, save_image
 
 # ---- arrays
 
@@ -387,145 +311,6 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "datasets", None)
     message = refused("someone/something")
     assert "does not exist" in message and "pip install 'diffdistill[datasets]'" in message
-
-
-# ---- Hugging Face: a stand-in with the few calls that are used, as datasets 3 to 5 have them
-
-
-class FakeImage:
-    def __init__(self, decode: bool = True) -> None:
-        self.decode = decode
-
-
-@dataclasses.dataclass
-class FakeValue:
-    dtype: str
-
-
-@dataclasses.dataclass
-class FakeClassLabel:
-    names: list[str]
-    dtype: str = "int64"
-
-
-@dataclasses.dataclass
-class FakeTable:
-    columns: dict[str, list]
-    features: dict[str, object]
-    split: str | None = None
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def __getitem__(self, rows: list[int] | slice) -> dict[str, list]:
-        wanted = range(len(self))[rows] if isinstance(rows, slice) else rows
-        return {name: [column[i] for i in wanted] for name, column in self.columns.items()}
-
-    def with_format(self, kind: None) -> "FakeTable":
-        return self
-
-    def select_columns(self, names: list[str]) -> "FakeTable":
-        return FakeTable({n: self.columns[n] for n in names}, {n: self.features[n] for n in names})
-
-    def cast_column(self, name: str, feature: FakeImage) -> "FakeTable":
-        assert not feature.decode
-        return self
-
-
-def fake_table(tmp_path: Path, count: int = 3) -> FakeTable:
-    files = [save_image(tmp_path / "pictures" / f"{i}.png", (i * 100, 0, 0)) for i in range(count)]
-    encoded = [{"path": "gone.png", "bytes": file.read_bytes()} for file in files[1:]]
-    return FakeTable(
-        {
-            "img": [{"path": str(files[0]), "bytes": None}, *encoded],
-            "label": [1, 0, 1][:count],
-            "text": ["zero", None, "two"][:count],
-        },
-        {"img": FakeImage(), "label": FakeClassLabel(["cat", "dog", "emu"]), "text": FakeValue("string")},
-    )
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A fake `datasets` whose `tables` are what its two loaders find."""
-    module = types.ModuleType("datasets")
-    tables: dict[object, object] = {}
-
-    def load_dataset(name: str, split: str, data_files: str | None = None) -> object:
-        if (name, split) not in tables:
-            raise ValueError(f'Unknown split "{split}".\nShould be another.')
-        return tables[name, split]
-
-    module.__dict__.update(
-        tables=tables,
-        load_dataset=load_dataset,
-        load_from_disk=lambda path: tables["saved"],
-        Image=FakeImage,
-        Value=FakeValue,
-        ClassLabel=FakeClassLabel,
-    )
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return module
-
-
-def test_hub_dataset(tmp_path: Path, hub: types.ModuleType) -> None:
-    hub.tables["user/name", "train"] = fake_table(tmp_path)
-    data = open_data("user/name")
-    samples = every(data)
-    images, captions = samples.images, samples.captions
-    assert (data.name, data.shape, data.num_classes, len(data)) == ("user/name", (3, 8, 8), 3, 3)
-    assert torch.allclose(images[:, 0, 0, 0], torch.tensor([0, 100, 200]) / 127.5 - 1)
-    assert labels_of(every(data)) == [1, 0, 1] and captions == ["zero", "", "two"]
-    assert data.get(torch.tensor([2, 0])).captions == ["two", "zero"]
-    assert open_data("user/name#train").fingerprint == data.fingerprint
-    message = refused("user/name#test")
-    assert "does not exist" in message and "Unknown split" in message
-
-
-def test_a_reader_of_the_library_is_no_dataset(tmp_path: Path, hub: types.ModuleType) -> None:
-    hub.tables["pandas", "train"] = fake_table(tmp_path)  # the real one unpickles what lies in this folder
-    assert "does not exist" in refused("pandas")
-
-
-def test_hub_rows_that_cannot_be_used(tmp_path: Path, hub: types.ModuleType) -> None:
-    table = fake_table(tmp_path)
-    hub.tables["user/name", "train"] = table
-    for value in ({"path": None, "bytes": None}, None, {"path": None, "bytes": b"junk"}, [[0.5]]):
-        table.columns["img"][1] = value
-        assert "row 1" in refused("user/name")
-    table.columns["img"][1] = np.full((3, 8, 8), 255).tolist()
-    assert every(open_data("user/name")).images[1].eq(1).all()
-    table.features = {"picture": FakeValue("string")}
-    assert "'picture'" in refused("user/name")
-
-
-def test_hub_images_inside_an_archive(tmp_path: Path, hub: types.ModuleType) -> None:
-    table = hub.tables["user/name", "train"] = fake_table(tmp_path)
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.write(tmp_path / "pictures" / "2.png", "deep/2.png")
-    plain = open_data("user/name")
-    table.columns["img"][2] = {"path": f"zip://deep/2.png::{tmp_path}/a.zip", "bytes": None}
-    zipped = open_data("user/name")
-    assert every(zipped).images.equal(every(plain).images) and zipped.fingerprint == plain.fingerprint
-    table.columns["img"][2] = {"path": f"zip://deep/3.png::{tmp_path}/a.zip", "bytes": None}
-    assert "row 2" in refused("user/name")
-
-
-def test_saved_dataset_and_its_splits(tmp_path: Path, hub: types.ModuleType) -> None:
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "dataset_dict.json").touch()
-    hub.tables["saved"] = {"train": fake_table(tmp_path), "test": fake_table(tmp_path, 2)}
-    assert len(open_data(f"{tmp_path}/saved")) == 3 and len(open_data(f"{tmp_path}/saved#test")) == 2
-    assert "['test', 'train']" in refused(f"{tmp_path}/saved#valid")
-    hub.tables["saved"] = dataclasses.replace(fake_table(tmp_path), split="test")
-    assert len(open_data(f"{tmp_path}/saved")) == len(open_data(f"{tmp_path}/saved#test")) == 3
-    assert "['test']" in refused(f"{tmp_path}/saved#train")
-
-
-def test_parquet(tmp_path: Path, hub: types.ModuleType) -> None:
-    (tmp_path / "a.parquet").touch()
-    hub.tables["parquet", "train"] = hub.tables[str(tmp_path), "test"] = fake_table(tmp_path.parent / "p")
-    assert len(open_data(f"{tmp_path}/a.parquet")) == len(open_data(f"{tmp_path}#test")) == 3
 
 
 def test_resample_is_pillows_filter_without_short_cuts(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,19 @@ from diffdistill.commands.cli import main
 from diffdistill.commands.distill import distill, export_run
 from diffdistill.config import run_options
 from diffdistill.core.prediction import ROWS
-from diffdistill.core.schedule import student_levels
 from diffdistill.data.batches import batches
-from diffdistill.data.encoded import decoder, encode, open_encoded
+from diffdistill.data.encoded import decoder, open_encoded
 from diffdistill.data.pairs import make_pairs
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, load_teacher
 from diffdistill.families._family import pack, unpack
-from diffdistill.pipelines.schedulers import student_scheduler
-from diffdistill.players.sampler import FewStepSampler
 from diffdistill.players.scale_input import plain_network
 from diffdistill.training.assemble import load_run, make_game
 from diffdistill.training.trainer import Trainer, accelerator_for
-from tests import tiny_a, tiny_b
+from tests import tiny_a
+from tests.players.tiny import PROMPTS, SIZES
 
-BUILDERS = {
-    **tiny_a.PIPELINES,
-    **tiny_b.PIPELINES,
-    "sd_v": partial(tiny_a.stable_diffusion, prediction_type="v_prediction", zero_snr=True),
-}
-SIZES = {**tiny_a.SIZES, **tiny_b.SIZES, "sd_v": tiny_a.SIZES["stable_diffusion"]}
 LATENT = [name for name, family in FAMILIES.items() if family.autoencoder is not None]
-PROMPTS = ["a red square", "a blue circle on the left", "nothing much", "two dogs"]
 METHODS: dict[str, dict[str, Any]] = {
     "consistency": {"mode": "distillation", "grid_points": 5, "grid": "native", "student_steps": 2},
     "dmd2": {"update_ratio": 1, "student_steps": 2},
@@ -68,38 +58,6 @@ for job in json.load(open(sys.argv[1])):
     latents = got.frames if hasattr(got, "frames") else got.images
     save_file({"x": torch.as_tensor(latents).contiguous()}, job["out"])
 """
-
-
-@pytest.fixture(scope="session")
-def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """family -> a tiny pipeline's folder, and its prompts encoded, with latents of drawn images."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("families")
-
-    def make(name: str) -> tuple[Path, Path]:
-        folder, out = root / name, root / f"{name}-encoded"
-        if not out.exists():
-            BUILDERS[name]().save_pretrained(folder)
-            images = root / "images"
-            if not images.exists():
-                images.mkdir()
-                for i in range(len(PROMPTS)):
-                    Image.new("RGB", (32, 32), (60 * i, 200 - 50 * i, 90)).save(images / f"{i}.png")
-                rows = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate(PROMPTS)]
-                (images / "metadata.jsonl").write_text("\n".join(rows))
-                for i in range(len(PROMPTS)):
-                    (root / "classes" / str(i % 2)).mkdir(parents=True, exist_ok=True)
-                    Image.open(images / f"{i}.png").save(root / "classes" / str(i % 2) / f"{i}.png")
-                (root / "prompts.txt").write_text("\n".join(PROMPTS))
-            options: dict[str, Any] = {"teacher": str(folder), "resolution": SIZES[name], "out": str(out)}
-            if name == "wan":
-                encode(**options, prompts=str(root / "prompts.txt"), frames=5)
-            else:
-                encode(**options, data=str(root / "classes" if name == "dit" else images))
-        return folder, out
-
-    return make
 
 
 def options_for(folder: Path, prompts: Path, name: str, method: str, kind: str) -> dict[str, Any]:
@@ -461,27 +419,3 @@ def test_a_student_of_a_level_inside_the_chain_starts_there_in_the_stock_pipelin
     data = open_encoded(prompts)
     expected = ours(tmp_path / "run", data.get(torch.tensor([1])).cond, tuple(data.settings["shape"]))
     assert float((got - expected).abs().max()) < 1e-3 * max(1, float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("renoise", [True, False])
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "z_image", "sana", "wan", "wan_unipc"])
-def test_the_schedulers_row_is_the_students(name: str, steps: int, renoise: bool, tmp_path: Path) -> None:
-    """Wan's own scheduler is UniPC with flow sigmas; a student's is not."""
-    import numpy as np
-    from diffusers import UniPCMultistepScheduler
-
-    pipeline = BUILDERS[name.removesuffix("_unipc")]()
-    if name == "wan_unipc":
-        pipeline.scheduler = UniPCMultistepScheduler(
-            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
-        )
-    pipeline.save_pretrained(tmp_path)
-    size = SIZES[name.removesuffix("_unipc")]
-    teacher = load_teacher(tmp_path, resolution=size, frames=5 if "wan" in name else None)
-    levels = student_levels(teacher.denoiser.schedule, steps)
-    sampler = FewStepSampler(teacher.denoiser, levels.tolist(), renoise=renoise)
-    scheduler = student_scheduler(teacher, sampler)
-    given = {"sigmas": np.linspace(1, 1 / steps, steps)} if FAMILIES[teacher.family].flow_grid == "given" else {}
-    scheduler.set_timesteps(steps, **given)
-    assert torch.allclose(scheduler.sigmas[:-1].double(), levels, atol=1e-6)
