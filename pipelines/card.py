@@ -10,18 +10,18 @@ from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import FILE
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.lora import LoraNetwork
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 
 
-def student_call(teacher: Teacher, sampler: FewStepSampler) -> dict[str, Any]:
+def student_call(teacher: Teacher, sampler: Sampler) -> dict[str, Any]:
     """The arguments of the stock pipeline's call, besides the prompt, that make the student's images."""
     call = FAMILIES[teacher.family].arguments(len(sampler.levels)) | teacher.size
     scale = sampler.denoiser.default_scale
     return call if scale is None else call | {"guidance_scale": scale}
 
 
-def model_card(info: MethodInfo, options: dict[str, Any], teacher: Teacher, sampler: FewStepSampler, step: int) -> str:
+def model_card(info: MethodInfo, options: dict[str, Any], teacher: Teacher, sampler: Sampler, step: int) -> str:
     """README.md of a student: teacher, method, settings, and the lines that load it."""
     settings = "\n".join(f"| {name} | {value} |" for name, value in options.items())
     levels = ", ".join(f"{level:g}" for level in sampler.levels)
@@ -59,7 +59,7 @@ that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
 """
 
 
-def _call(entry: Family, teacher: Teacher, sampler: FewStepSampler) -> tuple[str, str]:
+def _call(entry: Family, teacher: Teacher, sampler: Sampler) -> tuple[str, str]:
     """What the pipeline draws, and all arguments of its call, as Python."""
     steps, network = len(sampler.levels), sampler.denoiser.network
     if entry.autoencoder is None:
@@ -78,7 +78,7 @@ def _output(call: str) -> str:
     return "frames" if "num_frames" in call else "images"
 
 
-def _lora(teacher: Teacher, sampler: FewStepSampler, call: str) -> str:
+def _lora(teacher: Teacher, sampler: Sampler, call: str) -> str:
     scheduler = type(student_scheduler(teacher, sampler)).__name__
     return f"""
 The student's weights are its teacher's and a LoRA, which is in `lora/` alone. On the teacher's pipeline:

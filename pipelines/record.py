@@ -10,7 +10,7 @@ from diffdistill.environment import environment
 from diffdistill.families import FAMILIES, Guidance, StudentRecord
 from diffdistill.pipelines.card import student_call
 from diffdistill.players.adapter_networks import AdaptedNetwork
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.scale_input import GuidanceEmbedding
 from diffdistill.players.teacher import Teacher
 
@@ -19,7 +19,7 @@ def new_student_record(
     method: str,
     options: dict[str, Any],
     teacher: Teacher,
-    sampler: FewStepSampler,
+    sampler: Sampler,
     step: int,
     *,
     resolution: int | None = None,
@@ -33,7 +33,7 @@ def new_student_record(
     latent = entry is not None and entry.autoencoder is not None
     return StudentRecord(
         levels=sampler.levels,
-        move="renoise" if sampler.renoise else "ddim",
+        move=sampler.step.name,
         teacher=teacher.source,
         method=method,
         step=step,

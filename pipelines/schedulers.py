@@ -13,7 +13,7 @@ from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, lcm_indices
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES
 from diffdistill.players.adapter_networks import AdaptedNetwork
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 
 # What a student keeps of its teacher's discrete VP scheduler: the chain and the kind of output.
@@ -28,7 +28,7 @@ _VP_KEYS = (
 )
 
 
-def student_scheduler(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
+def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     """The stock scheduler that repeats the sampler exactly when it is given the student's number of steps.
 
     Raises UserError where no stock scheduler can start at the student's level, or take its steps.
@@ -74,7 +74,7 @@ def student_scheduler(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMix
     raise UserError(f"export: no stock scheduler for a {type(schedule).__name__} student")
 
 
-def _several_steps(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
+def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     schedule, steps = sampler.denoiser.schedule, len(sampler.levels)
     own = torch.tensor(sampler.levels, dtype=torch.float64)
     if isinstance(schedule, DiscreteVP):
@@ -93,7 +93,7 @@ def _several_steps(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
     if isinstance(schedule, EDM) and schedule.unit_init and not sampler.renoise:
         low, high = sampler.levels[-1], sampler.levels[0]
         if torch.allclose(replace(schedule, sigma_min=low, sigma_max=high).levels(steps), own):
-            scheduler = student_scheduler(teacher, FewStepSampler(sampler.denoiser, [high]))
+            scheduler = student_scheduler(teacher, Sampler(sampler.denoiser, [high]))
             return type(scheduler).from_config({**scheduler.config, "sigma_min": low})
     how = "renoising" if sampler.renoise else "deterministic"
     raise UserError(
@@ -102,7 +102,7 @@ def _several_steps(teacher: Teacher, sampler: FewStepSampler) -> SchedulerMixin:
     )
 
 
-def _latent_flow_scheduler(schedule: LinearFlow, sampler: FewStepSampler, own_row: bool) -> SchedulerMixin:
+def _latent_flow_scheduler(schedule: LinearFlow, sampler: Sampler, own_row: bool) -> SchedulerMixin:
     """Flow matching's own scheduler with the sampler's levels, the trailing ones.
 
     `own_row`: the pipeline lets it take its own row, where others hand it 1, .., 1/n.

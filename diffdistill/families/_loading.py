@@ -17,7 +17,7 @@ from diffdistill.families._family import Config, Source, diffusers_class, read_j
 from diffdistill.families._record import METADATA, Record, StudentRecord, TeacherRecord, read_record
 from diffdistill.families._registry import family_of
 from diffdistill.players.guidance_adapters import load_adapters
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import STEPS, Sampler
 from diffdistill.players.teacher import Teacher
 
 NOT_LOADED = [f"*.{kind}" for kind in ("bin", "msgpack", "ckpt", "pt", "pth", "onnx*", "fp16.*", "non_ema.*")]
@@ -175,7 +175,7 @@ def is_student(path_or_hub_id: str | Path) -> bool:
     return isinstance(record_of(path_or_hub_id), StudentRecord)
 
 
-def load_student(path_or_hub_id: str | Path) -> tuple[FewStepSampler, Teacher]:
+def load_student(path_or_hub_id: str | Path) -> tuple[Sampler, Teacher]:
     """A student's sampler from an exported folder, and its shape and classes as a Teacher.
 
     Raises UserError if the folder was not exported by diffdistill.
@@ -185,4 +185,4 @@ def load_student(path_or_hub_id: str | Path) -> tuple[FewStepSampler, Teacher]:
     adapters = local_folder(str(path_or_hub_id)) / "adapter"
     if adapters.is_dir():
         described = replace(described, denoiser=load_adapters(adapters, described.denoiser))
-    return FewStepSampler(described.denoiser, record.levels, renoise=record.move == "renoise"), described
+    return Sampler(described.denoiser, record.levels, STEPS[record.move]), described

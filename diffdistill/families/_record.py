@@ -12,17 +12,15 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from diffdistill.errors import UserError
+from diffdistill.players.sampler import STEPS
 from diffdistill.version import __version__
 
 METADATA = "diffdistill.json"
 FORMAT = 1
 """Of the files that are written. Files without a number are from before there was one."""
-
-Move = Literal["renoise", "ddim"]
-"""How a student gets from a level to the next: fresh noise on its x0, or the DDIM step."""
 
 T = TypeVar("T")
 
@@ -52,7 +50,7 @@ class StudentRecord:
     kind: ClassVar[str] = "student"
 
     levels: tuple[float, ...]  #: timesteps or sigmas of the network's schedule, descending, one for each step
-    move: Move
+    move: str  #: from a level to the next, a name of `players.sampler.STEPS`
     teacher: str  #: folder, hub id or name
     method: str = ""
     step: int = 0  #: of the training whose weights these are
@@ -129,7 +127,10 @@ def read_record(folder: Path) -> Record | None:
     kind = values.pop("kind", None)
     if kind not in _KINDS:
         raise UserError(f"record: {path} has the kind {kind!r}; known are {', '.join(_KINDS)}")
-    return _built(_KINDS[kind], values, str(path), "")
+    record = _built(_KINDS[kind], values, str(path), "")
+    if isinstance(record, StudentRecord) and record.move not in STEPS:
+        raise UserError(f"record: {path}: 'move' is {record.move!r}, none of {', '.join(STEPS)}")
+    return record
 
 
 def _without_number(values: dict[str, Any]) -> dict[str, Any]:
@@ -181,10 +182,6 @@ def _fitted(value: Any, hint: Any, where: str, name: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return _built(hint, value, where, f"{name}.")
     kind = typing.get_origin(hint) or hint
-    if kind is Literal:
-        if value not in typing.get_args(hint):
-            raise UserError(f"record: {where}: {name!r} is {value!r}, none of {', '.join(typing.get_args(hint))}")
-        return value
     if kind is tuple:
         if not isinstance(value, list) or not value:
             raise UserError(f"record: {where}: {name!r} is {value!r}; it must be a list of at least one number")

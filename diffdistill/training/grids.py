@@ -10,13 +10,13 @@ import torch
 from diffdistill.data.encoded import decoder
 from diffdistill.data.examples import Examples, to_device
 from diffdistill.families import FAMILIES
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 
 
 def grid_writer(
-    out: Path, sampler_now: Callable[[], FewStepSampler], teacher: Teacher, prompts: Examples | None = None
+    out: Path, sampler_now: Callable[[], Sampler], teacher: Teacher, prompts: Examples | None = None
 ) -> Callable[[int], None]:
     """step -> writes <out>/samples/step-<step>.png, always of the same noise and conditions: the first `prompts`."""
     from diffdistill.pictures import image_grid, save_png

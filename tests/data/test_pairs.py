@@ -20,8 +20,9 @@ from diffdistill.data.images import open_data
 from diffdistill.data.pairs import KIND, check_pairs, draw_pairs, fingerprint, make_pairs, open_pairs
 from diffdistill.eval.evaluate import teacher_images
 from diffdistill.exact.analytic import gaussian_teacher
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.rng import generator, image_generators
+from diffdistill.scaffold.method import Need
 from diffdistill.training.assemble import _pairs_for
 from diffdistill.training.trainer import accelerator_for
 
@@ -60,7 +61,7 @@ def test_the_noise_is_the_teachers_and_the_students(parameterization: str, tiny_
     seen: list[Tensor] = []
     handle = teacher.denoiser.network.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     draw_pairs(teacher, teacher.denoiser, PairsConfig(sampling_steps=1), range(4))
-    sampler = FewStepSampler(teacher.denoiser, schedule.levels(1).tolist())
+    sampler = Sampler(teacher.denoiser, schedule.levels(1).tolist())
     sampler.one_step(got["z"], {"class_labels": torch.arange(4)})
     handle.remove()
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-6, atol=0)
@@ -211,7 +212,7 @@ def test_what_does_not_fit_a_training_is_refused(
 ) -> None:
     def game(pairs: str | None, parameterization: str = "vp", scale: float = 1.0, needs: bool = True) -> Any:
         return SimpleNamespace(
-            method=SimpleNamespace(needs_pairs=needs),
+            method=SimpleNamespace(needs={Need.PAIRS} if needs else set()),
             config=TrainConfig(pairs=pairs),
             info=SimpleNamespace(name="mine"),
             teacher=load_teacher(tiny_teacher(parameterization)),

@@ -38,7 +38,7 @@ from diffdistill.families._family import unpack
 from diffdistill.pipelines.card import model_card
 from diffdistill.pipelines.export import save_pipeline
 from diffdistill.players.lora import LoraSettings, lora_view
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from tests import tiny_a, tiny_b
 
@@ -329,7 +329,7 @@ def test_the_model_card_reads_the_network_as_a_single_file(
     teacher, network = case.teacher, copy.deepcopy(case.teacher.denoiser.network)
     for part in network.parameters():  # not what the source folder holds
         part.data.add_(1e-3)
-    card = model_card(describe_method("dmd2"), {}, teacher, FewStepSampler(teacher.denoiser, [0.9]), 1)
+    card = model_card(describe_method("dmd2"), {}, teacher, Sampler(teacher.denoiser, [0.9]), 1)
     code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     if not case.family.single_file:
         assert len(code) == 1 and not hasattr(getattr(diffusers, case.family.network), "from_single_file")

@@ -11,7 +11,7 @@ import torch
 
 from diffdistill import UserError, distill, load_student, load_teacher
 from diffdistill.families import FAMILIES, Family, describe, diffusers_class, family_of, register_family
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.rng import image_generators
 
 # Samples (2, 8) of a network and a pipeline that are not in diffusers; it takes the time as a fraction.
@@ -83,7 +83,7 @@ def test_a_family_from_a_file_is_trained_and_exported(tmp_path: Path) -> None:
     )  # fmt: skip
     sampler, described = load_student(student)
     made = sampler(described.shape, {}, image_generators(0, range(2)))
-    untrained = FewStepSampler(load_teacher(folder).denoiser, sampler.levels)
+    untrained = Sampler(load_teacher(folder).denoiser, sampler.levels)
     assert made.shape == (2, 2, 8) and described.family == "toy"
     assert float((made - untrained((2, 8), {}, image_generators(0, range(2)))).abs().max()) > 1e-4
 

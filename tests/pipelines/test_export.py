@@ -15,7 +15,7 @@ from diffdistill import UserError, distill, load_student, load_teacher
 from diffdistill.commands.distill import export_run
 from diffdistill.families import METADATA, local_folder
 from diffdistill.pipelines.schedulers import student_scheduler
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.rng import image_generators
 
 Teachers = Callable[[str], Path]
@@ -193,12 +193,12 @@ def test_an_unconditional_student_of_a_folder_that_is_not_ours(kind: str, tmp_pa
 def test_levels_that_no_stock_scheduler_has_are_refused(tiny_teacher: Teachers) -> None:
     teacher = load_teacher(tiny_teacher("vp"))
     with pytest.raises(UserError, match=r"student_level: 399.5 is not a whole timestep from 0 to 999"):
-        student_scheduler(teacher, FewStepSampler(teacher.denoiser, [399.5]))
+        student_scheduler(teacher, Sampler(teacher.denoiser, [399.5]))
     with pytest.raises(UserError, match="3 steps do not divide the teacher's 1000 timesteps"):
-        student_scheduler(teacher, FewStepSampler(teacher.denoiser, [999, 665, 332]))
+        student_scheduler(teacher, Sampler(teacher.denoiser, [999, 665, 332]))
     flow = load_teacher(tiny_teacher("flow"))
     with pytest.raises(UserError, match="no stock scheduler takes 2 renoising steps on this teacher's LinearFlow"):
-        student_scheduler(flow, FewStepSampler(flow.denoiser, [0.999, 0.5]))
+        student_scheduler(flow, Sampler(flow.denoiser, [0.999, 0.5]))
 
 
 def test_a_failed_export_leaves_the_last_one(

@@ -10,7 +10,7 @@ from diffusers import UniPCMultistepScheduler
 from diffdistill.core.schedule import student_levels
 from diffdistill.families import FAMILIES, load_teacher
 from diffdistill.pipelines.schedulers import student_scheduler
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import STEPS, Sampler
 from tests.players.tiny import BUILDERS, SIZES
 
 
@@ -28,7 +28,7 @@ def test_the_schedulers_row_is_the_students(name: str, steps: int, renoise: bool
     size = SIZES[name.removesuffix("_unipc")]
     teacher = load_teacher(tmp_path, resolution=size, frames=5 if "wan" in name else None)
     levels = student_levels(teacher.denoiser.schedule, steps)
-    sampler = FewStepSampler(teacher.denoiser, levels.tolist(), renoise=renoise)
+    sampler = Sampler(teacher.denoiser, levels.tolist(), STEPS["renoise" if renoise else "ddim"])
     scheduler = student_scheduler(teacher, sampler)
     sigmas = {"sigmas": np.linspace(1, 1 / steps, steps)} if FAMILIES[teacher.family].flow_grid == "given" else {}
     scheduler.set_timesteps(steps, **sigmas)

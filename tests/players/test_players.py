@@ -15,7 +15,7 @@ from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, TrigFlow
 from diffdistill.exact.analytic import GaussianMixture
 from diffdistill.players.average import MovingAverage
 from diffdistill.players.discriminator import DiscriminatorHead
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import STEPS, Sampler
 from diffdistill.players.teacher import Teacher, frozen, only_trains, trainable, trainable_copy
 
 
@@ -158,7 +158,7 @@ def test_discriminator_head_reads_every_sample_for_itself(channels: int, size: i
 def test_one_step_is_one_call_of_the_denoiser(schedule: Any) -> None:
     student = Denoiser(Elementwise(), schedule, ROWS["edm" if isinstance(schedule, EDM) else "v_prediction"])
     level = schedule.init_level
-    sampler = FewStepSampler(student, [level])
+    sampler = Sampler(student, [level])
     x = sampler((6,), {}, generators(3, 4))
     z = torch.stack([torch.randn(6, generator=g) for g in generators(3, 4)]).double()
     t = schedule.angle(level)
@@ -173,7 +173,7 @@ def test_one_step_is_one_call_of_the_denoiser(schedule: Any) -> None:
 def test_conditions_reach_the_sampler() -> None:
     student = Denoiser(Elementwise(), TrigFlow(), ROWS["sample"])
     plain, shifted = (
-        FewStepSampler(student, [1.5])((4,), {"class_labels": labels}, generators(0, 1))
+        Sampler(student, [1.5])((4,), {"class_labels": labels}, generators(0, 1))
         for labels in (torch.tensor([0, 0]), torch.tensor([0, 2]))
     )
     torch.testing.assert_close(shifted - plain, torch.tensor([[0.0] * 4, [2.0] * 4], dtype=torch.float64))
@@ -182,7 +182,7 @@ def test_conditions_reach_the_sampler() -> None:
 @pytest.mark.parametrize("renoise", [True, False])
 def test_sample_i_depends_on_generator_i_alone(renoise: bool) -> None:
     student = Denoiser(Elementwise(), LinearFlow(), ROWS["flow_prediction"])
-    sampler = FewStepSampler(student, [1.0, 0.7, 0.3], renoise=renoise)
+    sampler = Sampler(student, [1.0, 0.7, 0.3], STEPS["renoise" if renoise else "ddim"])
     together = sampler((5,), {}, generators(10, 11, 12))
     for i, seed in enumerate((10, 11, 12)):
         assert torch.equal(together[i : i + 1], sampler((5,), {}, generators(seed)))
@@ -194,7 +194,7 @@ def test_without_renoising_it_is_ddim() -> None:
     schedule = LinearFlow()
     student = Denoiser(Elementwise(), schedule, ROWS["flow_prediction"])
     levels = [1.0, 0.6, 0.2]
-    got = FewStepSampler(student, levels, renoise=False)((5,), {}, generators(0, 1))
+    got = Sampler(student, levels, STEPS["ddim"])((5,), {}, generators(0, 1))
     z = torch.stack([torch.randn(5, generator=g) for g in generators(0, 1)]).double()
     grid = schedule.angle(torch.tensor([*levels, 0.0], dtype=torch.float64))
     torch.testing.assert_close(got, solve(ddim_step, student, z, grid, {}).detach(), atol=1e-14, rtol=0)
@@ -220,7 +220,7 @@ def test_renoised_levels_have_the_marginals_of_the_gaussian() -> None:
     """x_s = cos(s) x0 + sin(s) z is N(cos(s) m, cos(s)^2 std^2 + sin(s)^2) at every level."""
     mean, std, levels = 0.8, 0.3, [math.pi / 2, 1.1, 0.6, 0.2]
     network = Consistency(mean, std)
-    sampler = FewStepSampler(Denoiser(network, TrigFlow(), ROWS["sample"]), levels)
+    sampler = Sampler(Denoiser(network, TrigFlow(), ROWS["sample"]), levels)
     x = sampler((10_000,), {}, generators(0, 1, 2, 3))
     assert [float(t[0]) for _, t in network.seen] == levels
     for values, s in [*((v, s) for (v, _), s in zip(network.seen, levels, strict=True)), (x, 0.0)]:
