@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -235,7 +235,8 @@ class _Encoder:
         return {key: value.cpu().contiguous() for key, value in (columns | halves).items()}
 
 
-class _Source(NamedTuple):
+@dataclass(frozen=True)
+class _Source:
     """What is encoded: images with captions or classes, or texts by consecutive rows."""
 
     images: Data | None
