@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +11,16 @@ from diffdistill.options import option, read_yaml
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """How long, how much at a time, and what is kept: the same for every training."""
+class MachineConfig:
+    """Where it runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute; auto: a GPU if there is one")
+    threads: int = option(0, "CPU threads of torch; 0: its own choice", at_least=0)
+
+
+@dataclass(frozen=True)
+class FitConfig(MachineConfig):
+    """How long, how much at a time, and what is kept."""
 
     steps: int = option(1000, "iterations; a method's turns of one step count as one", at_least=1)
     batch_size: int = option(64, "samples in a step and process", at_least=1)
@@ -21,12 +29,10 @@ class FitConfig:
     max_grad_norm: float = option(10.0, "gradients are clipped to this norm; 0: never", at_least=0)
     warmup_steps: int = option(0, "the learning rate rises linearly over so many steps", at_least=0)
     lr_schedule: Literal["constant", "cosine"] = option("constant", "cosine: it falls to zero by the end")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train; auto: a GPU if there is one")
     mixed_precision: Literal["no", "bf16"] = option("no", "autocast of the networks; weights stay float32")
     optimizer: Literal["adamw", "adamw8bit"] = option(
         "adamw", "adamw: fused; adamw8bit: moments in 8 bits, by the package bitsandbytes"
     )
-    threads: int = option(0, "CPU threads of torch; 0: its own choice", at_least=0)
     log_every: int = option(20, "steps between two lines of metrics.jsonl", at_least=1)
     sample_every: int = option(200, "steps between two sample grids; 0: none", at_least=0)
     checkpoint_every: int = option(500, "steps between two checkpoints; 0: only at the end", at_least=0)
@@ -36,7 +42,7 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(FitConfig):
-    """Distill a teacher into a few-step student."""
+    """Method, teacher, data and players."""
 
     method: str = option("dmd2", "a method's name (see `diffdistill methods`) or a file of your own, ./my_method.py")
     teacher: str = option("digits", "a diffusers folder, a hub id, or 'digits', the embedded one")
@@ -69,8 +75,8 @@ class TrainConfig(FitConfig):
 
 
 @dataclass(frozen=True)
-class EncodeConfig:
-    """Encode prompts, or images with captions, once, so that training loads neither text encoder nor VAE."""
+class EncodeConfig(MachineConfig):
+    """What is encoded: prompts, or images with captions, so that training loads neither text encoder nor VAE."""
 
     teacher: str = option("", "the folder or hub id of a latent diffusion pipeline")
     prompts: str | None = option(
@@ -94,13 +100,12 @@ class EncodeConfig:
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "of the text encoders and the autoencoder; what bfloat16 ones give is also stored in it"
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to encode; auto: a GPU if there is one")
     out: str = option("runs/encoded", "the folder; the same command on an unfinished one goes on with it")
 
 
 @dataclass(frozen=True)
 class TeacherConfig(FitConfig):
-    """Train a teacher from data and save it as a diffusers folder."""
+    """Network and data."""
 
     architecture: Literal["unet2d", "stable-diffusion"] = option(
         "unet2d", "unet2d: of pixels and classes; stable-diffusion: of captions, with an autoencoder trained first"
@@ -137,8 +142,8 @@ class TeacherConfig(FitConfig):
 
 
 @dataclass(frozen=True)
-class PairsConfig:
-    """Make noise-image pairs of a teacher, for the methods that want them."""
+class PairsConfig(MachineConfig):
+    """Which pairs of noise and image, of which teacher."""
 
     teacher: str = option("digits", "a diffusers folder, a hub id, or 'digits', the embedded one")
     null_class: int | None = option(None, "the class label that means 'no class', if the teacher has one", at_least=0)
@@ -151,8 +156,50 @@ class PairsConfig:
     seed: int = option(0, "pair i is a function of it and i, whatever the batch", at_least=0)
     batch_size: int = option(256, "pairs made at a time", at_least=1)
     shard_size: int = option(1024, "pairs in a file; a stopped run goes on from the last whole file", at_least=1)
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to make them; auto: a GPU if there is one")
     out: str = option("runs/pairs", "the folder; the same command on an unfinished one goes on with it")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Which student."""
+
+    run: str = option(MISSING, "a run folder made by train")
+    step: int | None = option(None, "the checkpoint's step; default: the last", at_least=0)
+    out: str | None = option(None, "the folder to make; default: RUN/student")
+
+
+@dataclass(frozen=True)
+class DiversityConfig:
+    """Which student, and how its teacher begins."""
+
+    student: str = option(MISSING, "a run, or the folder of a Stable Diffusion student of two steps or more")
+    teacher: str | None = option(None, "a diffusers folder or hub id; default: the one the student was distilled from")
+    base_steps: int = option(20, "the teacher's steps from noise to image; 0: none", at_least=0)
+    base_guidance: float = option(7.0, "the teacher's guidance scale", at_least=0)
+    out: str = option("runs/diversity", "the folder to make")
+
+
+@dataclass(frozen=True)
+class MethodsConfig:
+    """Which method."""
+
+    method: str | None = option(None, "a method's name or file; default: list all of them")
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What is checked."""
+
+    method: str | None = option(None, "a method's name or file")
+    all: bool = option(False, "every method")
+    exact: bool = option(False, "closed forms only, no training (seconds)")
+    json: str | None = option(None, "also write the rows into this file")
+    threads: int = option(0, "CPU threads of torch; 0: its own choice", at_least=0)
+
+
+@dataclass(frozen=True)
+class ListConfig:
+    """A list has no options."""
 
 
 def run_options(run: Path) -> dict[str, Any]:

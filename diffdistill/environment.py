@@ -7,7 +7,12 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from diffdistill.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def environment() -> dict[str, Any]:
@@ -23,6 +28,21 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": commit(),
     }
+
+
+def use_machine(device: str, threads: int = 0) -> torch.device:
+    """The torch device of 'auto', 'cpu' or 'cuda', after setting torch's number of threads (0: as it is).
+
+    Raises UserError for a GPU that is not there. 'auto' is a CUDA GPU or the CPU: Apple's MPS has no float64, in which
+    times are kept.
+    """
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' was asked for and torch sees no GPU; use --device cpu or auto")
+    return torch.device("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
 def peak_memory_mb() -> float:

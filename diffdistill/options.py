@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import numbers
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,32 +21,57 @@ from diffdistill.errors import UserError
 
 
 def option(default: Any, help: str, *, above: float | None = None, at_least: float | None = None,
-           below: float | None = None, at_most: float | None = None) -> Any:  # fmt: skip
-    """A dataclass field with a help text and, for numbers, its range."""
+           below: float | None = None, at_most: float | None = None, repeated: bool = False) -> Any:  # fmt: skip
+    """A dataclass field with a help text and, for numbers, its range.
+
+    `default` may be `dataclasses.MISSING` for what must be given. `repeated`: on the command line a tuple is given by
+    repeating the option, where others are one text with commas.
+    """
     bounds = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
-    metadata = {"help": help, "bounds": {k: v for k, v in bounds.items() if v is not None}}
+    metadata = {"help": help, "bounds": {k: v for k, v in bounds.items() if v is not None}, "repeated": repeated}
     return field(default=default, metadata=metadata)
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """'; did you mean X?' where X is close to the name, else the list of what is known."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'did you mean X?' where X is close to the name or has it as its last or first word, else what is known."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+
+    def plain(text: str) -> str:
+        return text.lstrip("-").replace("_", "-").lower()
+
+    def close(cutoff: float) -> list[str]:
+        by_plain = {plain(k): k for k in reversed(known)}
+        return [by_plain[k] for k in difflib.get_close_matches(plain(name), by_plain, n=1, cutoff=cutoff)]
+
+    last = [k for k in known if plain(k).endswith(f"-{plain(name)}")]
+    first = [k for k in known if plain(k).startswith(f"{plain(name)}-")]
+    if candidates := close(0.8) or last[:3] or first[:3] or close(0.5):
+        return f"did you mean {' or '.join(map(repr, candidates))}?"
+    return f"known are {', '.join(sorted(known))}"
+
+
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def optional(hint: Any) -> tuple[Any, bool]:
+    """The type of an option's values without None, and whether None is one of them."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    (kind,) = (k for k in kinds if k is not type(None))
+    return kind, len(kinds) > 1
 
 
 def coerce(name: str, value: Any, hint: Any, bounds: Mapping[str, float]) -> Any:
-    """The value as the option's type, from a string (command line) or a YAML scalar; UserError if it is not one."""
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
-    if type(None) in options:
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            return None
-        options = tuple(o for o in options if o is not type(None))
-    (kind,) = options
+    """The value as the option's type, from a string (command line), a YAML scalar or a Python value.
+
+    A path becomes its text, and numpy's numbers are numbers. Raises UserError for whatever is not of that type; an
+    object is never turned into text.
+    """
+    kind, may_be_none = optional(hint)
+    if may_be_none and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        return None
+    if typing.get_origin(kind) is tuple:
+        return tuple(coerce(name, part, typing.get_args(kind)[0], bounds) for part in _parts(value))
+    value = _plain(name, value, kind)
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         for choice in choices:
@@ -56,8 +83,28 @@ def coerce(name: str, value: Any, hint: Any, bounds: Mapping[str, float]) -> Any
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise UserError(f"{name}: {value!r} is not {words[kind]}") from None
+        raise UserError(f"{name}: {value!r} is not {_WORDS[kind]}") from None
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    """The members of a list: a text is parted at its commas, and any other single value is a list of one."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _plain(name: str, value: Any, kind: Any) -> Any:
+    """The value as Python's own type; UserError for an object that is none of them."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, str | bool | int | float | list | tuple | dict):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    words = _WORDS.get(kind) or f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    raise UserError(f"{name}: {words} is expected, not an object of type {type(value).__name__}")
 
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -68,7 +115,7 @@ def _scalar(value: Any, kind: type) -> Any:
         if str(value).lower() not in _BOOLS:
             raise TypeError
         return _BOOLS[str(value).lower()]
-    if isinstance(value, (bool, list, dict)) or value is None:
+    if isinstance(value, bool | list | tuple | dict) or value is None:
         raise TypeError
     if kind is int and isinstance(value, float) and value != int(value):
         raise TypeError
@@ -96,6 +143,9 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
     for name in values:
         if name not in known:
             raise UserError(f"{name}: no such option; {nearest(name, known)}")
+    for name, f in known.items():
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise UserError(f"{name}: it is missing; give {f.metadata.get('help', 'it')}")
     fitted = {n: coerce(n, v, hints[n], known[n].metadata.get("bounds", {})) for n, v in values.items()}
     return cls(**fitted)
 
