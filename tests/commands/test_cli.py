@@ -47,7 +47,11 @@ def test_help_explains_every_option_with_its_default(capsys: Capture) -> None:
     info = describe_method("dmd2")
     for f in [*dataclasses.fields(TrainConfig), *dataclasses.fields(info.config)]:
         assert f"--{f.name.replace('_', '-')} " in text
-        assert f"{' '.join(f.metadata['help'].split())} (default: {f.default})" in text
+        explained = " ".join(f.metadata["help"].split())
+        assert (f"{explained} (default: {f.default}" if f.default is not None else explained) in text
+    assert "(default: 64; at least 1)" in text, "and its range"
+    for title in ("Method, teacher, data and players:", "Where it runs:", "How long, how much at a time"):
+        assert title in text, "in groups"
 
 
 def test_methods_lists_and_describes(capsys: Capture) -> None:
@@ -72,7 +76,14 @@ def test_verify_prints_expected_got_error(capsys: Capture, tmp_path: Path) -> No
         (["train", "--method", "dmd22"], "method: 'dmd22' is not known; did you mean 'dmd2'?"),
         (["train", "--method", "./nowhere.py"], "method: './nowhere.py' is not a file"),
         (["train", "--studentlr", "1"], "--studentlr: no such option of train; did you mean '--student-lr'?"),
-        (["trian"], "trian"),
+        (["train", "--lr", "1"], "--lr: no such option of train; did you mean '--student-lr' or '--fake-score-lr'?"),
+        (["teacher", "--stps", "1"], "--stps: no such option of teacher; did you mean '--steps'?"),
+        (["trian"], "trian: no such command; did you mean 'train'?"),
+        (["--verison"], "--verison: no such option of diffdistill; did you mean '--version'?"),
+        (["export"], "run: it is missing; give a run folder made by train"),
+        (["export", "a", "b"], "b: export takes no such argument; see `diffdistill export --help`"),
+        (["verify", "dmd2", "--exact", "maybe"], "maybe"),
+        (["pairs", "--threads", "-1"], "threads: -1 must be at least 0"),
         (["train", "--steps", "0"], "steps: 0 must be at least 1"),
         (["train", "--steps", "-5"], "steps: -5 must be at least 1"),
         (["train", "--steps", "many"], "steps: 'many' is not a whole number"),

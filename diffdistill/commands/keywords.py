@@ -1,0 +1,109 @@
+"""The options of the Python functions as keyword arguments, for editors and type checkers.
+
+They repeat the dataclasses of config.py, field by field, since no type checker derives one from the other; a test holds
+them equal. A path may be given wherever a text names a file or folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypedDict
+
+
+class MachineOptions(TypedDict, total=False):
+    """The options of `MachineConfig`."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    threads: int
+
+
+class FitOptions(MachineOptions, total=False):
+    """The options of `FitConfig`."""
+
+    steps: int
+    batch_size: int
+    seed: int
+    ema: float
+    max_grad_norm: float
+    warmup_steps: int
+    lr_schedule: Literal["constant", "cosine"]
+    mixed_precision: Literal["no", "bf16"]
+    optimizer: Literal["adamw", "adamw8bit"]
+    log_every: int
+    sample_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    tracker: Literal["none", "tensorboard", "wandb"]
+
+
+class TrainOptions(FitOptions, total=False):
+    """The options of `TrainConfig` but for method, teacher, data and pairs, which `distill` takes by themselves."""
+
+    null_class: int | None
+    prompts: str | Path | None
+    resolution: int | None
+    frames: int | None
+    teacher_dtype: Literal["float32", "bfloat16"]
+    student: Literal["full", "lora"]
+    fake_score: Literal["full", "lora"]
+    adapter_rank: int
+    adapter_alpha: float | None
+    adapter_targets: str | None
+    gradient_checkpointing: bool
+    out: str | Path
+
+
+class TeacherOptions(FitOptions, total=False):
+    """The options of `TeacherConfig`."""
+
+    architecture: Literal["unet2d", "stable-diffusion"]
+    lr: float
+    weight_decay: float
+    data: str | Path
+    resolution: int | None
+    channels: Literal[1, 3] | None
+    parameterization: Literal["vp", "flow", "edm"]
+    label_dropout: float
+    widths: str
+    layers: int
+    attention: str
+    dropout: float
+    vae_steps: int
+    vae_batch_size: int
+    vae_widths: str
+    text_width: int
+    out: str | Path
+
+
+class EncodeOptions(MachineOptions, total=False):
+    """The options of `EncodeConfig`."""
+
+    teacher: str | Path
+    prompts: str | Path | None
+    data: str | Path | None
+    resolution: int | None
+    frames: int | None
+    embedded_guidance: float
+    count: int | None
+    streaming: bool
+    batch_size: int
+    shard_size: int
+    teacher_dtype: Literal["float32", "bfloat16", "float16"]
+    out: str | Path
+
+
+class PairsOptions(MachineOptions, total=False):
+    """The options of `PairsConfig`."""
+
+    teacher: str | Path
+    null_class: int | None
+    prompts: str | Path | None
+    teacher_dtype: Literal["float32", "bfloat16"]
+    count: int
+    solver: Literal["ddim", "heun"]
+    sampling_steps: int
+    guidance_scale: float
+    seed: int
+    batch_size: int
+    shard_size: int
+    out: str | Path

@@ -1,0 +1,50 @@
+"""`diffdistill methods`, `families` and `protocols`: what there is to choose from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from diffdistill.catalogue import describe_method, method_names
+from diffdistill.config import ListConfig, MethodsConfig
+
+
+def methods(config: MethodsConfig) -> None:
+    """Print all methods, or one with its equations, options and presets."""
+    if config.method is None:
+        for info in map(describe_method, method_names()):
+            print(f"{info.name:22} {info.doc.splitlines()[0]}")
+            print(f"{'':22} {info.about.paper}; data: {info.about.data}")
+        return
+    info = describe_method(config.method)
+    print(info.doc.strip(), f"\npaper: {info.about.paper}", f"data:  {info.about.data}", "\nequations:", sep="\n")
+    for equation, where in info.about.equations.items():
+        print(f"  {equation}\n      {where}")
+    print("\noptions:")
+    for f in dataclasses.fields(info.config):
+        print(f"  --{f.name.replace('_', '-'):22} {f.metadata['help']} (default: {f.default})")
+    print("\npresets:")
+    for name, preset in info.presets.items():
+        print(f"  {name:22} {'  '.join(f'{k}={v}' for k, v in preset.options.items())}")
+        print(f"  {'':22} source: {preset.source}")
+
+
+def families(config: ListConfig) -> None:
+    """Print the families of diffusers pipelines."""
+    from diffdistill.families import FAMILIES
+
+    for family in FAMILIES.values():
+        targets = ", ".join(family.lora_targets or ["all linear layers and convolutions"])
+        print(f"{family.name:18} {family.models}")
+        print(f"{'':18} pipelines: {', '.join(family.class_names)}; conditions: {family.conditions}")
+        print(f"{'':18} network: {family.component}, {family.network}; LoRA: {targets}")
+        print(f"{'':18} stock guidance: {family.stock_guidance}")
+
+
+def protocols(config: ListConfig) -> None:
+    """Print the protocols of evaluation."""
+    from diffdistill.eval.protocol import load, names
+
+    for protocol in map(load, names()):
+        what = ", ".join(metric.name for metric in protocol.metrics)
+        print(f"{protocol.name:14} {protocol.title}")
+        print(f"{'':14} {what}; for models of {' or '.join(protocol.conditions)}")

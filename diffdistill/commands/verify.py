@@ -1,0 +1,54 @@
+"""`diffdistill verify`: a method against closed forms, and trained on a teacher known exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from diffdistill.catalogue import describe_method, method_names
+from diffdistill.config import VerifyConfig
+from diffdistill.environment import use_machine
+from diffdistill.errors import UserError
+from diffdistill.exact.checks import Check, run_checks
+from diffdistill.files import atomic_write
+
+
+def verify(method: str, *, exact: bool = False) -> list[Check]:
+    """The checks of a method, by name or file: its formulas, and unless `exact` also its training, a minute or two.
+
+    Each check has `name`, `expected`, `got`, `error`, `tolerance` and `ok`. The list is empty for a method that has no
+    checks. Raises UserError for a method that there is not.
+    """
+    info = describe_method(method)
+    formulas = info.verify
+    checks = run_checks(formulas) if formulas else []
+    if info.plane is not None and not exact:
+        from diffdistill.exact.plane import checks as end_to_end
+
+        checks += end_to_end(info)
+    return checks
+
+
+def run(config: VerifyConfig) -> int:
+    """The command; 1 if a check fails."""
+    if bool(config.method) == config.all:
+        raise UserError("verify: name one method, or give --all")
+    use_machine("cpu", config.threads)
+    rows, failed = [], 0
+    for name in method_names() if config.method is None else [config.method]:
+        info = describe_method(name)
+        if info.verify is None:
+            print(f"note: {info.name} has no verify(), in its file or in checks/{info.name}.py beside it: nothing exact")
+        checks = verify(name, exact=config.exact)
+        print(f"{info.name}: {info.about.paper}")
+        print(f"  {'':4} {'expected':>12} {'got':>12} {'error':>9} {'limit':>9}  check")
+        for c in checks:
+            sign = "<=" if c.kind == "equal" else "> "
+            verdict = "ok" if c.ok else "FAIL"
+            print(f"  {verdict:4} {c.expected:12.6g} {c.got:12.6g} {c.error:9.1e} {sign}{c.tolerance:7.0e}  {c.name}")
+            rows.append({"method": info.name, **dataclasses.asdict(c), "ok": c.ok})
+            failed += not c.ok
+        print(f"  {len(checks) - sum(not c.ok for c in checks)} of {len(checks)} hold\n")
+    if config.json:
+        atomic_write(config.json, json.dumps(rows, indent=2) + "\n")
+    return 1 if failed else 0
