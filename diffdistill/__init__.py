@@ -2,7 +2,7 @@
 
     import diffdistill
 
-    folder = diffdistill.distill(method="dmd2", preset="digits", out="runs/digits")
+    run = diffdistill.distill("dmd2", preset="digits", out="runs/digits")
 
 Heavy modules are imported on first use, so that `import diffdistill` and `diffdistill --help` are quick.
 """
@@ -10,29 +10,83 @@ Heavy modules are imported on first use, so that `import diffdistill` and `diffd
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 from diffdistill.errors import UserError
 from diffdistill.version import __version__
 
-_WHERE = {
+if TYPE_CHECKING:
+    from diffdistill.commands.distill import distill
+    from diffdistill.commands.export import export
+    from diffdistill.commands.run import Run
+    from diffdistill.commands.shards import encode, make_pairs
+    from diffdistill.commands.teacher import train_teacher
+    from diffdistill.commands.verify import verify
+    from diffdistill.core.denoiser import Denoiser
+    from diffdistill.core.guidance import guided
+    from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, TrigFlow
+    from diffdistill.data.examples import Example, Examples
+    from diffdistill.data.images import open_data
+    from diffdistill.families import Family, load_student, load_teacher, register_family
+    from diffdistill.players.teacher import Teacher
+
+_MODULES = {
     "distill": "commands.distill",
-    "load_student": "families",
-    "load_teacher": "families",
+    "encode": "commands.shards",
+    "make_pairs": "commands.shards",
     "train_teacher": "commands.teacher",
-    "open_data": "data.images",
+    "verify": "commands.verify",
+    "export": "commands.export",
+    "Run": "commands.run",
+    "Teacher": "players.teacher",
+    "Example": "data.examples",
+    "Examples": "data.examples",
+    "DiscreteVP": "core.schedule",
+    "EDM": "core.schedule",
+    "LinearFlow": "core.schedule",
+    "TrigFlow": "core.schedule",
     "Denoiser": "core.denoiser",
     "guided": "core.guidance",
+    "Family": "families",
+    "register_family": "families",
+    "load_student": "families",
+    "load_teacher": "families",
+    "open_data": "data.images",
 }
+"""Where each public name lies; a test holds it equal to the imports above, which editors and type checkers read."""
 
-__all__ = ["UserError", "__version__", *_WHERE]
+__all__ = [
+    "EDM",
+    "Denoiser",
+    "DiscreteVP",
+    "Example",
+    "Examples",
+    "Family",
+    "LinearFlow",
+    "Run",
+    "Teacher",
+    "TrigFlow",
+    "UserError",
+    "__version__",
+    "distill",
+    "encode",
+    "export",
+    "guided",
+    "load_student",
+    "load_teacher",
+    "make_pairs",
+    "open_data",
+    "register_family",
+    "train_teacher",
+    "verify",
+]
 
+if not TYPE_CHECKING:  # where a type checker sees it, a misspelt name would have any type
 
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return getattr(importlib.import_module(f"diffdistill.{_MODULES[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    def __dir__() -> list[str]:
+        return sorted(__all__)

@@ -69,15 +69,15 @@ COMMANDS: dict[str, Command] = {
     "teacher": Command(
         "train a teacher from data and save it as a diffusers folder", TeacherConfig, "teacher:run", resumes=True
     ),
-    "pairs": Command("make noise-image pairs of a teacher, for the methods that want them", PairsConfig, "shards:pairs"),
+    "pairs": Command(
+        "make noise-image pairs of a teacher, for the methods that want them", PairsConfig, "shards:pairs"
+    ),
     "encode": Command(
         "encode prompts, or images with captions, once for the training of a latent teacher",
         EncodeConfig,
         "shards:prompts",
     ),
-    "families": Command(
-        "list the families of diffusers pipelines that can be distilled", ListConfig, "lists:families"
-    ),
+    "families": Command("list the families of diffusers pipelines that can be distilled", ListConfig, "lists:families"),
     "methods": Command(
         "list the methods, or describe one: its options, presets and equations",
         MethodsConfig,
@@ -129,7 +129,7 @@ def _run(argv: list[str]) -> int:
     if command.options is TrainConfig:
         classes.append(describe_method(_method_of(argv[1:])).config)
     parser = _parser(name, command, classes)
-    parsed, unknown = parser.parse_known_args(_with_true(argv[1:], classes))
+    parsed, unknown = parser.parse_known_args(_with_true(argv[1:], classes) if command.positional else argv[1:])
     if unknown:
         _refuse_unknown(parser, name, unknown)
     values = _values(parsed)
@@ -243,7 +243,7 @@ def _metavar(kind: Any, f: dataclasses.Field[Any]) -> str:
 
 
 def _with_true(argv: Sequence[str], classes: Sequence[type]) -> list[str]:
-    """The arguments with `--flag` as `--flag=true` where no true or false follows: what follows is something else."""
+    """The arguments with `--flag` as `--flag=true` unless true or false follows: argparse would take what follows."""
     flags = {
         f"--{f.name.replace('_', '-')}"
         for cls in classes

@@ -1,99 +1,149 @@
-"""`diffdistill train` and `export`: distill a teacher, save the student."""
+"""`diffdistill train`: distill a teacher and save the student."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from diffdistill.catalogue import describe_method
+from torch import Tensor
+
+from diffdistill.commands.export import check_exportable, export_student, parts_bytes
+from diffdistill.commands.run import Run
 from diffdistill.config import TrainConfig
 from diffdistill.data.batches import batches
+from diffdistill.data.examples import Examples
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES, local_folder
 from diffdistill.options import coerce, nearest
-from diffdistill.pipelines.card import model_card
-from diffdistill.pipelines.export import other_parts, save_pipeline
-from diffdistill.pipelines.record import new_student_record
-from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.players.teacher import Teacher
-from diffdistill.training.assemble import Game, _data_for, _pairs_for, load_run, make_game
+from diffdistill.scaffold.method import Method
+from diffdistill.training.assemble import Game, data_for, make_game, pairs_for
 from diffdistill.training.folder import refuse_a_run, resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
-from diffdistill.training.trainer import Trainer, accelerator_for
+from diffdistill.training.recipe import Objects, recorded
+from diffdistill.training.trainer import Interrupted, Trainer, accelerator_for
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from typing_extensions import Unpack
+
+    from diffdistill.commands.keywords import TrainOptions
 
 
-def distill(*, preset: str | None = None, resume: str | Path | None = None, **values: Any) -> Path:
-    """Distill a teacher into a few-step student and export it; returns the student's diffusers folder.
+def distill(
+    method: str | PathLike[str] | ModuleType | Callable[..., Method] | None = None,
+    *,
+    preset: str | None = None,
+    resume: str | PathLike[str] | None = None,
+    teacher: str | PathLike[str] | Teacher | None = None,
+    data: str | PathLike[str] | Tensor | tuple[Tensor, Tensor] | Examples | None = None,
+    pairs: str | PathLike[str] | Examples | None = None,
+    options: Mapping[str, float | int | str | bool | None] | DataclassInstance | None = None,
+    **training: Unpack[TrainOptions],
+) -> Run:
+    """Distill a teacher into a few-step student, save it, and return the run.
 
-    Options are those of `diffdistill train`, with underscores: method, teacher, data, out, steps,
-    batch_size, ... and the method's own. `resume` continues a run folder from its last checkpoint; a few
-    options, `steps` among them, may change then. Raises UserError for whatever cannot be used.
+    Args:
+        method: a name (`diffdistill methods` lists them), a .py file or module of your own, or a class with a `Config`;
+            default: 'dmd2'.
+        preset: the method's named settings, e.g. its paper's; what is given besides goes first.
+        resume: a run folder to continue from its last checkpoint. Few options may change then, `steps` among them;
+            objects that the run began with are given again.
+        teacher: a diffusers folder, a hub id, 'digits' (the default, embedded in the package), or `Teacher.around` a
+            network of your own.
+        data: what `open_data` opens; or a tensor (N, *shape) in the units of the teacher's samples, images in [-1, 1]
+            as a rule; or (images, labels), labels int64 (N,); or any object with `__len__` and
+            `get(indices) -> Example`. Without labels a class-conditional teacher is distilled as it is without a class.
+        pairs: a folder made by `make_pairs`, or examples with pairs.
+        options: the method's own, by name, or an instance of its `Config`.
+        training: the options of every training (`diffdistill train --help`): steps, batch_size, out, ...
+
+    Where neither you nor the preset say `steps`, a method with stages takes all of them, any other 1000. Raises
+    UserError for whatever cannot be used.
     """
+    named = {"method": method, "preset": preset, "teacher": teacher, "data": data, "pairs": pairs}
+    values, objects = Objects.split(named | dict(training), options)
+    return distill_values(values, objects, None if resume is None else Path(resume))
+
+
+def distill_values(values: dict[str, Any], objects: Objects, resume: Path | None = None) -> Run:
+    """`distill` with the options as the command line and YAML have them: all in one mapping."""
     if resume is not None:
-        values = resumed_options(Path(resume), values | ({} if preset is None else {"preset": preset}))
-    elif preset is not None:
-        preset = coerce("preset", preset, str, {})
-        presets = describe_method(str(values.get("method", TrainConfig.method))).presets
-        if preset not in presets:
-            raise UserError(f"preset: {preset!r} is not known; {nearest(preset, presets)}")
-        values = dict(presets[preset].options) | values
+        values = resumed_options(resume, values, objects.named)
+    else:
+        values = _with_preset(values, objects) | objects.named
     out = Path(str(values.get("out", TrainConfig.out)))
     if resume is None:
         refuse_a_run(out)  # before anything is loaded
-    game = make_game(values)
+    game = make_game(values, objects)
+    _check_options(game, values, resumed=resume is not None)
+    check_exportable(game)  # a student that cannot be saved is refused now
+    _note_on_stages(game)
+    _train(game, out, resume is not None)
+    return Run(out, objects.teacher)
+
+
+def _with_preset(values: dict[str, Any], objects: Objects) -> dict[str, Any]:
+    if "preset" not in values:
+        return values
+    values = dict(values)
+    preset = coerce("preset", values.pop("preset"), str, {})
+    presets = objects.method_of(values, TrainConfig.method).presets
+    if preset not in presets:
+        raise UserError(f"preset: {preset!r} is not known; {nearest(preset, presets)}")
+    return dict(presets[preset].options) | values
+
+
+def _check_options(game: Game, values: Mapping[str, Any], resumed: bool) -> None:
+    """UserError where a resumed run is given another Config than it began with."""
+    if resumed and game.objects.options is not None:
+        for name, value in recorded(game.method_config).items():
+            if values.get(name) != value:
+                raise UserError(f"{name}: the run began with {values.get(name)!r}, and options say {value!r}")
+
+
+def _note_on_stages(game: Game) -> None:
+    whole, steps = game.method.whole, game.config.steps
+    if whole is not None and steps != whole:
+        end = "it stops at an earlier stage" if steps < whole else "the rest trains nothing"
+        name = game.recipe.name
+        print(f"note: all stages of {name} take {whole} steps and steps is {steps}: {end}", file=sys.stderr)
+
+
+def _train(game: Game, out: Path, resumed: bool) -> None:
     config, method, teacher = game.config, game.method, game.teacher
-    student_scheduler(teacher, method.sampler())  # a level that cannot be exported is refused now
-    whole = method.whole
-    if whole is not None and config.steps != whole:
-        end = "it stops at an earlier stage" if config.steps < whole else "the rest trains nothing"
-        print(
-            f"note: all stages of {game.info.name} take {whole} steps and steps is {config.steps}: {end}",
-            file=sys.stderr,
-        )
     accelerator = accelerator_for(config, out)
-    data = _data_for(game)
-    pairs = _pairs_for(game, config.batch_size * accelerator.num_processes)
+    data = data_for(game)
+    pairs = pairs_for(game, config.batch_size * accelerator.num_processes)
     draw = batches(config, teacher, data, accelerator, pairs=pairs)
     player_bytes = sum(p.numel() * p.element_size() for m in method.players.values() for p in m.parameters())
     kept_bytes = sum(v.numel() * v.element_size() for m in method.state.values() for v in m.state_dict().values())
-    export_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters()) + _parts_bytes(teacher)
+    export_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters()) + parts_bytes(game)
     teacher.denoiser.to(accelerator.device)
-    grids = grid_writer(out, method.sampler, teacher, game.encoded)
+    shown = data if game.family is None and teacher.num_classes is None else game.encoded
+    grids = grid_writer(out, method.sampler, teacher, shown)
     trainer = Trainer(method, draw, config, out, accelerator, grids)
-    if resume is not None:
+    if resumed:
         trainer.resume()
     sizes = {"kept_bytes": kept_bytes, "export_bytes": export_bytes}
-    start_folder(out, game.options(), player_bytes, accelerator, resume=resume is not None, **sizes)
+    start_folder(out, game.options(), player_bytes, accelerator, resume=resumed, **sizes)
     trainer.fit()
     if accelerator.is_main_process:
         with trainer.evaluating():
-            _export(game, out / "student", trainer.step)
+            export_student(game, out / "student", trainer.step)
     accelerator.end_training()
-    return out / "student"
 
 
-def _parts_bytes(teacher: Teacher) -> int:
-    """What a student's folder holds besides the network; UserError where the teacher's is not whole."""
-    entry = FAMILIES.get(teacher.family)
-    if entry is None or entry.autoencoder is None:
-        return 0
-    parts = other_parts(local_folder(teacher.source), entry)
-    return sum(file.stat().st_size for part in parts for file in part.rglob("*.safetensors"))
-
-
-def _export(game: Game, folder: Path, step: int) -> Path:
-    sampler = game.method.sampler()
-    scheduler = student_scheduler(game.teacher, sampler)
-    size = {"resolution": game.config.resolution, "frames": game.config.frames}
-    size = size if game.encoded is None else game.encoded.size
-    record = new_student_record(game.info.name, game.options(), game.teacher, sampler, step, **size)
-    card = model_card(game.info, game.options(), game.teacher, sampler, step)
-    network = sampler.denoiser.network
-    return save_pipeline(folder, game.teacher.family, network, scheduler, record, card, game.teacher.source)
-
-
-def export_run(run: str | Path, *, step: int | None = None, out: str | Path | None = None) -> Path:
-    """Save a run's student from its checkpoint at `step` (default: the last); returns the folder."""
-    game, step = load_run(run, step)
-    return _export(game, Path(out) if out else Path(run) / "student", step)
+def run(values: dict[str, Any]) -> int:
+    """The command; `values` are those of the command line and of a YAML file."""
+    resume = values.pop("resume", None)
+    try:
+        result = distill_values(values, Objects(), None if resume is None else Path(resume))
+    except Interrupted as stopped:
+        print(f"stopped; resume with: diffdistill train --resume {stopped}", file=sys.stderr)
+        return 130
+    print(f"saved {result.student}\ncompare it with its teacher: diffdistill eval {result.folder}")
+    return 0

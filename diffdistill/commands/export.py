@@ -1,0 +1,92 @@
+"""`diffdistill export`: save a run's student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from diffdistill.config import ExportConfig
+from diffdistill.environment import environment
+from diffdistill.errors import UserError
+from diffdistill.families import local_folder
+from diffdistill.pipelines.card import model_card, own_card, student_call
+from diffdistill.pipelines.export import other_parts, save_network, save_pipeline
+from diffdistill.pipelines.schedulers import student_scheduler
+from diffdistill.players.adapter_networks import AdaptedNetwork
+from diffdistill.training.assemble import Game, load_run
+from diffdistill.training.recipe import Objects
+
+if TYPE_CHECKING:
+    from diffdistill.players.teacher import Teacher
+    from diffdistill.scaffold.method import Method
+
+
+def export(
+    run: str | PathLike[str],
+    *,
+    step: int | None = None,
+    out: str | PathLike[str] | None = None,
+    teacher: Teacher | None = None,
+    method: ModuleType | Callable[..., Method] | None = None,
+) -> Path:
+    """Save a run's student from its checkpoint at `step` (default: the last); returns the folder.
+
+    `out` is the folder to make, by default RUN/student. `teacher` and `method` are given again where the run began with
+    objects. Raises UserError for a folder that is no run, or a step without checkpoint.
+    """
+    _, objects = Objects.split({"teacher": teacher, "method": method}, None)
+    game, step = load_run(Path(run), step, objects)
+    return export_student(game, Path(out) if out else Path(run) / "student", step)
+
+
+def run(config: ExportConfig) -> None:
+    """The command."""
+    print(f"saved {export(config.run, step=config.step, out=config.out)}")
+
+
+def check_exportable(game: Game) -> None:
+    """UserError for a student that cannot be saved, before it is trained."""
+    sampler = game.method.sampler()
+    if game.family is not None:
+        student_scheduler(game.teacher, sampler)
+    elif isinstance(sampler.denoiser.network, AdaptedNetwork):
+        raise UserError(
+            f"method: {game.recipe.name}'s students have a pipeline of diffusers, which this teacher has not"
+        )
+
+
+def parts_bytes(game: Game) -> int:
+    """What a student's folder holds besides the network; UserError where the teacher's is not whole."""
+    if game.family is None or game.family.autoencoder is None:
+        return 0
+    parts = other_parts(local_folder(game.teacher.source), game.family)
+    return sum(file.stat().st_size for part in parts for file in part.rglob("*.safetensors"))
+
+
+def export_student(game: Game, folder: Path, step: int) -> Path:
+    """Save the student as it stands: as a diffusers folder, or weights and a record if diffusers lacks its network."""
+    sampler, teacher, options = game.method.sampler(), game.teacher, game.options()
+    metadata: dict[str, Any] = {
+        "levels": list(sampler.levels),
+        "renoise": sampler.renoise,
+        "num_classes": teacher.num_classes,
+        "null_class": teacher.num_classes if teacher.denoiser.null is not None else None,
+        "teacher": teacher.source,
+        "method": game.recipe.name,
+        "step": step,
+        "options": options,
+        "environment": environment(),
+    }
+    network = sampler.denoiser.network
+    if game.family is None:
+        return save_network(folder, teacher, network, metadata, own_card(game.recipe, options, teacher, sampler, step))
+    if game.family.autoencoder is not None:
+        size = {"resolution": game.config.resolution, "frames": game.config.frames}
+        metadata |= size if game.encoded is None else game.encoded.size
+        metadata["call"] = student_call(teacher, sampler)
+    card = model_card(game.recipe, options, teacher, sampler, step)
+    scheduler = student_scheduler(teacher, sampler)
+    return save_pipeline(folder, teacher.family, network, scheduler, metadata, card, teacher.source)

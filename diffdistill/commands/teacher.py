@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import sys
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,12 @@ from diffdistill.rng import seed_for
 from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
 from diffdistill.training.folder import resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
-from diffdistill.training.trainer import Trainer, accelerator_for
+from diffdistill.training.trainer import Interrupted, Trainer, accelerator_for
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from diffdistill.commands.keywords import TeacherOptions
 
 
 class Denoising(Method):
@@ -88,12 +95,13 @@ def new_teacher(config: TeacherConfig, data: Data) -> Teacher:
     return teacher
 
 
-def train_teacher(*, resume: str | Path | None = None, **values: Any) -> Path:
+def train_teacher(*, resume: str | PathLike[str] | None = None, **options: Unpack[TeacherOptions]) -> Path:
     """Train and save a teacher; returns its diffusers folder, `<out>/teacher`.
 
     Options are those of `diffdistill teacher`, with underscores; `resume` continues a run folder. Raises
     UserError for whatever cannot be used.
     """
+    values = dict(options)
     config = build(TeacherConfig, values if resume is None else resumed_options(Path(resume), values))
     out = Path(config.out)
     accelerator = accelerator_for(config, out)
@@ -126,6 +134,16 @@ def train_teacher(*, resume: str | Path | None = None, **values: Any) -> Path:
                 save_pipeline(out / "teacher", "unet2d", teacher.denoiser.network, scheduler, record, card)
     accelerator.end_training()
     return out / "teacher"
+
+
+def run(values: dict[str, Any]) -> int:
+    """The command; `values` are those of the command line and of a YAML file."""
+    try:
+        print(f"saved {train_teacher(**values)}")
+    except Interrupted as stopped:
+        print(f"stopped; resume with: diffdistill teacher --resume {stopped}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _levels(config: TeacherConfig, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -168,12 +186,12 @@ parameterisation, {config.steps} steps, batch {config.batch_size}, seed {config.
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("FOLDER")
-image = pipeline({_asked(config, data)}num_inference_steps=16).images[0]
+image = pipeline({_arguments(config, data)}num_inference_steps=16).images[0]
 ```
 """
 
 
-def _asked(config: TeacherConfig, data: Data) -> str:
+def _arguments(config: TeacherConfig, data: Data) -> str:
     if config.architecture == "stable-diffusion":
         captions = data.get(torch.arange(1)).captions or [""]
         return f"{captions[0]!r}, guidance_scale=2.0, "

@@ -129,8 +129,8 @@ class TextTeacher:
 
     def _tokens(self, texts: Sequence[str]) -> Tensor:
         tokenizer = self.pipeline.tokenizer
-        told = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        return tokenizer(list(texts), return_tensors="pt", **told).input_ids
+        settings = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        return tokenizer(list(texts), return_tensors="pt", **settings).input_ids
 
     def prepare(self, out: Path, accelerator: Accelerator) -> None:
         """Train the autoencoder, or what is left of it, and encode all images."""

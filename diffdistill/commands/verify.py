@@ -38,7 +38,8 @@ def run(config: VerifyConfig) -> int:
     for name in method_names() if config.method is None else [config.method]:
         info = describe_method(name)
         if info.verify is None:
-            print(f"note: {info.name} has no verify(), in its file or in checks/{info.name}.py beside it: nothing exact")
+            where = f"in its file or in checks/{info.name}.py beside it"
+            print(f"note: {info.name} has no verify(), {where}: nothing exact is checked")
         checks = verify(name, exact=config.exact)
         print(f"{info.name}: {info.about.paper}")
         print(f"  {'':4} {'expected':>12} {'got':>12} {'error':>9} {'limit':>9}  check")

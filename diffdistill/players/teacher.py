@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Call, Cond, Denoiser, call_by_keyword
+from diffdistill.core.prediction import ROWS, Row
+from diffdistill.core.schedule import Schedule
+from diffdistill.errors import UserError, first_line
 from diffdistill.players.lora import LoraSettings, lora_view, without_lora
 
 Module = TypeVar("Module", bound=nn.Module)
+
+Predicts = Literal["sample", "epsilon", "v_prediction", "flow_prediction", "edm"]
+"""What a network gives, by the names of `core.prediction.ROWS`."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,77 @@ class Teacher:
     example_cond: Cond = field(default_factory=dict)  #: (1, ...) of a text-to-image teacher, conditions of one prompt
     size: dict[str, Any] = field(default_factory=dict)  #: height, width, num_frames, as the stock pipeline takes them
     lora: Mapping[str, LoraSettings] = field(default_factory=dict)  #: roles that are LoRA on the teacher's own weights
+
+    @classmethod
+    def around(
+        cls,
+        network: nn.Module,
+        shape: Sequence[int],
+        schedule: Schedule,
+        predicts: Predicts | Row,
+        *,
+        num_classes: int | None = None,
+        null: int | Mapping[str, Tensor] | None = None,
+        cond: Mapping[str, Tensor] | None = None,
+        call: Call | None = None,
+        feature_layer: str | None = None,
+    ) -> Teacher:
+        """A teacher around any network, which is used as it is: its weights are frozen and dropout is off from here on.
+
+        The network is called as `network(x, time, **conditions)` with x (B, *shape) as the schedule scales it and time
+        (B,) in the schedule's own units; it gives (B, *shape). Another way to call it is `call(network, x, time,
+        conditions)`.
+
+        Args:
+            shape: of one sample, (C, H, W) for images.
+            schedule: `LinearFlow`, `DiscreteVP`, `EDM` or `TrigFlow`; its `data_std` is that of the data.
+            predicts: what the network gives: 'sample' (x0), 'epsilon', 'v_prediction', 'flow_prediction' (noise minus
+                data), 'edm' (its F), or a function (alpha, sigma, data_std) -> (a, b) for a x0 + b eps.
+            num_classes: classes of a network that takes `class_labels` (B,).
+            null: the label that means "no class", or the conditions (1, ...) that mean none, for guidance.
+            cond: one example (1, ...) of the conditions of a network that takes others than class labels.
+            feature_layer: the sub-module whose output (B, C, ...) a discriminator reads.
+
+        Raises UserError for a network that cannot be called so, or that gives another shape.
+        """
+        if isinstance(predicts, str) and predicts not in ROWS:
+            raise UserError(f"predicts: {predicts!r} is not one of {', '.join(ROWS)}")
+        empty = {"class_labels": torch.tensor([null])} if isinstance(null, int) else null
+
+        def nothing(present: Cond) -> Cond:
+            return present | {k: v.to(present[k]).expand_as(present[k]) for k, v in (empty or {}).items()}
+
+        denoiser = Denoiser(
+            frozen(network),
+            schedule,
+            ROWS[predicts] if isinstance(predicts, str) else predicts,
+            call=call or call_by_keyword,
+            null=None if null is None else nothing,
+            feature_layer=feature_layer,
+        )
+        # A record of the student can say a name, but neither a function nor a way to call the network.
+        recorded = {"predicts": predicts} if isinstance(predicts, str) and call is None else {}
+        name = type(network).__name__
+        teacher = cls(denoiser, tuple(shape), num_classes, "", name, recorded, example_cond=dict(cond or {}))
+        teacher._check_call()
+        return teacher
+
+    def _check_call(self) -> None:
+        """UserError unless the network takes two samples and gives two."""
+        weight = next(itertools.chain(self.denoiser.parameters(), self.denoiser.buffers()), torch.empty(0))
+        x, t = torch.zeros(2, *self.shape).to(weight), torch.ones(2, dtype=torch.float64, device=weight.device)
+        cond = self.sample_cond(2)
+        try:
+            with torch.no_grad():
+                y = self.denoiser(x, t, cond).y
+        except Exception as error:  # whatever the network raises
+            names = "".join(f", {name}=.." for name in cond)
+            raise UserError(
+                f"teacher: {self.source} cannot be called as network(x {tuple(x.shape)}, time (2,){names}): "
+                f"{first_line(error)}"
+            ) from error
+        if y.shape != x.shape:
+            raise UserError(f"teacher: {self.source} gives {tuple(y.shape)} for samples {tuple(x.shape)}")
 
     def sample_cond(self, n: int) -> Cond:
         """Conditions (n, ...) with the names, shapes and types that the teacher takes, on its device.

@@ -5,28 +5,31 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from diffdistill.catalogue import MethodInfo, describe_method
 from diffdistill.config import TrainConfig, run_options
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.data.batches import check_data
 from diffdistill.data.encoded import Encoded, check_encoded, encode, open_encoded, with_prompts
-from diffdistill.data.examples import Examples
-from diffdistill.data.images import open_data
-from diffdistill.data.pairs import Pairs, check_pairs, open_pairs
+from diffdistill.data.examples import Examples, TensorExamples, as_examples
+from diffdistill.data.images import Data, open_data
+from diffdistill.data.pairs import check_pairs, open_pairs
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES, family_of, load_teacher, local_folder
+from diffdistill.families import FAMILIES, Family, family_of, load_teacher, local_folder
 from diffdistill.options import build, split
-from diffdistill.players.lora import LoraSettings, checkpoint_activations, is_lora
+from diffdistill.players.lora import LoraNetwork, LoraSettings, checkpoint_activations
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
-from diffdistill.scaffold.method import Method, Need
+from diffdistill.scaffold.method import Method
 from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into
+from diffdistill.training.recipe import OBJECT, Objects, Recipe, recorded
+
+NO_OBJECTS = Objects()
 
 
 @dataclasses.dataclass
@@ -34,32 +37,63 @@ class Game:
     """A distillation's parts, put together from its options."""
 
     config: TrainConfig
-    info: MethodInfo
+    recipe: Recipe
     method_config: Any
     teacher: Teacher
     method: Method
     encoded: Encoded | None = None  #: prompts of a latent teacher, with latents if there are any
+    objects: Objects = dataclasses.field(default_factory=Objects)
 
     def options(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.config) | dataclasses.asdict(self.method_config)
+        """The resolved options, for run folders and model cards."""
+        return dataclasses.asdict(self.config) | recorded(self.method_config)
+
+    @property
+    def family(self) -> Family | None:
+        """The teacher's family; None for a network that diffusers does not know."""
+        return FAMILIES.get(self.teacher.family)
 
 
-def make_game(values: dict[str, Any]) -> Game:
-    """Teacher and method from the options of `diffdistill train`, nothing trained yet."""
-    info = describe_method(str(values.get("method", TrainConfig.method)))
-    shared, own = split({**info.about.defaults, **values}, TrainConfig, info.config)
-    config, method_config = build(TrainConfig, shared), build(info.config, own)
-    module = info.load()
-    teacher, encoded = _teacher(config)
-    # The method's own Config has the same fields; the one read from source served only to parse options.
+def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS) -> Game:
+    """Teacher and method from the options of `diffdistill train`, nothing trained yet.
+
+    Where `steps` is not among the options, a method with stages takes all of them.
+    """
+    recipe = objects.method_of(values, TrainConfig.method)
+    shared, own = split(values, TrainConfig, recipe.config)
+    config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
+    refuse_missing_objects(values, objects)
+    teacher, encoded = _teacher(config) if objects.teacher is None else (_own_teacher(config, objects.teacher), None)
     torch.manual_seed(seed_for(config.seed, "initial weights"))
-    method = module.METHOD(teacher, module.Config(**dataclasses.asdict(method_config)))
-    check_lora(teacher, method, info.name)
+    method = recipe.make(teacher, method_config)
+    whole = getattr(method, "whole", None)
+    if "steps" not in values and whole is not None:
+        config = dataclasses.replace(config, steps=whole)
+    for role in sorted(teacher.lora):
+        if not _is_lora(method.players.get(role)):
+            name = role.replace("_", " ")
+            raise UserError(
+                f"{role}: {recipe.name} has no {name} that can be an adapter on the teacher; leave it at full"
+            )
     if config.gradient_checkpointing:
         parts = [part for player in method.players.values() for part in player.modules()]
         for network in {part.network for part in parts if isinstance(part, Denoiser)}:
             checkpoint_activations(network)
-    return Game(config, info, method_config, teacher, method, encoded)
+    return Game(config, recipe, method_config, teacher, method, encoded, objects)
+
+
+def refuse_missing_objects(values: Mapping[str, Any], objects: Objects) -> None:
+    """UserError where a recorded option stands for an object that Python has not given again."""
+    for name, value in values.items():
+        own = name not in TrainConfig.__dataclass_fields__ and objects.options is not None
+        if isinstance(value, str) and value.startswith(OBJECT) and name not in objects.named and not own:
+            raise UserError(
+                f"{name}: it was an object of type {value.removeprefix(OBJECT)}; give it again in Python, as {name}=.."
+            )
+
+
+def _is_lora(player: nn.Module | None) -> bool:
+    return player is not None and any(isinstance(part, LoraNetwork) for part in player.modules())
 
 
 def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
@@ -85,28 +119,26 @@ def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
         if "guidance" in encoded.shards[0]:  # the student is to be called with what it was trained with
             guidance = {"guidance_scale": encoded.settings["embedded_guidance"]}
             teacher = dataclasses.replace(teacher, size=teacher.size | guidance)
-    return dataclasses.replace(teacher, lora=lora_settings(config, family.lora_targets)), encoded
+    return _with_lora(config, teacher, family.lora_targets), encoded
 
 
-def lora_settings(config: TrainConfig, usual: Sequence[str] | None) -> dict[str, LoraSettings]:
-    """By role, for those that are LoRA; `usual` are the layers that have it unless the options name others."""
-    roles = [role.strip() for role in (config.lora or "").split(",") if role.strip()]
-    targets = usual
-    if config.lora_targets is not None:
-        names = tuple(name.strip() for name in config.lora_targets.split(","))
-        targets = None if names == ("all",) else names
-    return {role: LoraSettings(config.lora_rank, config.lora_alpha, targets) for role in roles}
+def _own_teacher(config: TrainConfig, teacher: Teacher) -> Teacher:
+    """A teacher that Python gave, with the settings of its LoRA players; UserError for options of teachers by name."""
+    defaults = TrainConfig()
+    for name in ("prompts", "resolution", "frames", "null_class", "teacher_dtype"):
+        if getattr(config, name) != getattr(defaults, name):
+            raise UserError(f"{name}: it is for a teacher that is named; one given as an object has its own")
+    entry = FAMILIES.get(teacher.family)
+    return _with_lora(config, teacher, None if entry is None else entry.lora_targets)
 
 
-def check_lora(teacher: Teacher, method: Method, name: str) -> None:
-    """UserError for a role that was to be LoRA and is no player, or one that the method makes in its own way."""
-    players = {role: list(player.modules()) for role, player in method.players.items()}
-    able = [role for role, parts in players.items() if role in teacher.lora and any(map(is_lora, parts))]
-    for role in teacher.lora:
-        if role not in able:
-            raise UserError(
-                f"lora: {name} has no player {role!r} that can be LoRA; its players are {', '.join(players)}"
-            )
+def _with_lora(config: TrainConfig, teacher: Teacher, targets: tuple[str, ...] | None) -> Teacher:
+    if config.adapter_targets is not None:
+        names = [name.strip() for name in config.adapter_targets.split(",")]
+        targets = None if names == ["all"] else tuple(names)
+    settings = LoraSettings(config.adapter_rank, config.adapter_alpha, targets)
+    lora = {role: settings for role in ("student", "fake_score") if getattr(config, role) == "lora"}
+    return dataclasses.replace(teacher, lora=lora)
 
 
 def _encoded(config: TrainConfig) -> Encoded:
@@ -128,23 +160,27 @@ def _encoded(config: TrainConfig) -> Encoded:
     return open_encoded(encode(**options, **size, out=inside))
 
 
-def _data_for(game: Game) -> Examples | None:
+def data_for(game: Game) -> Examples | None:
     """What the method is trained on; None: class labels drawn uniformly."""
-    encoded, needed = game.encoded, Need.IMAGES in game.method.needs
+    encoded, needed, name = game.encoded, game.method.needs_data, game.recipe.name
+    if game.objects.data is not None:
+        return _own_data(game, game.objects.data)
     if encoded is not None:
         if needed and not encoded.has_images:
             raise UserError(
-                f"prompts: {game.info.name} with these options needs images too; give a folder made by "
+                f"prompts: {name} with these options needs images too; give a folder made by "
                 "`diffdistill encode --data` from images with captions"
             )
         return encoded
     if not needed:
         return None
-    if FAMILIES[game.teacher.family].autoencoder is not None:
-        raise UserError(f"prompts: {game.info.name} needs images; give a folder made by `diffdistill encode --data`")
+    if game.family is not None and game.family.autoencoder is not None:
+        raise UserError(f"prompts: {name} needs images; give a folder made by `diffdistill encode --data`")
     if game.config.data is None:
+        raise UserError(f"data: {name} with these options needs real images; give --data ({game.recipe.data})")
+    if len(game.teacher.shape) != 3:
         raise UserError(
-            f"data: {game.info.name} with these options needs real images; give --data ({game.info.about.data})"
+            f"data: the teacher's samples {tuple(game.teacher.shape)} are no images; give data as an object"
         )
     channels, size = game.teacher.shape[0], game.teacher.shape[1]
     data = open_data(game.config.data, resolution=size, channels=channels)
@@ -152,37 +188,74 @@ def _data_for(game: Game) -> Examples | None:
     return data
 
 
-def _pairs_for(game: Game, needed: int) -> Pairs | None:
-    if Need.PAIRS not in game.method.needs:
+def _own_data(game: Game, data: Tensor | tuple[Tensor, Tensor] | Examples) -> Examples | None:
+    """Data that Python gave, checked against the teacher; None where the method reads none of them."""
+    teacher, name = game.teacher, game.recipe.name
+    images_alone = isinstance(data, Tensor | tuple | Data)  # other examples may be conditions or pairs
+    if images_alone and not game.method.needs_data:
+        print(f"note: data: {name} with these options learns from the teacher alone and reads none", file=sys.stderr)
         return None
-    folder, name = game.config.pairs, game.info.name
+    if isinstance(data, tuple):
+        images, labels = data
+        data = TensorExamples(images, {"class_labels": labels.long()})
+    examples = as_examples(data)
+    if not isinstance(examples, TensorExamples) or teacher.num_classes is None or examples.cond:
+        check_data(teacher, examples)
+        if game.method.needs_data and examples.get(torch.zeros(1, dtype=torch.int64)).x0 is None:
+            raise UserError(f"data: {name} with these options needs samples, and the examples have no x0")
+        return examples
+    if teacher.denoiser.null is None:
+        raise UserError(
+            f"data: the tensor has no labels and the teacher has {teacher.num_classes} classes; give (images, labels)"
+        )
+    check_data(dataclasses.replace(teacher, num_classes=None), examples)
+    print("note: data: the tensor has no labels, so that the teacher's 'no class' is distilled", file=sys.stderr)
+    return TensorExamples(examples.x0, teacher.denoiser.null({"class_labels": torch.zeros(len(examples)).long()}))
+
+
+def pairs_for(game: Game, least: int) -> Examples | None:
+    """The noise-image pairs that the method needs, at least so many; None where it needs none."""
+    folder, name, own = game.config.pairs, game.recipe.name, game.objects.pairs
+    if not game.method.needs_pairs:
+        return None
+    if own is not None:
+        if own.get(torch.zeros(1, dtype=torch.int64)).pair is None:
+            raise UserError(f"pairs: the examples of {type(own).__name__} have no pair")
+        if len(own) < least:
+            raise UserError(f"pairs: there are {len(own)} and a step takes {least}; give more")
+        return own
+    data = game.objects.data
+    if isinstance(data, Examples) and data.get(torch.zeros(1, dtype=torch.int64)).pair is not None:
+        return None  # each batch has its own
     if folder is None:
         made = f"`diffdistill pairs --teacher {game.config.teacher} --out DIR`"
         raise UserError(f"pairs: {name} with these options needs noise-image pairs; make them with {made}")
     pairs = open_pairs(folder)
     check_pairs(game.teacher, pairs)
-    if len(pairs) < needed:
-        raise UserError(f"pairs: {folder!r} holds {len(pairs)} and a step takes {needed}; make more")
-    own, theirs = game.options().get("guidance_scale"), pairs.settings["guidance_scale"]
-    if own is not None and own != theirs:
-        print(f"note: the pairs were made with guidance_scale {theirs:g} and {name}'s is {own:g}", file=sys.stderr)
+    if len(pairs) < least:
+        raise UserError(f"pairs: {folder!r} holds {len(pairs)} and a step takes {least}; make more")
+    scale, theirs = game.options().get("guidance_scale"), pairs.settings["guidance_scale"]
+    if scale is not None and scale != theirs:
+        print(f"note: the pairs were made with guidance_scale {theirs:g} and {name}'s is {scale:g}", file=sys.stderr)
     return pairs
 
 
-def load_run(run: str | Path, step: int | None = None) -> tuple[Game, int]:
-    """A run's parts with the student as its checkpoint at `step` (default: the last) has it, and that step."""
+def load_run(run: str | Path, step: int | None = None, objects: Objects = NO_OBJECTS) -> tuple[Game, int]:
+    """A run's parts with the student as its checkpoint at `step` (default: the last) has it, and that step.
+
+    `objects` are those that the run began with.
+    """
     run = Path(run)
-    game = make_game(run_options(run) | {"out": str(run)})  # which may have been moved
-    found = {int(path.name.split("-")[1]): path for path in checkpoints(run / "checkpoints")}
-    if not found:
+    game = make_game(run_options(run) | {"out": str(run)}, objects)  # which may have been moved
+    by_step = {int(path.name.split("-")[1]): path for path in checkpoints(run / "checkpoints")}
+    if not by_step:
         raise UserError(f"run: {str(run)!r} has no checkpoint yet")
-    step = max(found) if step is None else step
-    if step not in found:
-        raise UserError(f"step: no checkpoint at {step}; there are {', '.join(map(str, sorted(found)))}")
-    tensors, _ = load_checkpoint(found[step])
+    step = max(by_step) if step is None else step
+    if step not in by_step:
+        raise UserError(f"step: no checkpoint at {step}; there are {', '.join(map(str, sorted(by_step)))}")
+    tensors, _ = load_checkpoint(by_step[step])
     for name, module in game.method.state.items():
-        load_into(module, tensors[f"state.{name}"], found[step])
-    name = game.method.exported
-    student = game.method.players[name]
-    load_into(student.eval(), tensors[name] | tensors.get("average", {}), found[step])
+        load_into(module, tensors[f"state.{name}"], by_step[step])
+    name, student = next(iter(game.method.players.items()))
+    load_into(student.eval(), tensors[name] | tensors.get("average", {}), by_step[step])
     return game, step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def start_folder(
             atomic_write(out / "config.yaml", yaml.safe_dump(options, sort_keys=False))
         except OSError as error:
             raise UserError(f"out: cannot write to {str(out)!r} ({error.strerror}); choose another --out") from None
-    told = {k: v for k, v in options.items() if v is not None}  # TensorBoard takes no None
-    accelerator.init_trackers("diffdistill", config=told)
+    scalars = {k: str(v) if isinstance(v, list) else v for k, v in options.items() if v is not None}
+    accelerator.init_trackers("diffdistill", config=scalars)  # TensorBoard takes neither None nor a list
 
 
 _ON_RESUME = {
@@ -67,9 +68,15 @@ _ON_RESUME = {
 }
 
 
-def resumed_options(run: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """A run folder's options with those given now; UserError for one that cannot change on the way."""
+def resumed_options(run: Path, values: dict[str, Any], objects: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A run folder's options, updated by `values`; UserError for one that cannot change on the way.
+
+    `objects` are the recorded options that stand for what Python has given as an object again.
+    """
     saved = run_options(run)
+    for name, value in (objects or {}).items():
+        if saved.get(name) != value:
+            raise UserError(f"{name}: the run began with {saved.get(name)!r}, and {value.partition(':')[2]} was given")
     for name in values:
         if name not in _ON_RESUME:
             raise UserError(f"{name}: cannot change when a run is resumed; what can is {', '.join(sorted(_ON_RESUME))}")

@@ -17,12 +17,18 @@ from diffdistill.rng import image_generators
 
 def grid_writer(
     out: Path, sampler_now: Callable[[], Sampler], teacher: Teacher, prompts: Examples | None = None
-) -> Callable[[int], None]:
-    """step -> writes <out>/samples/step-<step>.png, always of the same noise and conditions: the first `prompts`."""
+) -> Callable[[int], None] | None:
+    """step -> writes <out>/samples/step-<step>.png, always of the same noise and conditions: the first `prompts`.
+
+    None where samples are no pictures: neither latents with their decoder, nor (1 or 3, H, W).
+    """
     from diffdistill.pictures import image_grid, save_png
 
     columns = min(teacher.num_classes or 8, 10)
-    latent = FAMILIES[teacher.family].autoencoder is not None
+    entry = FAMILIES.get(teacher.family)
+    latent = entry is not None and entry.autoencoder is not None
+    if not latent and (len(teacher.shape) != 3 or teacher.shape[0] not in (1, 3)):
+        return None
     count = 8 if latent else 8 * columns  # large images, and a decoder
     decode = decoder(teacher)
 

@@ -243,4 +243,4 @@ def test_a_method_file_of_the_users_own(tiny_teacher: Teachers, tmp_path: Path, 
     assert main(["export", str(tmp_path / "other")]) == 0
     mine.write_text('"""No options."""\nPAPER = "x"\nDATA = "x"\nEQUATIONS = {}\n')
     capsys.readouterr()
-    assert "does not define Config, METHOD, verify" in refused(["train", "--method", str(mine)], capsys)
+    assert "does not define Config, METHOD;" in refused(["train", "--method", str(mine)], capsys)

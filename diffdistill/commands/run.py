@@ -1,0 +1,64 @@
+"""The result of a distillation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffdistill.errors import UserError
+from diffdistill.families import METADATA, load_student
+from diffdistill.files import atomic_folder
+
+if TYPE_CHECKING:
+    from diffdistill.players.sampler import FewStepSampler
+    from diffdistill.players.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder with the student that was trained in it. As a path or text it is the student's folder.
+
+    `Run("runs/first")` opens a run that was made before; `teacher` is the object that it began with, if it was one.
+    """
+
+    folder: Path
+    teacher: Teacher | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
+    @property
+    def student(self) -> Path:
+        """The student's folder: `DiffusionPipeline.from_pretrained(run.student)` loads it in stock diffusers."""
+        return self.folder / "student"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl: `step`, seconds a step, peak memory, and the losses by 'player/name'."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            raise UserError(f"run: {str(self.folder)!r} has no metrics.jsonl; it is no run folder")
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def sampler(self) -> FewStepSampler:
+        """The student as it was saved: `sampler(shape, cond, generators)` gives samples (B, *shape)."""
+        teacher = self.teacher if self.teacher is not None and not self.teacher.family else None
+        return load_student(self.student, network=teacher)[0]
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Copy the student's folder, whole or not at all; returns the copy."""
+        if not (self.student / METADATA).is_file():
+            raise UserError(f"run: {str(self.folder)!r} has no student yet")
+        with atomic_folder(Path(folder), METADATA) as partial:
+            shutil.copytree(self.student, partial, dirs_exist_ok=True)
+        return Path(folder)
+
+    def __fspath__(self) -> str:
+        return str(self.student)
+
+    def __str__(self) -> str:
+        return str(self.student)
