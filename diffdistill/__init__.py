@@ -17,6 +17,7 @@ from diffdistill.version import __version__
 
 if TYPE_CHECKING:
     from diffdistill.commands.distill import distill
+    from diffdistill.commands.evaluation import compare, evaluate, sample, speed
     from diffdistill.commands.export import export
     from diffdistill.commands.run import Run
     from diffdistill.commands.shards import encode, make_pairs
@@ -35,6 +36,10 @@ _MODULES = {
     "encode": "commands.shards",
     "make_pairs": "commands.shards",
     "train_teacher": "commands.teacher",
+    "evaluate": "commands.evaluation",
+    "compare": "commands.evaluation",
+    "speed": "commands.evaluation",
+    "sample": "commands.evaluation",
     "verify": "commands.verify",
     "export": "commands.export",
     "Run": "commands.run",
@@ -68,8 +73,10 @@ __all__ = [
     "TrigFlow",
     "UserError",
     "__version__",
+    "compare",
     "distill",
     "encode",
+    "evaluate",
     "export",
     "guided",
     "load_student",
@@ -77,6 +84,8 @@ __all__ = [
     "make_pairs",
     "open_data",
     "register_family",
+    "sample",
+    "speed",
     "train_teacher",
     "verify",
 ]

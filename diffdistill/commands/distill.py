@@ -74,7 +74,7 @@ def distill_values(values: dict[str, Any], objects: Objects, resume: Path | None
     if resume is not None:
         values = resumed_options(resume, values, objects.named)
     else:
-        values = _with_preset(values, objects) | objects.named
+        values = _with_preset(values, objects) | dict(objects.named)
     out = Path(str(values.get("out", TrainConfig.out)))
     if resume is None:
         refuse_a_run(out)  # before anything is loaded

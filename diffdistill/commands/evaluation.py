@@ -4,12 +4,100 @@ from __future__ import annotations
 
 import argparse
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 from diffdistill.errors import UserError
 from diffdistill.options import coerce, nearest
+
+
+def sample(
+    folder: str | PathLike[str],
+    *,
+    prompts: Sequence[str] | None = None,
+    count: int | None = None,
+    classes: Sequence[int] | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    out: str | PathLike[str] = "samples.png",
+    trace: bool = False,
+) -> Path:
+    """Draw images from a teacher or student folder (or a hub id, or 'digits') as one PNG; returns its path.
+
+    Options are those of `diffdistill sample`. Raises UserError for whatever cannot be used.
+    """
+    from diffdistill.eval.sample import sample_picture
+
+    return sample_picture(fspath(folder), prompts, count, classes, steps, guidance_scale, seed, fspath(out), trace)
+
+
+def evaluate(
+    folder: str | PathLike[str],
+    *,
+    protocol: str | None = None,
+    teacher: str | PathLike[str] | None = None,
+    teacher_steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    data: str = "digits",
+    count: int | None = None,
+    seed: int | None = None,
+    out: str | PathLike[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Compare a student with its teacher at several numbers of steps, or judge any model by a protocol.
+
+    Returns the rows of the table, which is also printed and written. Raises UserError for whatever cannot be used.
+    """
+    into = None if out is None else fspath(out)
+    if protocol is None:
+        from diffdistill.eval.evaluate import evaluate_run
+
+        source = None if teacher is None else fspath(teacher)
+        return evaluate_run(fspath(folder), source, list(teacher_steps), data, count, seed or 0, into)
+    from diffdistill.eval.scoring import evaluate_protocol
+
+    report = evaluate_protocol(fspath(folder), _judged_by(protocol, count, seed), into)
+    return [] if report is None else report["rows"]
+
+
+def compare(
+    folders: Sequence[str | PathLike[str]],
+    *,
+    protocol: str,
+    count: int | None = None,
+    seed: int | None = None,
+    out: str | PathLike[str] = "runs/compare",
+) -> list[dict[str, Any]]:
+    """Judge several models by one protocol; returns the rows of the table, which is also printed and written."""
+    from diffdistill.eval.compare import compare
+
+    report = compare([fspath(folder) for folder in folders], _judged_by(protocol, count, seed), fspath(out))
+    return [] if report is None else report["rows"]
+
+
+def speed(
+    folders: Sequence[str | PathLike[str]],
+    *,
+    batch_sizes: Sequence[int] = (1, 4),
+    repeats: int = 20,
+    device: str = "auto",
+    out: str | PathLike[str] = "runs/speed",
+) -> list[dict[str, Any]]:
+    """Time models against their teacher; returns the rows of the table, which is also printed and written."""
+    from diffdistill.environment import use_machine
+    from diffdistill.eval.speed import Asked, speed
+
+    asked = Asked(batch_sizes=batch_sizes, repeats=repeats, device=use_machine(device))
+    return speed([fspath(folder) for folder in folders], asked, fspath(out))
+
+
+def _judged_by(protocol: str, count: int | None, seed: int | None) -> Any:
+    from diffdistill.eval.models import Wanted
+    from diffdistill.eval.protocol import load
+    from diffdistill.eval.scoring import Asked
+
+    return Asked(load(protocol, count=count, seed=seed), Wanted())
 
 
 def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:

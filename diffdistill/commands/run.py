@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffdistill.errors import UserError
 from diffdistill.families import METADATA, load_student
+from diffdistill.families._own import WEIGHTS
 from diffdistill.files import atomic_folder
 
 if TYPE_CHECKING:
@@ -48,6 +49,24 @@ class Run:
         """The student as it was saved: `sampler(shape, cond, generators)` gives samples (B, *shape)."""
         teacher = self.teacher if self.teacher is not None and not self.teacher.family else None
         return load_student(self.student, network=teacher)[0]
+
+    def evaluate(
+        self,
+        *,
+        protocol: str | None = None,
+        count: int | None = None,
+        seed: int | None = None,
+        out: str | PathLike[str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """The student judged as `diffdistill.evaluate` does; returns the rows of the table.
+
+        Raises UserError for a network that diffusers does not know, whose samples `sampler` draws.
+        """
+        from diffdistill.commands.evaluation import evaluate
+
+        if (self.student / WEIGHTS).is_file():
+            raise UserError("evaluate: the student's network is not in diffusers; judge what its sampler() draws")
+        return evaluate(self.folder, protocol=protocol, count=count, seed=seed, out=out)
 
     def save(self, folder: str | PathLike[str]) -> Path:
         """Copy the student's folder, whole or not at all; returns the copy."""

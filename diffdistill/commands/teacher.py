@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,7 @@ def train_teacher(*, resume: str | PathLike[str] | None = None, **options: Unpac
     text = _text_teacher(config, data) if config.architecture == "stable-diffusion" else None
     teacher = text.teacher if text else new_teacher(config, data)
     method = Denoising(teacher, config)
+    grids: Callable[[int], None] | None
     if text:
         draw, grids = text.batches(accelerator), text.grid_writer(out)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -53,13 +54,11 @@ def recipe_of(method: str | ModuleType | Callable[..., Method]) -> Recipe:
         factory, config, module = source.METHOD, source.Config, method
         presets = describe_method(str(module.__file__)).presets if module.__file__ else {}
     else:
-        import sys
-
         factory, presets, module = source, {}, sys.modules.get(getattr(source, "__module__", ""), ModuleType("none"))
         config = vars(source).get("Config") if hasattr(source, "__dict__") else None
         config = config or vars(module).get("Config")
     name = str(getattr(source, "__name__", type(source).__name__)).rpartition(".")[2]
-    if not callable(factory) or not dataclasses.is_dataclass(config):
+    if not callable(factory) or not isinstance(config, type) or not dataclasses.is_dataclass(config):
         raise UserError(
             f"method: {name} is no method; give a name, a file, or a class with a dataclass Config of its options"
         )
