@@ -27,7 +27,7 @@ from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
 from diffdistill.scaffold.method import Method
 from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into
-from diffdistill.training.recipe import OBJECT, Objects, Recipe, recorded
+from diffdistill.training.recipe import Objects, Recipe, recorded
 
 NO_OBJECTS = Objects()
 
@@ -62,7 +62,7 @@ def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS) -> Game:
     recipe = objects.method_of(values, TrainConfig.method)
     shared, own = split(values, TrainConfig, recipe.config)
     config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
-    refuse_missing_objects(values, objects)
+    objects.check_given_again({name: value for name, value in values.items() if name not in ("data", "pairs")})
     teacher, encoded = _teacher(config) if objects.teacher is None else (_own_teacher(config, objects.teacher), None)
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     method = recipe.make(teacher, method_config)
@@ -80,16 +80,6 @@ def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS) -> Game:
         for network in {part.network for part in parts if isinstance(part, Denoiser)}:
             checkpoint_activations(network)
     return Game(config, recipe, method_config, teacher, method, encoded, objects)
-
-
-def refuse_missing_objects(values: Mapping[str, Any], objects: Objects) -> None:
-    """UserError where a recorded option stands for an object that Python has not given again."""
-    for name, value in values.items():
-        own = name not in TrainConfig.__dataclass_fields__ and objects.options is not None
-        if isinstance(value, str) and value.startswith(OBJECT) and name not in objects.named and not own:
-            raise UserError(
-                f"{name}: it was an object of type {value.removeprefix(OBJECT)}; give it again in Python, as {name}=.."
-            )
 
 
 def _is_lora(player: nn.Module | None) -> bool:
@@ -163,6 +153,7 @@ def _encoded(config: TrainConfig) -> Encoded:
 def data_for(game: Game) -> Examples | None:
     """What the method is trained on; None: class labels drawn uniformly."""
     encoded, needed, name = game.encoded, game.method.needs_data, game.recipe.name
+    game.objects.check_given_again({"data": game.config.data})
     if game.objects.data is not None:
         return _own_data(game, game.objects.data)
     if encoded is not None:
@@ -216,6 +207,7 @@ def _own_data(game: Game, data: Tensor | tuple[Tensor, Tensor] | Examples) -> Ex
 def pairs_for(game: Game, least: int) -> Examples | None:
     """The noise-image pairs that the method needs, at least so many; None where it needs none."""
     folder, name, own = game.config.pairs, game.recipe.name, game.objects.pairs
+    game.objects.check_given_again({"pairs": folder})
     if not game.method.needs_pairs:
         return None
     if own is not None:

@@ -132,6 +132,13 @@ class Objects:
         """The method that the options or the objects mean."""
         return self.recipe or recipe_of(str(values.get("method", default)))
 
+    def check_given_again(self, values: Mapping[str, Any]) -> None:
+        """UserError where a recorded option stands for an object that Python has not given again."""
+        for name, value in values.items():
+            if isinstance(value, str) and value.startswith(OBJECT) and name not in self.named and self.options is None:
+                kind = value.removeprefix(OBJECT)
+                raise UserError(f"{name}: it was an object of type {kind}; give it again in Python, as {name}=..")
+
     def method_options(self, recipe: Recipe, own: Mapping[str, Any]) -> Any:
         """An instance of the method's Config; UserError where an instance of another method's was given."""
         if self.options is None:

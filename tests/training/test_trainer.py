@@ -279,3 +279,22 @@ def test_warm_up_and_cosine(tmp_path: Path) -> None:
         rates.append(trainer._learning_rate("a") / 1e-2)
     assert rates[0] == pytest.approx(0.25) and max(rates) < 1
     assert rates[4] == pytest.approx(0.5) and rates[7] == pytest.approx(0.0381, abs=1e-4)
+
+
+def test_the_folder_is_made_before_the_first_step(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    from diffdistill.training.assemble import make_game
+
+    game = make_game({"teacher": str(tiny_teacher("vp")), "steps": 1, "batch_size": 2, "device": "cpu"})
+
+    def no_step(step: int) -> Batch:
+        raise RuntimeError("a step was taken")
+
+    def trainer(out: Path) -> Trainer:
+        return Trainer(game.method, no_step, game.config, out, accelerator_for(game.config, out))
+
+    with pytest.raises(RuntimeError, match="a step was taken"):
+        trainer(tmp_path / "deep" / "run").fit()
+    assert (tmp_path / "deep" / "run").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="out: cannot make"):
+        trainer(tmp_path / "file" / "run").fit()
