@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -125,10 +125,11 @@ def _run(argv: list[str]) -> int:
     command = COMMANDS[name]
     if command.function == "evaluation":
         return _evaluation(name, argv[1:])
-    classes = [command.options]
+    classes, usual = [command.options], {}
     if command.options is TrainConfig:
-        classes.append(describe_method(_method_of(argv[1:])).config)
-    parser = _parser(name, command, classes)
+        method = describe_method(_method_of(argv[1:]))
+        classes, usual = [TrainConfig, method.config], dict(method.about.defaults)
+    parser = _parser(name, command, classes, usual)
     parsed, unknown = parser.parse_known_args(_with_true(argv[1:], classes) if command.positional else argv[1:])
     if unknown:
         _refuse_unknown(parser, name, unknown)
@@ -172,7 +173,8 @@ def _top_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parser(name: str, command: Command, classes: Sequence[type]) -> argparse.ArgumentParser:
+def _parser(name: str, command: Command, classes: Sequence[type], usual: Mapping[str, Any]) -> argparse.ArgumentParser:
+    """The parser of a command; `usual` are defaults of the method that are others than the options' own."""
     parser = _Parser(prog=f"diffdistill {name}", description=f"{command.help}.", allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="FILE", help="a YAML file of options; the command line overrides it")
@@ -186,7 +188,7 @@ def _parser(name: str, command: Command, classes: Sequence[type]) -> argparse.Ar
         hints = typing.get_type_hints(cls)
         group = parser.add_argument_group(title)
         for f in fields:
-            _add_option(group, f, hints[f.name], f.name in command.positional)
+            _add_option(group, f, hints[f.name], usual.get(f.name, f.default), f.name in command.positional)
     return parser
 
 
@@ -203,11 +205,11 @@ def _groups(classes: Sequence[type]) -> Iterator[tuple[str, type, list[dataclass
                 yield title, cls, [fields[name] for name in own if name in fields]
 
 
-def _add_option(group: Any, f: dataclasses.Field[Any], hint: Any, positional: bool) -> None:
+def _add_option(group: Any, f: dataclasses.Field[Any], hint: Any, default: Any, positional: bool) -> None:
     # All strings here: options.coerce gives the types, the same for the command line and for YAML.
     kind, _ = optional(hint)
     several = typing.get_origin(kind) is tuple
-    settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(f).replace("%", "%%")}
+    settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(f, default).replace("%", "%%")}
     if positional:
         group.add_argument(f"option.{f.name}", nargs="*" if several else "?", metavar=f.name.upper(), **settings)
         return
@@ -219,14 +221,13 @@ def _add_option(group: Any, f: dataclasses.Field[Any], hint: Any, positional: bo
     group.add_argument(name, dest=f"option.{f.name}", metavar=_metavar(kind, f), **settings)
 
 
-def _help(f: dataclasses.Field[Any]) -> str:
+def _help(f: dataclasses.Field[Any], default: Any) -> str:
     """What an option's help says: its text, default and range."""
     words = {"above": "greater than", "at_least": "at least", "below": "less than", "at_most": "at most"}
     known = [f"{words[key]} {bound:g}" for key, bound in f.metadata.get("bounds", {}).items()]
-    default = f.default
     if isinstance(default, tuple):
         default = ",".join(map(str, default)) or "none"
-    if default not in (None, dataclasses.MISSING) and "default:" not in f.metadata["help"]:
+    if default not in (None, dataclasses.MISSING) and (default != f.default or "default:" not in f.metadata["help"]):
         known.insert(0, f"default: {default!r}" if default == "" else f"default: {default}")
     text = f.metadata["help"]
     return f"{text} ({'; '.join(known)})" if known else text

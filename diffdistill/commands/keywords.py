@@ -44,11 +44,10 @@ class TrainOptions(FitOptions, total=False):
     resolution: int | None
     frames: int | None
     teacher_dtype: Literal["float32", "bfloat16"]
-    student: Literal["full", "lora"]
-    fake_score: Literal["full", "lora"]
-    adapter_rank: int
-    adapter_alpha: float | None
-    adapter_targets: str | None
+    lora: str | None
+    lora_rank: int
+    lora_alpha: float | None
+    lora_targets: str | None
     gradient_checkpointing: bool
     out: str | Path
 

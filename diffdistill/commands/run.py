@@ -15,7 +15,7 @@ from diffdistill.families._own import WEIGHTS
 from diffdistill.files import atomic_folder
 
 if TYPE_CHECKING:
-    from diffdistill.players.sampler import FewStepSampler
+    from diffdistill.players.sampler import Sampler
     from diffdistill.players.teacher import Teacher
 
 
@@ -45,7 +45,7 @@ class Run:
             raise UserError(f"run: {str(self.folder)!r} has no metrics.jsonl; it is no run folder")
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
-    def sampler(self) -> FewStepSampler:
+    def sampler(self) -> Sampler:
         """The student as it was saved: `sampler(shape, cond, generators)` gives samples (B, *shape)."""
         teacher = self.teacher if self.teacher is not None and not self.teacher.family else None
         return load_student(self.student, network=teacher)[0]

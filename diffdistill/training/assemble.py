@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffdistill.config import TrainConfig, run_options
 from diffdistill.core.denoiser import Denoiser
@@ -22,10 +22,10 @@ from diffdistill.data.pairs import check_pairs, open_pairs
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, Family, family_of, load_teacher, local_folder
 from diffdistill.options import build, split
-from diffdistill.players.lora import LoraNetwork, LoraSettings, checkpoint_activations
+from diffdistill.players.lora import LoraSettings, checkpoint_activations, is_lora
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
-from diffdistill.scaffold.method import Method
+from diffdistill.scaffold.method import Method, Need
 from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into
 from diffdistill.training.recipe import Objects, Recipe, recorded
 
@@ -60,30 +60,20 @@ def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS) -> Game:
     Where `steps` is not among the options, a method with stages takes all of them.
     """
     recipe = objects.method_of(values, TrainConfig.method)
-    shared, own = split(values, TrainConfig, recipe.config)
+    shared, own = split({**recipe.about.defaults, **values}, TrainConfig, recipe.config)
     config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
     objects.check_given_again({name: value for name, value in values.items() if name not in ("data", "pairs")})
     teacher, encoded = _teacher(config) if objects.teacher is None else (_own_teacher(config, objects.teacher), None)
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     method = recipe.make(teacher, method_config)
-    whole = getattr(method, "whole", None)
-    if "steps" not in values and whole is not None:
-        config = dataclasses.replace(config, steps=whole)
-    for role in sorted(teacher.lora):
-        if not _is_lora(method.players.get(role)):
-            name = role.replace("_", " ")
-            raise UserError(
-                f"{role}: {recipe.name} has no {name} that can be an adapter on the teacher; leave it at full"
-            )
+    if "steps" not in values and method.whole is not None:
+        config = dataclasses.replace(config, steps=method.whole)
+    check_lora(teacher, method, recipe.name)
     if config.gradient_checkpointing:
         parts = [part for player in method.players.values() for part in player.modules()]
         for network in {part.network for part in parts if isinstance(part, Denoiser)}:
             checkpoint_activations(network)
     return Game(config, recipe, method_config, teacher, method, encoded, objects)
-
-
-def _is_lora(player: nn.Module | None) -> bool:
-    return player is not None and any(isinstance(part, LoraNetwork) for part in player.modules())
 
 
 def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
@@ -109,7 +99,7 @@ def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
         if "guidance" in encoded.shards[0]:  # the student is to be called with what it was trained with
             guidance = {"guidance_scale": encoded.settings["embedded_guidance"]}
             teacher = dataclasses.replace(teacher, size=teacher.size | guidance)
-    return _with_lora(config, teacher, family.lora_targets), encoded
+    return dataclasses.replace(teacher, lora=lora_settings(config, family.lora_targets)), encoded
 
 
 def _own_teacher(config: TrainConfig, teacher: Teacher) -> Teacher:
@@ -119,16 +109,29 @@ def _own_teacher(config: TrainConfig, teacher: Teacher) -> Teacher:
         if getattr(config, name) != getattr(defaults, name):
             raise UserError(f"{name}: it is for a teacher that is named; one given as an object has its own")
     entry = FAMILIES.get(teacher.family)
-    return _with_lora(config, teacher, None if entry is None else entry.lora_targets)
+    usual = None if entry is None else entry.lora_targets
+    return dataclasses.replace(teacher, lora=lora_settings(config, usual))
 
 
-def _with_lora(config: TrainConfig, teacher: Teacher, targets: tuple[str, ...] | None) -> Teacher:
-    if config.adapter_targets is not None:
-        names = [name.strip() for name in config.adapter_targets.split(",")]
-        targets = None if names == ["all"] else tuple(names)
-    settings = LoraSettings(config.adapter_rank, config.adapter_alpha, targets)
-    lora = {role: settings for role in ("student", "fake_score") if getattr(config, role) == "lora"}
-    return dataclasses.replace(teacher, lora=lora)
+def lora_settings(config: TrainConfig, usual: Sequence[str] | None) -> dict[str, LoraSettings]:
+    """By role, for those that are LoRA; `usual` are the layers that have it unless the options name others."""
+    roles = [role.strip() for role in (config.lora or "").split(",") if role.strip()]
+    targets = usual
+    if config.lora_targets is not None:
+        names = tuple(name.strip() for name in config.lora_targets.split(","))
+        targets = None if names == ("all",) else names
+    return {role: LoraSettings(config.lora_rank, config.lora_alpha, targets) for role in roles}
+
+
+def check_lora(teacher: Teacher, method: Method, name: str) -> None:
+    """UserError for a role that was to be LoRA and is no player, or one that the method makes in its own way."""
+    players = {role: list(player.modules()) for role, player in method.players.items()}
+    able = [role for role, parts in players.items() if role in teacher.lora and any(map(is_lora, parts))]
+    for role in teacher.lora:
+        if role not in able:
+            raise UserError(
+                f"lora: {name} has no player {role!r} that can be LoRA; its players are {', '.join(players)}"
+            )
 
 
 def _encoded(config: TrainConfig) -> Encoded:
@@ -152,7 +155,7 @@ def _encoded(config: TrainConfig) -> Encoded:
 
 def data_for(game: Game) -> Examples | None:
     """What the method is trained on; None: class labels drawn uniformly."""
-    encoded, needed, name = game.encoded, game.method.needs_data, game.recipe.name
+    encoded, needed, name = game.encoded, Need.IMAGES in game.method.needs, game.recipe.name
     game.objects.check_given_again({"data": game.config.data})
     if game.objects.data is not None:
         return _own_data(game, game.objects.data)
@@ -168,7 +171,7 @@ def data_for(game: Game) -> Examples | None:
     if game.family is not None and game.family.autoencoder is not None:
         raise UserError(f"prompts: {name} needs images; give a folder made by `diffdistill encode --data`")
     if game.config.data is None:
-        raise UserError(f"data: {name} with these options needs real images; give --data ({game.recipe.data})")
+        raise UserError(f"data: {name} with these options needs real images; give --data ({game.recipe.about.data})")
     if len(game.teacher.shape) != 3:
         raise UserError(
             f"data: the teacher's samples {tuple(game.teacher.shape)} are no images; give data as an object"
@@ -183,7 +186,7 @@ def _own_data(game: Game, data: Tensor | tuple[Tensor, Tensor] | Examples) -> Ex
     """Data that Python gave, checked against the teacher; None where the method reads none of them."""
     teacher, name = game.teacher, game.recipe.name
     images_alone = isinstance(data, Tensor | tuple | Data)  # other examples may be conditions or pairs
-    if images_alone and not game.method.needs_data:
+    if images_alone and Need.IMAGES not in game.method.needs:
         print(f"note: data: {name} with these options learns from the teacher alone and reads none", file=sys.stderr)
         return None
     if isinstance(data, tuple):
@@ -192,7 +195,7 @@ def _own_data(game: Game, data: Tensor | tuple[Tensor, Tensor] | Examples) -> Ex
     examples = as_examples(data)
     if not isinstance(examples, TensorExamples) or teacher.num_classes is None or examples.cond:
         check_data(teacher, examples)
-        if game.method.needs_data and examples.get(torch.zeros(1, dtype=torch.int64)).x0 is None:
+        if Need.IMAGES in game.method.needs and examples.get(torch.zeros(1, dtype=torch.int64)).x0 is None:
             raise UserError(f"data: {name} with these options needs samples, and the examples have no x0")
         return examples
     if teacher.denoiser.null is None:
@@ -208,7 +211,7 @@ def pairs_for(game: Game, least: int) -> Examples | None:
     """The noise-image pairs that the method needs, at least so many; None where it needs none."""
     folder, name, own = game.config.pairs, game.recipe.name, game.objects.pairs
     game.objects.check_given_again({"pairs": folder})
-    if not game.method.needs_pairs:
+    if Need.PAIRS not in game.method.needs:
         return None
     if own is not None:
         if own.get(torch.zeros(1, dtype=torch.int64)).pair is None:
@@ -248,6 +251,6 @@ def load_run(run: str | Path, step: int | None = None, objects: Objects = NO_OBJ
     tensors, _ = load_checkpoint(by_step[step])
     for name, module in game.method.state.items():
         load_into(module, tensors[f"state.{name}"], by_step[step])
-    name, student = next(iter(game.method.players.items()))
-    load_into(student.eval(), tensors[name] | tensors.get("average", {}), by_step[step])
+    name = game.method.exported
+    load_into(game.method.players[name].eval(), tensors[name] | tensors.get("average", {}), by_step[step])
     return game, step

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffdistill.catalogue import describe_method
+from diffdistill.catalogue import About, Preset, describe_method
 from diffdistill.data.examples import Examples
 from diffdistill.errors import UserError
 from diffdistill.options import build
@@ -28,10 +28,9 @@ class Recipe:
     """A method's class with its options and what is said of it."""
 
     name: str
-    paper: str
-    data: str  #: which data it needs, for messages
+    about: About
     config: type  #: the dataclass of its options
-    presets: Mapping[str, Mapping[str, Any]]
+    presets: Mapping[str, Preset]
     make: Callable[[Teacher, Any], Method]  #: from a teacher and an instance of `config`
 
 
@@ -48,7 +47,7 @@ def recipe_of(method: str | ModuleType | Callable[..., Method]) -> Recipe:
             module = info.load()
             return module.METHOD(teacher, module.Config(**shallow(options)))
 
-        return Recipe(info.name, info.paper, info.data, info.config, info.presets, make)
+        return Recipe(info.name, info.about, info.config, info.presets, make)
     source: Any = method
     if isinstance(method, ModuleType):
         factory, config, module = source.METHOD, source.Config, method
@@ -62,7 +61,9 @@ def recipe_of(method: str | ModuleType | Callable[..., Method]) -> Recipe:
         raise UserError(
             f"method: {name} is no method; give a name, a file, or a class with a dataclass Config of its options"
         )
-    return Recipe(name, str(vars(module).get("PAPER", "unpublished")), "real images", config, presets, factory)
+    about = vars(module).get("ABOUT")
+    unsaid = About(paper="unpublished", data="samples", equations={}, kind="distribution")
+    return Recipe(name, about if isinstance(about, About) else unsaid, config, presets, factory)
 
 
 def shallow(options: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -221,26 +222,58 @@ def test_teacher_trains_and_its_folder_distills(tmp_path: Path) -> None:
                  str(tmp_path / "run"), "--device", "cpu"]) == 0  # fmt: skip
 
 
-def test_a_method_file_of_the_users_own(tiny_teacher: Teachers, tmp_path: Path, capsys: Capture) -> None:
-    import shutil
+IMITATION = '''"""What the teacher gives at the noisiest level."""
 
+from dataclasses import dataclass
+
+from diffdistill.catalogue import About
+from diffdistill.options import StudentOptions
+from diffdistill.players.sampler import one_step_sampler
+from diffdistill.players.teacher import frozen
+from diffdistill.scaffold.method import Method, Outcome, Turn
+
+ABOUT = About(paper="unpublished", data="nothing", equations={}, kind="trajectory")
+
+
+@dataclass(frozen=True)
+class Config(StudentOptions):
+    """No options of its own."""
+
+
+class Imitation(Method):
+    def __init__(self, teacher, config):
+        super().__init__(teacher, config)
+        self.teacher = frozen(teacher.denoiser)
+        self.players = {"generator": teacher.player("generator")}
+
+    def turns(self, step):
+        return [Turn("generator", self.loss)]
+
+    def loss(self, batch):
+        x_t, t = self.sampler().start(batch.randn("z"))
+        ours, theirs = (network(x_t, t, batch.cond).x0 for network in (self.players["generator"], self.teacher))
+        return Outcome((ours - theirs).square().mean())
+
+    def sampler(self):
+        return one_step_sampler(self.players["generator"], None)
+
+
+METHOD = Imitation
+'''
+
+
+def test_a_method_file_of_the_users_own(tiny_teacher: Teachers, tmp_path: Path, capsys: Capture) -> None:
     import diffdistill.methods.dmd2 as dmd2
 
-    mine = tmp_path / "my_method.py"
+    mine, other = tmp_path / "my_method.py", tmp_path / "other.py"
     shutil.copy(str(dmd2.__file__), mine)
-    assert main(["verify", "--exact", str(mine)]) == 0
-    assert main(["train", "--method", str(mine), "--teacher", str(tiny_teacher("vp")), "--steps", "1", "--batch-size",
-                 "4", "--out", str(tmp_path / "run"), "--device", "cpu", "--student-lr", "1e-4"]) == 0  # fmt: skip
-    # Whatever the first player is called, it is the one that is exported.
-    other = tmp_path / "other.py"
-    text = mine.read_text()
-    for old in ('= {"student": self.student', 'Turn("student"', 'player == "student"'):
-        assert text.count(old) == 1
-        text = text.replace(old, old.replace('"student"', '"generator"'))
-    other.write_text(text)
-    assert main(["train", "--method", str(other), "--teacher", str(tiny_teacher("vp")), "--steps", "1", "--batch-size",
-                 "4", "--out", str(tmp_path / "other"), "--device", "cpu"]) == 0  # fmt: skip
-    assert main(["export", str(tmp_path / "other")]) == 0
-    mine.write_text('"""No options."""\nPAPER = "x"\nDATA = "x"\nEQUATIONS = {}\n')
-    capsys.readouterr()
+    other.write_text(IMITATION)
+    shared = ["--teacher", str(tiny_teacher("vp")), "--steps", "1", "--batch-size", "4", "--device", "cpu"]
+    for path in (mine, other):  # whatever the first player is called, it is the one that is exported
+        run = str(tmp_path / path.stem)
+        assert main(["train", "--method", str(path), *shared, "--out", run, "--student-lr", "1e-4"]) == 0
+        assert main(["export", run]) == 0
+        assert main(["verify", "--exact", str(path)]) == 0
+    assert "other has no verify(), in its file or in checks/other.py beside it" in capsys.readouterr().out
+    mine.write_text('"""No options."""\nABOUT = 1\n')
     assert "does not define Config, METHOD;" in refused(["train", "--method", str(mine)], capsys)

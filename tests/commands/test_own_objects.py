@@ -126,9 +126,7 @@ def test_lora_on_ones_own_network_is_saved_merged(tmp_path: Path) -> None:
     teacher = Teacher.around(PointNetwork(width=32), (2,), LinearFlow(), "flow_prediction")
     before = {name: value.clone() for name, value in teacher.denoiser.network.state_dict().items()}
     options = {"student_lr": 1e-2}
-    run = distill(
-        "dmd2", teacher=teacher, student="lora", adapter_rank=2, options=options, out=tmp_path / "run", **SHORT
-    )
+    run = distill("dmd2", teacher=teacher, lora="student", lora_rank=2, options=options, out=tmp_path / "run", **SHORT)
     samples = draw(run)
     sampler, _ = load_student(run.student, network=PointNetwork(width=32))
     assert torch.equal(sampler((2,), {}, image_generators(0, range(4))), samples)
