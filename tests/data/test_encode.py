@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffdistill.commands.distill import distill, export_run
+from diffdistill import distill, export
 from diffdistill.data import encoded as encoding
 from diffdistill.data import shards
 from diffdistill.data.encoded import encode, open_encoded
@@ -81,19 +81,19 @@ def test_training_loads_neither_vae_nor_text_encoder_and_resumes_to_the_same_bit
 ) -> None:
     folder = encode(**options(teacher, prompts, tmp_path / "out"))
     monkeypatch.setattr(encoding, "load_pipeline", lambda *a, **k: pytest.fail("a model was loaded"))
-    whole = distill(**training(teacher, folder, tmp_path / "whole", steps=3))
+    whole = distill(**training(teacher, folder, tmp_path / "whole", steps=3)).student
     distill(**training(teacher, folder, tmp_path / "run", steps=1))
-    resumed = distill(resume=tmp_path / "run", steps=3)
+    resumed = distill(resume=tmp_path / "run", steps=3).student
     a, b = (load_file(student / "unet/diffusion_pytorch_model.safetensors") for student in (whole, resumed))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_moved_run_whose_prompts_are_gone_still_exports(teacher: Path, prompts: Path, tmp_path: Path) -> None:
-    student = distill(**training(teacher, prompts, tmp_path / "run"))
+    student = distill(**training(teacher, prompts, tmp_path / "run")).student
     before = load_file(student / "unet/diffusion_pytorch_model.safetensors")
     prompts.unlink()
     (tmp_path / "run").rename(tmp_path / "moved")
-    again = export_run(tmp_path / "moved", out=tmp_path / "again")
+    again = export(tmp_path / "moved", out=tmp_path / "again")
     after = load_file(again / "unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not (tmp_path / "run").exists()
@@ -206,7 +206,7 @@ def test_encoders_in_half_precision(teacher: Path, tmp_path: Path, monkeypatch: 
 def test_training_reads_what_bfloat16_encoders_gave(teacher: Path, prompts: Path, tmp_path: Path) -> None:
     folder = encode(**options(teacher, prompts, tmp_path / "out", teacher_dtype="bfloat16"))
     for kind in ("float32", "bfloat16"):
-        student = distill(**training(teacher, folder, tmp_path / kind, teacher_dtype=kind, guidance_scale=2.0))
+        student = distill(**training(teacher, folder, tmp_path / kind, teacher_dtype=kind, guidance_scale=2.0)).student
         weights = load_file(student / "unet/diffusion_pytorch_model.safetensors")
         assert all(bool(value.isfinite().all()) for value in weights.values())
 

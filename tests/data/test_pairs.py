@@ -23,7 +23,7 @@ from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.players.sampler import Sampler
 from diffdistill.rng import generator, image_generators
 from diffdistill.scaffold.method import Need
-from diffdistill.training.assemble import _pairs_for
+from diffdistill.training.assemble import NO_OBJECTS, pairs_for
 from diffdistill.training.trainer import accelerator_for
 
 Teachers = Callable[[str], Path]
@@ -214,15 +214,16 @@ def test_what_does_not_fit_a_training_is_refused(
         return SimpleNamespace(
             method=SimpleNamespace(needs={Need.PAIRS} if needs else set()),
             config=TrainConfig(pairs=pairs),
-            info=SimpleNamespace(name="mine"),
+            recipe=SimpleNamespace(name="mine"),
+            objects=NO_OBJECTS,
             teacher=load_teacher(tiny_teacher(parameterization)),
             options=lambda: {"guidance_scale": scale},
         )
 
-    assert _pairs_for(game(None, needs=False), 4) is None
-    assert len(_pairs_for(game(str(folder)), 4) or []) == 10
+    assert pairs_for(game(None, needs=False), 4) is None
+    assert len(pairs_for(game(str(folder)), 4) or []) == 10
     assert capsys.readouterr().err == ""
-    assert _pairs_for(game(str(folder), scale=3.0), 4) is not None
+    assert pairs_for(game(str(folder), scale=3.0), 4) is not None
     assert "made with guidance_scale 1 and mine's is 3" in capsys.readouterr().err
     for parts, needed, says in (
         (game(None), 4, "needs noise-image pairs; make them with `diffdistill pairs --teacher digits --out DIR`"),
@@ -231,7 +232,7 @@ def test_what_does_not_fit_a_training_is_refused(
         (game(str(folder), "edm"), 4, "was made with another teacher"),
     ):
         with pytest.raises(UserError, match=says) as refused:
-            _pairs_for(parts, needed)
+            pairs_for(parts, needed)
         assert str(refused.value).startswith("pairs: ") and "\n" not in str(refused.value)
     with pytest.raises(UserError, match=r"has samples of shape \(1, 8, 8\); the teacher's are \(3, 8, 8\)"):
         check_pairs(replace(load_teacher(tiny_teacher("vp")), shape=(3, 8, 8)), open_pairs(folder))

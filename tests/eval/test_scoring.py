@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
 
+from diffdistill import distill
 from diffdistill.commands.cli import main
-from diffdistill.commands.distill import distill
 from diffdistill.data.images import open_data
 from diffdistill.data.shapes import HELD_OUT, draw_many
 from diffdistill.errors import UserError

@@ -125,7 +125,7 @@ def test_an_export_says_which_guidance_it_imitates(
     options: dict[str, Any], guidance: Guidance, tiny_teacher: Callable[[str], Path], tmp_path: Path
 ) -> None:
     shared = {"steps": 1, "batch_size": 4, "sample_every": 0, "device": "cpu", "out": str(tmp_path / "run")}
-    folder = distill(teacher=str(tiny_teacher("vp")), **shared, **options)
+    folder = distill(teacher=str(tiny_teacher("vp")), **shared, **options).student
     record = read_record(folder)
     assert isinstance(record, StudentRecord) and record.guidance == guidance
     assert record.null_class == 10 and record.step == 1 and load_student(folder)[0].levels == record.levels

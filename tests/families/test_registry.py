@@ -80,7 +80,7 @@ def test_a_family_from_a_file_is_trained_and_exported(tmp_path: Path) -> None:
     student = distill(
         teacher=str(folder), steps=2, batch_size=2, student_lr=1e-2, update_ratio=1, sample_every=0, device="cpu",
         out=str(tmp_path / "run"),
-    )  # fmt: skip
+    ).student  # fmt: skip
     sampler, described = load_student(student)
     made = sampler(described.shape, {}, image_generators(0, range(2)))
     untrained = Sampler(load_teacher(folder).denoiser, sampler.levels)

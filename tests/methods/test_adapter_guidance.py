@@ -144,7 +144,9 @@ def test_the_export_gives_the_same_images_in_stock_diffusers(
     parameterization: str, adapter: str, tiny_teacher: Teachers, tmp_path: Path
 ) -> None:
     teacher = tiny_teacher(parameterization)
-    folder = distill(**options(teacher, tmp_path / "run", adapter=adapter, adapted_layers="blocks", student_lr=0.3))
+    folder = distill(
+        **options(teacher, tmp_path / "run", adapter=adapter, adapted_layers="blocks", student_lr=0.3)
+    ).student
     script = tmp_path / "stock.py"
     script.write_text(STOCK)
     done = subprocess.run(
@@ -181,7 +183,7 @@ def test_the_export_gives_the_same_images_in_stock_diffusers(
 
 @pytest.mark.parametrize("parameterization", ["edm", "flow"])
 def test_it_trains_every_parameterisation(parameterization: str, tiny_teacher: Teachers, tmp_path: Path) -> None:
-    folder = distill(**options(tiny_teacher(parameterization), tmp_path / "run"))
+    folder = distill(**options(tiny_teacher(parameterization), tmp_path / "run")).student
     names = ["README.md", "adapter", "adapted_pipeline.py", "diffdistill.json", "model_index.json", "scheduler", "unet"]
     assert sorted(p.name for p in folder.iterdir()) == sorted(names)
 
@@ -189,12 +191,12 @@ def test_it_trains_every_parameterisation(parameterization: str, tiny_teacher: T
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
     """Chains and all: they pass the end of their trajectories in these steps."""
     teacher = tiny_teacher("vp")
-    whole = distill(**options(teacher, tmp_path / "whole", steps=8, ema=0.9))
+    whole = distill(**options(teacher, tmp_path / "whole", steps=8, ema=0.9)).student
     distill(**options(teacher, tmp_path / "run", steps=3, ema=0.9))
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
     assert load_file(checkpoint / "state.chains.safetensors")["x_t"].shape == (4, 1, 8, 8)
     assert not any("base" in name for name in load_file(checkpoint / "student.safetensors")), "adapters alone"
-    resumed = distill(resume=tmp_path / "run", steps=8)
+    resumed = distill(resume=tmp_path / "run", steps=8).student
     for name in ("adapter/adapter.safetensors", "unet/diffusion_pytorch_model.safetensors"):
         a, b = load_file(whole / name), load_file(resumed / name)
         assert all(torch.equal(a[k], b[k]) for k in a)
@@ -319,9 +321,9 @@ def test_the_digits_preset_adds_less_than_five_per_cent() -> None:
 
 def test_adapters_go_on_a_student_of_few_steps_and_on_nothing_else(tiny_teacher: Teachers, tmp_path: Path) -> None:
     teacher = tiny_teacher("vp")
-    with_adapters = distill(**options(teacher, tmp_path / "agd", adapter_width=8, student_lr=0.1))
+    with_adapters = distill(**options(teacher, tmp_path / "agd", adapter_width=8, student_lr=0.1)).student
     shared = {"teacher": str(teacher), "steps": 1, "batch_size": 4, "sample_every": 0, "device": "cpu"}
-    few = distill(method="dmd2", **shared, out=str(tmp_path / "dmd2"))
+    few = distill(method="dmd2", **shared, out=str(tmp_path / "dmd2")).student
     sampler, student = load_student(few)
     denoiser = load_adapters(with_adapters / "adapter", sampler.denoiser)
     both = FewStepSampler(denoiser, sampler.levels)

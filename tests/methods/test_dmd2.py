@@ -141,7 +141,7 @@ def test_it_trains_every_parameterisation(
         out=str(tmp_path / "run"),
         sample_every=0,
         device="cpu",
-    )
+    ).student
     assert (folder / "model_index.json").is_file()
 
 

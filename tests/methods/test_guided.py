@@ -94,7 +94,7 @@ def test_it_trains_every_parameterisation_and_exports_a_stock_network(
     parameterization: str, tiny_teacher: Teachers, tmp_path: Path
 ) -> None:
     teacher = tiny_teacher(parameterization)
-    folder = distill(**options(teacher, tmp_path / "run", guidance_scale=3.0))
+    folder = distill(**options(teacher, tmp_path / "run", guidance_scale=3.0)).student
     plain, before = (UNet2DModel.from_pretrained(path, subfolder="unet") for path in (folder, teacher))
     assert plain.state_dict().keys() == before.state_dict().keys(), "the scale is folded into the class table"
     sampler, student = load_student(folder)
@@ -115,16 +115,16 @@ def test_it_trains_every_parameterisation_and_exports_a_stock_network(
 def test_stage_one_alone_a_fixed_scale_and_early_ends(
     changes: dict[str, Any], levels: int, tiny_teacher: Teachers, tmp_path: Path
 ) -> None:
-    sampler, _ = load_student(distill(**options(tiny_teacher("vp"), tmp_path / "run", **changes)))
+    sampler, _ = load_student(distill(**options(tiny_teacher("vp"), tmp_path / "run", **changes)).student)
     assert len(sampler.levels) == levels
 
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
     """Stopped inside a halving: its teacher and its optimizer are in the checkpoint."""
     shared: dict[str, Any] = {"guidance_steps": 2, "stage_steps": 3}
-    whole = distill(**options(tiny_teacher("vp"), tmp_path / "whole", steps=8, **shared))
+    whole = distill(**options(tiny_teacher("vp"), tmp_path / "whole", steps=8, **shared)).student
     distill(**options(tiny_teacher("vp"), tmp_path / "run", steps=6, **shared))
-    resumed = distill(resume=tmp_path / "run", steps=8)
+    resumed = distill(resume=tmp_path / "run", steps=8).student
     a, b = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

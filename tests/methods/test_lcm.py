@@ -14,8 +14,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffdistill import UserError, distill, load_teacher
-from diffdistill.commands.distill import export_run
+from diffdistill import UserError, distill, export, load_teacher
 from diffdistill.core.prediction import expand
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
@@ -206,7 +205,7 @@ def test_it_trains_every_parameterisation(
     parameterization: str, variant: dict[str, Any], tiny_teacher: Callable[[str], Path], tmp_path: Path
 ) -> None:
     teacher = tiny_teacher(parameterization)
-    folder = distill(**shared(teacher), **variant, steps=2, out=str(tmp_path / "run"))
+    folder = distill(**shared(teacher), **variant, steps=2, out=str(tmp_path / "run")).student
     stock = load_file(teacher / "unet/diffusion_pytorch_model.safetensors")
     assert load_file(folder / "unet/diffusion_pytorch_model.safetensors").keys() == stock.keys()
     assert load_teacher(folder).num_classes == 10
@@ -217,7 +216,7 @@ def test_the_exported_student_is_the_one_at_its_scale(tiny_teacher: Callable[[st
     """Of a student whose scale matters: the folder's samples are those of the method's sampler, to rounding."""
     options = {**shared(tiny_teacher("vp")), "student_lr": 1e-2, "ema": 0.0}
     run = tmp_path / "run"
-    folder = distill(**options, guidance_max=5.0, guidance_scale=2.0, student_steps=2, steps=6, out=str(run))
+    folder = distill(**options, guidance_max=5.0, guidance_scale=2.0, student_steps=2, steps=6, out=str(run)).student
     method = LCM(
         load_teacher(tiny_teacher("vp")),
         Config(ddim_steps=10, guidance_max=5.0, guidance_scale=2.0, student_steps=2),
@@ -254,7 +253,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a), name
     file = "unet/diffusion_pytorch_model.safetensors"
-    a, b = load_file(export_run(parts, out=tmp_path / "again") / file), load_file(parts / "student" / file)
+    a, b = load_file(export(parts, out=tmp_path / "again") / file), load_file(parts / "student" / file)
     assert all(torch.equal(a[key], b[key]) for key in a)
     if "lora_rank" in variant:
         base = load_file(tiny_teacher("vp") / file)

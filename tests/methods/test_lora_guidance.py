@@ -74,7 +74,7 @@ def test_it_trains_every_parameterisation_and_exports_a_stock_network(
     parameterization: str, steps: int, tiny_teacher: Teachers, tmp_path: Path
 ) -> None:
     teacher = tiny_teacher(parameterization)
-    folder = distill(**options(teacher, tmp_path / "run", sampling_steps=steps))
+    folder = distill(**options(teacher, tmp_path / "run", sampling_steps=steps)).student
     plain, before = (UNet2DModel.from_pretrained(path, subfolder="unet") for path in (folder, teacher))
     assert plain.state_dict().keys() == before.state_dict().keys()
     assert not all(torch.equal(a, b) for a, b in zip(plain.parameters(), before.parameters(), strict=True))
@@ -105,9 +105,9 @@ def test_only_lora_is_trained(tiny_teacher: Teachers) -> None:
 
 def test_a_resumed_run_on_trajectories_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
     shared: dict[str, Any] = {"data": None, "trajectories": True, "trajectory_steps": 4}
-    whole = distill(**options(tiny_teacher("vp"), tmp_path / "whole", steps=6, **shared))
+    whole = distill(**options(tiny_teacher("vp"), tmp_path / "whole", steps=6, **shared)).student
     distill(**options(tiny_teacher("vp"), tmp_path / "run", steps=3, **shared))
-    resumed = distill(resume=tmp_path / "run", steps=6)
+    resumed = distill(resume=tmp_path / "run", steps=6).student
     a, b = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

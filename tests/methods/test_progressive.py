@@ -91,11 +91,11 @@ def test_a_run_stopped_inside_either_stage_resumes_to_the_same_bits(
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
     teacher = tiny_teacher("vp")
-    whole = weights(distill(**options(teacher, out=str(tmp_path / "whole"))))
+    whole = weights(distill(**options(teacher, out=str(tmp_path / "whole"))).student)
     for stop in (2, 3, 5):
         run = tmp_path / f"stopped-{stop}"
         distill(**options(teacher, out=str(run), steps=stop))
-        resumed = weights(distill(resume=run, steps=6))
+        resumed = weights(distill(resume=run, steps=6).student)
         assert all(torch.equal(whole[k], resumed[k]) for k in whole), stop
 
 
@@ -104,7 +104,7 @@ def test_the_student_says_its_steps_and_starts_each_stage_anew(
 ) -> None:
     teacher = tiny_teacher("vp")
     for steps, levels in ((3, [999, 749, 499, 249]), (6, [999, 499])):
-        folder = distill(**options(teacher, steps=steps, out=str(tmp_path / str(steps))))
+        folder = distill(**options(teacher, steps=steps, out=str(tmp_path / str(steps)))).student
         sampler, _ = load_student(folder)
         assert list(sampler.levels) == levels and not sampler.renoise
     method = Progressive(load_teacher(teacher), Config(start_steps=8, stage_steps=3))
@@ -127,5 +127,7 @@ def test_a_student_that_predicts_noise_is_refused_with_the_reason(tmp_path: Path
 def test_it_trains_every_parameterisation(
     parameterization: str, tiny_teacher: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = distill(**options(tiny_teacher(parameterization), final_steps=1, steps=9, out=str(tmp_path / "run")))
+    folder = distill(
+        **options(tiny_teacher(parameterization), final_steps=1, steps=9, out=str(tmp_path / "run"))
+    ).student
     assert (folder / "model_index.json").is_file()

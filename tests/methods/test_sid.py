@@ -134,5 +134,5 @@ def test_it_trains_every_parameterisation(
         sample_every=0,
         device="cpu",
         **options,
-    )
+    ).student
     assert (folder / "model_index.json").is_file()

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffdistill import UserError, distill, load_teacher
-from diffdistill.commands.distill import export_run
+from diffdistill import UserError, distill, export, load_teacher
 from diffdistill.config import TrainConfig
 from diffdistill.core import guidance
 from diffdistill.core.losses import denoising_loss
@@ -159,7 +158,7 @@ def test_it_trains_every_parameterisation(
         out=str(tmp_path / "run"),
         sample_every=0,
         device="cpu",
-    )
+    ).student
     assert load_teacher(folder).num_classes == 10
 
 
@@ -184,7 +183,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     assert moved
     assert all("lora_" in name for name in moved)
-    again = export_run(parts, out=tmp_path / "again")
+    again = export(parts, out=tmp_path / "again")
     name = "unet/diffusion_pytorch_model.safetensors"
     a, b = load_file(again / name), load_file(parts / "student" / name)
     assert all(torch.equal(a[key], b[key]) for key in a)

@@ -18,8 +18,8 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffdistill import distill
 from diffdistill.commands.cli import main
-from diffdistill.commands.distill import distill
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, solve
 from diffdistill.core.prediction import diffuse

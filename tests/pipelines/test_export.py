@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffdistill import UserError, distill, load_student, load_teacher
-from diffdistill.commands.distill import export_run
+from diffdistill import UserError, distill, export, load_student, load_teacher
 from diffdistill.families import METADATA, local_folder
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.players.sampler import Sampler
@@ -86,7 +85,7 @@ def test_a_student_gives_the_same_images_in_stock_diffusers(
         sample_every=0,
         device="cpu",
         out=str(tmp_path / "run"),
-    )
+    ).student
     script = tmp_path / "stock.py"
     script.write_text(STOCK)
     done = subprocess.run(
@@ -112,28 +111,28 @@ def test_the_training_time_sampler_is_what_is_exported(tiny_teacher: Teachers, t
     folder = distill(
         teacher=str(tiny_teacher("vp")), steps=3, batch_size=4, student_lr=1e-2, update_ratio=1, ema=0.9,
         sample_every=0, device="cpu", out=str(run),
-    )  # fmt: skip
+    ).student  # fmt: skip
     exported = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     average = load_file(run / "checkpoints" / "step-00000003" / "average.safetensors")
     raw = load_file(run / "checkpoints" / "step-00000003" / "student.safetensors")
     assert all(torch.equal(exported[k.removeprefix("network.")], v) for k, v in average.items())
     assert not all(torch.equal(exported[k.removeprefix("network.")], v) for k, v in raw.items())
-    again = export_run(run, out=tmp_path / "again")
+    again = export(run, out=tmp_path / "again")
     other = load_file(again / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(exported[k], other[k]) for k in exported)
     with pytest.raises(UserError, match="step: no checkpoint at 7; there are 3"):
-        export_run(run, step=7)
+        export(run, step=7)
 
 
 def test_an_export_replaces_nothing_but_a_student(tiny_teacher: Teachers, tmp_path: Path) -> None:
     run, mine = tmp_path / "run", tmp_path / "mine"
     distill(teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(run))
     mine.mkdir()
-    export_run(run, out=mine)  # empty, and then a student
-    export_run(run, out=mine)
+    export(run, out=mine)  # empty, and then a student
+    export(run, out=mine)
     (mine / METADATA).unlink()
     with pytest.raises(UserError, match=r"out: '.*mine' exists and is not a folder with diffdistill.json"):
-        export_run(run, out=mine)
+        export(run, out=mine)
     assert (mine / "model_index.json").is_file()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -147,13 +146,13 @@ def test_the_run_of_another_teacher_is_refused(tiny_teacher: Teachers, tmp_path:
     shutil.rmtree(teacher)
     shutil.copytree(local_folder("digits"), teacher)
     with pytest.raises(UserError, match=r"checkpoint: .*step-00000001 is of another network"):
-        export_run(run)
+        export(run)
 
 
 def test_the_folder_says_how_it_was_made(tiny_teacher: Teachers, tmp_path: Path) -> None:
     folder = distill(
         teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(tmp_path / "run")
-    )
+    ).student
     card = (folder / "README.md").read_text()
     assert "2405.14867" in card and "from_pretrained" in card and "| student_lr | 1e-05 |" in card
     meta = json.loads((folder / METADATA).read_text())
@@ -182,7 +181,7 @@ def test_an_unconditional_student_of_a_folder_that_is_not_ours(kind: str, tmp_pa
         sample_every=0,
         device="cpu",
         out=str(tmp_path / "run"),
-    )
+    ).student
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     sampler, student = load_student(folder)
     ours = sampler(student.shape, {}, image_generators(3, range(2)))
@@ -207,11 +206,11 @@ def test_a_failed_export_leaves_the_last_one(
     import diffdistill.pipelines.export as export
 
     run = tmp_path / "run"
-    folder = distill(teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(run))
+    folder = distill(teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(run)).student
     before = (folder / "README.md").read_bytes()
     monkeypatch.setattr(export.json, "dumps", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
-        export_run(run)
+        export(run)
     assert (folder / "README.md").read_bytes() == before
     assert (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file()
     assert [p.name for p in run.iterdir() if p.name.startswith(".")] == []

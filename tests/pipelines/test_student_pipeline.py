@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffdistill import distill
 from diffdistill.commands.cli import main
-from diffdistill.commands.distill import distill
 from diffdistill.data.encoded import encode
 from diffdistill.eval.models import Wanted, open_model
 from tests import tiny_a, tiny_b

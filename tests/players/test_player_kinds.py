@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffdistill import distill, export
 from diffdistill.catalogue import describe_method, method_names
 from diffdistill.commands.cli import main
-from diffdistill.commands.distill import distill, export_run
 from diffdistill.config import run_options
 from diffdistill.core.prediction import ROWS
 from diffdistill.data.batches import batches
@@ -127,7 +127,7 @@ def test_the_stranger_gets_the_students_images(
             with pytest.raises(UserError, match="needs images too"):
                 distill(**options)
             continue
-        student = distill(**options)
+        student = distill(**options).student
         image = ours(run, cond, shape)
         if method not in before:  # both kinds begin as the teacher
             before[method] = ours(run, cond, shape, trained=False)
@@ -160,7 +160,7 @@ def test_a_lora_student_of_pixels_is_exported_as_it_was_trained(tmp_path: Path) 
     tiny_a.unet2d_ddim().save_pretrained(folder)
     adapters = {"lora": "student,fake_score", "lora_rank": 2, "lora_alpha": 6.0, "student_lr": 0.1}
     shared = {"teacher": str(folder), "batch_size": 2, "steps": 2, "sample_every": 0, "device": "cpu"}
-    student = distill(method="sid", **shared, **adapters, out=str(run))
+    student = distill(method="sid", **shared, **adapters, out=str(run)).student
     pipeline = DiffusionPipeline.from_pretrained(student)
     pipeline.set_progress_bar_config(disable=True)
     told = {"num_inference_steps": 1, "output_type": "np", "generator": torch.Generator().manual_seed(3)}
@@ -204,13 +204,13 @@ def test_checkpointed_activations_give_the_same_gradients_and_a_resumed_run_the_
 ) -> None:
     folder, prompts = encoded("sd3")
     options = options_for(folder, prompts, "sd3", "dmd2", kind) | {"steps": 3}
-    whole = distill(**options, out=str(tmp_path / "whole"))
-    spared = distill(**options, out=str(tmp_path / "spared"), gradient_checkpointing=True)
+    whole = distill(**options, out=str(tmp_path / "whole")).student
+    spared = distill(**options, out=str(tmp_path / "spared"), gradient_checkpointing=True).student
     distill(**(options | {"steps": 1}), out=str(tmp_path / "run"))
-    resumed = distill(resume=tmp_path / "run", steps=3)
+    resumed = distill(resume=tmp_path / "run", steps=3).student
     file = "transformer/diffusion_pytorch_model.safetensors"
     expected = load_file(whole / file)
-    for other, limit in ((spared, 1e-6), (resumed, 0.0), (export_run(tmp_path / "run", out=tmp_path / "again"), 0.0)):
+    for other, limit in ((spared, 1e-6), (resumed, 0.0), (export(tmp_path / "run", out=tmp_path / "again"), 0.0)):
         got = load_file(other / file)
         assert got.keys() == expected.keys()
         assert max(float((got[k] - expected[k]).abs().max()) for k in got) <= limit
@@ -262,7 +262,7 @@ def test_every_method_runs_with_both_kinds_or_says_why_not(
             distill(**options, out=str(tmp_path / "run"))
         return
     before = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
-    student = distill(**options, out=str(tmp_path / "run"))
+    student = distill(**options, out=str(tmp_path / "run")).student
     after = load_file(student / "unet/diffusion_pytorch_model.safetensors")
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[k], after[k]) for k in before)
@@ -282,7 +282,7 @@ def test_a_full_student_is_a_single_file_too(encoded: Callable[[str], tuple[Path
     from diffusers import UNet2DConditionModel
 
     folder, prompts = encoded("sd_v")
-    student = distill(**options_for(folder, prompts, "sd_v", "progressive", "full"), out=str(tmp_path / "run"))
+    student = distill(**options_for(folder, prompts, "sd_v", "progressive", "full"), out=str(tmp_path / "run")).student
     file = student / "unet/diffusion_pytorch_model.safetensors"
     network = UNet2DConditionModel.from_single_file(str(file), config=str(student), subfolder="unet")
     kept = load_file(file)
@@ -298,9 +298,9 @@ def test_moments_in_eight_bits_resume_to_the_same_bits(
         with pytest.raises(UserError, match="optimizer: adamw8bit needs the package bitsandbytes"):
             distill(**options, out=str(tmp_path / "run"))
         return
-    whole = distill(**options, out=str(tmp_path / "whole"))
+    whole = distill(**options, out=str(tmp_path / "whole")).student
     distill(**(options | {"steps": 1}), out=str(tmp_path / "run"))
-    resumed = distill(resume=tmp_path / "run", steps=3)
+    resumed = distill(resume=tmp_path / "run", steps=3).student
     a, b = (load_file(s / "unet/diffusion_pytorch_model.safetensors") for s in (whole, resumed))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -324,7 +324,7 @@ def test_a_bf16_teacher_with_float32_adapters(encoded: Callable[[str], tuple[Pat
     assert {p.dtype for p in game.method.players["student"].parameters()} == {torch.float32}
     for precision in ("bf16", "no"):
         given = options | {"teacher_dtype": "bfloat16", "mixed_precision": precision, "sample_every": 1}
-        student = distill(**given, out=str(tmp_path / precision))
+        student = distill(**given, out=str(tmp_path / precision)).student
         weights = load_file(student / "lora/pytorch_lora_weights.safetensors")
         assert weights and all(bool(value.isfinite().all()) for value in weights.values())
     # What is exported is the base and the adapter, not their sum in bf16, which would round the adapter away.
@@ -388,7 +388,7 @@ def test_a_student_that_is_told_the_scale_takes_it_from_the_stock_pipeline(
     for other in METHODS["progressive"]:
         options.pop(other)
     options |= {"guidance_min": 1.0, "guidance_max": 3.0, "guidance_scale": 2.0, "student_lr": 0.1}
-    student = distill(**options, out=str(tmp_path / "run"))
+    student = distill(**options, out=str(tmp_path / "run")).student
     call = json.loads((student / "diffdistill.json").read_text())["call"]
     data = open_encoded(prompts)
     pipeline = DiffusionPipeline.from_pretrained(student)
@@ -410,7 +410,7 @@ def test_a_student_of_a_level_inside_the_chain_starts_there_in_the_stock_pipelin
 
     folder, prompts = encoded("stable_diffusion")
     options = options_for(folder, prompts, "stable_diffusion", "sid", "full") | {"student_level": 750}
-    student = distill(**options, out=str(tmp_path / "run"))
+    student = distill(**options, out=str(tmp_path / "run")).student
     pipeline = DiffusionPipeline.from_pretrained(student)
     call = json.loads((student / "diffdistill.json").read_text())["call"]
     told = call | {"generator": torch.Generator().manual_seed(3), "output_type": "latent"}
