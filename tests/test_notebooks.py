@@ -11,7 +11,13 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-PICTURES = {"first_steps": 2, "text_to_image": 3, "what_methods_do": 8, "write_your_own_method": 1}
+PICTURES = {
+    "first_steps": 2,
+    "text_to_image": 3,
+    "what_methods_do": 8,
+    "write_your_own_method": 1,
+    "your_own_network": 1,
+}
 WITHOUT_PAIRS = ("diff_instruct", "dmd2", "sid", "sim")
 
 
@@ -41,7 +47,18 @@ def what_methods_do(printed: str) -> None:
     assert all(got > limit for got, limit in zip(table["before training"], limits, strict=True))
 
 
-SAYS: dict[str, Callable[[str], None]] = {"first_steps": first_steps, "what_methods_do": what_methods_do}
+def your_own_network(printed: str) -> None:
+    """The student's one step is far better than the teacher's, and loads again as it was."""
+    off = {name: float(value) for name, value in re.findall(r"^(\w+, \d+ steps?): (\S+)$", printed, re.MULTILINE)}
+    assert off["teacher, 32 steps"] < 0.02 and off["student, 1 step"] < off["teacher, 1 step"] / 3
+    assert "greatest difference: 0.0\n" in printed
+
+
+SAYS: dict[str, Callable[[str], None]] = {
+    "first_steps": first_steps,
+    "what_methods_do": what_methods_do,
+    "your_own_network": your_own_network,
+}
 
 
 @pytest.mark.slow
