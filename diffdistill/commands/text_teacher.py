@@ -150,8 +150,8 @@ class TextTeacher:
         vae.requires_grad_(False).eval()
         with torch.no_grad():
             parts = torch.arange(len(data)).split(128)
-            found = [vae.encode(data.get(part).images.to(accelerator.device)).latent_dist.mode() for part in parts]
-            self.latents = torch.cat(found)
+            latents = [vae.encode(data.get(part).images.to(accelerator.device)).latent_dist.mode() for part in parts]
+            self.latents = torch.cat(latents)
             factor = round(1 / float(self.latents.std()), 6)
             vae.register_to_config(scaling_factor=factor)
             self.latents *= factor

@@ -311,8 +311,8 @@ def eight_bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        wanted = "needs the package bitsandbytes; pip install 'diffdistill[eight_bit]', or use adamw"
-        raise UserError(f"optimizer: adamw8bit {wanted}") from None
+        needs = "needs the package bitsandbytes; pip install 'diffdistill[eight_bit]', or use adamw"
+        raise UserError(f"optimizer: adamw8bit {needs}") from None
     return AdamW8bit
 
 

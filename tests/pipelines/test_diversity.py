@@ -69,9 +69,9 @@ def students(root: Path, teachers: Folders) -> Folders:
             encode(**settings, prompts=str(root / "prompts.txt"), out=str(prompts))
         if not out.exists():
             distill(
-                **settings, prompts=str(prompts), method="dmd2", update_ratio=1, student_steps=steps, student=kind,
-                fake_score=kind, adapter_rank=2, student_lr=1e-2, batch_size=2, steps=2, sample_every=0, device="cpu",
-                out=str(out),
+                **settings, prompts=str(prompts), method="dmd2", update_ratio=1, student_steps=steps, lora_rank=2,
+                lora="student,fake_score" if kind == "lora" else None, student_lr=1e-2, batch_size=2, steps=2,
+                sample_every=0, device="cpu", out=str(out),
             )  # fmt: skip
         return out / "student"
 
