@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffdistill.catalogue import MethodInfo
 from diffdistill.families import FAMILIES, Family
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import FILE
@@ -12,6 +11,7 @@ from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.lora import LoraNetwork
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
+from diffdistill.training.recipe import Recipe
 
 
 def student_call(teacher: Teacher, sampler: Sampler) -> dict[str, Any]:
@@ -21,9 +21,35 @@ def student_call(teacher: Teacher, sampler: Sampler) -> dict[str, Any]:
     return call if scale is None else call | {"guidance_scale": scale}
 
 
-def model_card(info: MethodInfo, options: dict[str, Any], teacher: Teacher, sampler: Sampler, step: int) -> str:
+def own_card(info: Recipe, options: dict[str, Any], teacher: Teacher, sampler: Sampler, step: int) -> str:
+    """README.md of a student whose network diffusers does not know."""
+    return f"""---
+tags: [diffusion, distillation, diffdistill, {info.name}]
+---
+# A {len(sampler.levels)}-step student of {teacher.source}
+
+Distilled with diffdistill by {info.name} ({info.about.paper}), {step} steps. The shape of a sample is
+{tuple(teacher.shape)}.
+
+```python
+from diffdistill import load_student
+from diffdistill.rng import image_generators
+
+sampler, student = load_student("FOLDER", network={teacher.source}(...))  # of the teacher's class, with any weights
+samples = sampler(student.shape, conditions, image_generators(0, range(16)))
+```
+
+{_table(options)}
+"""
+
+
+def _table(options: dict[str, Any]) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in options.items())
+    return f"| option | value |\n|---|---|\n{rows}"
+
+
+def model_card(info: Recipe, options: dict[str, Any], teacher: Teacher, sampler: Sampler, step: int) -> str:
     """README.md of a student: teacher, method, settings, and the lines that load it."""
-    settings = "\n".join(f"| {name} | {value} |" for name, value in options.items())
     levels = ", ".join(f"{level:g}" for level in sampler.levels)
     steps, network = len(sampler.levels), sampler.denoiser.network
     entry = FAMILIES.get(teacher.family, FAMILIES["unet2d"])
@@ -53,9 +79,7 @@ images = pipeline({call}).{_output(call)}
 (timestep or sigma) are {levels}. diffdistill need not be installed. Image i of `diffdistill sample --seed S` is
 that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
 
-| option | value |
-|---|---|
-{settings}
+{_table(options)}
 """
 
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from diffdistill.families import (
     parts_of,
     write_record,
 )
+from diffdistill.families._own import own_record, save_weights
 from diffdistill.files import atomic_folder
 from diffdistill.pipelines.shipped import adapted_pipeline
 from diffdistill.pipelines.shipped.student_pipeline import FILE, pipeline_file
@@ -35,6 +37,7 @@ from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.guidance_adapters import write_adapters
 from diffdistill.players.lora import LoraNetwork, lora_weights
 from diffdistill.players.scale_input import plain_network
+from diffdistill.players.teacher import Teacher
 
 
 @contextmanager
@@ -77,6 +80,18 @@ def save_pipeline(
         if isinstance(network, LoraNetwork) and entry.loads_lora:
             layers = {f"{entry.component}_lora_layers": lora_weights(network)}
             stock.save_lora_weights(partial / "lora", **layers)
+    return folder
+
+
+def save_network(folder: Path, teacher: Teacher, network: nn.Module, record: StudentRecord, card: str) -> Path:
+    """Write a student whose network diffusers does not know: weights, record and card, whole or not at all.
+
+    Raises UserError for a student with adapters, whose pipeline would have to be diffusers'.
+    """
+    if isinstance(network, AdaptedNetwork):
+        raise UserError("export: a student with guidance adapters needs a teacher that diffusers knows")
+    with pipeline_folder(folder, replace(record, own_network=own_record(teacher)), card) as partial:
+        save_weights(network, partial)
     return folder
 
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffdistill.config import ExportConfig
-from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.families import local_folder
-from diffdistill.pipelines.card import model_card, own_card, student_call
+from diffdistill.pipelines.card import model_card, own_card
 from diffdistill.pipelines.export import other_parts, save_network, save_pipeline
+from diffdistill.pipelines.record import new_student_record
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.training.assemble import Game, load_run
@@ -69,24 +69,12 @@ def parts_bytes(game: Game) -> int:
 def export_student(game: Game, folder: Path, step: int) -> Path:
     """Save the student as it stands: as a diffusers folder, or weights and a record if diffusers lacks its network."""
     sampler, teacher, options = game.method.sampler(), game.teacher, game.options()
-    metadata: dict[str, Any] = {
-        "levels": list(sampler.levels),
-        "renoise": sampler.renoise,
-        "num_classes": teacher.num_classes,
-        "null_class": teacher.num_classes if teacher.denoiser.null is not None else None,
-        "teacher": teacher.source,
-        "method": game.recipe.name,
-        "step": step,
-        "options": options,
-        "environment": environment(),
-    }
+    size = {"resolution": game.config.resolution, "frames": game.config.frames}
+    size = size if game.encoded is None else game.encoded.size
+    record = new_student_record(game.recipe.name, options, teacher, sampler, step, **size)
     network = sampler.denoiser.network
     if game.family is None:
-        return save_network(folder, teacher, network, metadata, own_card(game.recipe, options, teacher, sampler, step))
-    if game.family.autoencoder is not None:
-        size = {"resolution": game.config.resolution, "frames": game.config.frames}
-        metadata |= size if game.encoded is None else game.encoded.size
-        metadata["call"] = student_call(teacher, sampler)
+        return save_network(folder, teacher, network, record, own_card(game.recipe, options, teacher, sampler, step))
     card = model_card(game.recipe, options, teacher, sampler, step)
     scheduler = student_scheduler(teacher, sampler)
-    return save_pipeline(folder, teacher.family, network, scheduler, metadata, card, teacher.source)
+    return save_pipeline(folder, teacher.family, network, scheduler, record, card, teacher.source)

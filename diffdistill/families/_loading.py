@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from diffdistill.errors import UserError, first_line
 from diffdistill.families._family import Config, Source, diffusers_class, read_json
+from diffdistill.families._own import load_own
 from diffdistill.families._record import METADATA, Record, StudentRecord, TeacherRecord, read_record
 from diffdistill.families._registry import family_of
 from diffdistill.players.guidance_adapters import load_adapters
@@ -27,7 +29,7 @@ _EMBEDDED = {"digits": Path(__file__).parent / "assets" / "digits-teacher"}
 
 
 def load_teacher(
-    path_or_hub_id: str | Path,
+    path_or_hub_id: str | PathLike[str],
     *,
     null_class: int | None = None,
     resolution: int | None = None,
@@ -40,7 +42,7 @@ def load_teacher(
     says it itself. `resolution` and `frames` choose the samples' size where the family has more than one. Only the
     network is loaded, and only safetensors are read. Raises UserError for whatever cannot be used.
     """
-    folder = local_folder(str(path_or_hub_id))
+    folder = local_folder(fspath(path_or_hub_id))
     family, index = family_of(folder)
     record = read_record(folder)
     scale = None
@@ -51,7 +53,7 @@ def load_teacher(
     scheduler = _with_defaults(read_json(folder / "scheduler" / "scheduler_config.json"))
     network = _load_model(diffusers_class(family.network), folder / family.component, dtype)
     source = Source(folder, index, scheduler, null_class, scale, resolution, frames)
-    teacher = replace(family.teacher(network, source), source=str(path_or_hub_id))
+    teacher = replace(family.teacher(network, source), family=family.name, source=fspath(path_or_hub_id))
     if family.conditions == "text":
         height, width = family.pixels(folder, teacher.shape)
         teacher = replace(teacher, size={"height": height, "width": width} | teacher.size)
@@ -175,14 +177,24 @@ def is_student(path_or_hub_id: str | Path) -> bool:
     return isinstance(record_of(path_or_hub_id), StudentRecord)
 
 
-def load_student(path_or_hub_id: str | Path) -> tuple[Sampler, Teacher]:
+def load_student(
+    path_or_hub_id: str | PathLike[str], network: nn.Module | Teacher | None = None
+) -> tuple[Sampler, Teacher]:
     """A student's sampler from an exported folder, and its shape and classes as a Teacher.
 
-    Raises UserError if the folder was not exported by diffdistill.
+    `network`: of a student whose network diffusers does not know, a module of the same class, or the teacher that it
+    was distilled from; the weights are loaded into a copy. Raises UserError if the folder was not exported by
+    diffdistill, or is of another network.
     """
-    record = student_record(path_or_hub_id)
-    described = load_teacher(path_or_hub_id, resolution=record.resolution, frames=record.frames)
-    adapters = local_folder(str(path_or_hub_id)) / "adapter"
+    name = fspath(path_or_hub_id)
+    record, folder = student_record(name), local_folder(name)
+    if record.own_network is not None:
+        described = load_own(folder, record.own_network, network, record.num_classes)
+    elif network is not None:
+        raise UserError(f"network: {name!r} is a pipeline of diffusers; leave the network out")
+    else:
+        described = load_teacher(name, resolution=record.resolution, frames=record.frames)
+    adapters = folder / "adapter"
     if adapters.is_dir():
         described = replace(described, denoiser=load_adapters(adapters, described.denoiser))
     return Sampler(described.denoiser, record.levels, STEPS[record.move]), described

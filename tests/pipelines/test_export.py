@@ -203,12 +203,14 @@ def test_levels_that_no_stock_scheduler_has_are_refused(tiny_teacher: Teachers) 
 def test_a_failed_export_leaves_the_last_one(
     tiny_teacher: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import diffdistill.pipelines.export as export
+    import diffdistill.pipelines.export as writing
 
     run = tmp_path / "run"
-    folder = distill(teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(run)).student
+    folder = distill(
+        teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(run)
+    ).student
     before = (folder / "README.md").read_bytes()
-    monkeypatch.setattr(export.json, "dumps", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(writing.json, "dumps", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
         export(run)
     assert (folder / "README.md").read_bytes() == before
