@@ -15,7 +15,7 @@ from diffdistill.exact.analytic import AffinePerAngle, gaussian_teacher
 from diffdistill.exact.checks import Check, differs, equal, gradient
 from diffdistill.methods.progressive import Config, Progressive
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.halving import two_step_target, weighted_x0_loss
+from diffdistill.scaffold import halving
 
 # How it is trained in the plane, where its student must reach the limits of exact/plane.py.
 PLANE = {
@@ -48,7 +48,7 @@ def verify() -> Iterator[Check]:
     for i, name in ((0, "pure noise"), (2, "the middle"), (6, "the last step")):
         x_t = torch.randn(16, 2, generator=draw, dtype=torch.float64)
         t, mid, r = angles(grid[i]), angles(grid[i + 1]), angles(grid[i + 2])
-        target = two_step_target(teacher.denoiser, x_t, t, mid, r, {})
+        target = halving.two_step_target(teacher.denoiser, x_t, t, mid, r, {})
         landed = (torch.sin(r)[:, None] * x_t + torch.sin(t - r)[:, None] * target) / torch.sin(t)[:, None]
         closed = torch.cos(r)[:, None] * mu + slope(grid[i], grid[i + 1]) * slope(grid[i + 1], grid[i + 2]) * (
             x_t - torch.cos(t)[:, None] * mu
@@ -77,7 +77,7 @@ def verify() -> Iterator[Check]:
         current = method.first if stage == 0 else method.previous
         for i in range(0, 8, stride):
             t, mid, r = (grid[j].expand(64) for j in (i, i + stride // 2, i + stride))
-            wanted = two_step_target(current, x_t, t, mid, r, {})
+            wanted = halving.two_step_target(current, x_t, t, mid, r, {})
             network.fit(i, x_t, wanted)
             loss = method.halve(current, x_t, t, mid, r, {}).loss
             slopes = gradient(loss, network.slope, network.offset)
@@ -106,14 +106,14 @@ def verify() -> Iterator[Check]:
     yield equal(
         "SNR + 1 is the squared error in v",
         (v - v_aim).square().mean(),
-        weighted_x0_loss(x0, aim, t, weights.weight),
+        halving.weighted_x0_loss(x0, aim, t, weights.weight),
         1e-12,
     )
     for angle in (0.6, 1.2):
         t = torch.full((64,), angle, dtype=torch.float64)
         eps, eps_aim = ((x_t - torch.cos(t)[:, None] * y) / torch.sin(t)[:, None] for y in (x0, aim))
         larger = torch.maximum((x0 - aim).square().mean(), (eps - eps_aim).square().mean())
-        got = weighted_x0_loss(x0, aim, t, "truncated_snr")
+        got = halving.weighted_x0_loss(x0, aim, t, "truncated_snr")
         yield equal(f"truncated SNR is the larger of the errors in x0 and eps, t = {angle}", larger, got, 1e-12)
     vp = DiscreteVP.from_config({"beta_schedule": "squaredcos_cap_v2"})
     coarse, fine = sampling_grid(vp, 8), sampling_grid(vp, 16)
