@@ -46,12 +46,12 @@ REAL_STARTS, REAL_TARGET = HalvingMethod._starts, halving.two_step_target
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the scale is w": (guided, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s + 1)),
     "no guidance": (guided, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s**0)),
-    "the student is told w": (
+    "the student gets w": (
         GuidedDistillation,
         "input_of",
         lambda self, scale: Extra(scale - 1),
     ),
-    "the student is not told the scale": (
+    "the student gets another scale": (
         GuidedDistillation,
         "input_of",
         lambda self, scale: Extra(torch.full_like(scale, 2.0)),
