@@ -21,7 +21,6 @@ from diffdistill.core.prediction import ROWS, Prediction
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
-from diffdistill.methods import adapter_guidance
 from diffdistill.methods.adapter_guidance import AdapterGuidance, Config
 from diffdistill.methods.checks import adapter_guidance as checks
 from diffdistill.methods.checks.adapter_guidance import verify
@@ -30,6 +29,7 @@ from diffdistill.players.guidance_adapters import adapted, load_adapters, new_ad
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
+from diffdistill.scaffold import imitating
 from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Batch
 
@@ -69,16 +69,16 @@ def default_scale(self: AdaptedNetwork, x: Tensor, time: Tensor, **kwargs: Any) 
 REAL_START, REAL_ADVANCE = GuidedChains._start, GuidedChains.advance
 REAL_CORRECTIONS, REAL_FORWARD = GuidanceAdapters.forward, AdaptedNetwork.forward
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "the target's scale is w": (adapter_guidance, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s + 1)),
+    "the target's scale is w": (imitating, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s + 1)),
     "the student's scale is w": (GuidanceAdapters, "forward", off_by_one),
     "the student does not see the scale": (AdaptedNetwork, "forward", default_scale),
     "the target is the conditional output": (
-        adapter_guidance,
+        imitating,
         "guide",
         lambda d, x, t, c, s: guide(d, x, t, c, torch.ones_like(s)),
     ),
     "the conditions are swapped": (
-        adapter_guidance,
+        imitating,
         "guide",
         lambda d, x, t, c, s: guide(d, x, t, {k: v - 1 for k, v in c.items()}, s),
     ),
@@ -210,7 +210,7 @@ def trained(method: AdapterGuidance, teacher: Teacher, steps: int, lr: float) ->
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
-        method.student_turn(batch_of(teacher, 64, step)).loss.backward()
+        method.on_trajectories(batch_of(teacher, 64, step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -260,7 +260,7 @@ def test_one_guided_call_and_one_pass_a_step(tiny_teacher: Teachers) -> None:
     teacher.denoiser.network.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
     for step in range(6):
         cond = {"class_labels": torch.arange(8)}
-        method.student_turn(Batch(8, teacher.shape, cond, None, torch.device("cpu"), (0, step, 0)))
+        method.on_trajectories(Batch(8, teacher.shape, cond, None, torch.device("cpu"), (0, step, 0)))
     # The first batch leads chains to steps 1, 2 and 3: six of them, four, two; each guided.
     assert calls == [12, 8, 4] + [16, 8] * 6
 
@@ -370,7 +370,7 @@ def test_a_plain_network_is_corrected_at_its_output(kind: str) -> None:
     teacher = Teacher(Denoiser(MLP().double(), TrigFlow(), ROWS["v_prediction"], null=null), (2,), 3)
     method = AdapterGuidance(teacher, Config(adapter=kind, trajectory_steps=4))  # type: ignore[arg-type]
     batch = Batch(6, (2,), {"class_labels": torch.arange(6) % 3}, None, torch.device("cpu"), (0, 0, 0))
-    loss = method.student_turn(batch).loss
+    loss = method.on_trajectories(batch).loss
     loss.backward()
     grads = [p.grad for p in method.student.parameters() if p.requires_grad and p.grad is not None]
     assert loss.dtype == torch.float64 and any(bool(g.abs().sum() > 0) for g in grads)

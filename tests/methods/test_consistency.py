@@ -20,6 +20,7 @@ from diffdistill.methods import consistency
 from diffdistill.methods.checks.consistency import verify
 from diffdistill.methods.consistency import Config, Consistency, Step
 from diffdistill.players.sampler import DDIM, Sampler
+from diffdistill.scaffold import following
 from diffdistill.scaffold.method import Batch
 
 Teachers = Callable[[str], Path]
@@ -42,7 +43,8 @@ def swapped(self: Consistency, x_t: Tensor, x_r: Tensor, interval: Step, *rest: 
 def with_gradient(self: Consistency, x_r: Tensor, r: Tensor, cond: Any) -> Tensor:
     """The target's own prediction, through the student, with no boundary in its way."""
     inside = (r > self.end)[:, None]
-    return torch.where(inside, self.student(x_r, r, cond).x0, REAL["target_x0"](self, x_r, r, cond))
+    with torch.enable_grad():
+        return torch.where(inside, self.student(x_r, r, cond).x0, REAL["target_x0"](self, x_r, r, cond))
 
 
 def no_boundary(self: Consistency, x_r: Tensor, r: Tensor, cond: Any) -> Tensor:
@@ -98,7 +100,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
         "pseudo_huber",
         lambda x, y, c: per_sample_mean(torch.sqrt((x - y).square() + c**2) - c),
     ),
-    "each pass drops its own units": (consistency, "seeded", lambda *_: contextlib.nullcontext()),
+    "each pass drops its own units": (following, "seeded", lambda *_: contextlib.nullcontext()),
 }
 
 

@@ -17,13 +17,13 @@ from diffdistill.core.guidance import guide
 from diffdistill.core.prediction import Prediction
 from diffdistill.exact.analytic import class_gaussians_teacher, gaussian_teacher
 from diffdistill.exact.checks import run_checks
-from diffdistill.methods import lora_guidance
 from diffdistill.methods.checks.lora_guidance import verify
 from diffdistill.methods.lora_guidance import Config, LoRAGuidance
 from diffdistill.players.lora import LoraSettings
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
+from diffdistill.scaffold import imitating
 from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Batch
 
@@ -34,16 +34,18 @@ def test_every_exact_check_holds() -> None:
     assert [c for c in run_checks(verify) if not c.ok] == []
 
 
-def not_detached(self: LoRAGuidance, x_t: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Prediction]:
+def not_detached(
+    self: LoRAGuidance, x_t: Tensor, t: Tensor, cond: Any, scale: Tensor | None = None
+) -> tuple[Tensor, Prediction]:
     target = guide(self.student, x_t, t, cond, torch.full_like(t, self.config.guidance_scale))
     return (self.student(x_t, t, cond).y - target.y).square().mean(), target
 
 
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "the scale is w": (lora_guidance, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s + 1)),
-    "no guidance": (lora_guidance, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s**0)),
+    "the scale is w": (imitating, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s + 1)),
+    "no guidance": (imitating, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s**0)),
     "the target follows the student": (LoRAGuidance, "imitation", not_detached),
-    "all times are alike": (lora_guidance, "native_uniform", lambda s, n, g: torch.full((n,), 1.0).double()),
+    "all times are alike": (imitating, "native_uniform", lambda s, n, g: torch.full((n,), 1.0).double()),
     "all chains at the beginning": (
         GuidedChains,
         "_start",
