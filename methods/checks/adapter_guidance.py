@@ -74,12 +74,12 @@ def verify() -> Iterator[Check]:
         var = cos**2 * unequal**2 + sin**2
         slope = sin / var[label] - sin / var[-1]
         offset = -sin * cos * (means[label] / var[label] - means[-1] / var[-1])
-        wanted = (a - 1) ** 2 * (slope**2 + offset**2).mean() / cos**2
+        closed = (a - 1) ** 2 * (slope**2 + offset**2).mean() / cos**2
         method, out = _additive(means, unequal)
         loss, _ = method.imitation(x, angle, cond, scale)
-        yield equal(f"at zero init the loss is (a - 1)^2 E|eps_c - eps_u|^2, {name}", wanted, loss, 1e-12, scale=1e-2)
+        yield equal(f"at zero init the loss is (a - 1)^2 E|eps_c - eps_u|^2, {name}", closed, loss, 1e-12, scale=1e-2)
         off_by_one, _ = method.imitation(x, angle, cond, scale + 1)
-        yield differs(f"... where w = a - 1 taken for a is caught, {name}", wanted, off_by_one, 1e-6)
+        yield differs(f"... where w = a - 1 taken for a is caught, {name}", closed, off_by_one, 1e-6)
 
         with torch.no_grad():
             out.bias.copy_(offset / cos)  # the mean correction, the best that does not look at x

@@ -56,102 +56,125 @@ def _at_scale(scale: Tensor, network: nn.Module, x: Tensor, time: Tensor, cond: 
     return network(x, time, **cond, guidance_scale=scale)
 
 
-def verify() -> Iterator[Check]:
-    """Section 5.2's sanity items, on a class and "no class" of one variance: guidance is affine there."""
+class _Plane:
+    """A class and "no class" of one variance: guidance is affine there. 64 points, each with its own scale."""
+
     means, std = torch.tensor([[0.7, -0.4], [-1.1, 0.6]]).double(), torch.tensor([0.5, 1.3]).double()
-    teacher, n = class_gaussians_teacher(means, std), 64
-    schedule = teacher.denoiser.schedule
-    grid, draw = student_grid(schedule, 8), torch.Generator().manual_seed(0)
-    x_t = torch.randn(n, 2, generator=draw, dtype=torch.float64)
-    scale, cond = 1 + 4 * torch.rand(n, generator=draw, dtype=torch.float64), {"class_labels": torch.zeros(n).long()}
-    aim = means[1] + scale[:, None] * (means[0] - means[1])  # guided, the class is a Gaussian of this mean
+    n = 64
 
-    def gain(t: Tensor) -> Tensor:
+    def __init__(self) -> None:
+        self.teacher, draw = class_gaussians_teacher(self.means, self.std), torch.Generator().manual_seed(0)
+        self.grid = student_grid(self.teacher.denoiser.schedule, 8)
+        self.x_t = torch.randn(self.n, 2, generator=draw, dtype=torch.float64)
+        self.scale = 1 + 4 * torch.rand(self.n, generator=draw, dtype=torch.float64)
+        self.cond = {"class_labels": torch.zeros(self.n).long()}
+        # Guided, the class is a Gaussian of this mean.
+        self.aim = self.means[1] + self.scale[:, None] * (self.means[0] - self.means[1])
+
+    def gain(self, t: Tensor) -> Tensor:
         """rho in x0 = m + rho (x_t - cos(t) m)."""
-        return torch.cos(t) * std**2 / (torch.cos(t) ** 2 * std**2 + torch.sin(t) ** 2)
+        return torch.cos(t) * self.std**2 / (torch.cos(t) ** 2 * self.std**2 + torch.sin(t) ** 2)
 
-    def landed(x: Tensor, first: int, last: int, stride: int = 1) -> Tensor:
+    def landed(self, first: int, last: int, stride: int = 1) -> Tensor:
         """Where guided DDIM steps over the grid end: each is affine, with the factor k about the mean."""
-        for t, s in pairwise(grid[first : last + 1 : stride]):
-            k = torch.cos(s) * gain(t) + torch.sin(s) * (1 - torch.cos(t) * gain(t)) / torch.sin(t)
-            x = torch.cos(s) * aim + k * (x - torch.cos(t) * aim)
+        x = self.x_t
+        for t, s in pairwise(self.grid[first : last + 1 : stride]):
+            k = torch.cos(s) * self.gain(t) + torch.sin(s) * (1 - torch.cos(t) * self.gain(t)) / torch.sin(t)
+            x = torch.cos(s) * self.aim + k * (x - torch.cos(t) * self.aim)
         return x
 
-    def method_of(**options: object) -> tuple[GuidedDistillation, _PerNode]:
-        network = _PerNode(grid, 2)
+    def method(self, **options: object) -> tuple[GuidedDistillation, _PerNode]:
+        """The method with a student of nothing, and the student's network."""
+        network, schedule = _PerNode(self.grid, 2), self.teacher.denoiser.schedule
         student = Denoiser(network, schedule, ROWS["sample"], extra_call=scale_by_keyword(call_by_keyword))
         config = Config(**{"start_steps": 8, "guidance_steps": 1, "stage_steps": 1} | options)  # type: ignore[arg-type]
-        return GuidedDistillation(teacher, config, student=student), network
+        return GuidedDistillation(self.teacher, config, student=student), network
 
-    method, network = method_of()
+
+def verify() -> Iterator[Check]:
+    """Section 5.2's sanity items, on a class and "no class" of one variance."""
+    plane = _Plane()
+    method, network = plane.method()
     for i in range(8):
-        t, node = grid[i], torch.full((n,), i)
-        exact = aim + gain(t) * (x_t - torch.cos(t) * aim)
-        loss = method.one_pass(x_t, grid[node], cond, scale).loss
-        weight = torch.clamp(torch.tan(t) ** -2, min=1)
-        yield equal(f"stage one's loss of a student of nothing, node {i}", (weight * exact**2).mean(), loss, 1e-12)
-        off = gradient(method.one_pass(x_t, grid[node], cond, scale + 1).loss, network.weights)
-        network.fit(i, x_t, scale, exact)
-        loss = method.one_pass(x_t, grid[node], cond, scale).loss
-        yield equal(f"zero at x_w, node {i}", 0.0, loss, 1e-20, scale=1.0)
-        at_optimum = gradient(loss, network.weights)
-        yield equal(f"... and its gradient, node {i}", 0.0, at_optimum, 1e-9, scale=1.0)
-        yield differs(f"... which is not zero elsewhere, node {i}", 0.0, off, 1e-3)
-        plain = teacher.denoiser(x_t, grid[node], cond).x0
-        with torch.no_grad():
-            guided_x0 = method.student(x_t, grid[node], cond, method.input_of(scale)).x0
-            shifted = method.student(x_t, grid[node], cond, method.input_of(scale - 1)).x0
-        null = teacher.denoiser(x_t, grid[node], {"class_labels": cond["class_labels"] + 1}).x0
-        w = (scale - 1)[:, None]
-        yield equal(f"x_w = (1 + w) x_c - w x_u, node {i}", (1 + w) * plain - w * null, guided_x0, 1e-9)
-        yield differs(f"w given for a is caught, node {i}", guided_x0, shifted, 1e-3)
-        across = (guided_x0 - plain) / w
-        yield equal(f"x_w - x_c is linear in w, node {i}", across.mean(0).expand(n, 2), across, 1e-6)
-
-    # The whole of stage two: at the optimum of each halving, the student is two steps of the one before.
+        yield from _one_pass(plane, method, network, i)
     for stage in range(3):
-        method.after_step(stage)
-        stride = 2 << stage
-        (turn,) = method.turns(stage + 1)
-        yield equal(f"halving {stage + 1} starts a new optimizer", 1.0, float(turn.restart), 0.0)
-        yield equal(f"... at the full learning rate, halving {stage + 1}", 1.0, turn.lr_factor, 0.0)
-        for i in range(0, 8, stride):
-            t, s = grid[i], grid[i + stride]
-            end = landed(x_t, i, i + stride)
-            wanted = (torch.sin(t) * end - torch.sin(s) * x_t) / torch.sin(t - s)
-            angles = [grid[k].expand(n) for k in (i, i + stride // 2, i + stride)]
-            half = partial(method.halve, method.previous, x_t, *angles, cond, method.input_of(scale))
-            before = half().loss
-            yield differs(f"halving {stage + 1} has something to learn, node {i}", 0.0, before, 1e-9)
-            network.fit(i, x_t, scale, wanted)
-            loss = half().loss
-            slopes = gradient(loss, network.weights)
-            yield equal(f"loss at {stride} guided steps in one, node {i}", 0.0, loss, 1e-18, scale=1.0)
-            yield equal(f"... and its gradient, node {i}", 0.0, slopes, 1e-8, scale=1.0)
-        batch = Batch(n, (2,), cond, x_t, torch.device("cpu"), (0, stage, 0))
-        whole = turn.loss(batch).loss
-        yield equal(f"... and of a whole turn of halving {stage + 1}", 0.0, whole, 1e-18, scale=1.0)
-        method.after_step(stage + 1)
-        sampler = method.sampler()
-        yield equal(f"steps after halving {stage + 1}", 8 // stride, len(sampler.levels), 0.0)
-        fixed = Denoiser(network, schedule, ROWS["sample"], call=partial(_at_scale, scale))
-        fixed_sampler = Sampler(fixed, sampler.levels, sampler.step)
-        x, t = fixed_sampler.input_at(len(sampler.levels) - 1, x_t, cond, lambda j: x_t * torch.nan)
-        made = fixed(x, t, cond).x0
-        yield equal(f"{8 // stride} steps are eight guided DDIM steps", landed(x_t, 0, 8), made, 1e-8)
-        coarse = landed(x_t, 0, 8, stride)
-        yield differs(f"... and not {8 // stride} guided DDIM steps", coarse, made, 1e-3)
+        yield from _halving(plane, method, network, stage)
+    yield from _scales_and_rates(plane)
 
-    for options in ({"guidance_min": 2.0, "guidance_max": 4.0}, {"guidance_min": 1.0, "guidance_max": 1.5}):
-        method, network = method_of(**options)
-        low, high = options.values()
+
+def _one_pass(plane: _Plane, method: GuidedDistillation, network: _PerNode, i: int) -> Iterator[Check]:
+    """Stage one at a node of the grid: a student of nothing, which is then fitted."""
+    x_t, scale, cond = plane.x_t, plane.scale, plane.cond
+    t, angles = plane.grid[i], plane.grid[torch.full((plane.n,), i)]
+    exact = plane.aim + plane.gain(t) * (x_t - torch.cos(t) * plane.aim)
+    loss = method.one_pass(x_t, angles, cond, scale).loss
+    weight = torch.clamp(torch.tan(t) ** -2, min=1)
+    yield equal(f"stage one's loss of a student of nothing, node {i}", (weight * exact**2).mean(), loss, 1e-12)
+    off = gradient(method.one_pass(x_t, angles, cond, scale + 1).loss, network.weights)
+    network.fit(i, x_t, scale, exact)
+    loss = method.one_pass(x_t, angles, cond, scale).loss
+    yield equal(f"zero at x_w, node {i}", 0.0, loss, 1e-20, scale=1.0)
+    at_optimum = gradient(loss, network.weights)
+    yield equal(f"... and its gradient, node {i}", 0.0, at_optimum, 1e-9, scale=1.0)
+    yield differs(f"... which is not zero elsewhere, node {i}", 0.0, off, 1e-3)
+    plain = plane.teacher.denoiser(x_t, angles, cond).x0
+    with torch.no_grad():
+        guided_x0 = method.student(x_t, angles, cond, method.input_of(scale)).x0
+        shifted = method.student(x_t, angles, cond, method.input_of(scale - 1)).x0
+    null = plane.teacher.denoiser(x_t, angles, {"class_labels": cond["class_labels"] + 1}).x0
+    w = (scale - 1)[:, None]
+    yield equal(f"x_w = (1 + w) x_c - w x_u, node {i}", (1 + w) * plain - w * null, guided_x0, 1e-9)
+    yield differs(f"w given for a is caught, node {i}", guided_x0, shifted, 1e-3)
+    across = (guided_x0 - plain) / w
+    yield equal(f"x_w - x_c is linear in w, node {i}", across.mean(0).expand(plane.n, 2), across, 1e-6)
+
+
+def _halving(plane: _Plane, method: GuidedDistillation, network: _PerNode, stage: int) -> Iterator[Check]:
+    """At the optimum of each halving of stage two, the student is two steps of the one before."""
+    grid, n, x_t, scale, cond = plane.grid, plane.n, plane.x_t, plane.scale, plane.cond
+    method.after_step(stage)
+    stride = 2 << stage
+    (turn,) = method.turns(stage + 1)
+    yield equal(f"halving {stage + 1} starts a new optimizer", 1.0, float(turn.restart), 0.0)
+    yield equal(f"... at the full learning rate, halving {stage + 1}", 1.0, turn.lr_factor, 0.0)
+    for i in range(0, 8, stride):
+        t, s = grid[i], grid[i + stride]
+        x0 = (torch.sin(t) * plane.landed(i, i + stride) - torch.sin(s) * x_t) / torch.sin(t - s)
+        angles = [grid[k].expand(n) for k in (i, i + stride // 2, i + stride)]
+        half = partial(method.halve, method.previous, x_t, *angles, cond, method.input_of(scale))
+        before = half().loss
+        yield differs(f"halving {stage + 1} has something to learn, node {i}", 0.0, before, 1e-9)
+        network.fit(i, x_t, scale, x0)
+        loss = half().loss
+        slopes = gradient(loss, network.weights)
+        yield equal(f"loss at {stride} guided steps in one, node {i}", 0.0, loss, 1e-18, scale=1.0)
+        yield equal(f"... and its gradient, node {i}", 0.0, slopes, 1e-8, scale=1.0)
+    batch = Batch(n, (2,), cond, x_t, torch.device("cpu"), (0, stage, 0))
+    whole = turn.loss(batch).loss
+    yield equal(f"... and of a whole turn of halving {stage + 1}", 0.0, whole, 1e-18, scale=1.0)
+    method.after_step(stage + 1)
+    sampler = method.sampler()
+    yield equal(f"steps after halving {stage + 1}", 8 // stride, len(sampler.levels), 0.0)
+    fixed = Denoiser(network, method.schedule, ROWS["sample"], call=partial(_at_scale, scale))
+    fixed_sampler = Sampler(fixed, sampler.levels, sampler.step)
+    x, t = fixed_sampler.input_at(len(sampler.levels) - 1, x_t, cond, lambda j: x_t * torch.nan)
+    made = fixed(x, t, cond).x0
+    yield equal(f"{8 // stride} steps are eight guided DDIM steps", plane.landed(0, 8), made, 1e-8)
+    coarse = plane.landed(0, 8, stride)
+    yield differs(f"... and not {8 // stride} guided DDIM steps", coarse, made, 1e-3)
+
+
+def _scales_and_rates(plane: _Plane) -> Iterator[Check]:
+    """The scales that are drawn, the learning rates and the new optimizers."""
+    for low, high in ((2.0, 4.0), (1.0, 1.5)):
+        method, _ = plane.method(guidance_min=low, guidance_max=high)
         drawn = method.scales(Batch(4096, (2,), {}, None, torch.device("cpu"), (0, 0, 0)))
         ends = torch.stack([drawn.min(), drawn.mean(), drawn.max()])
         yield equal(f"scales from {low} to {high}", torch.tensor([low, (low + high) / 2, high]), ends, 0.01)
-    method, _ = method_of(guidance_steps=4, stage_steps=2, final_steps=2)
+    method, _ = plane.method(guidance_steps=4, stage_steps=2, final_steps=2)
     turns = [method.turns(step)[0] for step in range(9)]
     rates = torch.tensor([1, 0.75, 0.5, 0.25, 1, 0.5, 1, 0.5, 0])
     yield equal("learning rates of the stages", rates, torch.tensor([turn.lr_factor for turn in turns]), 1e-12)
     restarts = [step for step, turn in enumerate(turns) if turn.restart]
     yield equal("new optimizers", 0.0, float(restarts != [4, 6]), 0.0)
-    yield equal("stage one alone goes on", 1.0, method_of(final_steps=8)[0].turns(10**6)[0].lr_factor, 0.0)
+    yield equal("stage one alone goes on", 1.0, plane.method(final_steps=8)[0].turns(10**6)[0].lr_factor, 0.0)

@@ -15,7 +15,7 @@ from diffdistill.exact.analytic import AffinePerAngle, gaussian_teacher
 from diffdistill.exact.checks import Check, differs, equal, gradient
 from diffdistill.methods.progressive import Config, Progressive
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.halving import two_step_target, weighted_x0_loss
+from diffdistill.scaffold import halving
 
 # How it is trained in the plane, where its student must reach the limits of exact/plane.py.
 PLANE = {
@@ -29,29 +29,39 @@ PLANE = {
 }
 
 
+MU, S = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
+
+
 def verify() -> Iterator[Check]:
     """Appendix B row 5 and section 5.1's sanity items, on a Gaussian: every DDIM step is affine there."""
-    mu, s = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
-    teacher = gaussian_teacher(mu.tolist(), s)
-    schedule = teacher.denoiser.schedule
-    grid = sampling_grid(schedule, 8)
+    teacher = gaussian_teacher(MU.tolist(), S)
+    grid = sampling_grid(teacher.denoiser.schedule, 8)
     draw = torch.Generator().manual_seed(0)
+    yield from _targets(teacher, grid, draw)
+    x_t = torch.randn(64, 2, generator=draw, dtype=torch.float64)
+    yield from _stages(teacher, grid, x_t, torch.randn(64, 2, generator=draw, dtype=torch.float64))
+    yield from _order(teacher)
+    yield from _weights(x_t, *torch.randn(2, 64, 2, generator=draw, dtype=torch.float64))
+    vp = DiscreteVP.from_config({"beta_schedule": "squaredcos_cap_v2"})
+    coarse, fine = sampling_grid(vp, 8), sampling_grid(vp, 16)
+    yield equal("a student's grid is every second point of its teacher's", coarse, fine[::2], 0.0)
 
-    def slope(t: Tensor, r: Tensor) -> Tensor:
-        """k in x_r - cos(r) mu = k (x_t - cos(t) mu) for one DDIM step with the exact denoiser."""
-        rho = torch.cos(t) * s**2 / (torch.cos(t) ** 2 * s**2 + torch.sin(t) ** 2)
-        return torch.cos(r) * rho + torch.sin(r) * (1 - torch.cos(t) * rho) / torch.sin(t)
 
-    def angles(value: Tensor) -> Tensor:
-        return value.expand(16)
+def _slope(t: Tensor, r: Tensor) -> Tensor:
+    """k in x_r - cos(r) mu = k (x_t - cos(t) mu) for one DDIM step with the exact denoiser."""
+    rho = torch.cos(t) * S**2 / (torch.cos(t) ** 2 * S**2 + torch.sin(t) ** 2)
+    return torch.cos(r) * rho + torch.sin(r) * (1 - torch.cos(t) * rho) / torch.sin(t)
 
+
+def _targets(teacher: Teacher, grid: Tensor, draw: torch.Generator) -> Iterator[Check]:
+    """One step with the target lands where two of the teacher's do."""
     for i, name in ((0, "pure noise"), (2, "the middle"), (6, "the last step")):
         x_t = torch.randn(16, 2, generator=draw, dtype=torch.float64)
-        t, mid, r = angles(grid[i]), angles(grid[i + 1]), angles(grid[i + 2])
-        target = two_step_target(teacher.denoiser, x_t, t, mid, r, {})
+        t, mid, r = (grid[j].expand(16) for j in (i, i + 1, i + 2))
+        target = halving.two_step_target(teacher.denoiser, x_t, t, mid, r, {})
         landed = (torch.sin(r)[:, None] * x_t + torch.sin(t - r)[:, None] * target) / torch.sin(t)[:, None]
-        closed = torch.cos(r)[:, None] * mu + slope(grid[i], grid[i + 1]) * slope(grid[i + 1], grid[i + 2]) * (
-            x_t - torch.cos(t)[:, None] * mu
+        closed = torch.cos(r)[:, None] * MU + _slope(grid[i], grid[i + 1]) * _slope(grid[i + 1], grid[i + 2]) * (
+            x_t - torch.cos(t)[:, None] * MU
         )
         yield equal(f"one step with the target lands where two exact steps land, from {name}", closed, landed, 1e-12)
         x0_once = teacher.denoiser(x_t, t, {}).x0
@@ -65,56 +75,57 @@ def verify() -> Iterator[Check]:
                 1e-12,
             )
 
-    # An affine student per node can follow exactly: the loss reaches zero in every stage, and the last student
-    # is the product of all the teacher's factors.
+
+def _stages(teacher: Teacher, grid: Tensor, x_t: Tensor, z: Tensor) -> Iterator[Check]:
+    """An affine student per node can follow exactly: the loss reaches zero in every stage.
+
+    The last student is the product of all the teacher's factors.
+    """
     network = AffinePerAngle(grid, 2)
-    student = Denoiser(network, schedule, ROWS["sample"])
+    student = Denoiser(network, teacher.denoiser.schedule, ROWS["sample"])
     stages = Teacher(teacher.denoiser, (2,), None, start=student)
     method = Progressive(stages, Config(start_steps=8, final_steps=1, stage_steps=1), student=student)
-    x_t = torch.randn(64, 2, generator=draw, dtype=torch.float64)
     for stage in range(3):
         stride = 2 << stage
         current = method.first if stage == 0 else method.previous
         for i in range(0, 8, stride):
             t, mid, r = (grid[j].expand(64) for j in (i, i + stride // 2, i + stride))
-            wanted = two_step_target(current, x_t, t, mid, r, {})
-            network.fit(i, x_t, wanted)
+            network.fit(i, x_t, halving.two_step_target(current, x_t, t, mid, r, {}))
             loss = method.halve(current, x_t, t, mid, r, {}).loss
             slopes = gradient(loss, network.slope, network.offset)
             yield equal(f"loss at the optimum, stage {stage + 1}, node {i}", 0.0, loss, 1e-20, scale=1.0)
             yield equal(f"its gradient there, stage {stage + 1}, node {i}", 0.0, slopes, 1e-10, scale=1.0)
         method.after_step(stage)
-    z = torch.randn(64, 2, generator=draw, dtype=torch.float64)
-    product = torch.stack([slope(grid[i], grid[i + 1]) for i in range(8)]).prod(0)
-    closed = mu + product * (z - torch.cos(grid[0]) * mu)
+    product = torch.stack([_slope(grid[i], grid[i + 1]) for i in range(8)]).prod(0)
+    closed = MU + product * (z - torch.cos(grid[0]) * MU)
     got = method.sampler().one_step(z, {})
     yield equal("three stages from 8 steps: the product of eight DDIM factors", closed, got, 1e-10)
     yield equal("and its sampler makes one step", 1.0, float(len(method.sampler().levels)), 0.0)
-    exact = mu + s * z
-    yield differs("which is not yet the exact flow", exact, got, 1e-3)
-    order = []
-    for steps in (64, 128):
-        fine = sampling_grid(schedule, steps)
-        factors = torch.stack([slope(fine[i], fine[i + 1]) for i in range(steps)]).prod(0)
-        order.append((factors - s).norm())
-    yield equal("that error halves with twice the starting steps", 2.0, order[0] / order[1], 0.05)
+    yield differs("which is not yet the exact flow", MU + S * z, got, 1e-3)
 
-    weights = Config(weight="snr_plus_one")
+
+def _order(teacher: Teacher) -> Iterator[Check]:
+    errors = []
+    for steps in (64, 128):
+        fine = sampling_grid(teacher.denoiser.schedule, steps)
+        factors = torch.stack([_slope(fine[i], fine[i + 1]) for i in range(steps)]).prod(0)
+        errors.append((factors - S).norm())
+    yield equal("that error halves with twice the starting steps", 2.0, errors[0] / errors[1], 0.05)
+
+
+def _weights(x_t: Tensor, x0: Tensor, aim: Tensor) -> Iterator[Check]:
+    """The two weights of the error in x0, as errors in v and in eps."""
     t = torch.full((64,), 0.6, dtype=torch.float64)
-    x0, aim = torch.randn(2, 64, 2, generator=draw, dtype=torch.float64)
     v, v_aim = ((torch.cos(t)[:, None] * x_t - y) / torch.sin(t)[:, None] for y in (x0, aim))
     yield equal(
         "SNR + 1 is the squared error in v",
         (v - v_aim).square().mean(),
-        weighted_x0_loss(x0, aim, t, weights.weight),
+        halving.weighted_x0_loss(x0, aim, t, "snr_plus_one"),
         1e-12,
     )
     for angle in (0.6, 1.2):
         t = torch.full((64,), angle, dtype=torch.float64)
         eps, eps_aim = ((x_t - torch.cos(t)[:, None] * y) / torch.sin(t)[:, None] for y in (x0, aim))
         larger = torch.maximum((x0 - aim).square().mean(), (eps - eps_aim).square().mean())
-        got = weighted_x0_loss(x0, aim, t, "truncated_snr")
+        got = halving.weighted_x0_loss(x0, aim, t, "truncated_snr")
         yield equal(f"truncated SNR is the larger of the errors in x0 and eps, t = {angle}", larger, got, 1e-12)
-    vp = DiscreteVP.from_config({"beta_schedule": "squaredcos_cap_v2"})
-    coarse, fine = sampling_grid(vp, 8), sampling_grid(vp, 16)
-    yield equal("a student's grid is every second point of its teacher's", coarse, fine[::2], 0.0)

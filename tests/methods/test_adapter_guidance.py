@@ -21,15 +21,15 @@ from diffdistill.core.prediction import ROWS, Prediction
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
-from diffdistill.methods import adapter_guidance
 from diffdistill.methods.adapter_guidance import AdapterGuidance, Config
 from diffdistill.methods.checks import adapter_guidance as checks
 from diffdistill.methods.checks.adapter_guidance import verify
 from diffdistill.players.adapter_networks import AdaptedNetwork, GuidanceAdapters
 from diffdistill.players.guidance_adapters import adapted, load_adapters, new_adapters, save_adapters
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
+from diffdistill.scaffold import imitating
 from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Batch
 
@@ -69,16 +69,16 @@ def default_scale(self: AdaptedNetwork, x: Tensor, time: Tensor, **kwargs: Any) 
 REAL_START, REAL_ADVANCE = GuidedChains._start, GuidedChains.advance
 REAL_CORRECTIONS, REAL_FORWARD = GuidanceAdapters.forward, AdaptedNetwork.forward
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "the target's scale is w": (adapter_guidance, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s + 1)),
+    "the target's scale is w": (imitating, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s + 1)),
     "the student's scale is w": (GuidanceAdapters, "forward", off_by_one),
     "the student does not see the scale": (AdaptedNetwork, "forward", default_scale),
     "the target is the conditional output": (
-        adapter_guidance,
+        imitating,
         "guide",
         lambda d, x, t, c, s: guide(d, x, t, c, torch.ones_like(s)),
     ),
     "the conditions are swapped": (
-        adapter_guidance,
+        imitating,
         "guide",
         lambda d, x, t, c, s: guide(d, x, t, {k: v - 1 for k, v in c.items()}, s),
     ),
@@ -88,7 +88,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the sampler adds noise": (
         AdapterGuidance,
         "sampler",
-        lambda self: FewStepSampler(self.student, self.schedule.levels(self.config.sampling_steps).tolist()),
+        lambda self: Sampler(self.student, self.schedule.levels(self.config.sampling_steps).tolist()),
     ),
     "training does not begin at the base": (nn.init, "zeros_", lambda tensor: tensor),
 }
@@ -170,7 +170,7 @@ def test_the_export_gives_the_same_images_in_stock_diffusers(
         ours = sampler(student.shape, {"class_labels": labels, **cond}, image_generators(0, range(8)))
         assert torch.allclose(ours.clamp(-1, 1), stock[name] * 2 - 1, rtol=0, atol=1e-4), name
     base = load_teacher(teacher)
-    plain = FewStepSampler(base.denoiser, sampler.levels, renoise=False)
+    plain = Sampler(base.denoiser, sampler.levels, DDIM())
     unguided = plain(base.shape, {"class_labels": labels}, image_generators(0, range(8)))
     assert torch.allclose(unguided.clamp(-1, 1), stock["off"] * 2 - 1, rtol=0, atol=1e-4)
     assert not torch.allclose(stock["default"], stock["off"], atol=1e-3), "the adapters do something"
@@ -212,7 +212,7 @@ def trained(method: AdapterGuidance, teacher: Teacher, steps: int, lr: float) ->
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
-        method.student_turn(batch_of(teacher, 64, step)).loss.backward()
+        method.on_trajectories(batch_of(teacher, 64, step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -226,9 +226,9 @@ def test_trained_adapters_follow_the_guided_trajectory_of_gaussians(kind: str) -
     z = torch.randn(200, 2, dtype=torch.float64)
     cond, scale = {"class_labels": torch.arange(200) % 2}, 1 + 5 * torch.rand(200).double()
     grid = method.chains.grid
-    wanted, plain = z, z
+    guided, plain = z, z
     for t, s in zip(grid[:-1].expand(200, -1).T, grid[1:].expand(200, -1).T, strict=True):
-        wanted = guide(teacher.denoiser, wanted, t, cond, scale).at(s)
+        guided = guide(teacher.denoiser, guided, t, cond, scale).at(s)
         plain = teacher.denoiser(plain, t, cond).at(s)
 
     def error() -> float:
@@ -236,7 +236,7 @@ def test_trained_adapters_follow_the_guided_trajectory_of_gaussians(kind: str) -
         with torch.no_grad():
             x, t = method.sampler().input_at(9, z, cond_a, lambda j: z)
             made = method.student(x, t, cond_a).x0
-        return float((made - wanted).norm() / (plain - wanted).norm())
+        return float((made - guided).norm() / (plain - guided).norm())
 
     assert error() == pytest.approx(1)
     trained(method, teacher, 400, 1e-2)
@@ -262,7 +262,7 @@ def test_one_guided_call_and_one_pass_a_step(tiny_teacher: Teachers) -> None:
     teacher.denoiser.network.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
     for step in range(6):
         cond = {"class_labels": torch.arange(8)}
-        method.student_turn(Batch(8, teacher.shape, cond, None, torch.device("cpu"), (0, step, 0)))
+        method.on_trajectories(Batch(8, teacher.shape, cond, None, torch.device("cpu"), (0, step, 0)))
     # The first batch leads chains to steps 1, 2 and 3: six of them, four, two; each guided.
     assert calls == [12, 8, 4] + [16, 8] * 6
 
@@ -290,7 +290,7 @@ def class_teacher() -> Teacher:
 def test_adapters_are_small_and_saved_apart(kind: str, tmp_path: Path) -> None:
     teacher = load_teacher("digits")
     network = teacher.denoiser.network
-    preset = describe_method("adapter_guidance").presets["digits"]
+    preset = describe_method("adapter_guidance").presets["digits"].options
     adapters = new_adapters(teacher, kind, 12, str(preset["adapted_layers"]))
     denoiser = adapted(teacher.denoiser, adapters, 2.0)
     with torch.no_grad():
@@ -303,8 +303,8 @@ def test_adapters_are_small_and_saved_apart(kind: str, tmp_path: Path) -> None:
     x, t = torch.randn(4, 1, 8, 8), torch.linspace(0.1, 1.5, 4).double()
     cond = {"class_labels": torch.arange(4)}
     with torch.no_grad():
-        for given in (cond, cond | {"guidance_scale": torch.tensor([1.0, 2.0, 3.0, 4.0])}):
-            assert torch.equal(loaded(x, t, given).y, denoiser(x, t, given).y)
+        for both in (cond, cond | {"guidance_scale": torch.tensor([1.0, 2.0, 3.0, 4.0])}):
+            assert torch.equal(loaded(x, t, both).y, denoiser(x, t, both).y)
         off = loaded(x, t, cond | {"guidance_scale": torch.ones(4)}).y
         assert torch.equal(off, teacher.denoiser(x, t, cond).y)
         assert not torch.equal(loaded(x, t, cond).y, off)
@@ -313,7 +313,7 @@ def test_adapters_are_small_and_saved_apart(kind: str, tmp_path: Path) -> None:
 
 def test_the_digits_preset_adds_less_than_five_per_cent() -> None:
     teacher = load_teacher("digits")
-    preset = describe_method("adapter_guidance").presets["digits"]
+    preset = describe_method("adapter_guidance").presets["digits"].options
     adapters = new_adapters(teacher, *(preset[k] for k in ("adapter", "adapter_width", "adapted_layers")))  # type: ignore[arg-type]
     size = sum(p.numel() for p in teacher.denoiser.parameters())
     assert 0.02 * size < sum(p.numel() for p in adapters.parameters()) < 0.05 * size
@@ -326,7 +326,7 @@ def test_adapters_go_on_a_student_of_few_steps_and_on_nothing_else(tiny_teacher:
     few = distill(method="dmd2", **shared, out=str(tmp_path / "dmd2")).student
     sampler, student = load_student(few)
     denoiser = load_adapters(with_adapters / "adapter", sampler.denoiser)
-    both = FewStepSampler(denoiser, sampler.levels)
+    both = Sampler(denoiser, sampler.levels)
     cond, draw = {"class_labels": torch.arange(4)}, image_generators(0, range(4))
     alone = sampler(student.shape, cond, image_generators(0, range(4)))
     assert not torch.equal(both(student.shape, cond, draw), alone)
@@ -372,14 +372,14 @@ def test_a_plain_network_is_corrected_at_its_output(kind: str) -> None:
     teacher = Teacher(Denoiser(MLP().double(), TrigFlow(), ROWS["v_prediction"], null=null), (2,), 3)
     method = AdapterGuidance(teacher, Config(adapter=kind, trajectory_steps=4))  # type: ignore[arg-type]
     batch = Batch(6, (2,), {"class_labels": torch.arange(6) % 3}, None, torch.device("cpu"), (0, 0, 0))
-    loss = method.student_turn(batch).loss
+    loss = method.on_trajectories(batch).loss
     loss.backward()
     grads = [p.grad for p in method.student.parameters() if p.requires_grad and p.grad is not None]
     assert loss.dtype == torch.float64 and any(bool(g.abs().sum() > 0) for g in grads)
 
 
 def test_what_cannot_be_used_is_refused() -> None:
-    with pytest.raises(UserError, match=r"guidance_min: 4.0 must not be more than guidance_max \(2.0\)"):
+    with pytest.raises(UserError, match=r"guidance_min: 4.0 must be at most guidance_max \(2.0\)"):
         AdapterGuidance(class_teacher(), Config(guidance_min=4.0, guidance_max=2.0))
     with pytest.raises(UserError, match="guidance needs a class-conditional teacher with a null class"):
         AdapterGuidance(gaussian_teacher([0.0], 1.0), Config())

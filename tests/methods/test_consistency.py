@@ -18,7 +18,9 @@ from diffdistill.core.times import karras_grid
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import consistency
 from diffdistill.methods.checks.consistency import verify
-from diffdistill.methods.consistency import Config, Consistency
+from diffdistill.methods.consistency import Config, Consistency, Step
+from diffdistill.players.sampler import DDIM, Sampler
+from diffdistill.scaffold import following
 from diffdistill.scaffold.method import Batch
 
 Teachers = Callable[[str], Path]
@@ -30,18 +32,19 @@ def test_every_exact_check_holds() -> None:
     assert sum(c.name.startswith("product of the step factors") for c in checks) == 4
 
 
-def at_the_same_time(self: Consistency, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, *rest: Any, **kw: Any) -> Any:
-    return REAL["consistency"](self, x_t, x_r, t, t, *rest, **kw)
+def at_the_same_time(self: Consistency, x_t: Tensor, x_r: Tensor, interval: Step, *rest: Any, **kw: Any) -> Any:
+    return REAL["following"](self, x_t, x_r, Step(interval.t, interval.t), *rest, **kw)
 
 
-def swapped(self: Consistency, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, *rest: Any, **kw: Any) -> Any:
-    return REAL["consistency"](self, x_r, x_t, r, t, *rest, **kw)
+def swapped(self: Consistency, x_t: Tensor, x_r: Tensor, interval: Step, *rest: Any, **kw: Any) -> Any:
+    return REAL["following"](self, x_r, x_t, Step(interval.r, interval.t), *rest, **kw)
 
 
 def with_gradient(self: Consistency, x_r: Tensor, r: Tensor, cond: Any) -> Tensor:
     """The target's own prediction, through the student, with no boundary in its way."""
     inside = (r > self.end)[:, None]
-    return torch.where(inside, self.student(x_r, r, cond).x0, REAL["target_x0"](self, x_r, r, cond))
+    with torch.enable_grad():
+        return torch.where(inside, self.student(x_r, r, cond).x0, REAL["target_x0"](self, x_r, r, cond))
 
 
 def no_boundary(self: Consistency, x_r: Tensor, r: Tensor, cond: Any) -> Tensor:
@@ -53,10 +56,10 @@ def unscaled_boundary(self: Consistency, x_r: Tensor, r: Tensor, cond: Any) -> T
     return torch.where((r > self.end)[:, None], REAL["target_x0"](self, x_r, r, cond), x_r)
 
 
-def other_noise(self: Consistency, x_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, r: Tensor, cond: Any) -> Tensor:
+def other_noise(self: Consistency, x_t: Tensor, x0: Tensor, eps: Tensor, interval: Step, cond: Any) -> Tensor:
     if self.from_teacher:
-        return REAL["less_noisy"](self, x_t, x0, eps, t, r, cond)
-    return diffuse(x0, r, eps.roll(1, 0))
+        return REAL["less_noisy"](self, x_t, x0, eps, interval, cond)
+    return diffuse(x0, interval.r, eps.roll(1, 0))
 
 
 def fast_average(self: Consistency, step: int) -> None:
@@ -66,11 +69,11 @@ def fast_average(self: Consistency, step: int) -> None:
 
 
 REAL = {
-    name: getattr(Consistency, name) for name in ("consistency", "target_x0", "less_noisy", "sampler", "easy_partner")
+    name: getattr(Consistency, name) for name in ("following", "target_x0", "less_noisy", "sampler", "easy_partner")
 }
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "the target is read at t": (Consistency, "consistency", at_the_same_time),
-    "the gradient goes through the less noisy point": (Consistency, "consistency", swapped),
+    "the target is read at t": (Consistency, "following", at_the_same_time),
+    "the gradient goes through the less noisy point": (Consistency, "following", swapped),
     "the target gets a gradient": (Consistency, "target_x0", with_gradient),
     "no boundary": (Consistency, "target_x0", no_boundary),
     "the boundary is not in the scale of x0": (Consistency, "target_x0", unscaled_boundary),
@@ -80,7 +83,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the sampler is deterministic": (
         Consistency,
         "sampler",
-        lambda self: type(REAL["sampler"](self))(self.student, REAL["sampler"](self).levels, renoise=False),
+        lambda self: Sampler(self.student, REAL["sampler"](self).levels, DDIM()),
     ),
     "N(k) without its + 1": (
         consistency,
@@ -97,7 +100,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
         "pseudo_huber",
         lambda x, y, c: per_sample_mean(torch.sqrt((x - y).square() + c**2) - c),
     ),
-    "each pass drops its own units": (consistency, "seeded", lambda *_: contextlib.nullcontext()),
+    "each pass drops its own units": (following, "seeded", lambda *_: contextlib.nullcontext()),
 }
 
 
@@ -141,7 +144,7 @@ def test_the_first_point_is_where_the_sampler_starts(parameterization: str, grid
     assert len(points) == 10
     assert float(points[0]) == float(method.schedule.angle(method.sampler().levels[0]))
     draw = Batch(64, (1, 8, 8), {}, torch.zeros(64, 1, 8, 8), torch.device("cpu"), (0, 3, 0))
-    t, r = method.times(3, draw)
+    t, r = method.interval(3, draw)
     drawn = [int((points == a).nonzero()) for a in t]
     assert set(drawn) == set(range(9))
     assert torch.equal(r, points[torch.tensor(drawn) + 1])
@@ -150,7 +153,7 @@ def test_the_first_point_is_where_the_sampler_starts(parameterization: str, grid
 def test_easy_draws_its_times_from_the_log_normal_distribution(tiny_teacher: Teachers) -> None:
     method = Consistency(load_teacher(tiny_teacher("edm")), Config(mode="easy"))
     batch = Batch(4000, (1, 8, 8), {}, torch.zeros(1), torch.device("cpu"), (0, 0, 0))
-    t, r = method.times(0, batch)
+    t, r = method.interval(0, batch)
     log_sigma = torch.log(0.5 * torch.tan(t))
     assert abs(float(log_sigma.mean()) + 1.1) < 0.1
     assert abs(float(log_sigma.std()) - 2.0) < 0.1

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffdistill import UserError, distill, load_student, load_teacher
-from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.denoiser import Denoiser, Extra
 from diffdistill.core.guidance import guide
 from diffdistill.core.ode import ddim_step
 from diffdistill.core.prediction import ROWS
@@ -20,10 +20,11 @@ from diffdistill.exact.checks import run_checks
 from diffdistill.methods import guided
 from diffdistill.methods.checks.guided import verify
 from diffdistill.methods.guided import Config, GuidedDistillation
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
-from diffdistill.scaffold.halving import Halving
+from diffdistill.scaffold import halving
+from diffdistill.scaffold.halving import Halving, HalvingMethod
 from diffdistill.scaffold.method import Batch, Turn
 
 Teachers = Callable[[str], Path]
@@ -41,38 +42,38 @@ def landing_point(teacher: Any, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, 
     return ddim_step(teacher, ddim_step(teacher, x_t, t, mid, cond), mid, s, cond).detach()
 
 
-REAL_STARTS, REAL_TARGET = GuidedDistillation.starts, guided.two_step_target
+REAL_STARTS, REAL_TARGET = HalvingMethod._starts, halving.two_step_target
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the scale is w": (guided, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s + 1)),
     "no guidance": (guided, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s**0)),
-    "the student is told w": (
+    "the student gets w": (
         GuidedDistillation,
-        "given",
-        lambda self, cond, scale: cond | {"guidance_scale": scale - 1},
+        "input_of",
+        lambda self, scale: Extra(scale - 1),
     ),
-    "the student is not told the scale": (
+    "the student gets another scale": (
         GuidedDistillation,
-        "given",
-        lambda self, cond, scale: cond | {"guidance_scale": torch.full_like(scale, 2.0)},
+        "input_of",
+        lambda self, scale: Extra(torch.full_like(scale, 2.0)),
     ),
     "no weight": (guided, "weighted_x0_loss", lambda x0, target, t, weight: (x0 - target).square().mean()),
-    "one step of the last student": (guided, "two_step_target", one_step_target),
-    "the target is where the steps land": (guided, "two_step_target", landing_point),
+    "one step of the last student": (halving, "two_step_target", one_step_target),
+    "the target is where the steps land": (halving, "two_step_target", landing_point),
     "the first halving's teacher is the untrained student": (
-        GuidedDistillation,
-        "starts",
+        HalvingMethod,
+        "_starts",
         lambda self, step: REAL_STARTS(self, step) and step > self.config.guidance_steps,
     ),
     "the middle is the end": (
-        guided,
+        halving,
         "two_step_target",
         lambda teacher, x_t, t, mid, s, cond: REAL_TARGET(teacher, x_t, t, s, s, cond),
     ),
     "stages are counted from the run's beginning": (Halving, "stage", lambda self, step: self.stages - 1),
     "the sampler adds noise": (
-        GuidedDistillation,
+        HalvingMethod,
         "sampler",
-        lambda self, f=GuidedDistillation.sampler: FewStepSampler(self.student, f(self).levels),
+        lambda self, f=HalvingMethod.sampler: Sampler(self.student, f(self).levels),
     ),
 }
 
@@ -160,7 +161,8 @@ def test_every_part_of_the_student_is_trained_and_the_teacher_is_not(tiny_teache
 def test_what_cannot_be_used_is_refused(tiny_teacher: Teachers) -> None:
     teacher = load_teacher(tiny_teacher("vp"))
     with pytest.raises(
-        UserError, match=r"guidance_scale: 7.0 is not from guidance_min \(1.0\) to guidance_max \(5.0\)"
+        UserError,
+        match=r"guidance_scale: 7.0 is not in what is trained, 1.0 \(guidance_min\) to 5.0 \(guidance_max\)",
     ):
         GuidedDistillation(teacher, Config(guidance_scale=7.0))
     with pytest.raises(UserError, match=r"start_steps: 12 is not final_steps \(1\) times 2, 4, 8"):

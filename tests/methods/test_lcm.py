@@ -15,16 +15,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffdistill import UserError, distill, export, load_teacher
+from diffdistill.core.denoiser import NONE, Extra
 from diffdistill.core.prediction import expand
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.families import load_student
 from diffdistill.methods import lcm
 from diffdistill.methods.checks.lcm import verify
-from diffdistill.methods.lcm import LCM, Config
-from diffdistill.scaffold.method import Batch
+from diffdistill.methods.lcm import LCM, Config, Skip
+from diffdistill.players.lora import LoraSettings
+from diffdistill.scaffold import following
+from diffdistill.scaffold.method import Batch, Outcome
 
-REAL_GUIDE, REAL_F, REAL_LOSS, REAL_STEP = lcm.guide, LCM.f, LCM.consistency, LCM.less_noisy
+REAL_GUIDE, REAL_F, REAL_LOSS, REAL_STEP = lcm.guide, LCM.f, LCM.following, LCM.less_noisy
 
 
 def test_every_exact_check_holds() -> None:
@@ -48,12 +51,11 @@ def one_scale_for_all(denoiser: Any, x_t: Tensor, t: Tensor, cond: Any, scale: T
     return REAL_GUIDE(denoiser, x_t, t, cond, scale[:1].expand(len(scale)))
 
 
-def roles_swapped(self: LCM, x_t: Tensor, i: Tensor, scale: Tensor, cond: Any, seed: int = 0) -> Any:
+def roles_swapped(self: LCM, x_t: Tensor, x_r: Tensor, interval: Skip, cond: Any, seed: int = 0) -> Outcome:
     """The gradient at the less noisy point."""
-    own = cond | {"guidance_scale": scale}
-    x_r = self.less_noisy(x_t, i, scale, cond)
-    loss = self.distance(self.f(self.student, x_r, i + 1, own), self.f(self.target, x_t, i, own).detach())
-    return {"loss": loss}
+    i, extra = interval.i, Extra(interval.scale)
+    own, target = self.f(self.student, x_r, i + 1, cond, extra), self.f(self.target, x_t, i, cond, extra)
+    return Outcome(self.distance(own, target.detach()))
 
 
 def its_own_target(self: LCM, *args: Any) -> Any:
@@ -70,6 +72,11 @@ def fast_target(self: LCM, step: int) -> None:
     torch._foreach_lerp_(list(self.target.parameters()), parameters, self.config.target_ema)
 
 
+def two_steps(self: LCM, x_t: Tensor, x0: Tensor, eps: Tensor, interval: Skip, cond: Any) -> Tensor:
+    i = (interval.i - 1).clamp_min(0)
+    return REAL_STEP(self, x_t, x0, eps, Skip(self.grid[i], i, interval.scale), cond)
+
+
 def scalings_with_sigma_data(self: LCM, i: Tensor) -> tuple[Tensor, Tensor]:
     """c_out of consistency models, which has a factor 0.5 more."""
     c_skip, c_out = REAL_SCALINGS(self, i)
@@ -83,8 +90,8 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "one scale for the batch": (lcm, "guide", one_scale_for_all),
     "x0 alone is guided": (lcm, "guide", half_guided),
     "no guidance": (lcm, "guide", lambda d, x, t, c, scale: d(x, t, c)),
-    "the gradient at the less noisy point": (LCM, "consistency", roles_swapped),
-    "the student is its own target": (LCM, "consistency", its_own_target),
+    "the gradient at the less noisy point": (LCM, "following", roles_swapped),
+    "the student is its own target": (LCM, "following", its_own_target),
     "the target follows fast": (LCM, "after_step", fast_target),
     "no target": (LCM, "after_step", lambda self, step: None),
     "c_out with sigma_data": (LCM, "scalings", scalings_with_sigma_data),
@@ -93,8 +100,8 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
         "scalings",
         lambda self, i: REAL_SCALINGS(self, (i - 1).clamp_min(0)),
     ),
-    "no boundary": (LCM, "f", lambda self, d, x, i, c: d(x, self.grid[i].clamp_min(1e-3), c).x0),
-    "two steps of the grid": (LCM, "less_noisy", lambda self, x, i, *a: REAL_STEP(self, x, (i - 1).clamp_min(0), *a)),
+    "no boundary": (LCM, "f", lambda self, d, x, i, c, extra=NONE: d(x, self.grid[i].clamp_min(1e-3), c, extra).x0),
+    "two steps of the grid": (LCM, "less_noisy", two_steps),
     "c is not subtracted": (LCM, "distance", lambda self, x, y: (x - y).square().add(1e-6).sqrt().mean()),
     "the norm of the whole sample": (
         LCM,
@@ -143,22 +150,26 @@ def test_passes_and_the_shared_dropout(tiny_teacher: Callable[[str], Path], monk
     passes: list[tuple[str, int]] = []
     for name, denoiser in (("student", method.student), ("target", method.target), ("teacher", method.teacher)):
         denoiser.network.register_forward_hook(lambda m, args, out, name=name: passes.append((name, len(args[0]))))
-    method.student_turn(batch_of(4)).loss.backward()
+    method.student_turn(0, batch_of(4)).loss.backward()
     assert sorted(passes) == [("student", 4), ("target", 4), ("teacher", 8)]
     assert all(p.grad is None for p in (*method.target.parameters(), *method.teacher.parameters()))
-    monkeypatch.setattr(method, "f", lambda denoiser, x_t, i, cond: torch.rand(4))
-    assert float(method.student_turn(batch_of(4)).loss) == 0
-    monkeypatch.setattr(lcm, "seeded", lambda seed, device: contextlib.nullcontext())
-    assert float(method.student_turn(batch_of(4)).loss) > 0
+    monkeypatch.setattr(method, "f", lambda denoiser, x_t, i, cond, extra: torch.rand(4))
+    assert float(method.student_turn(0, batch_of(4)).loss) == 0
+    monkeypatch.setattr(following, "seeded", lambda seed, device: contextlib.nullcontext())
+    assert float(method.student_turn(0, batch_of(4)).loss) > 0
 
 
 def test_scales_are_drawn_for_each_sample(tiny_teacher: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     method = LCM(load_teacher(tiny_teacher("vp")), Config(guidance_min=2.0, guidance_max=6.0))
     seen: list[tuple[Tensor, Tensor]] = []
-    monkeypatch.setattr(
-        method, "consistency", lambda x_t, i, scale, cond, seed: seen.append((i, scale)) or {"loss": torch.zeros(())}
-    )
-    method.student_turn(batch_of(5000))
+
+    def note(x_t: Tensor, x_r: Tensor, interval: Skip, cond: Any, seed: int) -> Outcome:
+        seen.append((interval.i, interval.scale))
+        return Outcome(torch.zeros(()))
+
+    monkeypatch.setattr(method, "less_noisy", lambda x_t, *rest: x_t)
+    monkeypatch.setattr(method, "following", note)
+    method.student_turn(0, batch_of(5000))
     ((i, scale),) = seen
     assert torch.bincount(i, minlength=50).min() > 0
     assert (i.min(), i.max()) == (0, 49)
@@ -170,8 +181,8 @@ def test_scales_are_drawn_for_each_sample(tiny_teacher: Callable[[str], Path], m
 def test_unconditional_teachers_need_guidance_1() -> None:
     teacher = gaussian_teacher([0.3, 0.1], 0.7)
     method = LCM(teacher, Config(), student=teacher.denoiser)
-    assert not method.takes_scale
-    assert torch.isfinite(method.student_turn(batch_of(8, (2,))).loss)
+    assert not method.config.takes_scale
+    assert torch.isfinite(method.student_turn(0, batch_of(8, (2,))).loss)
     with pytest.raises(UserError, match=r"teacher: a guidance scale needs one that was trained with a null condition"):
         LCM(teacher, Config(guidance_max=2.0), student=teacher.denoiser)
 
@@ -181,7 +192,6 @@ def test_unconditional_teachers_need_guidance_1() -> None:
     [
         ({"guidance_min": 3.0}, "guidance_min: 3.0 must be at most guidance_max"),
         ({"guidance_max": 3.0, "guidance_scale": 4.0}, r"guidance_scale: 4.0 is not in what is trained, 1.0"),
-        ({"guidance_max": 3.0, "lora_rank": 2}, "guidance_max: with lora_rank the scale is fixed"),
         ({"student_steps": 51}, r"student_steps: 51 must be at most ddim_steps \(50\)"),
     ],
 )
@@ -189,7 +199,17 @@ def test_what_cannot_be_trained_is_refused(
     options: dict[str, Any], words: str, tiny_teacher: Callable[[str], Path]
 ) -> None:
     with pytest.raises(UserError, match=words):
-        LCM(load_teacher(tiny_teacher("vp")), dataclasses.replace(Config(), **options))
+        LCM(load_teacher(tiny_teacher("vp")), Config(**options))
+
+
+def test_a_lora_student_has_one_scale(tiny_teacher: Callable[[str], Path]) -> None:
+    teacher = dataclasses.replace(load_teacher(tiny_teacher("vp")), lora={"student": LoraSettings(2)})
+    with pytest.raises(UserError, match="guidance_max: a LoRA student has one guidance scale"):
+        LCM(teacher, Config(guidance_max=3.0))
+
+
+LORA = {"lora": "student", "lora_rank": 2, "guidance_min": 2.0, "guidance_max": 2.0}
+VARIANTS: list[dict[str, Any]] = [{"guidance_max": 3.0}, LORA]
 
 
 def shared(teacher: Path) -> dict[str, Any]:
@@ -199,7 +219,7 @@ def shared(teacher: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", [{"guidance_max": 3.0}, {"lora_rank": 2, "guidance_min": 2.0, "guidance_max": 2.0}])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("parameterization", ["vp", "edm", "flow"])
 def test_it_trains_every_parameterisation(
     parameterization: str, variant: dict[str, Any], tiny_teacher: Callable[[str], Path], tmp_path: Path
@@ -231,12 +251,12 @@ def test_the_exported_student_is_the_one_at_its_scale(tiny_teacher: Callable[[st
     own, exported = draw(method.sampler()), draw(load_student(folder)[0])
     assert torch.allclose(own, exported, atol=1e-5 * float(own.abs().max()))
     x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 1.0, dtype=torch.float64)
-    two, five = (method.student(x, t, cond | {"guidance_scale": torch.full((4,), a)}).x0 for a in (2.0, 5.0))
+    two, five = (method.student(x, t, cond, Extra(torch.full((4,), a))).x0 for a in (2.0, 5.0))
     assert torch.equal(two, method.student(x, t, cond).x0)
     assert not torch.allclose(two, five, atol=1e-3)
 
 
-@pytest.mark.parametrize("variant", [{"guidance_max": 3.0}, {"lora_rank": 2, "guidance_min": 2.0, "guidance_max": 2.0}])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     variant: dict[str, Any], tiny_teacher: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -247,7 +267,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     distill(resume=parts, steps=4)
     last = "checkpoints/step-00000004"
     names = sorted(path.name for path in (whole / last).glob("*.safetensors"))
-    assert ("state.target.safetensors" in names) == ("lora_rank" not in variant)
+    assert ("state.target.safetensors" in names) == ("lora" not in variant)
     for name in names:
         a, b = load_file(whole / last / name), load_file(parts / last / name)
         assert a.keys() == b.keys()
@@ -255,7 +275,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     file = "unet/diffusion_pytorch_model.safetensors"
     a, b = load_file(export(parts, out=tmp_path / "again") / file), load_file(parts / "student" / file)
     assert all(torch.equal(a[key], b[key]) for key in a)
-    if "lora_rank" in variant:
+    if "lora" in variant:
         base = load_file(tiny_teacher("vp") / file)
         assert all("lora_" in name for name in load_file(parts / last / "student.safetensors"))
         assert any(not torch.equal(a[k], base[k]) for k in base)

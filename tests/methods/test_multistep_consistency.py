@@ -16,8 +16,9 @@ from diffdistill.core.prediction import expand
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import multistep_consistency
 from diffdistill.methods.checks.multistep_consistency import verify
-from diffdistill.methods.multistep_consistency import Config, MultistepConsistency
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.methods.multistep_consistency import Config, MultistepConsistency, Segment
+from diffdistill.players.sampler import Sampler
+from diffdistill.scaffold import following
 from diffdistill.scaffold.method import Batch
 
 Teachers = Callable[[str], Path]
@@ -29,23 +30,25 @@ def test_every_exact_check_holds() -> None:
     assert sum(": the product of" in c.name for c in checks) == 6
 
 
-def with_gradient(
-    self: MultistepConsistency, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, e: Tensor, cond: Any
-) -> Any:
-    z_e = torch.where(expand(r - e, x_r) <= 0, x_r, self.student(x_r, r, cond).at(e))
-    return multistep_consistency.inverse_ddim(z_e, x_t, t, e)
+def with_gradient(self: MultistepConsistency, x_t: Tensor, x_r: Tensor, interval: Segment, cond: Any) -> Any:
+    t, r, e = interval
+    with torch.enable_grad():
+        z_e = torch.where(expand(r - e, x_r) <= 0, x_r, self.student(x_r, r, cond).at(e))
+        return multistep_consistency.inverse_ddim(z_e, x_t, t, e)
 
 
-def to_zero(self: MultistepConsistency, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, e: Tensor, cond: Any) -> Any:
-    return REAL["reference"](self, x_t, x_r, t, r, torch.zeros_like(e), cond)
+def to_zero(self: MultistepConsistency, x_t: Tensor, x_r: Tensor, interval: Segment, cond: Any) -> Any:
+    t, r, e = interval
+    return REAL["reference"](self, x_t, x_r, Segment(t, r, torch.zeros_like(e)), cond)
 
 
-def x0_itself(self: MultistepConsistency, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, e: Tensor, cond: Any) -> Any:
+def x0_itself(self: MultistepConsistency, x_t: Tensor, x_r: Tensor, interval: Segment, cond: Any) -> Any:
     with torch.no_grad():
-        return self.student(x_r, r, cond).x0
+        return self.student(x_r, interval.r, cond).x0
 
 
-def no_end(self: MultistepConsistency, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, e: Tensor, cond: Any) -> Any:
+def no_end(self: MultistepConsistency, x_t: Tensor, x_r: Tensor, interval: Segment, cond: Any) -> Any:
+    t, r, e = interval
     with torch.no_grad():
         z_e = self.student(x_r, r.clamp_min(0.1), cond).at(e)
     return multistep_consistency.inverse_ddim(z_e, x_t, t, e)
@@ -56,30 +59,31 @@ def guided_variance(pred: Any, s: Tensor, x_var: Tensor) -> Tensor:
     return pred.at(s) + expand(torch.sqrt(torch.sin(s) ** 2 + x_var) - torch.sin(s), pred.x_t) * pred.x0
 
 
-def swapped(self: MultistepConsistency, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, *rest: Any, **kw: Any) -> Any:
-    return REAL["consistency"](self, x_r, x_t, r, t, *rest, **kw)
+def swapped(self: MultistepConsistency, x_t: Tensor, x_r: Tensor, interval: Segment, *rest: Any, **kw: Any) -> Any:
+    t, r, e = interval
+    return REAL["following"](self, x_r, x_t, Segment(r, t, e), *rest, **kw)
 
 
-REAL = {n: getattr(MultistepConsistency, n) for n in ("reference", "consistency", "sampler", "per_segment", "grid")}
+REAL = {n: getattr(MultistepConsistency, n) for n in ("reference", "following", "sampler", "per_segment")}
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "x_ref gets a gradient": (MultistepConsistency, "reference", with_gradient),
     "consistent down to zero, not to the segment's end": (MultistepConsistency, "reference", to_zero),
     "x_ref is f(x_r, r), as with one segment": (MultistepConsistency, "reference", x0_itself),
     "z_e is not x_r at the end": (MultistepConsistency, "reference", no_end),
-    "the gradient goes through the less noisy point": (MultistepConsistency, "consistency", swapped),
+    "the gradient goes through the less noisy point": (MultistepConsistency, "following", swapped),
     "adjusted DDIM lengthens x0": (multistep_consistency, "addim_step", guided_variance),
     "plain DDIM whatever eta": (multistep_consistency, "addim_step", lambda pred, s, x_var: pred.at(s)),
     "the sampler adds noise": (
         MultistepConsistency,
         "sampler",
-        lambda self: FewStepSampler(self.student, REAL["sampler"](self).levels),
+        lambda self: Sampler(self.student, REAL["sampler"](self).levels),
     ),
     "N_teacher in a segment": (
         MultistepConsistency,
         "per_segment",
         lambda self, step: REAL["per_segment"](self, step) * self.config.segments,
     ),
-    "each pass drops its own units": (multistep_consistency, "seeded", lambda *_: contextlib.nullcontext()),
+    "each pass drops its own units": (following, "seeded", lambda *_: contextlib.nullcontext()),
 }
 
 
@@ -95,7 +99,7 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_times_lie_in_one_segment(parameterization: str, segments: int, tiny_teacher: Teachers) -> None:
     method = MultistepConsistency(load_teacher(tiny_teacher(parameterization)), Config(segments=segments))
     batch = Batch(512, (1, 8, 8), {}, torch.zeros(1), torch.device("cpu"), (0, 3, 0))
-    t, r, e = method.times(3, batch)
+    t, r, e = method.interval(3, batch)
     tops = torch.stack([method.schedule.angle(level) for level in method.sampler().levels])
     assert len(tops) == segments
     ends = [*tops[1:].tolist(), 0.0]
@@ -114,8 +118,9 @@ def test_points_below_the_least_level_are_moved_there(tiny_teacher: Teachers) ->
     t = torch.full((4,), method.schedule.t_min, dtype=torch.float64)
     x, cond = torch.randn(4, 1, 8, 8), {"class_labels": torch.arange(4)}
     for r in (t, torch.zeros_like(t)):
-        x_r = method.less_noisy(x, torch.zeros_like(x), torch.zeros_like(x), t, r, cond)
-        loss = method.consistency(x, x_r, t, r, torch.zeros_like(t), cond).loss
+        interval = Segment(t, r, torch.zeros_like(t))
+        x_r = method.less_noisy(x, torch.zeros_like(x), torch.zeros_like(x), interval, cond)
+        loss = method.following(x, x_r, interval, cond).loss
         loss.backward()
         grads = [p.grad for p in method.student.parameters() if p.grad is not None]
         assert all(bool(torch.isfinite(g).all()) for g in grads)
@@ -127,7 +132,7 @@ def test_guidance_is_one_call_and_the_variance_is_the_conditional_ones(tiny_teac
     x, t, cond = torch.randn(4, 1, 8, 8), torch.full((4,), 0.9, dtype=torch.float64), {"class_labels": torch.arange(4)}
     seen: list[int] = []
     method.teacher.network.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
-    got = method.less_noisy(x, torch.zeros_like(x), x, t, t - 0.2, cond)
+    got = method.less_noisy(x, torch.zeros_like(x), x, Segment(t, t - 0.2, t - 0.2), cond)
     assert seen == [8]
     torch.testing.assert_close(got, ddim_step(guided(teacher.denoiser, 3.0), x, t, t - 0.2, cond))
     _, conditional = method.predictions(x, t, cond)

@@ -10,21 +10,17 @@ from safetensors.torch import load_file
 
 from diffdistill import UserError, distill, load_student, load_teacher
 from diffdistill.exact.checks import run_checks
-from diffdistill.methods import progressive
 from diffdistill.methods.checks.progressive import verify
 from diffdistill.methods.progressive import Config, Progressive
-from diffdistill.scaffold.halving import Halving
+from diffdistill.scaffold import halving
+from diffdistill.scaffold.halving import Halving, HalvingMethod
 
 
 def test_every_exact_check_holds() -> None:
     assert [c for c in run_checks(verify) if not c.ok] == []
 
 
-REAL_TARGET, REAL_LOSS, REAL_AFTER = (
-    progressive.two_step_target,
-    progressive.weighted_x0_loss,
-    Progressive.after_step,
-)
+REAL_TARGET, REAL_LOSS = halving.two_step_target, halving.weighted_x0_loss
 
 
 def one_step(teacher: Any, x_t: Any, t: Any, mid: Any, s: Any, cond: Any) -> Any:
@@ -36,16 +32,16 @@ def wrong_middle(teacher: Any, x_t: Any, t: Any, mid: Any, s: Any, cond: Any) ->
 
 
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "a target of one step": (progressive, "two_step_target", one_step),
-    "the wrong middle": (progressive, "two_step_target", wrong_middle),
+    "a target of one step": (halving, "two_step_target", one_step),
+    "the wrong middle": (halving, "two_step_target", wrong_middle),
     "the weights swapped": (
-        progressive,
+        halving,
         "weighted_x0_loss",
         lambda x0, target, t, weight: REAL_LOSS(
             x0, target, t, {"truncated_snr": "snr_plus_one", "snr_plus_one": "truncated_snr"}[weight]
         ),
     ),
-    "the teacher is never replaced": (Progressive, "after_step", lambda self, step: self.stage.done.fill_(step + 1)),
+    "the teacher is never replaced": (HalvingMethod, "after_step", lambda self, step: self.stage.done.fill_(step + 1)),
     "the steps are never halved": (Halving, "student_steps", lambda self, step: self.start_steps // 2),
 }
 
@@ -57,12 +53,12 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stages() -> None:
-    halving = Halving(start_steps=16, final_steps=2, stage_steps=10)
-    assert halving.stages == 3
-    assert [halving.student_steps(k) for k in (0, 9, 10, 20, 29, 99)] == [8, 8, 4, 2, 2, 2]
-    assert [k for k in range(60) if halving.starts(k)] == [10, 20]
-    assert [halving.lr_factor(k) for k in (0, 5, 10, 29)] == [1.0, 0.5, 1.0, pytest.approx(0.1)]
-    assert halving.lr_factor(1000) == 0
+    stages = Halving(start_steps=16, final_steps=2, stage_steps=10)
+    assert stages.stages == 3
+    assert [stages.student_steps(k) for k in (0, 9, 10, 20, 29, 99)] == [8, 8, 4, 2, 2, 2]
+    assert [k for k in range(60) if stages.starts(k)] == [10, 20]
+    assert [stages.lr_factor(k) for k in (0, 5, 10, 29)] == [1.0, 0.5, 1.0, pytest.approx(0.1)]
+    assert stages.lr_factor(1000) == 0
     for start, final in ((16, 3), (16, 16), (12, 1)):
         with pytest.raises(UserError, match="start_steps"):
             Halving(start, final, 10)
