@@ -11,7 +11,7 @@ from urllib.request import urlopen
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.errors import UserError
 from diffdistill.files import atomic_write
@@ -103,3 +103,11 @@ def _verify(key: str, standard: Standard, source: str, digest: str) -> None:
             f"weights: {key}: {source} is not {standard.what}: its sha256 begins with {digest[:8]} and not with "
             f"{standard.sha256[:8]}; fetch {standard.url} anew"
         )
+
+
+def load_state(key: str, network: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Load weights that were read into their network; UserError if they are of another."""
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"weights: {key}: the file is not of {what}: {str(error).splitlines()[1].strip()}") from error
