@@ -72,6 +72,11 @@ def evaluation_of(
         return Evaluation([], [], {}, out)
     protocol = judge.protocol
     notes = [*notes_of(scores, judge), *more_notes]
+    any_timed = any(s.ms_per_image is not None for s in scores)
+
+    def timed(each: Score) -> dict[str, Any]:
+        return {_MS: each.ms_per_image} if any_timed else {}
+
     report: dict[str, Any] = {
         "protocol": protocol.name,
         "title": protocol.title,
@@ -79,7 +84,7 @@ def evaluation_of(
         "seed": protocol.seed,
         "metrics": {m.name: next(n.name for n in judge.measures if n.key == m.measure) for m in protocol.metrics},
         "reference": None if judge.reference is None else judge.reference.about,
-        "rows": [{**s.row, "intervals": {k: list(v) for k, v in s.intervals.items()}} for s in scores],
+        "rows": [{**s.row, **timed(s), "intervals": {k: list(v) for k, v in s.intervals.items()}} for s in scores],
         "published": [asdict(p) for p in protocol.published],
         "notes": notes,
         "environment": environment(),

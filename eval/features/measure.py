@@ -58,7 +58,7 @@ class NetworkMeasure:
     @torch.no_grad()
     def __call__(self, images: Tensor, captions: Sequence[str] | None, labels: Tensor | None) -> dict[str, Tensor]:
         if images.dtype == torch.float32 and not self.takes_floats:
-            raise UserError(f"eight_bit: {self.key!r} takes images of 8 bits; set it to true in the protocol")
+            raise UserError(f"eight_bit: {self.key!r} takes uint8 images; set it to true in the protocol")
         if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4 or len(images) == 0:
             raise ValueError(f"want uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
         if images.shape[1] not in (1, 3):
