@@ -19,7 +19,7 @@ from diffdistill.core.denoiser import Denoiser
 from diffdistill.errors import UserError
 from diffdistill.eval.suites import Suite
 from diffdistill.players.teacher import Teacher, only_trains, trainable
-from diffdistill.scaffold.method import Batch, Method, Pair
+from diffdistill.scaffold.method import Batch, Method, Need, Pair
 from diffdistill.training.assemble import Game, make_game
 
 
@@ -61,7 +61,7 @@ def entries(suite: Suite, methods: Sequence[str] | None, seeds: Sequence[int]) -
 
 def preset_options(info: MethodInfo, preset: str) -> Mapping[str, Any]:
     """The options of one of a method's presets."""
-    return info.presets[preset]
+    return info.presets[preset].options
 
 
 def passes_per_step(game: Game, steps: int = 12) -> tuple[float, float]:
@@ -99,8 +99,8 @@ def passes_per_step(game: Game, steps: int = 12) -> tuple[float, float]:
 def _any_batch(method: Method, teacher: Teacher, size: int, step: int) -> Batch:
     draw = torch.Generator().manual_seed(step)
     cond, x = teacher.random_cond(size, draw), torch.randn(size, *teacher.shape, generator=draw)
-    pair = Pair(torch.randn(x.shape, generator=draw), x, cond) if method.needs_pairs else None
-    return Batch(size, teacher.shape, cond, x if method.needs_data else None, x.device, (0, step, 0), pair)
+    pair = Pair(torch.randn(x.shape, generator=draw), x, cond) if Need.PAIRS in method.needs else None
+    return Batch(size, teacher.shape, cond, x if Need.IMAGES in method.needs else None, x.device, (0, step, 0), pair)
 
 
 class TrainingPlan(NamedTuple):
@@ -118,7 +118,7 @@ def planned(entry: Entry, suite: Suite, budget: int, shared: dict[str, Any]) -> 
     known = {k: v for k, v in suite.overrides.items() if k in preset}
     values = preset | known | shared | {"method": method}
     game = make_game(values)
-    if not game.method.needs_pairs:
+    if Need.PAIRS not in game.method.needs:
         values.pop("pairs", None)
     passes, units = passes_per_step(game)
     steps = max(1, round(budget / units))

@@ -90,9 +90,9 @@ def evaluate_model(
 
 def _alone(source: ModelLike, judge: Judge, out: Path) -> Evaluation:
     """One model, or the students of a folder of runs, as their pipelines are drawn."""
-    sources: Sequence[ModelLike] = [source]
+    sources: list[ModelLike] = [source]
     if isinstance(source, str | os.PathLike) and len(students := models_in(source)) > 1:
-        sources = students
+        sources = list(students)
     scores = []
     for each in sources:
         model = open_model(each, judge.sampling)
@@ -122,8 +122,7 @@ def _ladder(
         if result.ms_per_image is None and judge.processes.rank == 0:  # the images were there already
             result = replace(result, ms_per_image=latency(model, judge))
         scores.append(result)
-    told = {"model": _described(source)}
-    evaluation = evaluation_of(scores, judge, out, more_notes=[_latency_note(judge)], **told)
+    evaluation = evaluation_of(scores, judge, out, more_notes=[_latency_note(judge)], model=_described(source))
     if judge.processes.rank > 0:
         return evaluation
     evaluation.write()
@@ -155,7 +154,9 @@ def _label(result: Score) -> str:
 
 
 def _described(source: ModelLike) -> str:
-    return ", ".join(map(str, models_in(source) or [source])) if isinstance(source, str | os.PathLike) else "loaded"
+    if not isinstance(source, str | os.PathLike):
+        return "loaded"
+    return ", ".join(map(str, models_in(source))) or os.fspath(source)
 
 
 def _add_to_card(card: Path, evaluation: Evaluation) -> None:
@@ -211,6 +212,7 @@ def _rungs(
     """The teacher, its fingerprint, and what is drawn of it and of its students."""
     students = _students(source)
     if students is None:
+        assert not isinstance(source, tuple)
         judged = source if isinstance(source, Teacher) else load_teacher(_pipeline(source))
         identity = _teacher_fingerprint(judged)
         scale = 1.0 if sampling.guidance_scale is None else sampling.guidance_scale
@@ -230,8 +232,8 @@ def _rungs(
                 f"eval: {student.name} has another teacher ({student.teacher!r}) than {students[0].name} ({origin!r})"
             )
         # The student imitates the teacher as it was guided.
-        scale = student.options.get("guidance_scale")
-        scale = 1.0 if scale is None else scale
+        trained = student.options.get("guidance_scale")
+        scale = 1.0 if trained is None else float(trained)
         teachers.setdefault(scale, _teacher_rungs(judged, identity, steps, scale))
         sampler, described = student.loaded
         sampler.denoiser.to(sampling.device)
@@ -271,8 +273,6 @@ def _students(source: ModelLike) -> list[_LoadedStudent] | None:
     if isinstance(source, tuple):
         return [_LoadedStudent("student", loaded_fingerprint(source), None, {}, source)]
     folders = models_in(source)
-    if not folders and not is_student(_pipeline(source)):
-        return None
     folders = folders or [_pipeline(source)]
     if not is_student(folders[0]):
         return None

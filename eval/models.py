@@ -40,7 +40,7 @@ from diffdistill.families import (
     read_metadata,
 )
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 
@@ -48,7 +48,7 @@ PIXEL_STEPS, LATENT_STEPS = 16, 20  # of a teacher, where the user says nothing
 
 Draw = Callable[[Cond, Sequence[torch.Generator]], Tensor]
 """(conditions, one generator an image) -> images (B, C, H, W) in the data's units."""
-Student = tuple[FewStepSampler, Teacher]
+Student = tuple[Sampler, Teacher]
 """What `load_student` returns."""
 ModelLike = str | os.PathLike[str] | Teacher | Student
 """A run, a model's folder or hub id, or a loaded teacher or student."""

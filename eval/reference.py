@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,8 @@ class ReferenceColumn:
     reference: Reference
     name: str
 
-    def parts(self) -> list[Tensor]:
-        return [self.all()]
+    def parts(self) -> Iterator[Tensor]:
+        return iter([self.all()])
 
     def all(self) -> Tensor:
         if self.reference.measurements is None:

@@ -18,7 +18,7 @@ from diffdistill.errors import UserError
 from diffdistill.eval.budget import Entry
 from diffdistill.eval.report import write_json
 from diffdistill.eval.suites import Suite
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.training.assemble import load_run
 from diffdistill.training.checkpoint import checkpoints
 
@@ -69,7 +69,7 @@ def _peaks(metrics: Path) -> list[float]:
     return [json.loads(line)["peak_memory_mb"] for line in lines] or [0.0]
 
 
-def students(entry: Entry, suite: Suite, out: Path, device: torch.device) -> Iterator[FewStepSampler]:
+def students(entry: Entry, suite: Suite, out: Path, device: torch.device) -> Iterator[Sampler]:
     """The samplers of a run, one for each number of steps that it can make."""
     run = out / entry.folder
     last: dict[int, int] = {}
@@ -84,6 +84,4 @@ def students(entry: Entry, suite: Suite, out: Path, device: torch.device) -> Ite
             schedule = sampler.denoiser.schedule
             for n in SHOWN_STEPS:
                 if n != len(sampler.levels):
-                    yield FewStepSampler(
-                        sampler.denoiser, student_levels(schedule, n).tolist(), renoise=sampler.renoise
-                    )
+                    yield Sampler(sampler.denoiser, student_levels(schedule, n).tolist(), sampler.step)

@@ -162,7 +162,7 @@ def test_a_run_is_its_students_folder(tiny_teacher: Teachers, tmp_path: Path) ->
         run.save(tmp_path)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     assert run.sampler()((1, 8, 8), {"class_labels": torch.arange(2)}, generators).shape == (2, 1, 8, 8)
-    assert run.evaluate(count=100)[-1]["model"] == "student"
+    assert run.evaluate(count=100).rows[-1]["model"] == "student"
     assert distill("dmd2", teacher=run, out=tmp_path / "of a run", **SHORT).student.is_dir(), "a run is a teacher too"
 
 
