@@ -71,6 +71,8 @@ def evaluate_model(
     Writes table.md, results.json and pictures into `out`, and the table of a ladder into the students' model cards.
     `teacher` is by default the one that a student was distilled from. Raises UserError for whatever cannot be judged.
     """
+    if isinstance(model, str | os.PathLike) and not models_in(model):
+        check_there(model)
     judge = Judge(options)
     if judge.processes.rank == 0:
         check_writable(out)
@@ -86,6 +88,14 @@ def evaluate_model(
         file = save_reference(Path(save_reference_to), judge.reference, judge.protocol, judge.measures)
         evaluation = replace(evaluation, pictures=[*evaluation.pictures, file])
     return evaluation
+
+
+def check_there(source: str | os.PathLike[str]) -> None:
+    """UserError unless the source is a folder, 'digits' or a hub id that can be had."""
+    try:
+        local_folder(str(model_folder(source)))
+    except UserError as error:
+        raise UserError(f"eval: {os.fspath(source)!r} holds no student or teacher yet ({error})") from None
 
 
 def _alone(source: ModelLike, judge: Judge, out: Path) -> Evaluation:

@@ -28,6 +28,7 @@ from diffdistill.files import atomic_write
 from diffdistill.pictures import as_bytes
 
 LEAST = 10
+MANY = 5000  # images, whose measuring shows its progress
 FORMAT = "diffdistill reference"
 
 
@@ -184,7 +185,8 @@ def _measured_images(
         known = statistics_of_file(cached, protocol, measures) or {}
         if all(m.reads in known for m in comparing):
             return Reference(data.name, about, None, known)
-    measurements = make_measurements(folder, settings, {"data": data.name}, 50, produce, processes)
+    quiet = len(data) < MANY
+    measurements = make_measurements(folder, settings, {"data": data.name}, 50, produce, processes, quiet)
     reference = Reference(data.name, about, measurements)
     if processes.rank == 0 and any(m.metric.needs == "statistics" for m in comparing):
         save_reference(cached, reference, protocol, measures)

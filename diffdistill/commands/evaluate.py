@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from diffdistill.commands.keywords import EvalOptions
 
+LEAST = 100  # images for the protocol digits, whose covariances are of 64 features
+
 
 def evaluate(
     model: ModelLike, *, teacher: str | os.PathLike[str] | Teacher | None = None, **options: Unpack[EvalOptions]
@@ -41,6 +43,8 @@ def _evaluate(config: EvalConfig, model: ModelLike, teacher: str | os.PathLike[s
     if config.protocol is not None and config.data is not None:
         raise UserError("data: that is for an evaluation without --protocol; see --reference")
     protocol, reference = _of_data(config.data)
+    if config.protocol is None and protocol is None and config.count is not None and config.count < LEAST:
+        raise UserError(f"count: {config.count} must be at least {LEAST}, for the distances of the protocol digits")
     options = judge_options(config, protocol, reference)
     steps = config.teacher_steps
     if steps is None:
@@ -63,8 +67,7 @@ def _may_climb(model: ModelLike) -> bool:
     """Whether it is a teacher, or a student that says which it was distilled from."""
     if not isinstance(model, str | os.PathLike):
         return isinstance(model, Teacher)
-    folder = model_folder(model)
-    return bool(models_in(model)) or not folder.is_dir() or not any(folder.iterdir())
+    return bool(models_in(model)) or not model_folder(model).is_dir()
 
 
 def default_out(config: EvalConfig, model: ModelLike, *, laddered: bool) -> Path:

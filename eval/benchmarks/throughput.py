@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.eval.features.inception import Inception, folded
-from diffdistill.eval.features.networks import module_measure
+from diffdistill.eval.features.measure import module_measure
 from diffdistill.eval.metrics.frechet import frechet_distance
 from diffdistill.eval.metrics.moments import Moments
 from diffdistill.eval.report import markdown_table, write_json

@@ -68,12 +68,11 @@ def by_model(rows: Rows, batch: int = 2) -> dict[str, dict[str, Any]]:
     return {row["model"]: row for row in rows if row["batch"] == batch}
 
 
-def test_students_of_digits_against_their_teachers(
-    student: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_students_of_digits_against_their_teachers(student: Callable[..., Path], tmp_path: Path) -> None:
     """One pass a step, two where the teacher is guided; a teacher for each guidance that a student was trained with."""
     runs = [student("plain"), student("two", student_steps=2), student("guided", guidance_scale=3.0)]
-    rows = time_models([*map(str, runs)], QUICK, tmp_path).rows
+    table = time_models([*map(str, runs)], QUICK, tmp_path)
+    rows = table.rows
     found = by_model(rows)
     assert {name: (row["steps"], row["passes"]) for name, row in found.items()} == {
         "teacher": (16, 16),
@@ -95,7 +94,7 @@ def test_students_of_digits_against_their_teachers(
     assert told["rows"] == rows
     assert {"dtype": "float32", "device": "cpu", "attention": "auto"}.items() <= told.items()
     assert told["environment"]["torch"] == torch.__version__
-    text, printed = (tmp_path / "speed.md").read_text(), capsys.readouterr().out
+    text, printed = (tmp_path / "speed.md").read_text(), str(table)
     for line in ("teacher, guidance 3, 16 steps", "peak MB: measured on GPUs only", "p99 of fewer than 100"):
         assert line in text and line in printed
     assert "compile s" not in text
