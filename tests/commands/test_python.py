@@ -18,7 +18,21 @@ import yaml
 import diffdistill
 from diffdistill import Run, UserError, distill
 from diffdistill.commands import keywords
-from diffdistill.config import EncodeConfig, FitConfig, MachineConfig, PairsConfig, TeacherConfig, TrainConfig
+from diffdistill.config import (
+    BenchConfig,
+    CompareConfig,
+    DrawConfig,
+    EncodeConfig,
+    EvalConfig,
+    FitConfig,
+    JudgeConfig,
+    MachineConfig,
+    PairsConfig,
+    SampleConfig,
+    SpeedConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from diffdistill.options import coerce
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +83,13 @@ def _without_path(hint: object) -> object:
         (keywords.TeacherOptions, TeacherConfig, set()),
         (keywords.EncodeOptions, EncodeConfig, set()),
         (keywords.PairsOptions, PairsConfig, set()),
+        (keywords.DrawOptions, DrawConfig, set()),
+        (keywords.JudgeOptions, JudgeConfig, set()),
+        (keywords.EvalOptions, EvalConfig, {"model", "teacher"}),
+        (keywords.CompareOptions, CompareConfig, {"models"}),
+        (keywords.SpeedOptions, SpeedConfig, {"models"}),
+        (keywords.SampleOptions, SampleConfig, {"model", "out"}),
+        (keywords.BenchOptions, BenchConfig, {"suite"}),
     ],
 )
 def test_keywords_are_the_options(options: type, config: type, elsewhere: set[str]) -> None:
