@@ -79,8 +79,8 @@ class ReferenceColumn:
 
     def all(self) -> Tensor:
         if self.reference.measurements is None:
-            told = "holds statistics alone, and this metric needs images; give those"
-            raise UserError(f"reference: {self.reference.name} {told}")
+            problem = "holds statistics alone, and this metric needs images; give those"
+            raise UserError(f"reference: {self.reference.name} {problem}")
         return self.reference.measurements.column(self.name).all()
 
     def statistics(self) -> Statistics:

@@ -214,17 +214,17 @@ def measure(
 
 def games(names: Sequence[str]) -> list[tuple[str, str, dict[str, Any], int]]:
     """(label, method, options, training steps of a cycle): each method as on the digits, DMD2 in its paper's ratio."""
-    found: list[tuple[str, str, dict[str, Any], int]] = []
+    cases: list[tuple[str, str, dict[str, Any], int]] = []
     for name in names:
         preset = dict(describe_method(name).presets["digits"].options)
         for level in ("student_level", "student_lr", "fake_score_lr"):
             preset.pop(level, None)
         if name == "dmd2":
-            found.append(("dmd2, 5 to 1", name, preset | {"update_ratio": 5}, 5))
-            found.append(("dmd2 with GAN, 5 to 1", name, preset | {"update_ratio": 5, "gan_weight": 1e-3}, 5))
+            cases.append(("dmd2, 5 to 1", name, preset | {"update_ratio": 5}, 5))
+            cases.append(("dmd2 with GAN, 5 to 1", name, preset | {"update_ratio": 5, "gan_weight": 1e-3}, 5))
         else:
-            found.append((name, name, preset, 2))
-    return found
+            cases.append((name, name, preset, 2))
+    return cases
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -132,10 +132,10 @@ def measure_statistics(rows: int, width: int, batch: int, pairs: int) -> dict[st
     apart = 0.0
     for _ in range(pairs):
         first, expected = timed(partial(their_distance, real, fake, batch))
-        second, found = timed(partial(our_distance, real, fake, batch))
+        second, distance = timed(partial(our_distance, real, fake, batch))
         taken[0].append(first)
         taken[1].append(second)
-        apart = max(apart, abs(found / expected - 1))
+        apart = max(apart, abs(distance / expected - 1))
     return row(f"distance of 2 x {rows:,} x {width} features in batches of {batch}", *taken, apart)
 
 

@@ -16,6 +16,7 @@ from diffdistill.commands.cli import main
 from diffdistill.eval.features.inception import Inception
 from diffdistill.pictures import save_png
 from tests import tiny_a
+from tests.eval.test_inception import randomise
 
 
 def test_a_text_to_image_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,8 +44,6 @@ def test_a_text_to_image_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_fid_and_clip_score_are_those_of_scipy_and_transformers(tmp_path: Path) -> None:
     """Through the whole command, in Inception and CLIP networks of random weights."""
-    from tests.eval.test_inception import randomise
-
     inception = Inception()
     randomise(inception)
     save_file(inception.state_dict(), tmp_path / "inception.safetensors")
