@@ -33,10 +33,12 @@ class Entry:
 
     @property
     def name(self) -> str:
+        """As the board calls it."""
         return self.info.name + self.preset.removeprefix("digits").replace("-", " ")
 
     @property
     def folder(self) -> str:
+        """Its run's folder."""
         return f"{self.name.replace(' ', '-')}-seed{self.seed}"
 
 

@@ -56,9 +56,11 @@ class ShardedColumn:
     name: str
 
     def parts(self) -> Iterator[Tensor]:
+        """Blocks of rows."""
         return (shard[self.name] for shard in self.shards)
 
     def all(self) -> Tensor:
+        """All rows."""
         return torch.cat(list(self.parts()))
 
     def statistics(self) -> Statistics:

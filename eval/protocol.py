@@ -33,10 +33,12 @@ class ProtocolMetric:
 
     @property
     def metric(self) -> Metric:
+        """The function and its record."""
         return find_metric(self.kind)
 
     @property
     def reads(self) -> str:
+        """The column of measurements, "measure.column"."""
         return f"{self.measure}.{self.column or self.metric.reads}"
 
     @property

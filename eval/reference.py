@@ -75,15 +75,18 @@ class ReferenceColumn:
     name: str
 
     def parts(self) -> Iterator[Tensor]:
+        """All rows as one block."""
         return iter([self.all()])
 
     def all(self) -> Tensor:
+        """All rows; UserError where there are statistics alone."""
         if self.reference.measurements is None:
             problem = "holds statistics alone, and this metric needs images; give those"
             raise UserError(f"reference: {self.reference.name} {problem}")
         return self.reference.measurements.column(self.name).all()
 
     def statistics(self) -> Statistics:
+        """Mean and covariance."""
         return self.reference.statistics(self.name)
 
 
