@@ -1,11 +1,13 @@
 """The scoreboard: passes are counted, trainings share a budget, and what is done is not repeated."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from diffdistill import UserError
 from diffdistill.catalogue import describe_method, method_names
@@ -48,9 +50,17 @@ def test_the_budget_sets_the_steps_and_stages_keep_their_share() -> None:
     assert values["stage_steps"] == 20
 
 
+def own_method(folder: Path, preset: str = "digits") -> Path:
+    """The file of a method of one's own, with one preset beside it."""
+    methods = Path(__file__).parents[2] / "methods"
+    (folder / "presets").mkdir()
+    presets = yaml.safe_load((methods / "presets" / "progressive.yaml").read_text())
+    (folder / "presets" / "mine.yaml").write_text(yaml.safe_dump({preset: presets["digits"]}))
+    return Path(shutil.copy(methods / "progressive.py", folder / "mine.py"))
+
+
 def test_a_file_of_ones_own_is_trained_by_its_path(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.py"
-    mine.write_text((Path(__file__).parents[2] / "methods" / "progressive.py").read_text())
+    mine = own_method(tmp_path)
     (entry,) = entries(DIGITS, [str(mine)], [0])
     assert planned(entry, DIGITS, 5, {}).values["method"] == str(mine)
     (tmp_path / "dmd2.py").write_text(mine.read_text())
@@ -63,12 +73,9 @@ def test_what_is_named_twice_is_trained_once() -> None:
 
 
 def test_a_method_without_the_preset_is_refused(tmp_path: Path) -> None:
-    text = (
-        (Path(__file__).parents[2] / "methods" / "progressive.py").read_text().replace('"digits": {', '"other": {', 1)
-    )
-    (tmp_path / "mine.py").write_text(text)
+    mine = own_method(tmp_path, preset="other")
     with pytest.raises(UserError, match="methods: mine has no preset 'digits'"):
-        entries(DIGITS, [str(tmp_path / "mine.py")], [0])
+        entries(DIGITS, [str(mine)], [0])
 
 
 def test_rows_are_averaged_over_seeds_once_each() -> None:
