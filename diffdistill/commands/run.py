@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,8 @@ class Run:
 
         if (self.student / WEIGHTS).is_file():
             raise UserError("evaluate: the student's network is not in diffusers; judge what its sampler() draws")
-        return evaluate(self.folder, protocol=protocol, count=count, seed=seed, out=out)
+        into = None if out is None else fspath(out)
+        return evaluate(self.folder, protocol=protocol, count=count, seed=seed, out=into)
 
     def save(self, folder: str | PathLike[str]) -> Path:
         """Copy the student's folder, whole or not at all; returns the copy."""
