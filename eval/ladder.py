@@ -52,7 +52,7 @@ from diffdistill.families import (
     load_student,
     load_teacher,
     local_folder,
-    read_metadata,
+    student_record,
     with_null,
 )
 from diffdistill.pictures import image_grid, save_png, side_by_side
@@ -231,8 +231,9 @@ def _rungs(
     origin = teacher or students[0].teacher
     if origin is None:
         raise UserError("teacher: a loaded student does not say which it was distilled from; give it")
-    null_class = students[0].options.get("null_class")
-    judged = origin if isinstance(origin, Teacher) else load_teacher(model_folder(origin), null_class=null_class)
+    judged = (
+        origin if isinstance(origin, Teacher) else load_teacher(model_folder(origin), null_class=students[0].null_class)
+    )
     identity = _teacher_fingerprint(judged)
     teachers: dict[float, list[_Rung]] = {}
     drawn: list[_Rung] = []
@@ -242,8 +243,7 @@ def _rungs(
                 f"eval: {student.name} has another teacher ({student.teacher!r}) than {students[0].name} ({origin!r})"
             )
         # The student imitates the teacher as it was guided.
-        trained = student.options.get("guidance_scale")
-        scale = 1.0 if trained is None else float(trained)
+        scale = student.scale
         teachers.setdefault(scale, _teacher_rungs(judged, identity, steps, scale))
         sampler, described = student.loaded
         sampler.denoiser.to(sampling.device)
@@ -272,7 +272,8 @@ class _LoadedStudent:
     name: str
     fingerprint: str
     teacher: str | None  #: where it was distilled from
-    options: dict[str, Any]
+    scale: float  #: of the guidance that it imitates
+    null_class: int | None  #: of its teacher
     loaded: Student
 
 
@@ -281,20 +282,18 @@ def _students(source: ModelLike) -> list[_LoadedStudent] | None:
     if isinstance(source, Teacher):
         return None
     if isinstance(source, tuple):
-        return [_LoadedStudent("student", loaded_fingerprint(source), None, {}, source)]
+        return [_LoadedStudent("student", loaded_fingerprint(source), None, 1.0, None, source)]
     folders = models_in(source)
     folders = folders or [_pipeline(source)]
     if not is_student(folders[0]):
         return None
     students = []
     for folder in folders:
-        record = read_metadata(folder)
-        students.append(
-            _LoadedStudent(
-                folder.parent.name, folder_fingerprint(folder), record["teacher"], record["options"],
-                load_student(folder),
-            )
-        )  # fmt: skip
+        record = student_record(folder)
+        loaded = load_student(folder)
+        identity, name = folder_fingerprint(folder), folder.parent.name
+        scale, null_class = record.guidance.scale, record.teacher_null_class
+        students.append(_LoadedStudent(name, identity, record.teacher, scale, null_class, loaded))
     return students
 
 

@@ -27,6 +27,7 @@ from diffdistill.eval.measurements import rounded
 from diffdistill.families import (
     METADATA,
     Family,
+    TeacherRecord,
     describe,
     family_of,
     in_half,
@@ -37,7 +38,7 @@ from diffdistill.families import (
     local_folder,
     parts_of,
     read_json,
-    read_metadata,
+    read_record,
 )
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.sampler import Sampler
@@ -221,7 +222,8 @@ def _pixel_model(model: Path | Teacher | Student, name: str, fingerprint: str, s
 
 def stock_call(path: Path, family: Family | None, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
     """Arguments of a stock pipeline's call: a student's own, or a number of steps with guidance off or in its units."""
-    own = read_metadata(path).get("call")
+    record = read_record(path)
+    own = None if record is None or isinstance(record, TeacherRecord) else record.call
     call = dict(own or (family.arguments(steps or LATENT_STEPS) if family else {"num_inference_steps": steps}))
     call = {key: value for key, value in call.items() if value is not None}
     if guidance_scale is not None:

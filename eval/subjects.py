@@ -25,7 +25,7 @@ from diffdistill.eval.models import (
     stock_call,
 )
 from diffdistill.eval.timing import SpeedOptions, Subject, allocated_mb
-from diffdistill.families import Family, describe, is_student, load_pipeline, local_folder, read_metadata
+from diffdistill.families import Family, StudentRecord, describe, is_student, load_pipeline, local_folder, read_record
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 
@@ -92,18 +92,20 @@ def _plans_of(model: ModelLike, scale: float) -> list[ModelPlan]:
 
 def _add_teacher(teachers: dict[TeacherKey, ModelPlan], plan: ModelPlan, options: SpeedOptions) -> TeacherKey | None:
     """The key of a model's teacher, which is added to the teachers; None if it has none."""
-    record = read_metadata(plan.source) if isinstance(plan.source, Path) else {}
-    teacher = options.teacher or (record.get("teacher") if "levels" in record else None)
+    record = _student_record(plan)
+    teacher = options.teacher or (None if record is None else record.teacher)
     if teacher is None:
         return None
-    trained = record.get("options", {})
     scale = options.guidance_scale
     if scale is None:  # the student imitates the teacher as it was guided
-        scale = trained.get("guidance_scale")
-    size = tuple((k, v) for k, v in record.get("call", {}).items() if k in SIZE)
-    key = (str(teacher), 1.0 if scale is None else float(scale), size)
+        scale = 1.0 if record is None else record.guidance.scale
+    call = {} if record is None or record.call is None else record.call
+    size = tuple((k, v) for k, v in call.items() if k in SIZE)
+    key = (str(teacher), float(scale), size)
     if key not in teachers:
-        teachers[key] = ModelPlan(_pipeline_folder(teacher), "", key[1], size, trained.get("null_class"))
+        teachers[key] = ModelPlan(
+            _pipeline_folder(teacher), "", key[1], size, None if record is None else record.teacher_null_class
+        )
     return key
 
 
@@ -123,6 +125,11 @@ def _name(model: Path) -> str:
     return (model.parent if model.name in ("student", "teacher") else model).resolve().name
 
 
+def _student_record(plan: ModelPlan) -> StudentRecord | None:
+    record = read_record(plan.source) if isinstance(plan.source, Path) else None
+    return record if isinstance(record, StudentRecord) else None
+
+
 def _family(plan: ModelPlan) -> Family | None:
     return family_or_none(plan.source) if isinstance(plan.source, Path) else None
 
@@ -133,7 +140,8 @@ def check_resolution(plan: ModelPlan, resolution: int | None) -> None:
     if resolution is None or family is None or not isinstance(plan.source, Path):
         return
     if family.autoencoder is not None:
-        describe(plan.source, resolution, read_metadata(plan.source).get("frames"))
+        record = _student_record(plan)
+        describe(plan.source, resolution, None if record is None else record.frames)
     elif resolution != (own := describe(plan.source).shape[-1]):
         raise UserError(f"resolution: {resolution} is not the {own} that {plan.name} makes, a pixel model; use {own}")
 
