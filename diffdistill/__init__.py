@@ -16,11 +16,15 @@ from diffdistill.errors import UserError
 from diffdistill.version import __version__
 
 if TYPE_CHECKING:
+    from diffdistill.commands.bench import bench
+    from diffdistill.commands.compare import compare
     from diffdistill.commands.distill import distill
-    from diffdistill.commands.evaluation import compare, evaluate, sample, speed
+    from diffdistill.commands.evaluate import evaluate
     from diffdistill.commands.export import export
     from diffdistill.commands.run import Run
+    from diffdistill.commands.sample import sample
     from diffdistill.commands.shards import encode, make_pairs
+    from diffdistill.commands.speed import speed
     from diffdistill.commands.teacher import train_teacher
     from diffdistill.commands.verify import verify
     from diffdistill.core.denoiser import Denoiser
@@ -36,10 +40,11 @@ _MODULES = {
     "encode": "commands.shards",
     "make_pairs": "commands.shards",
     "train_teacher": "commands.teacher",
-    "evaluate": "commands.evaluation",
-    "compare": "commands.evaluation",
-    "speed": "commands.evaluation",
-    "sample": "commands.evaluation",
+    "evaluate": "commands.evaluate",
+    "compare": "commands.compare",
+    "speed": "commands.speed",
+    "sample": "commands.sample",
+    "bench": "commands.bench",
     "verify": "commands.verify",
     "export": "commands.export",
     "Run": "commands.run",
@@ -73,6 +78,7 @@ __all__ = [
     "TrigFlow",
     "UserError",
     "__version__",
+    "bench",
     "compare",
     "distill",
     "encode",

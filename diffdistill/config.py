@@ -202,6 +202,132 @@ class ListConfig:
     """A list has no options."""
 
 
+@dataclass(frozen=True)
+class DrawConfig(MachineConfig):
+    """How models are drawn."""
+
+    attention: Literal["auto", "sdpa", "xformers", "math"] = option(
+        "auto", "the kernels of attention; auto and sdpa: torch's, fused where they can be; math: its plain products"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the models")
+    trust_remote_code: bool = option(False, "run the pipeline that a folder carries as code")
+
+
+@dataclass(frozen=True)
+class JudgeConfig(DrawConfig):
+    """What is drawn, compared with what and measured how."""
+
+    protocol: str | None = option(None, "a protocol (see `diffdistill protocols`) or a .yaml file; default: digits")
+    count: int | None = option(None, "images of each model; default: the protocol's", at_least=10)
+    seed: int | None = option(
+        None, "image i is drawn from seed 1000000 * SEED + i; default: the protocol's, which is 0", at_least=0
+    )
+    steps: int | None = option(None, "sampling steps of a teacher; a student has its own", at_least=1)
+    guidance_scale: float | None = option(
+        None, "classifier-free guidance of a teacher, in its pipeline's units; default: off", at_least=0
+    )
+    batch_size: int | None = option(
+        None, "images drawn together, on which the last bits depend; default: the protocol's", at_least=1
+    )
+    reference: str | None = option(None, "real images, or a file of their statistics; default: the protocol's")
+    prompts: str | None = option(None, "a file with a prompt on each line; default: the protocol's")
+    weights: tuple[str, ...] = option(
+        (), "KEY=PATH, a file, folder or hub id with a feature network's weights; may be repeated", repeated=True
+    )
+    bootstrap: int | None = option(
+        None, "replicates of the intervals; 0: none; default: 200, and 20 for wide features", at_least=0
+    )
+    threads: int = option(1, "CPU threads of torch, on which the last bits depend; 0: its own choice", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(JudgeConfig):
+    """Which models."""
+
+    model: str = option(MISSING, "a run, a folder of runs, a model's folder or hub id, or a folder of images")
+    teacher: str | None = option(None, "a student's teacher; default: the one that it was distilled from")
+    teacher_steps: tuple[int, ...] | None = option(
+        None,
+        "numbers of steps at which the teacher is judged too; default: 1,2,4,8,16,32 for a run or model without "
+        "--protocol and --steps, else none",
+        at_least=1,
+    )
+    data: str | None = option(
+        None, "without --protocol: digits or images like them; or shapes, by the protocol shapes; default: digits"
+    )
+    save_reference: str | None = option(None, "also write statistics of the real images into this file")
+    out: str | None = option(
+        None, "folder of table and pictures; default: RUN/eval of a student's run, else runs/eval/NAME"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(JudgeConfig):
+    """Which models."""
+
+    models: tuple[str, ...] = option(
+        MISSING, "two or more: runs, models' folders or hub ids, folders of images", repeated=True
+    )
+    out: str = option("runs/compare", "folder of table, picture and grid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig(DrawConfig):
+    """Which models, and how they are timed."""
+
+    models: tuple[str, ...] = option(
+        MISSING, "one or more: runs, a folder of runs, models' folders or hub ids, or 'digits'", repeated=True
+    )
+    teacher: str | None = option(None, "whom the models are timed against; default: each student's own teacher")
+    teacher_steps: int | None = option(
+        None, "steps of models without their own; default: their pipeline's, and 16 for pixel models", at_least=1
+    )
+    guidance_scale: float | None = option(
+        None, "of teachers, 1 is none; default: what their student was trained with", at_least=0
+    )
+    batch_sizes: tuple[int, ...] = option((1, 4), "images drawn together", at_least=1)
+    resolutions: tuple[int, ...] | None = option(None, "pixels a side; default: the models' own", at_least=1)
+    compile: bool = option(False, "also with torch.compile of the denoising network")
+    repeats: int = option(20, "draws that are timed", at_least=1)
+    seed: int = option(0, "image i is drawn from seed 1000000 * SEED + i", at_least=0)
+    out: str = option("runs/speed", "folder of the table")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(MachineConfig):
+    """What is drawn."""
+
+    model: str = option(MISSING, "a run, a student's or teacher's folder or hub id, or 'digits'")
+    prompt: tuple[str, ...] = option((), "of a text-to-image model; may be repeated", repeated=True)
+    count: int | None = option(None, "images; default: 64, latent models 4", at_least=1)
+    classes: tuple[int, ...] = option((), "class labels, repeated as needed; default: all in turn", at_least=0)
+    steps: int | None = option(
+        None, "sampling steps of a teacher; a student has its own; default: 16, latent models 20", at_least=1
+    )
+    guidance_scale: float | None = option(None, "classifier-free guidance of a teacher; default: off", at_least=0)
+    seed: int = option(0, "image i is drawn from seed 1000000 * SEED + i", at_least=0)
+    trace: bool = option(False, "of a latent model: what it expects after each step, a row an image")
+    out: str = option("samples.png", "the picture")
+
+
+@dataclass(frozen=True)
+class BenchConfig(MachineConfig):
+    """What is trained and judged."""
+
+    suite: str = option("digits", "digits, mnist, or a .yaml file with the same fields")
+    methods: tuple[str, ...] | None = option(None, "METHOD or METHOD:PRESET; default: all of the suite")
+    seed: int | None = option(None, "one seed: the same as --seeds with it alone", at_least=0)
+    seeds: tuple[int, ...] | None = option(
+        None, "of the trainings and of the noise that is judged; default: 0,1,2", at_least=0
+    )
+    budget: int | None = option(None, "network passes of a batch in a training; default: the suite's", at_least=1)
+    teacher: str | None = option(None, "a diffusers folder or hub id; default: the suite's")
+    data: str | None = option(None, "the real images; default: the suite's")
+    jobs: int | None = option(None, "trainings at a time; default: one a CPU core, or one on a GPU", at_least=1)
+    threads: int = option(1, "CPU threads of each training and of the evaluation; 0: torch's own choice", at_least=0)
+    out: str = option("runs/bench", "folder of the board; the same command on an unfinished one goes on with it")
+
+
 def run_options(run: Path) -> dict[str, Any]:
     """The resolved options of a run folder; UserError if it is none."""
     if not (run / "config.yaml").is_file():

@@ -146,7 +146,9 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
     for name, f in known.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise UserError(f"{name}: it is missing; give {f.metadata.get('help', 'it')}")
-    fitted = {n: coerce(n, v, hints[n], known[n].metadata.get("bounds", {})) for n, v in values.items()}
+    # A text with commas, a prompt say, is one member of an option that is given by repeating it.
+    whole = {n: [v] if isinstance(v, str) and known[n].metadata.get("repeated") else v for n, v in values.items()}
+    fitted = {n: coerce(n, v, hints[n], known[n].metadata.get("bounds", {})) for n, v in whole.items()}
     return cls(**fitted)
 
 

@@ -74,14 +74,14 @@ def _parts(pipeline: Any) -> list[nn.Module]:
 
 def _swaps(modules: list[nn.Module], forms: dict[type, type]) -> list[tuple[Any, Any]]:
     """Attention modules and the processors that they get."""
-    found: list[tuple[Any, Any]] = []
+    pairs: list[tuple[Any, Any]] = []
     for module in modules:
         if isinstance(module, processors.Attention) and (form := forms.get(type(module.processor))) is not None:
             # diffusers' plain form for xformers leaves the norms of queries and keys out.
             if form is processors.XFormersAttnProcessor and (module.norm_q is not None or module.norm_k is not None):
                 continue
-            found.append((module, form()))
-    return found
+            pairs.append((module, form()))
+    return pairs
 
 
 def require_xformers(devices: set[str]) -> None:
@@ -89,10 +89,10 @@ def require_xformers(devices: set[str]) -> None:
     try:
         import_module("xformers.ops")
     except (ImportError, OSError, RuntimeError) as error:  # not there, or built for another torch
-        told = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"attention: xformers cannot be used ({told}); pip install 'diffdistill[xformers]', or use sdpa"
+            f"attention: xformers cannot be used ({reason}); pip install 'diffdistill[xformers]', or use sdpa"
         ) from None
     if devices != {"cuda"}:
-        told = ", ".join(sorted(devices - {"cuda"})) or "no device"
-        raise UserError(f"attention: xformers runs on CUDA only, and the model is on {told}; use sdpa")
+        reason = ", ".join(sorted(devices - {"cuda"})) or "no device"
+        raise UserError(f"attention: xformers runs on CUDA only, and the model is on {reason}; use sdpa")

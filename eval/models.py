@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import re
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
-from diffdistill.data.folder import IMAGE_SUFFIXES, naming_image
-from diffdistill.data.images import open_data
+from diffdistill.core.denoiser import Cond
+from diffdistill.core.guidance import guided
+from diffdistill.core.ode import ddim_step, sample_ode
 from diffdistill.data.shards import hash_file
 from diffdistill.errors import UserError, first_line
 from diffdistill.eval.attention import attention
-from diffdistill.eval.evaluate import Draw, model_folder, teacher_images
+from diffdistill.eval.features.measure import network_fingerprint
+from diffdistill.eval.image_folder import Model, open_image_folder
+from diffdistill.eval.measurements import rounded
 from diffdistill.families import (
     METADATA,
     Family,
@@ -38,16 +40,23 @@ from diffdistill.families import (
     read_json,
     read_record,
 )
-from diffdistill.pictures import as_bytes
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 
 PIXEL_STEPS, LATENT_STEPS = 16, 20  # of a teacher, where the user says nothing
 
+Draw = Callable[[Cond, Sequence[torch.Generator]], Tensor]
+"""(conditions, one generator an image) -> images (B, C, H, W) in the data's units."""
+Student = tuple[Sampler, Teacher]
+"""What `load_student` returns."""
+ModelLike = str | os.PathLike[str] | Teacher | Student
+"""A run, a model's folder or hub id, or a loaded teacher or student."""
+
 
 @dataclass(frozen=True)
-class Wanted:
+class SamplingOptions:
     """How a model that is no student is sampled, and with what; a student has its own steps."""
 
     steps: int | None = None
@@ -57,20 +66,7 @@ class Wanted:
     trust_remote_code: bool = False
     strict: bool = True  #: steps and a guidance scale are refused for a student, and else passed over
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-
-@dataclass(frozen=True)
-class Model:
-    """`draw(indices, seed, labels, captions)` gives images `indices` of the seed, uint8 (B, C, H, W) on the CPU."""
-
-    name: str
-    fingerprint: str  #: 16 hex digits: weights and configs
-    conditions: str  #: none, classes, prompts, or images: there is nothing to draw
-    classes: int | None
-    steps: int | None
-    call: dict[str, Any]  #: how it is sampled, for the record
-    draw: Callable[[Sequence[int], int, Tensor | None, Sequence[str] | None], Tensor]
-    count: int | None = None  #: images that there are; None: as many as one likes
+    eight_bit: bool = True  #: images are rounded to 8 bits
 
 
 def check_dtype(dtype: str, device: torch.device) -> None:
@@ -83,19 +79,49 @@ def check_dtype(dtype: str, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def open_model(folder: str, wanted: Wanted) -> Model:
-    """The model of a run, a pipeline's folder or hub id; or a folder of images. UserError where it is none."""
-    check_dtype(wanted.dtype, wanted.device)
-    path = model_folder(folder)
+def open_model(model: ModelLike, sampling: SamplingOptions) -> Model:
+    """The model of a run, a pipeline's folder or hub id, a folder of images, or a loaded one.
+
+    UserError where it is none, or does not take the options of sampling.
+    """
+    check_dtype(sampling.dtype, sampling.device)
+    if not isinstance(model, str | os.PathLike):
+        name = "student" if isinstance(model, tuple) else "teacher"
+        return _pixel_model(model, name, loaded_fingerprint(model), sampling)
+    path = model_folder(model)
     if path.is_dir() and not (path / "model_index.json").is_file():
-        return _images(path)
+        return open_image_folder(path)
     path = local_folder(str(path))
-    name = _name(folder, path)
-    found = _fingerprint(path)
     family = family_or_none(path)
     if family is not None and family.autoencoder is None:
-        return _pixel_model(path, name, found, wanted)
-    return _pipeline_model(path, family, name, found, wanted)
+        return _pixel_model(path, model_name(model, path), folder_fingerprint(path), sampling)
+    return _pipeline_model(path, family, model_name(model, path), folder_fingerprint(path), sampling)
+
+
+def model_folder(folder: str | os.PathLike[str]) -> Path:
+    """The student or teacher in a run folder; else the folder, hub id or name as it is."""
+    runs = (Path(folder) / "student", Path(folder) / "teacher")
+    return next((p for p in runs if (p / "model_index.json").is_file()), Path(folder))
+
+
+def models_in(folder: str | os.PathLike[str]) -> list[Path]:
+    """The model of `model_folder`, or else the students of the runs in the folder."""
+    model = model_folder(folder)
+    if (model / "model_index.json").is_file():
+        return [model]
+    return sorted(path.parent for path in Path(folder).glob("*/student/model_index.json"))
+
+
+@torch.no_grad()
+def teacher_images(
+    teacher: Teacher, steps: int, guidance_scale: float, cond: Cond, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """DDIM (first order) on the teacher's own grid of `steps` steps, from its own initial noise."""
+    denoiser = teacher.denoiser
+    parameter = next(denoiser.parameters())
+    z = torch.stack([torch.randn(teacher.shape, generator=g) for g in generators]).to(parameter)
+    x0 = sample_ode(ddim_step, guided(denoiser, guidance_scale), denoiser.schedule, z, steps, cond)
+    return x0 * denoiser.schedule.data_std
 
 
 def family_or_none(path: Path) -> Family | None:
@@ -107,25 +133,33 @@ def family_or_none(path: Path) -> Family | None:
 
 
 def pixel_sampler(
-    path: Path, steps: int | None, scale: float, null_class: int | None = None
+    model: Path | Teacher | Student, steps: int | None, scale: float, null_class: int | None = None
 ) -> tuple[Draw, Teacher, int]:
     """How a pixel model is drawn, which we do ourselves: the stock pipelines take no classes. Steps are a teacher's.
 
-    The model is on the CPU, and is moved by the denoiser of the Teacher that is given beside its number of steps.
+    A model of a folder is on the CPU, and is moved by the denoiser of the Teacher that is returned beside its number
+    of steps.
     """
-    if is_student(path):
-        sampler, described = load_student(path)
-        return partial(sampler, described.shape), described, len(sampler.levels)
-    teacher, steps = load_teacher(path, null_class=null_class), steps or PIXEL_STEPS
-    return partial(teacher_images, teacher, steps, scale), teacher, steps
+    if isinstance(model, Path):
+        model = load_student(model) if is_student(model) else load_teacher(model, null_class=null_class)
+    described = model if isinstance(model, Teacher) else model[1]
+    if described.size:
+        raise UserError("model: a loaded model of latents has no autoencoder beside it; give its folder")
+    if isinstance(model, Teacher):
+        steps = steps or PIXEL_STEPS
+        return partial(teacher_images, model, steps, scale), model, steps
+    sampler = model[0]
+    return partial(sampler, described.shape), replace(described, denoiser=sampler.denoiser), len(sampler.levels)
 
 
-def _name(folder: str, path: Path) -> str:
+def model_name(folder: str | os.PathLike[str], path: Path) -> str:
+    """Of the run, or else of the model's own folder."""
     run = Path(folder)
     return (run if path.name in ("student", "teacher") and run == path.parent else path).resolve().name
 
 
-def _fingerprint(folder: Path) -> str:
+def folder_fingerprint(folder: Path) -> str:
+    """16 hex digits of a pipeline's weights and configs."""
     digest = hashlib.blake2b(digest_size=8)
     parts = [*parts_of(read_json(folder / "model_index.json")), "adapter"]
     top = (folder / name for name in ("model_index.json", METADATA) if (folder / name).is_file())
@@ -136,27 +170,54 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _pixel_model(path: Path, name: str, found: str, wanted: Wanted) -> Model:
-    if wanted.dtype != "float32":
-        raise UserError(f"dtype: {wanted.dtype} is for latent pipelines, and {name} works on pixels; use float32")
-    student = is_student(path)
+def loaded_fingerprint(model: Teacher | Student) -> str:
+    """16 hex digits of a loaded model's weights and of how it is sampled."""
+    sampler, denoiser = (None, model.denoiser) if isinstance(model, Teacher) else (model[0], model[0].denoiser)
+    settings = None if sampler is None else [sampler.levels, sampler.renoise]
+    return network_fingerprint(denoiser, f"{settings} {denoiser.row} {type(denoiser.schedule).__name__}")
+
+
+def pixel_model(
+    name: str,
+    fingerprint: str,
+    draw: Draw,
+    teacher: Teacher,
+    steps: int,
+    call: dict[str, Any],
+    options: SamplingOptions,
+) -> Model:
+    """A pixel model that is drawn by `draw`, from classes or nothing."""
+
+    def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
+        cond = {} if labels is None else {"class_labels": labels.to(options.device)}
+        with attention(teacher.denoiser, options.attention):
+            drawn = draw(cond, image_generators(seed, indices)).float().cpu()
+        refuse_non_finite(drawn, name)
+        return rounded((drawn + 1) / 2) if options.eight_bit else drawn
+
+    conditions = "none" if teacher.num_classes is None else "classes"
+    return Model(name, fingerprint, conditions, teacher.num_classes, steps, call, images)
+
+
+def refuse_non_finite(images: Tensor, name: str) -> None:
+    """UserError for images with infinities or NaN."""
+    if not bool(images.isfinite().all()):
+        raise UserError(f"eval: the images of {name} are not finite; its training diverged")
+
+
+def _pixel_model(model: Path | Teacher | Student, name: str, fingerprint: str, sampling: SamplingOptions) -> Model:
+    if sampling.dtype != "float32":
+        raise UserError(f"dtype: {sampling.dtype} is for latent pipelines, and {name} works on pixels; use float32")
+    student = is_student(model) if isinstance(model, Path) else isinstance(model, tuple)
     if student:
-        _refuse_for_student(wanted)
-    scale = 1.0 if wanted.guidance_scale is None else wanted.guidance_scale
-    draw, teacher, steps = pixel_sampler(path, wanted.steps, scale)
-    denoiser = teacher.denoiser.to(wanted.device)
+        refuse_for_student(sampling)
+    scale = 1.0 if sampling.guidance_scale is None else sampling.guidance_scale
+    draw, teacher, steps = pixel_sampler(model, sampling.steps, scale)
+    teacher.denoiser.to(sampling.device)
     call: dict[str, Any] = {"num_inference_steps": steps}
     if not student:
         call = {"sampler": "DDIM", **call, "guidance_scale": scale}
-
-    def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
-        cond = {} if labels is None else {"class_labels": labels.to(wanted.device)}
-        with attention(denoiser, wanted.attention):
-            drawn = draw(cond, image_generators(seed, indices))
-        return _eight_bit((drawn.float().cpu() + 1) / 2, name)
-
-    conditions = "none" if teacher.num_classes is None else "classes"
-    return Model(name, found, conditions, teacher.num_classes, steps, call, images)
+    return pixel_model(name, fingerprint, draw, teacher, steps, call, sampling)
 
 
 def stock_call(path: Path, family: Family | None, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
@@ -173,46 +234,48 @@ def stock_call(path: Path, family: Family | None, steps: int | None, guidance_sc
     return call
 
 
-def _pipeline_model(path: Path, family: Family | None, name: str, found: str, wanted: Wanted) -> Model:
+def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: str, sampling: SamplingOptions) -> Model:
     student = is_student(path)
     if student:
-        _refuse_for_student(wanted)
-    call = stock_call(path, family, *((None, None) if student else (wanted.steps, wanted.guidance_scale)))
-    dtype = getattr(torch, wanted.dtype)
+        refuse_for_student(sampling)
+    call = stock_call(path, family, *((None, None) if student else (sampling.steps, sampling.guidance_scale)))
+    dtype = getattr(torch, sampling.dtype)
     if family is None:
-        pipeline = any_pipeline(path, device=wanted.device, dtype=dtype, trust=wanted.trust_remote_code)
+        pipeline = any_pipeline(path, device=sampling.device, dtype=dtype, trust=sampling.trust_remote_code)
     else:
-        pipeline = load_pipeline(path, device=wanted.device, dtype=dtype)
+        pipeline = load_pipeline(path, device=sampling.device, dtype=dtype)
     if getattr(pipeline, "safety_checker", None) is not None:  # it would blacken images, and nobody measures with it
         pipeline.safety_checker = None
     takes = inspect.signature(pipeline.__call__).parameters
     conditions = "prompts" if "prompt" in takes else "classes" if "class_labels" in takes else "none"
 
     def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
-        what: dict[str, Any] = {"batch_size": len(indices)} if conditions == "none" else {}
+        inputs: dict[str, Any] = {"batch_size": len(indices)} if conditions == "none" else {}
         if conditions == "prompts":
-            what = {"prompt": list(captions or [])}  # a new list: some pipelines write into it
+            inputs = {"prompt": list(captions or [])}  # a new list: some pipelines write into it
         elif conditions == "classes":
             assert labels is not None
-            what = {"class_labels": labels.tolist()}
+            inputs = {"class_labels": labels.tolist()}
         generators = image_generators(seed, indices)
-        with attention(pipeline, wanted.attention), seeded_steps(pipeline, generators):
-            got = pipeline(**what, **call, generator=generators, output_type="np")
-        if not hasattr(got, "images"):
+        with attention(pipeline, sampling.attention), seeded_steps(pipeline, generators):
+            output = pipeline(**inputs, **call, generator=generators, output_type="np")
+        if not hasattr(output, "images"):
             raise UserError(f"eval: {name} makes videos, and the protocols are of images")
-        return _eight_bit(torch.as_tensor(got.images).float().permute(0, 3, 1, 2), name)
+        drawn = torch.as_tensor(output.images).float().permute(0, 3, 1, 2)
+        refuse_non_finite(drawn, name)
+        return rounded(drawn) if sampling.eight_bit else 2 * drawn - 1
 
     classes = describe(path).num_classes if family is not None and conditions == "classes" else None
     steps = call.get("num_inference_steps")
-    return Model(name, found, conditions, classes, steps, call, torch.no_grad()(images))
+    return Model(name, fingerprint, conditions, classes, steps, call, torch.no_grad()(images))
 
 
 def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust: bool = False) -> Any:
     """A pipeline of no family of ours; UserError where it does not load, or brings its own code and is not trusted."""
     kind = read_json(path / "model_index.json").get("_class_name")
     if isinstance(kind, list) and not trust:
-        told = f"{path} carries a pipeline of its own, {kind[0]}.py, and code of a folder is run only if you say so"
-        raise UserError(f"eval: {told}: --trust-remote-code")
+        problem = f"{path} carries a pipeline of its own, {kind[0]}.py, and code of a folder is run only if you say so"
+        raise UserError(f"eval: {problem}: --trust-remote-code")
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             path, use_safetensors=True, trust_remote_code=trust, **in_half(dtype)
@@ -223,49 +286,8 @@ def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust:
     return pipeline.to(device)
 
 
-def _refuse_for_student(wanted: Wanted) -> None:
+def refuse_for_student(sampling: SamplingOptions) -> None:
+    """UserError for options that a student has of its own."""
     for name in ("steps", "guidance_scale"):
-        if wanted.strict and getattr(wanted, name) is not None:
-            raise UserError(f"{name}: {getattr(wanted, name)} was given, and a student's own are part of it")
-
-
-def _eight_bit(images: Tensor, name: str) -> Tensor:
-    """Images in [0, 1] as uint8, rounded to nearest."""
-    if not bool(images.isfinite().all()):
-        raise UserError(f"eval: the images of {name} are not finite; its training diverged")
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _images(path: Path) -> Model:
-    """Image files in sorted order, as they are: all of one size and mode."""
-    found = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
-    if not files:
-        raise UserError(f"eval: {str(path)!r} holds no pipeline (model_index.json) and no images")
-    numbers = [[int(n) for n in re.findall(r"\d+", file.name)] for file in files]
-    if all(numbers) and sorted(numbers) != numbers and len({file.parent for file in files}) == 1:
-        raise UserError(
-            f"eval: the files of {str(path)!r} are not in the order of their numbers, by which captions are "
-            "compared; call them 00000.png, 00001.png, .."
-        )
-    first, digest = None, hashlib.blake2b(digest_size=8)
-    for file in files:
-        with naming_image(str(file)), Image.open(file) as image:
-            kind = (image.mode, *image.size)
-        if image.mode not in ("L", "RGB"):
-            raise UserError(f"eval: {file} is of mode {image.mode}; give RGB or grey images without alpha or palette")
-        first = first or kind
-        if kind != first:
-            one, other = (f"{width}x{height} {mode}" for mode, width, height in (kind, first))
-            raise UserError(f"eval: {file} is {one} where {files[0].name} is {other}; give images of one kind")
-        digest.update(file.name.encode())
-        hash_file(digest, file)
-    data = open_data(str(path))
-    if len(data) != len(files):
-        told = f"{str(path)!r} has {len(files)} image files and {len(data)} of them are read as data"
-        raise UserError(f"eval: {told} (it holds splits or a metadata.jsonl); give a folder of images alone")
-
-    def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
-        return as_bytes(data.get(torch.tensor(indices)).images)
-
-    return Model(path.resolve().name, digest.hexdigest(), "images", None, None, {}, images, count=len(files))
+        if sampling.strict and getattr(sampling, name) is not None:
+            raise UserError(f"{name}: {getattr(sampling, name)} was given, and a student's own are part of it")

@@ -16,30 +16,35 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffdistill.errors import UserError
+from diffdistill.eval.metrics.registry import Metric, find_metric
 from diffdistill.options import coerce, nearest, read_yaml
-
-KINDS = {
-    "frechet": "features", "kid": "features", "kernel": "features", "precision_recall": "features",
-    "density_coverage": "features", "cmmd": "features", "vendi": "features", "inception_score": "logits", "mean": "",
-}  # fmt: skip
-"""What a metric does with a measure's columns, and the column that it reads ("": the one that it names)."""
-AGAINST_REFERENCE = ("frechet", "kid", "kernel", "precision_recall", "density_coverage", "cmmd")
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One number (precision_recall and density_coverage: two) from the columns of one measure."""
+class ProtocolMetric:
+    """One metric that a protocol asks for, of the columns of one measure."""
 
     name: str
     kind: str
     measure: str
-    column: str = ""
+    column: str = ""  #: of the measure; default: the one that the kind reads
     scale: float = 1.0
     k: int = 5
 
     @property
+    def metric(self) -> Metric:
+        """The function and its record."""
+        return find_metric(self.kind)
+
+    @property
     def reads(self) -> str:
-        return f"{self.measure}.{self.column or KINDS[self.kind]}"
+        """The column of measurements, "measure.column"."""
+        return f"{self.measure}.{self.column or self.metric.reads}"
+
+    @property
+    def columns(self) -> list[str]:
+        """Headings of the table."""
+        return [column.format(name=self.name) for column in self.metric.columns]
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Protocol:
     count: int
     resolution: int  #: pixels a side of the images that are measured
     channels: int
-    metrics: list[Metric]
+    metrics: list[ProtocolMetric]
     name: str = ""
     seed: int = 0  #: image i is drawn from seed 1000000 * seed + i
     classes: int | None = None
@@ -71,20 +76,24 @@ class Protocol:
     reference: str | None = None  #: data as of `open_data`, or a statistics file; below the data folder
     fetch: str = ""  #: where data that are missing come from
     resize: str | None = None  #: images of another size: refused, or brought to `resolution` by this filter
+    eight_bit: bool = True  #: images are rounded to 8 bits before they are measured, as published figures are
     batch: int = 50  #: images drawn and measured together, whatever the number of processes
     shard: int = 250  #: images in a file of measurements, which is what an interruption can cost
     published: list[Published] = field(default_factory=list)  #: measured as here; others are left out
 
     @property
     def measures(self) -> list[str]:
+        """Keys of the measures that the metrics read."""
         return list(dict.fromkeys(metric.measure for metric in self.metrics))
 
     @property
     def needs_reference(self) -> bool:
-        return any(m.kind in AGAINST_REFERENCE for m in self.metrics) or self.labels == "reference"
+        """Whether a metric compares with real images, or the classes are theirs."""
+        return any(m.metric.compares for m in self.metrics) or self.labels == "reference"
 
 
 def names() -> list[str]:
+    """The protocols that are shipped."""
     return sorted(p.name.removesuffix(".yaml") for p in _folder().iterdir() if p.name.endswith(".yaml"))
 
 
@@ -93,7 +102,7 @@ def _folder() -> Any:
 
 
 def load(name: str, **overrides: Any) -> Protocol:
-    """The protocol of that name or file, with what the user wants otherwise; UserError if a field is not right."""
+    """The protocol of that name or file, with other values where they are not None; UserError if a field is wrong."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
     elif name in names():
@@ -104,12 +113,12 @@ def load(name: str, **overrides: Any) -> Protocol:
     for field_name in ("conditions", "metrics", "published"):
         if not isinstance(values.get(field_name, []), list):
             raise UserError(f"{path.name}: {field_name}: {values[field_name]!r} is no list")
-    values["metrics"] = [_build(Metric, m, f"{path.name}: metrics") for m in values.get("metrics") or []]
+    values["metrics"] = [_build(ProtocolMetric, m, f"{path.name}: metrics") for m in values.get("metrics") or []]
     values["published"] = [_build(Published, p, f"{path.name}: published") for p in values.get("published") or []]
-    given = {key: value for key, value in overrides.items() if value is not None}
-    if any(given[key] != values.get(key, 0) for key in given if key != "batch"):
+    changes = {key: value for key, value in overrides.items() if value is not None}
+    if any(changes[key] != values.get(key, 0) for key in changes if key != "batch"):
         values["published"] = []  # which are of the protocol as it stands
-    values |= given
+    values |= changes
     protocol = _build(Protocol, values | {"name": path.stem}, path.name)
     _check(protocol, path.name)
     return protocol
@@ -131,16 +140,15 @@ def _build(cls: Any, values: Any, where: str) -> Any:
 
 
 def _check(protocol: Protocol, where: str) -> None:
-    for given in protocol.conditions:
-        if given not in ("none", "classes", "prompts"):
-            raise UserError(f"{where}: conditions: {given!r} is none of none, classes, prompts")
+    for condition in protocol.conditions:
+        if condition not in ("none", "classes", "prompts"):
+            raise UserError(f"{where}: conditions: {condition!r} is none of none, classes, prompts")
     if not protocol.metrics:
         raise UserError(f"{where}: metrics: there is none; give at least one")
     for metric in protocol.metrics:
-        if metric.kind not in KINDS:
-            raise UserError(f"{where}: metrics: kind {metric.kind!r} is not known; {nearest(metric.kind, KINDS)}")
-        if metric.kind == "mean" and not metric.column:
-            raise UserError(f"{where}: metrics: {metric.name!r} is a mean and names no column")
+        kind = find_metric(metric.kind, f"{where}: metrics")
+        if not (metric.column or kind.reads):
+            raise UserError(f"{where}: metrics: {metric.name!r} is a {metric.kind} and names no column")
     if protocol.seed < 0:
         raise UserError(f"{where}: seed: {protocol.seed} is negative")
     if any(metric.k < 1 for metric in protocol.metrics):

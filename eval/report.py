@@ -33,6 +33,7 @@ def write_json(value: object, path: str | os.PathLike[str]) -> Path:
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> Path:
+    """A text file, whole or not at all."""
     return atomic_write(path, text)
 
 

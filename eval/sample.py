@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -14,87 +16,104 @@ from torch import Tensor
 from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import LinearFlow
 from diffdistill.errors import UserError
-from diffdistill.eval.evaluate import device, draw_all, model_folder, on_device
-from diffdistill.eval.models import pixel_sampler, stock_call
+from diffdistill.eval.models import ModelLike, model_folder, pixel_sampler, stock_call
 from diffdistill.families import Family, describe, family_of, is_student, load_pipeline, local_folder, schedule_of
 from diffdistill.pictures import image_grid, save_png
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 
+BATCH = 256
 
-def sample_picture(
-    folder: str,
-    prompts: Sequence[str] | None,
-    count: int | None,
-    classes: Sequence[int] | None,
-    steps: int | None,
-    guidance_scale: float | None,
-    seed: int,
-    out: str,
-    trace: bool = False,
-) -> Path:
-    """`diffdistill sample`: images of a student's or a teacher's folder as one PNG; `trace` is stock_picture's."""
-    model = model_folder(folder)
-    family, _ = family_of(local_folder(str(model)))
-    if family.autoencoder is not None:
-        return stock_picture(model, family, prompts, count or 4, classes, steps, guidance_scale, seed, out, trace)
-    if trace:
-        raise UserError(f"trace: {folder!r} is no latent model")
-    if prompts:
-        raise UserError(f"prompt: {folder!r} takes no prompts; use --classes")
-    count = count or 64
-    if is_student(model):
-        for name, value in (("steps", steps), ("guidance_scale", guidance_scale)):
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What is drawn, and how; None is the default of each."""
+
+    prompts: Sequence[str] = ()
+    count: int | None = None
+    classes: Sequence[int] = ()
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    trace: bool = False  #: of a latent model: a row an image, a column for what the model expects after each step
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images (N, C, H, W) in [-1, 1], and how many a row of a picture has."""
+
+    images: Tensor
+    columns: int
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """As one PNG."""
+        return save_png(image_grid(self.images, self.columns, scale=max(1, 64 // self.images.shape[-1])), Path(path))
+
+
+def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
+    """Images of a student or a teacher. UserError for what the model does not take."""
+    if isinstance(model, str | os.PathLike):
+        folder = local_folder(str(model_folder(model)))
+        family, _ = family_of(folder)
+        if family.autoencoder is not None:
+            return _stock_samples(folder, family, request)
+        model = folder
+    name = str(model) if isinstance(model, Path) else "the model"
+    if request.trace:
+        raise UserError(f"trace: {name!r} is no latent model")
+    if request.prompts:
+        raise UserError(f"prompt: {name!r} takes no prompts; use --classes")
+    if is_student(model) if isinstance(model, Path) else isinstance(model, tuple):
+        for option, value in (("steps", request.steps), ("guidance_scale", request.guidance_scale)):
             if value is not None:
-                raise UserError(f"{name}: {value} was given, and a student's own are part of it")
-    draw, teacher, _ = pixel_sampler(model, steps, 1.0 if guidance_scale is None else guidance_scale)
-    on_device(teacher)
-    labels = _labels(teacher, count, classes)
-    drawn = draw_all(draw, labels, count, seed)
-    columns = min(teacher.num_classes or 8, 10)
-    return save_png(image_grid(drawn.images, columns, scale=max(1, 64 // teacher.shape[-1])), Path(out))
+                raise UserError(f"{option}: {value} was given, and a student's own are part of it")
+    scale = 1.0 if request.guidance_scale is None else request.guidance_scale
+    draw, teacher, _ = pixel_sampler(model, request.steps, scale)
+    teacher.denoiser.to(request.device)
+    labels = _labels(teacher, request.count or 64, request.classes)
+    images = []
+    for indices in torch.arange(request.count or 64).split(BATCH):
+        cond = {} if labels is None else {"class_labels": labels[indices].to(request.device)}
+        images.append(draw(cond, image_generators(request.seed, indices.tolist())).float().cpu())
+    return Samples(torch.cat(images), min(teacher.num_classes or 8, 10))
 
 
 @torch.no_grad()
-def stock_picture(
-    model: Path, family: Family, prompts: Sequence[str] | None, count: int, classes: Sequence[int] | None,
-    steps: int | None, guidance_scale: float | None, seed: int, out: str, trace: bool = False,
-) -> Path:  # fmt: skip
+def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samples:
     """Images of a latent model by its own stock pipeline, as anybody would draw them; guidance is in its own units.
 
-    `trace`: a row an image instead, a column the image that the model expects after a step (DT-visualisation,
+    With `trace` a row an image instead, a column the image that the model expects after a step (DT-visualisation,
     Gandikota & Bau 2025, arXiv:2503.10637).
     """
-    text = family.conditions == "text"
+    prompts, classes, text = request.prompts, request.classes, family.conditions == "text"
     if text != bool(prompts) or (text and classes):
-        raise UserError(f"prompt: {str(model)!r} takes {'a prompt; give --prompt' if text else 'none; use --classes'}")
+        raise UserError(f"prompt: {str(folder)!r} takes {'a prompt; give --prompt' if text else 'none; use --classes'}")
     if classes:
-        _check_classes(classes, describe(local_folder(str(model))).num_classes or 0)
-    if is_student(model) and steps is not None:
-        raise UserError(f"steps: {steps} was given, and a student's own are part of it")
-    call = stock_call(local_folder(str(model)), family, steps, guidance_scale)
-    pipeline = load_pipeline(local_folder(str(model)), device=device())
-    images = []
+        _check_classes(classes, describe(folder).num_classes or 0)
+    if is_student(folder) and request.steps is not None:
+        raise UserError(f"steps: {request.steps} was given, and a student's own are part of it")
+    call = stock_call(folder, family, request.steps, request.guidance_scale)
+    pipeline = load_pipeline(folder, device=request.device)
+    count = request.count or 4
+    images: list[Tensor] = []
     columns = min(count, 4)
-    for i, generator in enumerate(image_generators(seed, range(count))):
-        what = (
-            {"prompt": (prompts or [""])[i % len(prompts or [""])]}
-            if text
-            else {"class_labels": [(classes or range(10))[i % len(classes or range(10))]]}
-        )
-        if trace:
+    for i, generator in enumerate(image_generators(request.seed, range(count))):
+        labels = classes or range(10)
+        inputs = {"prompt": prompts[i % len(prompts)]} if text else {"class_labels": [labels[i % len(labels)]]}
+        if request.trace:
             with seeded_steps(pipeline, generator), traced(pipeline) as expected:
-                pipeline(**what, **call, generator=generator, output_type="latent" if text else "np")
+                pipeline(**inputs, **call, generator=generator, output_type="latent" if text else "np")
             images += [decoded(pipeline, family, x0[:1], call) for x0 in expected]
             columns = len(expected)
             continue
         with seeded_steps(pipeline, generator):
-            got = pipeline(**what, **call, generator=generator, output_type="pt" if text else "np")
-        picture = torch.as_tensor(got.frames if hasattr(got, "frames") else got.images).float()
+            output = pipeline(**inputs, **call, generator=generator, output_type="pt" if text else "np")
+        picture = torch.as_tensor(output.frames if hasattr(output, "frames") else output.images).float()
         picture = picture[:, 0] if picture.ndim == 5 else picture  # a video's first frame
         images.append(2 * (picture if text else picture.permute(0, 3, 1, 2)) - 1)
-    return save_png(image_grid(torch.cat(images), columns), Path(out))
+    return Samples(torch.cat(images), columns)
 
 
 @contextmanager
@@ -147,14 +166,14 @@ def decoded(pipeline: Any, family: Family, latents: Tensor, call: dict[str, Any]
     return images[:, :, 0] if images.ndim == 5 else images
 
 
-def _labels(teacher: Teacher, count: int, classes: Sequence[int] | None) -> Tensor | None:
+def _labels(teacher: Teacher, count: int, classes: Sequence[int]) -> Tensor | None:
     if teacher.num_classes is None:
-        if classes is not None:
+        if classes:
             raise UserError(f"classes: {list(classes)} were given and this model has no classes")
         return None
-    wanted = list(classes or range(teacher.num_classes))
-    _check_classes(wanted, teacher.num_classes)
-    return torch.tensor([wanted[i % len(wanted)] for i in range(count)])
+    cycle = list(classes or range(teacher.num_classes))
+    _check_classes(cycle, teacher.num_classes)
+    return torch.tensor([cycle[i % len(cycle)] for i in range(count)])
 
 
 def _check_classes(classes: Sequence[int], known: int) -> None:

@@ -18,12 +18,17 @@ from typing import Any, NoReturn
 
 from diffdistill.catalogue import describe_method
 from diffdistill.config import (
+    BenchConfig,
+    CompareConfig,
     DiversityConfig,
     EncodeConfig,
+    EvalConfig,
     ExportConfig,
     ListConfig,
     MethodsConfig,
     PairsConfig,
+    SampleConfig,
+    SpeedConfig,
     TeacherConfig,
     TrainConfig,
     VerifyConfig,
@@ -52,11 +57,26 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "distill a teacher into a few-step student, and export it", TrainConfig, "distill:run", resumes=True
     ),
-    "sample": Command("draw images from a teacher or student folder as one PNG", ListConfig, "evaluation"),
-    "eval": Command("compare a student with its teacher, or judge any model by a protocol", ListConfig, "evaluation"),
-    "compare": Command("judge several models by one protocol", ListConfig, "evaluation"),
+    "sample": Command("draw images from a teacher or a student as one PNG", SampleConfig, "sample:run", ("model",)),
+    "eval": Command(
+        "judge a student beside its teacher at several numbers of steps, or any model by a protocol",
+        EvalConfig,
+        "evaluate:run",
+        ("model",),
+    ),
+    "compare": Command(
+        "judge several models by one protocol: table, differences, picture, same-noise grid",
+        CompareConfig,
+        "compare:run",
+        ("models",),
+    ),
     "protocols": Command("list the protocols of eval and compare", ListConfig, "lists:protocols"),
-    "speed": Command("time models against their teacher", ListConfig, "evaluation"),
+    "speed": Command(
+        "time models against their teacher: latency, throughput, network passes, memory",
+        SpeedConfig,
+        "speed:run",
+        ("models",),
+    ),
     "export": Command(
         "save a run's student from a checkpoint as a diffusers folder", ExportConfig, "export:run", ("run",)
     ),
@@ -84,7 +104,9 @@ COMMANDS: dict[str, Command] = {
         "lists:methods",
         ("method",),
     ),
-    "bench": Command("train and judge every method on the same teacher and budget", ListConfig, "evaluation"),
+    "bench": Command(
+        "train and judge every method on the same teacher, budget, seeds and evaluation", BenchConfig, "bench:run"
+    ),
     "verify": Command(
         "check a method against closed forms, and train it on a teacher known exactly",
         VerifyConfig,
@@ -123,8 +145,6 @@ def _run(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command; {nearest(name, COMMANDS)}")
     command = COMMANDS[name]
-    if command.function == "evaluation":
-        return _evaluation(name, argv[1:])
     classes, usual = [command.options], {}
     if command.options is TrainConfig:
         method = describe_method(_method_of(argv[1:]))
@@ -284,22 +304,6 @@ def _values(parsed: argparse.Namespace) -> dict[str, Any]:
     """Options from the YAML file, overridden by the command line."""
     values = read_yaml(parsed.config) if parsed.config else {}
     return values | {k.removeprefix("option."): v for k, v in vars(parsed).items() if k.startswith("option.")}
-
-
-def _evaluation(name: str, argv: list[str]) -> int:
-    from diffdistill.commands import evaluation
-
-    parsers = {}
-
-    def command(name: str, help: str) -> argparse.ArgumentParser:
-        parsers[name] = _Parser(prog=f"diffdistill {name}", description=help, allow_abbrev=False)
-        return parsers[name]
-
-    evaluation.add_parsers(command)
-    parsed, unknown = parsers[name].parse_known_args(argv)
-    if unknown:
-        _refuse_unknown(parsers[name], name, unknown)
-    return evaluation.RUN[name](parsed)
 
 
 if __name__ == "__main__":

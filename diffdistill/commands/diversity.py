@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffdistill.config import DiversityConfig
-from diffdistill.eval.evaluate import model_folder
+from diffdistill.eval.models import model_folder
 from diffdistill.pipelines.diversity import write_diversity
 
 

@@ -6,6 +6,7 @@ them equal. A path may be given wherever a text names a file or folder.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -105,4 +106,81 @@ class PairsOptions(MachineOptions, total=False):
     seed: int
     batch_size: int
     shard_size: int
+    out: str | Path
+
+
+class DrawOptions(MachineOptions, total=False):
+    """The options of `DrawConfig`."""
+
+    attention: Literal["auto", "sdpa", "xformers", "math"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    trust_remote_code: bool
+
+
+class JudgeOptions(DrawOptions, total=False):
+    """The options of `JudgeConfig`."""
+
+    protocol: str | Path | None
+    count: int | None
+    seed: int | None
+    steps: int | None
+    guidance_scale: float | None
+    batch_size: int | None
+    reference: str | Path | None
+    prompts: str | Path | None
+    weights: Sequence[str]
+    bootstrap: int | None
+
+
+class EvalOptions(JudgeOptions, total=False):
+    """The options of `EvalConfig` but for model and teacher, which `evaluate` takes by themselves."""
+
+    teacher_steps: Sequence[int] | None
+    data: str | None
+    save_reference: str | Path | None
+    out: str | Path | None
+
+
+class CompareOptions(JudgeOptions, total=False):
+    """The options of `CompareConfig` but for the models."""
+
+    out: str | Path
+
+
+class SpeedOptions(DrawOptions, total=False):
+    """The options of `SpeedConfig` but for the models."""
+
+    teacher: str | Path | None
+    teacher_steps: int | None
+    guidance_scale: float | None
+    batch_sizes: Sequence[int]
+    resolutions: Sequence[int] | None
+    compile: bool
+    repeats: int
+    seed: int
+    out: str | Path
+
+
+class SampleOptions(MachineOptions, total=False):
+    """The options of `SampleConfig` but for model and out, which `sample` takes by themselves."""
+
+    prompt: str | Sequence[str]
+    count: int | None
+    classes: Sequence[int]
+    steps: int | None
+    guidance_scale: float | None
+    seed: int
+    trace: bool
+
+
+class BenchOptions(MachineOptions, total=False):
+    """The options of `BenchConfig` but for the suite."""
+
+    methods: Sequence[str] | None
+    seed: int | None
+    seeds: Sequence[int] | None
+    budget: int | None
+    teacher: str | Path | None
+    data: str | Path | None
+    jobs: int | None
     out: str | Path

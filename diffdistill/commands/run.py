@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from diffdistill.families._own import WEIGHTS
 from diffdistill.files import atomic_folder
 
 if TYPE_CHECKING:
+    from diffdistill.eval.results import Evaluation
     from diffdistill.players.sampler import Sampler
     from diffdistill.players.teacher import Teacher
 
@@ -57,16 +58,17 @@ class Run:
         count: int | None = None,
         seed: int | None = None,
         out: str | PathLike[str] | None = None,
-    ) -> list[dict[str, Any]]:
-        """The student judged as `diffdistill.evaluate` does; returns the rows of the table.
+    ) -> Evaluation:
+        """The student judged as `diffdistill.evaluate` does; `rows` of the result are those of the table.
 
         Raises UserError for a network that diffusers does not know, whose samples `sampler` draws.
         """
-        from diffdistill.commands.evaluation import evaluate
+        from diffdistill.commands.evaluate import evaluate
 
         if (self.student / WEIGHTS).is_file():
             raise UserError("evaluate: the student's network is not in diffusers; judge what its sampler() draws")
-        return evaluate(self.folder, protocol=protocol, count=count, seed=seed, out=out)
+        into = None if out is None else fspath(out)
+        return evaluate(self.folder, protocol=protocol, count=count, seed=seed, out=into)
 
     def save(self, folder: str | PathLike[str]) -> Path:
         """Copy the student's folder, whole or not at all; returns the copy."""

@@ -85,7 +85,7 @@ def _foreign(kind: Kind, path: Path) -> bool:
 
 def make(
     kind: Kind, out: Path, index: dict[str, Any], batch_size: int, produce: Callable[[range], dict[str, Tensor]],
-    rank: int = 0, world_size: int = 1,
+    rank: int = 0, world_size: int = 1, quiet: bool = False,
 ) -> None:  # fmt: skip
     """Make the shards that are missing; `produce` gives the columns (n, ...) of n indices, in batches.
 
@@ -99,7 +99,7 @@ def make(
     done = read_index(kind, out)["shards"]
     missing = [k for k, name in enumerate(names) if not is_whole(out / name, done.get(name))]
     if not missing:
-        if rank == 0:
+        if rank == 0 and not quiet:
             print(f"{out} is done: {count} {kind.what}")
         return
     file = out / (kind.index if rank == 0 else f"{kind.name}.{rank}.json")
@@ -112,7 +112,7 @@ def make(
             others.unlink()
     there = count - sum(len(ranges[k]) for k in missing)
     missing = missing if world_size == 1 else [k for k in missing if k % world_size == rank]
-    show = _progress(kind.unit, there + sum(len(ranges[k]) for k in missing), there, silent=rank > 0)
+    show = _progress(kind.unit, there + sum(len(ranges[k]) for k in missing), there, silent=quiet or rank > 0)
     for done, k in enumerate(missing):
         parts = []
         for first in range(ranges[k].start, ranges[k].stop, batch_size):

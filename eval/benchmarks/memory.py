@@ -29,8 +29,8 @@ from torch import nn
 
 from diffdistill.data.batches import batches
 from diffdistill.data.encoded import KIND, fingerprint
-from diffdistill.data.shards import device_for, make, start
-from diffdistill.environment import environment, peak_memory_mb
+from diffdistill.data.shards import make, start
+from diffdistill.environment import environment, peak_memory_mb, use_machine
 from diffdistill.errors import UserError
 from diffdistill.eval.report import markdown_table, write_json, write_text
 from diffdistill.families import FAMILIES, load_teacher
@@ -121,10 +121,10 @@ def prepare(folder: Path, network: Network, resolution: int, dtype: torch.dtype)
 
 def stored_mb(modules: Sequence[nn.Module], *, trained: bool = False) -> float:
     """The parameters of all of them in MB, each storage counted once."""
-    found = {
+    storages = {
         p.untyped_storage().data_ptr(): p for m in modules for p in m.parameters() if p.requires_grad or not trained
     }
-    return sum(p.untyped_storage().nbytes() for p in found.values()) / 2**20
+    return sum(p.untyped_storage().nbytes() for p in storages.values()) / 2**20
 
 
 def resident_mb() -> float:
@@ -139,7 +139,7 @@ def resident_mb() -> float:
 def measure(folder: Path, kind: str, dtype: str, steps: int, device: str) -> dict[str, Any]:
     """Two steps in this process, which has done nothing else. On a GPU without the memory, no peak."""
     torch.set_num_threads(1)
-    on_gpu = device_for(device).type == "cuda"
+    on_gpu = use_machine(device).type == "cuda"
     half = dtype == "bf16"
     options = {
         "method": "dmd2", "teacher": str(folder / "teacher"), "prompts": str(folder / "prompts"),
@@ -173,8 +173,8 @@ def compare(network: str, resolution: int, dtype: str, steps: int, device: str) 
     """A row for each kind of player; each is measured in its own process."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        told = {"network": network, "resolution": resolution, "dtype": dtype, "steps": steps, "device": device}
-        arguments = [text for name, value in told.items() for text in (f"--{name}", str(value))]
+        run_settings = {"network": network, "resolution": resolution, "dtype": dtype, "steps": steps, "device": device}
+        arguments = [text for name, value in run_settings.items() for text in (f"--{name}", str(value))]
         prepare(Path(folder), NETWORKS[network], resolution, torch.bfloat16 if dtype == "bf16" else torch.float32)
         for kind in KINDS:
             command = [
@@ -223,12 +223,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     table = markdown_table(rows, COLUMNS)
     print(table)
-    told = environment()
-    print(f"{told['gpu'] or told['platform']}, torch {told['torch']}, diffusers {told['diffusers']}, {told['commit']}")
+    machine = environment()
+    versions = f"torch {machine['torch']}, diffusers {machine['diffusers']}, {machine['commit']}"
+    print(f"{machine['gpu'] or machine['platform']}, {versions}")
     if args.out:
         write_text(table, args.out)
     if args.json:
-        write_json({"rows": rows, "columns": COLUMNS, "environment": told}, args.json)
+        write_json({"rows": rows, "columns": COLUMNS, "environment": machine}, args.json)
     return 0
 
 

@@ -35,7 +35,7 @@ from diffdistill.pipelines.schedulers import scheduler_config, teacher_scheduler
 from diffdistill.players.average import MovingAverage
 from diffdistill.players.discriminator import DiscriminatorHead
 from diffdistill.players.teacher import Teacher, only_trains
-from diffdistill.scaffold.method import Batch, Method, Pair
+from diffdistill.scaffold.method import Batch, Method, Need, Pair
 from diffdistill.training.trainer import Trainer, accelerator_for
 
 COLUMNS = ("game", "passes", "forward ms", "cycle ms", "bare cycle ms", "overhead", "from", "to")
@@ -176,10 +176,10 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         accelerator = accelerator_for(fit, Path(folder))
         data, cond = torch.randn(batch, 3, 16, 16), {"class_labels": torch.arange(batch) % 10}
-        pair = Pair(torch.randn(batch, 3, 16, 16), data, cond) if method.needs_pairs else None
+        pair = Pair(torch.randn(batch, 3, 16, 16), data, cond) if Need.PAIRS in method.needs else None
 
         def batches(step: int) -> Batch:
-            x0 = data if method.needs_data else None
+            x0 = data if Need.IMAGES in method.needs else None
             return Batch(batch, (3, 16, 16), cond, x0, accelerator.device, (0, step, 0), pair)
 
         trainer = Trainer(method, batches, fit, Path(folder), accelerator)
@@ -214,17 +214,17 @@ def measure(
 
 def games(names: Sequence[str]) -> list[tuple[str, str, dict[str, Any], int]]:
     """(label, method, options, training steps of a cycle): each method as on the digits, DMD2 in its paper's ratio."""
-    found: list[tuple[str, str, dict[str, Any], int]] = []
+    cases: list[tuple[str, str, dict[str, Any], int]] = []
     for name in names:
-        preset = dict(describe_method(name).presets["digits"])
+        preset = dict(describe_method(name).presets["digits"].options)
         for level in ("student_level", "student_lr", "fake_score_lr"):
             preset.pop(level, None)
         if name == "dmd2":
-            found.append(("dmd2, 5 to 1", name, preset | {"update_ratio": 5}, 5))
-            found.append(("dmd2 with GAN, 5 to 1", name, preset | {"update_ratio": 5, "gan_weight": 1e-3}, 5))
+            cases.append(("dmd2, 5 to 1", name, preset | {"update_ratio": 5}, 5))
+            cases.append(("dmd2 with GAN, 5 to 1", name, preset | {"update_ratio": 5, "gan_weight": 1e-3}, 5))
         else:
-            found.append((name, name, preset, 2))
-    return found
+            cases.append((name, name, preset, 2))
+    return cases
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -120,14 +120,14 @@ def section(benchmark: Benchmark, folder: Path, reason: str | None) -> str:
         return (
             text + f"`{benchmark.command}` was not measured here: {reason or unfit(benchmark) or 'it was left out'}.\n"
         )
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    made = found["environment"]
+    kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    made = kept["environment"]
     where = (
         not benchmark.cpu and made["gpu"]
     ) or f"{made['platform']}, {made['cpu_threads']} CPU thread{'s' * (made['cpu_threads'] != 1)}"
     commit = (made["commit"] or "unknown")[:10] + "+" * (made["commit"] or "").endswith("+")
     versions = f"torch {made['torch']}, diffusers {made['diffusers']}, commit {commit}"
-    return text + f"{markdown_table(found['rows'], found['columns'])}\n`{benchmark.command}` ({where}; {versions})\n"
+    return text + f"{markdown_table(kept['rows'], kept['columns'])}\n`{benchmark.command}` ({where}; {versions})\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,13 +137,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", default="runs/performance", help="the rows (default: runs/performance)")
     parser.add_argument("--out", default="docs/performance.md", help="(default: docs/performance.md)")
     args = parser.parse_args(argv)
-    wanted, folder = args.only.split(",") if args.only else [], Path(args.folder)
+    chosen, folder = args.only.split(",") if args.only else [], Path(args.folder)
     try:
-        for name in wanted:
+        for name in chosen:
             if name not in names.split(","):
                 raise UserError(f"only: {name!r} is no benchmark; they are {names}")
         folder.mkdir(parents=True, exist_ok=True)
-        reasons = {b.name: run(b, folder) for b in BENCHMARKS if b.name in wanted}
+        reasons = {b.name: run(b, folder) for b in BENCHMARKS if b.name in chosen}
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

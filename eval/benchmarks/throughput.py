@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.eval.features.inception import Inception, folded
-from diffdistill.eval.features.networks import module_measure
+from diffdistill.eval.features.measure import module_measure
 from diffdistill.eval.metrics.frechet import frechet_distance
 from diffdistill.eval.metrics.moments import Moments
 from diffdistill.eval.report import markdown_table, write_json
@@ -132,10 +132,10 @@ def measure_statistics(rows: int, width: int, batch: int, pairs: int) -> dict[st
     apart = 0.0
     for _ in range(pairs):
         first, expected = timed(partial(their_distance, real, fake, batch))
-        second, found = timed(partial(our_distance, real, fake, batch))
+        second, distance = timed(partial(our_distance, real, fake, batch))
         taken[0].append(first)
         taken[1].append(second)
-        apart = max(apart, abs(found / expected - 1))
+        apart = max(apart, abs(distance / expected - 1))
     return row(f"distance of 2 x {rows:,} x {width} features in batches of {batch}", *taken, apart)
 
 

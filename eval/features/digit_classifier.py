@@ -207,13 +207,13 @@ def make_mnist(data: str, out: Path, seed: int, epochs: int) -> dict:
     )
 
 
-def _write(out: Path, name: str, model: DigitClassifier, told: dict) -> dict:
+def _write(out: Path, name: str, model: DigitClassifier, record: dict) -> dict:
     weights = safetensors.torch.save(model.state_dict())
     card = {
         "weights": f"{name}.safetensors",
         "sha256": hashlib.sha256(weights).hexdigest(),
         "parameters": sum(p.numel() for p in model.parameters()),
-        **told,
+        **record,
     }
     atomic_write(out / f"{name}.safetensors", weights)
     atomic_write(out / f"{name}.json", json.dumps(card, indent=2) + "\n")
@@ -229,12 +229,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="MNIST as an .npz with train_images, train_labels, test_*; left out: 8x8 digits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help=f"{EPOCHS} for the 8x8 digits, {MNIST_EPOCHS} for MNIST")
-    given = parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the order of a parallel sum would depend on the machine
-    if given.data is None:
-        card = make(given.out, given.seed, given.epochs or EPOCHS)
+    if parsed.data is None:
+        card = make(parsed.out, parsed.seed, parsed.epochs or EPOCHS)
     else:
-        card = make_mnist(given.data, given.out, given.seed, given.epochs or MNIST_EPOCHS)
+        card = make_mnist(parsed.data, parsed.out, parsed.seed, parsed.epochs or MNIST_EPOCHS)
     print(json.dumps(card, indent=2))
 
 

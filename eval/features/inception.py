@@ -253,11 +253,11 @@ def load_inception(weights: dict[str, Tensor], resize: Resize = "tf1") -> Incept
     # One of the two converters leaves the counters out, which nothing reads in eval mode.
     expected = network.state_dict()
     # One of the two converters leaves the counters out, which nothing reads in eval mode.
-    wanted = [name for name in expected if not name.endswith("num_batches_tracked")]
-    wrong = [n for n in wanted if n not in weights or weights[n].shape != expected[n].shape]
+    needed = [name for name in expected if not name.endswith("num_batches_tracked")]
+    wrong = [n for n in needed if n not in weights or weights[n].shape != expected[n].shape]
     if wrong:
         raise ValueError(f"{wrong[0]} is missing or of another shape ({len(wrong)} such in all)")
-    network.load_state_dict({name: weights[name] for name in wanted}, strict=False)
+    network.load_state_dict({name: weights[name] for name in needed}, strict=False)
     return network
 
 

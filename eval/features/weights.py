@@ -11,7 +11,7 @@ from urllib.request import urlopen
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.errors import UserError
 from diffdistill.files import atomic_write
@@ -45,7 +45,7 @@ ALEXNET = Standard(
 )
 
 
-def find_weights(key: str, standard: Standard, given: str | None = None) -> Path:
+def find_weights(key: str, standard: Standard, choice: str | None = None) -> Path:
     """The file of `standard`: `given` (a file, or a folder that holds it); else in the folder $DIFFDISTILL_WEIGHTS;
     else in torch.hub's cache, to which it is downloaded if it is nowhere, unless HF_HUB_OFFLINE is set.
 
@@ -53,17 +53,17 @@ def find_weights(key: str, standard: Standard, given: str | None = None) -> Path
     """
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     put = f"fetch {standard.url} and put it into {cache} or a folder named by ${FOLDER}, or give {key}=FILE"
-    if given is not None:
-        path = Path(given).expanduser()
+    if choice is not None:
+        path = Path(choice).expanduser()
         if path.is_file():
             return path
-        if found := _among(path, standard):
-            return found
+        if place := _among(path, standard):
+            return place
         lacks = f"the folder has no {standard.names[0]}" if path.is_dir() else "it does not exist"
-        raise UserError(f"weights: {key}: {given!r} is not {standard.what}: {lacks}; {put}")
+        raise UserError(f"weights: {key}: {choice!r} is not {standard.what}: {lacks}; {put}")
     for folder in (os.environ.get(FOLDER), str(cache)):
-        if folder and (found := _among(Path(folder).expanduser(), standard)):
-            return found
+        if folder and (place := _among(Path(folder).expanduser(), standard)):
+            return place
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise UserError(f"weights: {key}: {standard.names[0]} is not here and HF_HUB_OFFLINE is set; {put}")
     try:
@@ -75,13 +75,13 @@ def find_weights(key: str, standard: Standard, given: str | None = None) -> Path
     return atomic_write(cache / standard.names[0], data)
 
 
-def read_weights(key: str, standard: Standard, given: str | None = None) -> tuple[dict[str, Tensor], str]:
+def read_weights(key: str, standard: Standard, choice: str | None = None) -> tuple[dict[str, Tensor], str]:
     """The tensors of the file that `find_weights` finds, on the CPU, and what to call them.
 
     A .safetensors file given by name may hold other weights, and is called by its checksum. Any other file is read
     only after its sha256 is that of `standard`. Raises UserError.
     """
-    path = find_weights(key, standard, given)
+    path = find_weights(key, standard, choice)
     data = path.read_bytes()  # once: what is verified is what is read
     digest = hashlib.sha256(data).hexdigest()
     if path.suffix == ".safetensors":
@@ -103,3 +103,11 @@ def _verify(key: str, standard: Standard, source: str, digest: str) -> None:
             f"weights: {key}: {source} is not {standard.what}: its sha256 begins with {digest[:8]} and not with "
             f"{standard.sha256[:8]}; fetch {standard.url} anew"
         )
+
+
+def load_state(key: str, network: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Load weights that were read into their network; UserError if they are of another."""
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"weights: {key}: the file is not of {what}: {str(error).splitlines()[1].strip()}") from error

@@ -68,6 +68,7 @@ class Moments:
 
     @property
     def n(self) -> int:
+        """Rows so far."""
         return self._n + self._filled
 
     def update(self, features: Tensor) -> None:
@@ -145,6 +146,7 @@ def padded(rows: int, columns: int, device: torch.device | str) -> Tensor:
 
 
 def block_rows(width: int) -> int:
+    """Rows of the block that is added to a covariance at once."""
     return max(1, BLOCK // width)
 
 
@@ -155,6 +157,7 @@ def add_products(total: Tensor, x: Tensor) -> None:
 
 
 def symmetric(upper: Tensor) -> Tensor:
+    """The matrix of an upper triangle."""
     return upper.triu() + upper.triu(1).T
 
 
@@ -182,6 +185,7 @@ def row_blocks(x: Tensor, y: Tensor) -> Iterator[Tensor]:
 
 
 def check(*sets: Tensor, at_least: int) -> None:
+    """ValueError unless the sets are finite features (N, D) of one width with so many rows."""
     for features in sets:
         _check_shape(features, at_least)
         if not features.isfinite().all():

@@ -1,4 +1,4 @@
-"""What one set of images says alone: Inception score, Vendi score, class agreement.
+"""What one set of images says alone: Inception score, Vendi score, class agreement, diversity.
 
 Salimans et al. 2016 (arXiv:1606.03498), section 4; Friedman and Dieng 2022 (arXiv:2210.02410), definition 3.1.
 """
@@ -64,6 +64,17 @@ def class_agreement(logits: Tensor, labels: Tensor) -> float:
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
         raise ValueError(f"want logits (N, K), labels (N,): {tuple(logits.shape)}, {tuple(labels.shape)}")
     return (logits.argmax(1) == labels).double().mean().item()
+
+
+def diversity(features: Tensor, labels: Tensor | None = None) -> float:
+    """Mean Euclidean distance of two of the `features (N, D)`; with `labels (N,)` of one class, averaged over classes.
+
+    Raises ValueError if a class, or the whole set, has fewer than two.
+    """
+    groups = [features] if labels is None else [features[labels == c] for c in labels.unique()]
+    for group in groups:
+        check(group, at_least=2)
+    return float(torch.stack([torch.pdist(group).mean() for group in groups]).mean())
 
 
 def _effective_number(weights: Tensor) -> float:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,23 @@ import torch
 import yaml
 
 import diffdistill
-from diffdistill import Run, UserError, distill
+from diffdistill import Run, UserError, bench, compare, distill, evaluate, sample, speed
 from diffdistill.commands import keywords
-from diffdistill.config import EncodeConfig, FitConfig, MachineConfig, PairsConfig, TeacherConfig, TrainConfig
+from diffdistill.config import (
+    BenchConfig,
+    CompareConfig,
+    DrawConfig,
+    EncodeConfig,
+    EvalConfig,
+    FitConfig,
+    JudgeConfig,
+    MachineConfig,
+    PairsConfig,
+    SampleConfig,
+    SpeedConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from diffdistill.options import coerce
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,10 +67,13 @@ def test_no_argument_of_a_public_function_may_be_anything() -> None:
 
 
 def _without_path(hint: object) -> object:
-    """The type of a keyword without the path that may stand for a text."""
+    """The type of a keyword without the path that may stand for a text; a sequence is a tuple, and one text is one."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        parts = [part for part in typing.get_args(hint) if part is not Path]
+        parts = [_without_path(part) for part in typing.get_args(hint) if part is not Path]
+        parts = [part for part in parts if part is not str or tuple[str, ...] not in parts]
         return typing.Union[tuple(parts)]  # noqa: UP007
+    if typing.get_origin(hint) is Sequence:
+        return tuple[typing.get_args(hint)[0], ...]
     return hint
 
 
@@ -69,13 +86,21 @@ def _without_path(hint: object) -> object:
         (keywords.TeacherOptions, TeacherConfig, set()),
         (keywords.EncodeOptions, EncodeConfig, set()),
         (keywords.PairsOptions, PairsConfig, set()),
+        (keywords.DrawOptions, DrawConfig, set()),
+        (keywords.JudgeOptions, JudgeConfig, set()),
+        (keywords.EvalOptions, EvalConfig, {"model", "teacher"}),
+        (keywords.CompareOptions, CompareConfig, {"models"}),
+        (keywords.SpeedOptions, SpeedConfig, {"models"}),
+        (keywords.SampleOptions, SampleConfig, {"model", "out"}),
+        (keywords.BenchOptions, BenchConfig, {"suite"}),
     ],
 )
 def test_keywords_are_the_options(options: type, config: type, elsewhere: set[str]) -> None:
     typed = {name: _without_path(hint) for name, hint in typing.get_type_hints(options).items()}
     hints = {name: _without_path(hint) for name, hint in typing.get_type_hints(config).items()}
     assert typed == {name: hint for name, hint in hints.items() if name not in elsewhere}
-    assert elsewhere <= inspect.signature(distill).parameters.keys()
+    functions: tuple[Callable[..., object], ...] = (distill, evaluate, compare, speed, sample, bench)
+    assert any(elsewhere <= inspect.signature(function).parameters.keys() for function in functions)
     assert {f.name for f in dataclasses.fields(config)} == hints.keys()
 
 
@@ -162,7 +187,7 @@ def test_a_run_is_its_students_folder(tiny_teacher: Teachers, tmp_path: Path) ->
         run.save(tmp_path)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     assert run.sampler()((1, 8, 8), {"class_labels": torch.arange(2)}, generators).shape == (2, 1, 8, 8)
-    assert run.evaluate(count=100)[-1]["model"] == "student"
+    assert run.evaluate(count=100).rows[-1]["model"] == "student"
     assert distill("dmd2", teacher=run, out=tmp_path / "of a run", **SHORT).student.is_dir(), "a run is a teacher too"
 
 

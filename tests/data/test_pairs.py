@@ -18,7 +18,7 @@ from diffdistill.data import pairs
 from diffdistill.data.batches import batches
 from diffdistill.data.images import open_data
 from diffdistill.data.pairs import KIND, check_pairs, draw_pairs, fingerprint, make_pairs, open_pairs
-from diffdistill.eval.evaluate import teacher_images
+from diffdistill.eval.models import teacher_images
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.players.sampler import Sampler
 from diffdistill.rng import generator, image_generators

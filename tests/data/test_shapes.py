@@ -10,12 +10,12 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import diffdistill
+from diffdistill import evaluate
 from diffdistill.commands.teacher import train_teacher
 from diffdistill.data.encoded import encode
 from diffdistill.data.images import open_data
 from diffdistill.data.shapes import JITTER, NONE, POSITIONS, SHAPES, caption, draw, draw_many, judge, read
 from diffdistill.errors import UserError
-from diffdistill.eval.evaluate import evaluate_run
 
 TINY: dict[str, Any] = {
     "architecture": "stable-diffusion",
@@ -117,7 +117,8 @@ def test_distilled_and_judged(teacher: Path, tmp_path: Path) -> None:
     shared = {"teacher": str(teacher), "prompts": str(prompts), "steps": 2, "batch_size": 8, "device": "cpu"}
     diffdistill.distill(method="dmd2", guidance_scale=2.0, **shared, out=str(runs / "dmd2-1"))
     diffdistill.distill(method="lcm", ddim_steps=20, student_steps=4, **shared, out=str(runs / "lcm-4"))
-    table = evaluate_run(str(runs), None, [1, 2], "shapes", 8, 0, None)
+    options: dict[str, Any] = {"teacher_steps": [1, 2], "data": "shapes", "count": 10}
+    table = evaluate(runs, **options).rows
     assert [(row["model"], row.get("steps")) for row in table] == [
         ("drawn, through the autoencoder", None),
         ("teacher, guidance 2", 1),
@@ -128,8 +129,9 @@ def test_distilled_and_judged(teacher: Path, tmp_path: Path) -> None:
         ("lcm-4", 4),
     ]
     assert (runs / "eval" / "comparison.png").is_file()
-    assert json.loads((runs / "eval" / "results.json").read_text())["rows"] == table
-    alone = evaluate_run(str(runs / "dmd2-1"), None, [1, 2], "shapes", 8, 0, None)
+    written = json.loads((runs / "eval" / "results.json").read_text())["rows"]
+    assert [{k: v for k, v in row.items() if k != "intervals"} for row in written] == table
+    alone = evaluate(runs / "dmd2-1", **options).rows
     for row, same in zip(alone[:3] + alone[3:], table[:3] + table[5:6], strict=True):
         assert {k: v for k, v in row.items() if k != "ms per image"} | {"model": ""} == {
             k: v for k, v in same.items() if k != "ms per image"
@@ -155,4 +157,4 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], told: str, tmp_pa
 
 def test_shapes_judge_no_model_of_digits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="captions"):
-        evaluate_run("diffdistill/families/assets/digits-teacher", None, [1], "shapes", 8, 0, str(tmp_path))
+        evaluate("digits", teacher_steps=[1], data="shapes", count=10, out=tmp_path)

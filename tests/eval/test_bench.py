@@ -1,21 +1,28 @@
 """The scoreboard: passes are counted, trainings share a budget, and what is done is not repeated."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from diffdistill import UserError
 from diffdistill.catalogue import describe_method, method_names
-from diffdistill.eval.bench import SUITES, Entry, averaged, bench, entries, passes_per_step, planned
+from diffdistill.commands.bench import bench
+from diffdistill.eval.board import averaged
+from diffdistill.eval.budget import Entry, entries, passes_per_step, planned, preset_options
+from diffdistill.eval.suites import load_suite
 from diffdistill.training.assemble import make_game
+
+DIGITS = load_suite("digits")
 
 
 def test_every_method_has_a_preset_for_the_suite() -> None:
-    assert {e.info.name for e in entries(SUITES["digits"], None, [0])} == set(method_names())
-    found = entries(SUITES["digits"], ["dmd2"], [0, 1])
+    assert {e.info.name for e in entries(DIGITS, None, [0])} == set(method_names())
+    found = entries(DIGITS, ["dmd2"], [0, 1])
     assert [(e.name, e.seed) for e in found] == [("dmd2", 0), ("dmd2 4step", 0), ("dmd2", 1), ("dmd2 4step", 1)]
 
 
@@ -31,39 +38,44 @@ def test_passes_are_counted_with_guidance_and_backward() -> None:
 def test_no_pass_is_done_that_the_definition_does_not_need(name: str) -> None:
     info = describe_method(name)
     for preset in (p for p in info.presets if p.split("-")[0] == "digits"):
-        values = dict(info.presets[preset]) | {"method": name, "batch_size": 2}
+        values = dict(preset_options(info, preset)) | {"method": name, "batch_size": 2}
         passes, _ = passes_per_step(make_game(values))
-        assert passes == pytest.approx(info.passes[preset], rel=0.15), preset
+        assert passes == pytest.approx(DIGITS.method(name).passes[preset], rel=0.15), preset
 
 
 def test_the_budget_sets_the_steps_and_stages_keep_their_share() -> None:
     info = describe_method("progressive")
-    values, passes, scale = planned(Entry(info, "digits", 0), SUITES["digits"], 500, {})
+    values, passes, scale = planned(Entry(info, "digits", 0), DIGITS, 500, {})
     assert values["steps"] == 100 and passes == 3 and scale == 1  # five passes with the backward one
     assert values["stage_steps"] == 20
 
 
+def own_method(folder: Path, preset: str = "digits") -> Path:
+    """The file of a method of one's own, with one preset beside it."""
+    methods = Path(__file__).parents[2] / "methods"
+    (folder / "presets").mkdir()
+    presets = yaml.safe_load((methods / "presets" / "progressive.yaml").read_text())
+    (folder / "presets" / "mine.yaml").write_text(yaml.safe_dump({preset: presets["digits"]}))
+    return Path(shutil.copy(methods / "progressive.py", folder / "mine.py"))
+
+
 def test_a_file_of_ones_own_is_trained_by_its_path(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.py"
-    mine.write_text((Path(__file__).parents[2] / "methods" / "progressive.py").read_text())
-    (entry,) = entries(SUITES["digits"], [str(mine)], [0])
-    assert planned(entry, SUITES["digits"], 5, {}).values["method"] == str(mine)
+    mine = own_method(tmp_path)
+    (entry,) = entries(DIGITS, [str(mine)], [0])
+    assert planned(entry, DIGITS, 5, {}).values["method"] == str(mine)
     (tmp_path / "dmd2.py").write_text(mine.read_text())
     with pytest.raises(UserError, match=r"methods: '.*dmd2.py' has the name of a method of ours"):
-        entries(SUITES["digits"], [str(tmp_path / "dmd2.py")], [0])
+        entries(DIGITS, [str(tmp_path / "dmd2.py")], [0])
 
 
 def test_what_is_named_twice_is_trained_once() -> None:
-    assert len(entries(SUITES["digits"], ["sid", "sid:digits"], [0, 0])) == 1
+    assert len(entries(DIGITS, ["sid", "sid:digits"], [0, 0])) == 1
 
 
 def test_a_method_without_the_preset_is_refused(tmp_path: Path) -> None:
-    text = (
-        (Path(__file__).parents[2] / "methods" / "progressive.py").read_text().replace('"digits": {', '"other": {', 1)
-    )
-    (tmp_path / "mine.py").write_text(text)
+    mine = own_method(tmp_path, preset="other")
     with pytest.raises(UserError, match="methods: mine has no preset 'digits'"):
-        entries(SUITES["digits"], [str(tmp_path / "mine.py")], [0])
+        entries(DIGITS, [str(mine)], [0])
 
 
 def test_rows_are_averaged_over_seeds_once_each() -> None:

@@ -13,11 +13,12 @@ from torch import nn
 
 from diffdistill import UserError, distill
 from diffdistill.commands.cli import main
-from diffdistill.eval import speed as module
-from diffdistill.eval.speed import Asked, percentile, speed
+from diffdistill.eval import subjects, timing
+from diffdistill.eval.speed import time_models
+from diffdistill.eval.timing import SpeedOptions, percentile
 from tests import tiny_a, tiny_b
 
-QUICK = Asked(batch_sizes=(1, 2), repeats=2)
+QUICK = SpeedOptions(batch_sizes=(1, 2), repeats=2)
 Rows = list[dict[str, Any]]
 
 
@@ -67,12 +68,11 @@ def by_model(rows: Rows, batch: int = 2) -> dict[str, dict[str, Any]]:
     return {row["model"]: row for row in rows if row["batch"] == batch}
 
 
-def test_students_of_digits_against_their_teachers(
-    student: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_students_of_digits_against_their_teachers(student: Callable[..., Path], tmp_path: Path) -> None:
     """One pass a step, two where the teacher is guided; a teacher for each guidance that a student was trained with."""
     runs = [student("plain"), student("two", student_steps=2), student("guided", guidance_scale=3.0)]
-    rows = speed([*map(str, runs)], QUICK, str(tmp_path))
+    table = time_models([*map(str, runs)], QUICK, tmp_path)
+    rows = table.rows
     found = by_model(rows)
     assert {name: (row["steps"], row["passes"]) for name, row in found.items()} == {
         "teacher": (16, 16),
@@ -94,7 +94,7 @@ def test_students_of_digits_against_their_teachers(
     assert told["rows"] == rows
     assert {"dtype": "float32", "device": "cpu", "attention": "auto"}.items() <= told.items()
     assert told["environment"]["torch"] == torch.__version__
-    text, printed = (tmp_path / "speed.md").read_text(), capsys.readouterr().out
+    text, printed = (tmp_path / "speed.md").read_text(), str(table)
     for line in ("teacher, guidance 3, 16 steps", "peak MB: measured on GPUs only", "p99 of fewer than 100"):
         assert line in text and line in printed
     assert "compile s" not in text
@@ -115,8 +115,8 @@ def test_students_of_digits_against_their_teachers(
 def test_a_latent_teacher_is_guided_as_its_student_was_and_of_its_size(
     latent: Callable[..., Path], kind: str, scale: float, call: dict[str, Any], tmp_path: Path
 ) -> None:
-    asked = Asked(batch_sizes=(2,), repeats=1, teacher_steps=3)
-    one, other = speed([str(latent(kind, scale, **call))], asked, str(tmp_path))
+    options = SpeedOptions(batch_sizes=(2,), repeats=1, teacher_steps=3)
+    one, other = time_models([str(latent(kind, scale, **call))], options, tmp_path).rows
     assert (one["steps"], one["passes"]) == (3, 3 if scale == 1 else 6), "Wan calls twice, the others once with both"
     assert (other["steps"], other["passes"]) == (1, 1)
     size = f"{call.get('height', 16)}x{call.get('width', 16)}"
@@ -126,26 +126,26 @@ def test_a_latent_teacher_is_guided_as_its_student_was_and_of_its_size(
 
 def test_a_teacher_alone_takes_the_steps_of_its_pipeline(latent: Callable[..., Path], tmp_path: Path) -> None:
     for kind, steps in (("stable_diffusion", 50), ("sana", 20)):
-        asked = Asked(batch_sizes=(1,), resolutions=(32,), repeats=1)
-        (row,) = speed([str(latent(kind))], asked, str(tmp_path))
+        options = SpeedOptions(batch_sizes=(1,), resolutions=(32,), repeats=1)
+        (row,) = time_models([str(latent(kind))], options, tmp_path).rows
         assert (row["model"], row["steps"], row["passes"], row["speed-up"]) == (kind, steps, steps, None)
-    asked = Asked(batch_sizes=(1,), repeats=1, guidance_scale=4.0, teacher_steps=2)
-    assert speed([str(latent("stable_diffusion"))], asked, str(tmp_path))[0]["passes"] == 4
+    options = SpeedOptions(batch_sizes=(1,), repeats=1, guidance_scale=4.0, teacher_steps=2)
+    assert time_models([str(latent("stable_diffusion"))], options, tmp_path).rows[0]["passes"] == 4
 
 
 def test_resolutions_and_dtype_reach_the_pipeline(latent: Callable[..., Path], tmp_path: Path) -> None:
     folder, seen = latent("stable_diffusion"), []
-    real = module.load_pipeline
+    real = subjects.load_pipeline
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         pipeline = real(*args, **kwargs)
         pipeline.unet.register_forward_pre_hook(lambda unet, args: seen.append(args[0].dtype))
         return pipeline
 
-    asked = Asked(batch_sizes=(1,), resolutions=(16, 32), repeats=1, teacher_steps=1, dtype="bfloat16")
+    options = SpeedOptions(batch_sizes=(1,), resolutions=(16, 32), repeats=1, teacher_steps=1, dtype="bfloat16")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load_pipeline", spy)
-        rows = speed([str(folder)], asked, str(tmp_path))
+        patch.setattr(subjects, "load_pipeline", spy)
+        rows = time_models([str(folder)], options, tmp_path).rows
     assert [row["pixels"] for row in rows] == ["16x16", "32x32"]
     assert set(seen) == {torch.bfloat16}
 
@@ -157,8 +157,8 @@ def test_a_pipeline_that_cannot_be_distilled_is_timed(
     parts = tiny_a.stable_diffusion().components | {"requires_safety_checker": False}
     StableDiffusionPAGPipeline(**parts).save_pretrained(tmp_path / "pag")
     teacher = str(tiny_teacher("vp"))
-    asked = Asked(batch_sizes=(1,), repeats=1, teacher_steps=2, teacher=teacher)
-    rows = speed([teacher, str(tmp_path / "pag")], asked, str(tmp_path / "out"))
+    options = SpeedOptions(batch_sizes=(1,), repeats=1, teacher_steps=2, teacher=teacher)
+    rows = time_models([teacher, str(tmp_path / "pag")], options, tmp_path / "out").rows
     assert [row["model"] for row in rows] == ["teacher", "pag"]
     assert rows[1]["speed-up"] == pytest.approx(rows[0]["p50 ms"] / rows[1]["p50 ms"])
     assert rows[1]["passes"] == 2 * 3, "its own guidance, and classifier-free guidance besides"
@@ -168,17 +168,17 @@ def test_the_models_take_turns_and_memory_that_does_not_suffice_has_no_figures(
     latent: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     order: list[str] = []
-    real = module._seconds
+    real = timing._seconds
 
-    def spy(run: module.Run, batch: int, resolution: int | None, asked: Asked) -> float:
+    def spy(run: timing.TimedRun, batch: int, resolution: int | None, options: SpeedOptions) -> float:
         order.append(run.subject.name)
         if run.subject.name == "teacher" and batch == 2:
             raise torch.cuda.OutOfMemoryError
-        return real(run, batch, resolution, asked)
+        return real(run, batch, resolution, options)
 
-    monkeypatch.setattr(module, "_seconds", spy)
-    asked = Asked(batch_sizes=(1, 2), repeats=3, teacher_steps=1)
-    rows = speed([str(latent("dit", 1.0, guidance_scale=1.0))], asked, str(tmp_path))
+    monkeypatch.setattr(timing, "_seconds", spy)
+    options = SpeedOptions(batch_sizes=(1, 2), repeats=3, teacher_steps=1)
+    rows = time_models([str(latent("dit", 1.0, guidance_scale=1.0))], options, tmp_path).rows
     a, b = "teacher", "dit-1.0"
     assert order[:10] == [a, a, b, b, a, b, b, a, a, b]
     short = by_model(rows)[a]
@@ -201,15 +201,15 @@ def test_compiled_runs_beside_eager_ones(
         self._compiled_call_impl = call
 
     monkeypatch.setattr(nn.Module, "compile", compile)
-    asked = Asked(batch_sizes=(1,), repeats=2, teacher_steps=3, compiled=True)
-    rows = speed([str(student("compiled"))], asked, str(tmp_path))
+    options = SpeedOptions(batch_sizes=(1,), repeats=2, teacher_steps=3, compiled=True)
+    rows = time_models([str(student("compiled"))], options, tmp_path).rows
     assert [(r["model"], r["run"], r["passes"]) for r in rows] == [
         ("teacher", "eager", 3),
         ("teacher", "compiled", 3),
         ("compiled", "eager", 1),
         ("compiled", "compiled", 1),
     ]
-    assert len(calls) == (module.WARM_UP + 2) * (3 + 1)
+    assert len(calls) == (timing.WARM_UP + 2) * (3 + 1)
     for teacher, one in zip(rows[:2], rows[2:], strict=True):
         assert one["speed-up"] == pytest.approx(teacher["p50 ms"] / one["p50 ms"])
     assert [r["compile s"] for r in rows] == [None] * 4, "nothing was compiled"
@@ -218,8 +218,8 @@ def test_compiled_runs_beside_eager_ones(
 
 @pytest.mark.slow
 def test_torch_compiles(student: Callable[..., Path], tmp_path: Path) -> None:
-    asked = Asked(batch_sizes=(1,), repeats=2, teacher_steps=2, compiled=True)
-    rows = speed([str(student("torch-compiled"))], asked, str(tmp_path))
+    options = SpeedOptions(batch_sizes=(1,), repeats=2, teacher_steps=2, compiled=True)
+    rows = time_models([str(student("torch-compiled"))], options, tmp_path).rows
     assert [r["compile s"] is not None for r in rows] == [False, True, False, False], "one architecture, compiled once"
 
 
@@ -273,16 +273,16 @@ def test_bad_input_is_one_line(
 def test_what_a_draw_raises_is_one_line(
     latent: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "PROMPTS", (0,))
-    asked = Asked(batch_sizes=(2,), resolutions=(16,), repeats=1, teacher_steps=1)
+    monkeypatch.setattr(subjects, "PROMPTS", (0,))
+    options = SpeedOptions(batch_sizes=(2,), resolutions=(16,), repeats=1, teacher_steps=1)
     start = "speed: stable_diffusion does not draw 2 images of 16 pixels in float32 ("
     with pytest.raises(UserError, match=f"^{re.escape(start)}[^\n]+\\)$"):
-        speed([str(latent("stable_diffusion"))], asked, str(tmp_path))
+        time_models([str(latent("stable_diffusion"))], options, tmp_path)
 
 
 def test_a_gpu_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
-    asked = Asked(dtype="bfloat16", device=torch.device("cuda"))
+    options = SpeedOptions(dtype="bfloat16", device=torch.device("cuda"))
     with pytest.raises(UserError, match=r"^dtype: Tesla V100 has no bfloat16; use float16 or float32$"):
-        speed(["digits"], asked, str(tmp_path))
+        time_models(["digits"], options, tmp_path)

@@ -18,7 +18,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffdistill import distill
+from diffdistill import distill, sample
 from diffdistill.commands.cli import main
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, solve
@@ -324,9 +324,7 @@ def test_trace_command(students: Folders, tmp_path: Path) -> None:
             both = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).int() for p in (mine, theirs)]
             assert (both[0] - both[1]).abs().max() <= 1
     with pytest.raises(UserError, match="no latent model"):
-        from diffdistill.eval.sample import sample_picture
-
-        sample_picture("digits", None, None, None, None, None, 0, str(tmp_path / "x.png"), True)
+        sample("digits", trace=True, out=tmp_path / "x.png")
 
 
 # -- what users of diffusers do next ---------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from diffdistill import distill
 from diffdistill.commands.cli import main
 from diffdistill.data.encoded import encode
-from diffdistill.eval.models import Wanted, open_model
+from diffdistill.eval.models import SamplingOptions, open_model
 from tests import tiny_a, tiny_b
 
 BUILDERS = {**tiny_a.PIPELINES, **tiny_b.PIPELINES}
@@ -93,7 +93,7 @@ def test_our_commands_draw_the_same_twice(name: str, students: Callable[[str], P
         out = ["--seed", "0", "--out", str(tmp_path / f"{i}.png")]
         assert main(["sample", str(students(name)), "--prompt", "a", "--count", "2", *out]) == 0
     assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
-    model = open_model(str(students(name)), Wanted())
+    model = open_model(str(students(name)), SamplingOptions())
     drawn = []
     for i in (0, 1):
         torch.manual_seed(i)

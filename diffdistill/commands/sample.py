@@ -1,0 +1,49 @@
+"""`diffdistill sample`: images of a teacher or a student as one picture."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from diffdistill.config import SampleConfig
+from diffdistill.environment import use_machine
+from diffdistill.eval.models import ModelLike
+from diffdistill.eval.sample import SampleRequest, Samples, draw_samples
+from diffdistill.options import build
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from diffdistill.commands.keywords import SampleOptions
+
+
+def sample(model: ModelLike, *, out: str | os.PathLike[str] | None = None, **options: Unpack[SampleOptions]) -> Samples:
+    """Draw images (N, C, H, W) in [-1, 1] of a teacher or a student, and save them as one picture where `out` is given.
+
+    `model` is a run, a model's folder or hub id, or a loaded teacher or student of pixels. The options are those of
+    `diffdistill sample`, with underscores. Raises UserError for what the model does not take.
+    """
+    name = os.fspath(model) if isinstance(model, str | os.PathLike) else "loaded"
+    samples = _draw(build(SampleConfig, {**options, "model": name}), model)
+    if out is not None:
+        samples.save(out)
+    return samples
+
+
+def _draw(config: SampleConfig, model: ModelLike) -> Samples:
+    request = SampleRequest(
+        prompts=config.prompt,
+        count=config.count,
+        classes=config.classes,
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+        trace=config.trace,
+        device=use_machine(config.device, config.threads),
+    )
+    return draw_samples(model, request)
+
+
+def run(config: SampleConfig) -> None:
+    """The command: prints where the picture is."""
+    print(_draw(config, config.model).save(config.out))

@@ -1,0 +1,86 @@
+"""The table and the pictures of a scoreboard."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from torch import Tensor
+
+from diffdistill.environment import environment
+from diffdistill.errors import UserError
+from diffdistill.eval.report import markdown_table, write_json, write_text
+from diffdistill.files import atomic_write
+from diffdistill.pictures import save_png, side_by_side
+
+COLUMNS = (
+    *("method", "steps", "frechet distance", "+-", "kernel distance x1000", "precision", "recall"),
+    *("class agreement %", "diversity", "training s", "peak MB", "passes", "least", "seeds"),
+)
+
+
+def averaged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each method and number of steps: means over training seeds and noise, deviation over the former.
+
+    The teacher has no training seed; its deviation is over noise.
+    """
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for result in results:
+        same = groups.setdefault((result["method"], result["steps"]), [])
+        if (result["seed"], result["noise"]) not in [(r["seed"], r["noise"]) for r in same]:
+            same.append(result)
+    rows = []
+    for (method, steps), same in groups.items():
+        by = "noise" if same[0]["seed"] is None else "seed"
+        kinds = sorted({r[by] for r in same})
+        row: dict[str, Any] = {"method": method, "steps": steps, "seeds": len(kinds)}
+        for column in COLUMNS:
+            numbers = [r[column] for r in same if isinstance(r.get(column), (int, float))]
+            if column not in row and numbers:
+                row[column] = fmean(numbers)
+        distances = [fmean(r["frechet distance"] for r in same if r[by] == kind) for kind in kinds]
+        row["+-"] = stdev(distances) if len(distances) > 1 else None
+        rows.append(row)
+    return sorted(rows, key=lambda r: (not r["method"].startswith("teacher"), r["steps"], r["frechet distance"]))
+
+
+def write_board(
+    suite: str, results: Sequence[dict[str, Any]], pictures: dict[str, Tensor], budget: int, out: Path
+) -> list[dict[str, Any]]:
+    """board.json, board.md, quality.png and samples.png."""
+    rows = averaged(results)
+    report = {"suite": suite, "budget": budget, "environment": environment()}
+    report |= {"columns": COLUMNS, "rows": rows, "results": list(results)}
+    write_json(report, out / "board.json")
+    write_text(markdown_table(rows, COLUMNS), out / "board.md")
+    if pictures:
+        save_png(side_by_side(list(pictures.items()), scale=4), out / "samples.png")
+    quality_picture(rows, out / "quality.png")
+    return rows
+
+
+def quality_picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Fréchet distance against steps, both logarithmic, one line a method."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("bench: the picture needs matplotlib; pip install 'diffdistill[eval]'") from None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    for i, name in enumerate(sorted(names, key=lambda name: (not name.startswith("teacher"), name))):
+        points = sorted((r["steps"], r["frechet distance"]) for r in rows if r["method"] == name)
+        style: dict[str, Any] = {"color": "black", "linewidth": 2, "linestyle": "-" if name == "teacher" else "none"}
+        if not name.startswith("teacher"):
+            style = {"color": colormaps["tab20"](i % 20), "linewidth": 1}
+        axes.plot(*zip(*points, strict=True), marker="osD^vP*X"[i % 8], markersize=6, label=name, **style)
+    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Fréchet distance (lower is better)")
+    axes.set_xticks([1, 2, 4, 8, 16, 32], [str(n) for n in (1, 2, 4, 8, 16, 32)])
+    axes.legend(fontsize=7, ncols=2)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    atomic_write(path, file.getvalue())

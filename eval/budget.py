@@ -1,0 +1,130 @@
+"""The trainings of a scoreboard: which there are, and how long each is within the budget.
+
+The budget is counted in network passes, which do not depend on the machine: a forward pass of the batch is 1, a
+backward pass through weights and input 2 more, through the input alone 1 more. A method takes as many training
+steps as fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from diffdistill.catalogue import MethodInfo, describe_method, method_names
+from diffdistill.core.denoiser import Denoiser
+from diffdistill.errors import UserError
+from diffdistill.eval.suites import Suite
+from diffdistill.players.teacher import Teacher, only_trains, trainable
+from diffdistill.scaffold.method import Batch, Method, Need, Pair
+from diffdistill.training.assemble import Game, make_game
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One training: a method, one of its presets for the suite, a seed."""
+
+    info: MethodInfo
+    preset: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As the board calls it."""
+        return self.info.name + self.preset.removeprefix("digits").replace("-", " ")
+
+    @property
+    def folder(self) -> str:
+        """Its run's folder."""
+        return f"{self.name.replace(' ', '-')}-seed{self.seed}"
+
+
+def entries(suite: Suite, methods: Sequence[str] | None, seeds: Sequence[int]) -> list[Entry]:
+    """All trainings, seed by seed; a method is all its presets for the suite, or METHOD:PRESET is that one.
+
+    Raises UserError for a method without such a preset.
+    """
+    trainings = []
+    for seed in seeds:
+        for choice in methods or method_names():
+            name, _, preset = choice.partition(":")
+            info = describe_method(name)
+            if info.name in method_names() and name != info.name:
+                raise UserError(f"methods: {name!r} has the name of a method of ours; give the file another")
+            presets = [p for p in info.presets if p == preset or (not preset and p.split("-")[0] == suite.preset)]
+            if not presets and methods:
+                raise UserError(f"methods: {info.name} has no preset {preset or suite.preset!r}")
+            trainings += [Entry(info, preset, seed) for preset in presets]
+    return list({entry.folder: entry for entry in trainings}.values())
+
+
+def preset_options(info: MethodInfo, preset: str) -> Mapping[str, Any]:
+    """The options of one of a method's presets."""
+    return info.presets[preset].options
+
+
+def passes_per_step(game: Game, steps: int = 12) -> tuple[float, float]:
+    """Network passes of a training step, each counted once for a batch, and the same with backward passes."""
+    method, teacher, size = game.method, game.teacher, game.config.batch_size
+    denoisers: dict[int, nn.Module] = {}
+    for module in (teacher.denoiser, *method.players.values(), *method.state.values()):
+        # Denoisers, not their networks: two of them may share one.
+        denoisers |= {id(m): m for m in module.modules() if isinstance(m, Denoiser)}
+    forward = backward = 0.0
+
+    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal forward, backward
+        share = len(args[0]) / size
+        forward += share
+        if torch.is_grad_enabled():
+            weights = any(p.requires_grad for p in module.parameters())
+            backward += share * (2.0 if weights else 1.0 if args[0].requires_grad else 0.0)
+
+    handles = [m.register_forward_pre_hook(count) for m in denoisers.values()]
+    owned = trainable(method.players)
+    try:
+        for step in range(steps + 1):
+            if step == 1:  # the first step may hold what is done once
+                forward = backward = 0.0
+            for turn in method.turns(step):
+                only_trains(turn.player, owned)
+                turn.loss(_any_batch(method, teacher, size, step))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return forward / steps, (forward + backward) / steps
+
+
+def _any_batch(method: Method, teacher: Teacher, size: int, step: int) -> Batch:
+    draw = torch.Generator().manual_seed(step)
+    cond, x = teacher.random_cond(size, draw), torch.randn(size, *teacher.shape, generator=draw)
+    pair = Pair(torch.randn(x.shape, generator=draw), x, cond) if Need.PAIRS in method.needs else None
+    return Batch(size, teacher.shape, cond, x if Need.IMAGES in method.needs else None, x.device, (0, step, 0), pair)
+
+
+class TrainingPlan(NamedTuple):
+    """A preset's training within the budget."""
+
+    values: dict[str, Any]  #: all options but the seed
+    passes: float  #: a step
+    scale: float  #: of guidance
+
+
+def planned(entry: Entry, suite: Suite, budget: int, shared: dict[str, Any]) -> TrainingPlan:
+    """As many training steps as the budget allows."""
+    info, preset = entry.info, dict(preset_options(entry.info, entry.preset))
+    method = info.name if info.name in method_names() else str(info.path.resolve())  # a user's own is a file
+    known = {k: v for k, v in suite.overrides.items() if k in preset}
+    values = preset | known | shared | {"method": method}
+    game = make_game(values)
+    if Need.PAIRS not in game.method.needs:
+        values.pop("pairs", None)
+    passes, units = passes_per_step(game)
+    steps = max(1, round(budget / units))
+    # Options that count training steps, a stage's say, keep their share of the whole.
+    for name in suite.method(info.name).scales:
+        values[name] = max(1, preset[name] * steps // preset["steps"])
+    return TrainingPlan(values | {"steps": steps}, passes, float(game.options().get("guidance_scale", 1.0)))

@@ -1,0 +1,321 @@
+"""The judge: models are drawn, measured and judged as a protocol says.
+
+`eval`, `compare`, the ladder of a teacher's steps and the scoreboard are loops over `score`.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.data.encoded import all_prompts
+from diffdistill.data.images import Data
+from diffdistill.data.shapes import HELD_OUT, draw_many
+from diffdistill.errors import UserError, first_line
+from diffdistill.eval.features.measure import Measure, measure
+from diffdistill.eval.measurements import Measurements, Processes, make_measurements, measured, prepared
+from diffdistill.eval.metrics.bootstrap import interval
+from diffdistill.eval.metrics.registry import Inputs
+from diffdistill.eval.models import Model, SamplingOptions
+from diffdistill.eval.protocol import Protocol, ProtocolMetric, data_path, digest
+from diffdistill.eval.reference import Reference, open_reference
+
+SHOWN = 20
+REPLICATES = {"narrow": 200, "wide": 20}  # a wide covariance takes seconds a replicate
+WIDE = 512
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """A protocol, and what may be chosen beside it."""
+
+    protocol: Protocol
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    reference: str | None = None  #: real images or a file of their statistics; default: the protocol's
+    prompts: str | None = None  #: a file; default: the protocol's
+    weights: Mapping[str, str] = field(default_factory=dict)  #: of feature networks, by key
+    bootstrap: int | None = None  #: replicates of the intervals; 0: none; default: REPLICATES
+    device: str = "auto"
+    threads: int = 1  #: of the CPU, on which the last bits depend; 0: torch's own choice
+
+
+class Judge:
+    """What all models of one evaluation share: the measures, the reference, classes and captions by index."""
+
+    def __init__(
+        self, options: JudgeOptions, *, data: Data | None = None, measures: Mapping[str, Measure] | None = None
+    ) -> None:
+        """`data`: the real images, if they are open already; `measures`: by key, in place of the known ones."""
+        self.options, self.protocol = options, options.protocol
+        self.processes = Processes(options.device, options.threads)
+        self.sampling = replace(options.sampling, device=self.processes.device, eight_bit=options.protocol.eight_bit)
+        self.captions = self._captions()
+        for key in options.weights:
+            if key not in self.protocol.measures:
+                problem = f"{key!r} is no measure of {self.protocol.name}"
+                raise UserError(f"weights: {problem}; they are {', '.join(self.protocol.measures)}")
+        own = measures or {}
+        self.measures = [
+            own[key] if key in own else measure(key, self.device, dict(options.weights))
+            for key in self.protocol.measures
+        ]
+        self.reference: Reference | None = None
+        self.real: Data | None = None
+        if self.protocol.needs_reference:
+            self.reference, self.real = open_reference(
+                self.protocol, options.reference, self.measures, self.processes, data
+            )
+        elif options.reference:
+            raise UserError(f"reference: the metrics of {self.protocol.name} compare with none")
+
+    @property
+    def device(self) -> torch.device:
+        """Where models and measures are."""
+        return self.processes.device
+
+    def with_seed(self, seed: int) -> Judge:
+        """The same judge of images from another seed."""
+        twin = copy.copy(self)
+        twin.protocol = replace(self.protocol, seed=seed)
+        return twin
+
+    def _captions(self) -> list[str] | None:
+        protocol, file = self.protocol, self.options.prompts
+        if "prompts" not in protocol.conditions:
+            if file:
+                raise UserError(
+                    f"prompts: the protocol {protocol.name} has none; its conditions: {protocol.conditions}"
+                )
+            return None
+        if file is None and protocol.prompts == "shapes":
+            return draw_many(HELD_OUT, protocol.count)[1]
+        path = Path(file) if file else data_path(str(protocol.prompts))
+        if not path.exists():
+            remedy = f"fetch {protocol.fetch}" if protocol.fetch else "make it, a prompt a line"
+            raise UserError(f"prompts: {path} is not there; {remedy}; or say with --prompts where it is")
+        prompts = all_prompts(str(path))
+        if len(prompts) < protocol.count:
+            problem = f"{path} has {len(prompts)} prompts and the protocol takes {protocol.count}"
+            raise UserError(f"prompts: {problem}; give more, or --count {len(prompts)}")
+        return prompts[: protocol.count]
+
+    def labels(self, model: Model) -> Tensor | None:
+        """Classes (count,) of the images of a model; None of one that takes none."""
+        protocol = self.protocol
+        if model.conditions != "classes":
+            return None
+        if protocol.labels == "balanced":
+            return torch.arange(protocol.count) % int(protocol.classes or 1)
+        real = self.real_labels(protocol.count)
+        if real is None:
+            raise UserError(f"reference: {protocol.name} takes its classes from the real images, and these have none")
+        return real[torch.arange(protocol.count) % len(real)]
+
+    def real_labels(self, count: int | None = None) -> Tensor | None:
+        """Classes of the first real images, or of all."""
+        if self.real is None:
+            return None
+        return self.real.get(torch.arange(min(count or len(self.real), len(self.real)))).labels
+
+    def conditions(self, labels: Tensor | None, indices: Sequence[int]) -> tuple[Tensor | None, list[str] | None]:
+        """Classes and captions of the images at those indices."""
+        captions = None if self.captions is None else [self.captions[i] for i in indices]
+        return None if labels is None else labels[list(indices)], captions
+
+    def images(self, model: Model, labels: Tensor | None, indices: Sequence[int]) -> Tensor:
+        """Images of a model as they are measured."""
+        drawn = model.draw(indices, self.protocol.seed, *self.conditions(labels, indices))
+        return prepared(drawn, self.protocol, model.name)
+
+    def shown(self, model: Model, count: int = SHOWN) -> Tensor:
+        """The first images in [-1, 1], for pictures."""
+        labels = self.labels(model)
+        batches = torch.arange(min(count, self.protocol.count)).split(self.protocol.batch)
+        with torch.inference_mode():
+            images = torch.cat([self.images(model, labels, batch.tolist()) for batch in batches])
+        return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+    def check(self, model: Model) -> None:
+        """UserError unless the model is one that the protocol can judge."""
+        protocol = self.protocol
+        if model.conditions == "images":
+            if model.count is not None and model.count < protocol.count:
+                problem = f"{model.name} has {model.count} images and {protocol.name} takes {protocol.count}"
+                raise UserError(f"eval: {problem}; give more, or --count {model.count}")
+            return
+        if model.conditions not in protocol.conditions:
+            takes = {"none": "no conditions", "classes": "class labels"}.get(model.conditions, model.conditions)
+            problem = f"{model.name} takes {takes}, and the protocol {protocol.name} {' or '.join(protocol.conditions)}"
+            one = "a pipeline that takes captions" if protocol.conditions == ["prompts"] else "a pipeline that does"
+            raise UserError(f"eval: {problem}; give {one}")
+        if model.classes is not None and protocol.classes is not None and model.classes != protocol.classes:
+            problem = f"{model.name} has {model.classes} classes and the protocol {protocol.name} {protocol.classes}"
+            raise UserError(f"eval: {problem}; give a pipeline of those")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model's row: values by heading, and intervals with their replicates by the names of metrics that have them."""
+
+    model: str
+    steps: int | None
+    values: dict[str, float | None] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    replicates: dict[str, Tensor] = field(default_factory=dict)
+    shown: Tensor | None = None  #: (n, C, H, W) in [-1, 1]
+    missing: dict[str, str] = field(default_factory=dict)  #: why a metric has no value
+    ms_per_image: float | None = None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As tables and JSON hold it."""
+        timed = {} if self.ms_per_image is None else {"ms per image": self.ms_per_image}
+        return {"model": self.model, "steps": self.steps, **self.values, **timed}
+
+
+def score(model: Model, judge: Judge, folder: Path, *, quiet: bool = False) -> Score:
+    """Draw, measure and judge one model; what is in its folder already is not done again.
+
+    Its milliseconds an image are the median over the batches that were drawn now, None if none was. In processes other
+    than the first the score is empty. Raises UserError for a model that the protocol cannot judge.
+    """
+    judge.check(model)
+    labels = judge.labels(model)
+    milliseconds: list[float] = []
+
+    def produce(indices: range) -> dict[str, Tensor]:
+        classes, captions = judge.conditions(labels, indices)
+        started = time.perf_counter()
+        images = judge.images(model, labels, indices)  # which have come to the CPU: nothing is pending
+        milliseconds.append(1000 * (time.perf_counter() - started) / len(indices))
+        return measured(images, judge.measures, captions, classes)
+
+    missing = _check_first(model, judge, produce)
+    milliseconds.clear()  # of a single image
+    measurements = make_measurements(
+        folder / "measured", _settings(model, judge, labels), {"model": model.name}, judge.protocol.batch, produce,
+        judge.processes, quiet,
+    )  # fmt: skip
+    if judge.processes.rank > 0:
+        return Score(model.name, model.steps, missing=missing)
+    result = judged(model, judge, labels, measurements, missing)
+    timed = statistics.median(milliseconds) if milliseconds and model.conditions != "images" else None
+    return replace(result, shown=judge.shown(model), ms_per_image=timed)
+
+
+def _settings(model: Model, judge: Judge, labels: Tensor | None) -> dict[str, Any]:
+    """What the measurements of a model depend on."""
+    protocol, sampling = judge.protocol, judge.sampling
+    return {
+        "fingerprint": model.fingerprint,
+        "shape": [protocol.channels, protocol.resolution, protocol.resolution],
+        "count": protocol.count,
+        "shard_size": protocol.shard,
+        "batch": protocol.batch,
+        "seed": protocol.seed,
+        "call": model.call,
+        "dtype": sampling.dtype,
+        "attention": sampling.attention,
+        "resize": protocol.resize,
+        "eight_bit": protocol.eight_bit,
+        "classes": None if labels is None else digest(labels.tolist()),
+        "prompts": None if judge.captions is None else digest(judge.captions),
+        "measures": {m.key: m.fingerprint for m in judge.measures},
+        "device": judge.device.type,
+        "threads": torch.get_num_threads() if judge.device.type == "cpu" else None,
+    }
+
+
+def _check_first(model: Model, judge: Judge, produce: Callable[[range], dict[str, Tensor]]) -> dict[str, str]:
+    """Draws and measures the first image, so that what fails does so before the rest; metrics that cannot be had."""
+    protocol = judge.protocol
+    try:
+        with torch.inference_mode():
+            columns = produce(range(1))
+    except (UserError, KeyboardInterrupt, OSError):
+        raise
+    except Exception as error:  # whatever an unknown pipeline raises
+        raise UserError(
+            f"eval: {model.name} cannot be drawn as {protocol.name} wants it ({first_line(error)})"
+        ) from error
+    missing = {}
+    for metric in protocol.metrics:
+        if metric.reads not in columns and metric.column != "agrees":
+            there = ", ".join(sorted(name for name in columns if name.startswith(f"{metric.measure}.")))
+            raise UserError(f"{protocol.name}: {metric.name} reads {metric.reads}, and there is {there}")
+        reason = "nobody says which classes the images were to be of" if metric.reads not in columns else None
+        reason = reason or _cannot_be_had(metric, judge)
+        if reason:
+            missing[metric.name] = reason
+    if len(missing) == len(protocol.metrics):
+        raise UserError(f"{next(iter(missing))}: it cannot be had, {next(iter(missing.values()))}")
+    return missing
+
+
+def _cannot_be_had(metric: ProtocolMetric, judge: Judge) -> str | None:
+    """Why the reference, or the number of images, does not allow a metric."""
+    count, reference = judge.protocol.count, judge.reference
+    if reference is not None and metric.metric.compares:
+        if (reason := reference.lacks(metric)) is not None:
+            return reason
+        count = min(count, reference.count)
+    if count < metric.metric.least:
+        return f"{metric.metric.why_least} {metric.metric.least} images, and there are {count}"
+    return None
+
+
+def judged(
+    model: Model, judge: Judge, labels: Tensor | None, measurements: Measurements, missing: Mapping[str, str]
+) -> Score:
+    """The metrics of measurements, with intervals."""
+    values: dict[str, float | None] = {}
+    replicates: dict[str, Tensor] = {}
+    intervals: dict[str, tuple[float, float]] = {}
+    missing = dict(missing)
+    for metric in judge.protocol.metrics:
+        if metric.name in missing:
+            values[metric.columns[0]] = None
+            continue
+        inputs = _inputs(metric, judge, labels, measurements)
+        factor = metric.metric.scale * metric.scale
+        try:
+            numbers = [None if number is None else factor * number for number in metric.metric.compute(inputs)]
+            values |= dict(zip(metric.columns, numbers, strict=True))
+            if numbers[0] is None:
+                missing[metric.name] = "no image has one"
+                continue
+            resampled = bootstrapped(metric, inputs, judge.options.bootstrap)
+            if resampled is not None:
+                replicates[metric.name] = factor * resampled
+                around = numbers[0] if metric.metric.centred else None
+                intervals[metric.name] = interval(replicates[metric.name], around)
+        except ValueError as error:  # of too few images, or features that are not finite
+            values[metric.columns[0]], missing[metric.name] = None, str(error)
+    return Score(model.name, model.steps, values, intervals, replicates, missing=missing)
+
+
+def _inputs(metric: ProtocolMetric, judge: Judge, labels: Tensor | None, measurements: Measurements) -> Inputs:
+    real = judge.reference.column(metric.reads) if judge.reference and metric.metric.compares else None
+    real_labels = judge.real_labels() if metric.metric.needs == "images" else None
+    return Inputs(measurements.column(metric.reads), real, labels, real_labels, metric.k)
+
+
+def bootstrapped(metric: ProtocolMetric, inputs: Inputs, replicates: int | None) -> Tensor | None:
+    """(R,) values over images drawn anew with replacement; None of a metric that cannot be resampled.
+
+    Replicate r weighs image i the same for every model.
+    """
+    if metric.metric.resample is None:
+        return None
+    if replicates is None:
+        part = next(iter(inputs.drawn.parts()))
+        replicates = REPLICATES["wide" if part.ndim > 1 and part.shape[-1] > WIDE else "narrow"]
+    return None if replicates < 2 else metric.metric.resample(inputs, replicates)

@@ -1,0 +1,149 @@
+"""Images measured into checksummed shards, by one process or several, whatever interrupts them.
+
+What is kept of an image is what the measures say of it. Batches are cut by the protocol and not by the number of
+processes, so that several processes (`torchrun --nproc_per_node 2 -m diffdistill eval ..`) give the bits of one, as do
+any number of interruptions, where each has the same number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+
+from diffdistill.data.shards import Kind, make, open_shards, start
+from diffdistill.environment import use_machine
+from diffdistill.errors import UserError
+from diffdistill.eval.features.measure import Measure
+from diffdistill.eval.features.preprocessing import middle
+from diffdistill.eval.metrics.moments import Moments, Statistics
+from diffdistill.eval.protocol import Protocol
+
+KIND = Kind("samples", "measured images", "image", "eval")
+_FILTERS = {name: getattr(Image.Resampling, name.upper()) for name in ("lanczos", "bicubic", "bilinear")}
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What the measures said of all images, in order; memory-mapped."""
+
+    shards: list[dict[str, Tensor]]
+
+    def __len__(self) -> int:
+        return sum(len(next(iter(shard.values()))) for shard in self.shards)
+
+    def column(self, name: str) -> ShardedColumn:
+        """One column; KeyError if no measure has it."""
+        if name not in self.shards[0]:
+            raise KeyError(name)
+        return ShardedColumn(self.shards, name)
+
+
+@dataclass(frozen=True)
+class ShardedColumn:
+    """One column of measurements: a `Column` as metrics read it."""
+
+    shards: list[dict[str, Tensor]]
+    name: str
+
+    def parts(self) -> Iterator[Tensor]:
+        """Blocks of rows."""
+        return (shard[self.name] for shard in self.shards)
+
+    def all(self) -> Tensor:
+        """All rows."""
+        return torch.cat(list(self.parts()))
+
+    def statistics(self) -> Statistics:
+        """Mean and covariance, in memory that does not grow with the number of images."""
+        moments = Moments(self.shards[0][self.name].shape[1])
+        for part in self.parts():
+            moments.update(part)
+        return moments.statistics()
+
+
+class Processes:
+    """This process among those that `torchrun` started, or alone, and its device."""
+
+    def __init__(self, device: str, threads: int = 0) -> None:
+        self.rank, self.count, self.state = 0, 1, None
+        self.device = use_machine(device, threads)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+            own_threads = torch.get_num_threads()
+            self.state = PartialState(cpu=self.device.type == "cpu", timeout=timedelta(days=7))
+            torch.set_num_threads(own_threads)  # accelerate chooses its own
+            self.rank, self.count = self.state.process_index, self.state.num_processes
+            self.device = self.state.device
+
+    def wait(self) -> None:
+        """For all processes."""
+        if self.state:
+            self.state.wait_for_everyone()
+
+
+def measured(
+    images: Tensor, measures: Sequence[Measure], captions: Sequence[str] | None, labels: Tensor | None
+) -> dict[str, Tensor]:
+    """Columns (B, ...) by "measure.column" of images (B, C, H, W), 8-bit or in [-1, 1]."""
+    return {f"{m.key}.{name}": column for m in measures for name, column in m(images, captions, labels).items()}
+
+
+def make_measurements(
+    folder: Path, settings: dict[str, Any], notes: dict[str, Any], batch: int,
+    produce: Callable[[range], dict[str, Tensor]], processes: Processes, quiet: bool = False,
+) -> Measurements:  # fmt: skip
+    """Make what is missing of the shards in a folder, together with the other processes, and open all of them.
+
+    UserError if the folder holds measurements made with other settings.
+    """
+    if processes.rank == 0:
+        start(KIND, folder, settings, notes)
+    processes.wait()
+    index = start(KIND, folder, settings, notes)
+    with torch.inference_mode():
+        make(KIND, folder, index, batch, produce, processes.rank, processes.count, quiet=quiet)
+    processes.wait()
+    return Measurements(open_shards(KIND, folder)[1])
+
+
+def rounded(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8, to nearest."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def prepared(images: Tensor, protocol: Protocol, whose: str, crop: bool = False) -> Tensor:
+    """Images as the protocol measures them: of its channels and size, and of 8 bits if it says so.
+
+    Takes uint8, or floats in [-1, 1] where the protocol does not round. UserError where images are of another size and
+    may not be resized. crop: of images that are not square, the middle.
+    """
+    channels, side = protocol.channels, protocol.resolution
+    if images.shape[1] != channels:
+        kinds = {1: "grey", 3: "RGB"}
+        kind = kinds.get(images.shape[1], f"of {images.shape[1]} channels")
+        raise UserError(f"eval: the images of {whose} are {kind} and the protocol's {kinds[channels]}")
+    if images.dtype == torch.uint8 and not protocol.eight_bit:
+        images = images.float() / 127.5 - 1
+    if tuple(images.shape[2:]) == (side, side):
+        return images
+    size = f"{images.shape[3]}x{images.shape[2]}"
+    if protocol.resize is None:
+        raise UserError(f"eval: the images of {whose} are {size} and the protocol's {side}x{side}, without resizing")
+    if not protocol.eight_bit:
+        raise UserError(f"eval: {protocol.name} resizes images, which takes eight_bit: true")
+    if crop:
+        images = middle(images, min(images.shape[2:]))
+    if images.shape[2] != images.shape[3]:
+        raise UserError(f"eval: the images of {whose} are {size}; the protocol resizes square ones to {side}x{side}")
+    pictures = [Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in images]
+    small = [np.asarray(p.resize((side, side), _FILTERS[protocol.resize])) for p in pictures]
+    return torch.from_numpy(np.stack(small)).reshape(len(small), side, side, channels).permute(0, 3, 1, 2).contiguous()
