@@ -195,7 +195,8 @@ def checks(info: MethodInfo) -> Iterator[Check]:
     """The end-to-end rows of a method that says what its student should be."""
     assert info.plane is not None
     kind, options = info.about.kind, dict(info.plane)
-    scale = float(options.get("guidance_scale", 1.0))
+    scale = options.get("guidance_scale", 1.0)
+    assert isinstance(scale, int | float)
     method, trainer = train_on_the_plane(info, options)
     with trainer.evaluating():
         after = measures(method.sampler(), kind, scale)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, final
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.ode import Denoise, ddim_step, inverse_ddim
-from diffdistill.core.prediction import ROWS, diffuse
+from diffdistill.core.prediction import ROWS, Prediction, diffuse
 from diffdistill.core.schedule import student_grid, student_levels
 from diffdistill.errors import UserError
 from diffdistill.options import HalvingOptions
@@ -174,7 +174,14 @@ class HalvingMethod(Method):
 
     @final
     def halve(
-        self, teacher: Denoise, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, cond: Cond, extra: Extra = NONE
+        self,
+        teacher: Callable[..., Prediction],
+        x_t: Tensor,
+        t: Tensor,
+        mid: Tensor,
+        s: Tensor,
+        cond: Cond,
+        extra: Extra = NONE,
     ) -> Outcome:
         """One student step from t to s for two of the teacher's over mid, at x_t (B, ...); angles (B,)."""
         both = teacher if extra is NONE else partial(teacher, extra=extra)

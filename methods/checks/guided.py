@@ -141,7 +141,9 @@ def _halving(plane: _Plane, method: GuidedDistillation, network: _PerNode, stage
         t, s = grid[i], grid[i + stride]
         x0 = (torch.sin(t) * plane.landed(i, i + stride) - torch.sin(s) * x_t) / torch.sin(t - s)
         angles = [grid[k].expand(n) for k in (i, i + stride // 2, i + stride)]
-        half = partial(method.halve, method.previous, x_t, *angles, cond, method.input_of(scale))
+        half = partial(
+            method.halve, method.previous, x_t, angles[0], angles[1], angles[2], cond, method.input_of(scale)
+        )
         before = half().loss
         yield differs(f"halving {stage + 1} has something to learn, node {i}", 0.0, before, 1e-9)
         network.fit(i, x_t, scale, x0)
