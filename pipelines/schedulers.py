@@ -77,28 +77,28 @@ def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
 def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     schedule, steps = sampler.denoiser.schedule, len(sampler.levels)
     own = torch.tensor(sampler.levels, dtype=torch.float64)
+    stock = sampler.step.stock.get(type(schedule).__name__)
     if isinstance(schedule, DiscreteVP):
         count = len(schedule.alphas_cumprod)
         kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
-        if sampler.renoise:
+        if stock == "LCMScheduler":
             for points in (n for n in range(steps, count + 1) if count % n == 0):
                 if torch.equal(schedule.levels(points)[lcm_indices(points, steps)], own):
                     # The scaling makes its c_skip less than 1e-12, so that it takes the network's x0 as it is.
                     return diffusers.LCMScheduler(**kept, original_inference_steps=points, timestep_scaling=1e6)
-        if sampler.renoise or count % steps or not torch.equal(schedule.levels(steps), own):
+        if stock != "DDIMScheduler" or count % steps or not torch.equal(schedule.levels(steps), own):
             raise UserError(
                 f"export: {steps} steps do not divide the teacher's {count} timesteps evenly; use 2, 4 or 8"
             )
         return diffusers.DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
-    if isinstance(schedule, EDM) and schedule.unit_init and not sampler.renoise:
+    if isinstance(schedule, EDM) and schedule.unit_init and stock == "EDMEulerScheduler":
         low, high = sampler.levels[-1], sampler.levels[0]
         if torch.allclose(replace(schedule, sigma_min=low, sigma_max=high).levels(steps), own):
             scheduler = student_scheduler(teacher, Sampler(sampler.denoiser, [high]))
             return type(scheduler).from_config({**scheduler.config, "sigma_min": low})
-    how = "renoising" if sampler.renoise else "deterministic"
     raise UserError(
-        f"export: no stock scheduler takes {steps} {how} steps on this teacher's {type(schedule).__name__} schedule; "
-        "use one step"
+        f"export: no stock scheduler takes {steps} steps of the kind {sampler.step.name!r} on this teacher's "
+        f"{type(schedule).__name__} schedule; use one step"
     )
 
 
@@ -109,11 +109,12 @@ def _latent_flow_scheduler(schedule: LinearFlow, sampler: Sampler, own_row: bool
     """
     steps, own = len(sampler.levels), torch.tensor(sampler.levels, dtype=torch.float64)
     if not torch.allclose(schedule.trailing(steps), own):
-        told = ", ".join(f"{level:g}" for level in sampler.levels)
-        raise UserError(f"export: this pipeline's scheduler cannot start {steps} steps at {told}; leave the levels out")
-    kind = diffusers.FlowMatchEulerDiscreteScheduler
-    if sampler.renoise and steps > 1:
-        kind = diffusers.FlowMatchLCMScheduler
+        levels = ", ".join(f"{level:g}" for level in sampler.levels)
+        raise UserError(
+            f"export: this pipeline's scheduler cannot take {steps} steps at {levels}; leave the levels out"
+        )
+    # With one step the two are the same; the plain one is better known.
+    kind = getattr(diffusers, sampler.step.stock["LinearFlow"] if steps > 1 else "FlowMatchEulerDiscreteScheduler")
     shift, terminal = schedule.shift, None
     if own_row and steps > 1:
         # It shifts the row from 1 to its own least sigma and stretches that to end at `shift_terminal`. Both rows are

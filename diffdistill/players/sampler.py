@@ -64,10 +64,6 @@ class Sampler:
         self.levels = tuple(float(level) for level in levels)
         self.step = step
 
-    @property
-    def renoise(self) -> bool:
-        return self.step.name == "renoise"
-
     def start(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and t (B,) at the first level, for standard normal z (B, ...)."""
         t = self.denoiser.schedule.angle(self.levels[0])
@@ -104,10 +100,3 @@ class Sampler:
 def one_step_sampler(student: Denoiser, level: float | None) -> Sampler:
     """The sampler of a one-step student that reads pure noise at `level`; None: at its schedule's `init_level`."""
     return Sampler(student, [student.schedule.init_level if level is None else level])
-
-
-class FewStepSampler(Sampler):
-    """The same with `renoise` in place of a step."""
-
-    def __init__(self, denoiser: Denoiser, levels: Sequence[float], *, renoise: bool = True):
-        super().__init__(denoiser, levels, STEPS["renoise" if renoise else "ddim"])

@@ -8,7 +8,7 @@ import torch
 from diffdistill.catalogue import describe_method, method_names
 from diffdistill.exact import plane as end_to_end
 from diffdistill.exact.plane import LIMITS, checks, measures, mixture, plane_teacher
-from diffdistill.players.sampler import FewStepSampler
+from diffdistill.players.sampler import Sampler
 
 
 def test_the_mixture_has_unit_variance() -> None:
@@ -20,7 +20,7 @@ def test_exact_samples_pass_and_a_lost_mode_fails(monkeypatch: pytest.MonkeyPatc
     mix, labels = mixture(), torch.arange(2000) % 2
     exact = mix.sample(2000, torch.Generator().manual_seed(1), labels)
     lost = torch.where((exact - mix.means[0]).norm(dim=1, keepdim=True) < 0.7, mix.means[4] + 0 * exact, exact)
-    sampler = FewStepSampler(mix.denoiser(), [math.pi / 2])
+    sampler = Sampler(mix.denoiser(), [math.pi / 2])
     for x, good in ((exact, True), (lost, False), (1.3 * exact, False)):
         monkeypatch.setattr(end_to_end, "_draw", lambda sampler, x=x: x)
         found = measures(sampler, "distribution")

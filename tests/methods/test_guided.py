@@ -20,7 +20,7 @@ from diffdistill.exact.checks import run_checks
 from diffdistill.methods import guided
 from diffdistill.methods.checks.guided import verify
 from diffdistill.methods.guided import Config, GuidedDistillation
-from diffdistill.players.sampler import Sampler
+from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 from diffdistill.scaffold import halving
@@ -99,7 +99,7 @@ def test_it_trains_every_parameterisation_and_exports_a_stock_network(
     plain, before = (UNet2DModel.from_pretrained(path, subfolder="unet") for path in (folder, teacher))
     assert plain.state_dict().keys() == before.state_dict().keys(), "the scale is folded into the class table"
     sampler, student = load_student(folder)
-    assert len(sampler.levels) == 1 and not sampler.renoise
+    assert len(sampler.levels) == 1 and sampler.step == DDIM()
     images = sampler(student.shape, {"class_labels": torch.arange(4)}, image_generators(0, range(4)))
     assert bool(images.isfinite().all())
 

@@ -20,7 +20,7 @@ from diffdistill.exact.checks import run_checks
 from diffdistill.methods.checks.lora_guidance import verify
 from diffdistill.methods.lora_guidance import Config, LoRAGuidance
 from diffdistill.players.lora import LoraSettings
-from diffdistill.players.sampler import Sampler
+from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 from diffdistill.scaffold import imitating
@@ -81,7 +81,7 @@ def test_it_trains_every_parameterisation_and_exports_a_stock_network(
     assert plain.state_dict().keys() == before.state_dict().keys()
     assert not all(torch.equal(a, b) for a, b in zip(plain.parameters(), before.parameters(), strict=True))
     sampler, student = load_student(folder)
-    assert len(sampler.levels) == steps and not sampler.renoise
+    assert len(sampler.levels) == steps and sampler.step == DDIM()
     images = sampler(student.shape, {"class_labels": torch.arange(4)}, image_generators(0, range(4)))
     assert bool(images.isfinite().all())
 
