@@ -174,7 +174,7 @@ def loaded_fingerprint(model: Teacher | Student) -> str:
     """16 hex digits of a loaded model's weights and of how it is sampled."""
     sampler, denoiser = (None, model.denoiser) if isinstance(model, Teacher) else (model[0], model[0].denoiser)
     settings = None if sampler is None else [sampler.levels, sampler.step.name]
-    return network_fingerprint(denoiser, f"{settings} {denoiser.row} {type(denoiser.schedule).__name__}")
+    return network_fingerprint(denoiser, f"{settings} {denoiser.output.name} {type(denoiser.schedule).__name__}")
 
 
 def pixel_model(

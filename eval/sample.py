@@ -124,7 +124,7 @@ def traced(pipeline: Any) -> Iterator[list[Tensor]]:
     """
     scheduler, own, expected = pipeline.scheduler, pipeline.scheduler.step, []
     shifts = {"use_dynamic_shifting": False}  # a shift moves the grid, never what a sigma means
-    schedule, row = schedule_of({**scheduler.config, "_class_name": type(scheduler).__name__, **shifts})
+    schedule, output = schedule_of({**scheduler.config, "_class_name": type(scheduler).__name__, **shifts})
 
     @wraps(own)  # the pipeline looks at its arguments
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -138,7 +138,7 @@ def traced(pipeline: Any) -> Iterator[list[Tensor]]:
                 level = scheduler.sigmas[scheduler.step_index - 1].double().cpu()
         t = schedule.angle(level).reshape(1)
         native = schedule.native(t)
-        a, b = row(native.alpha, native.sigma, schedule.data_std)
+        a, b = output.at(native.alpha, native.sigma, schedule.data_std)
         x_t = x.float() / float(native.scale)
         x0 = Prediction(x_t, t, model_output.float(), a * schedule.data_std, b).x0
         expected.append(x0 * schedule.data_std)

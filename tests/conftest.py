@@ -79,7 +79,7 @@ def reaches_the_gaussian(tmp_path: Path) -> Callable[..., None]:
         mean, std = torch.tensor([0.8, -0.5]), torch.tensor([0.5, 1.4])
         teacher = gaussian_teacher(mean.tolist(), std.double())
         generator = AffineGenerator(torch.zeros(2), torch.ones(2))
-        schedule, row = teacher.denoiser.schedule, teacher.denoiser.row
+        schedule, row = teacher.denoiser.schedule, teacher.denoiser.output
         players = {
             "student": Denoiser(generator, schedule, row),
             "fake_score": Denoiser(LearnedGaussian(2), schedule, row),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.core.prediction import Prediction, Row, expand
+from diffdistill.core.prediction import Output, Prediction, expand
 from diffdistill.core.schedule import Schedule
 
 Cond = dict[str, Tensor]
@@ -74,7 +74,7 @@ class Denoiser(nn.Module):
         self,
         network: nn.Module,
         schedule: Schedule,
-        row: Row,
+        output: Output,
         *,
         call: Call = call_by_keyword,
         extra_call: ExtraCall | None = None,
@@ -86,7 +86,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.network = network
         self.schedule = schedule
-        self.row = row
+        self.output = output
         self.call = call
         self.extra_call = extra_call
         self.null = null
@@ -101,7 +101,7 @@ class Denoiser(nn.Module):
         twin = Denoiser(
             network,
             self.schedule,
-            self.row,
+            self.output,
             call=self.call,
             extra_call=self.extra_call,
             null=self.null,
@@ -116,7 +116,7 @@ class Denoiser(nn.Module):
         """x_t (B, ...) of unit variance, t (B,) float64 angles; t is clamped to what the network knows."""
         t = t.clamp(self.schedule.t_min, self.schedule.t_max)
         native = self.schedule.native(t)
-        a, b = self.row(native.alpha, native.sigma, self.schedule.data_std)
+        a, b = self.output.at(native.alpha, native.sigma, self.schedule.data_std)
         # A half-precision time would round the timestep 999 to 1000.
         time = native.time.to(torch.promote_types(x_t.dtype, torch.float32))
         with self._precision(x_t.device.type):

@@ -1,6 +1,6 @@
 """What a network predicts, and x0, eps and v from it by one 2x2 solve.
 
-A network output is a row `y = a x0 + b eps` at `x_t = cos(t) x0 + sin(t) eps`. With
+A network output is `y = a x0 + b eps` at `x_t = cos(t) x0 + sin(t) eps`. With
 `D = cos(t) b - sin(t) a` the inverse is `x0 = (b x_t - sin(t) y)/D`, `eps = (cos(t) y - a x_t)/D`.
 """
 
@@ -12,39 +12,78 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Row = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-"""(alpha, sigma, data_std) -> (a, b) in y = a x0_data + b eps at x_native = alpha x0_data + sigma eps."""
+Coefficient = Callable[[Tensor, Tensor, float], Tensor]
+"""A function of alpha, sigma (B,) and data_std."""
 
 
-def _edm(alpha: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor]:
-    r = torch.sqrt(sigma**2 + data_std**2)
-    return sigma / (data_std * r), -data_std / r
+@dataclass(frozen=True)
+class Output:
+    """A kind of network output: y = a x0_data + b eps at x_native = alpha x0_data + sigma eps."""
+
+    name: str
+    a: Coefficient
+    b: Coefficient
+
+    def at(self, alpha: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor]:
+        """a and b (B,)."""
+        return self.a(alpha, sigma, data_std), self.b(alpha, sigma, data_std)
+
+    def __neg__(self) -> Output:
+        def negative(coefficient: Coefficient) -> Coefficient:
+            return lambda alpha, sigma, data_std: -coefficient(alpha, sigma, data_std)
+
+        return Output(f"-{self.name}", negative(self.a), negative(self.b))
 
 
-ROWS: dict[str, Row] = {
-    "sample": lambda alpha, sigma, data_std: (torch.ones_like(alpha), torch.zeros_like(alpha)),
-    "epsilon": lambda alpha, sigma, data_std: (torch.zeros_like(alpha), torch.ones_like(alpha)),
-    "v_prediction": lambda alpha, sigma, data_std: (-sigma, alpha),
-    "flow_prediction": lambda alpha, sigma, data_std: (-torch.ones_like(alpha), torch.ones_like(alpha)),
-    "edm": _edm,
+def _zero(alpha: Tensor, sigma: Tensor, data_std: float) -> Tensor:
+    return torch.zeros_like(alpha)
+
+
+def _one(alpha: Tensor, sigma: Tensor, data_std: float) -> Tensor:
+    return torch.ones_like(alpha)
+
+
+def _edm_a(alpha: Tensor, sigma: Tensor, data_std: float) -> Tensor:
+    return sigma / (data_std * torch.sqrt(sigma**2 + data_std**2))
+
+
+def _edm_b(alpha: Tensor, sigma: Tensor, data_std: float) -> Tensor:
+    return -data_std / torch.sqrt(sigma**2 + data_std**2)
+
+
+OUTPUTS: dict[str, Output] = {
+    output.name: output
+    for output in (
+        Output("sample", _one, _zero),
+        Output("epsilon", _zero, _one),
+        Output("v_prediction", lambda alpha, sigma, data_std: -sigma, lambda alpha, sigma, data_std: alpha),
+        Output("flow_prediction", lambda alpha, sigma, data_std: -torch.ones_like(alpha), _one),
+        Output("edm", _edm_a, _edm_b),
+    )
 }
 
 
-def edm_boundary(sigma_min: float) -> Row:
+def edm_boundary(sigma_min: float) -> Output:
     """F in the consistency model's form, which is exactly the identity at sigma_min.
 
     x0 = c_skip x + c_out F with sigma - sigma_min in c_skip and c_out (Song et al. 2023, arXiv:2303.01469,
     appendix C), as diffusers' CMStochasticIterativeScheduler computes it.
     """
 
-    def row(alpha: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor]:
-        # At sigma_min itself F has no weight; the least one keeps the row finite.
+    def scalings(sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor]:
+        # At sigma_min itself F has no weight; the least one keeps the coefficients finite.
         excess = (sigma - sigma_min).clamp_min(1e-12 * sigma_min)
-        c_skip = data_std**2 / (excess**2 + data_std**2)
-        c_out = excess * data_std / torch.sqrt(sigma**2 + data_std**2)
-        return (1 - c_skip) / c_out, -c_skip * sigma / c_out
+        return data_std**2 / (excess**2 + data_std**2), excess * data_std / torch.sqrt(sigma**2 + data_std**2)
 
-    return row
+    def a(alpha: Tensor, sigma: Tensor, data_std: float) -> Tensor:
+        c_skip, c_out = scalings(sigma, data_std)
+        return (1 - c_skip) / c_out
+
+    def b(alpha: Tensor, sigma: Tensor, data_std: float) -> Tensor:
+        c_skip, c_out = scalings(sigma, data_std)
+        return -c_skip * sigma / c_out
+
+    return Output("edm_boundary", a, b)
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.prediction import ROWS
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.errors import UserError
 from diffdistill.players.teacher import Teacher
@@ -114,7 +114,7 @@ class GaussianMixture(nn.Module):
         def null(cond: Cond) -> Cond:
             return {"class_labels": torch.full_like(cond["class_labels"], no_class or 0)}
 
-        return Denoiser(self, TrigFlow(), ROWS["v_prediction"], null=None if no_class is None else null)
+        return Denoiser(self, TrigFlow(), OUTPUTS["v_prediction"], null=None if no_class is None else null)
 
     def flow_map(self, x_t: Tensor, t: Tensor, s: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """(B, d) the exact probability-flow map from the angle t to s (both (B,)).
@@ -205,7 +205,7 @@ class ClassGaussians(nn.Module):
         def null(cond: Cond) -> Cond:
             return {"class_labels": torch.full_like(cond["class_labels"], len(self.means) - 1)}
 
-        return Denoiser(self, TrigFlow(), ROWS["v_prediction"], null=null)
+        return Denoiser(self, TrigFlow(), OUTPUTS["v_prediction"], null=null)
 
 
 def class_gaussians_teacher(means: Tensor, std: Tensor) -> Teacher:
@@ -251,7 +251,7 @@ class AffineGenerator(nn.Module):
 class AffinePerAngle(nn.Module):
     """An x0 that is affine in x_t, slope x_t + offset per dimension, with its own pair at each angle of a list.
 
-    As a network of `ROWS["sample"]` it can follow any map that is affine at each of these angles. An angle in
+    As a network of `OUTPUTS["sample"]` it can follow any map that is affine at each of these angles. An angle in
     between takes the nearest one's.
     """
 

@@ -94,7 +94,7 @@ def affine_game(mu: Tensor, s: Tensor, m: Tensor, b: Tensor) -> AffineGame:
     """All four are (d,) float64."""
     teacher = gaussian_teacher(mu.tolist(), s)
     generator = AffineGenerator(m, b)
-    student = Denoiser(generator, teacher.denoiser.schedule, teacher.denoiser.row)
+    student = Denoiser(generator, teacher.denoiser.schedule, teacher.denoiser.output)
     score = generator.exact_score()
     score.means.requires_grad_()
     score.stds.requires_grad_()

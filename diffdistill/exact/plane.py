@@ -24,7 +24,7 @@ from diffdistill.config import FitConfig, TrainConfig
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import heun_step, solve
-from diffdistill.core.prediction import ROWS, diffuse
+from diffdistill.core.prediction import OUTPUTS, diffuse
 from diffdistill.exact.analytic import GaussianMixture
 from diffdistill.exact.checks import Check, equal
 from diffdistill.options import build, split
@@ -76,7 +76,7 @@ class PlaneNet(nn.Module):
 def plane_teacher(steps: int = 3000) -> Teacher:
     """The exact teacher, with players that begin as a network fitted to its velocity (seed 0, 15 seconds)."""
     exact = mixture().denoiser()
-    network = Denoiser(_seeded(PlaneNet), exact.schedule, ROWS["v_prediction"], null=exact.null)
+    network = Denoiser(_seeded(PlaneNet), exact.schedule, OUTPUTS["v_prediction"], null=exact.null)
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     mix = exact.network

@@ -13,7 +13,7 @@ import diffusers
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Call, Cond, Denoiser
-from diffdistill.core.prediction import Row
+from diffdistill.core.prediction import Output
 from diffdistill.core.schedule import Schedule
 from diffdistill.errors import UserError
 from diffdistill.players.teacher import Teacher
@@ -194,7 +194,7 @@ def latent_teacher(
     network: nn.Module,
     source: Source,
     shape: tuple[int, ...],
-    schedule: tuple[Schedule, Row],
+    schedule: tuple[Schedule, Output],
     call: Call,
     *,
     num_classes: int | None = None,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffdistill.core.prediction import Row
+from diffdistill.core.prediction import Output
 from diffdistill.core.schedule import LinearFlow, Schedule
 from diffdistill.errors import UserError
 from diffdistill.families._family import Config
@@ -18,7 +18,7 @@ from diffdistill.families._schedules import schedule_of
 ADDED_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  #: those of the text's own stream
 
 
-def flow_schedule(config: Config, grid: Literal["own", "given"], tokens: int | None = None) -> tuple[Schedule, Row]:
+def flow_schedule(config: Config, grid: Literal["own", "given"], tokens: int | None = None) -> tuple[Schedule, Output]:
     """The schedule and row of a pipeline that may start at sigma 1, for samples of so many tokens.
 
     `tokens` None: the pipeline does not tell its scheduler, so dynamic shifting is refused.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Denoiser
-from diffdistill.core.prediction import ROWS
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule, TrigFlow
 from diffdistill.errors import UserError, first_line
 from diffdistill.players.lora import without_lora
@@ -80,7 +80,7 @@ def load_own(
         schedule: Schedule = kind(
             **{k: torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v for k, v in fields.items()}
         )
-        denoiser = Denoiser(_copy(network), schedule, ROWS[record["predicts"]])
+        denoiser = Denoiser(_copy(network), schedule, OUTPUTS[record["predicts"]])
     try:
         denoiser.network.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError) as error:

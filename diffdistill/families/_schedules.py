@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from diffdistill.core.prediction import ROWS, Row, edm_boundary
+from diffdistill.core.prediction import OUTPUTS, Output, edm_boundary
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule
 from diffdistill.errors import UserError
 
@@ -21,7 +19,7 @@ _FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "F
 _EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler"}
 
 
-def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Row]:
+def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Output]:
     """The schedule and output row of a diffusers scheduler config (with its `_class_name`).
 
     Raises UserError for a scheduler or prediction type that is not supported.
@@ -38,7 +36,7 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Row]:
             raise UserError(f"scheduler: use_flow_sigmas with prediction_type {kind!r}; flow_prediction is supported")
         count = config.get("num_train_timesteps", 1000)
         shift = config.get("shift", 1.0) if name in _FLOW else config.get("flow_shift", 1.0)
-        return LinearFlow(shift, time_scale=count, train_timesteps=count), ROWS["flow_prediction"]
+        return LinearFlow(shift, time_scale=count, train_timesteps=count), OUTPUTS["flow_prediction"]
     if name == "CMStochasticIterativeScheduler":
         low, high = config.get("sigma_min", 0.002), config.get("sigma_max", 80.0)
         edm = EDM(low, high, config.get("sigma_data", 0.5), config.get("rho", 7.0), 250.0, unit_init=False)
@@ -47,7 +45,7 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Row]:
         low, high = config.get("sigma_min", 0.002), config.get("sigma_max", 80.0)
         if kind not in ("epsilon", "v_prediction"):
             raise UserError(f"scheduler: prediction_type {kind!r} is not EDM's; use epsilon or v_prediction")
-        row = ROWS["edm"] if kind == "epsilon" else _negated(ROWS["edm"])
+        row = OUTPUTS["edm"] if kind == "epsilon" else -OUTPUTS["edm"]
         return EDM(low, high, config.get("sigma_data", 0.5), config.get("rho", 7.0)), row
     if name in _VP:
         if kind not in ("epsilon", "sample", "v_prediction"):
@@ -56,14 +54,6 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Row]:
         schedule = DiscreteVP.from_config(config)
         if kind == "epsilon" and float(schedule.alphas_cumprod[-1]) <= 0:
             raise UserError("scheduler: epsilon says nothing of x0 at zero terminal SNR; use v_prediction")
-        return schedule, ROWS[kind]
+        return schedule, OUTPUTS[kind]
     known = ", ".join(sorted(_VP | _FLOW | _EDM))
     raise UserError(f"scheduler: {name or 'no _class_name'!r} is not supported; supported are {known}")
-
-
-def _negated(row: Row) -> Row:
-    def negative(alpha: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor]:
-        a, b = row(alpha, sigma, data_std)
-        return -a, -b
-
-    return negative

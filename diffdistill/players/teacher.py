@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Call, Cond, Denoiser, call_by_keyword
-from diffdistill.core.prediction import ROWS, Row
+from diffdistill.core.prediction import OUTPUTS, Output
 from diffdistill.core.schedule import Schedule
 from diffdistill.errors import UserError, first_line
 from diffdistill.players.lora import LoraSettings, lora_view, without_lora
@@ -20,7 +20,7 @@ from diffdistill.players.lora import LoraSettings, lora_view, without_lora
 Module = TypeVar("Module", bound=nn.Module)
 
 Predicts = Literal["sample", "epsilon", "v_prediction", "flow_prediction", "edm"]
-"""What a network gives, by the names of `core.prediction.ROWS`."""
+"""What a network gives, by the names of `core.prediction.OUTPUTS`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Teacher:
         network: nn.Module,
         shape: Sequence[int],
         schedule: Schedule,
-        predicts: Predicts | Row,
+        predicts: Predicts | Output,
         *,
         num_classes: int | None = None,
         null: int | Mapping[str, Tensor] | None = None,
@@ -62,7 +62,7 @@ class Teacher:
             shape: of one sample, (C, H, W) for images.
             schedule: `LinearFlow`, `DiscreteVP`, `EDM` or `TrigFlow`; its `data_std` is that of the data.
             predicts: what the network gives: 'sample' (x0), 'epsilon', 'v_prediction', 'flow_prediction' (noise minus
-                data), 'edm' (its F), or a function (alpha, sigma, data_std) -> (a, b) for a x0 + b eps.
+                data), 'edm' (its F), or an `Output` of your own.
             num_classes: classes of a network that takes `class_labels` (B,).
             null: the label that means "no class", or the conditions (1, ...) that mean none, for guidance.
             cond: one example (1, ...) of the conditions of a network that takes others than class labels.
@@ -70,8 +70,8 @@ class Teacher:
 
         Raises UserError for a network that cannot be called so, or that gives another shape.
         """
-        if isinstance(predicts, str) and predicts not in ROWS:
-            raise UserError(f"predicts: {predicts!r} is not one of {', '.join(ROWS)}")
+        if isinstance(predicts, str) and predicts not in OUTPUTS:
+            raise UserError(f"predicts: {predicts!r} is not one of {', '.join(OUTPUTS)}")
         empty = {"class_labels": torch.tensor([null])} if isinstance(null, int) else null
 
         def nothing(present: Cond) -> Cond:
@@ -80,7 +80,7 @@ class Teacher:
         denoiser = Denoiser(
             frozen(network),
             schedule,
-            ROWS[predicts] if isinstance(predicts, str) else predicts,
+            OUTPUTS[predicts] if isinstance(predicts, str) else predicts,
             call=call or call_by_keyword,
             null=None if null is None else nothing,
             feature_layer=feature_layer,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.ode import Denoise, ddim_step, inverse_ddim
-from diffdistill.core.prediction import ROWS, Prediction, diffuse
+from diffdistill.core.prediction import Prediction, diffuse
 from diffdistill.core.schedule import student_grid, student_levels
 from diffdistill.errors import UserError
 from diffdistill.options import HalvingOptions
@@ -89,7 +89,7 @@ class HalvingMethod(Method):
     stream: ClassVar[str] = "student/"  # of the halvings' randomness
 
     def __init__(self, teacher: Teacher, config: HalvingOptions, student: Denoiser, *, first_steps: int = 0):
-        if teacher.denoiser.row is ROWS["epsilon"]:
+        if teacher.denoiser.output.name == "epsilon":
             raise UserError(
                 "teacher: it predicts the noise, which says nothing of the image at the noisiest step of a few; "
                 "give one that predicts v, x0 or a flow velocity to a method that halves its steps"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guide
-from diffdistill.core.prediction import ROWS
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import TrigFlow, sampling_grid
 from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
 from diffdistill.methods.adapter_guidance import AdapterGuidance, Config
@@ -41,7 +41,7 @@ class _Classes(nn.Module):
         def null(cond: Cond) -> Cond:
             return {"class_labels": torch.full_like(cond["class_labels"], len(self.means) - 1)}
 
-        denoiser = Denoiser(self, TrigFlow(), ROWS["v_prediction"], null=null)
+        denoiser = Denoiser(self, TrigFlow(), OUTPUTS["v_prediction"], null=null)
         return Teacher(denoiser, (self.means.shape[1],), len(self.means) - 1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.distances import distance
-from diffdistill.core.prediction import ROWS, diffuse, edm_boundary
+from diffdistill.core.prediction import OUTPUTS, diffuse, edm_boundary
 from diffdistill.core.schedule import EDM, TrigFlow
 from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture
 from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
@@ -31,12 +31,12 @@ class _Gaussian:
 
     def __init__(self, config: Config, t_max: float = 1.5):
         schedule = TrigFlow(t_max=t_max)
-        exact = Denoiser(GaussianMixture(self.mu[None], self.s[None]), schedule, ROWS["v_prediction"])
+        exact = Denoiser(GaussianMixture(self.mu[None], self.s[None]), schedule, OUTPUTS["v_prediction"])
         teacher = Teacher(exact, (2,))
-        start = Denoiser(AffinePerAngle(torch.zeros(1), 2), schedule, ROWS["sample"])
+        start = Denoiser(AffinePerAngle(torch.zeros(1), 2), schedule, OUTPUTS["sample"])
         self.angles = Consistency(teacher, config, student=start).grid(0)
         self.network = AffinePerAngle(self.angles, 2)
-        self.method = Consistency(teacher, config, student=Denoiser(self.network, schedule, ROWS["sample"]))
+        self.method = Consistency(teacher, config, student=Denoiser(self.network, schedule, OUTPUTS["sample"]))
         self.sigma = torch.tan(self.angles)[:, None]
 
     def copy_to_target(self) -> None:
@@ -270,7 +270,7 @@ def _boundary_and_dropout() -> Iterator[Check]:
     end = torch.full((len(x),), schedule.t_min, dtype=torch.float64)
     sigma = schedule.data_std * torch.tan(end)[:, None]
     native = x * torch.sqrt(sigma**2 + schedule.data_std**2) / schedule.data_std
-    for name, row in (("paper's", edm_boundary(schedule.sigma_min)), ("plain", ROWS["edm"])):
+    for name, row in (("paper's", edm_boundary(schedule.sigma_min)), ("plain", OUTPUTS["edm"])):
         teacher = Teacher(Denoiser(network(), schedule, row, call=without_time), (2,))
         method = Consistency(teacher, Config(grid_points=5))
         label = f"with EDM's {name} c_skip and c_out"
@@ -301,7 +301,7 @@ def _sampler() -> Iterator[Check]:
         end = excess + game.s**2
         slopes = torch.sqrt(end / (game.s**2 + torch.tan(levels)[:, None] ** 2)) / torch.cos(levels)[:, None]
         network.slope.data = slopes
-        game.method.student = Denoiser(network, game.method.schedule, ROWS["sample"])
+        game.method.student = Denoiser(network, game.method.schedule, OUTPUTS["sample"])
         sampler, sigma2 = game.method.sampler(), torch.tan(levels) ** 2
         variance = 1 + sigma2[0]  # of x_t/cos(t); s^2 + sigma^2 is exact, and the end's own noise stays in it
         for k in (1, 2):

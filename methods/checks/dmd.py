@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.core.denoiser import Denoiser
-from diffdistill.core.prediction import ROWS
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.exact.analytic import (
     AffineGenerator,
@@ -110,7 +110,7 @@ def _guidance_checks() -> Iterator[Check]:
     big_v, big_u = cos2 * s**2 + sin2, cos2 * b**2 + sin2
     for scale in (1.0, 3.0):
         teacher, affine = class_gaussians_teacher(mu, s), AffineGenerator(m, b)
-        student = Denoiser(affine, teacher.denoiser.schedule, teacher.denoiser.row)
+        student = Denoiser(affine, teacher.denoiser.schedule, teacher.denoiser.output)
         # Were it guided, its own "no class" would show.
         fake_score = ClassGaussians(torch.stack([m, m, -m]), b).denoiser()
         config = Config(normalise=False, guidance_scale=scale)
@@ -141,7 +141,7 @@ def _mode_checks() -> Iterator[Check]:
     def slope(m: Tensor, b: Tensor, t: float, weight: float) -> Tensor:
         """(2,) the gradient of the student's loss, the fake score being exact."""
         affine, cos, sin = AffineGenerator(m, b), math.cos(t), math.sin(t)
-        student = Denoiser(affine, TrigFlow(), ROWS["v_prediction"])
+        student = Denoiser(affine, TrigFlow(), OUTPUTS["v_prediction"])
         score = affine.exact_score()
         parts = AffineGame(Teacher(modes.denoiser(), (1,)), affine, student, score, score.denoiser())
         method = _dmd(parts, Config(normalise=False, regression_weight=weight or 1.0))

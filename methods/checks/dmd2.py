@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.prediction import ROWS
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import student_levels
 from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture, gaussian_teacher
 from diffdistill.exact.checks import AffineGame, Check, differs, equal, gauss_hermite, gradient, matching_checks
@@ -50,7 +50,7 @@ def _simulation_checks() -> Iterator[Check]:
     variance = torch.cos(angles) ** 2 * s**2 + torch.sin(angles) ** 2
     network.slope.data[:] = (s / variance.sqrt())[:, None]
     network.offset.data[:] = mu - network.slope.data * (torch.cos(angles) * mu)[:, None]
-    student = Denoiser(network, schedule, ROWS["sample"])
+    student = Denoiser(network, schedule, OUTPUTS["sample"])
     method = DMD2(teacher, Config(student_steps=4), student=student, fake_score=student)
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 4).unsqueeze(-1)  # (16, 4, 1): z and 3 noises
     for k in range(4):

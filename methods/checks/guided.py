@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser, call_by_keyword, scale_by_keyword
-from diffdistill.core.prediction import ROWS
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import student_grid
 from diffdistill.exact.analytic import class_gaussians_teacher
 from diffdistill.exact.checks import Check, differs, equal, gradient
@@ -86,7 +86,7 @@ class _Plane:
     def method(self, **options: object) -> tuple[GuidedDistillation, _PerNode]:
         """The method with a student of nothing, and the student's network."""
         network, schedule = _PerNode(self.grid, 2), self.teacher.denoiser.schedule
-        student = Denoiser(network, schedule, ROWS["sample"], extra_call=scale_by_keyword(call_by_keyword))
+        student = Denoiser(network, schedule, OUTPUTS["sample"], extra_call=scale_by_keyword(call_by_keyword))
         config = Config(**{"start_steps": 8, "guidance_steps": 1, "stage_steps": 1} | options)  # type: ignore[arg-type]
         return GuidedDistillation(self.teacher, config, student=student), network
 
@@ -157,7 +157,7 @@ def _halving(plane: _Plane, method: GuidedDistillation, network: _PerNode, stage
     method.after_step(stage + 1)
     sampler = method.sampler()
     yield equal(f"steps after halving {stage + 1}", 8 // stride, len(sampler.levels), 0.0)
-    fixed = Denoiser(network, method.schedule, ROWS["sample"], call=partial(_at_scale, scale))
+    fixed = Denoiser(network, method.schedule, OUTPUTS["sample"], call=partial(_at_scale, scale))
     fixed_sampler = Sampler(fixed, sampler.levels, sampler.step)
     x, t = fixed_sampler.input_at(len(sampler.levels) - 1, x_t, cond, lambda j: x_t * torch.nan)
     made = fixed(x, t, cond).x0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Denoiser, Extra, call_by_keyword, scale_by_keyword
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, solve
-from diffdistill.core.prediction import ROWS, diffuse
+from diffdistill.core.prediction import OUTPUTS, diffuse
 from diffdistill.exact.analytic import class_gaussians_teacher
 from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
 from diffdistill.methods.lcm import LCM, Config, Skip
@@ -66,7 +66,7 @@ class _Plane:
         moved = self.base if shift is None else self.base + shift
         network = AffineStudent(self.angles, self.slope.clone(), moved.clone(), self.gain.clone())
         call = scale_by_keyword(call_by_keyword)
-        student = Denoiser(network, self.teacher.denoiser.schedule, ROWS["sample"], extra_call=call)
+        student = Denoiser(network, self.teacher.denoiser.schedule, OUTPUTS["sample"], extra_call=call)
         settings: dict = {"ddim_steps": self.K, "guidance_min": 1.0, "guidance_max": 9.0} | options
         return LCM(self.teacher, Config(**settings), student=student)
 

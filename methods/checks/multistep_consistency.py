@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.ode import inverse_ddim
-from diffdistill.core.prediction import ROWS, diffuse
+from diffdistill.core.prediction import OUTPUTS, diffuse
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture
 from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
@@ -38,11 +38,11 @@ class _Gaussian:
     def __init__(self, config: Config):
         self.exact = GaussianMixture(self.mu[None], self.s[None])
         schedule = TrigFlow(t_max=1.5)
-        teacher = Teacher(Denoiser(self.exact, schedule, ROWS["v_prediction"]), (2,))
-        empty = Denoiser(AffinePerAngle(torch.zeros(1), 2), schedule, ROWS["sample"])
+        teacher = Teacher(Denoiser(self.exact, schedule, OUTPUTS["v_prediction"]), (2,))
+        empty = Denoiser(AffinePerAngle(torch.zeros(1), 2), schedule, OUTPUTS["sample"])
         self.grid = MultistepConsistency(teacher, config, student=empty).grid(0)
         self.network = AffinePerAngle(self.grid[:, :-1].flatten(), 2)
-        self.method = MultistepConsistency(teacher, config, student=Denoiser(self.network, schedule, ROWS["sample"]))
+        self.method = MultistepConsistency(teacher, config, student=Denoiser(self.network, schedule, OUTPUTS["sample"]))
 
     def node(self, row: int, i: int) -> int:
         return row * (self.grid.shape[1] - 1) + i
@@ -228,7 +228,7 @@ def _limits() -> Iterator[Check]:
 
     torch.manual_seed(1)
     layers = nn.Sequential(nn.Linear(2, 16), nn.Dropout(0.5), nn.Linear(16, 2)).double()
-    teacher = Denoiser(layers, TrigFlow(), ROWS["sample"], call=lambda module, x, time, cond: module(x))
+    teacher = Denoiser(layers, TrigFlow(), OUTPUTS["sample"], call=lambda module, x, time, cond: module(x))
     method = MultistepConsistency(Teacher(teacher, (2,)), Config())
     t, e = torch.full((16,), 1.0).double(), torch.full((16,), 0.5).double()
     loss = method.following(z, z, Segment(t, t, e), {}, seed=7).shown["distance"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.ode import ddim_step
-from diffdistill.core.prediction import ROWS
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import DiscreteVP, sampling_grid
 from diffdistill.exact.analytic import AffinePerAngle, gaussian_teacher
 from diffdistill.exact.checks import Check, differs, equal, gradient
@@ -82,7 +82,7 @@ def _stages(teacher: Teacher, grid: Tensor, x_t: Tensor, z: Tensor) -> Iterator[
     The last student is the product of all the teacher's factors.
     """
     network = AffinePerAngle(grid, 2)
-    student = Denoiser(network, teacher.denoiser.schedule, ROWS["sample"])
+    student = Denoiser(network, teacher.denoiser.schedule, OUTPUTS["sample"])
     stages = Teacher(teacher.denoiser, (2,), None, start=student)
     method = Progressive(stages, Config(start_steps=8, final_steps=1, stage_steps=1), student=student)
     for stage in range(3):

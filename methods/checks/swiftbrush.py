@@ -54,7 +54,7 @@ def verify() -> Iterator[Check]:
 
 def _game(config: Config, means: Tensor = OWN, std: Tensor = C) -> tuple[SwiftBrush, AffineGenerator]:
     teacher, generator = class_gaussians_teacher(MU, S), AffineGenerator(M, B)
-    student = Denoiser(generator, teacher.denoiser.schedule, teacher.denoiser.row)
+    student = Denoiser(generator, teacher.denoiser.schedule, teacher.denoiser.output)
     method = SwiftBrush(teacher, config, student=student, fake_score=ClassGaussians(means, std).denoiser())
     return method, generator
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import Guided, guided
 from diffdistill.core.ode import ddim_step, solve
-from diffdistill.core.prediction import ROWS, Prediction
+from diffdistill.core.prediction import OUTPUTS, Prediction
 from diffdistill.core.schedule import EDM, LinearFlow, Schedule
 from diffdistill.errors import UserError
 
@@ -36,7 +36,7 @@ def null(cond: Cond) -> Cond:
 
 
 def denoiser(schedule: Schedule | None = None, row: str = "flow_prediction") -> Any:
-    return Denoiser(Network(), schedule or LinearFlow(), ROWS[row], null=null)
+    return Denoiser(Network(), schedule or LinearFlow(), OUTPUTS[row], null=null)
 
 
 def inputs() -> tuple[Tensor, Tensor, Cond]:
@@ -109,7 +109,7 @@ def test_gradients_reach_x_t_and_the_network() -> None:
 
 
 def test_a_teacher_without_a_null_condition_is_refused_unless_scale_is_one() -> None:
-    d = Denoiser(Network(), LinearFlow(), ROWS["flow_prediction"])
+    d = Denoiser(Network(), LinearFlow(), OUTPUTS["flow_prediction"])
     with pytest.raises(UserError, match=r"guidance_scale: 2\.0.*null"):
         guided(d, 2.0)
     assert guided(d, 1.0) is d

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.ode import Step, ddim_step, heun_step, solve
-from diffdistill.core.prediction import ROWS
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import LinearFlow, TrigFlow, sampling_grid
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.families import schedule_of
@@ -220,7 +220,7 @@ def test_ddim_step_is_the_rotation() -> None:
 @pytest.mark.parametrize("schedule", [TrigFlow(t_min=0.02), LinearFlow(t_min=0.02)])
 def test_heun_step_to_zero_is_eulers(schedule: Any) -> None:
     """Also from pure noise, and where the network knows no time as clean as zero."""
-    denoiser = Denoiser(Network(0.3, 1.0, 1.0), schedule, ROWS["flow_prediction"])
+    denoiser = Denoiser(Network(0.3, 1.0, 1.0), schedule, OUTPUTS["flow_prediction"])
     x, zero = noise(), torch.zeros(3, dtype=torch.float64)
     for t in (torch.tensor([0.3, 1.0, 1.5]).double(), torch.full((3,), math.pi / 2, dtype=torch.float64)):
         torch.testing.assert_close(heun_step(denoiser, x, t, zero, {}), ddim_step(denoiser, x, t, zero, {}))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Denoiser
-from diffdistill.core.prediction import ROWS, Prediction, Row, edm_boundary
+from diffdistill.core.prediction import OUTPUTS, Output, Prediction, edm_boundary
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule, TrigFlow
 
 SIGMA_MIN = 0.002
@@ -100,7 +100,7 @@ def output(row: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, data
     return (x0 - c_skip * (alpha * x0 + sigma * eps)) / c_out
 
 
-ALL_ROWS: dict[str, Row] = {**ROWS, "edm_boundary": edm_boundary(SIGMA_MIN)}
+ALL_ROWS: dict[str, Output] = {**OUTPUTS, "edm_boundary": edm_boundary(SIGMA_MIN)}
 COMBINATIONS = [(c, r) for c in CASES for r in ALL_ROWS if r != "edm_boundary" or c.startswith("edm")]
 
 
@@ -179,7 +179,7 @@ def test_eps_to_x0_to_v_to_eps(case: str) -> None:
     x_t, eps = torch.randn(2, 64, 6, dtype=torch.float64)
 
     def through(row: str, y: Tensor) -> Prediction:
-        return Denoiser(nn.Identity(), schedule, ROWS[row], call=lambda *_: y)(x_t, t, {})
+        return Denoiser(nn.Identity(), schedule, OUTPUTS[row], call=lambda *_: y)(x_t, t, {})
 
     x0 = through("epsilon", eps).x0
     # The normal form's v is the network's own v where x0 has unit variance and the schedule preserves it.
@@ -264,7 +264,7 @@ class Smooth(nn.Module):
 def test_forward_is_differentiable_in_x_and_t_in_forward_mode(case: str) -> None:
     schedule = CASES[case].schedule
     row = {"flow, data_std 0.5": "flow_prediction", "edm": "edm"}.get(case, "v_prediction")
-    denoiser = Denoiser(Smooth(), schedule, ROWS[row])
+    denoiser = Denoiser(Smooth(), schedule, OUTPUTS[row])
     x, dx = torch.randn(2, 4, 3, dtype=torch.float64)
     # Inside the interval between two timesteps: the time is linear in the angle only there.
     t = schedule.angle(torch.tensor([120.3, 300.4, 560.6, 800.5])) if case in ("linear", "zero SNR") else None
@@ -281,7 +281,7 @@ def test_forward_is_differentiable_in_x_and_t_in_forward_mode(case: str) -> None
 
 def test_forward_passes_through_vmap() -> None:
     """No host read, no branch on data."""
-    denoiser = Denoiser(Smooth(), LinearFlow(), ROWS["flow_prediction"])
+    denoiser = Denoiser(Smooth(), LinearFlow(), OUTPUTS["flow_prediction"])
     x, t = torch.randn(5, 3, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     one = torch.func.vmap(lambda x, t: denoiser(x[None], t[None], {}).x0[0])
     close(one(x, t), denoiser(x, t, {}).x0)
@@ -298,7 +298,9 @@ def test_a_half_precision_network_still_gets_the_exact_time() -> None:
 
     t = schedule.angle(torch.tensor([999.0, 501.0]))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        pred = Denoiser(nn.Identity(), schedule, ROWS["v_prediction"], call=call)(torch.ones(2, 3, dtype=dtype), t, {})
+        pred = Denoiser(nn.Identity(), schedule, OUTPUTS["v_prediction"], call=call)(
+            torch.ones(2, 3, dtype=dtype), t, {}
+        )
         assert pred.x0.dtype == dtype and pred.a.dtype == torch.float64
     assert [(x, time.tolist()) for x, time in seen] == [
         (dtype, [999.0, 501.0]) for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -311,5 +313,5 @@ def test_conditions_reach_the_network_by_name() -> None:
             return x * label[:, None]
 
     x, t = torch.ones(2, 3, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
-    pred = Denoiser(Named(), TrigFlow(), ROWS["sample"])(x, t, {"label": torch.tensor([2.0, 3.0])})
+    pred = Denoiser(Named(), TrigFlow(), OUTPUTS["sample"])(x, t, {"label": torch.tensor([2.0, 3.0])})
     close(pred.x0[:, 0], torch.tensor([2.0, 3.0], dtype=torch.float64))

@@ -12,7 +12,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, heun_step, solve
-from diffdistill.core.prediction import ROWS
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, TrigFlow
 from diffdistill.errors import UserError
 from diffdistill.exact.analytic import AffineGenerator, GaussianMixture, gaussian_teacher, mixture_teacher
@@ -251,7 +251,7 @@ def test_flow_map_in_two_dimensions_is_that_of_one_where_they_are_independent() 
 @pytest.mark.parametrize(("step", "order"), [(ddim_step, 1), (heun_step, 2)])
 def test_solvers_converge_to_the_quantile_map(step: Any, order: int) -> None:
     network = GaussianMixture(*ONE_D)
-    denoiser = Denoiser(network, TrigFlow(), ROWS["v_prediction"])
+    denoiser = Denoiser(network, TrigFlow(), OUTPUTS["v_prediction"])
     x = torch.linspace(-2.0, 2.0, 9, dtype=torch.float64)[:, None]
     want = network.flow_map(x, *span(9, 1.3, 0.2))
     errors = []
@@ -314,7 +314,7 @@ def test_one_ode_through_four_schedules(kind: str) -> None:
         "trigflow": TrigFlow(),
     }[kind]
     row = {"flow": "flow_prediction", "edm": "edm"}.get(kind, "v_prediction")
-    denoiser = Denoiser(NativeGaussian(kind, mean, std, sd, BETAS), schedule, ROWS[row])
+    denoiser = Denoiser(NativeGaussian(kind, mean, std, sd, BETAS), schedule, OUTPUTS[row])
     exact, x = GaussianMixture(mean[None], std[None]), points(torch.zeros(4))
     for top, bottom in ((schedule.t_max, schedule.t_min), (1.4, 0.2)):
         top, bottom = min(top, math.pi / 2 - 1e-6), max(bottom, 1e-6)
@@ -371,7 +371,7 @@ def test_impossible_mixtures_are_refused() -> None:
 def test_affine_generator() -> None:
     """x0 = m + b z at pure noise; its exact score is that of N(m, b^2), out of reach of gradients."""
     generator = AffineGenerator(f64([0.5, -1.0]), f64([0.7, -0.2]))
-    student = Denoiser(generator, TrigFlow(), ROWS["v_prediction"])
+    student = Denoiser(generator, TrigFlow(), OUTPUTS["v_prediction"])
     z = points(torch.zeros(5))
     close(student(z, span(5, math.pi / 2, 0)[0], {}).x0, generator.mean + generator.scale * z)
     exact = generator.exact_score().denoiser()

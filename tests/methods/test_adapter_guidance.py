@@ -17,7 +17,7 @@ from diffdistill import UserError, distill, load_student, load_teacher
 from diffdistill.catalogue import describe_method
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.guidance import guide
-from diffdistill.core.prediction import ROWS, Prediction
+from diffdistill.core.prediction import OUTPUTS, Prediction
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
@@ -369,7 +369,7 @@ def test_a_plain_network_is_corrected_at_its_output(kind: str) -> None:
     def null(cond: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"class_labels": torch.full_like(cond["class_labels"], 3)}
 
-    teacher = Teacher(Denoiser(MLP().double(), TrigFlow(), ROWS["v_prediction"], null=null), (2,), 3)
+    teacher = Teacher(Denoiser(MLP().double(), TrigFlow(), OUTPUTS["v_prediction"], null=null), (2,), 3)
     method = AdapterGuidance(teacher, Config(adapter=kind, trajectory_steps=4))  # type: ignore[arg-type]
     batch = Batch(6, (2,), {"class_labels": torch.arange(6) % 3}, None, torch.device("cpu"), (0, 0, 0))
     loss = method.on_trajectories(batch).loss

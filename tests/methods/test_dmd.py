@@ -110,7 +110,7 @@ def test_pairs_decide_what_the_divergence_cannot(weight: float, sign: float, tmp
     mean, std = torch.tensor([0.8, -0.5]), torch.tensor([0.7, 1.4])
     teacher = gaussian_teacher(mean.tolist(), std.double())
     generator = AffineGenerator(torch.zeros(2), -torch.ones(2))
-    schedule, row = teacher.denoiser.schedule, teacher.denoiser.row
+    schedule, row = teacher.denoiser.schedule, teacher.denoiser.output
     method = DMD(
         teacher,
         Config(student_lr=1e-2, fake_score_lr=4e-2, regression_weight=weight, beta1=0.0, time_low=0.1),

@@ -14,7 +14,7 @@ from diffdistill import UserError, distill, load_student, load_teacher
 from diffdistill.core.denoiser import Denoiser, Extra
 from diffdistill.core.guidance import guide
 from diffdistill.core.ode import ddim_step
-from diffdistill.core.prediction import ROWS
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import guided
@@ -170,6 +170,8 @@ def test_what_cannot_be_used_is_refused(tiny_teacher: Teachers) -> None:
     with pytest.raises(UserError, match=r"guid.* distillation needs one that was trained with a null condition"):
         GuidedDistillation(gaussian_teacher([0.0], 1.0), Config())
     d = teacher.denoiser
-    predicts_noise = Teacher(Denoiser(d.network, d.schedule, ROWS["epsilon"], call=d.call, null=d.null), (1, 8, 8), 10)
+    predicts_noise = Teacher(
+        Denoiser(d.network, d.schedule, OUTPUTS["epsilon"], call=d.call, null=d.null), (1, 8, 8), 10
+    )
     with pytest.raises(UserError, match="it predicts the noise"):
         GuidedDistillation(predicts_noise, Config())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.ode import ddim_step, solve
-from diffdistill.core.prediction import ROWS
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, TrigFlow
 from diffdistill.exact.analytic import GaussianMixture
 from diffdistill.players.average import MovingAverage
@@ -55,7 +55,7 @@ def test_only_trains_leaves_gradients_to_one_and_lets_them_through_the_others() 
 
 def test_trainable_copy_shares_nothing_and_frozen_is_the_module_itself() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
-    teacher = frozen(Denoiser(network, DiscreteVP.from_config({}), ROWS["epsilon"]))
+    teacher = frozen(Denoiser(network, DiscreteVP.from_config({}), OUTPUTS["epsilon"]))
     assert teacher.network is network and not network.training
     assert not any(p.requires_grad for p in teacher.parameters())
     student = trainable_copy(teacher)
@@ -68,14 +68,14 @@ def test_trainable_copy_shares_nothing_and_frozen_is_the_module_itself() -> None
 
 
 def test_random_conditions() -> None:
-    denoiser = Denoiser(Elementwise(), TrigFlow(), ROWS["v_prediction"])
+    denoiser = Denoiser(Elementwise(), TrigFlow(), OUTPUTS["v_prediction"])
     labels = Teacher(denoiser, (2,), 3).random_cond(1000, generators(0)[0])["class_labels"]
     assert labels.dtype == torch.int64 and labels.bincount().shape == (3,) and int(labels.bincount().min()) > 250
     assert Teacher(denoiser, (2,)).random_cond(5, generators(0)[0]) == {}
 
 
 def test_sample_conditions_have_the_shapes_of_what_the_teacher_takes() -> None:
-    denoiser = Denoiser(Elementwise(), TrigFlow(), ROWS["v_prediction"])
+    denoiser = Denoiser(Elementwise(), TrigFlow(), OUTPUTS["v_prediction"])
     assert Teacher(denoiser, (2,), 3).sample_cond(4)["class_labels"].tolist() == [0, 0, 0, 0]
     assert Teacher(denoiser, (2,)).sample_cond(4) == {}
     prompt = {"text": torch.randn(1, 7, 5), "lengths": torch.tensor([3])}
@@ -101,7 +101,7 @@ class Layers(nn.Module):
 
 def test_features_are_those_of_the_layer_and_the_rest_is_not_run() -> None:
     network = Layers()
-    denoiser = Denoiser(network, LinearFlow(), ROWS["flow_prediction"], feature_layer="middle")
+    denoiser = Denoiser(network, LinearFlow(), OUTPUTS["flow_prediction"], feature_layer="middle")
     x = torch.randn(2, 3, requires_grad=True)
     t = torch.tensor([0.3, 1.2], dtype=torch.float64)
     features = denoiser.features(x, t, {})
@@ -120,7 +120,7 @@ def test_features_are_those_of_the_layer_and_the_rest_is_not_run() -> None:
 
 
 def test_features_of_a_half_precision_network_are_float32() -> None:
-    denoiser = Denoiser(Layers().bfloat16(), LinearFlow(), ROWS["flow_prediction"], feature_layer="middle")
+    denoiser = Denoiser(Layers().bfloat16(), LinearFlow(), OUTPUTS["flow_prediction"], feature_layer="middle")
     features = denoiser.features(torch.randn(2, 3, dtype=torch.bfloat16), torch.tensor([0.3, 1.2]).double(), {})
     assert features.dtype == torch.float32
 
@@ -128,10 +128,10 @@ def test_features_of_a_half_precision_network_are_float32() -> None:
 def test_features_need_a_layer_and_leave_no_hook_behind_an_error() -> None:
     t = torch.tensor([0.3, 1.2], dtype=torch.float64)
     with pytest.raises(ValueError, match="feature_layer"):
-        Denoiser(Layers(), LinearFlow(), ROWS["sample"]).features(torch.randn(2, 3), t, {})
+        Denoiser(Layers(), LinearFlow(), OUTPUTS["sample"]).features(torch.randn(2, 3), t, {})
     network = Layers()
     with pytest.raises(RuntimeError):
-        Denoiser(network, LinearFlow(), ROWS["sample"], feature_layer="middle").features(torch.randn(2, 9), t, {})
+        Denoiser(network, LinearFlow(), OUTPUTS["sample"], feature_layer="middle").features(torch.randn(2, 9), t, {})
     assert not network.middle._forward_hooks
 
 
@@ -156,7 +156,7 @@ def test_discriminator_head_reads_every_sample_for_itself(channels: int, size: i
 
 @pytest.mark.parametrize("schedule", [EDM(), LinearFlow(), LinearFlow(data_std=0.5), DiscreteVP.from_config({})])
 def test_one_step_is_one_call_of_the_denoiser(schedule: Any) -> None:
-    student = Denoiser(Elementwise(), schedule, ROWS["edm" if isinstance(schedule, EDM) else "v_prediction"])
+    student = Denoiser(Elementwise(), schedule, OUTPUTS["edm" if isinstance(schedule, EDM) else "v_prediction"])
     level = schedule.init_level
     sampler = Sampler(student, [level])
     x = sampler((6,), {}, generators(3, 4))
@@ -171,7 +171,7 @@ def test_one_step_is_one_call_of_the_denoiser(schedule: Any) -> None:
 
 
 def test_conditions_reach_the_sampler() -> None:
-    student = Denoiser(Elementwise(), TrigFlow(), ROWS["sample"])
+    student = Denoiser(Elementwise(), TrigFlow(), OUTPUTS["sample"])
     plain, shifted = (
         Sampler(student, [1.5])((4,), {"class_labels": labels}, generators(0, 1))
         for labels in (torch.tensor([0, 0]), torch.tensor([0, 2]))
@@ -181,7 +181,7 @@ def test_conditions_reach_the_sampler() -> None:
 
 @pytest.mark.parametrize("renoise", [True, False])
 def test_sample_i_depends_on_generator_i_alone(renoise: bool) -> None:
-    student = Denoiser(Elementwise(), LinearFlow(), ROWS["flow_prediction"])
+    student = Denoiser(Elementwise(), LinearFlow(), OUTPUTS["flow_prediction"])
     sampler = Sampler(student, [1.0, 0.7, 0.3], STEPS["renoise" if renoise else "ddim"])
     together = sampler((5,), {}, generators(10, 11, 12))
     for i, seed in enumerate((10, 11, 12)):
@@ -192,7 +192,7 @@ def test_sample_i_depends_on_generator_i_alone(renoise: bool) -> None:
 
 def test_without_renoising_it_is_ddim() -> None:
     schedule = LinearFlow()
-    student = Denoiser(Elementwise(), schedule, ROWS["flow_prediction"])
+    student = Denoiser(Elementwise(), schedule, OUTPUTS["flow_prediction"])
     levels = [1.0, 0.6, 0.2]
     got = Sampler(student, levels, STEPS["ddim"])((5,), {}, generators(0, 1))
     z = torch.stack([torch.randn(5, generator=g) for g in generators(0, 1)]).double()
@@ -220,7 +220,7 @@ def test_renoised_levels_have_the_marginals_of_the_gaussian() -> None:
     """x_s = cos(s) x0 + sin(s) z is N(cos(s) m, cos(s)^2 std^2 + sin(s)^2) at every level."""
     mean, std, levels = 0.8, 0.3, [math.pi / 2, 1.1, 0.6, 0.2]
     network = Consistency(mean, std)
-    sampler = Sampler(Denoiser(network, TrigFlow(), ROWS["sample"]), levels)
+    sampler = Sampler(Denoiser(network, TrigFlow(), OUTPUTS["sample"]), levels)
     x = sampler((10_000,), {}, generators(0, 1, 2, 3))
     assert [float(t[0]) for _, t in network.seen] == levels
     for values, s in [*((v, s) for (v, _), s in zip(network.seen, levels, strict=True)), (x, 0.0)]:

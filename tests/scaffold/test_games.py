@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffdistill import scaffold
 from diffdistill.catalogue import describe_method, method_names
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.prediction import ROWS, Prediction, diffuse
+from diffdistill.core.prediction import OUTPUTS, Prediction, diffuse
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.exact.analytic import AffineGenerator, LearnedGaussian, gaussian_teacher
 from diffdistill.options import MatchingOptions
@@ -75,7 +75,7 @@ class Recording(MatchingMethod):
 
     def __init__(self, config: MatchingOptions):
         teacher = gaussian_teacher([0.3, -0.2], 0.7)
-        schedule, row = teacher.denoiser.schedule, teacher.denoiser.row
+        schedule, row = teacher.denoiser.schedule, teacher.denoiser.output
         student = Denoiser(AffineGenerator(torch.zeros(2), torch.ones(2)), schedule, row)
         super().__init__(teacher, config, student=student, fake_score=Denoiser(LearnedGaussian(2), schedule, row))
         self.calls: list[tuple[str, bool]] = []
@@ -198,7 +198,7 @@ def test_a_step_is_its_formula() -> None:
 
 @pytest.mark.parametrize("step", [Renoise(), DDIM()])
 def test_a_sampler_takes_its_step_from_each_level_to_the_next(step: Step) -> None:
-    sampler = Sampler(Denoiser(Constant(), TrigFlow(), ROWS["sample"]), [1.5, 1.0, 0.4], step)
+    sampler = Sampler(Denoiser(Constant(), TrigFlow(), OUTPUTS["sample"]), [1.5, 1.0, 0.4], step)
     angles = [float(sampler.denoiser.schedule.angle(level)) for level in sampler.levels]
     z, *noise = torch.randn(3, 5, 2).double().unbind()
     expected, _ = sampler.start(z)
