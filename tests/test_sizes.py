@@ -1,6 +1,10 @@
 """How the sizes of files and what methods share are counted."""
 
-from tests.sizes import TABLES, counted_lines, long_functions, total, verbatim
+from pathlib import Path
+
+from tests.sizes import TABLES, counted_lines, excesses, long_functions, total, verbatim
+
+ROOT = Path(__file__).resolve().parents[1]
 
 METHOD = '''
 """A paper."""
@@ -46,3 +50,7 @@ def test_a_long_function_is_named() -> None:
     source = "def short():\n" + "    pass\n" * 59 + "def long():\n" + "    pass\n" * 60
     assert long_functions("a.py", source) == ["a.py: long, 61 lines"]
     assert not any(len(name.split(": ")) != 2 for name in TABLES)
+
+
+def test_nothing_is_too_large() -> None:
+    assert not excesses(ROOT)
