@@ -1,25 +1,25 @@
 """Consistency: Consistency Models, discrete in time, by distillation, by training, and made easy.
 
-Song, Dhariwal, Chen, Sutskever, ICML 2023, arXiv:2303.01469 (code: openai/consistency_models); "easy" is Geng,
-Pokle, Luo, Lin, Kolter, 2024, arXiv:2406.14548 (code: locuslab/ect).
+Song, Dhariwal, Chen, Sutskever, ICML 2023, arXiv:2303.01469 (code: openai/consistency_models).
+Mode easy: Geng, Pokle, Luo, Lin, Kolter, 2024, arXiv:2406.14548 (code: locuslab/ect).
 
-f(x_t, t) is to be the same everywhere on a trajectory of the teacher's ODE: its end. From a noised image x_t one
-step of the teacher gives the less noisy x_r, and f(x_t, t) is pulled to what a slow copy of f says at x_r
-(`mode: distillation`). On a grid of N angles the student can follow exactly: it becomes the product of the
-solver's steps. `training` needs no teacher step, since x_r has the noise of x_t; its N grows. `easy` draws t from
-a log-normal distribution, ties r to it, brings r closer to t stage by stage, and has no slow copy.
+f(x_t, t) is to be the same everywhere on a trajectory of the teacher's ODE: its end. In mode distillation one step of
+the teacher leads from a noised image x_t to the less noisy x_r, and f(x_t, t) is pulled to what a slow copy of f says
+at x_r; on a grid of N angles the student becomes the product of the solver's steps. Mode training needs no teacher
+step, since x_r has the noise of x_t; its N grows. Mode easy draws t from a log-normal distribution, ties r to it,
+brings r closer to t stage by stage, and has no slow copy.
 
-Deviations: f is the student's x0 prediction. At t = 0 that is the identity for outputs of kind v, flow, eps and
-EDM's F, but the grid ends at a sigma_min above 0, where the authors' c_skip and c_out (sigma - sigma_min in place
-of sigma, eq. 5) make f the identity. Here the *target* at the grid's last point is x_r itself, whatever the
-network says there, which is the paper's other way (eq. 4): so the boundary holds for every kind of output, and f
-is never trained at that point. A teacher with a CMStochasticIterativeScheduler has eq. 5 as well. Outside EDM the
-"karras" grid spans sigma 80 to 0.002 (at data_std 0.5) or less where the schedule knows less; its first point is
-moved to where the student's sampler starts, which may be pure noise. The sampler adds noise of variance sigma^2,
-the paper sigma^2 - sigma_min^2, and its levels are the schedule's own, not searched for by FID. AdamW stands for
-RAdam. mu(k) is the paper's, mu0^(s0/N(k)); the authors' code has N(k) - 1 there. LPIPS is the `lpips` package's
-VGG, with max pooling; the authors' has average pooling. Where r comes below the least level that the network
-knows, "easy" takes r = 0, and x_r itself as the target. `huber_c` and `time_mean` count in the data's own units.
+Deviations:
+- f is the student's x0 prediction, whatever the network's output. At the grid's last point the *target* is x_r itself
+  (eq. 4), where the authors' c_skip and c_out with sigma - sigma_min (eq. 5) make f the identity; so the boundary holds
+  for every kind of output, and f is never trained there. A CMStochasticIterativeScheduler teacher has eq. 5 as well.
+- Outside EDM the "karras" grid spans sigma 80 to 0.002 (at data_std 0.5), or less where the schedule knows less; its
+  first point is moved to where the student's sampler starts, which may be pure noise.
+- The sampler adds noise of variance sigma^2, the paper sigma^2 - sigma_min^2; its levels are the schedule's own, not
+  searched for by FID. AdamW stands for RAdam. mu(k) is the paper's, mu0^(s0/N(k)); the code has N(k) - 1 there.
+- LPIPS is the `lpips` package's VGG, with max pooling; the authors' has average pooling. `huber_c` and `time_mean`
+  count in the data's own units.
+- Where r comes below the least level that the network knows, "easy" takes r = 0, and x_r itself as the target.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ ABOUT = About(
     needs=("images",),
     equations={
         "consistency distillation loss (eq. 7, Algorithm 2)": "Consistency.following",
-        "one step of the teacher's ODE (eq. 6)": "Consistency.less_noisy, core.ode.ddim_step, core.ode.heun_step",
-        "consistency training pair (eq. 10, Algorithm 3)": "Consistency.less_noisy",
+        "teacher's ODE (eq. 6); training pair (eq. 10)": "Consistency.less_noisy, core.ode.ddim_step, core.ode.heun_step",
         "boundary condition f(x, sigma_min) = x (section 3)": "Consistency.target_x0",
         "Karras grid (section 4)": "core.times.karras_grid",
         "N(k) and mu(k) (appendix C)": "core.times.grid_points_at, Consistency.target_decay",
@@ -93,8 +92,10 @@ class Config(FollowingOptions, ImageDistance, TeacherGuidance, student_lr=1e-4):
 
 
 class Step(NamedTuple):
-    t: Tensor  #: (B,) angles
-    r: Tensor  #: (B,) the less noisy ones
+    """From t to the less noisy r, both (B,)."""
+
+    t: Tensor
+    r: Tensor
 
 
 class Consistency(FollowingMethod[Step]):
@@ -163,8 +164,8 @@ class Consistency(FollowingMethod[Step]):
     @torch.no_grad()
     def target_x0(self, x_r: Tensor, r: Tensor, cond: Cond) -> Tensor:
         """(B, ...) what the target says at x_r; at the boundary x_r itself, in the scale of x0."""
-        own = self.target(x_r, r, cond).x0
-        return torch.where(expand(r - self.end, x_r) <= 0, x_r / expand(torch.cos(r), x_r), own)
+        boundary = expand(r - self.end, x_r) <= 0
+        return torch.where(boundary, x_r / expand(torch.cos(r), x_r), self.target(x_r, r, cond).x0)
 
     def following(self, x_t: Tensor, x_r: Tensor, interval: Step, cond: Cond, seed: int = 0) -> Outcome:
         """w(t) d(f(x_t, t), sg f_target(x_r, r))."""

@@ -70,6 +70,7 @@ class GuidedChains(nn.Module):
 
     @property
     def cond(self) -> Cond:
+        """The condition of each chain."""
         return {key: getattr(self, f"cond_{key}") for key in self.keys}
 
     def points(self, batch: Batch, teacher: Denoiser) -> Points:

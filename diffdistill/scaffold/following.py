@@ -69,10 +69,12 @@ class FollowingMethod(Method, Generic[I]):
 
     @final
     def turns(self, step: int) -> Sequence[Turn]:
+        """The student moves in every step."""
         return [Turn("student", partial(self.student_turn, step))]
 
     @final
     def student_turn(self, step: int, batch: Batch) -> Outcome:
+        """From noised images and what lies less noisy on their trajectories to the loss."""
         interval, eps = self.interval(step, batch), batch.randn("student/eps")
         x_t = diffuse(batch.images, interval.t, eps)
         with torch.no_grad():

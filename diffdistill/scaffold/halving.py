@@ -44,6 +44,7 @@ class Halving:
 
     @property
     def stages(self) -> int:
+        """How many halvings there are."""
         return (self.start_steps // self.final_steps).bit_length() - 1
 
     @property
@@ -56,6 +57,7 @@ class Halving:
         return min(step // self.stage_steps, self.stages - 1)
 
     def student_steps(self, step: int) -> int:
+        """The sampling steps of the student that a training step trains."""
         return self.start_steps >> (self.stage(step) + 1)
 
     def starts(self, step: int) -> bool:
@@ -131,6 +133,7 @@ class HalvingMethod(Method):
 
     @final
     def turns(self, step: int) -> Sequence[Turn]:
+        """One turn of the student; a stage begins with a new optimizer, and its learning rate falls to zero."""
         k = step - self.first_steps
         if self.halving is None:
             return [Turn("student", self.first_turn)]
@@ -145,6 +148,7 @@ class HalvingMethod(Method):
 
     @final
     def after_step(self, step: int) -> None:
+        """The student becomes the teacher of a stage that begins."""
         self.stage.done.fill_(step + 1)
         if self._starts(step + 1):
             self.previous.load_state_dict(self.student.state_dict())
@@ -163,6 +167,7 @@ class HalvingMethod(Method):
 
     @final
     def halving_turn(self, k: int, batch: Batch) -> Outcome:
+        """The loss of a training step of the halvings, the k-th of all of them."""
         assert self.halving is not None
         steps = self.halving.student_steps(k)
         stride = self.config.start_steps // steps

@@ -42,6 +42,7 @@ class ImitatingMethod(Method):
 
     @final
     def turns(self, step: int) -> Sequence[Turn]:
+        """The student moves in every step."""
         return [Turn("student", self.on_data if self.chains is None else self.on_trajectories)]
 
     @final

@@ -98,11 +98,13 @@ class MatchingMethod(Method):
 
     @final
     def optimizer(self, player: str) -> Optimizer:
+        """AdamW with a rate for each player."""
         c = self.config
         return Optimizer(c.student_lr if player == "student" else c.fake_score_lr, (c.beta1, 0.999), c.weight_decay)
 
     @final
     def turns(self, step: int) -> Sequence[Turn]:
+        """Who moves in a training step, and in which order."""
         drawn: list[Tensor] = []
         student = Turn("student", partial(self.student_turn, drawn))
         fake_score = Turn("fake_score", partial(self.fake_score_turn, drawn))
@@ -112,6 +114,7 @@ class MatchingMethod(Method):
 
     @final
     def sampler(self) -> Sampler:
+        """One step from the level of the options, or several at the teacher's levels with fresh noise between."""
         if self.steps > 1:
             return Sampler(self.student, student_levels(self.schedule, self.steps).tolist())
         return one_step_sampler(self.student, self.config.student_level)
@@ -127,6 +130,7 @@ class MatchingMethod(Method):
 
     @final
     def student_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
+        """The student's loss, with the discriminator's if there is one; `drawn` keeps its samples."""
         self._set_dropout("student")
         x, outcome = self.student_loss(batch)
         if self.shares_samples:
@@ -138,6 +142,7 @@ class MatchingMethod(Method):
 
     @final
     def fake_score_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
+        """The fake score's loss on the samples that `drawn` holds, or on new ones."""
         self._set_dropout("fake_score")
         with torch.no_grad():
             x = drawn[0] if drawn else self.generate(batch, "fake_score")

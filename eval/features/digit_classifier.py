@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -149,7 +150,7 @@ def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
     return class_agreement(torch.cat([model(part) for part in images.split(4096)]), labels)
 
 
-def make(out: Path, seed: int, epochs: int) -> dict:
+def make(out: Path, seed: int, epochs: int) -> dict[str, Any]:
     """Train without the held-out digits for the accuracy, then on all for the weights; write both files.
 
     Returns the card. The fold is random: the digits carry no writer, so a writer can be on both sides.
@@ -177,7 +178,7 @@ def make(out: Path, seed: int, epochs: int) -> dict:
     )
 
 
-def make_mnist(data: str, out: Path, seed: int, epochs: int) -> dict:
+def make_mnist(data: str, out: Path, seed: int, epochs: int) -> dict[str, Any]:
     """Train on the training images of `data` (as of `open_data`) and judge on its test images; write both files.
 
     Returns the card. Raises UserError if the data cannot be read, or carry no labels.
@@ -207,7 +208,7 @@ def make_mnist(data: str, out: Path, seed: int, epochs: int) -> dict:
     )
 
 
-def _write(out: Path, name: str, model: DigitClassifier, record: dict) -> dict:
+def _write(out: Path, name: str, model: DigitClassifier, record: dict[str, Any]) -> dict[str, Any]:
     weights = safetensors.torch.save(model.state_dict())
     card = {
         "weights": f"{name}.safetensors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class AffineStudent(nn.Module):
         self.slope, self.base, self.gain = nn.Parameter(slope), nn.Parameter(base), nn.Parameter(gain)
 
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: Tensor) -> Tensor:
+        """(B, d) x0."""
         k = (t[:, None] - self.angles).abs().argmin(1)
         return self.slope[k] * x_t + self.base[k] + guidance_scale[:, None] * self.gain[k]
 
@@ -67,7 +69,7 @@ class _Plane:
         network = AffineStudent(self.angles, self.slope.clone(), moved.clone(), self.gain.clone())
         call = scale_by_keyword(call_by_keyword)
         student = Denoiser(network, self.teacher.denoiser.schedule, OUTPUTS["sample"], extra_call=call)
-        settings: dict = {"ddim_steps": self.K, "guidance_min": 1.0, "guidance_max": 9.0} | options
+        settings: dict[str, Any] = {"ddim_steps": self.K, "guidance_min": 1.0, "guidance_max": 9.0} | options
         return LCM(self.teacher, Config(**settings), student=student)
 
     def noisy(self, k: int) -> Tensor:
