@@ -52,7 +52,7 @@ ABOUT = About(
     needs=("images",),
     equations={
         "consistency distillation loss (eq. 7, Algorithm 2)": "Consistency.following",
-        "teacher's ODE (eq. 6); training pair (eq. 10)": "Consistency.less_noisy, core.ode.ddim_step, core.ode.heun_step",
+        "ODE step (eq. 6); training pair (eq. 10)": "Consistency.less_noisy, core.ode.ddim_step, core.ode.heun_step",
         "boundary condition f(x, sigma_min) = x (section 3)": "Consistency.target_x0",
         "Karras grid (section 4)": "core.times.karras_grid",
         "N(k) and mu(k) (appendix C)": "core.times.grid_points_at, Consistency.target_decay",
