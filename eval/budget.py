@@ -16,6 +16,7 @@ from torch import nn
 
 from diffdistill.catalogue import MethodInfo, describe_method, method_names
 from diffdistill.core.denoiser import Denoiser
+from diffdistill.data.examples import ClassLabels
 from diffdistill.errors import UserError
 from diffdistill.eval.suites import Suite
 from diffdistill.players.teacher import Teacher, only_trains, trainable
@@ -100,7 +101,8 @@ def passes_per_step(game: Game, steps: int = 12) -> tuple[float, float]:
 
 def _any_batch(method: Method, teacher: Teacher, size: int, step: int) -> Batch:
     draw = torch.Generator().manual_seed(step)
-    cond, x = teacher.random_cond(size, draw), torch.randn(size, *teacher.shape, generator=draw)
+    cond = ClassLabels(teacher.num_classes).draw(size, draw).cond or teacher.sample_cond(size)
+    x = torch.randn(size, *teacher.shape, generator=draw)
     pair = Pair(torch.randn(x.shape, generator=draw), x, cond) if Need.PAIRS in method.needs else None
     return Batch(size, teacher.shape, cond, x if Need.IMAGES in method.needs else None, x.device, (0, step, 0), pair)
 

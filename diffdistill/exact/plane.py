@@ -25,6 +25,7 @@ from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import heun_step, solve
 from diffdistill.core.prediction import OUTPUTS, diffuse
+from diffdistill.data.examples import ClassLabels
 from diffdistill.exact.analytic import GaussianMixture
 from diffdistill.exact.checks import Check, equal
 from diffdistill.options import build, split
@@ -117,7 +118,7 @@ def train_on_the_plane(info: MethodInfo, options: dict[str, Any]) -> tuple[Metho
 
     def batches(step: int) -> Batch:
         key, n = (0, step, 0), config.batch_size
-        cond = teacher.random_cond(n, generator("cpu", *key, "condition"))
+        cond = ClassLabels(CLASSES).draw(n, generator("cpu", *key, "condition")).cond
         x0 = (
             mix.sample(n, generator("cpu", *key, "data"), cond["class_labels"]).float()
             if Need.IMAGES in method.needs

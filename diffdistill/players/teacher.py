@@ -119,13 +119,6 @@ class Teacher:
             return {"class_labels": torch.zeros(n, dtype=torch.int64, device=device)}
         return {name: value.to(device).expand(n, *value.shape[1:]) for name, value in self.example_cond.items()}
 
-    def random_cond(self, n: int, generator: torch.Generator) -> Cond:
-        """Class labels (n,) drawn uniformly; `sample_cond` of a teacher without classes."""
-        if self.num_classes is None:
-            return self.sample_cond(n)
-        device = generator.device
-        return {"class_labels": torch.randint(self.num_classes, (n,), generator=generator, device=device)}
-
     def player(self, role: str) -> Denoiser:
         """A player that begins as the teacher: a trainable copy, or LoRA on the teacher's own weights (`lora`)."""
         start = self.start or self.denoiser

@@ -49,8 +49,7 @@ def _head(fake_score: Denoiser, teacher: Teacher) -> nn.Module:
     if fake_score.feature_layer is None:
         raise UserError("gan_weight: this teacher's network has no bottleneck for a discriminator; use 0")
     parameter = next(fake_score.parameters())
-    cond = teacher.random_cond(1, torch.Generator(parameter.device).manual_seed(0))
     with torch.no_grad():
         t = torch.ones(1, dtype=torch.float64, device=parameter.device)
-        features = fake_score.features(torch.zeros(1, *teacher.shape).to(parameter), t, cond)
+        features = fake_score.features(torch.zeros(1, *teacher.shape).to(parameter), t, teacher.sample_cond(1))
     return DiscriminatorHead(features.shape[1], features.shape[2]).to(parameter)

@@ -50,7 +50,7 @@ class GuidedChains(nn.Module):
         self.register_buffer("grid", grid, persistent=False)
         weight = next(v for v in teacher.denoiser.state_dict().values() if v.is_floating_point())
         wide = torch.promote_types(weight.dtype, torch.float32)
-        cond = teacher.random_cond(1, torch.Generator(weight.device).manual_seed(0))
+        cond = teacher.sample_cond(1)
         # Without chains until the first batch says how many.
         self.register_buffer("x_t", torch.empty(0, *teacher.shape, dtype=wide))
         self.register_buffer("step", torch.empty(0, dtype=torch.int64))

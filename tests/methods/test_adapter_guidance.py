@@ -19,6 +19,7 @@ from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.guidance import guide
 from diffdistill.core.prediction import OUTPUTS, Prediction
 from diffdistill.core.schedule import TrigFlow
+from diffdistill.data.examples import ClassLabels
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods.adapter_guidance import AdapterGuidance, Config
@@ -203,7 +204,7 @@ def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path)
 
 
 def batch_of(teacher: Teacher, size: int, step: int) -> Batch:
-    cond = teacher.random_cond(size, torch.Generator().manual_seed(step))
+    cond = ClassLabels(teacher.num_classes).draw(size, torch.Generator().manual_seed(step)).cond
     return Batch(size, teacher.shape, cond, None, torch.device("cpu"), (0, step, 0))
 
 

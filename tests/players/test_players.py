@@ -67,13 +67,6 @@ def test_trainable_copy_shares_nothing_and_frozen_is_the_module_itself() -> None
     assert not any(torch.equal(p, q) for p, q in zip(student.network.parameters(), network.parameters(), strict=True))
 
 
-def test_random_conditions() -> None:
-    denoiser = Denoiser(Elementwise(), TrigFlow(), OUTPUTS["v_prediction"])
-    labels = Teacher(denoiser, (2,), 3).random_cond(1000, generators(0)[0])["class_labels"]
-    assert labels.dtype == torch.int64 and labels.bincount().shape == (3,) and int(labels.bincount().min()) > 250
-    assert Teacher(denoiser, (2,)).random_cond(5, generators(0)[0]) == {}
-
-
 def test_sample_conditions_have_the_shapes_of_what_the_teacher_takes() -> None:
     denoiser = Denoiser(Elementwise(), TrigFlow(), OUTPUTS["v_prediction"])
     assert Teacher(denoiser, (2,), 3).sample_cond(4)["class_labels"].tolist() == [0, 0, 0, 0]
