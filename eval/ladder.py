@@ -209,6 +209,12 @@ def ladder_models(
     family = FAMILIES.get(judged.family)
     if family is None or family.autoencoder is None:
         return [pixel_model(r.name, r.fingerprint, r.draw, judged, r.steps, r.call, sampling) for r in rungs]
+    if family.conditions == "text" and not judge.protocol.prompts:
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else "the model"
+        raise UserError(
+            f"eval: {name!r} is text-to-image, and the protocol {judge.protocol.name} has no captions; give one that "
+            "has (--protocol shapes, say), or images with captions by --data"
+        )
     latents = _Latents(judged, family, sampling)
     models = [latents.model(rung) for rung in rungs]
     if judge.protocol.prompts == "shapes":

@@ -46,10 +46,11 @@ class Samples:
 
     images: Tensor
     columns: int
+    enlarged: int = 1  #: pixels a side of one of the images' pixels, in the picture
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """As one PNG."""
-        return save_png(image_grid(self.images, self.columns, scale=max(1, 64 // self.images.shape[-1])), Path(path))
+        return save_png(image_grid(self.images, self.columns, scale=self.enlarged), Path(path))
 
 
 def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
@@ -77,7 +78,7 @@ def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
     for indices in torch.arange(request.count or 64).split(BATCH):
         cond = {} if labels is None else {"class_labels": labels[indices].to(request.device)}
         images.append(draw(cond, image_generators(request.seed, indices.tolist())).float().cpu())
-    return Samples(torch.cat(images), min(teacher.num_classes or 8, 10))
+    return Samples(torch.cat(images), min(teacher.num_classes or 8, 10), max(1, 64 // teacher.shape[-1]))
 
 
 @torch.no_grad()

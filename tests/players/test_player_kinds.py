@@ -190,7 +190,7 @@ def test_the_base_is_stored_once_and_stays_as_it_was(
     assert every < 1.5 * whole
     accelerator = accelerator_for(game.config, tmp_path)
     trainer = Trainer(
-        game.method, batches(game.config, game.teacher, None, accelerator), game.config, tmp_path, accelerator
+        game.method, batches(game.config, game.teacher, game.encoded, accelerator), game.config, tmp_path, accelerator
     )
     for _ in range(2):
         trainer.iteration()
