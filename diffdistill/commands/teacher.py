@@ -52,12 +52,15 @@ class Denoising(Method):
         self.players = {"teacher": teacher.denoiser}
 
     def optimizer(self, player: str) -> Optimizer:
+        """AdamW with the configured learning rate and weight decay."""
         return Optimizer(self.config.lr, weight_decay=self.config.weight_decay)
 
     def turns(self, step: int) -> Sequence[Turn]:
+        """One turn a step: the teacher's denoising loss."""
         return [Turn("teacher", self.loss)]
 
     def loss(self, batch: Batch) -> Outcome:
+        """The denoising loss of a batch, a scalar, at one random angle an image."""
         t = self._times(batch)
         eps = batch.randn("eps")
         x_t = diffuse(batch.images, t, eps)

@@ -52,12 +52,15 @@ class Autoencoding(Method):
         self.state = {}
 
     def optimizer(self, player: str) -> Optimizer:
+        """AdamW with the autoencoder's own learning rate, `VAE_LR`."""
         return Optimizer(VAE_LR)
 
     def turns(self, step: int) -> Sequence[Turn]:
+        """One turn a step: the autoencoder's loss."""
         return [Turn("vae", self.loss)]
 
     def loss(self, batch: Batch) -> Outcome:
+        """Squared and absolute error of the reconstructed images plus the KL term, a scalar; both parts are logged."""
         posterior = self.vae.encode(batch.images).latent_dist
         z = posterior.mean + posterior.std * torch.randn_like(posterior.mean)  # the trainer has seeded it
         error = self.vae.decode(z).sample - batch.images
@@ -66,6 +69,7 @@ class Autoencoding(Method):
         return Outcome(reconstruction + KL_WEIGHT * kl, {"reconstruction": reconstruction, "kl": kl})
 
     def sampler(self) -> Sampler:
+        """Never called, since this training draws no samples; raises AssertionError."""
         raise AssertionError("an autoencoder makes no samples")
 
 
@@ -78,6 +82,7 @@ class TextAndUNet(nn.Module):
         self.text_encoder = text_encoder
 
     def forward(self, x: Tensor, time: Tensor, input_ids: Tensor) -> Tensor:
+        """The UNet's output (B, C, H, W) for samples of that shape, its times (B,) and token numbers (B, L)."""
         embeds = self.text_encoder(input_ids).last_hidden_state
         return self.unet(x, time, encoder_hidden_states=embeds, return_dict=False)[0]
 

@@ -116,6 +116,7 @@ class Encoded:
 
     @property
     def has_images(self) -> bool:
+        """Whether the folder holds latents, or conditions alone."""
         return "latents" in self.shards[0]
 
     def get(self, indices: Tensor) -> Example:
@@ -278,6 +279,7 @@ def _prompts(spec: str, count: int | None, streaming: bool) -> tuple[Callable[[r
 
 
 def all_prompts(spec: str) -> list[str]:
+    """Every prompt of a text file, table, `datasets` folder or Hugging Face dataset; UserError for any other name."""
     base, _, split = spec.partition("#")
     path, held = Path(spec).expanduser(), Path(base).expanduser()
     if path.suffix in (".txt", ".jsonl"):

@@ -88,6 +88,7 @@ def open_folder(path: Path, split: str | None) -> Pictures:
 
 
 def holds_images(root: Path) -> bool:
+    """Whether `metadata.jsonl` or an image file lies in the folder or below it."""
     return (root / "metadata.jsonl").is_file() or any(_walk(root))
 
 

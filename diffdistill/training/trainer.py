@@ -326,6 +326,7 @@ class MetricsFile:
             atomic_write(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, values: dict[str, Any]) -> None:
+        """Append one line of JSON."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 

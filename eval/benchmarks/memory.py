@@ -198,6 +198,7 @@ def compare(network: str, resolution: int, dtype: str, steps: int, device: str) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code, 2 for a mistake of the user's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--network", choices=NETWORKS, default="mid", help="sdxl: on a GPU only (default: mid)")
     parser.add_argument("--resolution", type=int, default=128, help="pixels, eight a latent pixel (default: 128)")

@@ -145,6 +145,7 @@ class Bare:
         self.optimizers = {name: torch.optim.AdamW(own, lr=1e-6, fused=True) for name, own in self.parameters.items()}
 
     def cycle(self) -> None:
+        """Every turn of one whole cycle of the method's turns, on the same calls of the networks."""
         for turns in self.turns:
             for player, calls in turns:
                 self._turn(player, calls)
@@ -228,6 +229,7 @@ def games(names: Sequence[str]) -> list[tuple[str, str, dict[str, Any], int]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: measure each method, print the overheads, write the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--methods", default=",".join(method_names()), help="(default: all)")
     parser.add_argument("--milliseconds", type=float, default=50, help="of one forward pass (default: 50)")

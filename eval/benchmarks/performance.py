@@ -131,6 +131,7 @@ def section(benchmark: Benchmark, folder: Path, reason: str | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code, 2 for a mistake of the user's."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = ",".join(benchmark.name for benchmark in BENCHMARKS)
     parser.add_argument("--only", default=names, help=f"(default: {names})")

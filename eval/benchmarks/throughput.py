@@ -42,10 +42,12 @@ class Same(nn.Module):
         self.num_features = width
 
     def forward(self, features: Tensor) -> Tensor:
+        """The features, unchanged."""
         return features
 
 
 def torchmetrics_fid(network: nn.Module) -> Any:
+    """Their FID metric around a feature network; UserError if torchmetrics is not installed."""
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
@@ -55,12 +57,14 @@ def torchmetrics_fid(network: nn.Module) -> Any:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that the work took, and its result."""
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
 
 
 def row(work: str, theirs: Sequence[float], ours: Sequence[float], apart: float) -> dict[str, object]:
+    """One row of the table, of paired times in seconds: medians, and the median and quartiles of theirs / ours."""
     ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
     return {
         "work": work,
@@ -109,6 +113,7 @@ def two_sets(rows: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def our_distance(real: Tensor, fake: Tensor, batch: int) -> float:
+    """Our Frechet distance of features (N, D) in float64, added up in batches of that many rows."""
     moments = []
     for features in (real, fake):
         moments.append(Moments(features.shape[1]))
@@ -118,6 +123,7 @@ def our_distance(real: Tensor, fake: Tensor, batch: int) -> float:
 
 
 def their_distance(real: Tensor, fake: Tensor, batch: int) -> float:
+    """The same distance by torchmetrics."""
     metric = torchmetrics_fid(Same(real.shape[1]))
     for features, is_real in ((real, True), (fake, False)):
         for part in features.split(batch):
@@ -140,6 +146,7 @@ def measure_statistics(rows: int, width: int, batch: int, pairs: int) -> dict[st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code, 2 for a mistake of the user's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--images", type=int, default=128, help="through the network; 0: none (default: 128)")
     parser.add_argument("--batch-size", type=int, default=8, help="of images (default: 8)")

@@ -84,6 +84,7 @@ class DigitClassifier(nn.Module):
         return self.trunk(x) / self.scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, *shape) in [-1, 1]. Raises ValueError for another shape."""
         return self.head(self.features(x) * self.scale)
 
 
@@ -147,6 +148,7 @@ def train(images: Tensor, labels: Tensor, seed: int, epochs: int, classes: int =
 
 @torch.no_grad()
 def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
+    """The share, in [0, 1], of images (N, *shape) that the model gives their label (N,)."""
     return class_agreement(torch.cat([model(part) for part in images.split(4096)]), labels)
 
 
@@ -222,6 +224,7 @@ def _write(out: Path, name: str, model: DigitClassifier, record: dict[str, Any])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: train a classifier, write its weights and card, print the card's accuracy."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {MODULE}",
         description="Train the digit classifier and write its weights and card.",

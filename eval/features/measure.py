@@ -57,6 +57,7 @@ class NetworkMeasure:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, captions: Sequence[str] | None, labels: Tensor | None) -> dict[str, Tensor]:
+        """Float32 columns, (B,) or (B, D), on the CPU, of images (B, C, H, W); ValueError or UserError for others."""
         if images.dtype == torch.float32 and not self.takes_floats:
             raise UserError(f"eight_bit: {self.key!r} takes uint8 images; set it to true in the protocol")
         if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4 or len(images) == 0:
