@@ -62,7 +62,7 @@ def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS) -> Game:
     recipe = objects.method_of(values, TrainConfig.method)
     shared, own = split({**recipe.about.defaults, **values}, TrainConfig, recipe.config)
     config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
-    objects.check_given_again({name: value for name, value in values.items() if name not in ("data", "pairs")})
+    objects.require_objects({name: value for name, value in values.items() if name not in ("data", "pairs")})
     teacher, encoded = _teacher(config) if objects.teacher is None else (_own_teacher(config, objects.teacher), None)
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     method = recipe.make(teacher, method_config)
@@ -156,7 +156,7 @@ def _encoded(config: TrainConfig) -> Encoded:
 def data_for(game: Game) -> Examples | None:
     """What the method is trained on; None: class labels drawn uniformly."""
     encoded, needed, name = game.encoded, Need.IMAGES in game.method.needs, game.recipe.name
-    game.objects.check_given_again({"data": game.config.data})
+    game.objects.require_objects({"data": game.config.data})
     if game.objects.data is not None:
         return _own_data(game, game.objects.data)
     if encoded is not None:
@@ -210,7 +210,7 @@ def _own_data(game: Game, data: Tensor | tuple[Tensor, Tensor] | Examples) -> Ex
 def pairs_for(game: Game, least: int) -> Examples | None:
     """The noise-image pairs that the method needs, at least so many; None where it needs none."""
     folder, name, own = game.config.pairs, game.recipe.name, game.objects.pairs
-    game.objects.check_given_again({"pairs": folder})
+    game.objects.require_objects({"pairs": folder})
     if Need.PAIRS not in game.method.needs:
         return None
     if own is not None:

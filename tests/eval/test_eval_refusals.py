@@ -9,11 +9,11 @@ from tests.eval.sixty import Run, pictures
 
 
 def test_images_that_are_not_right(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(folder: Path, told: str, **changes: Any) -> None:
+    def refused(folder: Path, message: str, **changes: Any) -> None:
         with pytest.raises(AssertionError):
             run("no", folder, **({"count": 20, "labels": "balanced"} | changes))
         error = capsys.readouterr().err
-        assert told in error and error.count("\n") == 1, error
+        assert message in error and error.count("\n") == 1, error
 
     refused(pictures(tmp_path / "sizes", ("L", 8), ("L", 9)), "001.png is 9x9 L where 000.png is 8x8 L")
     refused(pictures(tmp_path / "modes", ("L", 8), ("RGB", 8)), "001.png is 8x8 RGB where 000.png is 8x8 L")
@@ -41,7 +41,7 @@ def test_images_that_are_not_right(run: Run, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("more", "changes", "told"),
+    ("more", "changes", "message"),
     [
         ([], {"conditions": ["prompts"], "prompts": "shapes"}, "takes class labels, and the protocol sixty prompts"),
         ([], {"classes": 1000, "labels": "balanced"}, "has 10 classes and the protocol sixty 1000"),
@@ -70,9 +70,9 @@ def test_images_that_are_not_right(run: Run, tmp_path: Path, capsys: pytest.Capt
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
-    run: Run, capsys: pytest.CaptureFixture[str], more: list[str], changes: dict[str, Any], told: str
+    run: Run, capsys: pytest.CaptureFixture[str], more: list[str], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(AssertionError):
         run("no", None, *more, **changes)
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1, error
+    assert message in error and error.count("\n") == 1, error

@@ -53,7 +53,7 @@ def test_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"count": None}, "count is missing"),
         ({"count": "many"}, "count: 'many' is not a whole number"),
@@ -74,8 +74,8 @@ def test_ones_own(tmp_path: Path) -> None:
         ({"batch": 0}, "batch: 0 is not 1 or more"),
     ],
 )
-def test_a_mistake_is_named(tmp_path: Path, changes: dict[str, object], told: str) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def test_a_mistake_is_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         load(written(tmp_path, **changes))
     assert "\n" not in str(error.value)
 

@@ -101,8 +101,8 @@ def draw(pipeline: Any, prompt: Any = PROMPTS[0], seed: Any = 3, **settings: Any
     """Latents, unless told otherwise."""
     generator = [torch.Generator().manual_seed(s) for s in seed] if isinstance(seed, list) else None
     generator = generator or torch.Generator().manual_seed(seed)
-    told = {"height": 16, "width": 16, "output_type": "latent"} | settings
-    return torch.as_tensor(pipeline(prompt, generator=generator, **told).images)
+    call = {"height": 16, "width": 16, "output_type": "latent"} | settings
+    return torch.as_tensor(pipeline(prompt, generator=generator, **call).images)
 
 
 FOUR = {"num_inference_steps": 4, "guidance_scale": 1.0}
@@ -402,10 +402,10 @@ def _seeded() -> torch.Generator:
 def test_image_to_image(students: Folders) -> None:
     pipeline = StableDiffusionImg2ImgPipeline.from_pipe(loaded(students()))
     pipeline.set_progress_bar_config(disable=True)
-    given = torch.rand(1, 3, 16, 16)
-    told: dict[str, Any] = {"strength": 0.75, "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt"}
-    made = pipeline(PROMPTS[0], image=given, generator=_seeded(), **told).images
-    assert made.shape == given.shape and made.isfinite().all()
+    image = torch.rand(1, 3, 16, 16)
+    call: dict[str, Any] = {"strength": 0.75, "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt"}
+    made = pipeline(PROMPTS[0], image=image, generator=_seeded(), **call).images
+    assert made.shape == image.shape and made.isfinite().all()
 
 
 def test_a_list_of_generators(students: Folders) -> None:
