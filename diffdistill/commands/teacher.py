@@ -156,7 +156,7 @@ def _levels(config: TeacherConfig, size: int) -> tuple[tuple[int, ...], tuple[in
     attention = _whole_numbers("attention", config.attention)
     if not widths or size % 2 ** (len(widths) - 1) or any(w < 8 or w % 8 for w in widths):
         raise UserError(
-            f"widths: {config.widths!r} needs multiples of 8, and {len(widths)} levels to divide {size} pixels"
+            f"widths: {config.widths!r} does not fit; give multiples of 8, whose levels halve {size} pixels evenly"
         )
     if any(level not in range(len(widths)) for level in attention):
         raise UserError(f"attention: {config.attention!r} names a level that is not among 0 to {len(widths) - 1}")

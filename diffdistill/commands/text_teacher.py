@@ -103,14 +103,15 @@ class TextTeacher:
         if config.parameterization != "vp":
             raise UserError(f"parameterization: {config.parameterization} is for unet2d; stable-diffusion takes vp")
         if data.shape[0] != 3 or data.shape[1] != data.shape[2] or data.shape[1] % least:
-            raise UserError(f"resolution: stable-diffusion needs squares of 3 channels and {least} x k pixels")
+            kind = f"3 channels and squares of a multiple of {least} pixels"
+            raise UserError(f"resolution: the images are {tuple(data.shape)}; stable-diffusion needs {kind}")
         if not vae_widths or any(w < 8 or w % 8 for w in vae_widths):
-            raise UserError(f"vae_widths: {config.vae_widths!r} needs multiples of 8")
+            raise UserError(f"vae_widths: {config.vae_widths!r} must be multiples of 8, separated by commas")
         if config.text_width % 16:
             raise UserError(f"text_width: {config.text_width} is not a multiple of 16")
         captions = data.get(torch.arange(len(data))).captions
         if captions is None:
-            raise UserError(f"data: {data.name!r} has no captions, which stable-diffusion is trained on")
+            raise UserError(f"data: {data.name!r} has no captions, which stable-diffusion is trained on; use unet2d")
         self.pipeline = new_text_pipeline(
             sorted({word for text in captions for word in text.lower().split() if word.isascii() and word.isalnum()}),
             teacher_scheduler(config.parameterization),

@@ -67,7 +67,9 @@ def open_folder(path: Path, split: str | None) -> Pictures:
             return open_folder(path, "train")
         loose = next((file for file in files if "/" not in file), None)
         if loose and len(tops) > 1:
-            raise UserError(f"data: {root} has classes in {sorted(tops)[:3]} but {loose} is in none of them")
+            raise UserError(
+                f"data: {root} has classes in {sorted(tops)[:3]} but {loose} is in none of them; move it into one"
+            )
         if len(tops) > 1:
             labels = [file.partition("/")[0] for file in files]
     if not files:

@@ -146,5 +146,8 @@ class Objects:
             return build(recipe.config, own)
         names = {f.name for f in dataclasses.fields(recipe.config)}
         if {f.name for f in dataclasses.fields(self.options)} != names:
-            raise UserError(f"options: {type(self.options).__qualname__} is not the Config of {recipe.name}")
+            raise UserError(
+                f"options: {type(self.options).__qualname__} is not the Config of {recipe.name}; give an "
+                "instance of that"
+            )
         return self.options

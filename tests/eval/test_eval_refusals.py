@@ -51,22 +51,26 @@ def test_images_that_are_not_right(run: Run, tmp_path: Path, capsys: pytest.Capt
         (["--weights", "digits"], {}, "'digits' is not KEY=PATH"),
         (["--count", "3"], {}, "count: 3 must be at least 10"),
         (["--attention", "flash"], {}, "attention: 'flash' is not one of"),
-        (["--prompts", "p.txt"], {}, "the protocol sixty has none"),
+        (["--prompts", "p.txt"], {}, "prompts: the protocol sixty takes no prompts; its conditions are "),
         ([], {"metrics": [{"name": "d", "kind": "frechet", "measure": "vgg"}]}, "'vgg' is not known"),
         (
             [],
             {"metrics": [{"name": "d", "kind": "vendi", "measure": "digits", "column": "x"}]},
-            "d reads digits.x, and",
+            "d reads digits.x, which is not measured; there is",
         ),
         (
             [],
             {"metrics": [{"name": "d", "kind": "kid", "measure": "digits"}]},
-            "d: it cannot be had, its subsets are of",
+            "d: no value can be had; its subsets are of",
         ),
         (["--weights", "bogus=x"], {}, "'bogus' is no measure of sixty; they are digits"),
         (["--dtype", "bfloat16"], {}, "bfloat16 is for latent pipelines"),
         (["--dtype", "float16"], {}, "float16 is for GPUs"),
-        (["--data", "digits"], {}, "data: that is for an evaluation without --protocol"),
+        (
+            ["--data", "digits"],
+            {},
+            "data: 'digits' cannot be used with --protocol; name the real images by --reference",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
