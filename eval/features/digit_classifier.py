@@ -231,8 +231,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
     parser.add_argument("--data", help="MNIST as an .npz with train_images, train_labels, test_*; left out: 8x8 digits")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, help=f"{EPOCHS} for the 8x8 digits, {MNIST_EPOCHS} for MNIST")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the training and of the held-out images (default: 0)"
+    )
+    parser.add_argument(
+        "--epochs", type=int, help=f"epochs; default: {EPOCHS} for the 8x8 digits, {MNIST_EPOCHS} for MNIST"
+    )
     parsed = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the order of a parallel sum would depend on the machine
     if parsed.data is None:
