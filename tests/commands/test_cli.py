@@ -75,7 +75,7 @@ def test_verify_prints_expected_got_error(capsys: Capture, tmp_path: Path) -> No
     ("argv", "says"),
     [
         (["train", "--method", "dmd22"], "method: 'dmd22' is not known; did you mean 'dmd2'?"),
-        (["train", "--method", "./nowhere.py"], "method: './nowhere.py' is not a file"),
+        (["train", "--method", "./nowhere.py"], "method: the file './nowhere.py' does not exist"),
         (["train", "--studentlr", "1"], "--studentlr: no such option of train; did you mean '--student-lr'?"),
         (["train", "--lr", "1"], "--lr: no such option of train; did you mean '--student-lr' or '--fake-score-lr'?"),
         (["teacher", "--stps", "1"], "--stps: no such option of teacher; did you mean '--steps'?"),
