@@ -124,7 +124,7 @@ def describe_method(name: str) -> MethodInfo:
     if name.endswith(".py"):
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"method: {name!r} is not a file")
+            raise UserError(f"method: the file {name!r} does not exist; give the path of a method's file")
     else:
         path = _methods_folder() / f"{name}.py"
         if name not in method_names():
@@ -183,11 +183,13 @@ def _about(node: ast.stmt, path: Path) -> About:
     where = f"method: {path}, line {node.lineno}"
     call = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
     if not isinstance(call, ast.Call) or call.args or ast.unparse(call.func) != "About":
-        raise UserError(f"{where}: ABOUT is not About(paper=.., data=.., equations=.., kind=..)")
+        raise UserError(f"{where}: ABOUT must be a call, About(paper=.., data=.., equations=.., kind=..)")
     try:
         said = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except ValueError:
-        raise UserError(f"{where}: ABOUT has a value that is no literal") from None
+        raise UserError(
+            f"{where}: ABOUT has a value that is no literal; write texts, numbers, lists and mappings"
+        ) from None
     known = {f.name: f for f in dataclasses.fields(About)}
     for name in said:
         if name not in known:
@@ -195,7 +197,7 @@ def _about(node: ast.stmt, path: Path) -> About:
     required = [n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING]
     missing = [name for name in required if name not in said]
     if missing:
-        raise UserError(f"{where}: ABOUT does not say {', '.join(missing)}")
+        raise UserError(f"{where}: ABOUT lacks {', '.join(missing)}; add what is missing")
     training = [f.name for f in dataclasses.fields(TrainConfig)]
     for name in said.get("defaults", {}):
         if name not in training:

@@ -22,22 +22,30 @@ class MachineConfig:
 class FitConfig(MachineConfig):
     """How long, how much at a time, and what is kept."""
 
-    steps: int = option(1000, "iterations; a method's turns of one step count as one", at_least=1)
-    batch_size: int = option(64, "samples in a step and process", at_least=1)
-    seed: int = option(0, "all randomness and the order of the data are a function of it and the step", at_least=0)
+    steps: int = option(1000, "training steps; the turns of all players together are one step", at_least=1)
+    batch_size: int = option(64, "samples of a training step in each process", at_least=1)
+    seed: int = option(
+        0, "all randomness and the order of the data are functions of this seed and the step", at_least=0
+    )
     ema: float = option(0.0, "decay of the moving average that is evaluated and exported; 0: none", at_least=0, below=1)
     max_grad_norm: float = option(10.0, "gradients are clipped to this norm; 0: never", at_least=0)
-    warmup_steps: int = option(0, "the learning rate rises linearly over so many steps", at_least=0)
-    lr_schedule: Literal["constant", "cosine"] = option("constant", "cosine: it falls to zero by the end")
-    mixed_precision: Literal["no", "bf16"] = option("no", "autocast of the networks; weights stay float32")
+    warmup_steps: int = option(0, "steps over which the learning rate rises linearly at the start", at_least=0)
+    lr_schedule: Literal["constant", "cosine"] = option(
+        "constant", "the learning rate after the warm-up; cosine: it falls to zero by the end"
+    )
+    mixed_precision: Literal["no", "bf16"] = option(
+        "no", "type of autocast in the networks; trained weights stay float32"
+    )
     optimizer: Literal["adamw", "adamw8bit"] = option(
-        "adamw", "adamw: fused; adamw8bit: moments in 8 bits, by the package bitsandbytes"
+        "adamw", "adamw: torch's fused AdamW; adamw8bit: moments in 8 bits, by the package bitsandbytes"
     )
     log_every: int = option(20, "steps between two lines of metrics.jsonl", at_least=1)
     sample_every: int = option(200, "steps between two sample grids; 0: none", at_least=0)
     checkpoint_every: int = option(500, "steps between two checkpoints; 0: only at the end", at_least=0)
     keep_checkpoints: int = option(2, "checkpoints kept; older ones are removed", at_least=1)
-    tracker: Literal["none", "tensorboard", "wandb"] = option("none", "also log there, through accelerate")
+    tracker: Literal["none", "tensorboard", "wandb"] = option(
+        "none", "a tracker that gets the metrics too, through accelerate"
+    )
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class TrainConfig(FitConfig):
     resolution: int | None = option(None, "pixels a side, for a latent teacher; default: its own", at_least=1)
     frames: int | None = option(None, "frames of a video; default: the teacher's own", at_least=1)
     teacher_dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "the teacher's weights; those that are trained are float32"
+        "float32", "type of the teacher's weights; weights that are trained are float32"
     )
     lora: str | None = option(
         None,
@@ -66,7 +74,7 @@ class TrainConfig(FitConfig):
         "default: none, or what the method says",
     )
     lora_rank: int = option(64, "rank of LoRA players", at_least=1)
-    lora_alpha: float | None = option(None, "LoRA's scale is lora_alpha / lora_rank; default: 1", above=0)
+    lora_alpha: float | None = option(None, "LoRA's scale times lora_rank; default: lora_rank, a scale of 1", above=0)
     lora_targets: str | None = option(
         None, "names of the layers with LoRA, separated by commas, or all; default: the family's usual ones"
     )
@@ -90,17 +98,21 @@ class EncodeConfig(MachineConfig):
     )
     resolution: int | None = option(None, "pixels a side; default: the model's own", at_least=1)
     frames: int | None = option(None, "frames of a video; default: the model's own", at_least=1)
-    embedded_guidance: float = option(3.5, "what a network with an embedded guidance scale (Flux) is told", at_least=0)
-    count: int | None = option(None, "only so many, from the first on; default: all", at_least=1)
+    embedded_guidance: float = option(
+        3.5, "guidance scale of a network that takes it as an input, such as Flux's", at_least=0
+    )
+    count: int | None = option(
+        None, "how many prompts or images are encoded, from the first on; default: all", at_least=1
+    )
     streaming: bool = option(
         False, "read a Hugging Face dataset or .parquet files row by row, in order: only what is encoded is on disk"
     )
     batch_size: int = option(16, "prompts encoded at a time", at_least=1)
     shard_size: int = option(1024, "prompts in a file; a stopped run goes on from the last whole file", at_least=1)
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", "of the text encoders and the autoencoder; what bfloat16 ones give is also stored in it"
+        "float32", "type of the text encoders and the autoencoder; bfloat16 is stored as such, the others as float32"
     )
-    out: str = option("runs/encoded", "the folder; the same command on an unfinished one goes on with it")
+    out: str = option("runs/encoded", "the folder to make; one that is not finished is continued")
 
 
 @dataclass(frozen=True)
@@ -108,16 +120,19 @@ class TeacherConfig(FitConfig):
     """Network and data."""
 
     architecture: Literal["unet2d", "stable-diffusion"] = option(
-        "unet2d", "unet2d: of pixels and classes; stable-diffusion: of captions, with an autoencoder trained first"
+        "unet2d",
+        "unet2d: a pixel model of classes; stable-diffusion: a latent model of captions, its autoencoder trained first",
     )
     steps: int = option(10000, "iterations", at_least=1)
-    batch_size: int = option(128, "samples in a step and process", at_least=1)
+    batch_size: int = option(128, "samples of a training step in each process", at_least=1)
     ema: float = option(0.999, "decay of the moving average that is saved; 0: none", at_least=0, below=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", at_least=0)
-    warmup_steps: int = option(200, "the learning rate rises linearly over so many steps", at_least=0)
+    warmup_steps: int = option(200, "steps over which the learning rate rises linearly at the start", at_least=0)
     checkpoint_every: int = option(2000, "steps between two checkpoints; 0: only at the end", at_least=0)
     sample_every: int = option(2000, "steps between two sample grids; 0: none", at_least=0)
-    lr_schedule: Literal["constant", "cosine"] = option("cosine", "cosine: it falls to zero by the end")
+    lr_schedule: Literal["constant", "cosine"] = option(
+        "cosine", "the learning rate after the warm-up; cosine: it falls to zero by the end"
+    )
     lr: float = option(1e-3, "AdamW's learning rate", above=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
     data: str = option("digits", "digits, shapes, a folder, .npz, .safetensors, a Hugging Face dataset id or folder")
@@ -134,10 +149,10 @@ class TeacherConfig(FitConfig):
         "1", "levels with self-attention, from 0 (full resolution), separated by commas; '' for none"
     )
     dropout: float = option(0.0, "dropout of the UNet", at_least=0, below=1)
-    vae_steps: int = option(1000, "stable-diffusion: iterations of the autoencoder, before the UNet's", at_least=1)
-    vae_batch_size: int = option(32, "stable-diffusion: images in one of them", at_least=1)
+    vae_steps: int = option(1000, "stable-diffusion: training steps of the autoencoder", at_least=1)
+    vae_batch_size: int = option(32, "stable-diffusion: images of a training step of the autoencoder", at_least=1)
     vae_widths: str = option("16,32,32", "stable-diffusion: channels of the autoencoder's levels")
-    text_width: int = option(64, "stable-diffusion: of the text encoder, a multiple of 16", at_least=16)
+    text_width: int = option(64, "stable-diffusion: width of the text encoder, a multiple of 16", at_least=16)
     out: str = option("runs/teacher", "the run folder; the diffusers folder is its sub-folder 'teacher'")
 
 
@@ -148,15 +163,17 @@ class PairsConfig(MachineConfig):
     teacher: str = option("digits", "a diffusers folder, a hub id, or 'digits', the embedded one")
     null_class: int | None = option(None, "the class label that means 'no class', if the teacher has one", at_least=0)
     prompts: str | None = option(None, "for a text-to-image teacher: a folder made by `diffdistill encode`")
-    teacher_dtype: Literal["float32", "bfloat16"] = option("float32", "the teacher's weights, as in the training")
-    count: int = option(2000, "pairs; all classes or prompts in turn", at_least=1)
+    teacher_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "type of the teacher's weights; the training needs pairs of its own type"
+    )
+    count: int = option(2000, "number of pairs; their classes or prompts go in turn", at_least=1)
     solver: Literal["ddim", "heun"] = option("ddim", "ddim: first order; heun: second, two network passes a step")
     sampling_steps: int = option(50, "the solver's steps, at the teacher's own times", at_least=1)
     guidance_scale: float = option(1.0, "classifier-free guidance of the teacher (1: none)", at_least=0)
-    seed: int = option(0, "pair i is a function of it and i, whatever the batch", at_least=0)
+    seed: int = option(0, "pair i is a function of this seed and i, whatever the batch size", at_least=0)
     batch_size: int = option(256, "pairs made at a time", at_least=1)
     shard_size: int = option(1024, "pairs in a file; a stopped run goes on from the last whole file", at_least=1)
-    out: str = option("runs/pairs", "the folder; the same command on an unfinished one goes on with it")
+    out: str = option("runs/pairs", "the folder to make; one that is not finished is continued")
 
 
 @dataclass(frozen=True)
@@ -191,9 +208,9 @@ class VerifyConfig:
     """What is checked."""
 
     method: str | None = option(None, "a method's name or file")
-    all: bool = option(False, "every method")
-    exact: bool = option(False, "closed forms only, no training (seconds)")
-    json: str | None = option(None, "also write the rows into this file")
+    all: bool = option(False, "verify every method of the package")
+    exact: bool = option(False, "compare with closed forms only, which takes seconds; train nothing")
+    json: str | None = option(None, "a file that the rows are written into, as JSON")
     threads: int = option(0, "CPU threads of torch; 0: its own choice", at_least=0)
 
 
@@ -209,8 +226,8 @@ class DrawConfig(MachineConfig):
     attention: Literal["auto", "sdpa", "xformers", "math"] = option(
         "auto", "the kernels of attention; auto and sdpa: torch's, fused where they can be; math: its plain products"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the models")
-    trust_remote_code: bool = option(False, "run the pipeline that a folder carries as code")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the models' weights")
+    trust_remote_code: bool = option(False, "allow the Python code of a pipeline that a folder carries to run")
 
 
 @dataclass(frozen=True)
@@ -235,7 +252,9 @@ class JudgeConfig(DrawConfig):
         (), "KEY=PATH, a file, folder or hub id with a feature network's weights; may be repeated", repeated=True
     )
     bootstrap: int | None = option(
-        None, "replicates of the intervals; 0: none; default: 200, and 20 for wide features", at_least=0
+        None,
+        "bootstrap replicates of each interval; 0: no intervals; default: 200, and 20 for wide features",
+        at_least=0,
     )
     threads: int = option(1, "CPU threads of torch, on which the last bits depend; 0: its own choice", at_least=0)
 
@@ -253,9 +272,9 @@ class EvalConfig(JudgeConfig):
         at_least=1,
     )
     data: str | None = option(
-        None, "without --protocol: digits or images like them; or shapes, by the protocol shapes; default: digits"
+        None, "real images of an evaluation without --protocol: digits, shapes, or your own 8x8 images; default: digits"
     )
-    save_reference: str | None = option(None, "also write statistics of the real images into this file")
+    save_reference: str | None = option(None, "a file that statistics of the real images are written into")
     out: str | None = option(
         None, "folder of table and pictures; default: RUN/eval of a student's run, else runs/eval/NAME"
     )
@@ -278,16 +297,18 @@ class SpeedConfig(DrawConfig):
     models: tuple[str, ...] = option(
         MISSING, "one or more: runs, a folder of runs, models' folders or hub ids, or 'digits'", repeated=True
     )
-    teacher: str | None = option(None, "whom the models are timed against; default: each student's own teacher")
+    teacher: str | None = option(None, "the teacher that models are timed against; default: each student's own teacher")
     teacher_steps: int | None = option(
         None, "steps of models without their own; default: their pipeline's, and 16 for pixel models", at_least=1
     )
     guidance_scale: float | None = option(
-        None, "of teachers, 1 is none; default: what their student was trained with", at_least=0
+        None, "classifier-free guidance of teachers (1: none); default: what their student was trained with", at_least=0
     )
-    batch_sizes: tuple[int, ...] = option((1, 4), "images drawn together", at_least=1)
+    batch_sizes: tuple[int, ...] = option(
+        (1, 4), "numbers of images drawn together, each of which is timed", at_least=1
+    )
     resolutions: tuple[int, ...] | None = option(None, "pixels a side; default: the models' own", at_least=1)
-    compile: bool = option(False, "also with torch.compile of the denoising network")
+    compile: bool = option(False, "time the models also with their denoising network under torch.compile")
     repeats: int = option(20, "draws that are timed", at_least=1)
     seed: int = option(0, "image i is drawn from seed 1000000 * SEED + i", at_least=0)
     out: str = option("runs/speed", "folder of the table")
@@ -298,16 +319,18 @@ class SampleConfig(MachineConfig):
     """What is drawn."""
 
     model: str = option(MISSING, "a run, a student's or teacher's folder or hub id, or 'digits'")
-    prompt: tuple[str, ...] = option((), "of a text-to-image model; may be repeated", repeated=True)
-    count: int | None = option(None, "images; default: 64, latent models 4", at_least=1)
-    classes: tuple[int, ...] = option((), "class labels, repeated as needed; default: all in turn", at_least=0)
+    prompt: tuple[str, ...] = option((), "a prompt for a text-to-image model; may be repeated", repeated=True)
+    count: int | None = option(None, "number of images; default: 64, of latent models 4", at_least=1)
+    classes: tuple[int, ...] = option(
+        (), "class labels of the images, repeated as needed; default: all in turn", at_least=0
+    )
     steps: int | None = option(
         None, "sampling steps of a teacher; a student has its own; default: 16, latent models 20", at_least=1
     )
     guidance_scale: float | None = option(None, "classifier-free guidance of a teacher; default: off", at_least=0)
     seed: int = option(0, "image i is drawn from seed 1000000 * SEED + i", at_least=0)
-    trace: bool = option(False, "of a latent model: what it expects after each step, a row an image")
-    out: str = option("samples.png", "the picture")
+    trace: bool = option(False, "draw the image that a latent model expects after each step, a row for each image")
+    out: str = option("samples.png", "the picture's file")
 
 
 @dataclass(frozen=True)
@@ -315,17 +338,23 @@ class BenchConfig(MachineConfig):
     """What is trained and judged."""
 
     suite: str = option("digits", "digits, mnist, or a .yaml file with the same fields")
-    methods: tuple[str, ...] | None = option(None, "METHOD or METHOD:PRESET; default: all of the suite")
-    seed: int | None = option(None, "one seed: the same as --seeds with it alone", at_least=0)
-    seeds: tuple[int, ...] | None = option(
-        None, "of the trainings and of the noise that is judged; default: 0,1,2", at_least=0
+    methods: tuple[str, ...] | None = option(
+        None, "methods to train, each METHOD or METHOD:PRESET; default: all of the suite"
     )
-    budget: int | None = option(None, "network passes of a batch in a training; default: the suite's", at_least=1)
+    seed: int | None = option(
+        None, "a single seed of the trainings and of the noise that is judged, instead of --seeds", at_least=0
+    )
+    seeds: tuple[int, ...] | None = option(
+        None, "seeds of the trainings and of the noise that is judged; default: 0,1,2", at_least=0
+    )
+    budget: int | None = option(
+        None, "network passes over a batch that a training may take; default: the suite's", at_least=1
+    )
     teacher: str | None = option(None, "a diffusers folder or hub id; default: the suite's")
     data: str | None = option(None, "the real images; default: the suite's")
     jobs: int | None = option(None, "trainings at a time; default: one a CPU core, or one on a GPU", at_least=1)
     threads: int = option(1, "CPU threads of each training and of the evaluation; 0: torch's own choice", at_least=0)
-    out: str = option("runs/bench", "folder of the board; the same command on an unfinished one goes on with it")
+    out: str = option("runs/bench", "folder of the board; one that is not finished is continued")
 
 
 def run_options(run: Path) -> dict[str, Any]:

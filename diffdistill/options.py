@@ -224,9 +224,11 @@ class TeacherGuidance(Options):
 class ScaleRange(Options):
     """Guidance scales that are drawn for each sample, and that the student takes as an input."""
 
-    guidance_min: float = option(1.0, "guidance scales are drawn uniformly from this one on; 1 is none", at_least=0)
+    guidance_min: float = option(
+        1.0, "the lowest of the guidance scales, which are drawn uniformly; 1 is none", at_least=0
+    )
     guidance_max: float = option(
-        5.0, "the highest guidance scale; if it is guidance_min, the student takes no scale", at_least=0
+        5.0, "the highest of the guidance scales; if it is guidance_min, the student takes no scale", at_least=0
     )
     guidance_scale: float | None = option(
         None, "the guidance scale of samples and of the exported student; default: the middle of the range", at_least=0
@@ -281,11 +283,16 @@ class MatchingTimes(Options):
 
     time_low: float = option(
         0.02,
-        "the least noise in the student's loss, as a fraction of the time that it is drawn from",
+        "the least noise in the student's loss, as a fraction of the range of times that it is drawn from",
         at_least=0,
         below=1,
     )
-    time_high: float = option(0.98, "the most noise in the student's loss, likewise", above=0, at_most=1)
+    time_high: float = option(
+        0.98,
+        "the most noise in the student's loss, as a fraction of the range of times that it is drawn from",
+        above=0,
+        at_most=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,7 +42,7 @@ def attention(pipeline: Any, backend: str) -> Iterator[None]:
     whose processor is its model's own. Raises UserError for another backend, or xformers where it cannot run.
     """
     if backend not in BACKENDS:
-        raise UserError(f"attention: {backend!r} is none of {', '.join(BACKENDS)}")
+        raise UserError(f"attention: {backend!r} is not one of {', '.join(BACKENDS)}")
     modules = [module for part in _parts(pipeline) for module in part.modules()]
     if backend == "xformers":
         require_xformers({p.device.type for module in modules for p in module.parameters(recurse=False)})

@@ -74,7 +74,8 @@ class Judge:
                 self.protocol, options.reference, self.measures, self.processes, data
             )
         elif options.reference:
-            raise UserError(f"reference: the metrics of {self.protocol.name} compare with none")
+            needless = "has no metric that compares with real images; leave --reference out"
+            raise UserError(f"reference: {self.protocol.name} {needless}")
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +93,8 @@ class Judge:
         if "prompts" not in protocol.conditions:
             if file:
                 raise UserError(
-                    f"prompts: the protocol {protocol.name} has none; its conditions: {protocol.conditions}"
+                    f"prompts: the protocol {protocol.name} takes no prompts; its conditions are "
+                    f"{', '.join(protocol.conditions)}; leave --prompts out"
                 )
             return None
         if file is None and protocol.prompts == "shapes":
@@ -116,7 +118,9 @@ class Judge:
             return torch.arange(protocol.count) % int(protocol.classes or 1)
         real = self.real_labels(protocol.count)
         if real is None:
-            raise UserError(f"reference: {protocol.name} takes its classes from the real images, and these have none")
+            raise UserError(
+                f"reference: {protocol.name} takes its classes from the real images; give images with labels"
+            )
         return real[torch.arange(protocol.count) % len(real)]
 
     def real_labels(self, count: int | None = None) -> Tensor | None:
@@ -158,7 +162,7 @@ class Judge:
             raise UserError(f"eval: {problem}; give {one}")
         if model.classes is not None and protocol.classes is not None and model.classes != protocol.classes:
             problem = f"{model.name} has {model.classes} classes and the protocol {protocol.name} {protocol.classes}"
-            raise UserError(f"eval: {problem}; give a pipeline of those")
+            raise UserError(f"eval: {problem}; give a pipeline of so many")
 
 
 @dataclass(frozen=True)
@@ -243,20 +247,20 @@ def _check_first(model: Model, judge: Judge, produce: Callable[[range], dict[str
     except (UserError, KeyboardInterrupt, OSError):
         raise
     except Exception as error:  # whatever an unknown pipeline raises
-        raise UserError(
-            f"eval: {model.name} cannot be drawn as {protocol.name} wants it ({first_line(error)})"
-        ) from error
+        raise UserError(f"eval: {model.name} cannot be drawn as {protocol.name} says ({first_line(error)})") from error
     missing = {}
     for metric in protocol.metrics:
         if metric.reads not in columns and metric.column != "agrees":
             there = ", ".join(sorted(name for name in columns if name.startswith(f"{metric.measure}.")))
-            raise UserError(f"{protocol.name}: {metric.name} reads {metric.reads}, and there is {there}")
+            raise UserError(
+                f"{protocol.name}: {metric.name} reads {metric.reads}, which is not measured; there is {there}"
+            )
         reason = "nobody says which classes the images were to be of" if metric.reads not in columns else None
         reason = reason or _cannot_be_had(metric, judge)
         if reason:
             missing[metric.name] = reason
     if len(missing) == len(protocol.metrics):
-        raise UserError(f"{next(iter(missing))}: it cannot be had, {next(iter(missing.values()))}")
+        raise UserError(f"{next(iter(missing))}: no value can be had; {next(iter(missing.values()))}")
     return missing
 
 

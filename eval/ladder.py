@@ -79,7 +79,7 @@ def evaluate_model(
     if teacher_steps:
         evaluation = _ladder(model, judge, out, teacher, teacher_steps)
     elif teacher is not None:
-        raise UserError("teacher: it is judged at teacher_steps; give these too")
+        raise UserError("teacher: it is judged at several numbers of steps; give teacher_steps too")
     else:
         evaluation = _alone(model, judge, out)
     if save_reference_to and judge.reference is not None and judge.processes.rank == 0:
@@ -236,7 +236,7 @@ def _rungs(
     refuse_for_student(sampling)
     origin = teacher or students[0].teacher
     if origin is None:
-        raise UserError("teacher: a loaded student does not say which it was distilled from; give it")
+        raise UserError("teacher: a loaded student does not say which it was distilled from; give teacher too")
     judged = (
         origin if isinstance(origin, Teacher) else load_teacher(model_folder(origin), null_class=students[0].null_class)
     )
@@ -246,7 +246,8 @@ def _rungs(
     for student in students:
         if teacher is None and student.teacher != origin:
             raise UserError(
-                f"eval: {student.name} has another teacher ({student.teacher!r}) than {students[0].name} ({origin!r})"
+                f"eval: {student.name} has another teacher ({student.teacher!r}) than {students[0].name} ({origin!r}); "
+                "judge them one at a time, or give teacher"
             )
         # The student imitates the teacher as it was guided.
         scale = student.scale

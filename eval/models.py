@@ -290,4 +290,4 @@ def refuse_for_student(sampling: SamplingOptions) -> None:
     """UserError for options that a student has of its own."""
     for name in ("steps", "guidance_scale"):
         if sampling.strict and getattr(sampling, name) is not None:
-            raise UserError(f"{name}: {getattr(sampling, name)} was given, and a student's own are part of it")
+            raise UserError(f"{name}: {getattr(sampling, name)} was given, and a student has its own; leave it out")

@@ -142,7 +142,7 @@ def _build(cls: Any, values: Any, where: str) -> Any:
 def _check(protocol: Protocol, where: str) -> None:
     for condition in protocol.conditions:
         if condition not in ("none", "classes", "prompts"):
-            raise UserError(f"{where}: conditions: {condition!r} is none of none, classes, prompts")
+            raise UserError(f"{where}: conditions: {condition!r} is not one of none, classes, prompts")
     if not protocol.metrics:
         raise UserError(f"{where}: metrics: there is none; give at least one")
     for metric in protocol.metrics:
@@ -150,7 +150,7 @@ def _check(protocol: Protocol, where: str) -> None:
         if not (metric.column or kind.reads):
             raise UserError(f"{where}: metrics: {metric.name!r} is a {metric.kind} and names no column")
     if protocol.seed < 0:
-        raise UserError(f"{where}: seed: {protocol.seed} is negative")
+        raise UserError(f"{where}: seed: {protocol.seed} is negative; give 0 or more")
     if any(metric.k < 1 for metric in protocol.metrics):
         raise UserError(f"{where}: metrics: k must be 1 or more")
     for name in ("count", "resolution", "batch", "shard"):
@@ -159,7 +159,7 @@ def _check(protocol: Protocol, where: str) -> None:
     if protocol.channels not in (1, 3):
         raise UserError(f"{where}: channels: {protocol.channels} is neither 1 nor 3")
     if protocol.resize not in (None, "lanczos", "bicubic", "bilinear"):
-        raise UserError(f"{where}: resize: {protocol.resize!r} is none of lanczos, bicubic, bilinear")
+        raise UserError(f"{where}: resize: {protocol.resize!r} is not one of lanczos, bicubic, bilinear")
     if protocol.needs_reference and not protocol.reference:
         raise UserError(f"{where}: reference is missing, and the metrics compare with one")
     if "classes" in protocol.conditions and not protocol.classes:

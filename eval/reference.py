@@ -238,7 +238,9 @@ def _own_statistics(path: Path, protocol: Protocol, measures: Sequence[Measure])
         raise UserError(f"reference: {path} is not a whole safetensors file ({error})") from None
     kind = _image_kind(protocol)
     if metadata["images"] != kind:
-        raise UserError(f"reference: {path} is of images {metadata['images']}, and the protocol's are {kind}")
+        raise UserError(
+            f"reference: {path} is of images {metadata['images']}, and the protocol's are {kind}; make it anew"
+        )
     fingerprints = json.loads(metadata["measures"])
     for m in measures:
         if m.key in fingerprints and fingerprints[m.key] != m.fingerprint:

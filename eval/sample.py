@@ -63,13 +63,13 @@ def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
         model = folder
     name = str(model) if isinstance(model, Path) else "the model"
     if request.trace:
-        raise UserError(f"trace: {name!r} is no latent model")
+        raise UserError(f"trace: {name!r} is a model of pixels, and a trace is of latent models; leave it out")
     if request.prompts:
         raise UserError(f"prompt: {name!r} takes no prompts; use --classes")
     if is_student(model) if isinstance(model, Path) else isinstance(model, tuple):
         for option, value in (("steps", request.steps), ("guidance_scale", request.guidance_scale)):
             if value is not None:
-                raise UserError(f"{option}: {value} was given, and a student's own are part of it")
+                raise UserError(f"{option}: {value} was given, and a student has its own; leave it out")
     scale = 1.0 if request.guidance_scale is None else request.guidance_scale
     draw, teacher, _ = pixel_sampler(model, request.steps, scale)
     teacher.denoiser.to(request.device)
@@ -94,7 +94,7 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
     if classes:
         _check_classes(classes, describe(folder).num_classes or 0)
     if is_student(folder) and request.steps is not None:
-        raise UserError(f"steps: {request.steps} was given, and a student's own are part of it")
+        raise UserError(f"steps: {request.steps} was given, and a student has its own; leave it out")
     call = stock_call(folder, family, request.steps, request.guidance_scale)
     pipeline = load_pipeline(folder, device=request.device)
     count = request.count or 4
@@ -170,7 +170,7 @@ def decoded(pipeline: Any, family: Family, latents: Tensor, call: dict[str, Any]
 def _labels(teacher: Teacher, count: int, classes: Sequence[int]) -> Tensor | None:
     if teacher.num_classes is None:
         if classes:
-            raise UserError(f"classes: {list(classes)} were given and this model has no classes")
+            raise UserError(f"classes: {list(classes)} were given and this model has no classes; leave them out")
         return None
     cycle = list(classes or range(teacher.num_classes))
     _check_classes(cycle, teacher.num_classes)

@@ -201,7 +201,9 @@ def _stock_pipeline(family: Family | None, folder: Path, plan: ModelPlan, option
             inputs["negative_prompt"] = [call["negative_prompt"]] * batch
         if resolution is not None:
             if "height" not in takes:
-                raise UserError(f"resolution: {resolution} was given, and {plan.name}'s pipeline takes no size")
+                raise UserError(
+                    f"resolution: {resolution} was given, and {plan.name}'s pipeline takes no size; leave it out"
+                )
             inputs |= {"height": resolution, "width": resolution}
         output = pipeline(**call | inputs, generator=image_generators(options.seed, range(batch)), output_type="np")
         images = getattr(output, "images", getattr(output, "frames", None))

@@ -60,10 +60,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environment", type=Path, help="folder of the peers' environment, made if it is not there")
     parser.add_argument("--images", type=int, default=128, help="in both sets together")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        environment = given.environment or Path(scratch) / "environment"
-        ok = compare(peers_python(environment), Path(scratch), given.images)
+        environment = options.environment or Path(scratch) / "environment"
+        ok = compare(peers_python(environment), Path(scratch), options.images)
     sys.exit(not ok)
 
 
@@ -100,8 +100,8 @@ def compare(python: Path, scratch: Path, count: int) -> bool:
     files = [str(scratch / name) for name in ("weights.pth", "images.npy", "features.npz")]
     torch.save(dict(ours.state_dict()), files[0])
     np.save(files[1], images.numpy())
-    told = subprocess.run([python, "-c", PEERS, *files], check=True, stdout=subprocess.PIPE, text=True).stdout
-    peers = json.loads(told.splitlines()[-1])
+    output = subprocess.run([python, "-c", PEERS, *files], check=True, stdout=subprocess.PIPE, text=True).stdout
+    peers = json.loads(output.splitlines()[-1])
     with np.load(files[2], allow_pickle=False) as held:
         theirs = {name: torch.from_numpy(held[name]) for name in held.files}
 

@@ -21,10 +21,10 @@ KILLS = 10
 
 
 def digest(out: Path) -> tuple[str, str]:
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for path in sorted((out / "measured").glob("*.safetensors")):
-        found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()[:16], json.dumps(json.loads((out / "results.json").read_text())["rows"])
+        sha.update(path.name.encode() + path.read_bytes())
+    return sha.hexdigest()[:16], json.dumps(json.loads((out / "results.json").read_text())["rows"])
 
 
 def main() -> int:

@@ -72,14 +72,14 @@ def imported(module: str, tree: ast.AST, at_start: bool = False) -> set[str]:
 
 def ours(names: set[str]) -> set[str]:
     """The modules of diffdistill among them, of which a name may be one or lie in one."""
-    found = set()
+    modules = set()
     for name in names:
         package, _, below = name.partition(".")
         while package == "diffdistill" and below not in MODULES:
             below = below.rpartition(".")[0]
         if package == "diffdistill":
-            found.add(below)
-    return found
+            modules.add(below)
+    return modules
 
 
 def violations(module: str, tree: ast.AST) -> list[str]:

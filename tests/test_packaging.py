@@ -98,14 +98,14 @@ MACHINE = re.compile(
 
 
 def test_no_machine_in_committed_text() -> None:
-    found = []
+    places = []
     for path in git_files():
         try:
             text = (ROOT / path).read_text(encoding="utf-8")
         except UnicodeDecodeError:  # not text
             continue
-        found += [f"{path}: {match[0]}" for match in MACHINE.finditer(text)]
-    assert not found
+        places += [f"{path}: {match[0]}" for match in MACHINE.finditer(text)]
+    assert not places
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ LOADERS = {
 def unpickling(source: str) -> list[str]:
     """The places in `source` that unpickle, as `"line: name"`."""
     nodes = list(ast.walk(ast.parse(source)))
-    full_names, found = {}, []
+    full_names, places = {}, []
     for node in nodes:
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -138,7 +138,7 @@ def unpickling(source: str) -> list[str]:
             full_names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
         else:
             continue
-        found += [f"{node.lineno}: {module}" for module in modules if module.split(".")[0] in PICKLERS]
+        places += [f"{node.lineno}: {module}" for module in modules if module.split(".")[0] in PICKLERS]
     pickle_free = {
         id(node.func)
         for node in nodes
@@ -150,18 +150,18 @@ def unpickling(source: str) -> list[str]:
             head, dot, rest = ast.unparse(node).partition(".")
             name = full_names.get(head, head) + dot + rest
             if name in LOADERS and not (name == "numpy.load" and id(node) in pickle_free):
-                found.append(f"{node.lineno}: {name}")
-    return found
+                places.append(f"{node.lineno}: {name}")
+    return places
 
 
 def test_nothing_unpickles() -> None:
     paths = [path for path in git_files("setup.py", "diffdistill", *MAPPED) if path.endswith(".py")]
-    found = {path: unpickling((ROOT / path).read_text(encoding="utf-8")) for path in paths}
+    places = {path: unpickling((ROOT / path).read_text(encoding="utf-8")) for path in paths}
     # The standard feature networks are .pth files: read where their checksum is right, and then without running code.
     weights = (ROOT / "eval/features/weights.py").read_text(encoding="utf-8")
-    (line,) = found.pop("eval/features/weights.py")
+    (line,) = places.pop("eval/features/weights.py")
     assert line.endswith(": torch.load") and "weights_only=True" in weights.splitlines()[int(line.split(":")[0]) - 1]
-    assert not {path: lines for path, lines in found.items() if lines}
+    assert not {path: lines for path, lines in places.items() if lines}
 
 
 @pytest.mark.parametrize(

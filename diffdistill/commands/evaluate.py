@@ -41,7 +41,7 @@ def evaluate(
 
 def _evaluate(config: EvalConfig, model: ModelLike, teacher: str | os.PathLike[str] | Teacher | None) -> Evaluation:
     if config.protocol is not None and config.data is not None:
-        raise UserError("data: that is for an evaluation without --protocol; see --reference")
+        raise UserError(f"data: {config.data!r} cannot be used with --protocol; name the real images by --reference")
     protocol, reference = _of_data(config.data)
     if config.protocol is None and protocol is None and config.count is not None and config.count < LEAST:
         raise UserError(f"count: {config.count} must be at least {LEAST}, for the distances of the protocol digits")

@@ -54,7 +54,8 @@ def check_exportable(game: Game) -> None:
         student_scheduler(game.teacher, sampler)
     elif isinstance(sampler.denoiser.network, AdaptedNetwork):
         raise UserError(
-            f"method: {game.recipe.name}'s students have a pipeline of diffusers, which this teacher has not"
+            f"method: a student of {game.recipe.name} is saved as a diffusers pipeline, and this teacher has none; "
+            "give a teacher of diffusers"
         )
 
 

@@ -43,7 +43,9 @@ class Run:
         """The lines of metrics.jsonl: `step`, seconds a step, peak memory, and the losses by 'player/name'."""
         path = self.folder / "metrics.jsonl"
         if not path.is_file():
-            raise UserError(f"run: {str(self.folder)!r} has no metrics.jsonl; it is no run folder")
+            raise UserError(
+                f"run: {str(self.folder)!r} has no metrics.jsonl; give a folder that `diffdistill train` made"
+            )
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def sampler(self) -> Sampler:
@@ -73,7 +75,9 @@ class Run:
     def save(self, folder: str | PathLike[str]) -> Path:
         """Copy the student's folder, whole or not at all; returns the copy."""
         if not (self.student / METADATA).is_file():
-            raise UserError(f"run: {str(self.folder)!r} has no student yet")
+            raise UserError(
+                f"run: {str(self.folder)!r} has no student yet; resume its training, or export a checkpoint"
+            )
         with atomic_folder(Path(folder), METADATA) as partial:
             shutil.copytree(self.student, partial, dirs_exist_ok=True)
         return Path(folder)

@@ -52,12 +52,15 @@ class Denoising(Method):
         self.players = {"teacher": teacher.denoiser}
 
     def optimizer(self, player: str) -> Optimizer:
+        """AdamW with the configured learning rate and weight decay."""
         return Optimizer(self.config.lr, weight_decay=self.config.weight_decay)
 
     def turns(self, step: int) -> Sequence[Turn]:
+        """One turn a step: the teacher's denoising loss."""
         return [Turn("teacher", self.loss)]
 
     def loss(self, batch: Batch) -> Outcome:
+        """The denoising loss of a batch, a scalar, at one random angle an image."""
         t = self._times(batch)
         eps = batch.randn("eps")
         x_t = diffuse(batch.images, t, eps)
@@ -153,7 +156,7 @@ def _levels(config: TeacherConfig, size: int) -> tuple[tuple[int, ...], tuple[in
     attention = _whole_numbers("attention", config.attention)
     if not widths or size % 2 ** (len(widths) - 1) or any(w < 8 or w % 8 for w in widths):
         raise UserError(
-            f"widths: {config.widths!r} needs multiples of 8, and {len(widths)} levels to divide {size} pixels"
+            f"widths: {config.widths!r} does not fit; give multiples of 8, whose levels halve {size} pixels evenly"
         )
     if any(level not in range(len(widths)) for level in attention):
         raise UserError(f"attention: {config.attention!r} names a level that is not among 0 to {len(widths) - 1}")

@@ -52,12 +52,15 @@ class Autoencoding(Method):
         self.state = {}
 
     def optimizer(self, player: str) -> Optimizer:
+        """AdamW with the autoencoder's own learning rate, `VAE_LR`."""
         return Optimizer(VAE_LR)
 
     def turns(self, step: int) -> Sequence[Turn]:
+        """One turn a step: the autoencoder's loss."""
         return [Turn("vae", self.loss)]
 
     def loss(self, batch: Batch) -> Outcome:
+        """Squared and absolute error of the reconstructed images plus the KL term, a scalar; both parts are logged."""
         posterior = self.vae.encode(batch.images).latent_dist
         z = posterior.mean + posterior.std * torch.randn_like(posterior.mean)  # the trainer has seeded it
         error = self.vae.decode(z).sample - batch.images
@@ -66,6 +69,7 @@ class Autoencoding(Method):
         return Outcome(reconstruction + KL_WEIGHT * kl, {"reconstruction": reconstruction, "kl": kl})
 
     def sampler(self) -> Sampler:
+        """Never called, since this training draws no samples; raises AssertionError."""
         raise AssertionError("an autoencoder makes no samples")
 
 
@@ -78,6 +82,7 @@ class TextAndUNet(nn.Module):
         self.text_encoder = text_encoder
 
     def forward(self, x: Tensor, time: Tensor, input_ids: Tensor) -> Tensor:
+        """The UNet's output (B, C, H, W) for samples of that shape, its times (B,) and token numbers (B, L)."""
         embeds = self.text_encoder(input_ids).last_hidden_state
         return self.unet(x, time, encoder_hidden_states=embeds, return_dict=False)[0]
 
@@ -98,14 +103,15 @@ class TextTeacher:
         if config.parameterization != "vp":
             raise UserError(f"parameterization: {config.parameterization} is for unet2d; stable-diffusion takes vp")
         if data.shape[0] != 3 or data.shape[1] != data.shape[2] or data.shape[1] % least:
-            raise UserError(f"resolution: stable-diffusion needs squares of 3 channels and {least} x k pixels")
+            kind = f"3 channels and squares of a multiple of {least} pixels"
+            raise UserError(f"resolution: the images are {tuple(data.shape)}; stable-diffusion needs {kind}")
         if not vae_widths or any(w < 8 or w % 8 for w in vae_widths):
-            raise UserError(f"vae_widths: {config.vae_widths!r} needs multiples of 8")
+            raise UserError(f"vae_widths: {config.vae_widths!r} must be multiples of 8, separated by commas")
         if config.text_width % 16:
             raise UserError(f"text_width: {config.text_width} is not a multiple of 16")
         captions = data.get(torch.arange(len(data))).captions
         if captions is None:
-            raise UserError(f"data: {data.name!r} has no captions, which stable-diffusion is trained on")
+            raise UserError(f"data: {data.name!r} has no captions, which stable-diffusion is trained on; use unet2d")
         self.pipeline = new_text_pipeline(
             sorted({word for text in captions for word in text.lower().split() if word.isascii() and word.isalnum()}),
             teacher_scheduler(config.parameterization),

@@ -32,7 +32,7 @@ def verify(method: str, *, exact: bool = False) -> list[Check]:
 def run(config: VerifyConfig) -> int:
     """The command; 1 if a check fails."""
     if bool(config.method) == config.all:
-        raise UserError("verify: name one method, or give --all")
+        raise UserError("method: name one method to verify, or give --all instead")
     use_machine("cpu", config.threads)
     rows, failed = [], 0
     for name in method_names() if config.method is None else [config.method]:

@@ -116,6 +116,7 @@ class Encoded:
 
     @property
     def has_images(self) -> bool:
+        """Whether the folder holds latents, or conditions alone."""
         return "latents" in self.shards[0]
 
     def get(self, indices: Tensor) -> Example:
@@ -143,7 +144,9 @@ def encode(**values: Any) -> Path:
     folder, out = local_folder(config.teacher), Path(config.out)
     family, _ = family_of(folder)
     if family.autoencoder is None:
-        raise UserError(f"teacher: {config.teacher!r} works on pixels, where there is nothing to encode")
+        raise UserError(
+            f"teacher: {config.teacher!r} works on pixels, where there is nothing to encode; give a latent teacher"
+        )
     encoder = _Encoder(config, folder, family, describe(folder, config.resolution, config.frames).shape)
     source = _open_source(config, encoder)
     settings = encoder.settings() | {
@@ -255,7 +258,7 @@ def _open_source(config: EncodeConfig, encoder: _Encoder) -> _Source:
             raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
         return _Source(None, *_prompts(str(config.prompts), config.count, config.streaming))
     if len(encoder.shape) != 3:
-        raise UserError("data: images for a video model; give --prompts")
+        raise UserError(f"data: {config.data!r} holds images, and {family.name} makes videos; give --prompts instead")
     if config.streaming:
         images = stream_data(config.data, count=config.count, resolution=height, channels=3)
     else:
@@ -278,6 +281,7 @@ def _prompts(spec: str, count: int | None, streaming: bool) -> tuple[Callable[[r
 
 
 def all_prompts(spec: str) -> list[str]:
+    """Every prompt of a text file, table, `datasets` folder or Hugging Face dataset; UserError for any other name."""
     base, _, split = spec.partition("#")
     path, held = Path(spec).expanduser(), Path(base).expanduser()
     if path.suffix in (".txt", ".jsonl"):

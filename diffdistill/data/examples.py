@@ -53,7 +53,9 @@ class TensorExamples:
             raise UserError(f"data: a tensor {shape} holds no samples; give floats (N, ...), images in [-1, 1] say")
         for name, values in self.cond.items():
             if len(values) != len(self):
-                raise UserError(f"data: there are {len(values)} of the condition {name!r} and {len(self)} samples")
+                raise UserError(
+                    f"data: the condition {name!r} has {len(values)} entries for {len(self)} samples; give one for each"
+                )
 
     def __len__(self) -> int:
         return len(self.x0)

@@ -67,7 +67,9 @@ def open_folder(path: Path, split: str | None) -> Pictures:
             return open_folder(path, "train")
         loose = next((file for file in files if "/" not in file), None)
         if loose and len(tops) > 1:
-            raise UserError(f"data: {root} has classes in {sorted(tops)[:3]} but {loose} is in none of them")
+            raise UserError(
+                f"data: {root} has classes in {sorted(tops)[:3]} but {loose} is in none of them; move it into one"
+            )
         if len(tops) > 1:
             labels = [file.partition("/")[0] for file in files]
     if not files:
@@ -88,6 +90,7 @@ def open_folder(path: Path, split: str | None) -> Pictures:
 
 
 def holds_images(root: Path) -> bool:
+    """Whether `metadata.jsonl` or an image file lies in the folder or below it."""
     return (root / "metadata.jsonl").is_file() or any(_walk(root))
 
 

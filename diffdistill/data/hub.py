@@ -183,6 +183,7 @@ class Stream:
         return min(n for n in (count, self.size) if n is not None)
 
     def title(self, i: int) -> str:
+        """How an error names row i of the stream."""
         return f"{self.name}, row {i}"
 
     def rows(self, indices: list[int]) -> list[dict[str, Any]]:
@@ -197,6 +198,7 @@ class Stream:
         return rows
 
     def images(self, rows: list[dict[str, Any]]) -> list[Source]:
+        """The rows' images as `data.folder` reads them, fetched in parallel; None in a row without one."""
         with ThreadPoolExecutor() as pool:
             return list(pool.map(_fetched, [row[self._picture] if self._picture else None for row in rows]))
 
@@ -214,6 +216,7 @@ class Stream:
         return torch.tensor(labels)
 
     def texts(self, rows: list[dict[str, Any]]) -> list[str] | None:
+        """The rows' captions, "" where a row has none; None if no column of captions was named."""
         return None if self._caption is None else [row[self._caption] or "" for row in rows]
 
     def _read(self, rest: Iterator[dict[str, Any]], first: int, count: int) -> list[dict[str, Any]]:

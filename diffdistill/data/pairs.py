@@ -75,7 +75,10 @@ def draw_pairs(
     schedule, step = teacher.denoiser.schedule, _STEPS[config.solver]
     x0 = sample_ode(step, denoise, schedule, z.to(weight), config.sampling_steps, moved).cpu()
     if not bool(x0.isfinite().all()):
-        raise UserError(f"teacher: {teacher.source!r} makes images that are not finite")
+        raise UserError(
+            f"teacher: {teacher.source!r} makes images that are not finite; use --teacher-dtype float32 or another "
+            "teacher"
+        )
     return {"z": z, "x0": x0, **cond}
 
 
@@ -155,7 +158,7 @@ def check_pairs(teacher: Teacher, pairs: Pairs) -> None:
     if tuple(made["shape"]) != tuple(teacher.shape):
         raise UserError(
             f"pairs: {str(pairs.folder)!r} has samples of shape {tuple(made['shape'])}; "
-            f"the teacher's are {tuple(teacher.shape)}"
+            f"the teacher's are {tuple(teacher.shape)}; make pairs of this teacher"
         )
     own = fingerprint(teacher)
     if (made["fingerprint"], made["num_classes"]) != (own, teacher.num_classes):

@@ -42,12 +42,15 @@ NONE = -1  # what the judge says where it sees none
 
 
 class Drawing(NamedTuple):
+    """A picture of one coloured shape, its caption and the attributes that both show."""
+
     image: Tensor  #: float32 (3, SIDE, SIDE) in [-1, 1]
     caption: str
     attributes: tuple[int, int, int]  #: indices of colour, shape and position
 
 
 def caption(colour: int, shape: int, position: int) -> str:
+    """The caption of the attributes at these indices, such as "a red circle in the middle"."""
     return f"a {COLOURS[colour]} {SHAPES[shape]} {POSITIONS[position]}"
 
 
@@ -103,6 +106,8 @@ def _templates() -> Tensor:
 
 
 class Reading(NamedTuple):
+    """What `read` sees in N images."""
+
     attributes: Tensor  #: (N, 3) indices of colour, shape and position; NONE where none is seen
     middle: Tensor  #: (N, 2) x and y of what differs from the background
     overlap: Tensor  #: (N,) of the best template with it, intersection over union

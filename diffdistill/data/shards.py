@@ -38,10 +38,12 @@ class Kind:
 
     @property
     def index(self) -> str:
+        """The file name of the folder's index."""
         return f"{self.name}.json"
 
     @property
     def made_by(self) -> str:
+        """The command that makes such a folder, as an error names it."""
         return f"`diffdistill {self.command or self.name}`"
 
 
@@ -177,6 +179,7 @@ def rows(shards: list[dict[str, Tensor]], size: int, count: int, indices: Tensor
 
 
 def read_index(kind: Kind, folder: Path) -> dict[str, Any]:
+    """The folder's index; UserError if it is missing, no JSON or without the settings and shards of this kind."""
     try:
         index = json.loads((folder / kind.index).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -196,6 +199,7 @@ def read_index(kind: Kind, folder: Path) -> dict[str, Any]:
 
 
 def is_whole(path: Path, checksum: str | None) -> bool:
+    """Whether the file exists and has this SHA-256 checksum, in hexadecimal; False for None."""
     if checksum is None or not path.is_file():
         return False
     digest = hashlib.sha256()
@@ -211,6 +215,7 @@ def hash_file(digest: Any, path: Path) -> None:
 
 
 def mapped(kind: Kind, path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped from the disk; UserError if the file is cut short or missing."""
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping

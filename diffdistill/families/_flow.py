@@ -33,7 +33,8 @@ def flow_schedule(config: Config, grid: Literal["own", "given"], tokens: int | N
         config = {**config, "use_dynamic_shifting": False, "shift": mu if linear else math.exp(mu)}
     schedule, row = schedule_of(config)
     if not isinstance(schedule, LinearFlow):
-        raise UserError(f"scheduler: {config['_class_name']} is not one of flow matching, which this teacher needs")
+        known = "use a flow-matching one, such as FlowMatchEulerDiscreteScheduler"
+        raise UserError(f"scheduler: {config['_class_name']} does not fit this teacher; {known}")
     return replace(schedule, grid=grid, starts_at_one=True), row
 
 

@@ -71,8 +71,8 @@ def load_own(
         denoiser = network.denoiser.with_network(_copy(network.denoiser.network), network.denoiser.feature_layer)
     elif record["schedule"] is None or record["predicts"] is None:
         raise UserError(
-            "network: the teacher was called in a way of its own, which its student's record cannot say; give the "
-            "Teacher instead of its network"
+            "network: the teacher called its network in a way of its own, which the student's record does not hold; "
+            "give the Teacher instead of its network"
         )
     else:
         fields = dict(record["schedule"])

@@ -57,7 +57,9 @@ def _family_in(path: Path) -> Family:
 def family_of(folder: Path) -> tuple[Family, Config]:
     """The family of a diffusers folder and its model_index.json; UserError where none reads it."""
     if not (folder / "model_index.json").exists() and (folder / WEIGHTS).exists():
-        raise UserError(f"teacher: {folder} holds a network that is not in diffusers; load it by load_student")
+        raise UserError(
+            f"teacher: {folder} holds a network that is not in diffusers; load it by load_student(folder, network=..)"
+        )
     index = read_json(folder / "model_index.json")
     name, own = index.get("_class_name"), None
     if isinstance(name, list):  # of a file in the folder, [file, class]

@@ -52,7 +52,7 @@ def unet2d_teacher(network: UNet2DModel, scheduler: dict[str, Any], null_class: 
     )
     size = config.sample_size
     if not isinstance(size, int):
-        raise UserError(f"teacher: sample_size {size} of the UNet is not one number, which its pipelines take")
+        raise UserError(f"teacher: the UNet's sample_size is {size}; it must be one number, which its pipelines take")
     return Teacher(denoiser, (config.in_channels, size, size), num_classes, "unet2d", "", scheduler)
 
 

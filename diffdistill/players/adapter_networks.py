@@ -52,6 +52,7 @@ class Embedding(nn.Module):
         self.label = nn.Embedding(num_labels, hidden)
 
     def forward(self, scale: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        """Three tokens (B, 3, hidden) for guidance scales, times and class labels, each (B,)."""
         scale, time = (features(x, self.hidden).to(self.label.weight) for x in (scale, time))
         return torch.stack([self.scale(scale), self.time(time), self.label(labels)], 1)
 
@@ -65,6 +66,7 @@ class Additive(nn.Module):
         self.out = nn.Linear(hidden, channels_out)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The correction (B, 1, channels_out) of tokens (B, 3, hidden), for a layer's input (B, N, channels_in)."""
         return self.out(self.net(tokens.sum(1)))[:, None]
 
 
@@ -79,6 +81,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(hidden, channels_out)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The correction (B, N, channels_out) of a layer's input (B, N, channels_in) and tokens (B, 3, hidden)."""
         parts = (self.query(x), *self.key_value(tokens).chunk(2, -1))
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
@@ -95,6 +98,7 @@ class MLPGate(nn.Module):
         self.out = nn.Linear(hidden, channels_out)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The correction (B, N, channels_out) of a layer's input (B, N, channels_in) and tokens (B, 3, hidden)."""
         inner = self.inner(x)
         both = torch.cat([inner, tokens.sum(1)[:, None].expand_as(inner)], -1)
         return torch.sigmoid(self.gate(both)) * self.out(self.net(both))
@@ -144,10 +148,12 @@ class GuidanceAdapters(nn.Module):
     # diffusers asks every component of a pipeline for these two.
     @property
     def device(self) -> torch.device:
+        """Where the adapters' parameters lie."""
         return self.embedding.label.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The adapters' floating-point type."""
         return self.embedding.label.weight.dtype
 
     def attached(self, network: nn.Module) -> AdaptedNetwork:
@@ -183,11 +189,13 @@ class AdaptedNetwork(nn.Module):
         self.register_load_state_dict_pre_hook(_with_base)
 
     def train(self, mode: bool = True) -> AdaptedNetwork:
+        """Set the mode of the adapters; the base, which may be the teacher too, stays in eval mode."""
         super().train(mode)
         self.base.eval()  # it may be the teacher too
         return self
 
     def forward(self, x: Tensor, time: Tensor, *, guidance_scale: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base's output with the corrections added; scale and time are (B,), no scale means the folder's own."""
         scale = self.guidance_scale.expand(len(x)) if guidance_scale is None else guidance_scale
         corrections = self.adapters(scale, time.reshape(-1).expand(len(x)), kwargs["class_labels"])
         handles = []

@@ -37,8 +37,10 @@ class MovingAverage:
             p.data, self.averages[index] = self.averages[index], p.data
 
     def state(self) -> dict[str, Tensor]:
+        """The averages by the names of their parameters; the tensors themselves, no copies."""
         return dict(zip(self.parameters, self.averages, strict=True))
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Copy averages from what `state` returned; KeyError for a parameter that it lacks."""
         for name, average in self.state().items():
             average.copy_(state[name])

@@ -29,4 +29,5 @@ class DiscriminatorHead(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
 
     def forward(self, features: Tensor) -> Tensor:
+        """One logit an image, (B,), the mean over positions, of a layer's features (B, C, H, W)."""
         return self.layers(features).flatten(1).mean(1)

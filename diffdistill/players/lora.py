@@ -64,9 +64,11 @@ class LoraNetwork(nn.Module):
 
     @property
     def base(self) -> Any:
+        """The network that the LoRA matrices are laid on, shared with the other players."""
         return self._base[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's output with these LoRA matrices active, and no others."""
         with active(self.base, self.adapter):
             return self.base(*args, **kwargs)
 

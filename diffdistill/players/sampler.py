@@ -32,6 +32,7 @@ class Renoise:
     stock: ClassVar[Mapping[str, str]] = {"DiscreteVP": "LCMScheduler", "LinearFlow": "FlowMatchLCMScheduler"}
 
     def __call__(self, prediction: Prediction, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        """x at the angles s, of fresh noise on the predicted x0."""
         return diffuse(prediction.x0, s, noise())
 
 
@@ -47,6 +48,7 @@ class DDIM:
     }
 
     def __call__(self, prediction: Prediction, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        """x at the angles s, of the predicted x0 and the predicted noise; `noise` is not drawn."""
         return prediction.at(s)
 
 

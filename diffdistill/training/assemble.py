@@ -62,7 +62,7 @@ def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS) -> Game:
     recipe = objects.method_of(values, TrainConfig.method)
     shared, own = split({**recipe.about.defaults, **values}, TrainConfig, recipe.config)
     config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
-    objects.check_given_again({name: value for name, value in values.items() if name not in ("data", "pairs")})
+    objects.require_objects({name: value for name, value in values.items() if name not in ("data", "pairs")})
     teacher, encoded = _teacher(config) if objects.teacher is None else (_own_teacher(config, objects.teacher), None)
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     method = recipe.make(teacher, method_config)
@@ -87,7 +87,7 @@ def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
         encoded = _encoded(config) if config.prompts is not None or family.conditions == "text" else None
     elif config.prompts is not None or config.resolution is not None:
         option = "prompts" if config.prompts is not None else "resolution"
-        raise UserError(f"{option}: {config.teacher!r} is a model of pixels, which has none to choose; leave it out")
+        raise UserError(f"{option}: {config.teacher!r} is a model of pixels, which takes no {option}; leave it out")
     if encoded is not None:  # which say the size where nothing else does
         size = {name: encoded.size[name] if value is None else value for name, value in size.items()}
     teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, **size)
@@ -107,7 +107,9 @@ def _own_teacher(config: TrainConfig, teacher: Teacher) -> Teacher:
     defaults = TrainConfig()
     for name in ("prompts", "resolution", "frames", "null_class", "teacher_dtype"):
         if getattr(config, name) != getattr(defaults, name):
-            raise UserError(f"{name}: it is for a teacher that is named; one given as an object has its own")
+            raise UserError(
+                f"{name}: it is for a teacher that is given by name; leave it out with a teacher as an object"
+            )
     entry = FAMILIES.get(teacher.family)
     usual = None if entry is None else entry.lora_targets
     return dataclasses.replace(teacher, lora=lora_settings(config, usual))
@@ -138,12 +140,15 @@ def _encoded(config: TrainConfig) -> Encoded:
     """The folder of `prompts`, which is made first in the run folder if it names a file of prompts."""
     if config.prompts is None:
         made = f"`diffdistill encode --teacher {config.teacher}`"
-        raise UserError(f"prompts: {config.teacher!r} needs them; give a .txt, or a folder made by {made}")
+        raise UserError(
+            f"prompts: none are given, and {config.teacher!r} needs them; give a .txt, or a folder made by {made}"
+        )
     if Path(config.prompts).is_dir():
         return open_encoded(config.prompts)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            f"prompts: {config.prompts!r} with several processes; encode it first with `diffdistill encode`"
+            f"prompts: {config.prompts!r} cannot be encoded by several processes; give a folder made by "
+            "`diffdistill encode`"
         )
     inside = Path(config.out) / "encoded"
     if not Path(config.prompts).exists() and inside.is_dir():
@@ -156,7 +161,7 @@ def _encoded(config: TrainConfig) -> Encoded:
 def data_for(game: Game) -> Examples | None:
     """What the method is trained on; None: class labels drawn uniformly."""
     encoded, needed, name = game.encoded, Need.IMAGES in game.method.needs, game.recipe.name
-    game.objects.check_given_again({"data": game.config.data})
+    game.objects.require_objects({"data": game.config.data})
     if game.objects.data is not None:
         return _own_data(game, game.objects.data)
     if encoded is not None:
@@ -196,7 +201,9 @@ def _own_data(game: Game, data: Tensor | tuple[Tensor, Tensor] | Examples) -> Ex
     if not isinstance(examples, TensorExamples) or teacher.num_classes is None or examples.cond:
         check_data(teacher, examples)
         if Need.IMAGES in game.method.needs and examples.get(torch.zeros(1, dtype=torch.int64)).x0 is None:
-            raise UserError(f"data: {name} with these options needs samples, and the examples have no x0")
+            raise UserError(
+                f"data: {name} with these options needs samples, and the examples have no x0; give examples with x0"
+            )
         return examples
     if teacher.denoiser.null is None:
         raise UserError(
@@ -210,12 +217,12 @@ def _own_data(game: Game, data: Tensor | tuple[Tensor, Tensor] | Examples) -> Ex
 def pairs_for(game: Game, least: int) -> Examples | None:
     """The noise-image pairs that the method needs, at least so many; None where it needs none."""
     folder, name, own = game.config.pairs, game.recipe.name, game.objects.pairs
-    game.objects.check_given_again({"pairs": folder})
+    game.objects.require_objects({"pairs": folder})
     if Need.PAIRS not in game.method.needs:
         return None
     if own is not None:
         if own.get(torch.zeros(1, dtype=torch.int64)).pair is None:
-            raise UserError(f"pairs: the examples of {type(own).__name__} have no pair")
+            raise UserError(f"pairs: the examples of {type(own).__name__} have no pair; give examples with pair")
         if len(own) < least:
             raise UserError(f"pairs: there are {len(own)} and a step takes {least}; give more")
         return own
@@ -244,7 +251,7 @@ def load_run(run: str | Path, step: int | None = None, objects: Objects = NO_OBJ
     game = make_game(run_options(run) | {"out": str(run)}, objects)  # which may have been moved
     by_step = {int(path.name.split("-")[1]): path for path in checkpoints(run / "checkpoints")}
     if not by_step:
-        raise UserError(f"run: {str(run)!r} has no checkpoint yet")
+        raise UserError(f"run: {str(run)!r} has no checkpoint yet; train it until its first one")
     step = max(by_step) if step is None else step
     if step not in by_step:
         raise UserError(f"step: no checkpoint at {step}; there are {', '.join(map(str, sorted(by_step)))}")

@@ -34,6 +34,7 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
+    """Put tensors named "parameter|slot" into an optimizer; KeyError for a parameter that the module lacks."""
     parameters = dict(module.named_parameters())
     for key, value in flat.items():
         name, slot = key.rsplit("|", 1)
@@ -61,6 +62,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
 
 
 def remove_old(folder: Path, keep: int) -> None:
+    """Delete all complete checkpoints of a run but the newest `keep`, at least 1."""
     for path in checkpoints(folder)[:-keep]:
         shutil.rmtree(path)
 

@@ -76,7 +76,10 @@ def resumed_options(run: Path, values: dict[str, Any], objects: Mapping[str, str
     saved = run_options(run)
     for name, value in (objects or {}).items():
         if saved.get(name) != value:
-            raise UserError(f"{name}: the run began with {saved.get(name)!r}, and {value.partition(':')[2]} was given")
+            raise UserError(
+                f"{name}: the run began with {saved.get(name)!r}, and {value.partition(':')[2]} was given; "
+                "give the first again"
+            )
     for name in values:
         if name not in _ON_RESUME:
             raise UserError(f"{name}: cannot change when a run is resumed; what can is {', '.join(sorted(_ON_RESUME))}")

@@ -133,7 +133,7 @@ class Objects:
         """The method that the options or the objects mean."""
         return self.recipe or recipe_of(str(values.get("method", default)))
 
-    def check_given_again(self, values: Mapping[str, Any]) -> None:
+    def require_objects(self, values: Mapping[str, Any]) -> None:
         """UserError where a recorded option stands for an object that Python has not given again."""
         for name, value in values.items():
             if isinstance(value, str) and value.startswith(OBJECT) and name not in self.named and self.options is None:
@@ -146,5 +146,8 @@ class Objects:
             return build(recipe.config, own)
         names = {f.name for f in dataclasses.fields(recipe.config)}
         if {f.name for f in dataclasses.fields(self.options)} != names:
-            raise UserError(f"options: {type(self.options).__qualname__} is not the Config of {recipe.name}")
+            raise UserError(
+                f"options: {type(self.options).__qualname__} is not the Config of {recipe.name}; give an "
+                "instance of that"
+            )
         return self.options

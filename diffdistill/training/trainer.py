@@ -291,7 +291,7 @@ class Trainer:
         if state["world_size"] != self.accelerator.num_processes:
             raise UserError(
                 f"resume: {existing[-1]} was written by {state['world_size']} processes and this run has "
-                f"{self.accelerator.num_processes}; the order of the data would change"
+                f"{self.accelerator.num_processes}, which would change the order of the data; use as many as before"
             )
         for name, module in self.method.players.items():
             load_into(module, tensors[name], existing[-1])
@@ -303,7 +303,9 @@ class Trainer:
         self.step = state["step"]
         self.totals = {key: (total, count) for key, (total, count) in state["totals"].items()}
         if self.step > self.config.steps:
-            raise UserError(f"steps: {self.config.steps} is fewer than the {self.step} that are done already")
+            raise UserError(
+                f"steps: {self.config.steps} is fewer than the {self.step} that are done already; give more"
+            )
 
 
 def eight_bit() -> Any:
@@ -326,6 +328,7 @@ class MetricsFile:
             atomic_write(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, values: dict[str, Any]) -> None:
+        """Append one line of JSON."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 

@@ -198,14 +198,27 @@ def compare(network: str, resolution: int, dtype: str, steps: int, device: str) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code, 2 for a mistake of the user's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--network", choices=NETWORKS, default="mid", help="sdxl: on a GPU only (default: mid)")
+    parser.add_argument(
+        "--network",
+        choices=NETWORKS,
+        default="mid",
+        help="the network that is trained; sdxl: on a GPU only (default: mid)",
+    )
     parser.add_argument("--resolution", type=int, default=128, help="pixels, eight a latent pixel (default: 128)")
-    parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32", help="of the teacher and autocast")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", help="write the table there too, as Markdown")
-    parser.add_argument("--json", help="write the rows there")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bf16"),
+        default="float32",
+        help="type of the teacher and of autocast (default: float32)",
+    )
+    parser.add_argument("--steps", type=int, default=2, help="training steps that are measured (default: 2)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
+    )
+    parser.add_argument("--out", help="a file that the table is written into, as Markdown")
+    parser.add_argument("--json", help="a file that the rows are written into, as JSON")
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -145,6 +145,7 @@ class Bare:
         self.optimizers = {name: torch.optim.AdamW(own, lr=1e-6, fused=True) for name, own in self.parameters.items()}
 
     def cycle(self) -> None:
+        """Every turn of one whole cycle of the method's turns, on the same calls of the networks."""
         for turns in self.turns:
             for player, calls in turns:
                 self._turn(player, calls)
@@ -228,12 +229,15 @@ def games(names: Sequence[str]) -> list[tuple[str, str, dict[str, Any], int]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: measure each method, print the overheads, write the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--methods", default=",".join(method_names()), help="(default: all)")
-    parser.add_argument("--milliseconds", type=float, default=50, help="of one forward pass (default: 50)")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument(
+        "--methods", default=",".join(method_names()), help="names of methods, separated by commas (default: all)"
+    )
+    parser.add_argument("--milliseconds", type=float, default=50, help="milliseconds of one forward pass (default: 50)")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples of a step (default: 8)")
     parser.add_argument("--cycles", type=int, default=11, help="pairs of cycles (default: 11)")
-    parser.add_argument("--out", "--json", default="overhead.json")
+    parser.add_argument("--out", "--json", default="overhead.json", help="a file for the rows (default: overhead.json)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows = []

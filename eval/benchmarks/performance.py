@@ -131,11 +131,12 @@ def section(benchmark: Benchmark, folder: Path, reason: str | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code, 2 for a mistake of the user's."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = ",".join(benchmark.name for benchmark in BENCHMARKS)
-    parser.add_argument("--only", default=names, help=f"(default: {names})")
-    parser.add_argument("--folder", default="runs/performance", help="the rows (default: runs/performance)")
-    parser.add_argument("--out", default="docs/performance.md", help="(default: docs/performance.md)")
+    parser.add_argument("--only", default=names, help=f"benchmarks to run, separated by commas (default: {names})")
+    parser.add_argument("--folder", default="runs/performance", help="folder of the rows (default: runs/performance)")
+    parser.add_argument("--out", default="docs/performance.md", help="the page to write (default: docs/performance.md)")
     args = parser.parse_args(argv)
     chosen, folder = args.only.split(",") if args.only else [], Path(args.folder)
     try:

@@ -42,10 +42,12 @@ class Same(nn.Module):
         self.num_features = width
 
     def forward(self, features: Tensor) -> Tensor:
+        """The features, unchanged."""
         return features
 
 
 def torchmetrics_fid(network: nn.Module) -> Any:
+    """Their FID metric around a feature network; UserError if torchmetrics is not installed."""
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
@@ -55,12 +57,14 @@ def torchmetrics_fid(network: nn.Module) -> Any:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that the work took, and its result."""
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
 
 
 def row(work: str, theirs: Sequence[float], ours: Sequence[float], apart: float) -> dict[str, object]:
+    """One row of the table, of paired times in seconds: medians, and the median and quartiles of theirs / ours."""
     ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
     return {
         "work": work,
@@ -109,6 +113,7 @@ def two_sets(rows: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def our_distance(real: Tensor, fake: Tensor, batch: int) -> float:
+    """Our Frechet distance of features (N, D) in float64, added up in batches of that many rows."""
     moments = []
     for features in (real, fake):
         moments.append(Moments(features.shape[1]))
@@ -118,6 +123,7 @@ def our_distance(real: Tensor, fake: Tensor, batch: int) -> float:
 
 
 def their_distance(real: Tensor, fake: Tensor, batch: int) -> float:
+    """The same distance by torchmetrics."""
     metric = torchmetrics_fid(Same(real.shape[1]))
     for features, is_real in ((real, True), (fake, False)):
         for part in features.split(batch):
@@ -140,16 +146,21 @@ def measure_statistics(rows: int, width: int, batch: int, pairs: int) -> dict[st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code, 2 for a mistake of the user's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--images", type=int, default=128, help="through the network; 0: none (default: 128)")
-    parser.add_argument("--batch-size", type=int, default=8, help="of images (default: 8)")
-    parser.add_argument("--size", type=int, default=299, help="pixels, resized to 299 (default: 299)")
+    parser.add_argument(
+        "--images", type=int, default=128, help="images that go through the network; 0: none (default: 128)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="images of a batch (default: 8)")
+    parser.add_argument(
+        "--size", type=int, default=299, help="pixels of an image's side, resized to 299 (default: 299)"
+    )
     parser.add_argument("--rows", type=int, default=50_000, help="features of each set; 0: none (default: 50000)")
-    parser.add_argument("--width", type=int, default=2048, help="of a feature (default: 2048)")
-    parser.add_argument("--feature-batch", type=int, default=64, help="features at a time (default: 64)")
-    parser.add_argument("--pairs", type=int, default=3, help="distances of each (default: 3)")
-    parser.add_argument("--threads", type=int, help="(default: what torch takes)")
-    parser.add_argument("--out", "--json", type=Path, default=Path("throughput.json"))
+    parser.add_argument("--width", type=int, default=2048, help="numbers of a feature (default: 2048)")
+    parser.add_argument("--feature-batch", type=int, default=64, help="features of a batch (default: 64)")
+    parser.add_argument("--pairs", type=int, default=3, help="measurements of ours and of theirs (default: 3)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: what torch takes)")
+    parser.add_argument("--out", "--json", type=Path, default=Path("throughput.json"), help="a file for the rows")
     args = parser.parse_args(argv)
     try:
         for name in ("batch_size", "size", "width", "feature_batch", "pairs"):

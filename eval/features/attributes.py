@@ -39,6 +39,7 @@ class Attributes:
         self._captions = {shapes.caption(*each): each for each in itertools.product(*map(range, sizes))}
 
     def __call__(self, images: Tensor, captions: Sequence[str] | None, labels: Tensor | None) -> dict[str, Tensor]:
+        """Columns (B,): 1 or 0 for each attribute and for all three, and the offset in pixels."""
         for text in captions or [""]:
             if text not in self._captions:
                 raise UserError(

@@ -41,7 +41,9 @@ def classifier_measure(key: str, device: torch.device, network: DigitClassifier,
         if key == "mnist" and images.shape[2:] == (32, 32):
             images = middle(images, network.shape[1])
         if images.shape[1:] != shape:
-            raise UserError(f"images: of shape {tuple(images.shape[1:])}, and {key!r} takes {shape}")
+            raise UserError(
+                f"images: they have the shape {tuple(images.shape[1:])}, and the measure {key!r} takes {shape}"
+            )
         pixels = images.to(device).float()
         pixels = pixels / 127.5 - 1 if images.dtype == torch.uint8 else pixels.clamp(-1, 1)
         features = network.features(pixels)

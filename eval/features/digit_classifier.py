@@ -84,6 +84,7 @@ class DigitClassifier(nn.Module):
         return self.trunk(x) / self.scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, *shape) in [-1, 1]. Raises ValueError for another shape."""
         return self.head(self.features(x) * self.scale)
 
 
@@ -147,6 +148,7 @@ def train(images: Tensor, labels: Tensor, seed: int, epochs: int, classes: int =
 
 @torch.no_grad()
 def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
+    """The share, in [0, 1], of images (N, *shape) that the model gives their label (N,)."""
     return class_agreement(torch.cat([model(part) for part in images.split(4096)]), labels)
 
 
@@ -222,14 +224,19 @@ def _write(out: Path, name: str, model: DigitClassifier, record: dict[str, Any])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: train a classifier, write its weights and card, print the card's accuracy."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {MODULE}",
         description="Train the digit classifier and write its weights and card.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
     parser.add_argument("--data", help="MNIST as an .npz with train_images, train_labels, test_*; left out: 8x8 digits")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, help=f"{EPOCHS} for the 8x8 digits, {MNIST_EPOCHS} for MNIST")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the training and of the held-out images (default: 0)"
+    )
+    parser.add_argument(
+        "--epochs", type=int, help=f"epochs; default: {EPOCHS} for the 8x8 digits, {MNIST_EPOCHS} for MNIST"
+    )
     parsed = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the order of a parallel sum would depend on the machine
     if parsed.data is None:

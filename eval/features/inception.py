@@ -58,6 +58,7 @@ class Convolution(nn.Module):
         self.bn: nn.Module = nn.BatchNorm2d(outputs, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolution, normalisation and ReLU: (B, inputs, H, W) to (B, outputs, H', W')."""
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
     def fold(self) -> None:
@@ -99,6 +100,7 @@ class BlockA(nn.Module):
         self.branch_pool = Convolution(inputs, pooled, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, 35, 35) to (B, 224 + pooled, 35, 35)."""
         five = _chain(x, self.branch5x5_1, self.branch5x5_2)
         three = _chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3)
         return torch.cat([self.branch1x1(x), five, three, self.branch_pool(_pool_average(x))], 1)
@@ -115,6 +117,7 @@ class BlockB(nn.Module):
         self.branch3x3dbl_3 = Convolution(96, 96, 3, stride=2, same=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, 35, 35) to (B, 480 + inputs, 17, 17)."""
         double = _chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3)
         return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], 1)
 
@@ -136,6 +139,7 @@ class BlockC(nn.Module):
         self.branch_pool = Convolution(inputs, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, 17, 17) to (B, 768, 17, 17)."""
         seven = _chain(x, self.branch7x7_1, self.branch7x7_2, self.branch7x7_3)
         double = _chain(x, self.branch7x7dbl_1, self.branch7x7dbl_2, self.branch7x7dbl_3)
         double = _chain(double, self.branch7x7dbl_4, self.branch7x7dbl_5)
@@ -155,6 +159,7 @@ class BlockD(nn.Module):
         self.branch7x7x3_4 = Convolution(192, 192, 3, stride=2, same=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, 17, 17) to (B, 512 + inputs, 8, 8)."""
         three = _chain(x, self.branch3x3_1, self.branch3x3_2)
         seven = _chain(x, self.branch7x7x3_1, self.branch7x7x3_2, self.branch7x7x3_3, self.branch7x7x3_4)
         return torch.cat([three, seven, F.max_pool2d(x, 3, stride=2)], 1)
@@ -177,6 +182,7 @@ class BlockE(nn.Module):
         self.branch_pool = Convolution(inputs, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, 8, 8) to (B, 2048, 8, 8)."""
         three = self.branch3x3_1(x)
         double = _chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2)
         pooled = _pool_average(x) if self.pool == "average" else F.max_pool2d(x, 3, stride=1, padding=1)
@@ -217,6 +223,7 @@ class Inception(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Inception":
+        """Stays in eval mode, whatever the mode."""
         return super().train(False)
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -233,6 +240,7 @@ class Inception(nn.Module):
         return x.expand(-1, 3, -1, -1)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Features (B, 2048) of images uint8 (B, 1 or 3, H, W). Raises ValueError for other images."""
         x = self.preprocess(images)
         if self.Conv2d_1a_3x3.conv.weight.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)

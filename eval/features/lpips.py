@@ -82,7 +82,9 @@ def lpips(key: str, device: torch.device, weights: str | None) -> Measure:
 
     def columns(images: Tensor, captions: Sequence[str] | None, labels: Tensor | None) -> dict[str, Tensor]:
         if min(size := images.shape[2:]) < network.SMALLEST:
-            raise UserError(f"images: of {size[0]}x{size[1]} pixels, and {key!r} takes {network.SMALLEST} or more")
+            raise UserError(
+                f"images: they have {size[0]}x{size[1]} pixels, and {key!r} takes {network.SMALLEST} or more"
+            )
         distance = torch.full((len(images),), math.nan)
         pairs = alike(len(images), captions, labels)
         if pairs.numel():

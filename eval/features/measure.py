@@ -57,12 +57,13 @@ class NetworkMeasure:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, captions: Sequence[str] | None, labels: Tensor | None) -> dict[str, Tensor]:
+        """Float32 columns, (B,) or (B, D), on the CPU, of images (B, C, H, W); ValueError or UserError for others."""
         if images.dtype == torch.float32 and not self.takes_floats:
             raise UserError(f"eight_bit: {self.key!r} takes uint8 images; set it to true in the protocol")
         if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4 or len(images) == 0:
             raise ValueError(f"want uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
         if images.shape[1] not in (1, 3):
-            raise UserError(f"images: {images.shape[1]} channels, and {self.key!r} takes 1 (grey) or 3 (RGB)")
+            raise UserError(f"images: they have {images.shape[1]} channels, and {self.key!r} takes 1 (grey) or 3 (RGB)")
         for what, conditions in (("captions", captions), ("labels", labels)):
             if conditions is not None and len(conditions) != len(images):
                 raise ValueError(f"{len(conditions)} {what} for {len(images)} images")

@@ -75,7 +75,7 @@ def test_verify_prints_expected_got_error(capsys: Capture, tmp_path: Path) -> No
     ("argv", "says"),
     [
         (["train", "--method", "dmd22"], "method: 'dmd22' is not known; did you mean 'dmd2'?"),
-        (["train", "--method", "./nowhere.py"], "method: './nowhere.py' is not a file"),
+        (["train", "--method", "./nowhere.py"], "method: the file './nowhere.py' does not exist"),
         (["train", "--studentlr", "1"], "--studentlr: no such option of train; did you mean '--student-lr'?"),
         (["train", "--lr", "1"], "--lr: no such option of train; did you mean '--student-lr' or '--fake-score-lr'?"),
         (["teacher", "--stps", "1"], "--stps: no such option of teacher; did you mean '--steps'?"),
@@ -109,7 +109,7 @@ def test_verify_prints_expected_got_error(capsys: Capture, tmp_path: Path) -> No
         (["export", "nowhere"], "run: 'nowhere' is not a run folder"),
         (["teacher", "--data", "./nowhere"], "./nowhere"),
         (["teacher", "--widths", "7,9"], "widths: '7,9'"),
-        (["verify"], "verify: name one method, or give --all"),
+        (["verify"], "method: name one method to verify, or give --all instead"),
     ],
 )
 def test_bad_input_gets_one_line(
@@ -189,7 +189,9 @@ def test_train_then_sample_then_eval(tiny_teacher: Teachers, tmp_path: Path, cap
     argv = ["train", "--teacher", str(tiny_teacher("vp")), "--steps", "1", "--batch-size", "4", "--out", str(run)]
     assert main([*argv, "--device", "cpu"]) == 0
     assert f"diffdistill eval {run}" in capsys.readouterr().out
-    assert "a student's own are part of it" in refused(["sample", str(run), "--steps", "4"], capsys)
+    assert "steps: 4 was given, and a student has its own; leave it out" in refused(
+        ["sample", str(run), "--steps", "4"], capsys
+    )
     picture = tmp_path / "picture.png"
     assert main(["sample", str(run / "student"), "--count", "6", "--classes", "3,5", "--out", str(picture)]) == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"

@@ -46,11 +46,11 @@ def test_no_command_chooses_a_device_by_itself(command: str, tmp_path: Path, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     threads = torch.get_num_threads()
-    monkeypatch.setattr(torch, "set_num_threads", lambda n, own=torch.set_num_threads: (asked.append(n), own(n)))
-    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda n, own=torch.set_num_threads: (threads_set.append(n), own(n)))
+    threads_set: list[int] = []
     try:
         assert main([*COMMANDS[command], "--device", "cpu", "--threads", "3", "--out", str(tmp_path / "out")]) == 0
-        assert asked == [3]
+        assert threads_set == [3]
     finally:
         torch.set_num_threads(threads)
 

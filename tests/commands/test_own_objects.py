@@ -178,7 +178,7 @@ def test_a_tensor_is_data_to_train_on(
     for wrong, says in (
         (torch.randn(16, 3, 8, 8), r"samples of shape \(3, 8, 8\); the teacher's are \(1, 8, 8\)"),
         (torch.randn(16, 1, 8, 8).long(), "holds no samples; give floats"),
-        ((images, labels[:3]), "there are 3 of the condition 'class_labels' and 16 samples"),
+        ((images, labels[:3]), "the condition 'class_labels' has 3 entries for 16 samples"),
         ((images, labels + 5), "has 15 classes; the teacher knows 10"),
         (torch.randn(3, 1, 8, 8), "batch_size 4 is larger than the data"),
         (3, "data: int is no data"),

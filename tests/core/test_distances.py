@@ -40,9 +40,9 @@ class Fake(nn.Module):
 
 
 def module(make: Any) -> ModuleType:
-    found = ModuleType("lpips")
-    found.LPIPS = make  # type: ignore[attr-defined]
-    return found
+    lpips = ModuleType("lpips")
+    lpips.LPIPS = make  # type: ignore[attr-defined]
+    return lpips
 
 
 @pytest.mark.parametrize(("shape", "side"), [((1, 8, 8), 224), ((3, 256, 256), 256)])

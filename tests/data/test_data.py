@@ -225,9 +225,9 @@ def test_metadata_that_cannot_be_used(tmp_path: Path) -> None:
 )
 def test_every_mode_of_image(tmp_path: Path, mode: str, colour: object, value: float, channels: int) -> None:
     save_image(tmp_path / "a.png", colour, mode=mode)
-    for wanted in (None, 1, 3):
-        images = every(open_data(str(tmp_path), channels=wanted)).images
-        assert images.shape[1] == (wanted or channels)
+    for channels_option in (None, 1, 3):
+        images = every(open_data(str(tmp_path), channels=channels_option)).images
+        assert images.shape[1] == (channels_option or channels)
         assert torch.allclose(images, torch.tensor(float(value)), atol=1e-6)
 
 
@@ -317,6 +317,6 @@ def test_resample_is_pillows_filter_without_short_cuts(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     expected = Image.fromarray(pixels[8:56]).resize((8, 8), Image.Resampling.LANCZOS)
-    found = open_data(str(tmp_path), resolution=8, resample="lanczos").get(torch.arange(1)).images[0]
-    assert torch.equal(((found + 1) * 127.5).round().byte(), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
-    assert not torch.equal(open_data(str(tmp_path), resolution=8).get(torch.arange(1)).images[0], found)
+    resized = open_data(str(tmp_path), resolution=8, resample="lanczos").get(torch.arange(1)).images[0]
+    assert torch.equal(((resized + 1) * 127.5).round().byte(), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    assert not torch.equal(open_data(str(tmp_path), resolution=8).get(torch.arange(1)).images[0], resized)

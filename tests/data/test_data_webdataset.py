@@ -91,8 +91,8 @@ def test_a_row_of_shards_is_in_the_order_of_its_numbers(tmp_path: Path) -> None:
         write(tmp_path / f"part-{s}.tar", {"x.png": png(20 * s)})  # one name everywhere: still twelve samples
     shades = [20 * s for s in range(12)]
     data = open_data(str(tmp_path / "part-{0..11}.tar"))
-    found = (data.get(torch.arange(12)).images[:, 0, 0, 0] + 1) * 127.5
-    assert found.round().tolist() == shades
+    pixels = (data.get(torch.arange(12)).images[:, 0, 0, 0] + 1) * 127.5
+    assert pixels.round().tolist() == shades
     assert len(open_data(str(tmp_path / "part-{2..3}.tar"))) == 2
     with pytest.raises(UserError, match=r"data: .*part-12.tar, which .* names, does not exist"):
         open_data(str(tmp_path / "part-{0..12}.tar"))
@@ -129,7 +129,7 @@ def test_a_truncated_archive_is_refused_wherever_it_ends(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("members", "told"),
+    ("members", "message"),
     [
         ({"a.txt": b"alone"}, "holds no image"),
         ({"a.png": png(1), "a.txt": b"\xff\xfe"}, r"the caption of .*a cannot be read"),
@@ -144,8 +144,8 @@ def test_a_truncated_archive_is_refused_wherever_it_ends(tmp_path: Path) -> None
         ({"a.png": png(1), "a.txt": b"", "b.png": png(2), "b.json": b"{}"}, r"x.tar:b has no caption"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(members: dict[str, bytes], told: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def test_what_cannot_be_used_is_one_line(members: dict[str, bytes], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as error:
         open_data(str(write(tmp_path / "x.tar", members))).get(torch.arange(1))
     assert "\n" not in str(error.value)
 

@@ -109,7 +109,7 @@ def test_jsonl(teacher: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("empty.txt", b"\n\n", "prompts: .*holds no prompt; write one on each line"),
         ("latin.txt", "caf\xe9".encode("latin-1"), r"prompts: .*is not UTF-8 \(byte 3\)"),
@@ -118,14 +118,14 @@ def test_jsonl(teacher: Path, tmp_path: Path) -> None:
     ],
 )
 def test_prompts_that_cannot_be_used(
-    name: str, content: bytes | None, told: str, teacher: Path, tmp_path: Path
+    name: str, content: bytes | None, message: str, teacher: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     if name == "other.doc":
         path = tmp_path / "no-such-thing"
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         encode(**options(teacher, path, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -167,7 +167,7 @@ def test_encoders_in_half_precision(teacher: Path, tmp_path: Path, monkeypatch: 
     images.mkdir()
     (images / "0.png").write_bytes(png(3))
     (images / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "one"}))
-    given = {"prompts": None, "data": str(images)}
+    source = {"prompts": None, "data": str(images)}
     folders, loaded = {}, {}
     load = encoding.load_pipeline
 
@@ -178,7 +178,7 @@ def test_encoders_in_half_precision(teacher: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(encoding, "load_pipeline", noting)
     for name, stored in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float32)):
-        out = encode(**options(teacher, Path("none"), tmp_path / name, teacher_dtype=name) | given)
+        out = encode(**options(teacher, Path("none"), tmp_path / name, teacher_dtype=name) | source)
         assert set(column_types(out).values()) == {stored}
         assert {value.dtype for value in load_file(out / "null.safetensors").values()} == {stored}
         folders[name] = open_encoded(out)
@@ -195,12 +195,12 @@ def test_encoders_in_half_precision(teacher: Path, tmp_path: Path, monkeypatch: 
         assert 0 < max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs) < limit
         assert {value.dtype for value in folders[name].null.values()} == {torch.float32}
     with pytest.raises(UserError, match="made with teacher_dtype bfloat16"):
-        encode(**options(teacher, Path("none"), tmp_path / "bfloat16") | given)
+        encode(**options(teacher, Path("none"), tmp_path / "bfloat16") | source)
     monkeypatch.setattr(encoding, "load_pipeline", lambda *a, **k: pytest.fail("a model was loaded"))
     index = json.loads((tmp_path / "float32" / "encode.json").read_text())
     index["settings"].pop("teacher_dtype")  # as folders were before there was a choice
     (tmp_path / "float32" / "encode.json").write_text(json.dumps(index))
-    encode(**options(teacher, Path("none"), tmp_path / "float32") | given)
+    encode(**options(teacher, Path("none"), tmp_path / "float32") | source)
 
 
 def test_training_reads_what_bfloat16_encoders_gave(teacher: Path, prompts: Path, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda f: shutil.rmtree(f / "vae"), r"teacher: .*vae/config.json is missing"),
         (lambda f: shutil.rmtree(f / "tokenizer"), "teacher: .* has no tokenizer/, which stable_diffusion needs"),
@@ -241,9 +241,9 @@ def cut(path: Path) -> None:
     ],
 )
 def test_a_pipeline_that_is_not_whole(
-    damage: Callable[[Path], None], told: str, teacher: Path, prompts: Path, tmp_path: Path
+    damage: Callable[[Path], None], message: str, teacher: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         encode(**options(broken(teacher, tmp_path, damage), prompts, tmp_path / "out"))
     assert "\n" not in str(error.value)
 
@@ -305,7 +305,7 @@ def test_not_enough_disk(teacher: Path, prompts: Path, tmp_path: Path, monkeypat
 def test_options_that_do_not_fit(teacher: Path, prompts: Path, tmp_path: Path) -> None:
     folder = encode(**options(teacher, prompts, tmp_path / "out"))
     run = tmp_path / "run"
-    for more, told in (
+    for more, message in (
         (
             {"lora": "student", "lora_targets": "foo"},
             "lora: the teacher's UNet2DConditionModel has no layer called foo to adapt; there are .*to_out.0, to_q",
@@ -314,7 +314,7 @@ def test_options_that_do_not_fit(teacher: Path, prompts: Path, tmp_path: Path) -
         ({"method": "consistency", "mode": "training"}, "needs images too"),
         ({"frames": 5}, "frames: 5 was given, and stable_diffusion makes images"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             distill(**training(teacher, folder, run, **more))
     pixels = {"teacher": "digits", "out": str(tmp_path / "none"), "device": "cpu"}
     with pytest.raises(UserError, match="teacher: 'digits' works on pixels"):
@@ -326,9 +326,9 @@ def test_options_that_do_not_fit(teacher: Path, prompts: Path, tmp_path: Path) -
 def test_images_without_captions(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "images" / "0.png")
-    given = options(teacher, tmp_path / "none", tmp_path / "out") | {"prompts": None, "data": str(tmp_path / "images")}
+    config = options(teacher, tmp_path / "none", tmp_path / "out") | {"prompts": None, "data": str(tmp_path / "images")}
     with pytest.raises(UserError, match=r"data: .* has no captions, which stable_diffusion is conditioned on"):
-        encode(**given)
+        encode(**config)
 
 
 def test_prompts_of_a_hugging_face_dataset(teacher: Path, tmp_path: Path) -> None:
@@ -365,8 +365,8 @@ def test_images_of_webdataset_shards(teacher: Path, tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    given = options(teacher, tmp_path, tmp_path / "out") | {"prompts": None, "data": str(tmp_path / "0.tar")}
-    example = open_encoded(encode(**given)).get(torch.arange(1))
+    config = options(teacher, tmp_path, tmp_path / "out") | {"prompts": None, "data": str(tmp_path / "0.tar")}
+    example = open_encoded(encode(**config)).get(torch.arange(1))
     assert example.x0 is not None and example.x0.shape == (1, 4, 8, 8)
     assert example.cond["encoder_hidden_states"].shape[1] == 77
 

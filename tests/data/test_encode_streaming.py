@@ -46,7 +46,7 @@ class FakeStream:
 
     table: list[dict[str, Any]]
     features: Any
-    told: int | None = None
+    length: int | None = None
     first: int = 0
     log: list[int] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
@@ -57,7 +57,7 @@ class FakeStream:
 
     @property
     def info(self) -> Any:
-        splits = None if self.told is None else {"train": types.SimpleNamespace(num_examples=self.told)}
+        splits = None if self.length is None else {"train": types.SimpleNamespace(num_examples=self.length)}
         return types.SimpleNamespace(splits=splits)
 
     def select_columns(self, names: list[str]) -> "FakeStream":
@@ -84,7 +84,7 @@ class FakeStream:
 class Hub:
     stream: FakeStream
     commit: str = "first"
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(FakeStream(held, features))
 
     def load_dataset(name: str, **how: Any) -> FakeStream:
-        hub.asked.append({"name": name, **how})
+        hub.calls.append({"name": name, **how})
         assert how["streaming"], "nothing may be downloaded"
         return hub.stream
 
@@ -110,8 +110,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 
 def streamed(teacher: Path, out: Path, **more: Any) -> dict[str, Any]:
-    given = {"streaming": True, "prompts": "user/name", "count": 7} | more
-    return options(teacher, Path("none"), out) | given
+    stream = {"streaming": True, "prompts": "user/name", "count": 7} | more
+    return options(teacher, Path("none"), out) | stream
 
 
 def test_streamed_prompts_are_read_once_in_order_and_give_the_same_bytes(
@@ -120,7 +120,7 @@ def test_streamed_prompts_are_read_once_in_order_and_give_the_same_bytes(
     whole = encode(**options(teacher, prompts, tmp_path / "whole"))
     out = encode(**streamed(teacher, tmp_path / "out"))
     assert contents(out) == contents(whole) and len(open_encoded(out)) == 7
-    assert hub.asked == [{"name": "user/name", "split": "train", "streaming": True, "revision": "first"}]
+    assert hub.calls == [{"name": "user/name", "split": "train", "streaming": True, "revision": "first"}]
     assert hub.stream.log == [0] and hub.stream.read == 2 * list(range(7))  # the first rows for the fingerprint
     first = encode(**options(teacher, prompts, tmp_path / "first", count=5))
     assert contents(encode(**streamed(teacher, tmp_path / "five", count=5))) == contents(first)
@@ -132,16 +132,16 @@ def test_a_stopped_stream_goes_on_where_it_was_and_skips_what_is_there(teacher: 
     hub.stream = hub.stream.with_(table=hub.stream.table, log=[], read=[], breaks_at=[])
     out = tmp_path / "out"
 
-    def breaking(*given: Any) -> None:
+    def breaking(*arguments: Any) -> None:
         hub.stream.breaks_at.append(5)
-        shards.make(*given)
+        shards.make(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "make", breaking)
-        told = (
+        message = (
             r"prompts: the rows of 'user/name' from 5 on cannot be read \(the line is down\); the same command goes on"
         )
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             encode(**streamed(teacher, out))
     assert sorted(contents(out)) == ["00000.safetensors", "null.safetensors"]
     hub.stream.breaks_at.clear()
@@ -158,9 +158,9 @@ def test_a_stream_may_end_before_its_count(
     hub.stream.table = hub.stream.table[:rows]
     prompts.write_text("\n".join(PROMPTS[:rows]))
     whole = encode(**options(teacher, prompts, tmp_path / "whole"))
-    for told in (f"user/name has {rows} rows", "is done"):
+    for message in (f"user/name has {rows} rows", "is done"):
         out = encode(**streamed(teacher, tmp_path / "out", count=100))
-        assert told in capsys.readouterr().out
+        assert message in capsys.readouterr().out
         assert contents(out) == contents(whole) and len(open_encoded(out)) == rows
     with pytest.raises(UserError, match=rf"out: .* made with count {rows}, and 3 is asked for"):
         encode(**streamed(teacher, tmp_path / "out", count=3))
@@ -169,7 +169,7 @@ def test_a_stream_may_end_before_its_count(
 def test_the_length_of_a_stream(teacher: Path, tmp_path: Path, hub: Hub) -> None:
     with pytest.raises(UserError, match="count: 'user/name' does not tell its length; give --count N"):
         encode(**streamed(teacher, tmp_path / "out", count=None))
-    hub.stream.told = 7
+    hub.stream.length = 7
     assert len(open_encoded(encode(**streamed(teacher, tmp_path / "out", count=None)))) == 7
 
 
@@ -188,14 +188,14 @@ def test_a_file_that_has_changed_is_not_gone_on_with(
     monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=counted))
     file = tmp_path / "set[1].parquet"
     file.write_bytes(b"one")
-    given = streamed(teacher, tmp_path / "out", prompts=str(file), count=None)
-    assert len(open_encoded(encode(**given))) == 7
-    assert [Path(glob.glob(name)[0]) for name in hub.asked[0]["data_files"]] == [file]  # `datasets` takes patterns
+    config = streamed(teacher, tmp_path / "out", prompts=str(file), count=None)
+    assert len(open_encoded(encode(**config))) == 7
+    assert [Path(glob.glob(name)[0]) for name in hub.calls[0]["data_files"]] == [file]  # `datasets` takes patterns
     file.touch()
-    encode(**given)
+    encode(**config)
     file.write_bytes(b"two")  # of the same size, and the first rows are the same
     with pytest.raises(UserError, match=r"out: .* holds encoded prompts made with source"):
-        encode(**given)
+        encode(**config)
 
 
 def test_a_stream_whose_count_exceeds_the_disk_is_read(
@@ -214,8 +214,8 @@ def test_streamed_images_give_the_same_bytes_as_a_folder_of_them(teacher: Path, 
     folder.mkdir()
     for i in range(7):
         (folder / f"{i}.png").write_bytes(png(i))
-    told = [json.dumps({"file_name": f"{i}.png", "text": prompt}) for i, prompt in enumerate(PROMPTS)]
-    (folder / "metadata.jsonl").write_text("\n".join(told))
+    rows = [json.dumps({"file_name": f"{i}.png", "text": prompt}) for i, prompt in enumerate(PROMPTS)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
     data = {"prompts": None, "data": str(folder)}
     whole = encode(**options(teacher, Path("none"), tmp_path / "whole") | data)
     # One lies elsewhere, as those of sets that are no parquet files do.
@@ -245,8 +245,8 @@ def test_a_stream_is_read_anew_for_rows_that_do_not_follow(hub: Hub) -> None:
 
 
 def test_streams_that_cannot_be_used(teacher: Path, prompts: Path, tmp_path: Path, hub: Hub) -> None:
-    def refused(told: str, **more: Any) -> None:
-        with pytest.raises(UserError, match=told) as error:
+    def refused(message: str, **more: Any) -> None:
+        with pytest.raises(UserError, match=message) as error:
             encode(**streamed(teacher, tmp_path / "out", **more))
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 

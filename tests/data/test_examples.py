@@ -68,7 +68,7 @@ def test_what_is_no_data_is_said_to_be_none(wrong: Any) -> None:
     with pytest.raises(UserError, match=r"^data: ") as error:
         as_examples(wrong)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="data: there are 3 of the condition 'class_labels' and 4 samples"):
+    with pytest.raises(UserError, match="data: the condition 'class_labels' has 3 entries for 4 samples"):
         TensorExamples(torch.zeros(4, 1, 8, 8), {"class_labels": torch.zeros(3)})
 
 

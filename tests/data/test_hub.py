@@ -40,8 +40,8 @@ class FakeTable:
         return len(next(iter(self.columns.values())))
 
     def __getitem__(self, rows: list[int] | slice) -> dict[str, list]:
-        wanted = range(len(self))[rows] if isinstance(rows, slice) else rows
-        return {name: [column[i] for i in wanted] for name, column in self.columns.items()}
+        indices = range(len(self))[rows] if isinstance(rows, slice) else rows
+        return {name: [column[i] for i in indices] for name, column in self.columns.items()}
 
     def with_format(self, kind: None) -> "FakeTable":
         return self

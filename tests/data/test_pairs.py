@@ -30,8 +30,8 @@ Teachers = Callable[[str], Path]
 
 
 def settings(teacher: Path, out: Path, **changed: Any) -> dict[str, Any]:
-    given = {"teacher": str(teacher), "count": 10, "sampling_steps": 2, "shard_size": 4, "batch_size": 3}
-    return given | {"out": str(out), "device": "cpu"} | changed
+    config = {"teacher": str(teacher), "count": 10, "sampling_steps": 2, "shard_size": 4, "batch_size": 3}
+    return config | {"out": str(out), "device": "cpu"} | changed
 
 
 @pytest.fixture
@@ -88,17 +88,17 @@ def test_a_pair_is_a_function_of_seed_and_index(tiny_teacher: Teachers) -> None:
 def test_they_are_read_in_any_order_across_shards(tiny_teacher: Teachers, folder: Path, tmp_path: Path) -> None:
     read = open_pairs(folder)
     assert len(read) == 10 and len(read.shards) == 3
-    wanted = torch.tensor([9, 0, 5, 5])
-    example = read.get(wanted)
+    indices = torch.tensor([9, 0, 5, 5])
+    example = read.get(indices)
     got = example.pair
     assert got is not None and torch.equal(example.cond["class_labels"], got.cond["class_labels"])
     assert got.z.shape == got.x0.shape == (4, 1, 8, 8)
     teacher = load_teacher(tiny_teacher("vp"))
-    drawn = draw_pairs(teacher, teacher.denoiser, PairsConfig(sampling_steps=2), wanted.tolist())
+    drawn = draw_pairs(teacher, teacher.denoiser, PairsConfig(sampling_steps=2), indices.tolist())
     assert torch.equal(got.z, drawn["z"]) and torch.equal(got.cond["class_labels"], drawn["class_labels"])
     torch.testing.assert_close(got.x0, drawn["x0"], rtol=0, atol=1e-5)
     other = make_pairs(**settings(tiny_teacher("vp"), tmp_path / "one", shard_size=50, batch_size=10))
-    again = open_pairs(other).get(wanted).pair
+    again = open_pairs(other).get(indices).pair
     assert again is not None and torch.equal(again.z, got.z)
     with pytest.raises(IndexError):
         read.get(torch.tensor([10]))
@@ -117,9 +117,9 @@ def test_a_stopped_run_goes_on_and_has_the_same_bits(
             raise KeyboardInterrupt
         return real(teacher, denoise, config, indices)
 
-    given = settings(tiny_teacher("vp"), tmp_path / "stopped")
+    arguments = settings(tiny_teacher("vp"), tmp_path / "stopped")
     monkeypatch.setattr(pairs, "draw_pairs", stopping)
-    argv = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    argv = [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["pairs", *argv]) == 130
     assert "the same command goes on" in capsys.readouterr().err
     with pytest.raises(UserError, match="is not finished, 1 of 3 shards are there"):
@@ -188,12 +188,12 @@ def test_the_order_is_a_function_of_the_step_and_not_the_datas(
 
     def order(**changed: Any) -> list[int]:
         draw = batches(replace(config, **changed), teacher, None, accelerator, pairs=read)
-        found = []
+        classes = []
         for step in range(10):
             pair = draw(step).pair
             assert pair is not None and pair.z.shape == (3, 1, 8, 8)
-            found += pair.cond["class_labels"].tolist()  # of 10 pairs the class is the index
-        return found
+            classes += pair.cond["class_labels"].tolist()  # of 10 pairs the class is the index
+        return classes
 
     first = order()
     assert first == order() and first != order(seed=1)

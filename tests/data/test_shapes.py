@@ -37,18 +37,18 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_judge_reads_what_was_drawn() -> None:
-    images, _, wanted = draw_many(5, 1000)
-    found = judge(images, wanted)
-    assert min(value for name, value in found.items() if "%" in name) >= 99
-    assert abs(found["spread px"] - JITTER * (2 / 3) ** 0.5) < 0.1
-    assert judge(images.flip(3), wanted)["position %"] < 30  # those in the middle stay there
+    images, _, attributes = draw_many(5, 1000)
+    scores = judge(images, attributes)
+    assert min(value for name, value in scores.items() if "%" in name) >= 99
+    assert abs(scores["spread px"] - JITTER * (2 / 3) ** 0.5) < 0.1
+    assert judge(images.flip(3), attributes)["position %"] < 30  # those in the middle stay there
 
 
 def test_the_judge_is_near_chance_on_other_captions() -> None:
-    images, _, wanted = draw_many(5, 1000)
-    found = judge(images, wanted[torch.randperm(1000, generator=torch.Generator().manual_seed(0))])
+    images, _, attributes = draw_many(5, 1000)
+    scores = judge(images, attributes[torch.randperm(1000, generator=torch.Generator().manual_seed(0))])
     for name, chance in (("colour %", 100 / 6), ("shape %", 25), ("position %", 20), ("all three %", 100 / 120)):
-        assert abs(found[name] - chance) < 5, (name, found)
+        assert abs(scores[name] - chance) < 5, (name, scores)
 
 
 def test_the_judge_sees_nothing_in_nothing() -> None:
@@ -59,10 +59,10 @@ def test_the_judge_sees_nothing_in_nothing() -> None:
 
 
 def test_a_picture_is_a_function_of_seed_and_index() -> None:
-    images, captions, wanted = draw_many(3, 5)
+    images, captions, attributes = draw_many(3, 5)
     alone = draw(3, 4)
     assert torch.equal(images[4], alone.image) and captions[4] == alone.caption
-    assert wanted[4].tolist() == list(alone.attributes)
+    assert attributes[4].tolist() == list(alone.attributes)
     assert not torch.equal(draw(4, 4).image, alone.image)
     assert caption(0, SHAPES.index("circle"), POSITIONS.index("at the top left")) == "a red circle at the top left"
 
@@ -139,7 +139,7 @@ def test_distilled_and_judged(teacher: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"data": "digits"}, "resolution: .* 3 channels"),
         ({"parameterization": "edm"}, "parameterization: edm"),
@@ -150,8 +150,8 @@ def test_distilled_and_judged(teacher: Path, tmp_path: Path) -> None:
         ({"vae_batch_size": 64}, "batch_size 64"),
     ],
 )
-def test_what_does_not_fit_is_refused(options: dict[str, Any], told: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
         train_teacher(**TINY | options, steps=1, vae_steps=1, out=str(tmp_path / "run"))
 
 

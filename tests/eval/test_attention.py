@@ -144,7 +144,7 @@ def draw_flux(pipeline: Any) -> None:
 
 def test_what_cannot_be_used_is_said_in_one_line(tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = tiny("dit")
-    with pytest.raises(UserError, match=r"^attention: 'flash' is none of auto, sdpa, xformers, math$"):
+    with pytest.raises(UserError, match=r"^attention: 'flash' is not one of auto, sdpa, xformers, math$"):
         attention(pipeline, "flash").__enter__()
     with pytest.raises(UserError, match=r"^attention: xformers .*; .*use sdpa$"):
         attention(pipeline, "xformers").__enter__()

@@ -22,8 +22,8 @@ DIGITS = load_suite("digits")
 
 def test_every_method_has_a_preset_for_the_suite() -> None:
     assert {e.info.name for e in entries(DIGITS, None, [0])} == set(method_names())
-    found = entries(DIGITS, ["dmd2"], [0, 1])
-    assert [(e.name, e.seed) for e in found] == [("dmd2", 0), ("dmd2 4step", 0), ("dmd2", 1), ("dmd2 4step", 1)]
+    listed = entries(DIGITS, ["dmd2"], [0, 1])
+    assert [(e.name, e.seed) for e in listed] == [("dmd2", 0), ("dmd2 4step", 0), ("dmd2", 1), ("dmd2 4step", 1)]
 
 
 def test_passes_are_counted_with_guidance_and_backward() -> None:

@@ -23,22 +23,22 @@ def test_bootstrap_weights_are_a_function_of_seed_and_replicate() -> None:
 @pytest.mark.parametrize("n", [30, 100])
 def test_bootstrap_frechet_is_that_of_the_repeated_rows(n: int) -> None:
     x, y = features(n, 20, 1, shift=50), statistics(features(90, 20, 2, shift=50.3))
-    found = bootstrap_frechet(x, y, 4, seed=5)
+    replicates = bootstrap_frechet(x, y, 4, seed=5)
     for replicate in range(4):
         drawn = x.repeat_interleave(bootstrap_weights(n, 5, replicate), 0)
         assert len(drawn) == n
-        assert found[replicate].item() == pytest.approx(frechet_distance(statistics(drawn), y), rel=1e-9)
-    assert torch.equal(bootstrap_frechet(x, y, 2, seed=5), found[:2])
-    torch.testing.assert_close(bootstrap_frechet(x.float(), y, 4, seed=5), found, rtol=1e-4, atol=0)
+        assert replicates[replicate].item() == pytest.approx(frechet_distance(statistics(drawn), y), rel=1e-9)
+    assert torch.equal(bootstrap_frechet(x, y, 2, seed=5), replicates[:2])
+    torch.testing.assert_close(bootstrap_frechet(x.float(), y, 4, seed=5), replicates, rtol=1e-4, atol=0)
 
 
 def test_bootstrap_mean_is_that_of_the_repeated_values() -> None:
     x = features(1, 80, 1)[0]
     x[7] = math.nan
-    found = bootstrap_mean(x, 3, seed=2)
+    replicates = bootstrap_mean(x, 3, seed=2)
     for replicate in range(3):
         drawn = x.repeat_interleave(bootstrap_weights(80, 2, replicate))
-        assert found[replicate].item() == pytest.approx(drawn.nanmean().item(), rel=1e-12)
+        assert replicates[replicate].item() == pytest.approx(drawn.nanmean().item(), rel=1e-12)
     for wrong in (x[None], x[:0], x[7:8], torch.tensor([1.0, math.inf])):
         with pytest.raises(ValueError):
             bootstrap_mean(wrong)
@@ -54,19 +54,19 @@ def test_intervals_are_as_wide_as_the_spread_of_fresh_samples() -> None:
     generator = torch.Generator().manual_seed(1)
     sets = torch.randn(200, 300, 6, generator=generator, dtype=torch.float64) + 0.3
     fresh = torch.tensor([frechet_distance(statistics(s), reference) for s in sets])
-    found = bootstrap_frechet(sets[0], reference, 200)
-    assert found.std().item() == pytest.approx(fresh.std().item(), rel=0.2)
+    replicates = bootstrap_frechet(sets[0], reference, 200)
+    assert replicates.std().item() == pytest.approx(fresh.std().item(), rel=0.2)
 
 
 def test_an_interval_lies_around_what_was_measured() -> None:
     """Twice the bias: without moving them all replicates lie above the measured distance."""
     x, reference = features(60, 24, 1), gaussian(torch.zeros(24), torch.eye(24))
     measured = frechet_distance(statistics(x), reference)
-    found = bootstrap_frechet(x, reference, 50)
-    assert interval(found)[0] > measured
-    low, high = interval(found, around=measured)
+    replicates = bootstrap_frechet(x, reference, 50)
+    assert interval(replicates)[0] > measured
+    low, high = interval(replicates, around=measured)
     assert low < measured < high
-    assert high - low == pytest.approx(np.subtract(*interval(found)[::-1]), rel=1e-9)
+    assert high - low == pytest.approx(np.subtract(*interval(replicates)[::-1]), rel=1e-9)
 
 
 def test_intervals_are_quantiles() -> None:

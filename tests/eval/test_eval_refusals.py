@@ -9,11 +9,11 @@ from tests.eval.sixty import Run, pictures
 
 
 def test_images_that_are_not_right(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(folder: Path, told: str, **changes: Any) -> None:
+    def refused(folder: Path, message: str, **changes: Any) -> None:
         with pytest.raises(AssertionError):
             run("no", folder, **({"count": 20, "labels": "balanced"} | changes))
         error = capsys.readouterr().err
-        assert told in error and error.count("\n") == 1, error
+        assert message in error and error.count("\n") == 1, error
 
     refused(pictures(tmp_path / "sizes", ("L", 8), ("L", 9)), "001.png is 9x9 L where 000.png is 8x8 L")
     refused(pictures(tmp_path / "modes", ("L", 8), ("RGB", 8)), "001.png is 8x8 RGB where 000.png is 8x8 L")
@@ -41,7 +41,7 @@ def test_images_that_are_not_right(run: Run, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("more", "changes", "told"),
+    ("more", "changes", "message"),
     [
         ([], {"conditions": ["prompts"], "prompts": "shapes"}, "takes class labels, and the protocol sixty prompts"),
         ([], {"classes": 1000, "labels": "balanced"}, "has 10 classes and the protocol sixty 1000"),
@@ -51,28 +51,32 @@ def test_images_that_are_not_right(run: Run, tmp_path: Path, capsys: pytest.Capt
         (["--weights", "digits"], {}, "'digits' is not KEY=PATH"),
         (["--count", "3"], {}, "count: 3 must be at least 10"),
         (["--attention", "flash"], {}, "attention: 'flash' is not one of"),
-        (["--prompts", "p.txt"], {}, "the protocol sixty has none"),
+        (["--prompts", "p.txt"], {}, "prompts: the protocol sixty takes no prompts; its conditions are "),
         ([], {"metrics": [{"name": "d", "kind": "frechet", "measure": "vgg"}]}, "'vgg' is not known"),
         (
             [],
             {"metrics": [{"name": "d", "kind": "vendi", "measure": "digits", "column": "x"}]},
-            "d reads digits.x, and",
+            "d reads digits.x, which is not measured; there is",
         ),
         (
             [],
             {"metrics": [{"name": "d", "kind": "kid", "measure": "digits"}]},
-            "d: it cannot be had, its subsets are of",
+            "d: no value can be had; its subsets are of",
         ),
         (["--weights", "bogus=x"], {}, "'bogus' is no measure of sixty; they are digits"),
         (["--dtype", "bfloat16"], {}, "bfloat16 is for latent pipelines"),
         (["--dtype", "float16"], {}, "float16 is for GPUs"),
-        (["--data", "digits"], {}, "data: that is for an evaluation without --protocol"),
+        (
+            ["--data", "digits"],
+            {},
+            "data: 'digits' cannot be used with --protocol; name the real images by --reference",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
-    run: Run, capsys: pytest.CaptureFixture[str], more: list[str], changes: dict[str, Any], told: str
+    run: Run, capsys: pytest.CaptureFixture[str], more: list[str], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(AssertionError):
         run("no", None, *more, **changes)
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1, error
+    assert message in error and error.count("\n") == 1, error

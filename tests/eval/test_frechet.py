@@ -106,9 +106,9 @@ def test_small_sample_bias_is_what_samples_show() -> None:
     true = gaussian(torch.zeros(width), torch.diag(variances))
     generator = torch.Generator().manual_seed(0)
     sets = torch.randn(200, n, width, generator=generator, dtype=torch.float64) * variances.sqrt()
-    found = torch.tensor([frechet_distance(statistics(x), true) for x in sets])
+    distances = torch.tensor([frechet_distance(statistics(x), true) for x in sets])
     expected = small_sample_bias(true._replace(n=n))
-    assert expected == pytest.approx(found.mean().item(), rel=0.04)
+    assert expected == pytest.approx(distances.mean().item(), rel=0.04)
     assert small_sample_bias(statistics(sets[0])) == pytest.approx(expected, rel=0.1)
     one = gaussian(torch.zeros(4), 2 * torch.eye(4))  # D l / n + D (D + 1) l / 4 n
     assert small_sample_bias(one) == pytest.approx(2 * (4 + 5) / 1000, rel=1e-12)

@@ -208,8 +208,8 @@ def test_clean_resize_is_pillows_in_float() -> None:
         ]
         for i in images
     ]
-    found = resize_clean(images.float(), 299)
-    assert (found - torch.from_numpy(np.array(expected))).abs().max() < 1e-2
+    resized = resize_clean(images.float(), 299)
+    assert (resized - torch.from_numpy(np.array(expected))).abs().max() < 1e-2
     smaller = resize_clean(images.float(), 16)
     by_hand = [np.asarray(Image.fromarray(c.numpy().astype(np.float32)).resize((16, 16), Image.Resampling.BICUBIC))
                for c in images[0]]  # fmt: skip

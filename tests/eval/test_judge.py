@@ -72,8 +72,8 @@ def test_the_noise_of_an_image_does_not_depend_on_the_batch(run: Run, tmp_path: 
     tens = torch.cat([load_file(p)["digits.features"] for p in sorted(tmp_path.glob("tens/measured/*.safetensors"))])
     for other in ("sixes", "more"):
         files = sorted(tmp_path.glob(f"{other}/measured/*.safetensors"))
-        found = torch.cat([load_file(p)["digits.features"] for p in files])[:60]
-        assert ((found - tens).abs().amax(1) < 0.05).float().mean() > 0.95
+        features = torch.cat([load_file(p)["digits.features"] for p in files])[:60]
+        assert ((features - tens).abs().amax(1) < 0.05).float().mean() > 0.95
     other_seed = run("seed", None, "--seed", "1")
     assert other_seed["rows"] != run("tens")["rows"]
 

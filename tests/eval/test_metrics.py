@@ -202,9 +202,9 @@ def test_kid_is_the_mean_over_subsets_drawn_as_torch_fidelity_draws_them() -> No
         aa, bb, ab = ((u @ v.T / 6 + 1) ** 3 for u, v in ((a, a), (b, b), (a, b)))
         off = ~np.eye(20, dtype=bool)
         values.append(aa[off].mean() + bb[off].mean() - 2 * ab.mean())
-    found = kid(torch.from_numpy(x), torch.from_numpy(y), subsets=7, size=20, seed=2020)
-    assert found == pytest.approx((np.mean(values), np.std(values)), rel=1e-11)
-    assert kid(torch.from_numpy(x), torch.from_numpy(y), subsets=7, size=20, seed=1) != found
+    result = kid(torch.from_numpy(x), torch.from_numpy(y), subsets=7, size=20, seed=2020)
+    assert result == pytest.approx((np.mean(values), np.std(values)), rel=1e-11)
+    assert kid(torch.from_numpy(x), torch.from_numpy(y), subsets=7, size=20, seed=1) != result
 
 
 def test_kid_of_all_pairs_is_the_kernel_distance() -> None:

@@ -41,23 +41,23 @@ def streamed(x: Tensor, *sizes: int) -> Moments:
     return moments
 
 
-def assert_statistics(found: Statistics, x: Tensor, tolerance: float = 1e-13) -> None:
+def assert_statistics(actual: Statistics, x: Tensor, tolerance: float = 1e-13) -> None:
     """Against torch's two passes, relative to the largest variance."""
     expected = torch.cov(x.double().T)
-    assert found.n == len(x)
-    torch.testing.assert_close(found.mean, x.double().mean(0), rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(found.cov, expected, rtol=0, atol=tolerance * expected.max().item())
-    assert torch.equal(found.cov, found.cov.T)
+    assert actual.n == len(x)
+    torch.testing.assert_close(actual.mean, x.double().mean(0), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(actual.cov, expected, rtol=0, atol=tolerance * expected.max().item())
+    assert torch.equal(actual.cov, actual.cov.T)
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("sizes", [(1,), (3, 8), (10,), (64,), (25, 1)])
 def test_moments_are_two_passes_and_do_not_show_the_batches(sizes: tuple[int, ...]) -> None:
     x = features(64, 7, 0, shift=3)
-    found = streamed(x, *sizes).statistics()
-    assert_statistics(found, x)
+    batched = streamed(x, *sizes).statistics()
+    assert_statistics(batched, x)
     whole = statistics(x)
-    assert torch.equal(found.cov, whole.cov) and torch.equal(found.mean, whole.mean)
+    assert torch.equal(batched.cov, whole.cov) and torch.equal(batched.mean, whole.mean)
 
 
 @pytest.mark.usefixtures("small_blocks")

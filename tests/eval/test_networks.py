@@ -136,12 +136,12 @@ def cubic(values: Tensor, dim: int) -> Tensor:
             return 1.25 * d**3 - 2.25 * d**2 + 1
         return -0.75 * (d**3 - 5 * d**2 + 8 * d - 4) if d < 2 else 0.0
 
-    found = []
+    pixels = []
     for i in range(16):
         at = (i + 0.5) * 5 / 16.1 - 0.5
         near = range(math.floor(at) - 1, math.floor(at) + 3)
-        found.append(sum(kernel(at - j) * values[min(max(j, 0), 4)] for j in near))
-    return torch.stack(found).movedim(0, dim)
+        pixels.append(sum(kernel(at - j) * values[min(max(j, 0), 4)] for j in near))
+    return torch.stack(pixels).movedim(0, dim)
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def test_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"count": None}, "count is missing"),
         ({"count": "many"}, "count: 'many' is not a whole number"),
@@ -61,21 +61,21 @@ def test_ones_own(tmp_path: Path) -> None:
         ({"conditions": "none"}, "conditions: 'none' is no list"),
         ({"published": 5}, "published: 5 is no list"),
         ({"seed": -1}, "seed: -1 is negative"),
-        ({"conditions": ["text"]}, "conditions: 'text' is none of"),
+        ({"conditions": ["text"]}, "conditions: 'text' is not one of"),
         ({"metrics": []}, "metrics: there is none"),
         ({"metrics": [{"name": "d", "kind": "fid", "measure": "digits"}]}, "kind 'fid' is not known"),
         ({"metrics": [{"name": "d", "kind": "mean", "measure": "digits"}]}, "names no column"),
         ({"metrics": ["FID"]}, "'FID' is not a mapping"),
         ({"channels": 4}, "channels: 4 is neither"),
-        ({"resize": "box"}, "resize: 'box' is none of"),
+        ({"resize": "box"}, "resize: 'box' is not one of"),
         ({"reference": None}, "reference is missing"),
         ({"conditions": ["classes"]}, "classes is missing"),
         ({"conditions": ["prompts"]}, "prompts is missing"),
         ({"batch": 0}, "batch: 0 is not 1 or more"),
     ],
 )
-def test_a_mistake_is_named(tmp_path: Path, changes: dict[str, object], told: str) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def test_a_mistake_is_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         load(written(tmp_path, **changes))
     assert "\n" not in str(error.value)
 

@@ -23,8 +23,8 @@ def test_statistics_of_a_file(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
     file = tmp_path / "r.safetensors"
     # A second time from the statistics that are kept in the cache.
     assert run("images", None, "--save-reference", str(file), **values)["rows"] == images["rows"]
-    given = run("file", None, "--reference", str(file), **values)
-    assert given["rows"][0]["frechet distance"] == images["rows"][0]["frechet distance"]
+    from_file = run("file", None, "--reference", str(file), **values)
+    assert from_file["rows"][0]["frechet distance"] == images["rows"][0]["frechet distance"]
 
     # A distance that the file has no statistics of is a dash, and the other one is there.
     logits = {"name": "of logits", "kind": "frechet", "measure": "digits", "column": "logits"}
@@ -33,11 +33,11 @@ def test_statistics_of_a_file(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
     assert two["rows"][0]["of logits"] is None
     assert "of logits: none, r.safetensors holds no statistics of digits.logits" in two["notes"]
 
-    def refused(told: str, **changes: Any) -> None:
+    def refused(message: str, **changes: Any) -> None:
         with pytest.raises(AssertionError):
             run("no", None, "--reference", str(file), **changes)
         error = capsys.readouterr().err
-        assert told in error and error.count("\n") == 1, error
+        assert message in error and error.count("\n") == 1, error
 
     refused("holds statistics alone", labels="balanced", metrics=PROTOCOL["metrics"][1:2])  # type: ignore[index]
     some = run("some", None, "--reference", str(file), labels="balanced")
@@ -48,8 +48,8 @@ def test_statistics_of_a_file(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
-        told = opened.metadata()
-    other = told | {"measures": json.dumps({"digits": "0" * 16})}
+        metadata = opened.metadata()
+    other = metadata | {"measures": json.dumps({"digits": "0" * 16})}
     save_file(load_file(file), file, other)
     refused("was made with 0000000000000000 of digits", **values)
     file.write_bytes(file.read_bytes()[:100])
@@ -75,9 +75,9 @@ def test_real_images_that_change_are_measured_again(run: Run, tmp_path: Path) ->
 def test_the_usual_npz_of_mu_and_sigma(tmp_path: Path) -> None:
     mean, cov = np.arange(2048.0), np.eye(2048)
     np.savez(tmp_path / "s.npz", mu=mean, sigma=cov)
-    found = statistics_of_file(tmp_path / "s.npz", load("cifar10"), [])
-    assert found is not None
-    (statistics,) = found.values()
+    by_column = statistics_of_file(tmp_path / "s.npz", load("cifar10"), [])
+    assert by_column is not None
+    (statistics,) = by_column.values()
     assert torch.equal(statistics.mean, torch.from_numpy(mean)) and torch.equal(statistics.cov, torch.from_numpy(cov))
     np.savez(tmp_path / "s.npz", mu=mean[:3], sigma=cov[:3, :3])
     with pytest.raises(UserError, match="is of 3 features, and Inception's are 2048"):

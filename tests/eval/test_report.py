@@ -117,8 +117,8 @@ def test_numbers_read_well(value: float, text: str) -> None:
 def test_files_read_back(tmp_path) -> None:
     picture = image_grid(torch.zeros(1, 3, 4, 4), columns=1)
     assert save_png(picture, tmp_path / "new" / "a.png") == tmp_path / "new" / "a.png"
-    with Image.open(tmp_path / "new" / "a.png") as found:
-        assert found.format == "PNG" and found.tobytes() == picture.tobytes()
+    with Image.open(tmp_path / "new" / "a.png") as saved:
+        assert saved.format == "PNG" and saved.tobytes() == picture.tobytes()
     assert json.loads(write_json({"x": [1, 2.5]}, tmp_path / "a.json").read_text()) == {"x": [1, 2.5]}
     assert write_text("é\n", tmp_path / "a.txt").read_bytes() == "é\n".encode()
 

@@ -51,14 +51,14 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             return folder
         made = root / f"{kind}-{scale}"
         builders[kind]().save_pretrained(made)
-        told = {
+        record = {
             "levels": [999.0],
             "renoise": True,
             "teacher": str(folder),
             "options": {"guidance_scale": scale},
             "call": {"num_inference_steps": 1, **call},
         }
-        (made / "diffdistill.json").write_text(json.dumps(told))
+        (made / "diffdistill.json").write_text(json.dumps(record))
         return made
 
     return make
@@ -73,16 +73,16 @@ def test_students_of_digits_against_their_teachers(student: Callable[..., Path],
     runs = [student("plain"), student("two", student_steps=2), student("guided", guidance_scale=3.0)]
     table = time_models([*map(str, runs)], QUICK, tmp_path)
     rows = table.rows
-    found = by_model(rows)
-    assert {name: (row["steps"], row["passes"]) for name, row in found.items()} == {
+    by_name = by_model(rows)
+    assert {name: (row["steps"], row["passes"]) for name, row in by_name.items()} == {
         "teacher": (16, 16),
         "teacher, guidance 3": (16, 32),
         "plain": (1, 1),
         "two": (2, 2),
         "guided": (1, 1),
     }
-    for name, row in found.items():
-        teacher = found["teacher, guidance 3" if "guid" in name else "teacher"]
+    for name, row in by_name.items():
+        teacher = by_name["teacher, guidance 3" if "guid" in name else "teacher"]
         assert row["speed-up"] == pytest.approx(teacher["p50 ms"] / row["p50 ms"])
         taken = row["seconds a batch"]
         assert len(taken) == 2 and row["p50 ms"] == pytest.approx(1000 * min(taken) / 2)
@@ -90,10 +90,10 @@ def test_students_of_digits_against_their_teachers(student: Callable[..., Path],
         assert row["images/s"] == pytest.approx(2 * 2 / sum(taken))
         assert row["peak MB"] is None and row["pixels"] == "8x8"
     assert [row["batch"] for row in rows] == [1] * 5 + [2] * 5
-    told = json.loads((tmp_path / "speed.json").read_text())
-    assert told["rows"] == rows
-    assert {"dtype": "float32", "device": "cpu", "attention": "auto"}.items() <= told.items()
-    assert told["environment"]["torch"] == torch.__version__
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert report["rows"] == rows
+    assert {"dtype": "float32", "device": "cpu", "attention": "auto"}.items() <= report.items()
+    assert report["environment"]["torch"] == torch.__version__
     text, printed = (tmp_path / "speed.md").read_text(), str(table)
     for line in ("teacher, guidance 3, 16 steps", "peak MB: measured on GPUs only", "p99 of fewer than 100"):
         assert line in text and line in printed

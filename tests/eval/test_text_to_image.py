@@ -95,9 +95,9 @@ def test_fid_and_clip_score_are_those_of_scipy_and_transformers(tmp_path: Path) 
 
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     with torch.no_grad():
-        found = clip(
+        embedded = clip(
             pixel_values=processor(kinds["drawn"], return_tensors="pt")["pixel_values"],
             **tokenizer(prompts, padding=True, return_tensors="pt"),
         )
-    cosines = (found.image_embeds * found.text_embeds).sum(1)
+    cosines = (embedded.image_embeds * embedded.text_embeds).sum(1)
     assert row["CLIP score"] == pytest.approx(100 * cosines.clamp_min(0).double().mean().item(), rel=1e-5)

@@ -24,15 +24,15 @@ def test_a_small_run_says_what_it_measured(tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "throughput.json"
     small = {"images": 2, "batch-size": 1, "size": 32, "rows": 400, "width": 32, "feature-batch": 16, "pairs": 2}
     assert main([f"--{name}={value}" for name, value in (small | {"out": out}).items()]) == 0
-    told = json.loads(out.read_text())
-    features, distance = told["rows"]
+    report = json.loads(out.read_text())
+    features, distance = report["rows"]
     assert set(features) == set(distance) == set(COLUMNS)
     assert distance["work"] == "distance of 2 x 400 x 32 features in batches of 16"
     assert distance["relative difference"] < 1e-9
     assert features["relative difference"] < 1e-4
-    for row in told["rows"]:
+    for row in report["rows"]:
         assert 0 < row["from"] <= row["times as fast"] <= row["to"]
-    assert told["environment"]["torch"] == torch.__version__ and told["options"]["rows"] == 400
+    assert report["environment"]["torch"] == torch.__version__ and report["options"]["rows"] == 400
     assert "| times as fast |" in capsys.readouterr().out
 
 

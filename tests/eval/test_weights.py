@@ -45,9 +45,9 @@ def test_weights_are_found_in_order(standard: Standard, tmp_path: Path, monkeypa
     assert find_weights("net", standard, str(own / "alias.pth")) == own / "alias.pth"
     tensors, what = read_weights("net", standard)
     assert torch.equal(tensors["w"], torch.arange(3.0)) and what == "a network"
-    for given, why in ((str(tmp_path), "the folder has no net"), (str(tmp_path / "no.pth"), "does not exist")):
+    for source, why in ((str(tmp_path), "the folder has no net"), (str(tmp_path / "no.pth"), "does not exist")):
         with pytest.raises(UserError, match=why):
-            find_weights("net", standard, given)
+            find_weights("net", standard, source)
 
 
 def test_other_bytes_are_never_read(standard: Standard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

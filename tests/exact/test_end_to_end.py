@@ -23,8 +23,8 @@ def test_exact_samples_pass_and_a_lost_mode_fails(monkeypatch: pytest.MonkeyPatc
     sampler = Sampler(mix.denoiser(), [math.pi / 2])
     for x, good in ((exact, True), (lost, False), (1.3 * exact, False)):
         monkeypatch.setattr(end_to_end, "_draw", lambda sampler, x=x: x)
-        found = measures(sampler, "distribution")
-        assert all(value <= LIMITS[name.split()[0]] for name, value in found.items()) == good, found
+        measured = measures(sampler, "distribution")
+        assert all(value <= LIMITS[name.split()[0]] for name, value in measured.items()) == good, measured
 
 
 @pytest.mark.slow

@@ -192,12 +192,12 @@ def test_same_samples_as_the_stock_pipeline(made: Callable[..., Case], name: str
     assert gap(ours(case, guidance, grid), latents) < 1e-4
 
 
-@pytest.mark.parametrize("told", [1.0, 5.0])
-def test_flux_is_told_its_guidance(made: Callable[..., Case], told: float) -> None:
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_flux_is_told_its_guidance(made: Callable[..., Case], scale: float) -> None:
     case = made("flux")
     usual, _, _ = stock(case, 1.0)
-    call = {**case.call(1.0), "guidance_scale": told}
-    case = replace(case, call=lambda g: call, cond={**case.cond, "guidance": torch.tensor([told])})
+    call = {**case.call(1.0), "guidance_scale": scale}
+    case = replace(case, call=lambda g: call, cond={**case.cond, "guidance": torch.tensor([scale])})
     latents, _, grid = stock(case, 1.0)
     assert gap(usual, latents) > 1e-3
     assert gap(ours(case, 1.0, grid), latents) < 1e-4
@@ -335,15 +335,15 @@ def test_the_model_card_reads_the_network_as_a_single_file(
         assert len(code) == 1 and not hasattr(getattr(diffusers, case.family.network), "from_single_file")
         return
     # Of a network that is larger than diffusers' limit, too, there is one file.
-    given = [p for p in inspect.signature(ModelMixin.save_pretrained).parameters.values() if p.default is not p.empty]
-    limits = tuple("1KB" if p.name == "max_shard_size" else p.default for p in given)
+    options = [p for p in inspect.signature(ModelMixin.save_pretrained).parameters.values() if p.default is not p.empty]
+    limits = tuple("1KB" if p.name == "max_shard_size" else p.default for p in options)
     monkeypatch.setattr(ModelMixin.save_pretrained, "__defaults__", limits)
     record = StudentRecord((0.9,), "ddim", str(case.folder))
     folder = save_pipeline(tmp_path / "student", name, network, case.pipe.scheduler, record, card, str(case.folder))
-    found: dict[str, Any] = {}
-    exec(code[-1].replace("FOLDER", str(folder)), found)
-    loaded, kept = found["network"].state_dict(), network.state_dict()
-    assert type(found["network"]) is type(network) and loaded.keys() == kept.keys()
+    namespace: dict[str, Any] = {}
+    exec(code[-1].replace("FOLDER", str(folder)), namespace)
+    loaded, kept = namespace["network"].state_dict(), network.state_dict()
+    assert type(namespace["network"]) is type(network) and loaded.keys() == kept.keys()
     assert all(torch.equal(loaded[key], value) for key, value in kept.items())
 
 

@@ -281,15 +281,15 @@ def test_a_hub_id_is_downloaded_without_anything_but_safetensors(
 ) -> None:
     import huggingface_hub
 
-    asked: dict[str, object] = {}
+    call: dict[str, object] = {}
 
     def snapshot_download(name: str, **options: object) -> str:
-        asked.update(options, name=name)
+        call.update(options, name=name)
         return str(tiny_teacher("vp"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load_teacher("someone/something").source == "someone/something"
-    assert asked["name"] == "someone/something" and "*.bin" in asked["ignore_patterns"]  # type: ignore[operator]
+    assert call["name"] == "someone/something" and "*.bin" in call["ignore_patterns"]  # type: ignore[operator]
 
 
 def test_the_null_class_must_be_the_last_label(tiny_teacher: Teachers) -> None:

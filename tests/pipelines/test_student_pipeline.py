@@ -43,12 +43,12 @@ def draw(pipeline, seeds, prompts="a red square", **more):
     return torch.from_numpy(pipeline(prompts, generator=generator, output_type="np", **more).images).float()
 
 
-found = {"plain": draw(own, [3]), "told": draw(own, [3], **call)}
-found["two"] = draw(own, [3, 4], ["a red square", "two dogs"])
-found["second"] = draw(own, [4], "two dogs")
+images = {"plain": draw(own, [3]), "explicit": draw(own, [3], **call)}
+images["two"] = draw(own, [3, 4], ["a red square", "two dogs"])
+images["second"] = draw(own, [4], "two dogs")
 torch.manual_seed(1)
-found["stock"] = draw(stock, [3], **call)
-save_file({name: value.contiguous() for name, value in found.items()}, out)
+images["stock"] = draw(stock, [3], **call)
+save_file({name: value.contiguous() for name, value in images.items()}, out)
 """
 
 
@@ -76,14 +76,14 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stable_diffusion", "sd3"])
 def test_a_stranger_needs_no_arguments(name: str, students: Callable[[str], Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-c", STRANGER, str(students(name)), str(tmp_path / "found.safetensors")]
+    command = [sys.executable, "-c", STRANGER, str(students(name)), str(tmp_path / "images.safetensors")]
     subprocess.run(command, check=True)
-    found = load_file(tmp_path / "found.safetensors")
-    assert torch.equal(found["plain"], found["told"])
-    assert (found["two"] - torch.cat([found["plain"], found["second"]])).abs().max() < 1e-4
-    assert (found["plain"] - found["second"]).abs().max() > 1e-3
+    images = load_file(tmp_path / "images.safetensors")
+    assert torch.equal(images["plain"], images["explicit"])
+    assert (images["two"] - torch.cat([images["plain"], images["second"]])).abs().max() < 1e-4
+    assert (images["plain"] - images["second"]).abs().max() > 1e-3
     if name == "stable_diffusion":  # whose stock pipeline hands its generators on itself
-        assert torch.equal(found["plain"], found["stock"])
+        assert torch.equal(images["plain"], images["stock"])
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])

@@ -43,7 +43,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_lora_starts_as_the_base_and_trains_only_its_own_weights(teacher: Teacher) -> None:
     layers = sum(isinstance(m, nn.Linear | nn.Conv2d) for m in teacher.denoiser.network.modules())
     before = {name: p.detach().clone() for name, p in teacher.denoiser.network.named_parameters()}
-    given = teacher.denoiser(X, T, COND).y
+    before_lora = teacher.denoiser(X, T, COND).y
     player = lora(teacher.denoiser, 3).train()
     assert player.training
     trained = {name for name, p in player.named_parameters() if p.requires_grad}
@@ -59,7 +59,7 @@ def test_lora_starts_as_the_base_and_trains_only_its_own_weights(teacher: Teache
         optimizer.step()
     base = {name.replace(".base_layer", ""): p for name, p in teacher.denoiser.network.named_parameters()}
     assert all(torch.equal(p, base[name]) for name, p in before.items())
-    assert torch.equal(teacher.denoiser(X, T, COND).y, given)
+    assert torch.equal(teacher.denoiser(X, T, COND).y, before_lora)
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in player.parameters() if p.requires_grad)
     assert relative(player.eval()(X, T, COND).y, teacher.denoiser(X, T, COND).y) > 1e-3
 
@@ -112,8 +112,8 @@ def test_the_scale_is_an_input_that_starts_without_effect(teacher: Teacher) -> N
     assert torch.equal(player(X, T, COND).y, expected)
     shaken(player)
     out = player(X, T, COND, scaled).y
-    given, absent = player(X, T, COND, Extra(torch.full((5,), 2.0))).y, player(X, T, COND).y
-    assert torch.equal(given, absent)
+    at_default, absent = player(X, T, COND, Extra(torch.full((5,), 2.0))).y, player(X, T, COND).y
+    assert torch.equal(at_default, absent)
     changed = (out - absent).flatten(1).norm(dim=1) > 1e-4
     assert changed.tolist() == [True, False, True, True, True]  # each sample by its own scale
     assert torch.equal(copy.deepcopy(player)(X, T, COND, scaled).y, out)

@@ -80,8 +80,8 @@ def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], train
     sampler, teacher = game.method.sampler(), game.teacher
     first = torch.Generator().manual_seed(3)
     z = torch.randn(1, *shape, generator=first)
-    told = FAMILIES[teacher.family].pipelines[0]
-    hands = told in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "SanaPipeline")
+    pipeline = FAMILIES[teacher.family].pipelines[0]
+    hands = pipeline in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "SanaPipeline")
     torch.manual_seed(5)
 
     packed = teacher.family in ("flux", "qwen_image")
@@ -93,7 +93,7 @@ def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], train
     with torch.no_grad():
         x, t = sampler.input_at(len(sampler.levels) - 1, z, cond, noise)
         x0 = sampler.denoiser(x, t, cond).x0
-        if told == "DiTPipeline":  # it gives images only
+        if pipeline == "DiTPipeline":  # it gives images only
             return (decoder(teacher)(x0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return pack(x0) if packed else x0
 
@@ -163,8 +163,8 @@ def test_a_lora_student_of_pixels_is_exported_as_it_was_trained(tmp_path: Path) 
     student = distill(method="sid", **shared, **adapters, out=str(run)).student
     pipeline = DiffusionPipeline.from_pretrained(student)
     pipeline.set_progress_bar_config(disable=True)
-    told = {"num_inference_steps": 1, "output_type": "np", "generator": torch.Generator().manual_seed(3)}
-    got = torch.as_tensor(pipeline(**told).images)
+    call = {"num_inference_steps": 1, "output_type": "np", "generator": torch.Generator().manual_seed(3)}
+    got = torch.as_tensor(pipeline(**call).images)
     shape = tuple(load_teacher(folder).shape)
     trained, before = (
         (ours(run, {}, shape, trained) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) for trained in (True, False)
@@ -323,8 +323,8 @@ def test_a_bf16_teacher_with_float32_adapters(encoded: Callable[[str], tuple[Pat
     assert {p.dtype for p in base} == {torch.bfloat16}
     assert {p.dtype for p in game.method.players["student"].parameters()} == {torch.float32}
     for precision in ("bf16", "no"):
-        given = options | {"teacher_dtype": "bfloat16", "mixed_precision": precision, "sample_every": 1}
-        student = distill(**given, out=str(tmp_path / precision)).student
+        config = options | {"teacher_dtype": "bfloat16", "mixed_precision": precision, "sample_every": 1}
+        student = distill(**config, out=str(tmp_path / precision)).student
         weights = load_file(student / "lora/pytorch_lora_weights.safetensors")
         assert weights and all(bool(value.isfinite().all()) for value in weights.values())
     # What is exported is the base and the adapter, not their sum in bf16, which would round the adapter away.
@@ -354,13 +354,13 @@ def test_from_the_command_line(
     assert len(list((run / "samples").glob("*.png"))) == 2  # decoded
     for model in (run, folder):
         out = tmp_path / f"{model.name}.png"
-        wanted = ["--prompt", "a red square", "--prompt", "two dogs", "--count", "3", "--out", str(out)]
-        assert main(["sample", str(model), *wanted]) == 0
+        prompt_options = ["--prompt", "a red square", "--prompt", "two dogs", "--count", "3", "--out", str(out)]
+        assert main(["sample", str(model), *prompt_options]) == 0
         assert Image.open(out).size[0] > 3 * 16
     card = (run / "student" / "README.md").read_text()
     assert 'pipeline("a prompt", num_inference_steps=1, guidance_scale=1.0, height=16, width=16)' in card
     capsys.readouterr()
-    for arguments, told in (
+    for arguments, message in (
         (["sample", str(run)], "prompt:"),
         (["sample", str(run), "--prompt", "x", "--steps", "3"], "steps:"),
         (["sample", "digits", "--prompt", "x"], "prompt:"),
@@ -374,7 +374,7 @@ def test_from_the_command_line(
     ):
         assert main(arguments) == 2, arguments
         lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1 and told in lines[0], lines
+        assert len(lines) == 1 and message in lines[0], lines
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "sdxl"])
@@ -395,8 +395,8 @@ def test_a_student_that_is_told_the_scale_takes_it_from_the_stock_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     images = {}
     for scale in (2.0, 3.0):
-        told = call | {"guidance_scale": scale, "output_type": "latent"}
-        images[scale] = pipeline(PROMPTS[1], generator=torch.Generator().manual_seed(3), **told).images
+        arguments = call | {"guidance_scale": scale, "output_type": "latent"}
+        images[scale] = pipeline(PROMPTS[1], generator=torch.Generator().manual_seed(3), **arguments).images
     got = ours(tmp_path / "run", data.get(torch.tensor([1])).cond, tuple(data.settings["shape"]))
     assert call["guidance_scale"] == 2.0
     assert float((images[2.0] - got).abs().max()) < 1e-3 * max(1, float(got.abs().max()))
@@ -413,8 +413,8 @@ def test_a_student_of_a_level_inside_the_chain_starts_there_in_the_stock_pipelin
     student = distill(**options, out=str(tmp_path / "run")).student
     pipeline = DiffusionPipeline.from_pretrained(student)
     call = json.loads((student / "diffdistill.json").read_text())["call"]
-    told = call | {"generator": torch.Generator().manual_seed(3), "output_type": "latent"}
-    got = pipeline(PROMPTS[1], **told).images
+    arguments = call | {"generator": torch.Generator().manual_seed(3), "output_type": "latent"}
+    got = pipeline(PROMPTS[1], **arguments).images
     assert pipeline.scheduler.timesteps.tolist() == [750]
     data = open_encoded(prompts)
     expected = ours(tmp_path / "run", data.get(torch.tensor([1])).cond, tuple(data.settings["shape"]))

@@ -86,7 +86,7 @@ def test_a_file_as_it_should_be_is_described(tmp_path: Path) -> None:
     ("lines", "message"),
     [
         ([ABOUT[:-1] + ', papers="q")'], r"mine\.py, line 1: ABOUT has no field 'papers'; did you mean 'paper'\?"),
-        ([ABOUT.replace('data="d", ', "")], r"mine\.py, line 1: ABOUT does not say data"),
+        ([ABOUT.replace('data="d", ', "")], r"mine\.py, line 1: ABOUT lacks data; add what is missing"),
         ([ABOUT[:-1] + ', defaults={"stepz": 1})'], r"ABOUT's defaults have no training option 'stepz'; .*'steps'"),
         ([], r"mine\.py does not define ABOUT; see CONTRIBUTING\.md"),
         ([ABOUT.replace("ABOUT", "ABUOT", 1)], r"mine\.py does not define ABOUT; ABUOT is none of them"),

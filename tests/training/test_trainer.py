@@ -115,8 +115,8 @@ def test_an_interrupted_write_costs_no_checkpoint(
     monkeypatch.setattr(diffdistill.training.checkpoint, "save_file", fails_in_the_second_checkpoint)
     with pytest.raises(OSError, match="No space left"):
         distill(**options(tiny_teacher("vp"), tmp_path / "run"))
-    found = checkpoints(tmp_path / "run" / "checkpoints")
-    assert [p.name for p in found] == ["step-00000002"]
+    kept = checkpoints(tmp_path / "run" / "checkpoints")
+    assert [p.name for p in kept] == ["step-00000002"]
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"], "nothing half-written"
     monkeypatch.undo()
     distill(resume=tmp_path / "run")
