@@ -316,7 +316,7 @@ def test_trace_command(students: Folders, tmp_path: Path) -> None:
         assert main([*said, "--out", str(tmp_path / "plain.png")]) == 0
         assert main([*said, "--trace", "--out", str(tmp_path / "trace.png")]) == 0
         plain, trace = Image.open(tmp_path / "plain.png"), Image.open(tmp_path / "trace.png")
-        side = plain.height  # small images are drawn larger
+        side = 16
         gap = plain.width - 2 * side
         assert trace.size == (side * steps + gap * (steps - 1), 2 * side + gap)
         for i in range(2):  # the last column
