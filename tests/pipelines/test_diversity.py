@@ -316,12 +316,11 @@ def test_trace_command(students: Folders, tmp_path: Path) -> None:
         assert main([*said, "--out", str(tmp_path / "plain.png")]) == 0
         assert main([*said, "--trace", "--out", str(tmp_path / "trace.png")]) == 0
         plain, trace = Image.open(tmp_path / "plain.png"), Image.open(tmp_path / "trace.png")
-        side = 16
-        gap = plain.width - 2 * side
-        assert trace.size == (side * steps + gap * (steps - 1), 2 * side + gap)
+        gap = plain.width - 32
+        assert trace.size == (16 * steps + gap * (steps - 1), 32 + gap)
         for i in range(2):  # the last column
-            mine = trace.crop((trace.width - side, i * (side + gap), trace.width, i * (side + gap) + side))
-            theirs = plain.crop((i * (side + gap), 0, i * (side + gap) + side, side))
+            mine = trace.crop((trace.width - 16, i * (16 + gap), trace.width, i * (16 + gap) + 16))
+            theirs = plain.crop((i * (16 + gap), 0, i * (16 + gap) + 16, 16))
             both = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).int() for p in (mine, theirs)]
             assert (both[0] - both[1]).abs().max() <= 1
     with pytest.raises(UserError, match=r"trace: .* is a model of pixels"):
