@@ -14,10 +14,10 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, shown
+from diffdistill.files import yaml_mapping
 
 
 def option(default: Any, help: str, *, above: float | None = None, at_least: float | None = None,
@@ -72,18 +72,20 @@ def coerce(name: str, value: Any, hint: Any, bounds: Mapping[str, float]) -> Any
     if typing.get_origin(kind) is tuple:
         return tuple(coerce(name, part, typing.get_args(kind)[0], bounds) for part in _parts(value))
     value = _plain(name, value, kind)
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise UserError(f"{name}: {shown(value)} is not within 63 bits, as every whole number here is")
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         for choice in choices:
             if value == choice or str(value) == str(choice) or (value is False and choice == "no"):
                 return choice
-        raise UserError(f"{name}: {value!r} is not one of {', '.join(map(str, choices))}")
+        raise UserError(f"{name}: {shown(value)} is not one of {', '.join(map(str, choices))}")
     try:
         return _in_range(name, _scalar(value, kind), bounds)
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{name}: {value!r} is not {_WORDS[kind]}") from None
+        raise UserError(f"{name}: {shown(value)} is not {_WORDS[kind]}") from None
 
 
 def _parts(value: Any) -> Sequence[Any]:
@@ -119,6 +121,8 @@ def _scalar(value: Any, kind: type) -> Any:
         raise TypeError
     if kind is int and isinstance(value, float) and value != int(value):
         raise TypeError
+    if kind is int and int(value).bit_length() > 63:
+        raise ValueError
     return kind(value)
 
 
@@ -132,7 +136,7 @@ def _in_range(name: str, value: Any, bounds: Mapping[str, float]) -> Any:
     for key, bound in bounds.items():
         holds, words = checks[key]
         if not holds(value, bound):  # also false for nan
-            raise UserError(f"{name}: {value} must be {words} {bound:g}")
+            raise UserError(f"{name}: {shown(value)} must be {words} {bound:g}")
     return value
 
 
@@ -169,17 +173,12 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def read_mapping(path: str, what: str) -> dict[str, Any]:
     """A YAML file that is a mapping with texts for keys; UserError, which begins with `what`, for anything else."""
-    import yaml
-
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml_mapping(path)
     except OSError as error:
-        raise UserError(f"{what}: {path!r} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{what}: {path!r} is not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{what}: {path!r} is not a mapping of names to values")
-    return values
+        raise UserError(f"{what}: {shown(path)} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{what}: {shown(path)} cannot be read: {error}") from None
 
 
 # -- option groups that methods share: one idea has one name, one text and one range ----------------------------------

@@ -33,8 +33,8 @@ from diffdistill.config import (
     TrainConfig,
     VerifyConfig,
 )
-from diffdistill.errors import UserError
-from diffdistill.options import build, nearest, optional, read_yaml
+from diffdistill.errors import UserError, first_line, one_line
+from diffdistill.options import build, coerce, nearest, optional, read_yaml
 from diffdistill.version import __version__
 
 
@@ -121,16 +121,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(argv)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-            print(f"diffdistill: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a lost mount
-        print(f"diffdistill: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("diffdistill: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        # Each of several processes says what ended it: the others often learn only that one is gone.
+        rank, several = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") != "1"
+        print(
+            f"diffdistill: {one_line(f'rank {rank}: {message}' if several else message)}", file=sys.stderr, flush=True
+        )
+        return 2
+
+
+def _message(error: Exception) -> str | None:
+    """What is said of an error instead of a traceback; None for a fault of ours."""
+    if isinstance(error, UserError | OSError):  # of the latter a full disk, a lost mount
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "the memory does not suffice; try smaller batches or fewer samples"
+    if "torch" in sys.modules and isinstance(error, RuntimeError):
+        import torch
+
+        text = first_line(error)
+        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text:
+            return f"the memory does not suffice ({text}); try a smaller --batch-size"
+        if isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error):
+            return f"another process of this run has ended ({text})"
+    return None
 
 
 def _run(argv: list[str]) -> int:
@@ -162,9 +182,14 @@ def _run(argv: list[str]) -> int:
     call = getattr(importlib.import_module(f"diffdistill.commands.{module}"), function)
     if not command.resumes:
         return call(build(command.options, values)) or 0
-    if "resume" in values:
-        raise UserError("resume: give it on the command line, not in a config file")
-    return call(values if parsed.resume is None else values | {"resume": parsed.resume}) or 0
+    for option in ("resume", "allow_change"):
+        if option in values:
+            raise UserError(f"{option}: give it on the command line, not in a config file")
+    if parsed.resume is not None:
+        values["resume"] = parsed.resume
+    if parsed.allow_change:
+        values["allow_change"] = True
+    return call(values) or 0
 
 
 # -- parsers -----------------------------------------------------------------------------------------------
@@ -201,6 +226,10 @@ def _parser(name: str, command: Command, classes: Sequence[type], usual: Mapping
     add("--family", metavar="FILE", help="a Python file that defines FAMILY, for pipelines that no family reads yet")
     if command.resumes:
         add("--resume", metavar="RUN", help="continue the run in this folder from its last checkpoint")
+        text = (
+            "with --resume: go on although the teacher, data, options or method are not those that the run began with"
+        )
+        add("--allow-change", action="store_true", help=text)
     if command.options is TrainConfig:
         text = "the method's named settings, e.g. its paper's; see `diffdistill methods METHOD`"
         add("--preset", metavar="NAME", dest="option.preset", default=argparse.SUPPRESS, help=text)
@@ -289,7 +318,7 @@ def _method_of(argv: Sequence[str]) -> str:
         return parsed.method
     file = f"{parsed.resume}/config.yaml" if parsed.resume else parsed.config
     values = read_yaml(file) if file else {}
-    return str(values.get("method", TrainConfig.method))
+    return coerce("method", values.get("method", TrainConfig.method), str, {})
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, command: str, unknown: Sequence[str]) -> NoReturn:

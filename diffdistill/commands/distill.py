@@ -23,6 +23,7 @@ from diffdistill.scaffold.method import Method
 from diffdistill.training.assemble import Game, data_for, make_game, pairs_for
 from diffdistill.training.folder import refuse_a_run, resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
+from diffdistill.training.inputs import check_inputs, inputs_of
 from diffdistill.training.recipe import Objects, recorded
 from diffdistill.training.trainer import Interrupted, Trainer, accelerator_for
 
@@ -38,6 +39,7 @@ def distill(
     *,
     preset: str | None = None,
     resume: str | PathLike[str] | None = None,
+    allow_change: bool = False,
     teacher: str | PathLike[str] | Teacher | None = None,
     data: str | PathLike[str] | Tensor | tuple[Tensor, Tensor] | Examples | None = None,
     pairs: str | PathLike[str] | Examples | None = None,
@@ -51,7 +53,9 @@ def distill(
             default: 'dmd2'.
         preset: the method's named settings, e.g. its paper's; what is given besides goes first.
         resume: a run folder to continue from its last checkpoint. Few options may change then, `steps` among them;
-            objects that the run began with are given again.
+            objects that the run began with are given again. UserError if the run would read anything else than when it
+            began: other options in its config.yaml, another teacher, other data, prompts or pairs, another method.
+        allow_change: go on with a changed run, and say in a note what has changed.
         teacher: a diffusers folder, a hub id, 'digits' (the default, embedded in the package), or `Teacher.around` a
             network of your own.
         data: what `open_data` opens; or a tensor (N, *shape) in the units of the teacher's samples, images in [-1, 1]
@@ -66,13 +70,17 @@ def distill(
     """
     named = {"method": method, "preset": preset, "teacher": teacher, "data": data, "pairs": pairs}
     values, objects = Objects.split(named | dict(training), options)
-    return distill_values(values, objects, None if resume is None else Path(resume))
+    return distill_values(values, objects, None if resume is None else Path(resume), allow_change)
 
 
-def distill_values(values: dict[str, Any], objects: Objects, resume: Path | None = None) -> Run:
+def distill_values(
+    values: dict[str, Any], objects: Objects, resume: Path | None = None, allow_change: bool = False
+) -> Run:
     """`distill` with the options as the command line and YAML have them: all in one mapping."""
     if resume is not None:
-        values = resumed_options(resume, values, objects.named)
+        values = resumed_options(resume, values, objects.named, allow_change)
+    elif allow_change:
+        raise UserError("allow_change: it is for a run that is resumed; give --resume RUN")
     else:
         values = _with_preset(values, objects) | dict(objects.named)
     out = Path(str(values.get("out", TrainConfig.out)))
@@ -82,7 +90,7 @@ def distill_values(values: dict[str, Any], objects: Objects, resume: Path | None
     _check_options(game, values, resumed=resume is not None)
     check_exportable(game)  # a student that cannot be saved is refused now
     _note_on_stages(game)
-    _train(game, out, resume is not None)
+    _train(game, out, resume is not None, allow_change)
     return Run(out, objects.teacher)
 
 
@@ -113,7 +121,7 @@ def _note_on_stages(game: Game) -> None:
         print(f"note: all stages of {name} take {whole} steps and steps is {steps}: {end}", file=sys.stderr)
 
 
-def _train(game: Game, out: Path, resumed: bool) -> None:
+def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> None:
     config, method, teacher = game.config, game.method, game.teacher
     accelerator = accelerator_for(config, out)
     data = data_for(game)
@@ -122,14 +130,20 @@ def _train(game: Game, out: Path, resumed: bool) -> None:
     player_bytes = sum(p.numel() * p.element_size() for m in method.players.values() for p in m.parameters())
     kept_bytes = sum(v.numel() * v.element_size() for m in method.state.values() for v in m.state_dict().values())
     export_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters()) + parts_bytes(game)
+    inputs = inputs_of(
+        game.options(), data=data, teacher=teacher, prompts=game.encoded, noise_pairs=pairs, method=game.recipe.source
+    )
+    note = check_inputs(out, inputs, allow_change) if resumed else None
+    if note and accelerator.is_main_process:
+        print(note, file=sys.stderr)
     teacher.denoiser.to(accelerator.device)
     shown = data if game.family is None and teacher.num_classes is None else game.encoded
     grids = grid_writer(out, method.sampler, teacher, shown)
     trainer = Trainer(method, draw, config, out, accelerator, grids)
     if resumed:
-        trainer.resume()
+        trainer.resume(allow_change)
     sizes = {"kept_bytes": kept_bytes, "export_bytes": export_bytes}
-    start_folder(out, game.options(), player_bytes, accelerator, resume=resumed, **sizes)
+    start_folder(out, game.options(), player_bytes, accelerator, inputs, resume=resumed, **sizes)
     trainer.fit()
     if accelerator.is_main_process:
         with trainer.evaluating():
@@ -139,9 +153,9 @@ def _train(game: Game, out: Path, resumed: bool) -> None:
 
 def run(values: dict[str, Any]) -> int:
     """The command; `values` are those of the command line and of a YAML file."""
-    resume = values.pop("resume", None)
+    resume, allow_change = values.pop("resume", None), values.pop("allow_change", False)
     try:
-        result = distill_values(values, Objects(), None if resume is None else Path(resume))
+        result = distill_values(values, Objects(), None if resume is None else Path(resume), allow_change)
     except Interrupted as stopped:
         print(f"stopped; resume with: diffdistill train --resume {stopped}", file=sys.stderr)
         return 130

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -13,6 +12,7 @@ from diffdistill.errors import UserError
 from diffdistill.families import METADATA, load_student
 from diffdistill.families._own import WEIGHTS
 from diffdistill.files import atomic_folder
+from diffdistill.training.trainer import metrics_lines
 
 if TYPE_CHECKING:
     from diffdistill.eval.results import Evaluation
@@ -46,7 +46,7 @@ class Run:
             raise UserError(
                 f"run: {str(self.folder)!r} has no metrics.jsonl; give a folder that `diffdistill train` made"
             )
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [values for _, values in metrics_lines(path)]
 
     def sampler(self) -> Sampler:
         """The student as it was saved: `sampler(shape, cond, generators)` gives samples (B, *shape)."""

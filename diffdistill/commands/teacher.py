@@ -33,6 +33,7 @@ from diffdistill.rng import seed_for
 from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
 from diffdistill.training.folder import resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
+from diffdistill.training.inputs import check_inputs, inputs_of
 from diffdistill.training.trainer import Interrupted, Trainer, accelerator_for
 
 if TYPE_CHECKING:
@@ -98,17 +99,28 @@ def new_teacher(config: TeacherConfig, data: Data) -> Teacher:
     return teacher
 
 
-def train_teacher(*, resume: str | PathLike[str] | None = None, **options: Unpack[TeacherOptions]) -> Path:
+def train_teacher(
+    *, resume: str | PathLike[str] | None = None, allow_change: bool = False, **options: Unpack[TeacherOptions]
+) -> Path:
     """Train and save a teacher; returns its diffusers folder, `<out>/teacher`.
 
-    Options are those of `diffdistill teacher`, with underscores; `resume` continues a run folder. Raises
-    UserError for whatever cannot be used.
+    Options are those of `diffdistill teacher`, with underscores; `resume` continues a run folder,
+    with `allow_change` also where its config.yaml or data are not those that it began with. Raises UserError for
+    whatever cannot be used.
     """
     values = dict(options)
-    config = build(TeacherConfig, values if resume is None else resumed_options(Path(resume), values))
+    if resume is not None:
+        values = resumed_options(Path(resume), values, allow_change=allow_change)
+    elif allow_change:
+        raise UserError("allow_change: it is for a run that is resumed; give --resume RUN")
+    config = build(TeacherConfig, values)
     out = Path(config.out)
     accelerator = accelerator_for(config, out)
     data = open_data(config.data, resolution=config.resolution, channels=config.channels)
+    inputs = inputs_of(dataclasses.asdict(config), data=data)
+    note = check_inputs(out, inputs, allow_change) if resume is not None else None
+    if note and accelerator.is_main_process:
+        print(note, file=sys.stderr)
     text = _text_teacher(config, data) if config.architecture == "stable-diffusion" else None
     teacher = text.teacher if text else new_teacher(config, data)
     method = Denoising(teacher, config)
@@ -120,11 +132,11 @@ def train_teacher(*, resume: str | PathLike[str] | None = None, **options: Unpac
         grids = grid_writer(out, method.sampler, teacher)
     trainer = Trainer(method, draw, config, out, accelerator, grids)
     if resume is not None:
-        trainer.resume()
+        trainer.resume(allow_change)
     parameter_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters())
-    start_folder(out, dataclasses.asdict(config), parameter_bytes, accelerator, resume=resume is not None)
+    start_folder(out, dataclasses.asdict(config), parameter_bytes, accelerator, inputs, resume=resume is not None)
     if text:
-        text.prepare(out / "vae", accelerator)
+        text.prepare(out / "vae", accelerator, allow_change)
     trainer.fit()
     if accelerator.is_main_process:
         with trainer.evaluating():

@@ -138,14 +138,14 @@ class TextTeacher:
         settings = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
         return tokenizer(list(texts), return_tensors="pt", **settings).input_ids
 
-    def prepare(self, out: Path, accelerator: Accelerator) -> None:
-        """Train the autoencoder, or what is left of it, and encode all images."""
+    def prepare(self, out: Path, accelerator: Accelerator, allow_change: bool = False) -> None:
+        """Train the autoencoder, or what is left of it, and encode all images; `allow_change` as of `Trainer.resume`."""
         c, vae, data = self.config, self.pipeline.vae, self.data
         fit = dataclasses.replace(c, steps=c.vae_steps, batch_size=c.vae_batch_size, ema=0.99, sample_every=0)
         draw = batches(fit, dataclasses.replace(self.teacher, shape=data.shape), data, accelerator)
         out.mkdir(exist_ok=True)
         trainer = Trainer(Autoencoding(vae.train()), draw, fit, out, accelerator)
-        trainer.resume()
+        trainer.resume(allow_change)
         try:
             if trainer.step < fit.steps:
                 trainer.fit()

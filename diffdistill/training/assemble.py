@@ -26,7 +26,7 @@ from diffdistill.players.lora import LoraSettings, checkpoint_activations, is_lo
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
 from diffdistill.scaffold.method import Method, Need
-from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into
+from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into, load_newest
 from diffdistill.training.recipe import Objects, Recipe, recorded
 
 NO_OBJECTS = Objects()
@@ -252,12 +252,20 @@ def load_run(run: str | Path, step: int | None = None, objects: Objects = NO_OBJ
     by_step = {int(path.name.split("-")[1]): path for path in checkpoints(run / "checkpoints")}
     if not by_step:
         raise UserError(f"run: {str(run)!r} has no checkpoint yet; train it until its first one")
-    step = max(by_step) if step is None else step
-    if step not in by_step:
+    if step is None:
+        newest = load_newest(run / "checkpoints")
+        assert newest is not None
+        path, tensors, record = newest
+    elif step in by_step:
+        path = by_step[step]
+        tensors, record = load_checkpoint(path)
+    else:
         raise UserError(f"step: no checkpoint at {step}; there are {', '.join(map(str, sorted(by_step)))}")
-    tensors, _ = load_checkpoint(by_step[step])
-    for name, module in game.method.state.items():
-        load_into(module, tensors[f"state.{name}"], by_step[step])
-    name = game.method.exported
-    load_into(game.method.players[name].eval(), tensors[name] | tensors.get("average", {}), by_step[step])
-    return game, step
+    try:
+        for name, module in game.method.state.items():
+            load_into(module, tensors[f"state.{name}"], path)
+        name = game.method.exported
+        load_into(game.method.players[name].eval(), tensors[name] | tensors.get("average", {}), path)
+    except KeyError as error:
+        raise UserError(f"checkpoint: {path} is of other players ({error} is not in it)") from None
+    return game, record["step"]

@@ -1,14 +1,20 @@
 """Checkpoints: folders of safetensors and one JSON, complete or absent.
 
-A checkpoint is written beside its place and renamed into it, so an interrupted write never costs the last
-good one. It holds no generator state: all randomness is a function of (seed, step).
+A checkpoint is written beside its place and renamed into it, and renamed before it is removed, so an interruption
+never costs the last good one. Its record, state.json, holds a checksum of every file, which is verified when it is
+read: where one does not match, the checkpoint before is used. It holds no generator state: all randomness is a
+function of (seed, step).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffdistill.errors import UserError
-from diffdistill.files import atomic_folder
+from diffdistill.errors import UserError, first_line, shown
+from diffdistill.files import atomic_folder, file_digest, json_object
 
-_NAME = re.compile(r"step-(\d{8})$")
-_STATE = "state.json"
+FORMAT = 1
+"""Of the records that are written. Those without a number are from before there were checksums."""
+
+_NAME = re.compile(r"step-(\d{8,})$")
+_LEFT = re.compile(r"(\.step-\d{8,}\.(partial|replaced|removed)|step-\d{8,}\.damaged)$")
+_STATE, _TENSORS = "state.json", ".safetensors"
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -34,7 +44,7 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    """Put tensors named "parameter|slot" into an optimizer; KeyError for a parameter that the module lacks."""
+    """Put what `optimizer_state` gave into an optimizer; KeyError for a parameter that the module lacks."""
     parameters = dict(module.named_parameters())
     for key, value in flat.items():
         name, slot = key.rsplit("|", 1)
@@ -52,35 +62,132 @@ def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write `<folder>/step-<step>` whole: one safetensors file for each key of `tensors`, and state.json."""
+    """Write `<folder>/step-<step>` whole: one safetensors file for each key of `tensors`, and state.json.
+
+    `state` has `world_size` and `totals`. The record holds a checksum of every other file, and one of itself.
+    """
     with atomic_folder(folder / f"step-{step:08d}", _STATE) as partial:
+        files = {}
         for name, group in tensors.items():
             # clone(): tensors that share memory are refused by safetensors.
             whole = {k: v.detach().cpu().contiguous().clone() for k, v in group.items()}
             save_file(whole, partial / f"{name}.safetensors")
-        (partial / _STATE).write_text(json.dumps({"step": step, "groups": sorted(tensors), **state}, indent=2) + "\n")
+            files[f"{name}.safetensors"] = file_digest(partial / f"{name}.safetensors")
+        record = {"format": FORMAT, "step": step, **state, "files": dict(sorted(files.items()))}
+        record["checksum"] = _own_checksum(record)
+        (partial / _STATE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _own_checksum(record: dict[str, Any]) -> str:
+    """SHA-256 of a record without its checksum, whatever the order of its names."""
+    text = json.dumps({k: v for k, v in record.items() if k != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def remove_old(folder: Path, keep: int) -> None:
-    """Delete all complete checkpoints of a run but the newest `keep`, at least 1."""
+    """Delete all complete checkpoints of a run but the newest `keep`, at least 1, and what is left of others."""
     for path in checkpoints(folder)[:-keep]:
-        shutil.rmtree(path)
+        # Renamed first: a removal that is interrupted leaves no checkpoint that lacks files.
+        hidden = path.rename(folder / f".{path.name}.removed")
+        shutil.rmtree(hidden)
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what interrupted writes and removals, or `set_aside`, have left among a run's checkpoints."""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        part = _NAME.match(path.name) and path.is_dir() and not (path / _STATE).is_file()
+        if part or _LEFT.match(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, which are damaged, so that none of them counts as kept.
+
+    They are deleted when the next whole checkpoint has been written.
+    """
+    for path in checkpoints(folder):
+        if int(path.name.split("-")[1]) > step:
+            aside = folder / f"{path.name}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """The checkpoints of a run that have a record, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if _NAME.match(p.name) and (p / _STATE).is_file())
 
 
+class Damaged(UserError):
+    """A checkpoint does not hold what was saved."""
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors and the state of one checkpoint; UserError if a file of it is damaged."""
+    """The tensors and the record of one checkpoint; `Damaged` unless every file is what was saved."""
     try:
-        state = json.loads((path / _STATE).read_text())
-        return {name: load_file(path / f"{name}.safetensors") for name in state["groups"]}, state
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"checkpoint: {path} is damaged ({error}); remove it to resume from the one before") from None
+        record = json_object(path / _STATE)
+        _check_record(record, path)
+        for name, checksum in record["files"].items():
+            if not (path / name).is_file():
+                raise ValueError(f"{name} is missing")
+            if file_digest(path / name) != checksum:
+                raise ValueError(f"{name} is not what was saved")
+        return {name.removesuffix(_TENSORS): load_file(path / name) for name in record["files"]}, record
+    except (OSError, ValueError, SafetensorError) as error:
+        raise Damaged(f"checkpoint: {path} is damaged: {first_line(error)}") from None
+
+
+def _check_record(record: dict[str, Any], path: Path) -> None:
+    """ValueError, which says what is wrong, for a record that `save_checkpoint` has not written."""
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    def total(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and isinstance(value[0], float) and whole(value[1])
+
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "format": (lambda v: whole(v) and v == FORMAT, f"must be {FORMAT}; another version of diffdistill wrote it"),
+        "step": (lambda v: whole(v) and path.name == f"step-{v:08d}", "must be the step of the folder's name"),
+        "world_size": (lambda v: whole(v) and v >= 1, "must be a number of processes"),
+        "totals": (lambda v: isinstance(v, dict) and all(map(total, v.values())), "must be sums and their counts"),
+        "files": (lambda v: isinstance(v, dict) and all(map(_is_file_sum, v.items())), "must be files and checksums"),
+        "checksum": (lambda v: v == _own_checksum(record), "does not belong to it: the record was changed"),
+    }
+    for name, (holds, rule) in rules.items():
+        if name not in record:
+            raise ValueError(f"{_STATE} has no {name!r}")
+        if not holds(record[name]):
+            raise ValueError(f"{_STATE}: {name!r} is {shown(record[name])}, and {rule}")
+
+
+def _is_file_sum(item: tuple[str, Any]) -> bool:
+    name, checksum = item
+    plain = name.endswith(_TENSORS) and name == Path(name).name
+    return plain and isinstance(checksum, str) and re.fullmatch("[0-9a-f]{64}", checksum) is not None
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """The newest checkpoint that is whole, with its tensors and record; None where there has been none.
+
+    Each damaged one that is passed over is named in a note on stderr. UserError if all of them are damaged.
+    """
+    errors = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            tensors, record = load_checkpoint(path)
+        except Damaged as error:
+            errors.append(error)
+            continue
+        for error in errors:
+            if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+                print(f"note: {error}; {path.name}, the one before, is used instead", file=sys.stderr)
+        return path, tensors, record
+    if errors:
+        raise UserError(f"{errors[0]}; no earlier checkpoint is whole, so that the run must be started anew")
+    return None
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -88,4 +195,4 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"checkpoint: {path} is of another network ({str(error).splitlines()[0]})") from None
+        raise UserError(f"checkpoint: {path} is of another network ({first_line(error)})") from None

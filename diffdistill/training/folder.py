@@ -12,6 +12,7 @@ from diffdistill.config import run_options
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.files import atomic_write
+from diffdistill.training.inputs import MAY_CHANGE, write_inputs
 from diffdistill.training.trainer import Accelerator
 
 
@@ -26,12 +27,13 @@ def start_folder(
     options: dict[str, Any],
     player_bytes: int,
     accelerator: Accelerator,
+    inputs: Mapping[str, Any],
     *,
     resume: bool,
     kept_bytes: int = 0,
     export_bytes: int = 0,
 ) -> None:
-    """Make the run folder with its resolved options and environment, and start the tracker.
+    """Make the run folder with its resolved options, environment and `inputs`, and start the tracker.
 
     Fails here, not after the training, where the folder cannot be written or the disk has no room for the
     checkpoints: parameters, two moments and an average each, and what a method keeps besides (`kept_bytes`), of
@@ -49,6 +51,7 @@ def start_folder(
             raise UserError(f"out: {str(out)!r} has {free >> 20} MiB free and this run needs {need >> 20} MiB")
         try:
             atomic_write(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            write_inputs(out, inputs)
             atomic_write(out / "config.yaml", yaml.safe_dump(options, sort_keys=False))
         except OSError as error:
             raise UserError(f"out: cannot write to {str(out)!r} ({error.strerror}); choose another --out") from None
@@ -56,20 +59,12 @@ def start_folder(
     accelerator.init_trackers("diffdistill", config=scalars)  # TensorBoard takes neither None nor a list
 
 
-_ON_RESUME = {
-    "steps",
-    "device",
-    "threads",
-    "log_every",
-    "sample_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "tracker",
-}
-
-
-def resumed_options(run: Path, values: dict[str, Any], objects: Mapping[str, str] | None = None) -> dict[str, Any]:
+def resumed_options(
+    run: Path, values: dict[str, Any], objects: Mapping[str, str] | None = None, allow_change: bool = False
+) -> dict[str, Any]:
     """A run folder's options, updated by `values`; UserError for one that cannot change on the way.
+
+    With `allow_change` any can.
 
     `objects` are the recorded options that stand for what Python has given as an object again.
     """
@@ -81,6 +76,9 @@ def resumed_options(run: Path, values: dict[str, Any], objects: Mapping[str, str
                 "give the first again"
             )
     for name in values:
-        if name not in _ON_RESUME:
-            raise UserError(f"{name}: cannot change when a run is resumed; what can is {', '.join(sorted(_ON_RESUME))}")
+        if name not in MAY_CHANGE and not allow_change:
+            usual = ", ".join(sorted(MAY_CHANGE))
+            raise UserError(
+                f"{name}: cannot change when a run is resumed, unless with --allow-change; what can is {usual}"
+            )
     return saved | values | {"out": str(run)}

@@ -32,6 +32,7 @@ class Recipe:
     config: type  #: the dataclass of its options
     presets: Mapping[str, Preset]
     make: Callable[[Teacher, Any], Method]  #: from a teacher and an instance of `config`
+    source: object = None  #: the path of its file, its module or its class
 
 
 def recipe_of(method: str | ModuleType | Callable[..., Method]) -> Recipe:
@@ -47,7 +48,7 @@ def recipe_of(method: str | ModuleType | Callable[..., Method]) -> Recipe:
             module = info.load()
             return module.METHOD(teacher, module.Config(**shallow(options)))
 
-        return Recipe(info.name, info.about, info.config, info.presets, make)
+        return Recipe(info.name, info.about, info.config, info.presets, make, info.path)
     source: Any = method
     if isinstance(method, ModuleType):
         factory, config, module = source.METHOD, source.Config, method
@@ -63,7 +64,7 @@ def recipe_of(method: str | ModuleType | Callable[..., Method]) -> Recipe:
         )
     about = vars(module).get("ABOUT")
     unsaid = About(paper="unpublished", data="samples", equations={}, kind="distribution")
-    return Recipe(name, about if isinstance(about, About) else unsaid, config, presets, factory)
+    return Recipe(name, about if isinstance(about, About) else unsaid, config, presets, factory, method)
 
 
 def shallow(options: Any) -> dict[str, Any]:

@@ -23,19 +23,21 @@ from tqdm import tqdm
 from diffdistill.config import FitConfig
 from diffdistill.environment import peak_memory_mb, use_machine
 from diffdistill.errors import UserError
-from diffdistill.files import atomic_write
+from diffdistill.files import atomic_write, json_of
 from diffdistill.players.average import MovingAverage
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.rng import seed_for
 from diffdistill.scaffold.method import Batch, Method, Optimizer, Turn
 from diffdistill.training.checkpoint import (
     checkpoints,
-    load_checkpoint,
     load_into,
+    load_newest,
     load_optimizer_state,
     optimizer_state,
+    remove_leftovers,
     remove_old,
     save_checkpoint,
+    set_aside,
 )
 
 
@@ -282,30 +284,39 @@ class Trainer:
             remove_old(self.out / "checkpoints", self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def resume(self) -> None:
-        """Continue from the newest complete checkpoint of the run folder, if there is one."""
-        existing = checkpoints(self.out / "checkpoints")
-        if not existing:
+    def resume(self, allow_change: bool = False) -> None:
+        """Continue from the newest whole checkpoint of the run folder, if there is one.
+
+        UserError if all are damaged, or if it was written by another number of processes, unless `allow_change`.
+        """
+        folder = self.out / "checkpoints"
+        newest = load_newest(folder)
+        if newest is None:
             return
-        tensors, state = load_checkpoint(existing[-1])
-        if state["world_size"] != self.accelerator.num_processes:
+        path, tensors, record = newest
+        if record["world_size"] != self.accelerator.num_processes and not allow_change:
             raise UserError(
-                f"resume: {existing[-1]} was written by {state['world_size']} processes and this run has "
-                f"{self.accelerator.num_processes}, which would change the order of the data; use as many as before"
+                f"resume: {path} was written by {record['world_size']} processes and this run has "
+                f"{self.accelerator.num_processes}; the order of the data would change (--allow-change goes on)"
             )
-        for name, module in self.method.players.items():
-            load_into(module, tensors[name], existing[-1])
-            load_optimizer_state(module, self.optimizers[name], tensors[f"{name}.optimizer"])
-        for name, module in self.method.state.items():
-            load_into(module, tensors[f"state.{name}"], existing[-1])
-        if self.average:
-            self.average.load(tensors["average"])
-        self.step = state["step"]
-        self.totals = {key: (total, count) for key, (total, count) in state["totals"].items()}
+        self.step = record["step"]
         if self.step > self.config.steps:
-            raise UserError(
-                f"steps: {self.config.steps} is fewer than the {self.step} that are done already; give more"
-            )
+            raise UserError(f"steps: {self.config.steps} is fewer than the {self.step} that are done already")
+        try:
+            for name, module in self.method.players.items():
+                load_into(module, tensors[name], path)
+                load_optimizer_state(module, self.optimizers[name], tensors[f"{name}.optimizer"])
+            for name, module in self.method.state.items():
+                load_into(module, tensors[f"state.{name}"], path)
+            if self.average:
+                self.average.load(tensors["average"])
+        except KeyError as error:
+            raise UserError(f"checkpoint: {path} is of other players ({error} is not in both)") from None
+        self.totals = {key: (total, count) for key, (total, count) in record["totals"].items()}
+        self.accelerator.wait_for_everyone()  # all have read it
+        if self.accelerator.is_main_process:
+            remove_leftovers(folder)
+            set_aside(folder, self.step)
 
 
 def eight_bit() -> Any:
@@ -324,8 +335,8 @@ class MetricsFile:
     def __init__(self, path: Path, step: int):
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            atomic_write(path, "".join(f"{line}\n" for line in kept))
+            kept = [line for line, values in metrics_lines(path) if values["step"] <= step]
+            atomic_write(path, b"".join(line + b"\n" for line in kept))
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line of JSON."""
@@ -333,11 +344,15 @@ class MetricsFile:
             file.write(json.dumps(values) + "\n")
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # a line cut short by a crash
+def metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a metrics.jsonl with their values; what a crash or an editor has made of a line is left out."""
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            values = json_of(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            yield line, values
 
 
 @contextmanager

@@ -1,0 +1,175 @@
+"""What a run reads: fingerprints of it, kept in the run folder, and what is another when the run goes on.
+
+inputs.json holds the resolved options and a fingerprint each of the teacher's weights, its scheduler, the data, the
+prompts, the pairs and the method's file. A resumed run that reads anything else would be neither the old run nor a
+new one, so it is refused unless the user allows the change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.data import encoded, pairs
+from diffdistill.data.examples import Examples, TensorExamples
+from diffdistill.data.shards import Kind, read_index
+from diffdistill.errors import UserError, shown
+from diffdistill.files import atomic_write, json_object
+from diffdistill.players.teacher import Teacher
+
+FILE = "inputs.json"
+FORMAT = 1
+
+MAY_CHANGE = {
+    "steps",
+    "device",
+    "threads",
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tracker",
+}
+"""Options that may be others when a run goes on."""
+
+_BY_CONTENT = {"out", "teacher", "data", "pairs", "prompts"}  # where they lie does not matter
+
+
+def inputs_of(
+    options: Mapping[str, Any],
+    *,
+    data: Examples | None = None,
+    teacher: Teacher | None = None,
+    prompts: Examples | None = None,
+    noise_pairs: Examples | None = None,
+    method: object = None,
+) -> dict[str, Any]:
+    """What inputs.json holds. `method` is a path, a module or a class; of a class its own source counts.
+
+    The whole of the teacher's weights is read, at about 1 GB a second. Modules that a method's file imports are not.
+    """
+    kept = {name: value for name, value in options.items() if name not in MAY_CHANGE | _BY_CONTENT}
+    fingerprints = {
+        "teacher's weights": None if teacher is None else pairs.fingerprint(dataclasses.replace(teacher, scheduler={})),
+        "teacher's scheduler": None if teacher is None else _scheduler(teacher),
+        "data": _examples(data),
+        "prompts": _examples(prompts),
+        "pairs": _examples(noise_pairs),
+        "method": _source(method),
+    }
+    return {"format": FORMAT, "options": json.loads(json.dumps(kept)), "fingerprints": fingerprints}
+
+
+def changes(run: Path, now: Mapping[str, Any]) -> list[str]:
+    """What differs from what the run began with, in words; UserError where its record cannot be read."""
+    path = run / FILE
+    hint = "so that what the run began with is not known; go on with --allow-change"
+    if not path.is_file():
+        raise UserError(f"resume: {shown(str(run))} has no {FILE}, {hint}")
+    try:
+        before = json_object(path)
+        parts = [before.get("options"), before.get("fingerprints")]
+        if before.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
+            raise ValueError("it has no options and fingerprints")
+    except (OSError, ValueError) as error:
+        raise UserError(f"resume: {shown(str(path))} is damaged ({error}), {hint}") from None
+    differ = []
+    for name, value in before["options"].items():  # others are of a later version, and had one value only
+        if name in now["options"] and now["options"][name] != value:
+            differ.append(f"{name} ({shown(value)}, now {shown(now['options'][name])})")
+    for name, value in now["fingerprints"].items():
+        if before["fingerprints"].get(name) != value:
+            was = before["fingerprints"].get(name)
+            differ.append(f"{name} ({_short(was)}, now {_short(value)})")
+    return differ
+
+
+def check_inputs(run: Path, now: Mapping[str, Any], allow_change: bool) -> str | None:
+    """UserError, which names it, if the run reads anything else than when it began.
+
+    With `allow_change` that is the text of a note instead; None if all is the same.
+    """
+    try:
+        differ = changes(run, now)
+    except UserError as error:
+        if not allow_change:
+            raise
+        return f"note: {error}"
+    if not differ:
+        return None
+    what = ", ".join(differ[:3]) + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
+    if not allow_change:
+        raise UserError(f"resume: changed since the run began: {what}; undo that, or go on with --allow-change")
+    return f"note: changed since the run began: {what}"
+
+
+def write_inputs(run: Path, now: Mapping[str, Any]) -> None:
+    """Write inputs.json, before config.yaml: a folder with a config.yaml is a run."""
+    atomic_write(run / FILE, json.dumps(now, indent=2) + "\n")
+
+
+def _short(fingerprint: Any) -> str:
+    return "none" if fingerprint is None else shown(fingerprint).strip("'")
+
+
+def _digest(*parts: bytes | memoryview) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _scheduler(teacher: Teacher) -> str:
+    """Of the config that diffusers has, or of the schedule of a network that it does not know."""
+    if teacher.scheduler:
+        config = {k: v for k, v in sorted(teacher.scheduler.items()) if k != "_diffusers_version"}
+        return _digest(json.dumps(config, default=str).encode())
+    schedule: Any = teacher.denoiser.schedule
+    fields = dataclasses.fields(schedule) if dataclasses.is_dataclass(schedule) else ()
+    values = {f.name: getattr(schedule, f.name) for f in fields if not f.name.startswith("_")}
+    plain = {k: _digest(_bytes(v)) if isinstance(v, Tensor) else repr(v) for k, v in values.items()}
+    return _digest(json.dumps([type(schedule).__name__, plain]).encode())
+
+
+def _examples(examples: Examples | None) -> str | None:
+    """How many there are, and a fingerprint of their content where there is a way to tell it."""
+    if examples is None:
+        return None
+    if isinstance(examples, encoded.Encoded | pairs.Pairs):
+        content = _shards(encoded.KIND if isinstance(examples, encoded.Encoded) else pairs.KIND, examples.folder)
+    elif isinstance(examples, TensorExamples):
+        columns = sorted(examples.cond.items())
+        content = _digest(_bytes(examples.x0), *(part for k, v in columns for part in (k.encode(), _bytes(v))))
+    else:
+        content = str(getattr(examples, "fingerprint", type(examples).__name__))
+    return f"{len(examples)} of {content}"
+
+
+def _shards(kind: Kind, folder: Path) -> str:
+    index = read_index(kind, folder)
+    contents = {name: value for name, value in index.items() if name in ("settings", "shards", "null")}
+    return _digest(json.dumps(contents, sort_keys=True).encode())
+
+
+def _source(method: object) -> str | None:
+    if isinstance(method, ModuleType):
+        method = getattr(method, "__file__", None)
+    if isinstance(method, str | Path):
+        return _digest(Path(method).read_bytes())
+    try:
+        return None if method is None else _digest(inspect.getsource(method).encode())  # type: ignore[arg-type]
+    except (OSError, TypeError):  # typed into an interpreter, or made by a function
+        return None
