@@ -113,8 +113,8 @@ def yaml_mapping(path: str) -> dict[str, Any]:
     """The mapping of texts to values that a YAML file holds.
 
     Raises OSError where it cannot be read, and ValueError, which says what is wrong, for a file that is no YAML, no
-    such mapping, larger than 128 KiB, nested too deeply, or large once its aliases are written out; for a key that stands
-    twice; and for a value that its own tag or form does not allow.
+    such mapping, larger than 128 KiB, nested too deeply, or large once its aliases are written out; for a key that
+    stands twice; and for a value that its own tag or form does not allow.
     """
     import yaml
 

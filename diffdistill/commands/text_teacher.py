@@ -139,7 +139,7 @@ class TextTeacher:
         return tokenizer(list(texts), return_tensors="pt", **settings).input_ids
 
     def prepare(self, out: Path, accelerator: Accelerator, allow_change: bool = False) -> None:
-        """Train the autoencoder, or what is left of it, and encode all images; `allow_change` as of `Trainer.resume`."""
+        """Train the autoencoder, or what is left of it, and encode all images; `allow_change` is `resume`'s."""
         c, vae, data = self.config, self.pipeline.vae, self.data
         fit = dataclasses.replace(c, steps=c.vae_steps, batch_size=c.vae_batch_size, ema=0.99, sample_every=0)
         draw = batches(fit, dataclasses.replace(self.teacher, shape=data.shape), data, accelerator)
