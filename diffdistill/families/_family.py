@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from diffdistill.core.denoiser import Call, Cond, Denoiser
 from diffdistill.core.prediction import Output
 from diffdistill.core.schedule import Schedule
 from diffdistill.errors import UserError
+from diffdistill.files import json_of
 from diffdistill.players.teacher import Teacher
 
 Config = dict[str, Any]
@@ -31,7 +31,7 @@ def diffusers_class(kind: str | type) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_of(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"teacher: {path} is missing; a diffusers folder must have it") from None
     except (OSError, ValueError) as error:

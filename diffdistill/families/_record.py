@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, shown
+from diffdistill.files import json_of
 from diffdistill.players.sampler import STEPS
 from diffdistill.version import __version__
 
@@ -111,7 +112,7 @@ def read_record(folder: Path) -> Record | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json_of(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"record: {path} is not readable JSON ({error})") from None
     if not isinstance(values, dict):
@@ -119,14 +120,17 @@ def read_record(folder: Path) -> Record | None:
     number = values.pop("format", 0)
     if not isinstance(number, int) or not 0 <= number <= FORMAT:
         raise UserError(
-            f"record: {path} is of format {number!r}, and diffdistill {__version__} reads formats up to {FORMAT}; "
+            f"record: {path} is of format {shown(number)}, and diffdistill {__version__} reads formats up to {FORMAT}; "
             "update diffdistill"
         )
     if number == 0:
-        values = _without_number(values)
+        try:
+            values = _without_number(values)
+        except (AttributeError, TypeError):
+            raise UserError(f"record: {path}: its options or call are no objects; export the model again") from None
     kind = values.pop("kind", None)
-    if kind not in _KINDS:
-        raise UserError(f"record: {path} has the kind {kind!r}; known are {', '.join(_KINDS)}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise UserError(f"record: {path} has the kind {shown(kind)}; known are {', '.join(_KINDS)}")
     record = _built(_KINDS[kind], values, str(path), "")
     if isinstance(record, StudentRecord) and record.move not in STEPS:
         raise UserError(f"record: {path}: 'move' is {record.move!r}, none of {', '.join(STEPS)}")
@@ -184,9 +188,9 @@ def _fitted(value: Any, hint: Any, where: str, name: str) -> Any:
     kind = typing.get_origin(hint) or hint
     if kind is tuple:
         if not isinstance(value, list) or not value:
-            raise UserError(f"record: {where}: {name!r} is {value!r}; it must be a list of at least one number")
+            raise UserError(f"record: {where}: {name!r} is {shown(value)}; it must be a list of at least one number")
         return tuple(_fitted(part, typing.get_args(hint)[0], where, name) for part in value)
     accepted = (int, float) if kind is float else kind
     if isinstance(value, bool) or kind not in _WORDS or not isinstance(value, accepted):
-        raise UserError(f"record: {where}: {name!r} is {value!r}; it must be {_WORDS.get(kind, 'an object')}")
+        raise UserError(f"record: {where}: {name!r} is {shown(value)}; it must be {_WORDS.get(kind, 'an object')}")
     return float(value) if kind is float else value

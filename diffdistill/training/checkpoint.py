@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffdistill.errors import UserError, first_line, shown
+from diffdistill.errors import UserError, first_line, one_line, shown
 from diffdistill.files import atomic_folder, file_digest, json_object
 
 FORMAT = 1
@@ -183,7 +183,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[
             continue
         for error in errors:
             if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-                print(f"note: {error}; {path.name}, the one before, is used instead", file=sys.stderr)
+                print(one_line(f"note: {error}; {path.name}, the one before, is used instead"), file=sys.stderr)
         return path, tensors, record
     if errors:
         raise UserError(f"{errors[0]}; no earlier checkpoint is whole, so that the run must be started anew")

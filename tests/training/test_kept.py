@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_not_used_but_the_one_before(damage: Damage, run
     assert newest is not None and newest[0].name == BEFORE and newest[2]["step"] == 2
     note = capsys.readouterr().err
     assert note.startswith("note: checkpoint: ") and NEWEST in note and f"{BEFORE}, the one before, is used" in note
-    assert note.count("\n") == 1 and len(note) < 400
+    assert note.count("\n") == 1 and len(note) < 300
     with pytest.raises(UserError, match=f"{NEWEST} is damaged") as refused:
         load_checkpoint(folder / NEWEST)
     assert len(str(refused.value)) < 300 and "\n" not in str(refused.value)
