@@ -21,6 +21,7 @@ from diffdistill.eval.suites import Suite
 from diffdistill.players.sampler import Sampler
 from diffdistill.training.assemble import load_run
 from diffdistill.training.checkpoint import checkpoints
+from diffdistill.training.trainer import metrics_lines
 
 SHOWN_STEPS = (1, 2, 4)
 
@@ -65,8 +66,8 @@ def train(entry: Entry, suite: Suite, values: dict[str, Any], out: Path) -> dict
 
 def _peaks(metrics: Path) -> list[float]:
     """Of the processes that have trained so far."""
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return [json.loads(line)["peak_memory_mb"] for line in lines] or [0.0]
+    lines = metrics_lines(metrics) if metrics.exists() else ()
+    return [float(values.get("peak_memory_mb", 0.0)) for _, values in lines] or [0.0]
 
 
 def students(entry: Entry, suite: Suite, out: Path, device: torch.device) -> Iterator[Sampler]:

@@ -104,7 +104,7 @@ def remove_leftovers(folder: Path) -> None:
 def set_aside(folder: Path, step: int) -> None:
     """Rename the checkpoints after `step`, which are damaged, so that none of them counts as kept.
 
-    They are deleted when the next whole checkpoint has been written.
+    They are deleted once the next whole checkpoint has been written, or when the run is resumed once more.
     """
     for path in checkpoints(folder):
         if int(path.name.split("-")[1]) > step:

@@ -297,11 +297,13 @@ class Trainer:
         if record["world_size"] != self.accelerator.num_processes and not allow_change:
             raise UserError(
                 f"resume: {path} was written by {record['world_size']} processes and this run has "
-                f"{self.accelerator.num_processes}; the order of the data would change (--allow-change goes on)"
+                f"{self.accelerator.num_processes}, which changes the order of the data; use as many, or --allow-change"
             )
         self.step = record["step"]
         if self.step > self.config.steps:
-            raise UserError(f"steps: {self.config.steps} is fewer than the {self.step} that are done already")
+            raise UserError(
+                f"steps: {self.config.steps} is fewer than the {self.step} that are done already; give more"
+            )
         try:
             for name, module in self.method.players.items():
                 load_into(module, tensors[name], path)
