@@ -26,7 +26,7 @@ from diffdistill.eval.metrics.bootstrap import interval
 from diffdistill.eval.metrics.registry import Inputs
 from diffdistill.eval.models import Model, SamplingOptions
 from diffdistill.eval.protocol import Protocol, ProtocolMetric, data_path, digest
-from diffdistill.eval.reference import LEAST, Reference, open_reference
+from diffdistill.eval.reference import Reference, open_reference
 
 SHOWN = 20
 REPLICATES = {"narrow": 200, "wide": 20}  # a wide covariance takes seconds a replicate
@@ -167,7 +167,7 @@ class Judge:
 
 def _enough(count: int) -> str:
     """What to do where there are only so many images or prompts."""
-    return f"give more, or --count {count}" if count >= LEAST else f"give {LEAST} or more"
+    return f"give more, or --count {count}" if count > 1 else "give 2 or more"
 
 
 @dataclass(frozen=True)
