@@ -280,9 +280,9 @@ def _open_source(config: EncodeConfig, encoder: _Encoder) -> _Source:
         images = open_data(config.data, resolution=height, channels=3)
     first = images.get(torch.arange(1))
     if (first.captions if family.text else first.labels) is None:
-        where = f"text ({looked_for()}) in a metadata.jsonl, or a .txt beside each image"
-        needed = f"captions ({where})" if family.text else "class labels"
-        raise UserError(f"data: {config.data!r} has no {needed}, which {family.name} is conditioned on")
+        where = f"; give {looked_for()} in a metadata.jsonl, or a .txt beside each image" if family.text else ""
+        needed = "captions" if family.text else "class labels"
+        raise UserError(f"data: {config.data!r} has no {needed}, which {family.name} is conditioned on{where}")
     if family.text is None:
         check_classes(f"{config.data!r}", images.num_classes, encoder.num_classes)
     return _Source(images, None, min(len(images), config.count or len(images)), images.fingerprint)

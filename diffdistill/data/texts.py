@@ -114,4 +114,4 @@ def caption_of(row: Mapping[str, Any], source: str, place: str, first: str = "te
 
 def looked_for() -> str:
     """The names of captions, for messages."""
-    return ", ".join(map(repr, NAMES[:3]))
+    return "'prompt', 'caption' or 'text'"
