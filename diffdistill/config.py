@@ -235,7 +235,7 @@ class JudgeConfig(DrawConfig):
     """What is drawn, compared with what and measured how."""
 
     protocol: str | None = option(None, "a protocol (see `diffdistill protocols`) or a .yaml file; default: digits")
-    count: int | None = option(None, "images of each model; default: the protocol's", at_least=10)
+    count: int | None = option(None, "images of each model; default: the protocol's", at_least=2)
     seed: int | None = option(
         None, "image i is drawn from seed 1000000 * SEED + i; default: the protocol's, which is 0", at_least=0
     )

@@ -20,7 +20,7 @@ from diffdistill.errors import UserError, first_line, shown
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
-    """Write `data` (text as UTF-8) so that a reader sees the old file or the whole new one.
+    """Write `data` (text as UTF-8, lone surrogates escaped) so that a reader sees the old file or the whole new one.
 
     Missing parent folders are made. Returns the path. Raises OSError if the folder cannot be
     written; what was at `path` is then untouched and no temporary file is left.
@@ -31,7 +31,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            # Names of files that are no UTF-8 are surrogates in Python.
+            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())  # otherwise a crash after the rename can leave an empty file
         os.replace(temporary, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from diffdistill.data.folder import IMAGE_SUFFIXES, naming_image
-from diffdistill.data.images import open_data
+from diffdistill.data.files import size_of, walk
+from diffdistill.data.folder import naming_image, using
+from diffdistill.data.images import Data, open_data
 from diffdistill.data.shards import hash_file
+from diffdistill.data.texts import printable
 from diffdistill.errors import UserError
 from diffdistill.pictures import as_bytes
 
@@ -38,35 +40,53 @@ class Model:
 
 
 def open_image_folder(path: Path) -> Model:
-    """Image files in sorted order, as they are: all of one size and mode. UserError where they are not."""
-    images_below = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    files = sorted(p for p in images_below if not any(part.startswith(".") for part in p.relative_to(path).parts))
-    if not files:
-        raise UserError(f"eval: {str(path)!r} holds no pipeline (model_index.json) and no images")
-    numbers = [[int(n) for n in re.findall(r"\d+", file.name)] for file in files]
-    if all(numbers) and sorted(numbers) != numbers and len({file.parent for file in files}) == 1:
-        raise UserError(
-            f"eval: the files of {str(path)!r} are not in the order of their numbers, by which captions are "
-            "compared; call them 00000.png, 00001.png, .."
-        )
-    first, digest = None, hashlib.blake2b(digest_size=8)
-    for file in files:
-        with naming_image(str(file)), Image.open(file) as image:
-            kind = (image.mode, *image.size)
-        if image.mode not in ("L", "RGB"):
-            raise UserError(f"eval: {file} is of mode {image.mode}; give RGB or grey images without alpha or palette")
-        first = first or kind
-        if kind != first:
-            one, other = (f"{width}x{height} {mode}" for mode, width, height in (kind, first))
-            raise UserError(f"eval: {file} is {one} where {files[0].name} is {other}; give images of one kind")
-        digest.update(file.name.encode())
-        hash_file(digest, file)
-    data = open_data(str(path))
+    """Image files in the order of their names, numbers as numbers; UserError unless all are of one size and mode."""
+    try:
+        named = sorted(walk(path))
+        files = [path / name for name in sorted(named, key=_in_order)]
+        if not files:
+            raise UserError(f"eval: {str(path)!r} holds no pipeline (model_index.json) and no images")
+        first, digest = None, hashlib.blake2b(digest_size=8)
+        for file in files:
+            size_of(file)
+            with naming_image(str(file)):
+                kind = using(str(file), lambda image: (image.mode, *image.size))
+            if kind[0] not in ("L", "RGB"):
+                raise UserError(f"eval: {file} is of mode {kind[0]}; give RGB or grey images without alpha or palette")
+            first = first or kind
+            if kind != first:
+                one, other = (f"{width}x{height} {mode}" for mode, width, height in (kind, first))
+                raise UserError(f"eval: {file} is {one} where {files[0].name} is {other}; give images of one kind")
+            digest.update(os.fsencode(file.name))
+            hash_file(digest, file)
+        data = open_data(str(path))
+    except UserError as error:
+        raise UserError(re.sub("^data:", "eval:", str(error))) from None
     if len(data) != len(files):
         counts = f"{str(path)!r} has {len(files)} image files and {len(data)} of them are read as data"
-        raise UserError(f"eval: {counts} (it holds splits or a metadata.jsonl); give a folder of images alone")
+        raise UserError(f"eval: {counts} (it holds splits or a metadata file); give a folder of images alone")
+    row = {name: i for i, name in enumerate(named)}  # as `open_data` has them
+    rows = torch.tensor([row[file.relative_to(path).as_posix()] for file in files])
+    return _images(printable(path.resolve().name), digest.hexdigest(), data, rows)
 
+
+def open_image_file(path: Path) -> Model:
+    """The images of a .npz or .safetensors file, as samplers save them; UserError if it holds none."""
+    try:
+        data = open_data(str(path))
+    except UserError as error:
+        raise UserError(re.sub("^data:", "eval:", str(error))) from None
+    return _images(data.name, data.fingerprint, data, torch.arange(len(data)))
+
+
+def _in_order(name: str) -> list[list[str | int]]:
+    """A key that sorts sample_2 before sample_10."""
+    parts = (re.split(r"([0-9]+)", part) for part in name.split("/"))
+    return [[int(text) if i % 2 else text for i, text in enumerate(part)] for part in parts]
+
+
+def _images(name: str, fingerprint: str, data: Data, rows: Tensor) -> Model:
     def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
-        return as_bytes(data.get(torch.tensor(indices)).images)
+        return as_bytes(data.get(rows[list(indices)]).images)
 
-    return Model(path.resolve().name, digest.hexdigest(), "images", None, None, {}, images, count=len(files))
+    return Model(name, fingerprint, "images", None, None, {}, images, count=len(data))

@@ -103,10 +103,10 @@ class Judge:
         if not path.exists():
             remedy = f"fetch {protocol.fetch}" if protocol.fetch else "make it, a prompt a line"
             raise UserError(f"prompts: {path} is not there; {remedy}; or say with --prompts where it is")
-        prompts = all_prompts(str(path))
+        prompts = all_prompts(str(path), keep_blank=True)
         if len(prompts) < protocol.count:
             problem = f"{path} has {len(prompts)} prompts and the protocol takes {protocol.count}"
-            raise UserError(f"prompts: {problem}; give more, or --count {len(prompts)}")
+            raise UserError(f"prompts: {problem}; {_enough(len(prompts))}")
         return prompts[: protocol.count]
 
     def labels(self, model: Model) -> Tensor | None:
@@ -153,7 +153,7 @@ class Judge:
         if model.conditions == "images":
             if model.count is not None and model.count < protocol.count:
                 problem = f"{model.name} has {model.count} images and {protocol.name} takes {protocol.count}"
-                raise UserError(f"eval: {problem}; give more, or --count {model.count}")
+                raise UserError(f"eval: {problem}; {_enough(model.count)}")
             return
         if model.conditions not in protocol.conditions:
             takes = {"none": "no conditions", "classes": "class labels"}.get(model.conditions, model.conditions)
@@ -163,6 +163,11 @@ class Judge:
         if model.classes is not None and protocol.classes is not None and model.classes != protocol.classes:
             problem = f"{model.name} has {model.classes} classes and the protocol {protocol.name} {protocol.classes}"
             raise UserError(f"eval: {problem}; give a pipeline of so many")
+
+
+def _enough(count: int) -> str:
+    """What to do where there are only so many images or prompts."""
+    return f"give more, or --count {count}" if count > 1 else "give 2 or more"
 
 
 @dataclass(frozen=True)

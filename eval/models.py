@@ -22,7 +22,7 @@ from diffdistill.data.shards import hash_file
 from diffdistill.errors import UserError, first_line
 from diffdistill.eval.attention import attention
 from diffdistill.eval.features.measure import network_fingerprint
-from diffdistill.eval.image_folder import Model, open_image_folder
+from diffdistill.eval.image_folder import Model, open_image_file, open_image_folder
 from diffdistill.eval.measurements import rounded
 from diffdistill.families import (
     METADATA,
@@ -80,7 +80,7 @@ def check_dtype(dtype: str, device: torch.device) -> None:
 
 @torch.no_grad()
 def open_model(model: ModelLike, sampling: SamplingOptions) -> Model:
-    """The model of a run, a pipeline's folder or hub id, a folder of images, or a loaded one.
+    """The model of a run, a pipeline's folder or hub id, a folder or file of images, or a loaded one.
 
     UserError where it is none, or does not take the options of sampling.
     """
@@ -91,6 +91,8 @@ def open_model(model: ModelLike, sampling: SamplingOptions) -> Model:
     path = model_folder(model)
     if path.is_dir() and not (path / "model_index.json").is_file():
         return open_image_folder(path)
+    if path.is_file() and path.suffix.lower() in (".npz", ".safetensors"):
+        return open_image_file(path)
     path = local_folder(str(path))
     family = family_or_none(path)
     if family is not None and family.autoencoder is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from diffdistill.data.arrays import check_expansion, holds_arrays
+from diffdistill.data.files import walk
 from diffdistill.data.images import Data, open_data
+from diffdistill.data.texts import printable
 from diffdistill.errors import UserError
 from diffdistill.eval.features.measure import Measure
 from diffdistill.eval.measurements import Measurements, Processes, make_measurements, measured, prepared
@@ -106,7 +110,7 @@ def open_reference(
     spec = spec or _own_reference(protocol)
     path = Path(spec)
     if data is None:
-        if path.is_file() and path.suffix in (".npz", ".safetensors"):
+        if path.is_file() and path.suffix.lower() in (".npz", ".safetensors"):
             statistics = statistics_of_file(path, protocol, measures)
             if statistics is not None:
                 return Reference(path.name, f"statistics of {path.name}", None, statistics), None
@@ -134,7 +138,7 @@ def _open_images(spec: str, protocol: Protocol) -> Data:
         return open_data(spec, channels=protocol.channels)
     except UserError as error:
         if "--resolution" not in str(error):
-            raise
+            raise UserError(re.sub("^data:", "reference:", str(error))) from None
         if protocol.resize is None:
             kinds = f"{spec} has images of several sizes, and {protocol.name} takes them as they are"
             raise UserError(f"reference: {kinds}; give those of {protocol.resolution} pixels") from None
@@ -202,21 +206,33 @@ def _files(path: Path) -> str | None:
         return digest([path.stat().st_size, path.stat().st_mtime_ns])
     if not path.is_dir():
         return None
-    states = sorted((str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*"))
-    return digest(states)
+    held = ["metadata.jsonl", "metadata.csv", *(p.name for p in path.glob("*.tar")), *walk(path)]
+    states = [(name, (path / name).stat()) for name in held if (path / name).is_file()]
+    return digest(sorted((printable(name), state.st_size, state.st_mtime_ns) for name, state in states))
 
 
 def statistics_of_file(path: Path, protocol: Protocol, measures: Sequence[Measure]) -> dict[str, Statistics] | None:
     """Statistics of our own .safetensors, or `mu` and `sigma` of the usual .npz; None if the file holds images."""
-    return _usual_statistics(path) if path.suffix == ".npz" else _own_statistics(path, protocol, measures)
+    return (
+        _usual_statistics(path, protocol)
+        if path.suffix.lower() == ".npz"
+        else _own_statistics(path, protocol, measures)
+    )
 
 
-def _usual_statistics(path: Path) -> dict[str, Statistics] | None:
+def _usual_statistics(path: Path, protocol: Protocol) -> dict[str, Statistics] | None:
+    reads = {metric.reads for metric in protocol.metrics}
     try:
+        if "inception.features" not in reads and holds_arrays(path):
+            return None  # images with statistics that the protocol has no use for
         with np.load(path, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.keys()):
                 return None
+            for key in ("mu", "sigma"):
+                check_expansion(path, key, "reference")
             mean, cov = (torch.from_numpy(file[key]).double() for key in ("mu", "sigma"))
+    except UserError:
+        raise
     except Exception as error:  # zipfile and numpy raise many unrelated types
         raise UserError(f"reference: {path} cannot be read ({error})") from None
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
@@ -237,17 +253,33 @@ def _own_statistics(path: Path, protocol: Protocol, measures: Sequence[Measure])
     except Exception as error:
         raise UserError(f"reference: {path} is not a whole safetensors file ({error})") from None
     kind = _image_kind(protocol)
-    if metadata["images"] != kind:
-        raise UserError(
-            f"reference: {path} is of images {metadata['images']}, and the protocol's are {kind}; make it anew"
-        )
-    fingerprints = json.loads(metadata["measures"])
+    if metadata.get("images") != kind:
+        held = metadata.get("images")
+        raise UserError(f"reference: {path} is of images {held}, and the protocol's are {kind}; make it anew")
+    fingerprints, count = _checked(path, metadata, tensors)
     for m in measures:
         if m.key in fingerprints and fingerprints[m.key] != m.fingerprint:
             made = f"made with {fingerprints[m.key]} of {m.key}, and this one is {m.fingerprint} ({m.name})"
             raise UserError(f"reference: {path} was {made}; make it anew from the images")
     columns = {key.removesuffix(".mean") for key in tensors if key.endswith(".mean")}
-    return {c: Statistics(int(metadata["count"]), tensors[f"{c}.mean"], tensors[f"{c}.cov"]) for c in columns}
+    return {c: Statistics(count, tensors[f"{c}.mean"], tensors[f"{c}.cov"]) for c in columns}
+
+
+def _checked(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> tuple[dict[str, str], int]:
+    """The fingerprints of measures and the count of images in a file of ours; UserError if it is not one."""
+    try:
+        fingerprints, count = json.loads(metadata["measures"]), int(metadata["count"])
+        whole = isinstance(fingerprints, dict) and count > 0
+        for key, mean in tensors.items():
+            if key.endswith(".mean"):
+                cov = tensors[f"{key.removesuffix('.mean')}.cov"]
+                whole = whole and mean.ndim == 1 and cov.shape == (len(mean), len(mean))
+                whole = whole and mean.is_floating_point() and bool(mean.isfinite().all() and cov.isfinite().all())
+    except (KeyError, ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"reference: {path} is no whole file of statistics; make it anew with --save-reference")
+    return fingerprints, count
 
 
 def _image_kind(protocol: Protocol) -> str:

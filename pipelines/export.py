@@ -46,7 +46,7 @@ def pipeline_folder(folder: Path, record: Record, card: str, marker: str = METAD
     with atomic_folder(folder, marker) as partial:
         yield partial
         write_record(partial, record)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def save_pipeline(

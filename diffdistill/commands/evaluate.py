@@ -67,7 +67,7 @@ def _may_climb(model: ModelLike) -> bool:
     """Whether it is a teacher, or a student that says which it was distilled from."""
     if not isinstance(model, str | os.PathLike):
         return isinstance(model, Teacher)
-    return bool(models_in(model)) or not model_folder(model).is_dir()
+    return bool(models_in(model)) or not model_folder(model).exists()
 
 
 def default_out(config: EvalConfig, model: ModelLike, *, laddered: bool) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffdistill.config import FitConfig
 from diffdistill.core.denoiser import Cond, choose
-from diffdistill.data.examples import ClassLabels, Example, Examples, TensorExamples, to_device
+from diffdistill.data.examples import ClassLabels, Example, Examples, TensorExamples, check_classes, to_device
 from diffdistill.data.images import Data
 from diffdistill.errors import UserError
 from diffdistill.players.teacher import Teacher
@@ -120,8 +120,7 @@ def check_data(teacher: Teacher, examples: Examples) -> None:
     if teacher.num_classes is not None:
         if classes is None:
             raise UserError(f"data: {name} has no labels and the teacher has {teacher.num_classes} classes")
-        if classes > teacher.num_classes:
-            raise UserError(f"data: {name} has {classes} classes; the teacher knows {teacher.num_classes}")
+        check_classes(name, classes, teacher.num_classes)
 
 
 def _described(examples: Examples) -> tuple[str, tuple[int, ...] | None, int | None]:

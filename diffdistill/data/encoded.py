@@ -22,8 +22,7 @@ from torch import Tensor
 
 from diffdistill.config import EncodeConfig
 from diffdistill.core.denoiser import Cond
-from diffdistill.data.examples import Example
-from diffdistill.data.folder import read_lines
+from diffdistill.data.examples import Example, check_classes
 from diffdistill.data.hub import Ended, open_stream, open_texts, parquet_files
 from diffdistill.data.images import Data, open_data, stream_data
 from diffdistill.data.shards import (
@@ -38,6 +37,7 @@ from diffdistill.data.shards import (
     rows,
     start,
 )
+from diffdistill.data.texts import caption_of, looked_for, note, read_csv, read_json, read_lines
 from diffdistill.errors import UserError
 from diffdistill.families import (
     FAMILIES,
@@ -71,30 +71,37 @@ def fingerprint(folder: Path, family: Family) -> str:
     return digest.hexdigest()
 
 
-def read_prompts(path: Path) -> list[str]:
-    """A prompt a line of .txt, or the "prompt", "caption" or "text" of .jsonl; UserError if it holds none."""
-    prompts = []
-    for number, line in enumerate(read_lines(path, "prompts"), 1):
-        if not line.strip():
-            continue
-        if path.suffix == ".jsonl":
-            prompts.append(_of_json(path, number, line))
-        else:
-            prompts.append(line.strip())
+def read_prompts(path: Path, keep_blank: bool = False) -> list[str]:
+    """A prompt a line of .txt, or the caption in each row of .jsonl or .csv; UserError if it holds none.
+
+    Blank lines of a .txt are passed over, or with `keep_blank` are empty prompts (but those at its end), so that line i
+    stays the prompt of image i.
+    """
+    kind, source = path.suffix.lower(), f"prompts: {path}"
+    if kind == ".txt":
+        lines = [line.strip() for line in read_lines(path, "prompts")]
+        while lines and not lines[-1]:
+            lines.pop()
+        if keep_blank and "" in lines:
+            note(f"{source}: line {lines.index('') + 1} is blank: image {lines.index('') + 1} has an empty caption")
+        prompts = [line for line in lines if line or keep_blank]
+    elif kind == ".csv":
+        prompts = [_prompt(row, source, number) for number, row in read_csv(path, "prompts")]
+    else:
+        numbered = [(number, line) for number, line in enumerate(read_lines(path, "prompts"), 1) if line.strip()]
+        rows = [(number, read_json(line, f"{source}, line {number}")) for number, line in numbered]
+        prompts = [_prompt(row, source, number) for number, row in rows]
     if not prompts:
         raise UserError(f"prompts: {path} holds no prompt; write one on each line")
     return prompts
 
 
-def _of_json(path: Path, number: int, line: str) -> str:
-    names = ("prompt", "caption", "text")
-    try:
-        row = json.loads(line)
-        return next(row[name] for name in names if isinstance(row.get(name), str))
-    except (ValueError, AttributeError, StopIteration):
-        raise UserError(
-            f"prompts: line {number} of {path} is no object with a text called {', '.join(map(repr, names))}"
-        ) from None
+def _prompt(row: Any, source: str, number: int) -> str:
+    text = caption_of(row, source, f"line {number}", "prompt") if isinstance(row, dict) else None
+    if text is None:
+        path = source.removeprefix("prompts: ")
+        raise UserError(f"prompts: line {number} of {path} is no object with a text called {looked_for()}")
+    return text
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +154,8 @@ def encode(**values: Any) -> Path:
         raise UserError(
             f"teacher: {config.teacher!r} works on pixels, where there is nothing to encode; give a latent teacher"
         )
-    encoder = _Encoder(config, folder, family, describe(folder, config.resolution, config.frames).shape)
+    teacher = describe(folder, config.resolution, config.frames)
+    encoder = _Encoder(config, folder, family, teacher.shape, teacher.num_classes)
     source = _open_source(config, encoder)
     settings = encoder.settings() | {
         "source": source.fingerprint,
@@ -182,8 +190,11 @@ def encode(**values: Any) -> Path:
 class _Encoder:
     """A pipeline's encoders for samples of one size, which are loaded when something is encoded."""
 
-    def __init__(self, config: EncodeConfig, folder: Path, family: Family, shape: tuple[int, ...]):
+    def __init__(
+        self, config: EncodeConfig, folder: Path, family: Family, shape: tuple[int, ...], num_classes: int | None
+    ):
         self.config, self.folder, self.family, self.shape = config, folder, family, shape
+        self.num_classes = num_classes
         self.device, self.dtype = device_for(config.device), getattr(torch, config.teacher_dtype)
         self.size = family.pixels(folder, shape)  #: height and width in pixels
         self.prompt = Prompt(self.size, config.embedded_guidance)
@@ -225,6 +236,8 @@ class _Encoder:
             columns["latents"] = self.family.autoencoder.encode(vae, samples.images.to(self.device, vae.dtype))
             if self.family.text is None:
                 assert samples.labels is not None
+                highest = int(samples.labels.max()) + 1  # of a stream nobody may know before
+                check_classes(f"{self.config.data!r}", max(highest, source.images.num_classes or 0), self.num_classes)
                 columns["class_labels"] = samples.labels
         if self.family.text is not None:
             columns |= self.family.text.encode(self.pipeline, list(captions or ()), self.prompt)
@@ -252,7 +265,9 @@ def _open_source(config: EncodeConfig, encoder: _Encoder) -> _Source:
     """The data of the options; UserError where the encoder's family cannot use them."""
     family, (height, _) = encoder.family, encoder.size
     if (config.prompts is None) == (config.data is None):
-        raise UserError("encode: give either --prompts (a .txt, .jsonl) or --data (images with captions, or classes)")
+        raise UserError(
+            "encode: give either --prompts (a .txt, .jsonl, .csv) or --data (images with captions, or classes)"
+        )
     if config.data is None:
         if family.text is None:
             raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
@@ -265,8 +280,11 @@ def _open_source(config: EncodeConfig, encoder: _Encoder) -> _Source:
         images = open_data(config.data, resolution=height, channels=3)
     first = images.get(torch.arange(1))
     if (first.captions if family.text else first.labels) is None:
+        where = f"; give {looked_for()} in a metadata.jsonl, or a .txt beside each image" if family.text else ""
         needed = "captions" if family.text else "class labels"
-        raise UserError(f"data: {config.data!r} has no {needed}, which {family.name} is conditioned on")
+        raise UserError(f"data: {config.data!r} has no {needed}, which {family.name} is conditioned on{where}")
+    if family.text is None:
+        check_classes(f"{config.data!r}", images.num_classes, encoder.num_classes)
     return _Source(images, None, min(len(images), config.count or len(images)), images.fingerprint)
 
 
@@ -274,23 +292,23 @@ def _prompts(spec: str, count: int | None, streaming: bool) -> tuple[Callable[[r
     """The prompts of consecutive rows, how many there are, and their fingerprint."""
     if streaming:
         stream = open_stream(spec, "prompts")
-        return lambda i: stream.texts(stream.rows(list(i))) or [], stream.length(count), stream.fingerprint
+        return lambda i: stream.texts(stream.rows(list(i)), i) or [], stream.length(count), stream.fingerprint
     texts = all_prompts(spec)[:count]
     joined = "\n".join(texts).encode()
     return lambda i: texts[i.start : i.stop], len(texts), hashlib.blake2b(joined, digest_size=8).hexdigest()
 
 
-def all_prompts(spec: str) -> list[str]:
-    """Every prompt of a text file, table, `datasets` folder or Hugging Face dataset; UserError for any other name."""
+def all_prompts(spec: str, keep_blank: bool = False) -> list[str]:
+    """The prompts of a file or data set; `keep_blank` as in `read_prompts`."""
     base, _, split = spec.partition("#")
     path, held = Path(spec).expanduser(), Path(base).expanduser()
-    if path.suffix in (".txt", ".jsonl"):
-        return read_prompts(path)
+    if path.suffix.lower() in (".txt", ".jsonl", ".csv"):
+        return read_prompts(path, keep_blank)
     if held.exists() or parquet_files(held):
         return open_texts(str(held), split or None)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
         return open_texts(base, split or None)
-    known = "a .txt, .jsonl or .parquet file or pattern of them, a save_to_disk folder or a Hugging Face dataset"
+    known = "a .txt, .jsonl, .csv or .parquet file or pattern of them, a save_to_disk folder or a Hugging Face dataset"
     raise UserError(f"prompts: {spec!r} is of no known kind; give {known}")
 
 

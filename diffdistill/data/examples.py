@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
+from diffdistill.data.texts import note
 from diffdistill.errors import UserError
 from diffdistill.scaffold.method import Pair
 
@@ -93,6 +94,16 @@ def as_examples(data: Tensor | Examples) -> Examples:
             "get(indices) -> Example"
         )
     return data
+
+
+def check_classes(name: str, classes: int | None, known: int | None) -> None:
+    """UserError if data `name` have more classes than the teacher knows; a note if they have fewer."""
+    if classes is None or known is None:
+        return
+    if classes > known:
+        raise UserError(f"data: {name} has {classes} classes; the teacher knows {known}")
+    if classes < known:
+        note(f"data: {name} has {classes} classes and the teacher {known}; label i is the teacher's class i")
 
 
 def to_device(example: Example, device: torch.device) -> Example:

@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
+import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from diffdistill.data.files import IMAGE_SUFFIXES, note_passed, size_of, walk, without_large_texts
+from diffdistill.data.texts import caption_of, note, printable, read_csv, read_json, read_lines, read_text
 from diffdistill.errors import UserError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+T = TypeVar("T")
 _SPLITS = {"train", "test", "val", "valid", "validation"}
 _GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"}
+_MOST_CLASSES = 100_000  # larger numbers are names of another kind
 _ORIENTATION = 0x0112  # the EXIF tag; with values 5 to 8 width and height change places
 
 # An image: where its file lies (a path, or zip://NAME::ARCHIVE), the bytes of one, or pixel values 0..255.
@@ -49,17 +53,19 @@ class Pictures(NamedTuple):
 def open_folder(path: Path, split: str | None) -> Pictures:
     """A folder of image files, at any depth; hidden files and folders are passed over.
 
-    With a metadata.jsonl, its rows are the samples. Else, where all images lie in several sub-folders, the
-    sub-folders are the classes, in sorted order.
+    With a metadata.jsonl or metadata.csv, its rows are the samples. Else a caption is the .txt or .caption beside an
+    image, if all have one; and where all images lie in several sub-folders, the sub-folders are the classes: numbers
+    as they are, names in sorted order. Raises UserError for what cannot be read, an image that is cut short for one.
     """
     root = path / split if split else path
-    metadata = root / "metadata.jsonl"
-    listing, captions, labels = b"", None, None
-    if metadata.is_file():
+    metadata = next((file for file in _metadata_of(root) if file.is_file()), None)
+    listing, labels = b"", None
+    if metadata is not None:
         files, captions, labels = _read_metadata(metadata)
         listing = metadata.read_bytes()
     else:
-        files = sorted(_walk(root))
+        passed: Counter[str] = Counter()
+        files = sorted(walk(root, passed)) if root.is_dir() else []
         tops = {file.partition("/")[0] for file in files if "/" in file}
         if not root.is_dir():
             raise UserError(f"data: {path} has no split {split!r}; {root} is not a folder")
@@ -70,13 +76,20 @@ def open_folder(path: Path, split: str | None) -> Pictures:
             raise UserError(
                 f"data: {root} has classes in {sorted(tops)[:3]} but {loose} is in none of them; move it into one"
             )
+        note_passed(root, passed)
         if len(tops) > 1:
             labels = [file.partition("/")[0] for file in files]
+            empty = [p.name for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] != "." and p.name not in tops]
+            if empty:
+                names = ", ".join(map(printable, empty[:5]))
+                note(f"data: {printable(str(root))}: folders without images are no classes ({names})")
+        captions = _captions_beside(root, files)
+        listing = b"" if captions is None else "\0".join(captions).encode()
     if not files:
         raise UserError(f"data: {root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     digest = hashlib.blake2b(listing, digest_size=8)
-    for file in files:
-        digest.update(f"{file}\0{(root / file).stat().st_size}\n".encode())
+    for file, size in zip(files, _sizes(root, files), strict=True):
+        digest.update(os.fsencode(f"{file}\0{size}\n"))
 
     def title(i: int) -> str:
         return str(root / files[i])
@@ -84,60 +97,83 @@ def open_folder(path: Path, split: str | None) -> Pictures:
     def fetch(indices: list[int]) -> list[Source]:
         return [title(i) for i in indices]
 
-    classes, num_classes = class_numbers(labels, len(files), str(metadata))
+    classes, num_classes = class_numbers(labels, len(files), str(metadata or root))
     texts = None if captions is None else lambda indices: [captions[i] for i in indices]
     return Pictures(len(files), fetch, title, classes, num_classes, texts, digest.hexdigest())
 
 
+def _metadata_of(root: Path) -> list[Path]:
+    return [root / "metadata.jsonl", root / "metadata.csv"]
+
+
 def holds_images(root: Path) -> bool:
-    """Whether `metadata.jsonl` or an image file lies in the folder or below it."""
-    return (root / "metadata.jsonl").is_file() or any(_walk(root))
+    """Whether `open_folder` finds samples there."""
+    return any(file.is_file() for file in _metadata_of(root)) or (root.is_dir() and any(walk(root)))
 
 
-def read_lines(path: Path, field: str) -> list[str]:
-    """A text's lines; UserError, which names the user's `field`, where it is no UTF-8 or cannot be read."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{field}: {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{field}: {path} cannot be read ({error.strerror})") from None
-    # Not the codec utf-8-sig, which does not count the mark's bytes, nor splitlines, which cuts at U+2028 too.
-    return text.removeprefix("\ufeff").split("\n")
+def _sizes(root: Path, files: list[str]) -> list[int]:
+    """The sizes of the files; UserError for one that is none, or an image that is not whole."""
+    with ThreadPoolExecutor() as pool:
+        states = list(pool.map(lambda file: size_of(root / file), files))
+    for file, (_, looks_whole) in zip(files, states, strict=True):
+        if not looks_whole:
+            check_whole(str(root / file), str(root / file))
+    return [size for size, _ in states]
 
 
-def _walk(root: Path) -> Iterator[str]:
-    # Not rglob: before Python 3.13 it does not enter linked folders, of which subsets are often made.
-    for folder, inner, files in os.walk(root, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield (Path(folder) / name).relative_to(root).as_posix()
+def check_whole(source: Source, title: str) -> None:
+    """UserError unless the image can be decoded to its end."""
+    with naming_image(title):
+        using(source, lambda image: image.load())
+
+
+def _captions_beside(root: Path, files: list[str]) -> list[str] | None:
+    """The texts beside images, `a.txt` of `a.png`; None if not all images have one."""
+    beside = []
+    for file in files:
+        own = (root / file).with_suffix("")
+        beside.append(next((p for s in (".txt", ".caption") if (p := Path(f"{own}{s}")).is_file()), None))
+        if len(beside) == 64 and not any(beside):
+            return None  # these are no captions: nothing more is looked for
+    there = [path for path in beside if path is not None]
+    if there and len(there) < len(files):
+        some = f"only {len(there)} of {len(files)} images have a caption beside them (.txt)"
+        note(f"data: {printable(str(root))}: {some}, and none is read; give all of them one, or a metadata.jsonl")
+    if not there or len(there) < len(files):
+        return None
+    return [read_text(path, "data").strip() for path in there]
 
 
 def _read_metadata(path: Path) -> tuple[list[str], list[str] | None, list[Any] | None]:
-    """Files, captions and labels of an imagefolder's metadata.jsonl (file_name, text or caption, label)."""
-    rows = []
-    for number, line in enumerate(read_lines(path, "data"), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise UserError(f"data: {path}, line {number} is not JSON ({error})") from error
-        if row is None:
-            continue
+    """Files, captions and labels of an imagefolder's metadata.jsonl or .csv (file_name, text or caption, label)."""
+    rows: list[tuple[int, Any]]
+    if path.suffix == ".csv":
+        rows = [*read_csv(path, "data")]
+    else:
+        lines = enumerate(read_lines(path, "data"), 1)
+        rows = [(number, read_json(line, f"data: {path}, line {number}")) for number, line in lines if line.strip()]
+    form = "one JSON object a line" if path.suffix == ".jsonl" else "a column of that name"
+    for number, row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise UserError(f"data: {path}, line {number} has no 'file_name'; give one JSON object a line")
-        if not (path.parent / row["file_name"]).is_file():
+            raise UserError(f"data: {path}, line {number} has no 'file_name'; give {form}")
+        if not os.path.isfile(path.parent / row["file_name"]):
             raise UserError(f"data: {path}, line {number}: the file {row['file_name']!r} does not exist")
-        rows.append(row)
-    captions = [row.get("text", row.get("caption")) for row in rows]
-    labels = [row.get("label") for row in rows]
-    captioned = any(caption is not None for caption in captions)
+    captions = [caption_of(row, f"data: {path}", f"line {number}") for number, row in rows]
+    labels = [row.get("label") for _, row in rows]
     return (
-        [row["file_name"] for row in rows],
-        ["" if caption is None else str(caption) for caption in captions] if captioned else None,
-        labels if any(label is not None for label in labels) else None,
+        [row["file_name"] for _, row in rows],
+        all_or_none(captions, [f"{path}, line {number}" for number, _ in rows], "caption ('text')"),
+        all_or_none(labels, [f"{path}, line {number}" for number, _ in rows], "label"),
     )
+
+
+def all_or_none(values: list[T | None], names: list[str], what: str) -> list[T] | None:
+    """The values, None if there are none; UserError if only some of the samples have one."""
+    present = [value for value in values if value is not None]
+    if present and len(present) < len(values):
+        missing = next(name for name, value in zip(names, values, strict=True) if value is None)
+        raise UserError(f"data: {missing} has no {what}, which others have; give all of them one")
+    return present or None
 
 
 def class_numbers(labels: Tensor | list[Any] | None, size: int, where: str) -> tuple[Tensor, int] | tuple[None, None]:
@@ -145,17 +181,32 @@ def class_numbers(labels: Tensor | list[Any] | None, size: int, where: str) -> t
     if labels is None:
         return None, None
     if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
-        number = {label: i for i, label in enumerate(sorted(set(labels)))}
+        number = _numbers_of_names(sorted(set(labels)), where)
         labels = [number[label] for label in labels]
     try:
         values = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         values = torch.empty(0)
     numbers = values.long().flatten()
     if values.is_floating_point() or len(numbers) != size or int(numbers.min()) < 0:
         form = "one for each image, a whole number from 0 or a name"
         raise UserError(f"data: labels of {where} cannot be used; give {form}")
     return numbers, int(numbers.max()) + 1
+
+
+def _numbers_of_names(names: list[str], where: str) -> dict[str, int]:
+    """The class of each name: the number that it is, if all are numbers, or its place among the names."""
+    if not all(re.fullmatch(r"[0-9]{1,18}", name) for name in names):
+        return {name: i for i, name in enumerate(names)}
+    numbers = {name: int(name) for name in sorted(names, key=int)}
+    values, where = list(numbers.values()), printable(where)
+    if len(set(values)) < len(names) or values[-1] >= _MOST_CLASSES:
+        note(f"data: the classes of {where} are numbered anew from 0, in the order of the numbers that they are called")
+        return {name: i for i, name in enumerate(numbers)}
+    if values != list(range(len(names))):
+        numbered = f"{len(names)} of the numbers {values[0]} to {values[-1]}, which are kept as labels"
+        note(f"data: the classes of {where} are called by {numbered}")
+    return numbers
 
 
 def channels_first(images: Tensor, where: object) -> Tensor:
@@ -182,11 +233,9 @@ def find_shape(pictures: Pictures, resolution: int | None, channels: int | None)
     first, all_grey = (0, 0), True
     chunks = (list(range(i, min(i + 64, pictures.size))) for i in range(0, pictures.size, 64))
     for i, source in enumerate(chain.from_iterable(map(pictures.fetch, chunks))):
-        with naming_image(pictures.title(i)), _opened(source) as image:
-            # Asked only where the header has EXIF: to look for it, Pillow decodes the whole of a PNG.
-            turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) >= 5
-            width, height = image.size[::-1] if turned else image.size
-            all_grey = all_grey and image.mode in _GREY_MODES
+        with naming_image(pictures.title(i)):
+            width, height, mode = using(source, _size_and_mode)
+        all_grey = all_grey and mode in _GREY_MODES
         first = first if i else (width, height)
         if resolution is None and (width, height) != first:
             raise _odd_size(pictures.title(i), (width, height), first)
@@ -194,6 +243,12 @@ def find_shape(pictures: Pictures, resolution: int | None, channels: int | None)
             break  # nothing that later images could change
     width, height = (resolution, resolution) if resolution else first
     return channels or (1 if all_grey else 3), height, width
+
+
+def _size_and_mode(image: Image.Image) -> tuple[int, int, str]:
+    # Asked only where the header has EXIF: to look for it, Pillow decodes the whole of a PNG.
+    turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) >= 5
+    return (*(image.size[::-1] if turned else image.size), image.mode)
 
 
 def decode(
@@ -214,30 +269,47 @@ def decode(
 def _decode_one(source: Source, title: str, shape: tuple[int, int, int], resize: bool, resample: str | None) -> Tensor:
     """One image as uint8 (C, H, W). Raises UserError naming it if it is broken or does not fit `shape`."""
     channels, height, width = shape
-    with naming_image(title), _opened(source) as opened:
-        if (
-            resize and resample is None
-        ):  # a JPEG can be decoded at a fraction of its size; three times ours loses nothing
-            opened.draft(None, (3 * width, 3 * height))
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip at 255
-            image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
-        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        image = image.convert("L" if channels == 1 else "RGB")
-        if resize and image.size != (width, height):
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            box = (left, top, left + side, top + side)
-            if resample is None:
-                image = image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-            else:
-                image = image.crop(box).resize((width, height), Image.Resampling[resample.upper()])
-        pixels = torch.from_numpy(np.array(image))
+    with naming_image(title):
+        image = using(source, lambda opened: _pixels(opened, shape, resize, resample))
     if image.size != (width, height):  # the header scan misses an orientation that follows a PNG's pixels
         raise _odd_size(title, image.size, (width, height))
-    return pixels.reshape(height, width, channels).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1)
+
+
+def _pixels(opened: Image.Image, shape: tuple[int, int, int], resize: bool, resample: str | None) -> Image.Image:
+    channels, height, width = shape
+    if resize and resample is None:  # a JPEG can be decoded at a fraction of its size; three times ours loses nothing
+        opened.draft(None, (3 * width, 3 * height))
+    image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip at 255
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    image = image.convert("L" if channels == 1 else "RGB")
+    if resize and image.size != (width, height):
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        if resample is None:
+            image = image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+        else:
+            image = image.crop(box).resize((width, height), Image.Resampling[resample.upper()])
+    return image
+
+
+def using(source: Source, use: Callable[[Image.Image], T]) -> T:
+    """What `use` makes of the opened image; of a PNG whose texts are larger than Pillow takes, without these."""
+    try:
+        with _opened(source) as image:
+            return use(image)
+    except (ValueError, OSError, SyntaxError):  # those of Pillow's PNG reader
+        held = content(source)
+        slim = without_large_texts(held) if isinstance(held, bytes) else None
+        if slim is None:
+            raise
+    with Image.open(io.BytesIO(slim)) as image:
+        return use(image)
 
 
 def _opened(source: Source) -> Image.Image:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffdistill.data.folder import Pictures, Source, class_numbers, content, naming_image
 from diffdistill.data.shards import hash_file
+from diffdistill.data.texts import NAMES, caption_of, looked_for, note
 from diffdistill.errors import UserError
 
 
@@ -72,18 +73,45 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _text_column(features: Any) -> str | None:
-    return next((name for name in ("prompt", "caption", "text") if name in features), None)
+def _text_columns(features: Any) -> list[str]:
+    """The columns that may hold captions: of texts, or of lists of them."""
+    columns = [column for column in features if str(column).lower() in NAMES]
+    texts = [column for column in columns if _holds_texts(features[column])]
+    for column in columns:
+        if column not in texts:
+            note(f"data: the column {column!r} holds no texts and is passed over")
+    return texts
 
 
-def _image_columns(datasets: Any, features: Any) -> tuple[str | None, str | None, str | None]:
-    """The columns of the image, the label and the caption."""
+def _holds_texts(feature: Any) -> bool:
+    while isinstance(feature, (list, tuple)) and len(feature) == 1:
+        feature = feature[0]
+    inner = getattr(feature, "feature", None)  # of a list, as the library's versions write them
+    if inner is not None:
+        return _holds_texts(inner)
+    return feature is None or "string" in str(getattr(feature, "dtype", ""))
+
+
+def _image_columns(datasets: Any, features: Any) -> tuple[str | None, str | None, list[str]]:
+    """The columns of the image, the label and the captions."""
     pictures = [c for c in ("image", "img", "pixel_values") if c in features]
     pictures += [c for c in features if isinstance(features[c], datasets.Image)]
     scalar = [c for c in features if isinstance(features[c], (datasets.Value, datasets.ClassLabel))]
     label = next((c for c in ("label", "labels", "cls") if c in scalar), None)
-    caption = next((c for c in ("text", "caption", "txt") if c in scalar and "string" in features[c].dtype), None)
-    return next(iter(pictures), None), label, caption
+    picture = next(iter(pictures), None)
+    return picture, label, [c for c in _text_columns(features) if c not in (picture, label)]
+
+
+def _own_numbers(feature: Any, where: str) -> list[int] | None:
+    """The numbers that the classes of a ClassLabel are called, where their order is another: 0, 1, 10, 2."""
+    names = list(getattr(feature, "names", None) or ())
+    if not names or not all(re.fullmatch(r"[0-9]{1,5}", name) for name in names):
+        return None
+    numbers = [int(name) for name in names]
+    if numbers == list(range(len(numbers))) or len(set(numbers)) < len(numbers):
+        return None
+    note(f"data: the classes of {where} are called by numbers in another order; these numbers are the labels")
+    return numbers
 
 
 def _encoded_images(datasets: Any, table: Any, picture: str) -> Any:
@@ -94,24 +122,38 @@ def _encoded_images(datasets: Any, table: Any, picture: str) -> Any:
 
 
 def open_texts(source: str, split: str | None) -> list[str]:
-    """The column prompt, caption or text of such a data set."""
+    """The captions of such a data set: its column prompt, caption or text."""
     _, table = _load(source, split, f"prompts: {source!r} cannot be read as a Hugging Face dataset")
-    column = _text_column(table.features)
-    if column is None or not len(table):
+    columns = _text_columns(table.features)
+    if not columns or not len(table):
         held = f"{len(table)} rows with the columns {list(table.features)}"
-        raise UserError(f"prompts: {source!r} has {held}; give at least one row, with a 'prompt', 'caption' or 'text'")
-    return [text or "" for text in table.with_format(None).select_columns([column])[:][column]]
+        raise UserError(f"prompts: {source!r} has {held}; give at least one row, with a {looked_for()}")
+    rows = table.with_format(None).select_columns(columns)[:]
+    return _captions(rows, range(len(table)), f"prompts: {source!r}", "prompt")
+
+
+def _captions(columns: dict[str, list[Any]], indices: Sequence[int], source: str, first: str = "text") -> list[str]:
+    """A caption of each row; UserError for a row without one."""
+    rows = ({name: values[k] for name, values in columns.items()} for k in range(len(indices)))
+    return [_caption(row, i, source, first) for i, row in zip(indices, rows, strict=True)]
+
+
+def _caption(row: dict[str, Any], i: int, source: str, first: str) -> str:
+    text = caption_of(row, source, f"row {i}", first)
+    if text is None:
+        raise UserError(f"{source}, row {i} has no caption ({', '.join(map(repr, row))}); give all rows one")
+    return text
 
 
 def open_hub(source: str, split: str | None, doubt: str = "") -> Pictures:
     """An id, a .parquet file or a folder on this machine; `doubt` opens the message where it cannot be read.
 
     The images are the column image, img or pixel_values, else the first of type Image; the labels label, labels or
-    cls; the captions text, caption or txt.
+    cls; the captions those of `data.texts.NAMES`.
     """
     datasets, table = _load(source, split, f"data: {source!r} {doubt}cannot be read as a Hugging Face dataset")
     table, features = table.with_format(None), table.features  # a saved format would turn images into tensors
-    picture, label, caption = _image_columns(datasets, features)
+    picture, label, captions = _image_columns(datasets, features)
     if picture is None or not len(table):
         rows = f"{len(table)} rows with the columns {list(features)}"
         raise UserError(f"data: {source!r} has {rows}; give at least one row, with an 'image'")
@@ -124,12 +166,17 @@ def open_hub(source: str, split: str | None, doubt: str = "") -> Pictures:
         return f"{source}, row {i}"
 
     def texts(indices: list[int]) -> list[str]:
-        return [text or "" for text in table.select_columns([caption])[indices][caption]]
+        return _captions(table.select_columns(captions)[indices], indices, f"data: {source!r}")
+
+    for first in range(0, len(table) if captions else 0, 10_000):
+        texts(list(range(first, min(first + 10_000, len(table)))))  # refuses now, not in the middle of a training
 
     labels = table.select_columns([label])[:][label] if label else None
+    if label and labels and (numbers := _own_numbers(features[label], f"{source!r}")) is not None:
+        labels = [numbers[i] if isinstance(i, int) and 0 <= i < len(numbers) else i for i in labels]
     classes, num_classes = class_numbers(labels, len(table), f"{source!r}")
     if label and isinstance(features[label], datasets.ClassLabel):
-        num_classes = len(features[label].names or []) or num_classes
+        num_classes = max(len(features[label].names or []), num_classes or 0) or None
     # The library's own fingerprint depends on where the data lies.
     digest = hashlib.blake2b(f"{len(table)} {list(features)} {labels}".encode(), digest_size=8)
     some = sorted({i * len(table) // 64 for i in range(64)})
@@ -137,8 +184,8 @@ def open_hub(source: str, split: str | None, doubt: str = "") -> Pictures:
         with naming_image(title(i)):
             data = content(value)
         digest.update(data if isinstance(data, bytes) else str(data).encode())
-    digest.update(str(texts(some) if caption else None).encode())
-    return Pictures(len(table), fetch, title, classes, num_classes, texts if caption else None, digest.hexdigest())
+    digest.update(str(texts(some) if captions else None).encode())
+    return Pictures(len(table), fetch, title, classes, num_classes, texts if captions else None, digest.hexdigest())
 
 
 class Ended(Exception):
@@ -157,14 +204,24 @@ class Stream:
     """
 
     def __init__(
-        self, field: str, name: str, table: Any, columns: tuple[str | None, ...], size: int | None, origin: str
+        self,
+        field: str,
+        name: str,
+        table: Any,
+        columns: tuple[str | None, str | None, list[str]],
+        size: int | None,
+        origin: str,
     ) -> None:
         self.field, self.name, self.size = field, name, size
-        self._table, (self._picture, self._label, self._caption) = table, columns
+        self._table, (self._picture, self._label, self._captions) = table, columns
         self._next, self._rest = -1, iter(())  # the row that the iterator gives next
         kind = (table.features or {}).get(self._label)
+        self._numbers = _own_numbers(kind, f"{name!r}")
         self.num_classes: int | None = len(getattr(kind, "names", None) or ()) or None
-        digest = hashlib.blake2b(f"{origin} {columns}".encode(), digest_size=8)
+        if self._numbers is not None:
+            self.num_classes = max(self._numbers) + 1
+        named: tuple[str | None, ...] = (self._picture, self._label, *(self._captions or (None,)))
+        digest = hashlib.blake2b(f"{origin} {named}".encode(), digest_size=8)
         rows = self._read(iter(table), 0, 16)
         if not rows:
             raise UserError(f"{field}: {name!r} has no row; give at least one")
@@ -173,7 +230,7 @@ class Stream:
                 with naming_image(self.title(i)):
                     data = content(image)
                 digest.update(data if isinstance(data, bytes) else str(data).encode())
-            digest.update(f"{[row[column] for column in columns[1:] if column]}\n".encode())
+            digest.update(f"{[row[column] for column in named[1:] if column]}\n".encode())
         self.fingerprint = digest.hexdigest()
 
     def length(self, count: int | None) -> int:
@@ -213,11 +270,19 @@ class Stream:
                 raise UserError(
                     f"data: {self.title(i)} has the label {label!r}; {what}, leave --streaming out for names"
                 )
+        if self._numbers is not None:
+            labels = [self._numbers[label] for label in labels]
         return torch.tensor(labels)
 
-    def texts(self, rows: list[dict[str, Any]]) -> list[str] | None:
-        """The rows' captions, "" where a row has none; None if no column of captions was named."""
-        return None if self._caption is None else [row[self._caption] or "" for row in rows]
+    def texts(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[str] | None:
+        """The captions of the rows, which have these indices; None if there are none."""
+        if not self._captions:
+            return None
+        first = "prompt" if self.field == "prompts" else "text"
+        return [
+            _caption({name: row[name] for name in self._captions}, i, f"{self.field}: {self.name!r}", first)
+            for i, row in zip(indices, rows, strict=True)
+        ]
 
     def _read(self, rest: Iterator[dict[str, Any]], first: int, count: int) -> list[dict[str, Any]]:
         try:
@@ -288,12 +353,12 @@ def open_stream(spec: str, field: str) -> Stream:
         raise UserError(f"{failed}: {_one_line(error)}") from error
     if size is None and table.info.splits and part in table.info.splits:
         size = table.info.splits[part].num_examples or None
-    text = _text_column(features)
-    columns = _image_columns(datasets, features) if field == "data" else (None, None, text)
-    if (columns[0] if field == "data" else text) is None:
-        columns_of = "an 'image'" if field == "data" else "a 'prompt', 'caption' or 'text'"
+    columns = _image_columns(datasets, features) if field == "data" else (None, None, _text_columns(features))
+    picture, label, texts = columns
+    if not (picture if field == "data" else texts):
+        columns_of = "an 'image'" if field == "data" else f"a {looked_for()}"
         raise UserError(f"{field}: {base!r} has the columns {list(features)}; give rows with {columns_of}")
-    table = table.select_columns([column for column in columns if column])
+    table = table.select_columns([column for column in (picture, label, *texts) if column])
     if columns[0]:
         table = _encoded_images(datasets, table, columns[0])
     return Stream(field, spec, table, columns, size, " ".join(origin))

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
+from diffdistill.data.arrays import load_arrays
 from diffdistill.data.examples import Example
+from diffdistill.data.files import IMAGE_SUFFIXES
 from diffdistill.data.folder import (
-    IMAGE_SUFFIXES,
     Pictures,
     channels_first,
     class_numbers,
@@ -32,12 +29,13 @@ from diffdistill.data.folder import (
 )
 from diffdistill.data.hub import is_saved, open_hub, open_stream
 from diffdistill.data.shapes import draw_many
+from diffdistill.data.texts import printable
 from diffdistill.data.webdataset import named_shards, open_shards, shards_of
 from diffdistill.errors import UserError
 
 ACCEPTED = (
     "'digits', 'shapes' or 'shapes:COUNT' (drawn, with captions), "
-    "a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl), "
+    "a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl or .csv), "
     "WebDataset shards (.tar, a folder or pattern of them), a .npz, .safetensors or .parquet file, "
     "a save_to_disk folder, or a Hugging Face dataset (user/name)"
 )
@@ -49,7 +47,7 @@ class Samples(Example):
     """B images with what the data say of them."""
 
     x0: Tensor
-    captions: list[str] | None = None  #: B texts, "" where the data has an empty one
+    captions: list[str] | None = None  #: B texts
 
     @property
     def images(self) -> Tensor:
@@ -115,10 +113,10 @@ def open_data(
     if "#" in spec and not Path(spec).expanduser().exists():  # a path may itself hold a '#'
         base, _, split = spec.rpartition("#")
     path = Path(base).expanduser()
-    name = path.resolve().name + (f"#{split}" if split else "")
-    if path.is_file() and path.suffix in (".npz", ".safetensors"):
+    name = printable(path.resolve().name) + (f"#{split}" if split else "")
+    if path.is_file() and path.suffix.lower() in (".npz", ".safetensors"):
         return _open_arrays(path, split, name, resolution, channels)
-    if path.suffix == ".tar" and path.is_file():
+    if path.suffix.lower() == ".tar" and path.is_file():
         shards = [path]
     else:
         shards = [] if path.exists() else named_shards(str(path))
@@ -129,7 +127,7 @@ def open_data(
         return _open_pictures(open_shards(shards, base), name, resolution, channels, resample)
     if is_folder and (holds_images(path / (split or "")) or not any(path.glob("**/*.parquet"))):
         return _open_pictures(open_folder(path, split), name, resolution, channels, resample)
-    if is_folder or is_saved(path) or (path.is_file() and path.suffix == ".parquet"):
+    if is_folder or is_saved(path) or (path.is_file() and path.suffix.lower() == ".parquet"):
         return _open_pictures(open_hub(str(path), split), name, resolution, channels, resample)
     if path.exists() or not base:
         raise UserError(f"data: {spec!r} is of no known kind; give {ACCEPTED}")
@@ -154,7 +152,7 @@ def stream_data(spec: str, *, count: int | None, resolution: int, channels: int)
         rows = stream.rows(indices)
         pictures = Pictures(size, lambda _: stream.images(rows), stream.title, None, None, None, stream.fingerprint)
         batch = decode(pictures, indices, shape, resize=True)
-        return _samples(batch, stream.labels(rows, indices), stream.texts(rows))
+        return _samples(batch, stream.labels(rows, indices), stream.texts(rows, indices))
 
     return Data(spec, shape, stream.num_classes, stream.fingerprint, size, read)
 
@@ -193,7 +191,7 @@ def _open_arrays(
 
     Whole numbers are 0..full_scale. Floats are [0, 1] if none is negative, else [-1, 1]; others are refused.
     """
-    images, labels = _load_arrays(path, split)
+    images, labels = load_arrays(path, split)
     images = channels_first(images, path)
     whole = not images.is_floating_point() and images.dtype != torch.bool
     if images.dtype != torch.uint8:
@@ -228,46 +226,6 @@ def _resized(batch: Tensor, height: int, width: int) -> Tensor:
         middle = batch[:, :, top : top + side, left : left + side]
         batch = F.interpolate(middle, (height, width), mode="bicubic", antialias=True)
     return batch.clamp(-1, 1)
-
-
-def _load_arrays(path: Path, split: str | None) -> tuple[Tensor, Tensor | None]:
-    """The images and, if there are any, the labels of a .npz or .safetensors file, found by name."""
-    is_safetensors, part, whole = path.suffix == ".safetensors", split or "train", not split
-    names = [f"{part}_images", f"x_{part}"] + ["images", "image", "x", "data", "arr_0"] * whole
-    label_names = [f"{part}_labels", f"y_{part}"] + ["labels", "label", "y", "arr_1"] * whole
-
-    def load(key: str) -> Tensor:
-        if is_safetensors:
-            return file.get_tensor(key)
-        if _is_pickled(path, key):
-            raise UserError(f"data: {path} holds pickled objects in {key!r}, which are never loaded; save plain arrays")
-        array = file[key]
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
-
-    if not is_safetensors and not zipfile.is_zipfile(path):
-        raise UserError(
-            f"data: {path} is no .npz archive, and nothing pickled is ever loaded; save arrays with numpy.savez"
-        )
-    try:
-        opened: Any = safe_open(path, "pt") if is_safetensors else np.load(path, allow_pickle=False)
-        with opened as file:
-            held = sorted(file.keys())
-            images, labels = (next((load(k) for k in keys if k in held), None) for keys in (names, label_names))
-    except UserError:
-        raise
-    except Exception as error:  # zipfile, numpy and safetensors raise many unrelated types
-        raise UserError(f"data: cannot read {path}: {error}") from error
-    if images is None:
-        raise UserError(f"data: {path} holds {held}; the images are looked for as {names}")
-    return images, labels
-
-
-def _is_pickled(path: Path, key: str) -> bool:
-    """Whether an array of a .npz file holds Python objects, by its header alone."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
-        headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        read = headers.get(np.lib.format.read_magic(member))
-        return read is not None and read(member)[2].hasobject
 
 
 def _recolour(images: Tensor, channels: int) -> Tensor:

@@ -1,26 +1,29 @@
-"""WebDataset shards: .tar files in which the members of a sample follow one another and share a name.
+"""WebDataset shards: .tar files in which the members of a sample share a name, and usually follow one another.
 
 Of `dir/0001.jpg`, `dir/0001.txt` and `dir/0001.json` the key is `dir/0001`. A sample is its image; its caption is the
-`.txt`, or "caption", "text" or "prompt" of the `.json`; its class is the whole number in `.cls`. The archives are
-indexed once and images are read from where they lie, so that any order costs the same.
+`.txt`, `.caption`, `.text` or `.prompt`, or that of the `.json`; its class is the whole number in `.cls`. The
+archives are indexed once and images are read from where they lie, so that any order costs the same.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
+import os
 import re
 import tarfile
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from diffdistill.data.folder import IMAGE_SUFFIXES, Pictures, Source, class_numbers
+from diffdistill.data.files import IMAGE_SUFFIXES, looks_whole
+from diffdistill.data.folder import Pictures, Source, all_or_none, check_whole, class_numbers
 from diffdistill.data.shards import hash_file
-from diffdistill.errors import UserError
+from diffdistill.data.texts import caption_of, note, printable, read_json, shortened
+from diffdistill.errors import UserError, first_line
 
-T = TypeVar("T")
 _IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
+_TEXTS = ("txt", "caption", "text", "prompt")
+_KNOWN = {*_IMAGES, *_TEXTS, "json", "cls"}
 _ROW = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -37,7 +40,11 @@ class _Member(NamedTuple):
 
 def shards_of(path: Path) -> list[Path]:
     """The .tar files that `path` is or holds, in sorted order."""
-    return [path] if path.is_file() and path.suffix == ".tar" else sorted(path.glob("*.tar"))
+    return (
+        [path]
+        if path.is_file() and path.suffix.lower() == ".tar"
+        else sorted(p for p in path.glob("*") if p.suffix.lower() == ".tar" and p.is_file())
+    )
 
 
 def named_shards(pattern: str) -> list[Path]:
@@ -82,15 +89,19 @@ def open_shards(shards: list[Path], where: str) -> Pictures:
     samples: list[tuple[str, dict[str, _Member]]] = []
     digest = hashlib.blake2b(digest_size=8)
     for shard in shards:
-        samples += ((name, parts) for name, parts in _index(shard) if parts.keys() & _IMAGES)
-        digest.update(f"{shard.name}\0{shard.stat().st_size}\n".encode())
+        held = _index(shard)
+        with_image = [(name, parts) for name, parts in held if parts.keys() & _IMAGES]
+        _note_passed(shard, held)
+        _check_images(shard, with_image)
+        samples += with_image
+        digest.update(os.fsencode(f"{shard.name}\0{shard.stat().st_size}\n"))
         hash_file(digest, shard)
     if not samples:
         raise UserError(f"data: {where} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     names = [name for name, _ in samples]
-    pictures = [next(parts[suffix] for suffix in parts if suffix in _IMAGES) for _, parts in samples]
-    captions = _all_or_none([_caption(name, parts) for name, parts in samples], names, "caption (.txt or .json)")
-    labels = _all_or_none([_label(name, parts) for name, parts in samples], names, "class (.cls)")
+    pictures = [_image(parts) for _, parts in samples]
+    captions = all_or_none([_caption(name, parts) for name, parts in samples], names, "caption (.txt or .json)")
+    labels = all_or_none([_label(name, parts) for name, parts in samples], names, "class (.cls)")
     classes, num_classes = class_numbers(labels, len(samples), where)
 
     def fetch(indices: list[int]) -> list[Source]:
@@ -101,35 +112,82 @@ def open_shards(shards: list[Path], where: str) -> Pictures:
 
 
 def _index(shard: Path) -> list[tuple[str, dict[str, _Member]]]:
-    """Name and members, by suffix, of every sample."""
-    samples: list[tuple[str, dict[str, _Member]]] = []
+    """Name and members, by suffix, of every sample, in the order of their first members."""
+    members: list[tuple[str, str, _Member]] = []
     try:
         # Only uncompressed ones can be read from the middle.
         with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            size = shard.stat().st_size
             for member in archive:
-                if member.isfile():
-                    folder, slash, last = member.name.rpartition("/")
-                    key, _, suffix = last.partition(".")
-                    name = f"{shard.name}:{folder}{slash}{key}"
-                    if not samples or samples[-1][0] != name:
-                        samples.append((name, {}))
-                    samples[-1][1][suffix.lower()] = _Member(shard, member.offset_data, member.size)
+                if member.size < 0 or (member.isfile() and member.offset_data + member.size > size):
+                    raise UserError(f"data: {shard} is cut short or damaged at byte {member.offset}; copy it again")
+                if member.sparse is not None:
+                    raise UserError(f"data: {shard} holds {member.name!r} as a sparse file; pack it without --sparse")
+                folder, _, last = member.name.rpartition("/")
+                if member.isfile() and not last.startswith("."):
+                    members.append((folder, last, _Member(shard, member.offset_data, member.size)))
             # A download that stops between two members, or a header that is damaged, looks like the end to tarfile.
             end = archive.offset
             file.seek(end)
             closed = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"data: {shard} is no whole, uncompressed .tar archive ({error})") from None
+    except (tarfile.TarError, OSError, MemoryError, OverflowError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"data: {shard} is no whole, uncompressed .tar archive ({first_line(error)})") from None
     if not closed:
         raise UserError(f"data: {shard} is cut short or damaged at byte {end}; copy or download it again")
+    return _grouped(shard, members)
+
+
+def _grouped(shard: Path, members: list[tuple[str, str, _Member]]) -> list[tuple[str, dict[str, _Member]]]:
+    """Members by the samples that they belong to: those of one name, wherever they lie in the archive."""
+    plain = {
+        (folder, last.partition(".")[0])
+        for folder, last, _ in members
+        if last.partition(".")[2].lower() in _IMAGES
+    }  # fmt: skip
+    samples: list[tuple[str, dict[str, _Member]]] = []
+    latest: dict[str, dict[str, _Member]] = {}
+    for folder, last, member in members:
+        key, _, suffix = last.partition(".")
+        # `v1.5-0.png` is an image called v1.5-0; but `a.seg.png` beside `a.png` is the part seg.png of a.
+        if suffix.lower() not in _KNOWN and (folder, key) not in plain:
+            stem, _, ending = last.rpartition(".")
+            key, suffix = (stem, ending) if ending.lower() in _KNOWN else (key, suffix)
+        name, suffix = f"{shard.name}:{folder}/{key}" if folder else f"{shard.name}:{key}", suffix.lower()
+        again = suffix in latest.get(name, {}) and samples[-1][0] != name
+        if name not in latest or again:  # shards that were joined may begin with the same names anew
+            latest[name] = {}
+            samples.append((name, latest[name]))
+        latest[name][suffix] = member
     return samples
 
 
-def _all_or_none(values: list[T | None], names: list[str], what: str) -> list[T] | None:
-    present = [value for value in values if value is not None]
-    if present and len(present) < len(values):
-        raise UserError(f"data: {names[values.index(None)]} has no {what}, which others have; give all of them one")
-    return present or None
+def _note_passed(shard: Path, samples: list[tuple[str, dict[str, _Member]]]) -> None:
+    """Say which members that may be images are not read."""
+    odd: list[str] = []
+    for name, parts in samples:
+        is_sample = bool(parts.keys() & _IMAGES)
+        named = (f"{name}.{suffix}" for suffix in parts if suffix not in _IMAGES)
+        odd += (n for n in named if Path(n).suffix.lower() in IMAGE_SUFFIXES or not is_sample)
+    if odd:
+        note(f"data: {printable(str(shard))}: {len(odd)} members are passed over, {printable(odd[0])} the first")
+
+
+def _check_images(shard: Path, samples: list[tuple[str, dict[str, _Member]]]) -> None:
+    """UserError for an image that is cut short."""
+    with open(shard, "rb") as file:
+        for name, parts in samples:
+            member = _image(parts)
+            file.seek(member.offset)
+            head = file.read(min(16, member.size))
+            file.seek(member.offset + max(0, member.size - 64))
+            if not looks_whole(head, file.read(min(64, member.size)), member.size):
+                check_whole(member.read(), name)
+
+
+def _image(parts: dict[str, _Member]) -> _Member:
+    return next(parts[suffix] for suffix in parts if suffix in _IMAGES)
 
 
 def _label(name: str, parts: dict[str, _Member]) -> int | None:
@@ -142,10 +200,19 @@ def _label(name: str, parts: dict[str, _Member]) -> int | None:
 
 
 def _caption(name: str, parts: dict[str, _Member]) -> str | None:
-    try:
-        if "txt" in parts:
-            return parts["txt"].read().decode().strip()
-        row = json.loads(parts["json"].read()) if "json" in parts else {}
-        return next((row[key] for key in ("caption", "text", "prompt") if isinstance(row.get(key), str)), None)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"data: the caption of {name} cannot be read ({error})") from None
+    found = None
+    for suffix in _TEXTS:
+        if suffix in parts:
+            try:
+                found = parts[suffix].read().decode().removeprefix("\ufeff").strip()
+            except ValueError as error:
+                raise UserError(f"data: the caption of {name} cannot be read ({error})") from None
+            if found:
+                return found
+    if "json" not in parts:
+        return found
+    row = read_json(parts["json"].read(), f"data: the caption of {name} cannot be read, its .json")
+    if not isinstance(row, dict):
+        raise UserError(f"data: the caption of {name} cannot be read, its .json is {shortened(row)} and no object")
+    in_json = caption_of(row, f"data: {name.partition(':')[0]}", f"{name}.json", "caption")
+    return found if in_json is None else in_json

@@ -180,7 +180,7 @@ def test_a_linked_folder_is_entered_and_a_hash_in_its_name_is_no_split(tmp_path:
 def test_metadata_gives_captions_and_labels(tmp_path: Path) -> None:
     lines = [
         {"file_name": "x/b.png", "text": "a red\u2028square", "label": "square"},
-        {"file_name": "a.png", "label": "disc"},
+        {"file_name": "a.png", "text": "", "label": "disc"},
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     save_image(tmp_path / "a.png", "white")
@@ -200,7 +200,7 @@ def test_metadata_that_cannot_be_used(tmp_path: Path) -> None:
     for text, why in [
         ('{"file_name": "a.png"}\n{', "line 2 is not JSON"),
         ('{"name": "a.png"}', "file_name"),
-        ('{"file_name": "a.png", "label": 1}\n{"file_name": "a.png"}', "one for each image"),
+        ('{"file_name": "a.png", "label": 1}\n{"file_name": "a.png"}', "line 2 has no label"),
         ("", "no image"),
     ]:
         (tmp_path / "metadata.jsonl").write_text(text)

@@ -61,7 +61,7 @@ def fake_table(tmp_path: Path, count: int = 3) -> FakeTable:
         {
             "img": [{"path": str(files[0]), "bytes": None}, *encoded],
             "label": [1, 0, 1][:count],
-            "text": ["zero", None, "two"][:count],
+            "text": ["zero", "", "two"][:count],
         },
         {"img": FakeImage(), "label": FakeClassLabel(["cat", "dog", "emu"]), "text": FakeValue("string")},
     )
@@ -119,6 +119,26 @@ def test_hub_rows_that_cannot_be_used(tmp_path: Path, hub: types.ModuleType) -> 
     assert every(open_data("user/name")).images[1].eq(1).all()
     table.features = {"picture": FakeValue("string")}
     assert "'picture'" in refused("user/name")
+
+
+def test_captions_of_a_hub_dataset(tmp_path: Path, hub: types.ModuleType) -> None:
+    table = hub.tables["user/name", "train"] = fake_table(tmp_path)
+    table.columns["text"][1] = None
+    assert "row 1 has no caption ('text')" in refused("user/name")
+    table.columns["prompt"], table.features["prompt"] = ["a", "b", "c"], FakeValue("string")
+    assert every(open_data("user/name")).captions == ["zero", "b", "two"]
+    table.columns["text"] = [["first", "second"], [None, "third"], ["fourth"]]
+    table.features["text"] = [FakeValue("string")]
+    assert every(open_data("user/name")).captions == ["first", "third", "fourth"]
+    table.columns["text"], table.features["text"] = [{"en": "x"}] * 3, {"en": FakeValue("string")}
+    assert every(open_data("user/name")).captions == ["a", "b", "c"]
+
+
+def test_classes_of_a_hub_dataset_that_are_called_by_numbers(tmp_path: Path, hub: types.ModuleType) -> None:
+    table = hub.tables["user/name", "train"] = fake_table(tmp_path)
+    table.columns["label"], table.features["label"] = [0, 1, 2], FakeClassLabel(["1", "10", "2"])
+    data = open_data("user/name")
+    assert labels_of(every(data)) == [1, 10, 2] and data.num_classes == 11
 
 
 def test_hub_images_inside_an_archive(tmp_path: Path, hub: types.ModuleType) -> None:
