@@ -30,7 +30,6 @@ from diffdistill.families import (
     TeacherRecord,
     describe,
     family_of,
-    in_half,
     is_student,
     load_pipeline,
     load_student,
@@ -224,8 +223,8 @@ def stock_call(path: Path, family: Family | None, steps: int | None, guidance_sc
     """Arguments of a stock pipeline's call: a student's own, or a number of steps with guidance off or in its units."""
     record = read_record(path)
     own = None if record is None or isinstance(record, TeacherRecord) else record.call
-    call = dict(own or (family.arguments(steps or LATENT_STEPS) if family else {"num_inference_steps": steps}))
-    call = {key: value for key, value in call.items() if value is not None}
+    others = {} if steps is None else {"num_inference_steps": steps}  # of a pipeline with a default of its own
+    call = dict(own or (family.arguments(steps or LATENT_STEPS) if family else others))
     if guidance_scale is not None:
         if "true_cfg_scale" in call:  # which acts only where a negative prompt is given
             call |= {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
@@ -278,7 +277,7 @@ def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust:
         raise UserError(f"eval: {problem}: --trust-remote-code")
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            path, use_safetensors=True, trust_remote_code=trust, **in_half(dtype)
+            path, use_safetensors=True, trust_remote_code=trust, torch_dtype=dtype
         )
     except Exception as error:  # whatever the parts of an unknown pipeline raise
         raise UserError(f"eval: the pipeline in {path} does not load ({first_line(error)})") from error

@@ -15,6 +15,7 @@ from diffdistill.families._family import (
     Source,
     latent_size,
     latent_teacher,
+    native_pixels,
     plain_text,
     token_map,
 )
@@ -29,7 +30,7 @@ def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
 def _teacher(network: Any, source: Source) -> Teacher:
     config = network.config
     factor = KL.factor(source.config("vae"))
-    native = config.sample_size * factor
+    native = native_pixels(config.sample_size, factor, source.resolution)
     size = latent_size("sd3", factor, native, source.resolution, config.patch_size)
     return latent_teacher(
         "sd3",
@@ -59,7 +60,9 @@ FAMILY = Family(
     lora_targets=ATTENTION + ADDED_ATTENTION,
     autoencoder=KL,
     text=plain_text(
-        ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3"), _encode
+        ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3"),
+        _encode,
+        optional=("tokenizer_3", "text_encoder_3"),
     ),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
     single_file=True,
