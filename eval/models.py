@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
 from diffdistill.core.guidance import guided
-from diffdistill.core.ode import ddim_step, sample_ode
+from diffdistill.core.ode import Denoise, Step, ddim_step, sample_ode
+from diffdistill.core.prediction import diffuse, expand
 from diffdistill.data.shards import hash_file
 from diffdistill.errors import UserError, first_line
 from diffdistill.eval.attention import attention
@@ -115,12 +116,48 @@ def models_in(folder: str | os.PathLike[str]) -> list[Path]:
 def teacher_images(
     teacher: Teacher, steps: int, guidance_scale: float, cond: Cond, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """DDIM (first order) on the teacher's own grid of `steps` steps, from its own initial noise."""
+    """DDIM (first order) on the teacher's own grid of `steps` steps, from its own initial noise.
+
+    Where the teacher's scheduler clips x0 (`clip_sample`, the default of DDPM and DDIM schedulers) or thresholds it, so
+    does this: it is what the stock sampler draws.
+    """
     denoiser = teacher.denoiser
     parameter = next(denoiser.parameters())
     z = torch.stack([torch.randn(teacher.shape, generator=g) for g in generators]).to(parameter)
-    x0 = sample_ode(ddim_step, guided(denoiser, guidance_scale), denoiser.schedule, z, steps, cond)
+    x0 = sample_ode(teacher_step(teacher), guided(denoiser, guidance_scale), denoiser.schedule, z, steps, cond)
     return x0 * denoiser.schedule.data_std
+
+
+def teacher_step(teacher: Teacher) -> Step:
+    """The DDIM step of a teacher's stock sampler, which may bound x0 in each step and keeps eps as it is."""
+    bound, std = _bound(teacher.scheduler), teacher.denoiser.schedule.data_std
+    if bound is None:
+        return ddim_step
+
+    def step(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        prediction = denoise(x_t, t, cond)
+        x0 = bound(prediction.x0 * std) / std
+        return diffuse(x0, s, prediction.eps) if bool((s > 0).all()) else x0
+
+    return step
+
+
+def _bound(scheduler: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
+    """What a scheduler does to x0 in the data's units; None: nothing."""
+    if scheduler.get("thresholding"):
+        ratio, most = scheduler["dynamic_thresholding_ratio"], scheduler["sample_max_value"]
+
+        def threshold(x0: Tensor) -> Tensor:
+            """Imagen's (Saharia et al. 2022, arXiv:2205.11487, section 2.3), as diffusers has it."""
+            largest = torch.quantile(x0.float().abs().flatten(1), ratio, dim=1).clamp(1, most)
+            largest = expand(largest, x0)
+            return x0.clamp(-largest, largest) / largest
+
+        return threshold
+    if scheduler.get("clip_sample"):
+        limit = scheduler.get("clip_sample_range", 1.0)
+        return lambda x0: x0.clamp(-limit, limit)
+    return None
 
 
 def family_or_none(path: Path) -> Family | None:
@@ -215,7 +252,8 @@ def _pixel_model(model: Path | Teacher | Student, name: str, fingerprint: str, s
     teacher.denoiser.to(sampling.device)
     call: dict[str, Any] = {"num_inference_steps": steps}
     if not student:
-        call = {"sampler": "DDIM", **call, "guidance_scale": scale}
+        bounded = {} if _bound(teacher.scheduler) is None else {"clip_sample": True}
+        call = {"sampler": "DDIM", **call, "guidance_scale": scale, **bounded}
     return pixel_model(name, fingerprint, draw, teacher, steps, call, sampling)
 
 

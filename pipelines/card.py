@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffdistill.families import FAMILIES, Family, local_folder
-from diffdistill.families._parts import stored_dtypes
+from diffdistill.families import FAMILIES, Family, diffusers_class, local_folder, read_json
+from diffdistill.families._parts import null_parts, stored_dtypes
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import FILE
 from diffdistill.players.adapter_networks import AdaptedNetwork
@@ -60,6 +60,9 @@ def model_card(
     source, adapted = '"FOLDER"', isinstance(network, AdaptedNetwork)
     if adapted:
         source += ", trust_remote_code=True"  # the folder's own adapted_pipeline.py
+    if entry.autoencoder is not None:
+        index = read_json(local_folder(teacher.source) / "model_index.json")
+        source += "".join(f", {name}=None" for name in null_parts(diffusers_class(entry.pipelines[0]), index))
     kind = dtype or _stored(entry, teacher)
     if kind != "float32":
         source += f", torch_dtype=torch.{kind}"
@@ -81,9 +84,9 @@ pipeline = DiffusionPipeline.from_pretrained({source})
 images = pipeline({call}).{_output(call)}
 ```
 {lora}{alone}
-{own}The weights of the network are stored in {kind}. The call makes {steps} step{"s" if steps > 1 else ""}, with the student's own scheduler in `scheduler/`; the levels
-(timestep or sigma) are {levels}. diffdistill need not be installed. Image i of `diffdistill sample --seed S` is
-that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
+{own}The call makes {steps} step{"s" if steps > 1 else ""}, with the student's own scheduler in `scheduler/`; the levels
+(timestep or sigma) are {levels}. The network's weights are stored in {kind}. diffdistill need not be installed. Image i
+of `diffdistill sample --seed S` is that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
 
 {_table(options)}
 """

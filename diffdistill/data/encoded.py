@@ -50,7 +50,7 @@ from diffdistill.families import (
     local_folder,
     with_null,
 )
-from diffdistill.families._parts import weight_files
+from diffdistill.families._parts import one_of_each
 from diffdistill.files import atomic_write
 from diffdistill.options import build
 from diffdistill.players.teacher import Teacher
@@ -64,9 +64,8 @@ def fingerprint(folder: Path, family: Family) -> str:
     assert family.autoencoder is not None
     digest = hashlib.blake2b(digest_size=8)
     for part in sorted({"vae", *(family.text.components if family.text else ())}):
-        paths = sorted((folder / part).glob("*"))
-        weights = weight_files(folder / part)[0] if any(path.suffix == ".safetensors" for path in paths) else []
-        for path in paths:
+        weights, _ = one_of_each(folder / part)
+        for path in sorted((folder / part).glob("*")):
             copy = any(fnmatch(path.name, pattern) for pattern in NOT_LOADED)
             if path in weights or (path.suffix in (".json", ".txt", ".model") and not copy):
                 digest.update(f"{part}/{path.name}".encode())

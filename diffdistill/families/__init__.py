@@ -7,6 +7,7 @@ family is found by its file's name, or registered from outside the package by `r
 from diffdistill.families._family import Autoencoder, Family, Prompt, Source, diffusers_class, with_null
 from diffdistill.families._loading import (
     NOT_LOADED,
+    check_weights,
     describe,
     is_student,
     load_pipeline,
@@ -44,6 +45,7 @@ __all__ = [
     "Source",
     "StudentRecord",
     "TeacherRecord",
+    "check_weights",
     "describe",
     "diffusers_class",
     "family_of",

@@ -23,9 +23,11 @@ from diffdistill.families._parts import (
     PICKLED,
     Config,
     load_part,
+    null_parts,
     part_class,
     parts_of,
     read_json,
+    weight_files,
     whole_index,
 )
 from diffdistill.families._record import METADATA, Record, StudentRecord, TeacherRecord, read_record
@@ -35,7 +37,7 @@ from diffdistill.players.sampler import STEPS, Sampler
 from diffdistill.players.teacher import Teacher
 
 NOT_LOADED = [*PICKLED, "*.fp16.*", "*.non_ema.*"]
-"""What is not fetched of a pipeline's folder: what would be unpickled, and copies of the weights where all are there."""
+"""What is not fetched of a pipeline's folder: what would be unpickled, and, unless they are alone, copies."""
 
 _EMBEDDED = {"digits": Path(__file__).parent / "assets" / "digits-teacher"}
 
@@ -84,7 +86,7 @@ def _checked(family: Family, network: Any, source: Source) -> Teacher:
         made, taken = family.autoencoder.channels(source.config("vae")), teacher.shape[0]
         if made != taken:
             raise UserError(
-                f"teacher: {source.folder / family.component} takes {taken} channels and the VAE's latents have {made}; "
+                f"teacher: {source.folder / family.component} takes {taken} channels and the VAE gives {made}; "
                 "a network that also reads an image or a mask is not supported; give one of text or classes alone"
             )
     return teacher
@@ -111,7 +113,7 @@ def load_pipeline(
     """
     family, index = family_of(folder)
     kind = diffusers_class(family.pipelines[0])
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = dict.fromkeys(null_parts(kind, index))
     for name in _named(folder, family, index):
         if (
             name in leave_out
@@ -132,6 +134,7 @@ def load_pipeline(
             pipeline = kind.from_pretrained(view, use_safetensors=True, torch_dtype=dtype, **parts, **settings)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"teacher: the pipeline in {folder} does not load ({first_line(error)})") from error
+    pipeline.register_to_config(_name_or_path=str(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -212,6 +215,13 @@ def _has_variants_alone(folder: Path) -> bool:
     """Whether a network's configs are there and its weights are not, which the hub may have in half precision alone."""
     parts = [folder / name for name in parts_of(read_json(folder / "model_index.json"))]
     return any((part / "config.json").is_file() and not any(part.glob("*.safetensors")) for part in parts)
+
+
+def check_weights(name: str) -> None:
+    """UserError where a folder here is no pipeline, or has not the weights of its network; nothing is loaded."""
+    if Path(name).is_dir():
+        family, _ = family_of(Path(name))
+        weight_files(Path(name) / family.component)
 
 
 def record_of(path_or_hub_id: str | Path) -> Record | None:

@@ -67,6 +67,13 @@ def whole_index(kind: Any, index: Config) -> Config:
     return {name: [None, None] if value is None and name in parts else value for name, value in index.items()}
 
 
+def null_parts(kind: Any, index: Config) -> list[str]:
+    """The parts that the pipeline class must be told are None, since its index has null for them."""
+    parts, _ = kind._get_signature_keys(kind)
+    nulls = [name for name, value in index.items() if name in parts and value in (None, [None, None])]
+    return [name for name in nulls if name not in kind._optional_components]
+
+
 def part_class(entry: Sequence[str]) -> Any:
     """The class of a part that diffusers or transformers have; None of another library."""
     if entry[0] not in ("diffusers", "transformers"):
@@ -74,14 +81,20 @@ def part_class(entry: Sequence[str]) -> Any:
     return getattr(importlib.import_module(entry[0]), entry[1], None)
 
 
+def one_of_each(folder: Path) -> tuple[list[Path], str | None]:
+    """The plain safetensors files of a part, which may be none, or else those of one variant and its name."""
+    named = {path: _variant(path.name) for path in sorted(folder.glob("*.safetensors"))}
+    variants = sorted(set(named.values()), key=lambda name: (name is not None, name != "fp16", name or ""))
+    return [path for path, variant in named.items() if variant == variants[0]], variants[0] if variants else None
+
+
 def weight_files(folder: Path) -> tuple[list[Path], str | None]:
     """The safetensors files of a part and their variant: None, or 'fp16' where there are only *.fp16.safetensors.
 
     Raises UserError where there are none, or one is not whole.
     """
-    named = {path: _variant(path.name) for path in sorted(folder.glob("*.safetensors"))}
-    variants = sorted(set(named.values()), key=lambda name: (name is not None, name != "fp16", name or ""))
-    if not named:
+    files, variant = one_of_each(folder)
+    if not files:
         if any(path.suffix in (".bin", ".ckpt", ".pt", ".pth") for path in folder.glob("*")):
             raise UserError(
                 f"teacher: {folder} has no .safetensors weights, and others would be unpickled, which is not done; "
@@ -91,14 +104,13 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
             f"teacher: {folder} has no .safetensors weights, neither plain ones nor a variant's (*.fp16.safetensors); "
             "save it with safe_serialization=True"
         )
-    files = [path for path, variant in named.items() if variant == variants[0]]
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
             raise UserError(f"teacher: {file} is not a whole safetensors file ({first_line(error)})") from None
-    return files, variants[0]
+    return files, variant
 
 
 def _variant(name: str) -> str | None:

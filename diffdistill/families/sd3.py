@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from diffdistill.families._family import (
     token_map,
 )
 from diffdistill.families._flow import ADDED_ATTENTION, flow_schedule
+from diffdistill.families._parts import read_json
 from diffdistill.players.teacher import Teacher
 
 
@@ -45,6 +48,11 @@ def _teacher(network: Any, source: Source) -> Teacher:
 
 
 def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+    if pipe.text_encoder_3 is None and pipe.transformer is None:
+        # Zeros stand for T5's tokens, and the pipeline asks the network, which is not loaded here, how wide they are.
+        config = read_json(Path(pipe.config["_name_or_path"]) / "transformer" / "config.json")
+        width = config.get("joint_attention_dim", 4096)
+        pipe.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=width))
     embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
