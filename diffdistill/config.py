@@ -183,6 +183,9 @@ class ExportConfig:
     run: str = option(MISSING, "a run folder made by train")
     step: int | None = option(None, "the checkpoint's step; default: the last", at_least=0)
     out: str | None = option(None, "the folder to make; default: RUN/student")
+    dtype: Literal["teacher", "float32", "bfloat16", "float16"] = option(
+        "teacher", "the type of the network's weights in the folder; teacher: as in the teacher's own"
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
 from diffdistill.core.guidance import guided
-from diffdistill.core.ode import ddim_step, sample_ode
+from diffdistill.core.ode import Denoise, Step, ddim_step, sample_ode
+from diffdistill.core.prediction import diffuse, expand
 from diffdistill.data.shards import hash_file
 from diffdistill.errors import UserError, first_line
 from diffdistill.eval.attention import attention
@@ -30,7 +31,6 @@ from diffdistill.families import (
     TeacherRecord,
     describe,
     family_of,
-    in_half,
     is_student,
     load_pipeline,
     load_student,
@@ -118,12 +118,48 @@ def models_in(folder: str | os.PathLike[str]) -> list[Path]:
 def teacher_images(
     teacher: Teacher, steps: int, guidance_scale: float, cond: Cond, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """DDIM (first order) on the teacher's own grid of `steps` steps, from its own initial noise."""
+    """DDIM (first order) on the teacher's own grid of `steps` steps, from its own initial noise.
+
+    Where the teacher's scheduler clips x0 (`clip_sample`, the default of DDPM and DDIM schedulers) or thresholds it, so
+    does this: it is what the stock sampler draws.
+    """
     denoiser = teacher.denoiser
     parameter = next(denoiser.parameters())
     z = torch.stack([torch.randn(teacher.shape, generator=g) for g in generators]).to(parameter)
-    x0 = sample_ode(ddim_step, guided(denoiser, guidance_scale), denoiser.schedule, z, steps, cond)
+    x0 = sample_ode(teacher_step(teacher), guided(denoiser, guidance_scale), denoiser.schedule, z, steps, cond)
     return x0 * denoiser.schedule.data_std
+
+
+def teacher_step(teacher: Teacher) -> Step:
+    """The DDIM step of a teacher's stock sampler, which may bound x0 in each step and keeps eps as it is."""
+    bound, std = _bound(teacher.scheduler), teacher.denoiser.schedule.data_std
+    if bound is None:
+        return ddim_step
+
+    def step(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        prediction = denoise(x_t, t, cond)
+        x0 = bound(prediction.x0 * std) / std
+        return diffuse(x0, s, prediction.eps) if bool((s > 0).all()) else x0
+
+    return step
+
+
+def _bound(scheduler: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
+    """What a scheduler does to x0 in the data's units; None: nothing."""
+    if scheduler.get("thresholding"):
+        ratio, most = scheduler["dynamic_thresholding_ratio"], scheduler["sample_max_value"]
+
+        def threshold(x0: Tensor) -> Tensor:
+            """Imagen's (Saharia et al. 2022, arXiv:2205.11487, section 2.3), as diffusers has it."""
+            largest = torch.quantile(x0.float().abs().flatten(1), ratio, dim=1).clamp(1, most)
+            largest = expand(largest, x0)
+            return x0.clamp(-largest, largest) / largest
+
+        return threshold
+    if scheduler.get("clip_sample"):
+        limit = scheduler.get("clip_sample_range", 1.0)
+        return lambda x0: x0.clamp(-limit, limit)
+    return None
 
 
 def family_or_none(path: Path) -> Family | None:
@@ -218,7 +254,8 @@ def _pixel_model(model: Path | Teacher | Student, name: str, fingerprint: str, s
     teacher.denoiser.to(sampling.device)
     call: dict[str, Any] = {"num_inference_steps": steps}
     if not student:
-        call = {"sampler": "DDIM", **call, "guidance_scale": scale}
+        bounded = {} if _bound(teacher.scheduler) is None else {"clip_sample": True}
+        call = {"sampler": "DDIM", **call, "guidance_scale": scale, **bounded}
     return pixel_model(name, fingerprint, draw, teacher, steps, call, sampling)
 
 
@@ -226,8 +263,8 @@ def stock_call(path: Path, family: Family | None, steps: int | None, guidance_sc
     """Arguments of a stock pipeline's call: a student's own, or a number of steps with guidance off or in its units."""
     record = read_record(path)
     own = None if record is None or isinstance(record, TeacherRecord) else record.call
-    call = dict(own or (family.arguments(steps or LATENT_STEPS) if family else {"num_inference_steps": steps}))
-    call = {key: value for key, value in call.items() if value is not None}
+    others = {} if steps is None else {"num_inference_steps": steps}  # of a pipeline with a default of its own
+    call = dict(own or (family.arguments(steps or LATENT_STEPS) if family else others))
     if guidance_scale is not None:
         if "true_cfg_scale" in call:  # which acts only where a negative prompt is given
             call |= {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
@@ -280,7 +317,7 @@ def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust:
         raise UserError(f"eval: {problem}: --trust-remote-code")
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            path, use_safetensors=True, trust_remote_code=trust, **in_half(dtype)
+            path, use_safetensors=True, trust_remote_code=trust, torch_dtype=dtype
         )
     except Exception as error:  # whatever the parts of an unknown pipeline raise
         raise UserError(f"eval: the pipeline in {path} does not load ({first_line(error)})") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffdistill.families import FAMILIES, Family
+from diffdistill.families import FAMILIES, Family, diffusers_class, local_folder, read_json
+from diffdistill.families._parts import null_parts, stored_dtypes
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import FILE
 from diffdistill.players.adapter_networks import AdaptedNetwork
@@ -48,7 +49,9 @@ def _table(options: dict[str, Any]) -> str:
     return f"| option | value |\n|---|---|\n{rows}"
 
 
-def model_card(info: Recipe, options: dict[str, Any], teacher: Teacher, sampler: Sampler, step: int) -> str:
+def model_card(
+    info: Recipe, options: dict[str, Any], teacher: Teacher, sampler: Sampler, step: int, dtype: str | None = None
+) -> str:
     """README.md of a student: teacher, method, settings, and the lines that load it."""
     levels = ", ".join(f"{level:g}" for level in sampler.levels)
     steps, network = len(sampler.levels), sampler.denoiser.network
@@ -57,6 +60,12 @@ def model_card(info: Recipe, options: dict[str, Any], teacher: Teacher, sampler:
     source, adapted = '"FOLDER"', isinstance(network, AdaptedNetwork)
     if adapted:
         source += ", trust_remote_code=True"  # the folder's own adapted_pipeline.py
+    if entry.autoencoder is not None:
+        index = read_json(local_folder(teacher.source) / "model_index.json")
+        source += "".join(f", {name}=None" for name in null_parts(diffusers_class(entry.pipelines[0]), index))
+    kind = dtype or _stored(entry, teacher)
+    if kind != "float32":
+        source += f", torch_dtype=torch.{kind}"
     lora = _lora(teacher, sampler, call) if isinstance(network, LoraNetwork) and entry.loads_lora else ""
     alone = _single_file(entry) if entry.single_file and not adapted else ""
     own = _own_pipeline(subject) if entry.autoencoder is not None and not adapted else ""
@@ -69,18 +78,23 @@ tags: [diffusion, distillation, diffdistill, {info.name}]
 Distilled with diffdistill by {info.name} ({info.about.paper}), {step} steps.
 
 ```python
-from diffusers import DiffusionPipeline
+{"" if kind == "float32" else "import torch" + chr(10)}from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained({source})
 images = pipeline({call}).{_output(call)}
 ```
 {lora}{alone}
 {own}The call makes {steps} step{"s" if steps > 1 else ""}, with the student's own scheduler in `scheduler/`; the levels
-(timestep or sigma) are {levels}. diffdistill need not be installed. Image i of `diffdistill sample --seed S` is
-that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
+(timestep or sigma) are {levels}. The network's weights are stored in {kind}. diffdistill need not be installed. Image i
+of `diffdistill sample --seed S` is that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
 
 {_table(options)}
 """
+
+
+def _stored(entry: Family, teacher: Teacher) -> str:
+    """The type that the teacher's files have, by its name in torch."""
+    return str(stored_dtypes(local_folder(teacher.source) / entry.component)[1]).removeprefix("torch.")
 
 
 def _call(entry: Family, teacher: Teacher, sampler: Sampler) -> tuple[str, str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
@@ -26,9 +28,11 @@ from diffdistill.families import (
     diffusers_class,
     local_folder,
     parts_of,
+    read_json,
     write_record,
 )
 from diffdistill.families._own import own_record, save_weights
+from diffdistill.families._parts import copy_part, stored_dtypes, weight_files, whole_index
 from diffdistill.files import atomic_folder
 from diffdistill.pipelines.shipped import adapted_pipeline
 from diffdistill.pipelines.shipped.student_pipeline import FILE, pipeline_file
@@ -57,21 +61,25 @@ def save_pipeline(
     record: StudentRecord | TeacherRecord,
     card: str,
     source: str | None = None,
+    dtype: str | None = None,
 ) -> Path:
     """Write a diffusers folder with its model card, whole or not at all.
 
     A latent family's other parts are those of the pipeline `source`. A LoRA student is saved merged, and its adapter
-    beside it where the stock pipeline has `load_lora_weights`.
+    beside it where the stock pipeline has `load_lora_weights`. `dtype` names the type of the network's weights; None:
+    that of the source's.
     """
     entry = FAMILIES[family]
     stock = diffusers_class(entry.pipelines[0])
     with pipeline_folder(folder, record, card) as partial:
         plain = network.base if isinstance(network, AdaptedNetwork) else plain_network(network)
         if entry.autoencoder is None:
+            if source is not None:
+                plain = _typed(plain, local_folder(source) / entry.component, dtype)
             parts = {entry.component: plain, "scheduler": scheduler}
             stock(**parts).save_pretrained(partial, safe_serialization=True)
         else:
-            _copy_parts(local_folder(str(source)), partial, entry, plain, scheduler)
+            _copy_parts(local_folder(str(source)), partial, entry, plain, scheduler, dtype)
             if isinstance(record, StudentRecord) and record.call is not None:
                 (partial / FILE).write_text(pipeline_file(entry.class_names[0], record.call), encoding="utf-8")
         if isinstance(network, AdaptedNetwork):
@@ -96,29 +104,67 @@ def save_network(folder: Path, teacher: Teacher, network: nn.Module, record: Stu
 
 
 def other_parts(source: Path, entry: Family) -> list[Path]:
-    """The folders of a pipeline's parts besides network and scheduler; UserError where one is not whole."""
-    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
-    parts = [source / name for name in parts_of(index) if name not in (entry.component, "scheduler")]
-    for part in parts:
-        if not part.is_dir():
-            raise UserError(f"teacher: {source} has no {part.name}/, which its pipeline needs; give the whole pipeline")
-        if (part / "config.json").is_file() and not any(part.glob("*.safetensors")):
-            raise UserError(f"teacher: {part} has no .safetensors weights; save it with safe_serialization=True")
+    """The folders of a pipeline's parts besides network and scheduler; UserError where one is not whole.
+
+    Parts that no image needs, such as a safety checker, are left out where they are not whole.
+    """
+    index = read_json(source / "model_index.json")
+    optional = set(diffusers_class(entry.pipelines[0])._optional_components) - set(entry.needed_parts)
+    parts = []
+    for part in [source / name for name in parts_of(index) if name not in (entry.component, "scheduler")]:
+        try:
+            if not part.is_dir():
+                raise UserError(
+                    f"teacher: {source} has no {part.name}/, which its pipeline needs; give the whole pipeline"
+                )
+            if (part / "config.json").is_file():
+                weight_files(part)
+        except UserError:
+            if part.name in optional:
+                continue
+            raise
+        parts.append(part)
     return parts
 
 
-def _copy_parts(source: Path, folder: Path, entry: Family, network: Any, scheduler: SchedulerMixin) -> None:
+def _copy_parts(
+    source: Path, folder: Path, entry: Family, network: Any, scheduler: SchedulerMixin, dtype: str | None
+) -> None:
     """The source's pipeline with another network and scheduler; its other parts are copied, not loaded."""
-    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
-    for part in other_parts(source, entry):
-        pickled = shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack")
-        shutil.copytree(part, folder / part.name, ignore=pickled)
+    kind = diffusers_class(entry.pipelines[0])
+    index = whole_index(kind, read_json(source / "model_index.json"))
+    parts = other_parts(source, entry)
+    for part in parts:
+        copy_part(part, folder / part.name)
+    copied = {part.name for part in parts} | {entry.component, "scheduler"}
+    index |= {name: [None, None] for name in parts_of(index) if name not in copied}
+    if index.get("safety_checker") == [None, None] and "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
     index["_class_name"] = entry.class_names[0]
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     shards = {"max_shard_size": sys.maxsize} if entry.single_file else {}
-    network.save_pretrained(folder / entry.component, safe_serialization=True, **shards)
+    _typed(network, source / entry.component, dtype).save_pretrained(
+        folder / entry.component, safe_serialization=True, **shards
+    )
     scheduler.save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _typed(network: Any, teacher: Path, dtype: str | None) -> Any:
+    """The network with its weights in `dtype`, or (None) each in the type that the teacher's files have it in."""
+    types, most = stored_dtypes(teacher) if dtype is None else ({}, getattr(torch, dtype))
+    tensors = dict(itertools.chain(network.named_parameters(), network.named_buffers()))
+    rest = torch.float32 if types.keys() & tensors.keys() else most
+    kinds = {name: types.get(name, rest) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if all(tensors[name].dtype is kind for name, kind in kinds.items()):
+        return network
+    twin = copy.deepcopy(network)
+    for name, tensor in itertools.chain(twin.named_parameters(), twin.named_buffers()):
+        if name in kinds:
+            tensor.data = tensor.data.to(kinds[name])
+            if not bool(tensor.data.isfinite().all()):
+                raise UserError(f"dtype: {name} of the student overflows in {kinds[name]}; use bfloat16 or float32")
+    return twin
 
 
 def _add_adapters(folder: Path, network: AdaptedNetwork, steps: int) -> None:

@@ -43,7 +43,7 @@ def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     if len(sampler.levels) > 1:
         return _several_steps(teacher, sampler)
     if isinstance(schedule, DiscreteVP):
-        kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
+        kept = _kept(teacher, schedule)
         # One trailing step is at the last timestep; one leading step is at `steps_offset`.
         noisiest = len(schedule.alphas_cumprod) - 1
         last = level == noisiest
@@ -74,13 +74,19 @@ def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     raise UserError(f"export: no stock scheduler for a {type(schedule).__name__} student")
 
 
+def _kept(teacher: Teacher, schedule: DiscreteVP) -> dict[str, Any]:
+    """The student's chain is its teacher's, and as long as it is: `trained_betas` may be fewer than the config says."""
+    kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
+    return kept | {"num_train_timesteps": len(schedule.alphas_cumprod)} if kept.get("trained_betas") else kept
+
+
 def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     schedule, steps = sampler.denoiser.schedule, len(sampler.levels)
     own = torch.tensor(sampler.levels, dtype=torch.float64)
     stock = sampler.step.stock.get(type(schedule).__name__)
     if isinstance(schedule, DiscreteVP):
         count = len(schedule.alphas_cumprod)
-        kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
+        kept = _kept(teacher, schedule)
         if stock == "LCMScheduler":
             for points in (n for n in range(steps, count + 1) if count % n == 0):
                 if torch.equal(schedule.levels(points)[lcm_indices(points, steps)], own):

@@ -17,6 +17,7 @@ from diffdistill.config import TrainConfig
 from diffdistill.data.batches import batches
 from diffdistill.data.examples import Examples
 from diffdistill.errors import UserError
+from diffdistill.families import check_weights
 from diffdistill.options import coerce, nearest
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Method
@@ -84,8 +85,10 @@ def distill_values(
     else:
         values = _with_preset(values, objects) | dict(objects.named)
     out = Path(str(values.get("out", TrainConfig.out)))
-    if resume is None:
-        refuse_a_run(out)  # before anything is loaded
+    if resume is None:  # before anything is loaded
+        if objects.teacher is None:
+            check_weights(str(values.get("teacher", TrainConfig.teacher)))
+        refuse_a_run(out)
     game = make_game(values, objects)
     _check_options(game, values, resumed=resume is not None)
     check_exportable(game)  # a student that cannot be saved is refused now

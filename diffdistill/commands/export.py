@@ -6,7 +6,7 @@ from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from diffdistill.config import ExportConfig
 from diffdistill.errors import UserError
@@ -29,22 +29,26 @@ def export(
     *,
     step: int | None = None,
     out: str | PathLike[str] | None = None,
+    dtype: Literal["teacher", "float32", "bfloat16", "float16"] = "teacher",
     teacher: Teacher | None = None,
     method: ModuleType | Callable[..., Method] | None = None,
 ) -> Path:
     """Save a run's student from its checkpoint at `step` (default: the last); returns the folder.
 
-    `out` is the folder to make, by default RUN/student. `teacher` and `method` are given again where the run began with
+    `out` is the folder to make, by default RUN/student; `dtype` is the type of the network's weights in it, by default
+    that of the teacher's folder. `teacher` and `method` are given again where the run began with
     objects. Raises UserError for a folder that is no run, or a step without checkpoint.
     """
     _, objects = Objects.split({"teacher": teacher, "method": method}, None)
     game, step = load_run(Path(run), step, objects)
-    return export_student(game, Path(out) if out else Path(run) / "student", step)
+    return export_student(
+        game, Path(out) if out else Path(run) / "student", step, None if dtype == "teacher" else dtype
+    )
 
 
 def run(config: ExportConfig) -> None:
     """The command."""
-    print(f"saved {export(config.run, step=config.step, out=config.out)}")
+    print(f"saved {export(config.run, step=config.step, out=config.out, dtype=config.dtype)}")
 
 
 def check_exportable(game: Game) -> None:
@@ -67,8 +71,11 @@ def parts_bytes(game: Game) -> int:
     return sum(file.stat().st_size for part in parts for file in part.rglob("*.safetensors"))
 
 
-def export_student(game: Game, folder: Path, step: int) -> Path:
-    """Save the student as it stands: as a diffusers folder, or weights and a record if diffusers lacks its network."""
+def export_student(game: Game, folder: Path, step: int, dtype: str | None = None) -> Path:
+    """Save the student as it stands: as a diffusers folder, or weights and a record if diffusers lacks its network.
+
+    `dtype` names the type of its weights; None: that of the teacher's folder.
+    """
     sampler, teacher, options = game.method.sampler(), game.teacher, game.options()
     size = {"resolution": game.config.resolution, "frames": game.config.frames}
     size = size if game.encoded is None else game.encoded.size
@@ -76,6 +83,6 @@ def export_student(game: Game, folder: Path, step: int) -> Path:
     network = sampler.denoiser.network
     if game.family is None:
         return save_network(folder, teacher, network, record, own_card(game.recipe, options, teacher, sampler, step))
-    card = model_card(game.recipe, options, teacher, sampler, step)
+    card = model_card(game.recipe, options, teacher, sampler, step, dtype)
     scheduler = student_scheduler(teacher, sampler)
-    return save_pipeline(folder, teacher.family, network, scheduler, record, card, teacher.source)
+    return save_pipeline(folder, teacher.family, network, scheduler, record, card, teacher.source, dtype)

@@ -50,6 +50,7 @@ from diffdistill.families import (
     local_folder,
     with_null,
 )
+from diffdistill.families._parts import one_of_each
 from diffdistill.files import atomic_write
 from diffdistill.options import build
 from diffdistill.players.teacher import Teacher
@@ -63,9 +64,10 @@ def fingerprint(folder: Path, family: Family) -> str:
     assert family.autoencoder is not None
     digest = hashlib.blake2b(digest_size=8)
     for part in sorted({"vae", *(family.text.components if family.text else ())}):
+        weights, _ = one_of_each(folder / part)
         for path in sorted((folder / part).glob("*")):
             copy = any(fnmatch(path.name, pattern) for pattern in NOT_LOADED)
-            if path.suffix in (".json", ".safetensors", ".txt", ".model") and not copy:
+            if path in weights or (path.suffix in (".json", ".txt", ".model") and not copy):
                 digest.update(f"{part}/{path.name}".encode())
                 hash_file(digest, path)
     return digest.hexdigest()
@@ -245,8 +247,14 @@ class _Encoder:
 
     def stored(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
         """What bfloat16 encoders give is stored as it is, what float16 ones give in float32."""
-        if self.dtype == torch.float16 and not all(bool(value.isfinite().all()) for value in columns.values()):
-            raise UserError(f"teacher_dtype: {self.family.name} overflows in float16; use bfloat16 or float32")
+        for name, value in columns.items():
+            if not bool(value.isfinite().all()):
+                if self.dtype == torch.float16:
+                    raise UserError(f"teacher_dtype: {self.family.name} overflows in float16; use bfloat16 or float32")
+                raise UserError(
+                    f"teacher: the {name} of {self.config.teacher!r} are not finite in {self.config.teacher_dtype}; "
+                    "its text encoder or autoencoder is damaged"
+                )
         halves = {key: value.float() for key, value in columns.items() if value.dtype == torch.float16}
         return {key: value.cpu().contiguous() for key, value in (columns | halves).items()}
 

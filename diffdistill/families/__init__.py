@@ -4,20 +4,20 @@ To add a family, add a file: which pipeline classes it covers, how its network i
 family is found by its file's name, or registered from outside the package by `register_family`.
 """
 
-from diffdistill.families._family import Autoencoder, Family, Prompt, Source, diffusers_class, read_json, with_null
+from diffdistill.families._family import Autoencoder, Family, Prompt, Source, diffusers_class, with_null
 from diffdistill.families._loading import (
     NOT_LOADED,
+    check_weights,
     describe,
-    in_half,
     is_student,
     load_pipeline,
     load_student,
     load_teacher,
     local_folder,
-    parts_of,
     record_of,
     student_record,
 )
+from diffdistill.families._parts import parts_of, read_json
 from diffdistill.families._record import (
     METADATA,
     DiversityRecord,
@@ -45,10 +45,10 @@ __all__ = [
     "Source",
     "StudentRecord",
     "TeacherRecord",
+    "check_weights",
     "describe",
     "diffusers_class",
     "family_of",
-    "in_half",
     "is_student",
     "load_pipeline",
     "load_student",

@@ -15,10 +15,8 @@ from diffdistill.core.denoiser import Call, Cond, Denoiser
 from diffdistill.core.prediction import Output
 from diffdistill.core.schedule import Schedule
 from diffdistill.errors import UserError
-from diffdistill.files import json_of
+from diffdistill.families._parts import Config, part_config
 from diffdistill.players.teacher import Teacher
-
-Config = dict[str, Any]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The layers that LoRA usually adapts."""
@@ -27,15 +25,6 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 def diffusers_class(kind: str | type) -> Any:
     """The class of diffusers that has this name; a class is itself."""
     return getattr(diffusers, kind) if isinstance(kind, str) else kind
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json_of(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"teacher: {path} is missing; a diffusers folder must have it") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"teacher: {path} is not readable JSON ({error})") from None
 
 
 class Source(NamedTuple):
@@ -50,8 +39,8 @@ class Source(NamedTuple):
     frames: int | None = None  #: of a video
 
     def config(self, component: str) -> Config:
-        """`component`/config.json."""
-        return read_json(self.folder / component / "config.json")
+        """`component`/config.json, with the defaults of its class."""
+        return part_config(self.folder / component)
 
 
 class Prompt(NamedTuple):
@@ -86,11 +75,14 @@ class Text:
     components: tuple[str, ...]
     encode: Callable[[Any, list[str], Prompt], Cond]
     null: Callable[[Any, Prompt], Cond]
+    optional: tuple[str, ...] = ()  #: components without which the pipeline encodes too, where its index has null
 
 
-def plain_text(components: tuple[str, ...], encode: Callable[[Any, list[str], Prompt], Cond]) -> Text:
+def plain_text(
+    components: tuple[str, ...], encode: Callable[[Any, list[str], Prompt], Cond], optional: tuple[str, ...] = ()
+) -> Text:
     """For families whose "no prompt" is the empty one."""
-    return Text(components, encode, lambda pipe, prompt: encode(pipe, [""], prompt))
+    return Text(components, encode, lambda pipe, prompt: encode(pipe, [""], prompt), optional)
 
 
 @dataclass(frozen=True)
@@ -115,6 +107,12 @@ class Family:
     single_file: bool = False  #: the network's class has `from_single_file`, which reads the weights of a student
 
     @property
+    def needed_parts(self) -> tuple[str, ...]:
+        """The parts without which no image is drawn; a pipeline may have others, such as a safety checker."""
+        vae = () if self.autoencoder is None else ("vae",)
+        return (self.component, *vae, *(self.text.components if self.text else ()))
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """The pipelines as model_index.json names them."""
         return tuple(kind if isinstance(kind, str) else kind.__name__ for kind in self.pipelines)
@@ -122,7 +120,7 @@ class Family:
     def pixels(self, folder: Path, shape: Sequence[int]) -> tuple[int, int]:
         """Height and width of images whose samples have that shape."""
         assert self.autoencoder is not None
-        factor = self.autoencoder.factor(read_json(folder / "vae" / "config.json"))
+        factor = self.autoencoder.factor(part_config(folder / "vae"))
         return shape[-2] * factor, shape[-1] * factor
 
 
@@ -164,6 +162,21 @@ def token_map(output: Any, x: Tensor) -> Tensor:
     patch = math.isqrt(max(h * w // tokens.shape[1], 1))
     grid = (h // patch, w // patch)
     return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
+
+
+def one_side(size: Any) -> int | None:
+    """A config's sample_size as one number, of a list of equal ones too; None where it says nothing or two."""
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    side = sides.pop() if len(sides) == 1 else None
+    return side if isinstance(side, int) else None
+
+
+def native_pixels(sample_size: Any, factor: int, resolution: int | None) -> int:
+    """Pixels a side of a network's own sample_size in latent pixels; UserError where it is no square, nor chosen."""
+    side = one_side(sample_size)
+    if side is None and resolution is None:
+        raise UserError(f"resolution: the teacher's sample_size is {sample_size}; give --resolution, pixels a side")
+    return (side or 0) * factor
 
 
 def latent_size(family: str, factor: int, native: int, resolution: int | None, multiple: int = 1) -> int:

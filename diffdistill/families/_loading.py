@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from diffdistill.errors import UserError, first_line
-from diffdistill.families._family import Config, Source, diffusers_class, read_json
+from diffdistill.families._family import Family, Source, diffusers_class
 from diffdistill.families._own import load_own
+from diffdistill.families._parts import (
+    PICKLED,
+    Config,
+    load_part,
+    null_parts,
+    part_class,
+    parts_of,
+    read_json,
+    weight_files,
+    whole_index,
+)
 from diffdistill.families._record import METADATA, Record, StudentRecord, TeacherRecord, read_record
 from diffdistill.families._registry import family_of
 from diffdistill.players.guidance_adapters import load_adapters
 from diffdistill.players.sampler import STEPS, Sampler
 from diffdistill.players.teacher import Teacher
 
-NOT_LOADED = [f"*.{kind}" for kind in ("bin", "msgpack", "ckpt", "pt", "pth", "onnx*", "fp16.*", "non_ema.*")]
-"""What is never read of a pipeline's folder: what would be unpickled, and copies of the weights."""
+NOT_LOADED = [*PICKLED, "*.fp16.*", "*.non_ema.*"]
+"""What is not fetched of a pipeline's folder: what would be unpickled, and, unless they are alone, copies."""
 
 _EMBEDDED = {"digits": Path(__file__).parent / "assets" / "digits-teacher"}
 
@@ -51,13 +65,30 @@ def load_teacher(
     if null_class is None and isinstance(record, StudentRecord | TeacherRecord):
         null_class = record.null_class
     scheduler = _with_defaults(read_json(folder / "scheduler" / "scheduler_config.json"))
-    network = _load_model(diffusers_class(family.network), folder / family.component, dtype)
+    model, part = diffusers_class(family.network), folder / family.component
+    made = read_json(part / "config.json").get("_class_name")
+    if made not in (None, model.__name__):
+        raise UserError(f"teacher: {part} holds a {made}; {model.__name__} is expected")
+    network = load_part(model, part, dtype)
     source = Source(folder, index, scheduler, null_class, scale, resolution, frames)
-    teacher = replace(family.teacher(network, source), family=family.name, source=fspath(path_or_hub_id))
+    teacher = replace(_checked(family, network, source), family=family.name, source=fspath(path_or_hub_id))
     if family.conditions == "text":
         height, width = family.pixels(folder, teacher.shape)
         teacher = replace(teacher, size={"height": height, "width": width} | teacher.size)
     teacher.denoiser.requires_grad_(False).eval()
+    return teacher
+
+
+def _checked(family: Family, network: Any, source: Source) -> Teacher:
+    """The family's teacher; UserError for a network that reads more than noisy latents, such as a masked image."""
+    teacher = family.teacher(network, source)
+    if family.autoencoder is not None:
+        made, taken = family.autoencoder.channels(source.config("vae")), teacher.shape[0]
+        if made != taken:
+            raise UserError(
+                f"teacher: {source.folder / family.component} takes {taken} channels and the VAE gives {made}; "
+                "a network that also reads an image or a mask is not supported; give one of text or classes alone"
+            )
     return teacher
 
 
@@ -71,45 +102,80 @@ def _with_defaults(config: Config) -> Config:
     return {k: v for k, v in whole.items() if k != "_use_default_values"} | config
 
 
-def parts_of(index: Config) -> list[str]:
-    """The parts that a model_index.json names, each a sub-folder."""
-    return [name for name, part in index.items() if isinstance(part, list) and part[0] is not None and name[0] != "_"]
-
-
-def in_half(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """How diffusers is told the type of a pipeline's weights; nothing for float32, which it is by default."""
-    return {} if dtype == torch.float32 else {"torch_dtype": dtype}
-
-
 def load_pipeline(
     folder: Path, *, leave_out: Sequence[str] = (), only: Sequence[str] | None = None, device: Any = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Any:  # fmt: skip
-    """The stock pipeline of a folder, in evaluation mode, without the parts in `leave_out`, or with `only` those."""
+    """The stock pipeline of a folder, in evaluation mode, without the parts in `leave_out`, or with `only` those.
+
+    All weights are of the type `dtype`, whatever the files hold. What no image needs, such as a safety checker, is not
+    loaded. Raises UserError for a part that is missing, or whose files do not hold all of its weights.
+    """
     family, index = family_of(folder)
-    parts = parts_of(index)
-    for name in parts:
-        if not (folder / name).is_dir() and (only is None or name in only) and name not in leave_out:
-            raise UserError(f"teacher: {folder} has no {name}/, which {family.name} needs; give the whole pipeline")
-    absent = {name: None for name in parts if name in leave_out or (only is not None and name not in only)}
-    absent.pop("scheduler", None)
+    kind = diffusers_class(family.pipelines[0])
+    parts: dict[str, Any] = dict.fromkeys(null_parts(kind, index))
+    for name in _named(folder, family, index):
+        if (
+            name in leave_out
+            or (only is not None and name not in only)
+            or (name not in family.needed_parts and name in kind._optional_components)
+        ):
+            parts[name] = None
+        elif not (folder / name).is_dir():
+            raise UserError(
+                f"teacher: {folder} has no {name}/, which {family.name} needs; give the whole pipeline"
+                + (f', or write "{name}": [null, null] in its model_index.json' if _optional(family, name) else "")
+            )
+        elif isinstance(own := part_class(index[name]), type) and issubclass(own, nn.Module):
+            parts[name] = load_part(own, folder / name, dtype)
+    settings = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     try:
-        kind = diffusers_class(family.pipelines[0])
-        pipeline = kind.from_pretrained(folder, use_safetensors=True, **in_half(dtype), **absent)
+        with _without_nulls(folder, kind, index) as view:
+            pipeline = kind.from_pretrained(view, use_safetensors=True, torch_dtype=dtype, **parts, **settings)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"teacher: the pipeline in {folder} does not load ({first_line(error)})") from error
+    pipeline.register_to_config(_name_or_path=str(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _optional(family: Family, name: str) -> bool:
+    return family.text is not None and name in family.text.optional
+
+
+def _named(folder: Path, family: Family, index: Config) -> list[str]:
+    """The parts in the index besides the scheduler; UserError where one that is needed is null or not named."""
+    parts = [name for name in parts_of(index) if name != "scheduler"]
+    for name in family.needed_parts:
+        if name not in parts and not _optional(family, name):
+            raise UserError(f"teacher: {folder} names no {name} in model_index.json, which {family.name} needs")
+    return parts
+
+
+@contextmanager
+def _without_nulls(folder: Path, kind: Any, index: Config) -> Iterator[Path]:
+    """The folder as diffusers reads it: one whose index has a plain null for a part is seen with [null, null]."""
+    whole = whole_index(kind, index)
+    if whole == index:
+        yield folder
+        return
+    with TemporaryDirectory() as made:
+        view = Path(made)
+        for path in folder.iterdir():
+            if path.name != "model_index.json":
+                (view / path.name).symlink_to(path.resolve())
+        (view / "model_index.json").write_text(json.dumps(whole), encoding="utf-8")
+        yield view
 
 
 def describe(folder: Path, resolution: int | None = None, frames: int | None = None) -> Teacher:
     """The teacher of a folder from its configs alone: samples and classes are those of it, weights there are none."""
     family, index = family_of(folder)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = _with_defaults(read_json(folder / "scheduler" / "scheduler_config.json"))
     config = {k: v for k, v in read_json(folder / family.component / "config.json").items() if k[0] != "_"}
     with torch.device("meta"):
         network = diffusers_class(family.network).from_config(config)
-    return family.teacher(network, Source(folder, index, scheduler, resolution=resolution, frames=frames))
+    return _checked(family, network, Source(folder, index, scheduler, resolution=resolution, frames=frames))
 
 
 def local_folder(name: str) -> Path:
@@ -118,43 +184,44 @@ def local_folder(name: str) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
+    if path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf"):
+        raise UserError(
+            f"teacher: {name!r} is one file, and a diffusers folder is needed; make one: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), or the pipeline class of its kind"
+        )
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.exists()
     if not looks_like_hub_id:
         raise UserError(f"teacher: {name!r} is not a folder; give a diffusers folder, a hub id or 'digits'")
+    folder = _fetched(name, NOT_LOADED)
+    if (folder / "model_index.json").is_file() and _has_variants_alone(folder):
+        folder = _fetched(name, [pattern for pattern in NOT_LOADED if "fp16" not in pattern])
+    return folder
+
+
+def _fetched(name: str, left_out: list[str]) -> Path:
+    """A hub's pipeline: all of it, since a student is exported with all its parts, but what would be unpickled."""
     from huggingface_hub import snapshot_download
 
-    # The whole pipeline but what would be unpickled and what is not loaded: a student is exported with all its parts.
     try:
         return Path(
-            snapshot_download(name, allow_patterns=["model_index.json", METADATA, "*/*"], ignore_patterns=NOT_LOADED)
+            snapshot_download(name, allow_patterns=["model_index.json", METADATA, "*/*"], ignore_patterns=left_out)
         )
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = first_line(error)
         raise UserError(f"teacher: {name!r} is no folder here, nor could it be had from the hub ({reason})") from error
 
 
-def _load_model(model: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Read a diffusers model; a missing or damaged file is named."""
-    config = read_json(folder / "config.json")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"teacher: {folder} has no .safetensors weights; save it with safe_serialization=True")
-    for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"teacher: {file} is not a whole safetensors file ({error})") from None
-    if config.get("_class_name") not in (None, model.__name__):
-        raise UserError(f"teacher: {folder} holds a {config['_class_name']}; {model.__name__} is expected")
-    try:
-        network = model.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"teacher: {folder} does not load as {model.__name__} ({first_line(error)})") from error
-    absent = [name for name, p in network.named_parameters() if p.is_meta]
-    if absent:
-        raise UserError(f"teacher: {folder} does not load as {model.__name__} (it has no {absent[0]})")
-    return network
+def _has_variants_alone(folder: Path) -> bool:
+    """Whether a network's configs are there and its weights are not, which the hub may have in half precision alone."""
+    parts = [folder / name for name in parts_of(read_json(folder / "model_index.json"))]
+    return any((part / "config.json").is_file() and not any(part.glob("*.safetensors")) for part in parts)
+
+
+def check_weights(name: str) -> None:
+    """UserError where a folder here is no pipeline, or has not the weights of its network; nothing is loaded."""
+    if Path(name).is_dir():
+        family, _ = family_of(Path(name))
+        weight_files(Path(name) / family.component)
 
 
 def record_of(path_or_hub_id: str | Path) -> Record | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
 from diffdistill.errors import UserError
-from diffdistill.families._family import ATTENTION, KL, Family, Source, latent_teacher, token_map, with_null
+from diffdistill.families._family import ATTENTION, KL, Family, Source, latent_teacher, one_side, token_map, with_null
 from diffdistill.families._schedules import schedule_of
 from diffdistill.players.teacher import Teacher
 
@@ -22,7 +22,12 @@ def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
 
 def _teacher(network: Any, source: Source) -> Teacher:
     config = network.config
-    native = config.sample_size * KL.factor(source.config("vae"))
+    side = one_side(config.sample_size)
+    if side is None:
+        raise UserError(
+            f"teacher: sample_size {config.sample_size} of the DiT is not one number, which its pipeline takes"
+        )
+    native = side * KL.factor(source.config("vae"))
     if source.resolution not in (None, native):
         raise UserError(
             f"resolution: {source.resolution} is not the {native} that this DiT makes, and its pipeline takes no size; "
@@ -36,7 +41,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
         "dit",
         network,
         source,
-        (config.in_channels, config.sample_size, config.sample_size),
+        (config.in_channels, side, side),
         schedule_of(source.scheduler),
         _call,
         num_classes=config.num_embeds_ada_norm,

@@ -15,6 +15,7 @@ from diffdistill.families._family import (
     Source,
     latent_size,
     latent_teacher,
+    native_pixels,
     plain_text,
     token_map,
 )
@@ -33,7 +34,13 @@ def _teacher(network: Any, source: Source) -> Teacher:
     factor = KL.factor(source.config("vae"))
     # The pipeline takes multiples of 8 pixels, whatever its autoencoder.
     multiple = max(config.patch_size, 8 // factor)
-    size = latent_size("pixart_sigma", factor, config.sample_size * factor, source.resolution, multiple)
+    size = latent_size(
+        "pixart_sigma",
+        factor,
+        native_pixels(config.sample_size, factor, source.resolution),
+        source.resolution,
+        multiple,
+    )
     return latent_teacher(
         "pixart_sigma",
         network,

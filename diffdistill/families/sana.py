@@ -15,6 +15,7 @@ from diffdistill.families._family import (
     Source,
     latent_size,
     latent_teacher,
+    native_pixels,
     plain_text,
     token_map,
 )
@@ -33,7 +34,9 @@ def _teacher(network: Any, source: Source) -> Teacher:
     factor = _AUTOENCODER.factor(source.config("vae"))
     # The pipeline takes multiples of 32 pixels, whatever its autoencoder.
     multiple = max(config.patch_size, 32 // factor)
-    size = latent_size("sana", factor, config.sample_size * factor, source.resolution, multiple)
+    size = latent_size(
+        "sana", factor, native_pixels(config.sample_size, factor, source.resolution), source.resolution, multiple
+    )
     time_scale = config.timestep_scale
 
     def call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Call, Cond
 from diffdistill.errors import UserError
-from diffdistill.families._family import ATTENTION, KL, Family, Prompt, Source, latent_size, latent_teacher, plain_text
+from diffdistill.families._family import (
+    ATTENTION,
+    KL,
+    Family,
+    Prompt,
+    Source,
+    latent_size,
+    latent_teacher,
+    native_pixels,
+    plain_text,
+)
 from diffdistill.families._schedules import schedule_of
 from diffdistill.players.scale_input import take_scale
 from diffdistill.players.teacher import Teacher
@@ -28,7 +38,8 @@ def unet_teacher(family: str, call: Call) -> Callable[[Any, Source], Teacher]:
             raise UserError("teacher: a VAE with latents_mean is not supported; use one with a scaling_factor alone")
         factor = KL.factor(vae)
         # The pipeline takes multiples of 8 pixels, whatever its autoencoder.
-        size = latent_size(family, factor, config.sample_size * factor, source.resolution, max(1, 8 // factor))
+        native = native_pixels(config.sample_size, factor, source.resolution)
+        size = latent_size(family, factor, native, source.resolution, max(1, 8 // factor))
         shape = (config.in_channels, size, size)
         layer = "mid_block" if network.mid_block is not None else None
         schedule = schedule_of(source.scheduler)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError
-from diffdistill.families._family import Family
+from diffdistill.families._family import Family, one_side
 from diffdistill.families._schedules import schedule_of
 from diffdistill.players.teacher import Teacher
 
@@ -50,9 +50,12 @@ def unet2d_teacher(network: UNet2DModel, scheduler: dict[str, Any], null_class: 
         null=None if null_class is None else null,
         feature_layer="mid_block" if network.mid_block is not None else None,
     )
-    size = config.sample_size
-    if not isinstance(size, int):
-        raise UserError(f"teacher: the UNet's sample_size is {size}; it must be one number, which its pipelines take")
+    size = one_side(config.sample_size)
+    if size is None:
+        raise UserError(
+            f"teacher: the UNet's sample_size is {config.sample_size}; it must be one number, which its pipelines take"
+        )
+    network.register_to_config(sample_size=size)  # of a list of two, which not all pipelines take
     return Teacher(denoiser, (config.in_channels, size, size), num_classes, "unet2d", "", scheduler)
 
 

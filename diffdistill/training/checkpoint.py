@@ -174,19 +174,19 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[
 
     Each damaged one that is passed over is named in a note on stderr. UserError if all of them are damaged.
     """
-    errors = []
+    passed_over: list[Damaged] = []
     for path in reversed(checkpoints(folder)):
         try:
             tensors, record = load_checkpoint(path)
         except Damaged as error:
-            errors.append(error)
+            passed_over.append(error)
             continue
-        for error in errors:
+        for damaged in passed_over:
             if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-                print(one_line(f"note: {error}; {path.name}, the one before, is used instead"), file=sys.stderr)
+                print(one_line(f"note: {damaged}; {path.name}, the one before, is used instead"), file=sys.stderr)
         return path, tensors, record
-    if errors:
-        raise UserError(f"{errors[0]}; no earlier checkpoint is whole, so that the run must be started anew")
+    if passed_over:
+        raise UserError(f"{passed_over[0]}; no earlier checkpoint is whole, so that the run must be started anew")
     return None
 
 

@@ -6,6 +6,9 @@ This file needs nothing of diffdistill: an exported folder holds a copy of it, a
 
 from __future__ import annotations
 
+import inspect
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +25,23 @@ class AdaptedPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, adapter=adapter)
         self.register_to_config(num_inference_steps=num_inference_steps)
+
+    def save_config(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """What `save_pretrained` and `push_to_hub` write last: the adapters and both files of code belong to it."""
+        super().save_config(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        (folder / "adapter").mkdir(exist_ok=True)
+        self.adapter.save(folder / "adapter", **self.adapter.described)
+        values = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        values.pop("_module", None)
+        for kind, key, where in (
+            (type(self), "_class_name", folder),
+            (type(self.adapter), "adapter", folder / "adapter"),
+        ):
+            source = Path(inspect.getsourcefile(kind) or "")
+            values[key] = [source.stem, kind.__name__]
+            (where / source.name).write_bytes(source.read_bytes())
+        (folder / "model_index.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @torch.no_grad()
     def __call__(

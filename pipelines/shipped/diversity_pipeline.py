@@ -10,8 +10,10 @@ This file needs nothing of diffdistill: an exported folder holds a copy of it, a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +73,16 @@ class _StartsWithBase:
     def _add_base(self: Any, base_unet: Any, base_scheduler: Any, **settings: Any) -> None:
         self.register_modules(base_unet=base_unet, base_scheduler=base_scheduler)
         self.register_to_config(**settings)
+
+    def save_config(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """What `save_pretrained` and `push_to_hub` write last: this file belongs to it."""
+        super().save_config(save_directory, *args, **kwargs)  # type: ignore[misc]
+        index, source = Path(save_directory) / "model_index.json", Path(__file__)
+        values = json.loads(index.read_text(encoding="utf-8"))
+        values.pop("_module", None)
+        values["_class_name"] = [source.stem, type(self).__name__]
+        index.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (Path(save_directory) / source.name).write_bytes(source.read_bytes())
 
     @contextmanager
     def _with(self: Any, **parts: Any) -> Iterator[None]:

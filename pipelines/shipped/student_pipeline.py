@@ -43,9 +43,11 @@ def pipeline_file(base: str, call: dict[str, Any]) -> str:
     return f'''"""{base} as this student is called: its steps, guidance and size unless the call says otherwise."""
 
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from diffusers import {base}
@@ -59,7 +61,23 @@ class StudentPipeline({base}):
     """The noise of every step follows `generator`, also where {base} leaves that to torch's global state."""
 
     @wraps({base}.__call__)
-    def __call__(self, *args, generator=None, **given):
-        with seeded_steps(self, generator):
-            return super().__call__(*args, generator=generator, **{{**CALL, **given}})
+    def __call__(self, *args, **given):
+        names = list(inspect.signature({base}.__call__).parameters)[1:]  # after self
+        if len(args) > len(names):
+            raise TypeError(f"the call takes {{len(names)}} arguments and was given {{len(args)}}")
+        named = dict(zip(names, args))
+        if twice := sorted(named.keys() & given.keys()):
+            raise TypeError(f"the call got {{twice[0]}} twice")
+        call = {{**CALL, **named, **given}}
+        with seeded_steps(self, call.get("generator")):
+            return super().__call__(**call)
+
+    def save_config(self, save_directory, *args, **kwargs):
+        # What save_pretrained and push_to_hub write: {base} as diffusers has it, and this file beside it.
+        super().save_config(save_directory, *args, **kwargs)
+        index = Path(save_directory) / "model_index.json"
+        values = json.loads(index.read_text(encoding="utf-8")) | {{"_class_name": "{base}"}}
+        values.pop("_module", None)
+        index.write_text(json.dumps(values, indent=2) + "\\n", encoding="utf-8")
+        (Path(save_directory) / "{FILE}").write_bytes(Path(__file__).read_bytes())
 '''
