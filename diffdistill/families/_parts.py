@@ -138,7 +138,10 @@ def stored_dtypes(folder: Path) -> tuple[dict[str, torch.dtype], torch.dtype]:
 def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """A network of diffusers or transformers in this type; UserError unless the files hold every weight of it."""
     _, variant = weight_files(folder)
-    named = {"dtype" if kind.__module__.startswith("transformers") else "torch_dtype": dtype}
+    named = {"dtype": dtype}
+    if not kind.__module__.startswith("transformers"):
+        # diffusers makes float32 of any file; told to, it lays weights out otherwise, and sums round otherwise.
+        named = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     try:
         network, report = kind.from_pretrained(
             folder, use_safetensors=True, variant=variant, output_loading_info=True, **named
