@@ -181,7 +181,9 @@ def _constructed(loader: Any, key: Any, value: Any) -> Any:
     if key.tag != "tag:yaml.org,2002:str":  # of a mapping that was merged
         raise ValueError("it is not a mapping of names to values")
     try:
-        return loader.construct_object(value, deep=True)
+        constructed = loader.construct_object(value, deep=True)
+        repr(constructed)  # of a number with thousands of digits, which has no decimal form, ValueError
+        return constructed
     except Exception as error:  # PyYAML's constructors raise whatever Python raises: a month 13, a bool of 'x'
         line, reason = value.start_mark.line + 1, " ".join(str(error).split())
         raise ValueError(
