@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 import importlib
 import importlib.util
 import pkgutil
@@ -88,9 +89,10 @@ def family_of(folder: Path) -> tuple[Family, Config]:
             "DiffusionPipeline.from_pretrained(.., trust_remote_code=True), or `diffdistill eval --trust-remote-code`"
         )
     if family is None:
-        known = ", ".join(p for f in FAMILIES.values() for p in f.class_names)
+        near = get_close_matches(str(name), [n for f in FAMILIES.values() for n in f.class_names], n=1, cutoff=0.8)
+        hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
-            f"teacher: pipeline class {name!r} is not supported; supported are {known}; "
-            "CONTRIBUTING.md, 'Adding a family', says how to add one"
+            f"teacher: pipeline class {name!r} is not supported; {hint}`diffdistill families` lists those that are, "
+            "and CONTRIBUTING.md, 'Adding a family', says how to add one"
         )
     return family, index

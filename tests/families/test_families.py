@@ -17,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from diffdistill.catalogue import describe_method
+from diffdistill.commands.cli import main
 from diffdistill.core.denoiser import Cond
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, solve
@@ -347,12 +348,14 @@ def test_the_model_card_reads_the_network_as_a_single_file(
     assert all(torch.equal(loaded[key], value) for key, value in kept.items())
 
 
-def test_an_unknown_pipeline_is_told_which_are_known(tmp_path: Path) -> None:
+def test_an_unknown_pipeline_is_told_which_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
     with pytest.raises(UserError, match="NoSuchPipeline") as error:
         family_of(tmp_path)
-    for family in FAMILIES.values():
-        assert all(pipeline in str(error.value) for pipeline in family.pipelines)
+    assert "`diffdistill families`" in str(error.value)  # which lists them all: a message is one short line
+    assert main(["families"]) == 0
+    listed = capsys.readouterr().out
+    assert all(pipeline in listed for family in FAMILIES.values() for pipeline in family.pipelines)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
