@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 import importlib
 import importlib.util
 import pkgutil
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 from diffdistill.errors import UserError, first_line
