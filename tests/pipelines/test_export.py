@@ -255,7 +255,7 @@ def test_teacher_folders_that_cannot_be_used(tiny_teacher: Teachers, tmp_path: P
 
     other = broken("other")
     (other / "model_index.json").write_text(json.dumps({"_class_name": "MochiPipeline"}))
-    known = r"'MochiPipeline' is not supported; supported are .*ConsistencyModelPipeline.*Adding a family"
+    known = r"'MochiPipeline' is not supported; `diffdistill families` lists those that are.*Adding a family"
     with pytest.raises(UserError, match=known):
         load_teacher(other)
 
