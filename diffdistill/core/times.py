@@ -8,13 +8,6 @@ import torch
 from torch import Tensor
 
 from diffdistill.core.schedule import Schedule
-from diffdistill.errors import UserError
-
-
-def check_range(time_low: float, time_high: float) -> None:
-    """UserError unless the options time_low and time_high leave something between them."""
-    if time_low >= time_high:
-        raise UserError(f"time_low: {time_low} must be less than time_high ({time_high})")
 
 
 def _uniform(n: int, generator: torch.Generator) -> Tensor:
