@@ -300,6 +300,11 @@ class MatchingTimes(Options):
 
 
 @dataclass(frozen=True)
+class EDMTimes(MatchingTimes, time_low=0.0, time_high=0.8):
+    """The same, as fractions of EDM's grid of sigma from 0.002 to 80, where 0.8 is sigma = 24.4."""
+
+
+@dataclass(frozen=True)
 class NormaliserOptions(Options):
     """DMD's normaliser of the matching gradient."""
 
@@ -334,6 +339,9 @@ class FakeScoreGuidance(Options):
 class FollowingOptions(StudentOptions):
     """A student that follows trajectories against a slow copy of itself."""
 
+    student_level: float | None = option(
+        None, "the timestep or sigma at which the student reads pure noise; default: the noisiest", at_least=0
+    )
     target_ema: float = option(0.95, "decay of the target, the student's moving average", at_least=0, below=1)
     student_steps: int = option(1, "the student's sampling steps; its training is the same for any number", at_least=1)
 

@@ -36,11 +36,10 @@ from diffdistill.core.distances import distance
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, heun_step
 from diffdistill.core.prediction import diffuse, expand
-from diffdistill.core.schedule import sampling_grid, student_levels
+from diffdistill.core.schedule import sampling_grid
 from diffdistill.core.times import grid_points_at, karras_grid, log_normal
 from diffdistill.errors import UserError
 from diffdistill.options import FollowingOptions, ImageDistance, TeacherGuidance, option
-from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.following import FollowingMethod
 from diffdistill.scaffold.method import Batch, Outcome
@@ -108,14 +107,12 @@ class Consistency(FollowingMethod[Step]):
         if c.guidance_scale != 1 and not self.from_teacher:
             raise UserError(f"guidance_scale: {c.guidance_scale} guides the teacher's step, and this mode has none")
         self.teacher = guided(self.teacher, c.guidance_scale)
+        self.top = self.schedule.t_max if c.student_level is None else float(self.schedule.angle(c.student_level))
         if c.mode != "easy":
             self.grid(c.ramp_steps)  # one that is too fine is refused now, not later
         self.end = 0.0 if c.mode == "easy" else float(self.grid(0)[-1])
         self.inverse_step = c.loss_weight == "inverse_step" or (c.loss_weight == "auto" and c.mode == "easy")
         self.distance = distance(c.distance, teacher.shape, self.schedule.data_std, c.huber_c)
-
-    def sampler(self) -> Sampler:
-        return Sampler(self.student, student_levels(self.schedule, self.config.student_steps).tolist())
 
     def points(self, step: int) -> int:
         """N at that training step."""
@@ -129,8 +126,9 @@ class Consistency(FollowingMethod[Step]):
 
     def grid(self, step: int) -> Tensor:
         """(N,) the descending angles of that training step."""
-        n = self.points(step)
-        grid = karras_grid(self.schedule, n) if self.config.grid == "karras" else sampling_grid(self.schedule, n - 1)
+        n, level = self.points(step), self.config.student_level
+        karras = self.config.grid == "karras"
+        grid = karras_grid(self.schedule, n, self.top) if karras else sampling_grid(self.schedule, n - 1, level)
         grid[0] = self.schedule.angle(self.sampler().levels[0])
         if not bool((grid.diff() < 0).all()):
             raise UserError(f"grid_points: {n} is more than the teacher's schedule has room for; give fewer")
@@ -140,7 +138,7 @@ class Consistency(FollowingMethod[Step]):
         c, draw = self.config, batch.generator("student/t")
         if c.mode == "easy":
             t = log_normal(self.schedule, batch.size, draw, c.time_mean, c.time_std)
-            t = t.clamp(self.schedule.t_min, self.schedule.t_max)
+            t = t.clamp(self.schedule.t_min, self.top)
             return Step(t, self.easy_partner(t, step))
         grid = self.grid(step).to(batch.device)
         i = batch.integers(len(grid) - 1, "student/t")

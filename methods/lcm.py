@@ -92,7 +92,7 @@ class LCM(FollowingMethod[Skip]):
         self.guides = c.takes_scale or c.guidance_scale != 1
         if self.guides:
             require_null(self.teacher, "a guidance scale")
-        levels = student_levels(self.schedule, c.ddim_steps)
+        levels = student_levels(self.schedule, c.ddim_steps, c.student_level)
         self.levels = levels.tolist()
         least = torch.tensor([self.schedule.t_min]).double()  # that the network knows
         self.grid = torch.cat([self.schedule.angle(levels), least])

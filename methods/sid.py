@@ -38,7 +38,7 @@ from diffdistill.core.guidance import guided
 from diffdistill.core.losses import l1_normaliser, per_sample_mean
 from diffdistill.core.prediction import diffuse
 from diffdistill.core.times import edm_karras, edm_log_normal, native_uniform
-from diffdistill.options import FakeScoreGuidance, MatchingOptions, MatchingTimes, NormaliserOptions, option
+from diffdistill.options import EDMTimes, FakeScoreGuidance, MatchingOptions, NormaliserOptions, option
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.matching import MatchingMethod, fake_score_loss
 from diffdistill.scaffold.method import Batch, Outcome
@@ -57,10 +57,8 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(
-    MatchingOptions, MatchingTimes, NormaliserOptions, FakeScoreGuidance, beta1=0.0, time_low=0.0, time_high=0.8
-):
-    """SiD's options; guidance_scale is kappa_4. 0.8 of EDM's grid is sigma = 24.4."""
+class Config(MatchingOptions, EDMTimes, NormaliserOptions, FakeScoreGuidance, beta1=0.0):
+    """SiD's options; guidance_scale is kappa_4."""
 
     alpha: float = option(1.2, "weight of |Delta|^2 in the student's loss; the authors' 1.0 to 1.2")
     times: Literal["karras", "native"] = option(

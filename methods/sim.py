@@ -33,7 +33,7 @@ from diffdistill.core.denoiser import Cond
 from diffdistill.core.losses import pseudo_huber
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.times import edm_karras, edm_log_normal
-from diffdistill.options import MatchingOptions, MatchingTimes, option
+from diffdistill.options import EDMTimes, MatchingOptions, option
 from diffdistill.scaffold.matching import MatchingMethod
 from diffdistill.scaffold.method import Batch, Outcome
 
@@ -50,8 +50,8 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(MatchingOptions, MatchingTimes, beta1=0.0, time_low=0.0, time_high=0.8):
-    """SIM's options; the student's times are fractions of EDM's grid of levels, where 0.8 is sigma = 24.4."""
+class Config(MatchingOptions, EDMTimes, beta1=0.0):
+    """SIM's options."""
 
     distance: Literal["pseudo_huber", "l2"] = option(
         "pseudo_huber", "of the score gap y; pseudo_huber: sqrt(|y|^2 + c^2) - c; l2: |y|^2"

@@ -25,6 +25,7 @@ from diffdistill.training.assemble import Game, data_for, make_game, pairs_for
 from diffdistill.training.folder import refuse_a_run, resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
 from diffdistill.training.inputs import check_inputs, inputs_of
+from diffdistill.training.looks import Look, watch
 from diffdistill.training.recipe import Objects, recorded
 from diffdistill.training.trainer import Interrupted, Trainer, accelerator_for
 
@@ -83,13 +84,16 @@ def distill_values(
     elif allow_change:
         raise UserError("allow_change: it is for a run that is resumed; give --resume RUN")
     else:
+        whole = values.get("preset") is not None
         values = _with_preset(values, objects) | dict(objects.named)
     out = Path(str(values.get("out", TrainConfig.out)))
     if resume is None:  # before anything is loaded
         if objects.teacher is None:
             check_weights(str(values.get("teacher", TrainConfig.teacher)))
         refuse_a_run(out)
-    game = make_game(values, objects)
+    game = make_game(values, objects, deriving=resume is None and not whole)
+    for name, (value, reason) in game.derived.items():
+        print(f"{name}: {value} ({reason})")
     _check_options(game, values, resumed=resume is not None)
     check_exportable(game)  # a student that cannot be saved is refused now
     _note_on_stages(game)
@@ -147,6 +151,11 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> None:
         trainer.resume(allow_change)
     sizes = {"kept_bytes": kept_bytes, "export_bytes": export_bytes}
     start_folder(out, game.options(), player_bytes, accelerator, inputs, resume=resumed, **sizes)
+    trainer.on_look = lambda step: None
+    if accelerator.is_main_process and trainer.step < config.steps:
+        with trainer.evaluating():
+            look = Look(teacher, method.sampler(), shown)
+        trainer.on_look = watch(out, look, method.sampler, config.steps)
     trainer.fit()
     if accelerator.is_main_process:
         with trainer.evaluating():

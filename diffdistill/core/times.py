@@ -48,8 +48,12 @@ def edm_karras(schedule: Schedule, n: int, generator: torch.Generator, low: floa
 
     Fraction 0 is sigma = 0.002; the angles are the same for all schedules, clamped to those that this one knows.
     """
+    return edm_karras_angle(schedule, low + (high - low) * _uniform(n, generator))
+
+
+def edm_karras_angle(schedule: Schedule, u: Tensor) -> Tensor:
+    """The angles at the fractions u (n,) of that grid."""
     first, last = 0.002 ** (1 / 7), 80 ** (1 / 7)
-    u = low + (high - low) * _uniform(n, generator)
     return _edm_angle(schedule, (first + u * (last - first)) ** 7)
 
 
@@ -63,14 +67,14 @@ def logit_normal(schedule: Schedule, n: int, generator: torch.Generator, mean: f
     return torch.atan2(sigma, (1 - sigma) * schedule.data_std)
 
 
-def karras_grid(schedule: Schedule, n: int, rho: float = 7.0) -> Tensor:
+def karras_grid(schedule: Schedule, n: int, top: float, rho: float = 7.0) -> Tensor:
     """Descending, evenly spaced in tan(t)^(1/rho): the grid of consistency models (Karras et al. 2022, eq. 5).
 
-    From the schedule's noisiest angle to its cleanest, and within EDM's own range (sigma 80 to 0.002 at
+    From the angle `top` to the schedule's cleanest, and within EDM's own range (sigma 80 to 0.002 at
     data_std 0.5) where those are pure noise or pure data, for which tan(t) is infinite or zero.
     """
     low = schedule.t_min or math.atan(0.002 / 0.5)
-    high = min(schedule.t_max, math.atan(80.0 / 0.5))
+    high = min(top, math.atan(80.0 / 0.5))
     first, last = (math.tan(t) ** (1 / rho) for t in (high, low))
     grid = torch.atan(torch.linspace(first, last, n, dtype=torch.float64) ** rho)
     grid[0], grid[-1] = high, low  # to the last bit: a method asks whether it is at an end

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.prediction import diffuse
+from diffdistill.core.schedule import student_levels
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.rng import seed_for, seeded
 from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
@@ -60,6 +62,11 @@ class FollowingMethod(Method, Generic[I]):
     @abstractmethod
     def following(self, x_t: Tensor, x_r: Tensor, interval: I, cond: Cond, seed: int = 0) -> Outcome:
         """The loss of the student at x_t (B, ...) against the target at x_r (B, ...)."""
+
+    def sampler(self) -> Sampler:
+        """`student_steps` from `student_level` down, with fresh noise between."""
+        c = self.config
+        return Sampler(self.student, student_levels(self.schedule, c.student_steps, c.student_level).tolist())
 
     def target_decay(self, step: int) -> float:
         """The decay of the target's moving average at a training step."""

@@ -27,7 +27,8 @@ from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
 from diffdistill.scaffold.method import Method, Need
 from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into, load_newest
-from diffdistill.training.recipe import Objects, Recipe, recorded
+from diffdistill.training.derived import Derived, Situation, derive
+from diffdistill.training.recipe import Objects, Recipe, recorded, shallow
 
 NO_OBJECTS = Objects()
 
@@ -43,6 +44,7 @@ class Game:
     method: Method
     encoded: Encoded | None = None  #: prompts of a latent teacher, with latents if there are any
     objects: Objects = dataclasses.field(default_factory=Objects)
+    derived: Mapping[str, Derived] = dataclasses.field(default_factory=dict)  #: options that the teacher has given
 
     def options(self) -> dict[str, Any]:
         """The resolved options, for run folders and model cards."""
@@ -54,16 +56,25 @@ class Game:
         return FAMILIES.get(self.teacher.family)
 
 
-def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS) -> Game:
+def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS, *, deriving: bool = False) -> Game:
     """Teacher and method from the options of `diffdistill train`, nothing trained yet.
 
-    Where `steps` is not among the options, a method with stages takes all of them.
+    Where `steps` is not among the options, a method with stages takes all of them. With `deriving`, options that are
+    not there are derived from the teacher where there is a rule (`training.derived`).
     """
     recipe = objects.method_of(values, TrainConfig.method)
-    shared, own = split({**recipe.about.defaults, **values}, TrainConfig, recipe.config)
+    values = {**recipe.about.defaults, **values}
+    shared, own = split(values, TrainConfig, recipe.config)
     config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
     objects.require_objects({name: value for name, value in values.items() if name not in ("data", "pairs")})
     teacher, encoded = _teacher(config) if objects.teacher is None else (_own_teacher(config, objects.teacher), None)
+    derived: dict[str, Derived] = {}
+    if deriving:
+        given = values | ({} if objects.options is None else shallow(method_config))
+        derived = derive(Situation(teacher, recipe.config, given, config.steps))
+        extra = {name: value for name, (value, _) in derived.items()}
+        shared, own = split({**values, **extra}, TrainConfig, recipe.config)
+        config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     method = recipe.make(teacher, method_config)
     if "steps" not in values and method.whole is not None:
@@ -73,7 +84,7 @@ def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS) -> Game:
         parts = [part for player in method.players.values() for part in player.modules()]
         for network in {part.network for part in parts if isinstance(part, Denoiser)}:
             checkpoint_activations(network)
-    return Game(config, recipe, method_config, teacher, method, encoded, objects)
+    return Game(config, recipe, method_config, teacher, method, encoded, objects, derived)
 
 
 def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:

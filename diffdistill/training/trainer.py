@@ -64,6 +64,7 @@ class Trainer:
         out: Path,
         accelerator: Accelerator,
         on_sample: Callable[[int], None] | None = None,
+        on_look: Callable[[int], None] | None = None,
     ):
         self.method = method
         self.batches = batches
@@ -71,6 +72,7 @@ class Trainer:
         self.out = out
         self.accelerator = accelerator
         self.on_sample = on_sample
+        self.on_look = on_look
         self.step = 0
         self.totals: dict[str, tuple[Tensor | float, int]] = {}  # sums since the last line of metrics.jsonl
         self.averaged = method.exported if config.ema else None
@@ -209,6 +211,8 @@ class Trainer:
                     self._log(writer, means, seconds, bar)
                 if config.sample_every and self.step % config.sample_every == 0 and self.step < config.steps:
                     self._sample()
+                if self.step in (max(1, config.steps // 10), config.steps):
+                    self._evaluated(self.on_look)
                 last, stop = self.step == config.steps, self._anywhere(stopped.is_set())
                 if last or stop or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
                     self.save()
@@ -240,12 +244,17 @@ class Trainer:
             )
 
     def _sample(self) -> None:
-        if not (self.on_sample and self.config.sample_every):
+        if self.config.sample_every:
+            self._evaluated(self.on_sample)
+
+    def _evaluated(self, show: Callable[[int], None] | None) -> None:
+        """`show(step)` in the main process, with the players as they are exported."""
+        if show is None:
             return
         self._check_parameters()
         if self.accelerator.is_main_process:
             with self.evaluating():
-                self.on_sample(self.step)
+                show(self.step)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -116,7 +116,7 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_karras_grid_is_edms_own() -> None:
     schedule = EDM()
-    got = schedule.data_std * torch.tan(karras_grid(schedule, 18))
+    got = schedule.data_std * torch.tan(karras_grid(schedule, 18, schedule.t_max))
     torch.testing.assert_close(got, schedule.levels(18), rtol=1e-12, atol=0)
 
 
@@ -129,7 +129,7 @@ def test_the_karras_grid_is_edms_own() -> None:
     ],
 )
 def test_the_karras_grid_stays_within_what_is_known(schedule: Any) -> None:
-    grid = karras_grid(schedule, 40)
+    grid = karras_grid(schedule, 40, schedule.t_max)
     assert bool((grid.diff() < 0).all())
     assert schedule.t_min <= float(grid[-1]) < 0.05
     assert float(grid[0]) <= schedule.t_max

@@ -1,0 +1,182 @@
+"""A look at the student before, during and after training: the faults that a few samples show, said in words."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffdistill.core.denoiser import Cond
+from diffdistill.data.encoded import decoder
+from diffdistill.data.examples import Examples, to_device
+from diffdistill.families import FAMILIES
+from diffdistill.players.sampler import STEPS, Sampler
+from diffdistill.players.teacher import Teacher
+from diffdistill.rng import image_generators
+from diffdistill.training.derived import amplification
+
+COUNT = 48  # samples that are looked at
+STEPS_OF_TEACHER = 8
+# Limits of the measures; all but STILL are ratios to the teacher's.
+DIVERGED, SATURATED, BLANK, COLLAPSED, NOISY, STILL, WORSE = 4.0, 1.6, 0.3, 0.4, 1.7, 0.05, 1.5
+
+
+class Measures(NamedTuple):
+    """Of samples, relative to the teacher's of several steps, where 1 is as the teacher's."""
+
+    size: float  #: root mean square, before pixels are clipped
+    contrast: float  #: standard deviation within a sample
+    spread: float  #: mean distance of two samples of the same conditions
+    roughness: float  #: mean difference of neighbours, over the deviation within a sample
+    moved: float  #: root mean square of the change since training began, over the teacher's root mean square
+    distance: float  #: energy distance of the samples from the teacher's, over that of the teacher's one pass
+
+
+class Look:
+    """Samples of always the same noise and conditions, beside what the teacher draws there in one pass and in several.
+
+    A teacher of classes or prompts is looked at with a few of them, several samples each.
+    """
+
+    def __init__(self, teacher: Teacher, sampler: Sampler, prompts: Examples | None = None):
+        self.teacher, self.level = teacher, sampler.levels[0]
+        entry = FAMILIES.get(teacher.family)
+        self.latent = entry is not None and entry.autoencoder is not None
+        count = 8 if self.latent else COUNT
+        self.groups = torch.arange(count) // 4
+        self.cond: Cond = {}
+        device = next(sampler.denoiser.parameters()).device
+        if prompts is not None:
+            self.groups = self.groups % len(prompts)
+            self.cond = to_device(prompts.get(self.groups), device).cond
+        elif teacher.num_classes is not None:
+            self.groups = self.groups % teacher.num_classes
+            self.cond = {"class_labels": self.groups.to(device)}
+        else:
+            self.groups = torch.zeros_like(self.groups)
+        denoiser = teacher.denoiser
+        self.several = self.shown(
+            self.drawn(Sampler(denoiser, denoiser.schedule.levels(STEPS_OF_TEACHER), STEPS["ddim"]))
+        )
+        self.one = self.shown(self.drawn(Sampler(denoiser, sampler.levels[:1])))
+        self.before = self.shown(self.drawn(sampler))
+        self.reference = _raw(self.several, self.groups)
+        self.unit = _energy(self.one, self.several)
+
+    def drawn(self, sampler: Sampler) -> Tensor:
+        """(n, *shape) samples on the CPU, in the data's units."""
+        count = len(self.groups)
+        return sampler(self.teacher.shape, self.cond, image_generators(0, range(count))).float().cpu()
+
+    def shown(self, samples: Tensor) -> Tensor:
+        """Pixels clipped as pictures are."""
+        return samples if self.latent or not self.teacher.family else samples.clamp(-1, 1)
+
+    def measures(self, samples: Tensor) -> Measures:
+        """Of samples that `drawn` gave."""
+        clipped = self.shown(samples)
+        size = samples.square().mean().sqrt() / self.several.square().mean().sqrt()
+        relative = [
+            mine / max(theirs, 1e-6) for mine, theirs in zip(_raw(clipped, self.groups), self.reference, strict=True)
+        ]
+        moved = (clipped - self.before).square().mean().sqrt() / self.several.square().mean().sqrt()
+        distance = _energy(clipped, self.several) / max(self.unit, 1e-6)
+        return Measures(float(size), *relative, float(moved), distance)
+
+    def amplified(self) -> float:
+        """By how much an error of the teacher's output counts in x0 at the student's level."""
+        schedule = self.teacher.denoiser.schedule
+        t = schedule.angle(self.level).clamp(schedule.t_min, schedule.t_max).reshape(1)
+        return float(amplification(self.teacher.denoiser, t))
+
+
+def _raw(samples: Tensor, groups: Tensor) -> tuple[float, float, float]:
+    """Contrast, spread and roughness of samples (n, ...)."""
+    flat = samples.flatten(1)
+    contrast = flat.std(1).mean()
+    same = (groups[:, None] == groups[None]).fill_diagonal_(False)
+    spread = torch.cdist(flat, flat)[same].mean() / math.sqrt(flat.shape[1])
+    neighbours = samples.diff(dim=-1).abs().mean() if samples.shape[-1] > 1 else contrast
+    return float(contrast), float(spread), float(neighbours / contrast.clamp_min(1e-6))
+
+
+def _energy(x: Tensor, y: Tensor) -> float:
+    """Energy distance 2 E|x - y| - E|x - x'| - E|y - y'| of samples (n, ...), a root mean square an element.
+
+    x[i] and y[i] come of the same noise and are left out.
+    """
+    x, y = x.flatten(1), y.flatten(1)
+
+    def between(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cdist(a, b)[~torch.eye(len(a), dtype=torch.bool)].mean()
+
+    return float(2 * between(x, y) - between(x, x) - between(y, y)) / math.sqrt(x.shape[1])
+
+
+def faults(m: Measures, *, first: bool) -> list[str]:
+    """What is wrong, in words, with what to change; `first` at a tenth of the budget, else at its end."""
+    lower = "take lower learning rates or a less noisy --student-level"
+    if not all(map(math.isfinite, m)) or m.size > DIVERGED:
+        return [f"divergence: samples are {m.size:.1f} times as large as the teacher's; {lower}"]
+    if m.contrast < BLANK:
+        return [f"blank: samples have {m.contrast:.2f} of the contrast of the teacher's; {lower}"]
+    result = []
+    if m.moved < STILL and m.distance > 0.5:
+        still = f"nothing moved: samples have changed by {m.moved:.1%}"
+        result.append(f"{still}; take higher learning rates or more steps")
+    if m.size > SATURATED:
+        result.append(f"saturation: before they are clipped samples are {m.size:.1f} times the teacher's; {lower}")
+    if m.spread < COLLAPSED:
+        alike = f"collapse: two samples differ by {m.spread:.2f} of what the teacher's do"
+        result.append(f"{alike}; {lower}, or more steps of the fake score, --update-ratio")
+    if m.roughness > NOISY:
+        rough = f"noise: neighbours differ {m.roughness:.1f} times as much as the teacher's"
+        result.append(f"{rough}; {lower}, or give more steps")
+    if first and m.distance > WORSE:
+        far = f"getting worse: {m.distance:.1f} times as far from the teacher's samples as its one pass"
+        result.append(f"{far}; {lower}")
+    return result
+
+
+def watch(out: Path, look: Look, sampler_now: Callable[[], Sampler], steps: int) -> Callable[[int], None]:
+    """step -> looks at the student, prints what is wrong and adds a line to <out>/looks.jsonl.
+
+    Before that it prints what one pass of the teacher gives at the student's level, and draws it above what several
+    passes give, <out>/samples/teacher.png.
+    """
+    _show_teacher(out, look)
+
+    def now(step: int) -> None:
+        m = look.measures(look.drawn(sampler_now()))
+        wrong = faults(m, first=step < steps)
+        with open(out / "looks.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **m._asdict(), "faults": wrong}) + "\n")
+        print(
+            f"look at step {step}: {m.distance:.2f} as far from the teacher's {STEPS_OF_TEACHER} steps as its one pass"
+        )
+        for fault in wrong:
+            print(f"warning: {fault}", file=sys.stderr)
+
+    return now
+
+
+def _show_teacher(out: Path, look: Look) -> None:
+    from diffdistill.pictures import image_grid, save_png
+
+    m = look.measures(look.one)
+    print(
+        f"the teacher's one pass at the student's level {look.level:g} has {m.contrast:.2f} of the contrast and "
+        f"{m.spread:.2f} of the spread of its {STEPS_OF_TEACHER} steps; an error of its output counts "
+        f"{look.amplified():.1f} times in x0"
+    )
+    if not look.latent and (len(look.teacher.shape) != 3 or look.teacher.shape[0] not in (1, 3)):
+        return
+    columns = min(len(look.one), 16)
+    images = decoder(look.teacher)(torch.cat([look.one[:columns], look.several[:columns]])).float().clamp(-1, 1)
+    save_png(image_grid(images, columns, scale=max(1, 32 // images.shape[-1])), out / "samples" / "teacher.png")

@@ -1,0 +1,147 @@
+"""Options that are derived from a teacher: the right level, loss and rates for each kind, and what overrides them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from diffdistill import distill
+from diffdistill.core.prediction import OUTPUTS, Output
+from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule
+from diffdistill.methods import consistency, dmd2, progressive, sid, sim
+from diffdistill.players.teacher import Teacher
+from diffdistill.training.derived import Derived, Situation, amplification, derive, noisiest
+
+
+class Network(torch.nn.Module):
+    """A network of `n` parameters."""
+
+    def __init__(self, n: int = 1_000_000):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(n, device="meta"))
+
+
+def teacher_of(schedule: Schedule, output: Output, n: int = 1_000_000) -> Teacher:
+    from diffdistill.core.denoiser import Denoiser
+
+    return Teacher(Denoiser(Network(n), schedule, output), (1, 28, 28))
+
+
+STOCK_DDPM = DiscreteVP.from_config({})
+STABLE_DIFFUSION = DiscreteVP.from_config(
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+)
+
+
+def derived_for(teacher: Teacher, config: type, steps: int = 1000, **values: object) -> dict[str, Derived]:
+    return derive(Situation(teacher, config, values, steps))
+
+
+def test_the_amplification_of_noise_is_sigma_over_alpha() -> None:
+    """157 at the last timestep of a stock DDPM and 17 at 750; at most 1 for v, flow and EDM networks."""
+    t = STOCK_DDPM.angle(torch.tensor([999.0, 750.0]))
+    epsilon = amplification(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"]).denoiser, t)
+    assert [round(float(a)) for a in epsilon] == [157, 17]
+    for schedule, name in ((STOCK_DDPM, "v_prediction"), (LinearFlow(), "flow_prediction"), (EDM(), "edm")):
+        denoiser = teacher_of(schedule, OUTPUTS[name]).denoiser
+        angles = torch.linspace(schedule.t_min + 1e-3, schedule.t_max - 1e-3, 50, dtype=torch.float64)
+        assert float(amplification(denoiser, angles).max()) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("schedule, low, high", [(STOCK_DDPM, 350, 500), (STABLE_DIFFUSION, 399, 625)])
+def test_a_matched_student_of_an_epsilon_teacher_starts_where_papers_start_it(
+    schedule: DiscreteVP, low: int, high: int
+) -> None:
+    """The issue's 400 for a stock DDPM; DMD2's 399 and SiD's 625 of Stable Diffusion."""
+    level = derived_for(teacher_of(schedule, OUTPUTS["epsilon"]), dmd2.Config)["student_level"].value
+    assert low <= level <= high and level == int(level)
+
+
+def test_each_kind_of_teacher_starts_at_the_same_noise() -> None:
+    """In sigma/alpha at data of unit variance, from 2 to EDM's 5."""
+    for schedule, name in ((STOCK_DDPM, "v_prediction"), (LinearFlow(shift=3.0), "flow_prediction"), (EDM(), "edm")):
+        level = noisiest(teacher_of(schedule, OUTPUTS[name]).denoiser, 2.5, 3.0)
+        assert 2 <= float(torch.tan(schedule.angle(level))) <= 5
+
+
+def test_the_fake_score_learns_as_the_teacher_was_trained() -> None:
+    assert derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"]), dmd2.Config)["fake_score_loss"].value == "epsilon"
+    assert "fake_score_loss" not in derived_for(teacher_of(LinearFlow(), OUTPUTS["flow_prediction"]), dmd2.Config)
+
+
+@pytest.mark.parametrize("config", [dmd2.Config, sid.Config, sim.Config])
+def test_distributions_are_not_compared_where_the_teacher_knows_nothing(config: type) -> None:
+    """The noisiest time is where sigma/alpha is 15, counted as the method counts its times; EDM keeps its own."""
+    from diffdistill.core.times import edm_karras_angle
+
+    fraction = torch.tensor([derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"]), config)["time_high"].value])
+    angle = STOCK_DDPM.at_fraction(fraction) if config is dmd2.Config else edm_karras_angle(STOCK_DDPM, fraction)
+    assert 13 < float(torch.tan(angle)) < 15.5
+    assert "time_high" not in derived_for(teacher_of(EDM(), OUTPUTS["edm"]), config)
+
+
+def test_rates_fall_with_size_and_a_fake_score_keeps_up() -> None:
+    small, large = (
+        derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], n), dmd2.Config) for n in (1_000_000, 56_000_000)
+    )
+    assert small["student_lr"].value == 1e-4 and small["fake_score_lr"].value == pytest.approx(3e-4)
+    assert 5e-6 < large["student_lr"].value < 2e-5  # SiD's CIFAR-10 network: 1e-5
+    long = derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"]), dmd2.Config, steps=100_000)
+    assert "update_ratio" not in long and long["fake_score_lr"].value == long["student_lr"].value
+
+
+def test_a_method_of_stages_keeps_its_own_schedule() -> None:
+    names = derived_for(teacher_of(STOCK_DDPM, OUTPUTS["v_prediction"]), progressive.Config)
+    assert not {"lr_schedule", "warmup_steps", "ema", "student_level"} & set(names)
+    assert "student_level" in derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"]), consistency.Config)
+
+
+@pytest.fixture(scope="module")
+def stock_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The commonest pixel teacher: epsilon, linear betas, clip_sample; untrained."""
+    network = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1,
+        norm_num_groups=8, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("stock") / "ddpm"
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def test_what_was_derived_is_printed_recorded_and_overridden(
+    stock_ddpm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = distill("dmd2", teacher=stock_ddpm, steps=2, batch_size=4, out=tmp_path / "run", options={"student_lr": 1e-3})
+    recorded, printed = yaml.safe_load((run.folder / "config.yaml").read_text()), capsys.readouterr().out
+    assert recorded["student_lr"] == 1e-3 and "student_lr:" not in printed  # an option goes first
+    assert recorded["student_level"] == 439 and "student_level: 439" in printed and "157" in printed
+    assert recorded["batch_size"] == 4 and recorded["fake_score_loss"] == "epsilon"
+    again = distill(resume=run.folder, steps=3)
+    assert yaml.safe_load((again.folder / "config.yaml").read_text()) == recorded | {"steps": 3}
+    assert "student_level:" not in capsys.readouterr().out  # a resumed run goes on with what it has
+
+
+def test_with_a_preset_nothing_is_derived(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = distill("dmd2", preset="imagenet64", teacher="digits", steps=1, batch_size=4, out=tmp_path / "run",
+                  options={"gan_weight": 0.0})  # fmt: skip
+    recorded = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert recorded["student_level"] is None and recorded["beta1"] == 0.9
+    assert "fake_score_lr:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["consistency", "lcm"])
+def test_a_trajectory_student_starts_at_its_level(method: str, stock_ddpm: Path, tmp_path: Path) -> None:
+    """Trained, sampled and exported there: stock diffusers asks the network at that timestep alone."""
+    from diffusers import DiffusionPipeline
+
+    run = distill(method, teacher=stock_ddpm, data="digits", steps=1, batch_size=4, out=tmp_path / "run",
+                  options={"student_level": 500})  # fmt: skip
+    assert run.sampler().levels == (500.0,)
+    pipeline = DiffusionPipeline.from_pretrained(run.student)
+    pipeline.set_progress_bar_config(disable=True)
+    times: list[float] = []
+    pipeline.unet.register_forward_pre_hook(lambda module, args: times.append(float(args[1])))
+    pipeline(batch_size=1, output_type="np")
+    assert times == [500.0]
