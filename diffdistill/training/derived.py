@@ -116,6 +116,14 @@ def derive(situation: Situation) -> dict[str, Derived]:
     return rules
 
 
+def _intervals(s: Situation) -> Derived | None:
+    return (
+        Derived(20, f"{s.steps} steps are few for more intervals to hand the trajectories' ends on")
+        if s.steps < LONG
+        else None
+    )
+
+
 def _batch_size(s: Situation) -> Derived | None:
     for most, size in ((400_000, 64), (100_000_000, 32), (1_500_000_000, 8)):
         if s.parameters <= most:
@@ -142,11 +150,11 @@ def _student_level(s: Situation) -> Derived | None:
 
 
 def _rate(s: Situation, role: str) -> Derived:
-    rate = 0.1 / math.sqrt(s.parameters) * (1.0 if s.matches else 3.0)
-    why = f"0.1/sqrt({_count(s.parameters)} parameters)" + ("" if s.matches else " times 3, of a player alone")
+    factor = (0.15 if s.matches else 0.6) if s.steps < LONG else (0.075 if s.matches else 0.2)
+    why = f"{factor}/sqrt({_count(s.parameters)} parameters) in {s.steps} steps"
     if role in s.teacher.lora:
-        rate, why = 10 * rate, f"{why}, times 10 for LoRA"
-    return Derived(float(f"{rate:.2g}"), why)
+        factor, why = 10 * factor, f"{why}, times 10 for LoRA"
+    return Derived(float(f"{factor / math.sqrt(s.parameters):.2g}"), why)
 
 
 def _student_lr(s: Situation) -> Derived | None:
@@ -213,6 +221,8 @@ def _warmup_steps(s: Situation) -> Derived | None:
 RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "batch_size": _batch_size,
     "student_level": _student_level,
+    "ddim_steps": _intervals,
+    "grid_points": _intervals,
     "time_high": _time_high,
     "fake_score_loss": _fake_score_loss,
     "update_ratio": _update_ratio,
