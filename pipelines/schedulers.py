@@ -43,18 +43,8 @@ def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     if len(sampler.levels) > 1:
         return _several_steps(teacher, sampler)
     if isinstance(schedule, DiscreteVP):
-        kept = _kept(teacher, schedule)
         # One trailing step is at the last timestep; one leading step is at `steps_offset`.
-        noisiest = len(schedule.alphas_cumprod) - 1
-        last = level == noisiest
-        if level != int(level) or not 0 <= level <= noisiest:
-            raise UserError(f"student_level: {level} is not a whole timestep from 0 to {noisiest}")
-        if not last:
-            # The chain up to that level. `steps_offset` would do, but StableDiffusionPipeline sets it to 1.
-            alphas = schedule.alphas_cumprod[: int(level) + 1].double()
-            betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
-            kind = kept.get("prediction_type", "epsilon")
-            kept = {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": kind}
+        kept = _kept(teacher, schedule, level)
         return diffusers.DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
     if isinstance(schedule, EDM):
         if not schedule.sigma_min < level <= schedule.sigma_max:
@@ -74,10 +64,22 @@ def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     raise UserError(f"export: no stock scheduler for a {type(schedule).__name__} student")
 
 
-def _kept(teacher: Teacher, schedule: DiscreteVP) -> dict[str, Any]:
-    """The student's chain is its teacher's, and as long as it is: `trained_betas` may be fewer than the config says."""
+def _kept(teacher: Teacher, schedule: DiscreteVP, level: float) -> dict[str, Any]:
+    """The student's chain: its teacher's up to the level, as betas where that is not all of it.
+
+    `trained_betas` may be fewer than the config says.
+    """
+    noisiest = len(schedule.alphas_cumprod) - 1
+    if level != int(level) or not 0 <= level <= noisiest:
+        raise UserError(f"student_level: {level} is not a whole timestep from 0 to {noisiest}")
     kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
-    return kept | {"num_train_timesteps": len(schedule.alphas_cumprod)} if kept.get("trained_betas") else kept
+    if level == noisiest:
+        return kept | {"num_train_timesteps": noisiest + 1} if kept.get("trained_betas") else kept
+    # `steps_offset` would do for one step, but StableDiffusionPipeline sets it to 1.
+    alphas = schedule.alphas_cumprod[: int(level) + 1].double()
+    betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
+    kind = kept.get("prediction_type", "epsilon")
+    return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": kind}
 
 
 def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
@@ -86,10 +88,12 @@ def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     stock = sampler.step.stock.get(type(schedule).__name__)
     if isinstance(schedule, DiscreteVP):
         count = len(schedule.alphas_cumprod)
-        kept = _kept(teacher, schedule)
+        kept = _kept(teacher, schedule, sampler.levels[0])
         if stock == "LCMScheduler":
-            for points in (n for n in range(steps, count + 1) if count % n == 0):
-                if torch.equal(schedule.levels(points)[lcm_indices(points, steps)], own):
+            chain = DiscreteVP(schedule.alphas_cumprod[: int(sampler.levels[0]) + 1])
+            length = len(chain.alphas_cumprod)
+            for points in (n for n in range(steps, length + 1) if length % n == 0):
+                if torch.equal(chain.levels(points)[lcm_indices(points, steps)], own):
                     # The scaling makes its c_skip less than 1e-12, so that it takes the network's x0 as it is.
                     return diffusers.LCMScheduler(**kept, original_inference_steps=points, timestep_scaling=1e6)
         if stock != "DDIMScheduler" or count % steps or not torch.equal(schedule.levels(steps), own):

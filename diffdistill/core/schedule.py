@@ -11,7 +11,7 @@ that time and how its input is scaled. All tables and angles are float64.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -315,18 +315,41 @@ def sampling_grid(schedule: Schedule, steps: int) -> Tensor:
     return torch.cat([schedule.angle(schedule.levels(steps)), torch.zeros(1, dtype=torch.float64)])
 
 
-def student_levels(schedule: Schedule, steps: int) -> Tensor:
+def student_levels(schedule: Schedule, steps: int, start: float | None = None) -> Tensor:
     """(steps,) descending levels that divide the way to clean data, each one a student's starting point.
 
     The stock grids of EDM and flow matching end at their least noise; a few-step student would waste a pass
     there, so EDM's are those of one more step without the last, and a flow's are the trailing ones. None is noisier
     than where a stock scheduler can start.
+
+    `start` is the first level, and the others divide the way from there as they do from the noisiest one: of the
+    timesteps 0..start each n-th part (`lcm_indices`), of EDM's grid with that sigma for its greatest, of a flow's
+    unshifted time, or of the angle. Raises UserError for more steps than there are timesteps.
     """
+    if start is not None:
+        return _levels_from(schedule, steps, start)
     if isinstance(schedule, LinearFlow):
         levels = schedule.trailing(steps)
     else:
         levels = schedule.levels(steps + 1)[:-1] if isinstance(schedule, EDM) else schedule.levels(steps)
     return levels.clamp(max=schedule.init_level)
+
+
+def _levels_from(schedule: Schedule, steps: int, start: float) -> Tensor:
+    if isinstance(schedule, DiscreteVP):
+        if steps > start + 1:
+            raise UserError(f"student_level: {start:g} leaves no {steps} timesteps; give {steps - 1} or more")
+        levels = start - torch.tensor(lcm_indices(int(start) + 1, steps), dtype=torch.float64)
+    elif isinstance(schedule, EDM):
+        levels = replace(schedule, sigma_max=start).levels(steps + 1)[:-1]
+    elif isinstance(schedule, LinearFlow):
+        time = start / (schedule.shift - (schedule.shift - 1) * start)  # before the shift
+        levels = replace(schedule, shift=1.0).trailing(steps) * time
+        levels = schedule.shift * levels / (1 + (schedule.shift - 1) * levels)
+    else:
+        levels = start * torch.arange(_positive_steps(steps), 0, -1, dtype=torch.float64) / steps
+    levels[0] = start  # to the last bit
+    return levels
 
 
 def lcm_indices(points: int, steps: int) -> list[int]:
