@@ -1,5 +1,6 @@
 """DMD2: its exact checks hold, known mistakes are caught, and it reaches a known answer end to end."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,4 +215,4 @@ def test_a_resumed_run_with_a_fake_score_for_each_level_has_the_same_bits(
         assert tensors.keys() == last[1][name].keys()
         assert all(torch.equal(value, last[1][name][key]) for key, value in tensors.items()), name
     weights = [torch.cat([v.flatten() for v in last[0][f"fake_score{k}"].values()]) for k in ("", "_2", "_3", "_4")]
-    assert not any(torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)), "each learns its own level"
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(weights)), "each learns its own level"
