@@ -267,7 +267,7 @@ class MatchingOptions(StudentOptions, TeacherGuidance):
     """A one-step student and a fake score that learns its samples."""
 
     student_level: float | None = option(
-        None, "the timestep or sigma at which a one-step student reads pure noise; default: the noisiest", at_least=0
+        None, "the timestep or sigma at which the student reads pure noise; default: the noisiest", at_least=0
     )
     fake_score_lr: float = option(1e-5, "AdamW's learning rate for the fake score", above=0)
     fake_score_loss: Literal["v", "epsilon"] = option(
@@ -315,7 +315,16 @@ class NormaliserOptions(Options):
 class SimulationOptions(Options):
     """A student of several steps, trained on inputs that its own sampler makes."""
 
-    student_steps: int = option(1, "the student's sampling steps, at the teacher's own evenly spaced times", at_least=1)
+    student_steps: int = option(
+        1,
+        "the student's sampling steps, at evenly spaced times of the teacher's own from student_level down",
+        at_least=1,
+    )
+    fake_scores: Literal["shared", "per_level"] = option(
+        "shared",
+        "of a student of several steps; shared: one fake score, of the samples of all levels together; per_level: one "
+        "network (or LoRA) for each level, whose samples alone it learns",
+    )
 
 
 @dataclass(frozen=True)

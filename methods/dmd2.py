@@ -9,7 +9,8 @@ update rule). A discriminator head on the fake score's bottleneck, which reads n
 images, adds a GAN loss. There is no regression on teacher pairs.
 
 A student of several steps (`student_steps`) is trained on inputs that its own sampler makes (backward
-simulation): a level is drawn, the sampler runs down to it without gradients, and that level's pass gives x.
+simulation): a level is drawn, the sampler runs down to it without gradients, and that level's pass gives x. The levels
+divide the way down from `student_level`, the noisiest unless given.
 
 Deviations: the normaliser is clamped at 1e-5 where the authors replace nan by 0. The discriminator reads the middle
 block (on EDM networks theirs stops at the encoder's end), and real and generated images share its times, and the
@@ -17,6 +18,11 @@ classes of the real ones. Times are continuous fractions of EDM's grid, where th
 no warm-up of 500 steps in the presets. "sdxl-4step" holds the authors' settings for SDXL, which nobody has run
 here. With `normalise: false` the gradient is the exact one of the KL divergence, which `verify` compares with its
 closed form.
+
+`fake_scores: per_level` is ours. The authors' one fake score learns the samples of all levels together, so that their
+mixture is matched: a level that is right by itself is pushed away, to make up for the others (`verify` shows it on
+Gaussians). With a fake score for each level every level is matched by itself. The levels take turns, so that a step
+costs what it did; the memory is that of the further networks or LoRAs.
 """
 
 from __future__ import annotations

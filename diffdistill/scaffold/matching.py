@@ -20,10 +20,10 @@ from diffdistill.core.times import native_uniform
 from diffdistill.errors import UserError
 from diffdistill.options import AdversarialOptions, MatchingOptions, SimulationOptions
 from diffdistill.players.sampler import Sampler, one_step_sampler
-from diffdistill.players.teacher import Teacher, frozen
+from diffdistill.players.teacher import Teacher, frozen, trainable_copy
 from diffdistill.scaffold.adversary import Adversary
 from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
-from diffdistill.scaffold.simulation import simulated_input
+from diffdistill.scaffold.simulation import drawn_level, simulated_input
 
 
 class MatchingMethod(Method):
@@ -31,7 +31,9 @@ class MatchingMethod(Method):
 
     A method says the student's loss (`matching`); the rest are defaults. Times are uniform in the teacher's own, the
     student's within `MatchingTimes`. With `AdversarialOptions` among its options the fake score carries a
-    discriminator, which is trained with it; with `SimulationOptions` the student may take several steps.
+    discriminator, which is trained with it; with `SimulationOptions` the student may take several steps, each with a
+    fake score and discriminator of its own if `fake_scores` is per_level (players fake_score, fake_score_2, ..): then
+    the levels take turns, and `fake_score` is that of the level whose turn it is.
     """
 
     student_first: ClassVar[bool] = True
@@ -56,16 +58,25 @@ class MatchingMethod(Method):
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
         self.student = student or teacher.player("student")
         self.fake_score = fake_score or teacher.player("fake_score")
-        self.players = {"student": self.student, "fake_score": self.fake_score}
-        self.steps = config.student_steps if isinstance(config, SimulationOptions) else 1
-        if config.student_level is not None and self.steps > 1:
-            raise UserError(f"student_level: {config.student_level} is for one step, and student_steps is {self.steps}")
-        self.adversary: Adversary | None = None
+        self.fake_scores = [self.fake_score]
+        self.steps, self.per_level = 1, False
+        if isinstance(config, SimulationOptions):
+            self.steps, self.per_level = config.student_steps, config.fake_scores == "per_level"
+        if self.per_level:
+            if self.steps == 1:
+                raise UserError("fake_scores: per_level is for several levels, and student_steps is 1; use shared")
+            self.fake_scores += [trainable_copy(self.fake_score) for _ in range(self.steps - 1)]
+        self.players = {"student": self.student}
+        self.adversaries: list[Adversary] = []
         if isinstance(config, AdversarialOptions) and config.gan_weight > 0:
             self.needs = frozenset({Need.IMAGES})
-            self.adversary = Adversary(self.fake_score, teacher)
+            self.adversaries = [Adversary(fake_score, teacher) for fake_score in self.fake_scores]
             self.gan_weight, self.discriminator_weight = config.gan_weight, config.discriminator_weight
-            self.players["fake_score"] = nn.ModuleDict({"denoiser": self.fake_score, "head": self.adversary.head})
+        for k, fake_score in enumerate(self.fake_scores):
+            player: nn.Module = fake_score
+            if self.adversaries:
+                player = nn.ModuleDict({"denoiser": fake_score, "head": self.adversaries[k].head})
+            self.players[_fake_score_role(k)] = player
         self._set_dropout("student")
 
     # -- what a method says --------------------------------------------------------------------------------
@@ -107,56 +118,73 @@ class MatchingMethod(Method):
         """Who moves in a training step, and in which order."""
         drawn: list[Tensor] = []
         student = Turn("student", partial(self.student_turn, drawn))
-        fake_score = Turn("fake_score", partial(self.fake_score_turn, drawn))
+        fake_score = Turn(_fake_score_role(self._mine(step)), partial(self.fake_score_turn, drawn))
         if step % self.config.update_ratio:
             return [fake_score]
         return [student, fake_score] if self.student_first else [fake_score, student]
 
     @final
     def sampler(self) -> Sampler:
-        """One step from the level of the options, or several at the teacher's levels with fresh noise between."""
+        """One step from the level of the options, or several from there down with fresh noise between."""
         if self.steps > 1:
-            return Sampler(self.student, student_levels(self.schedule, self.steps).tolist())
+            levels = student_levels(self.schedule, self.steps, self.config.student_level)
+            return Sampler(self.student, levels.tolist())
         return one_step_sampler(self.student, self.config.student_level)
 
     @final
     def generate(self, batch: Batch, player: str) -> Tensor:
-        """x (B, ...) for a player's turn, of a level drawn for this step; gradients flow through its one pass."""
+        """x (B, ...) for a player's turn, of the level of this step; gradients flow through its one pass."""
         sampler = self.sampler()
         if self.steps > 1:
-            x_t, t = simulated_input(sampler, batch)
+            k = self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps, batch)
+            x_t, t = simulated_input(sampler, k, batch)
             return self.student(x_t, t, batch.cond).x0
         return sampler.one_step(batch.randn("z" if self.shares_samples else f"{player}/z"), batch.cond)
 
     @final
     def student_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
         """The student's loss, with the discriminator's if there is one; `drawn` keeps its samples."""
-        self._set_dropout("student")
+        adversary = self._turn_of("student", batch)
         x, outcome = self.student_loss(batch)
         if self.shares_samples:
             drawn.append(x.detach())
-        if self.adversary is None:
+        if adversary is None:
             return outcome
-        gan = self.adversary.student_loss(x, batch)
+        gan = adversary.student_loss(x, batch)
         return Outcome(outcome.loss + self.gan_weight * gan, {**outcome.shown, "gan": gan})
 
     @final
     def fake_score_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
         """The fake score's loss on the samples that `drawn` holds, or on new ones."""
-        self._set_dropout("fake_score")
+        adversary = self._turn_of("fake_score", batch)
         with torch.no_grad():
             x = drawn[0] if drawn else self.generate(batch, "fake_score")
         t, cond = self.times("fake_score", batch), self.fake_score_cond(batch)
         loss = self.denoising(x, t, batch.randn(f"{self.fake_score_stream}/eps"), cond)
-        if self.adversary is None:
+        if adversary is None:
             return Outcome(loss, {"denoising": loss})
-        gan = self.adversary.critic_loss(x, batch)
+        gan = adversary.critic_loss(x, batch)
         return Outcome(loss + self.discriminator_weight * gan, {"denoising": loss, "gan": gan})
+
+    def _mine(self, step: int) -> int:
+        """Which fake score a step trains: each one for as many steps as lie between two of the student's."""
+        return step // self.config.update_ratio % len(self.fake_scores)
+
+    def _turn_of(self, player: str, batch: Batch) -> Adversary | None:
+        """Set the step's fake score and the dropout of a player's turn; the discriminator, if there is one."""
+        k = self._mine(batch.key[1])
+        self.fake_score = self.fake_scores[k]
+        self._set_dropout(player)
+        return self.adversaries[k] if self.adversaries else None
 
     def _set_dropout(self, player: str) -> None:
         drops = {"off": (), "own": ("student", player), "mover": (player,)}[self.dropout]
         self.student.train("student" in drops)
         self.fake_score.train("fake_score" in drops)
+
+
+def _fake_score_role(k: int) -> str:
+    return f"fake_score_{k + 1}" if k else "fake_score"
 
 
 def dmd_loss(

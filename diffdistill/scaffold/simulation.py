@@ -13,12 +13,13 @@ from diffdistill.rng import generator
 from diffdistill.scaffold.method import Batch
 
 
-def simulated_input(sampler: Sampler, batch: Batch) -> tuple[Tensor, Tensor]:
-    """x_t (B, ...) and t (B,) that a level of the sampler reads, without gradients.
-
-    The level is drawn for the step, the same in all processes.
-    """
+def drawn_level(levels: int, batch: Batch) -> int:
+    """Which of so many levels a step trains: drawn for the step, the same in all processes."""
     draw = generator("cpu", *batch.key[:2], "student/level")  # without the rank
-    k = int(torch.randint(len(sampler.levels), (), generator=draw))
+    return int(torch.randint(levels, (), generator=draw))
+
+
+def simulated_input(sampler: Sampler, k: int, batch: Batch) -> tuple[Tensor, Tensor]:
+    """x_t (B, ...) and t (B,) that level k of the sampler reads, without gradients."""
     with torch.no_grad():
         return sampler.input_at(k, batch.randn("z"), batch.cond, lambda j: batch.randn(f"z {j}"))

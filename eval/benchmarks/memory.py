@@ -1,9 +1,9 @@
-"""Benchmark: the memory that DMD2 takes with LoRA players on one shared base, against full players.
+"""Benchmark: the memory that DMD2 takes with LoRA players on one shared base, and with a fake score for each level.
 
     python -m diffdistill.eval.benchmarks.memory --out memory.md
 
-Each kind trains for two steps in a process of its own: the same UNet of random weights through a diffusers folder,
-batch 1, checkpointed activations, AdamW, student and fake score both moving in every step. On a CPU the peak is what
+Each kind trains for four steps in a process of its own: the same UNet of random weights through a diffusers folder,
+batch 1, checkpointed activations, AdamW, student and a fake score both moving in every step. On a CPU the peak is what
 the process holds resident above what it held once everything was imported; on a GPU what torch has allocated.
 Weights are parameters by their storage, so that a shared base counts once.
 """
@@ -38,7 +38,14 @@ from diffdistill.files import atomic_write
 from diffdistill.training.assemble import make_game
 from diffdistill.training.trainer import Trainer, accelerator_for
 
-KINDS = ("full", "lora")
+LORA: dict[str, Any] = {"lora": "student,fake_score"}
+LEVELS: dict[str, Any] = {"student_steps": 4, "fake_scores": "per_level"}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": LORA,
+    "full, four fake scores": LEVELS,
+    "lora, four fake scores": LORA | LEVELS,
+}
 COLUMNS = ("players", "weights MB", "trained MB", "peak MB", "of full", "seconds a step")
 
 
@@ -137,14 +144,14 @@ def resident_mb() -> float:
 
 
 def measure(folder: Path, kind: str, dtype: str, steps: int, device: str) -> dict[str, Any]:
-    """Two steps in this process, which has done nothing else. On a GPU without the memory, no peak."""
+    """A few steps in this process, which has done nothing else. On a GPU without the memory, no peak."""
     torch.set_num_threads(1)
     on_gpu = use_machine(device).type == "cuda"
     half = dtype == "bf16"
     options = {
         "method": "dmd2", "teacher": str(folder / "teacher"), "prompts": str(folder / "prompts"),
-        "student": kind, "fake_score": kind, "update_ratio": 1, "gradient_checkpointing": True, "batch_size": 1,
-        "steps": steps, "sample_every": 0, "device": device,
+        "update_ratio": 1, "gradient_checkpointing": True, "batch_size": 1, "steps": steps, "sample_every": 0,
+        "device": device, **KINDS[kind],
         "teacher_dtype": "bfloat16" if half else "float32", "mixed_precision": "bf16" if half else "no",
     }  # fmt: skip
     load_teacher("digits")  # what is imported late
@@ -213,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="float32",
         help="type of the teacher and of autocast (default: float32)",
     )
-    parser.add_argument("--steps", type=int, default=2, help="training steps that are measured (default: 2)")
+    parser.add_argument("--steps", type=int, default=4, help="training steps that are measured (default: 4)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
     )

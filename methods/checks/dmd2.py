@@ -11,11 +11,12 @@ from torch import Tensor
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import student_levels
-from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture, gaussian_teacher
+from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture, LearnedGaussian, gaussian_teacher
 from diffdistill.exact.checks import AffineGame, Check, differs, equal, gauss_hermite, gradient, matching_checks
 from diffdistill.methods.dmd2 import DMD2, Config
 from diffdistill.scaffold.adversary import Adversary
 from diffdistill.scaffold.method import Batch
+from diffdistill.scaffold.simulation import drawn_level
 
 # How it is trained in the plane, where its student must reach the limits of exact/plane.py.
 PLANE = {"update_ratio": 1, "student_lr": 0.001, "fake_score_lr": 0.002, "beta1": 0.0, "steps": 3000}
@@ -31,6 +32,7 @@ def verify() -> Iterator[Check]:
     yield from matching_checks(make)
     yield from _gan_checks()
     yield from _simulation_checks()
+    yield from _level_checks()
     teacher = gaussian_teacher([0.0], 1.0)
     for ratio in (1, 3):
         method = DMD2(teacher, Config(update_ratio=ratio))
@@ -71,6 +73,71 @@ def _simulation_checks() -> Iterator[Check]:
         alone += int((slope != 0).sum() == 1)
     yield equal("gradients flow through one level's pass, not through the simulation", 24.0, float(alone), 0.0)
     yield equal("every level gets its turn", 4.0, float((trained > 0).sum()), 0.0)
+
+
+class _Signs(Batch):
+    """z, the three noises of a simulation, and eps as all 2^5 signs, which are exact for moments of second order."""
+
+    def randn(self, purpose: str) -> Tensor:
+        """(32, 1), another column for each purpose."""
+        column = ["z", "z 1", "z 2", "z 3"].index(purpose) if purpose.startswith("z") else 4
+        return torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 5)[:, column : column + 1]
+
+
+class _AtOneTime(DMD2):
+    def times(self, player: str, batch: Batch) -> Tensor:
+        return torch.full((batch.size,), 0.8, dtype=torch.float64)
+
+
+def _level_checks() -> Iterator[Check]:
+    """Four levels whose samples are four Gaussians, the last of them the teacher's: a fake score for each, or one."""
+    teacher = gaussian_teacher([0.7], 0.5)
+    schedule = teacher.denoiser.schedule
+    angles = schedule.angle(student_levels(schedule, 4))
+    network = AffinePerAngle(angles, 1)
+    means, stds = torch.tensor([[0.3, 0.5, 0.6, 0.7], [0.2, 0.3, 0.4, 0.5]], dtype=torch.float64)
+    read_mean, read_variance = torch.zeros(()).double(), torch.ones(()).double()  # of what a level reads
+    for k in range(4):
+        network.slope.data[k] = stds[k] / read_variance.sqrt()
+        network.offset.data[k] = means[k] - network.slope.data[k] * read_mean
+        if k < 3:
+            cos, sin = torch.cos(angles[k + 1]), torch.sin(angles[k + 1])
+            read_mean, read_variance = cos * means[k], cos**2 * stds[k] ** 2 + sin**2
+
+    def game(kind: str, mean: Tensor, std: Tensor) -> DMD2:
+        """With the Gaussians (n,) as the fake scores."""
+        student = Denoiser(network, schedule, OUTPUTS["sample"])
+        fake_score = Denoiser(LearnedGaussian(1).double(), schedule, OUTPUTS["v_prediction"])
+        config = Config(student_steps=4, fake_scores=kind, update_ratio=1, normalise=False)  # type: ignore[arg-type]
+        method = _AtOneTime(teacher, config, student=student, fake_score=fake_score)
+        for each, m, b in zip(method.fake_scores, mean, std, strict=True):
+            each.network.mean.data[:], each.network.log_std.data[:] = m, b.log()  # type: ignore[union-attr]
+        return method
+
+    def batch(step: int) -> Batch:
+        return _Signs(32, (1,), {}, None, torch.device("cpu"), (0, step, 0))
+
+    method = game("per_level", means, stds)
+    for k in range(4):
+        turn = method.turns(k)[1]
+        own = gradient(turn.loss(batch(k)).loss, *method.players[turn.player].parameters())
+        yield equal(f"level {k}'s own fake score is at rest on that level's samples", 0.0, own, 1e-9, scale=1.0)
+    mixture = means.mean()[None], (stds.square().mean() + means.var(unbiased=False)).sqrt()[None]
+    shared = game("shared", *mixture)
+    steps = [next(step for step in range(100) if drawn_level(4, batch(step)) == k) for k in range(4)]
+    slopes = [
+        gradient(shared.turns(step)[1].loss(batch(step)).loss, *shared.players["fake_score"].parameters())
+        for step in steps
+    ]
+    yield equal(
+        "a shared one is at rest on the samples of all levels", 0.0, torch.stack(slopes).sum(0), 1e-9, scale=1.0
+    )
+    yield differs("and not on the last level's", 0.0, slopes[3], 1e-2, scale=1.0)
+    pull = gradient(method.turns(3)[0].loss(batch(3)).loss, network.slope, network.offset)
+    yield equal("a last level that draws the teacher's distribution stays with a score of its own", 0.0, pull, 1e-9,
+                scale=1.0)  # fmt: skip
+    pull = gradient(shared.turns(steps[3])[0].loss(batch(steps[3])).loss, network.slope, network.offset)
+    yield differs("and is pushed away from it by a shared one", 0.0, pull, 1e-2, scale=1.0)
 
 
 class _Logits(Adversary):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule, TrigFlow, sampling_grid
+from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule, TrigFlow, sampling_grid, student_levels
 from diffdistill.core.times import log_normal, logit_normal, native_uniform
 from diffdistill.errors import UserError
 
@@ -204,6 +204,34 @@ def test_one_step_students_start_as_the_stock_scheduler_does(name: str) -> None:
     native = schedule.native(t)
     close(native.scale * schedule.init_scale(float(t)) * z.double(), want, atol=1e-6)
     close(native.time, stock.timesteps[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [vp("linear"), LinearFlow(shift=3.0, starts_at_one=True), EDM(), TrigFlow()],
+    ids=lambda s: type(s).__name__,
+)
+def test_levels_from_the_noisiest_start_are_those_without_one(schedule: Schedule) -> None:
+    for steps in (1, 2, 4):
+        close(student_levels(schedule, steps, schedule.init_level), student_levels(schedule, steps), atol=1e-12)
+
+
+@pytest.mark.parametrize("start", [3, 399, 750, 998])
+def test_levels_from_a_start_are_the_row_of_the_stock_scheduler_of_that_chain(start: int) -> None:
+    stock = diffusers.LCMScheduler(num_train_timesteps=start + 1, original_inference_steps=start + 1)
+    for steps in (1, 2, 3, 4):
+        stock.set_timesteps(steps)
+        assert student_levels(vp("linear"), steps, start).tolist() == stock.timesteps.tolist()
+    with pytest.raises(UserError, match="student_level: 3 leaves no 5 timesteps; give 4 or more"):
+        student_levels(vp("linear"), 5, 3)
+
+
+def test_levels_of_a_flow_and_of_edm_divide_the_way_from_their_start() -> None:
+    """A flow's before the shift: a sigma of 0.9 at shift 3 is the time 0.75."""
+    close(student_levels(LinearFlow(), 4, 0.8), torch.tensor([0.8, 0.6, 0.4, 0.2]), atol=1e-7)
+    times = torch.tensor([0.75, 0.5, 0.25])
+    close(student_levels(LinearFlow(shift=3.0), 3, 0.9), 3 * times / (1 + 2 * times), atol=1e-7)
+    close(student_levels(EDM(), 3, 2.5), EDM(sigma_max=2.5).levels(4)[:-1], atol=1e-12)
 
 
 def test_init_scale_with_data_that_is_not_of_unit_variance() -> None:

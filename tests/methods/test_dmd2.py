@@ -1,5 +1,6 @@
 """DMD2: its exact checks hold, known mistakes are caught, and it reaches a known answer end to end."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from diffdistill.methods.dmd2 import DMD2, Config
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.scaffold import adversary, matching
 from diffdistill.scaffold.method import Batch
+from diffdistill.training.checkpoint import load_checkpoint
 
 
 def test_every_exact_check_holds() -> None:
@@ -69,6 +71,12 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     ),
     "the simulation has gradients": (DMD2, "generate", with_gradients),
     "only the first level is trained": (torch, "randint", lambda *a, **k: torch.zeros((), dtype=torch.int64)),
+    "one fake score for all levels": (DMD2, "_mine", lambda self, step: 0),
+    "the student is judged by another level's fake score": (
+        DMD2,
+        "_turn_of",
+        lambda self, player, batch: setattr(self, "fake_score", self.fake_scores[0]),
+    ),
     "the saturating generator loss": (
         adversary,
         "gan_generator_loss",
@@ -159,3 +167,52 @@ def test_the_matching_gradient_is_that_of_images_so_that_the_gan_weight_means_th
     real, fake = (0.5 * network(x_t, t, cond).x0 for network in (method.teacher, method.fake_score))
     theirs = (fake - real) / (image - real).abs().mean((1, 2, 3), keepdim=True) / x.numel()  # d loss / d image
     assert torch.allclose(got, 0.5 * theirs, rtol=1e-4, atol=1e-9) and float(theirs.abs().max()) > 0
+
+
+FOUR = {"student_steps": 4, "student_level": 750.0, "fake_scores": "per_level", "update_ratio": 2}
+
+
+def test_the_levels_take_turns_and_each_has_its_own_fake_score(tiny_teacher: Callable[[str], Path]) -> None:
+    method = DMD2(load_teacher(tiny_teacher("vp")), Config(**FOUR))  # type: ignore[arg-type]
+    assert method.sampler().levels == (750, 563, 375, 187)
+    critics = ["fake_score", "fake_score_2", "fake_score_3", "fake_score_4"]
+    assert list(method.players) == ["student", *critics]
+    turns = [[turn.player for turn in method.turns(step)] for step in range(16)]
+    assert [players[-1] for players in turns] == [name for name in critics for _ in range(2)] * 2
+    assert [len(players) for players in turns] == [2, 1] * 8
+    levels: list[float] = []
+    method.student.network.register_forward_pre_hook(
+        lambda module, args, kwargs: levels.append(float((kwargs.get("timestep", args[-1]))[0])), with_kwargs=True
+    )
+    batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 4, 0))
+    for turn in method.turns(4):
+        only_trains(turn.player, trainable(method.players))
+        turn.loss(batch).loss.backward()
+    assert levels == [750, 563, 375]
+    moved = {name for name, player in method.players.items() if any(p.grad is not None for p in player.parameters())}
+    assert moved == {"student", "fake_score_3"}
+
+
+def test_a_fake_score_for_each_level_needs_levels(tiny_teacher: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match="fake_scores: per_level is for several levels, and student_steps is 1"):
+        DMD2(load_teacher(tiny_teacher("vp")), Config(fake_scores="per_level"))
+
+
+@pytest.mark.parametrize("lora", [None, "student,fake_score"])
+def test_a_resumed_run_with_a_fake_score_for_each_level_has_the_same_bits(
+    lora: str | None, tiny_teacher: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shared = FOUR | {
+        "teacher": str(tiny_teacher("vp")), "data": "digits", "gan_weight": 0.1, "lora": lora, "lora_rank": 2,
+        "batch_size": 4, "student_lr": 1e-3, "fake_score_lr": 1e-2, "sample_every": 0, "device": "cpu",
+    }  # fmt: skip
+    distill(**shared, steps=12, out=str(tmp_path / "whole"))
+    distill(**shared, steps=7, out=str(tmp_path / "run"))
+    distill(resume=tmp_path / "run", steps=12)
+    last = [load_checkpoint(tmp_path / run / "checkpoints" / "step-00000012")[0] for run in ("whole", "run")]
+    assert last[0].keys() == last[1].keys() and "fake_score_4.optimizer" in last[0]
+    for name, tensors in last[0].items():
+        assert tensors.keys() == last[1][name].keys()
+        assert all(torch.equal(value, last[1][name][key]) for key, value in tensors.items()), name
+    weights = [torch.cat([v.flatten() for v in last[0][f"fake_score{k}"].values()]) for k in ("", "_2", "_3", "_4")]
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(weights)), "each learns its own level"

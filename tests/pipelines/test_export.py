@@ -61,6 +61,7 @@ PROGRESSIVE = {"method": "progressive", "data": "digits", "start_steps": 8, "sta
         ("vp", 1, DMD2 | {"student_level": 399.0}),
         ("vp", 2, DMD2 | {"student_steps": 2}),
         ("vp", 4, DMD2 | {"student_steps": 4}),
+        ("vp", 4, DMD2 | {"student_steps": 4, "student_level": 750.0, "fake_scores": "per_level"}),  # 751 is prime
         ("vp", 2, PROGRESSIVE | {"final_steps": 2}),
         ("vp", 4, {"method": "lcm", "data": "digits", "student_steps": 4}),  # 4 of 50 is not even
         ("vp", 1, PROGRESSIVE | {"start_steps": 4, "final_steps": 1}),
