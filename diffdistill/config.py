@@ -82,6 +82,14 @@ class TrainConfig(FitConfig):
     out: str = option("runs/train", "the run folder")
 
 
+DERIVED = (
+    *("batch_size", "ema", "lr_schedule", "warmup_steps", "student_level", "time_high", "fake_score_loss"),
+    *("ddim_steps", "grid_points", "update_ratio", "student_lr", "fake_score_lr", "beta1"),
+)
+"""Options of a training without a preset that are derived from the teacher and the number of steps where there is a
+rule (`training.derived`), the method's and these defaults where there is none."""
+
+
 @dataclass(frozen=True)
 class EncodeConfig(MachineConfig):
     """What is encoded: prompts, or images with captions, so that training loads neither text encoder nor VAE."""

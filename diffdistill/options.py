@@ -267,7 +267,7 @@ class MatchingOptions(StudentOptions, TeacherGuidance):
     """A one-step student and a fake score that learns its samples."""
 
     student_level: float | None = option(
-        None, "the timestep or sigma at which the student reads pure noise; default: the noisiest", at_least=0
+        None, "the timestep or sigma at which the student reads pure noise; none: the noisiest", at_least=0
     )
     fake_score_lr: float = option(1e-5, "AdamW's learning rate for the fake score", above=0)
     fake_score_loss: Literal["v", "epsilon"] = option(
@@ -349,7 +349,7 @@ class FollowingOptions(StudentOptions):
     """A student that follows trajectories against a slow copy of itself."""
 
     student_level: float | None = option(
-        None, "the timestep or sigma at which the student reads pure noise; default: the noisiest", at_least=0
+        None, "the timestep or sigma at which the student reads pure noise; none: the noisiest", at_least=0
     )
     target_ema: float = option(0.95, "decay of the target, the student's moving average", at_least=0, below=1)
     student_steps: int = option(1, "the student's sampling steps; its training is the same for any number", at_least=1)

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from diffdistill.catalogue import describe_method
 from diffdistill.config import (
+    DERIVED,
     BenchConfig,
     CompareConfig,
     DiversityConfig,
@@ -168,10 +169,12 @@ def _run(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command; {nearest(name, COMMANDS)}")
     command = COMMANDS[name]
-    classes, usual = [command.options], {}
+    classes: list[type] = [command.options]
+    usual: dict[str, Any] = {}
     if command.options is TrainConfig:
         method = describe_method(_method_of(argv[1:]))
-        classes, usual = [TrainConfig, method.config], dict(method.about.defaults)
+        classes = [TrainConfig, method.config]
+        usual = {name: "from the teacher" for name in DERIVED} | dict(method.about.defaults)
     parser = _parser(name, command, classes, usual)
     parsed, unknown = parser.parse_known_args(_with_true(argv[1:], classes) if command.positional else argv[1:])
     if unknown:

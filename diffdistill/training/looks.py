@@ -19,12 +19,16 @@ from diffdistill.families import FAMILIES
 from diffdistill.players.sampler import STEPS, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
-from diffdistill.training.derived import amplification
+from diffdistill.training.derived import STUDENT_AMPLIFICATION, STUDENT_NOISE, amplification, noisiest
 
 COUNT = 48  # samples that are looked at
 STEPS_OF_TEACHER = 8
-# Limits of the measures; all but STILL are ratios to the teacher's.
-DIVERGED, SATURATED, BLANK, COLLAPSED, NOISY, STILL, WORSE = 4.0, 1.6, 0.3, 0.4, 1.7, 0.05, 1.5
+AMPLIFIED = 10.0  # from here on an error of the teacher's output spoils its one pass
+DIVERGED, SATURATED = 4.0, 1.6  # of the size
+BLANK = 0.3  # of the contrast
+COLLAPSED, SCATTERED = 0.4, 1.5  # of the spread
+NOISY = 1.7  # of the roughness
+STILL, FAR, WORSE = 0.05, 0.8, 1.5  # of what has moved, and of the distance
 
 
 class Measures(NamedTuple):
@@ -62,7 +66,7 @@ class Look:
             self.groups = torch.zeros_like(self.groups)
         denoiser = teacher.denoiser
         self.several = self.shown(
-            self.drawn(Sampler(denoiser, denoiser.schedule.levels(STEPS_OF_TEACHER), STEPS["ddim"]))
+            self.drawn(Sampler(denoiser, denoiser.schedule.levels(STEPS_OF_TEACHER).tolist(), STEPS["ddim"]))
         )
         self.one = self.shown(self.drawn(Sampler(denoiser, sampler.levels[:1])))
         self.before = self.shown(self.drawn(sampler))
@@ -82,12 +86,12 @@ class Look:
         """Of samples that `drawn` gave."""
         clipped = self.shown(samples)
         size = samples.square().mean().sqrt() / self.several.square().mean().sqrt()
-        relative = [
+        contrast, spread, roughness = (
             mine / max(theirs, 1e-6) for mine, theirs in zip(_raw(clipped, self.groups), self.reference, strict=True)
-        ]
+        )
         moved = (clipped - self.before).square().mean().sqrt() / self.several.square().mean().sqrt()
         distance = _energy(clipped, self.several) / max(self.unit, 1e-6)
-        return Measures(float(size), *relative, float(moved), distance)
+        return Measures(float(size), contrast, spread, roughness, float(moved), distance)
 
     def amplified(self) -> float:
         """By how much an error of the teacher's output counts in x0 at the student's level."""
@@ -127,16 +131,18 @@ def faults(m: Measures, *, first: bool) -> list[str]:
     if m.contrast < BLANK:
         return [f"blank: samples have {m.contrast:.2f} of the contrast of the teacher's; {lower}"]
     result = []
-    if m.moved < STILL and m.distance > 0.5:
-        still = f"nothing moved: samples have changed by {m.moved:.1%}"
-        result.append(f"{still}; take higher learning rates or more steps")
+    if m.distance > FAR and (m.moved < STILL or not first):
+        still = (
+            f"nothing moved: samples have changed by {m.moved:.0%} and are {m.distance:.2f} as far from the teacher's"
+        )
+        result.append(f"{still} as its one pass; take higher learning rates or more steps")
     if m.size > SATURATED:
         result.append(f"saturation: before they are clipped samples are {m.size:.1f} times the teacher's; {lower}")
     if m.spread < COLLAPSED:
         alike = f"collapse: two samples differ by {m.spread:.2f} of what the teacher's do"
         result.append(f"{alike}; {lower}, or more steps of the fake score, --update-ratio")
-    if m.roughness > NOISY:
-        rough = f"noise: neighbours differ {m.roughness:.1f} times as much as the teacher's"
+    if m.roughness > NOISY or m.spread > SCATTERED:
+        rough = f"noise: neighbours differ {m.roughness:.1f} and samples {m.spread:.1f} times as much as the teacher's"
         result.append(f"{rough}; {lower}, or give more steps")
     if first and m.distance > WORSE:
         far = f"getting worse: {m.distance:.1f} times as far from the teacher's samples as its one pass"
@@ -175,6 +181,10 @@ def _show_teacher(out: Path, look: Look) -> None:
         f"{m.spread:.2f} of the spread of its {STEPS_OF_TEACHER} steps; an error of its output counts "
         f"{look.amplified():.1f} times in x0"
     )
+    if look.amplified() > AMPLIFIED:
+        level = noisiest(look.teacher.denoiser, STUDENT_AMPLIFICATION, STUDENT_NOISE)
+        fits = f"at {level:g} it would count {STUDENT_AMPLIFICATION:g} times at most"
+        print(f"warning: student_level: {look.level:g} is noisier than the teacher can answer; {fits}", file=sys.stderr)
     if not look.latent and (len(look.teacher.shape) != 3 or look.teacher.shape[0] not in (1, 3)):
         return
     columns = min(len(look.one), 16)

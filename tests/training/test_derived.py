@@ -8,11 +8,13 @@ import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from diffdistill import distill
+from diffdistill.commands.cli import main
+from diffdistill.config import DERIVED
 from diffdistill.core.prediction import OUTPUTS, Output
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule
 from diffdistill.methods import consistency, dmd2, progressive, sid, sim
 from diffdistill.players.teacher import Teacher
-from diffdistill.training.derived import Derived, Situation, amplification, derive, noisiest
+from diffdistill.training.derived import RULES, Derived, Situation, amplification, derive, noisiest
 
 
 class Network(torch.nn.Module):
@@ -30,9 +32,7 @@ def teacher_of(schedule: Schedule, output: Output, n: int = 1_000_000) -> Teache
 
 
 STOCK_DDPM = DiscreteVP.from_config({})
-STABLE_DIFFUSION = DiscreteVP.from_config(
-    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-)
+STABLE_DIFFUSION = DiscreteVP.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 
 
 def derived_for(teacher: Teacher, config: type, steps: int = 1000, **values: object) -> dict[str, Derived]:
@@ -86,9 +86,11 @@ def test_rates_fall_with_size_and_a_fake_score_keeps_up() -> None:
     small, large = (
         derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], n), dmd2.Config) for n in (1_000_000, 56_000_000)
     )
-    assert small["student_lr"].value == 1e-4 and small["fake_score_lr"].value == pytest.approx(3e-4)
-    assert 5e-6 < large["student_lr"].value < 2e-5  # SiD's CIFAR-10 network: 1e-5
-    long = derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"]), dmd2.Config, steps=100_000)
+    assert 1e-4 <= small["student_lr"].value <= 3e-4  # the measurement at 1.1 million
+    assert small["fake_score_lr"].value == pytest.approx(3 * small["student_lr"].value)
+    assert large["student_lr"].value < small["student_lr"].value / 5
+    long = derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], 56_000_000), dmd2.Config, steps=100_000)
+    assert 5e-6 < long["student_lr"].value < 2e-5  # SiD's CIFAR-10 network: 1e-5
     assert "update_ratio" not in long and long["fake_score_lr"].value == long["student_lr"].value
 
 
@@ -96,6 +98,14 @@ def test_a_method_of_stages_keeps_its_own_schedule() -> None:
     names = derived_for(teacher_of(STOCK_DDPM, OUTPUTS["v_prediction"]), progressive.Config)
     assert not {"lr_schedule", "warmup_steps", "ema", "student_level"} & set(names)
     assert "student_level" in derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"]), consistency.Config)
+
+
+def test_the_help_says_what_is_derived(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(RULES) == set(DERIVED)
+    with pytest.raises(SystemExit):
+        main(["train", "--method", "dmd2", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "AdamW's learning rate for the student (default: from the teacher; greater than 0)" in words
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,74 @@
+"""What is said of a student that goes wrong: each of the faults by name, and nothing of one that goes well."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffdistill import distill
+from diffdistill.core.schedule import TrigFlow
+from diffdistill.players.sampler import Sampler
+from diffdistill.players.teacher import Teacher
+from diffdistill.training.looks import Look, faults
+
+
+class Stripes(nn.Module):
+    """The exact denoiser of pictures whose rows are constant, each a standard normal number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        c, s = (f(time).reshape(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
+        mean = x.mean(-1, keepdim=True)
+        return self.weight * (c * mean / (c**2 + s**2 / x.shape[-1])).expand_as(x)
+
+
+def stripes(n: int) -> Tensor:
+    draw = torch.Generator().manual_seed(5)
+    return torch.randn(n, 1, 8, 1, generator=draw).expand(n, 1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def look() -> Look:
+    teacher = Teacher.around(Stripes(), (1, 8, 8), TrigFlow(), "sample")
+    return Look(teacher, Sampler(teacher.denoiser, [1.2]))
+
+
+def test_nothing_is_said_of_a_student_that_draws_as_the_teacher(look: Look) -> None:
+    m = look.measures(stripes(len(look.before)))
+    assert m.distance < 0.3 and m.size == pytest.approx(1, abs=0.4)  # eight steps fall short of the data a little
+    assert not faults(m, first=True) and not faults(m, first=False)
+
+
+@pytest.mark.parametrize(
+    "fault, samples",
+    [
+        ("collapse", lambda look: stripes(1).expand_as(look.before)),
+        ("blank", lambda look: torch.full_like(look.before, -1.0)),
+        ("noise", lambda look: torch.randn_like(look.before)),
+        ("saturation", lambda look: 2 * stripes(len(look.before))),
+        ("divergence", lambda look: 10 * stripes(len(look.before))),
+        ("divergence", lambda look: torch.full_like(look.before, torch.nan)),
+        ("nothing moved", lambda look: look.before),
+    ],
+)
+def test_a_fault_is_called_by_its_name_with_what_to_change(look: Look, fault: str, samples) -> None:
+    said = faults(look.measures(samples(look)), first=True)
+    assert any(line.startswith(f"{fault}: ") for line in said), said
+    assert all("take " in line and len(line) < 280 for line in said)
+
+
+def test_a_run_says_what_it_sees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rates that move nothing: said after a tenth of the run and at its end, on one line each, and kept."""
+    run = distill("dmd2", teacher="digits", steps=10, batch_size=4, out=tmp_path / "run",
+                  options={"student_lr": 1e-9, "fake_score_lr": 1e-9})  # fmt: skip
+    said = capsys.readouterr()
+    assert "the teacher's one pass at the student's level" in said.out and "look at step 1:" in said.out
+    assert said.err.count("warning: nothing moved") == 2
+    kept = [json.loads(line) for line in (run.folder / "looks.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in kept] == [1, 10] and kept[0]["faults"][0].startswith("nothing moved")
+    assert (run.folder / "samples" / "teacher.png").is_file()
