@@ -92,8 +92,6 @@ def distill_values(
             check_weights(str(values.get("teacher", TrainConfig.teacher)))
         refuse_a_run(out)
     game = make_game(values, objects, deriving=resume is None and not whole)
-    for name, (value, reason) in game.derived.items():
-        print(f"{name}: {value} ({reason})")
     _check_options(game, values, resumed=resume is not None)
     check_exportable(game)  # a student that cannot be saved is refused now
     _note_on_stages(game)
@@ -153,6 +151,8 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> None:
     start_folder(out, game.options(), player_bytes, accelerator, inputs, resume=resumed, **sizes)
     trainer.on_look = lambda step: None
     if accelerator.is_main_process and trainer.step < config.steps:
+        for name, (value, reason) in game.derived.items():
+            print(f"{name}: {value} ({reason})")
         with trainer.evaluating():
             look = Look(teacher, method.sampler(), shown)
         trainer.on_look = watch(out, look, method.sampler, config.steps)

@@ -70,7 +70,9 @@ def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS, *, deriv
     teacher, encoded = _teacher(config) if objects.teacher is None else (_own_teacher(config, objects.teacher), None)
     derived: dict[str, Derived] = {}
     if deriving:
-        given = values | ({} if objects.options is None else shallow(method_config))
+        chosen = shallow(config) | shallow(method_config)
+        names = set(values) | set(own if objects.options is None else shallow(method_config))
+        given = {name: chosen[name] for name in names}
         derived = derive(Situation(teacher, recipe.config, given, config.steps))
         extra = {name: value for name, (value, _) in derived.items()}
         shared, own = split({**values, **extra}, TrainConfig, recipe.config)

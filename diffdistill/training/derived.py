@@ -20,16 +20,15 @@ from torch import Tensor
 
 from diffdistill.config import TrainConfig
 from diffdistill.core.denoiser import Denoiser
-from diffdistill.core.schedule import DiscreteVP
+from diffdistill.core.schedule import DiscreteVP, LinearFlow
 from diffdistill.core.times import edm_karras_angle
 from diffdistill.options import EDMTimes, HalvingOptions, MatchingOptions, MatchingTimes
 from diffdistill.players.teacher import Teacher
 
-STUDENT_AMPLIFICATION = 2.5  # of the network's error in x0, at the level where a matched student starts
-STUDENT_NOISE = 3.0  # tan t at that level at most: noise over data, both of unit variance
-FOLLOWER_AMPLIFICATION = 8.0  # a follower's first level is to be pure noise too, as the trajectories' beginning is
-FOLLOWER_NOISE = 20.0
-MATCHING_AMPLIFICATION = 15.0  # the noisiest level at which distributions are compared
+# By how much an error of the teacher's output may count in x0, and noise over data (tan t), at most:
+MATCHED = (2.5, 3.0)  # where a matched student starts
+FOLLOWING = (8.0, 20.0)  # where a follower starts, which is to look like pure noise too
+COMPARED = 15.0  # where distributions are compared; Stable Diffusion's noisiest timestep is at 14.6
 LONG = 10_000  # training steps from which on the authors' ratio of two players pays
 
 
@@ -46,7 +45,7 @@ class Situation:
 
     teacher: Teacher
     options: type  #: the method's Config
-    values: Mapping[str, Any]  #: what has been given
+    values: Mapping[str, Any]  #: the options that were given
     steps: int  #: training steps
 
     @property
@@ -56,8 +55,8 @@ class Situation:
 
     @property
     def parameters(self) -> int:
-        """The number of the network's parameters."""
-        return sum(p.numel() for p in self.denoiser.parameters())
+        """The number of the network's parameters, at least 100,000: rates do not grow further for smaller ones."""
+        return max(100_000, sum(p.numel() for p in self.denoiser.parameters()))
 
     @property
     def matches(self) -> bool:
@@ -86,7 +85,7 @@ def amplification(denoiser: Denoiser, t: Tensor) -> Tensor:
 
 
 def noisiest(denoiser: Denoiser, amplified: float, noise: float) -> float:
-    """The noisiest level with at most that amplification and tan t; a timestep is whole, others have three digits."""
+    """The noisiest level with at most that amplification and tan t, as stock schedulers can start at it."""
     schedule = denoiser.schedule
     low, high = 0.0, float(schedule.init_level)
 
@@ -99,7 +98,11 @@ def noisiest(denoiser: Denoiser, amplified: float, noise: float) -> float:
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return float(int(low)) if isinstance(schedule, DiscreteVP) else float(f"{low:.3g}")
+    if isinstance(schedule, DiscreteVP):  # of a number of timesteps that twenty divides, as LCM's grids are
+        return float(int(low + 1) // 20 * 20 - 1) if low > 40 else float(int(low))
+    if isinstance(schedule, LinearFlow):
+        return math.floor(low * schedule.train_timesteps) / schedule.train_timesteps
+    return float(f"{low:.3g}")
 
 
 def derive(situation: Situation) -> dict[str, Derived]:
@@ -132,20 +135,20 @@ def _batch_size(s: Situation) -> Derived | None:
 
 
 def _student_level(s: Situation) -> Derived | None:
-    if s.values.get("student_steps", 1) != 1:
-        return None
-    limits = (STUDENT_AMPLIFICATION, STUDENT_NOISE) if s.matches else (FOLLOWER_AMPLIFICATION, FOLLOWER_NOISE)
-    level = noisiest(s.denoiser, *limits)
     schedule = s.denoiser.schedule
-    if level == schedule.init_level:
+    several = s.values.get("student_steps", 1) != 1
+    if getattr(schedule, "starts_at_one", False) or (several and not isinstance(schedule, DiscreteVP)):
+        return None  # their stock schedulers start at pure noise
+    level = noisiest(s.denoiser, *(MATCHED if s.matches else FOLLOWING))
+    t = schedule.angle(torch.tensor([level, schedule.init_level])).clamp(max=schedule.t_max)
+    here, there = amplification(s.denoiser, t).tolist()
+    if level == schedule.init_level or (not s.matches and there <= COMPARED):
         return None
-    t = schedule.angle(torch.tensor([level, schedule.init_level]))
-    here, there = amplification(s.denoiser, t.clamp(max=schedule.t_max)).tolist()
-    if there > limits[0]:
-        why = f"the teacher's x0 is its {s.denoiser.output.name} times {here:.1f} there, and times {there:.0f} at"
-        return Derived(level, f"{why} {schedule.init_level:g}")
+    if there > COMPARED:
+        counts = f"an error of the teacher's {s.denoiser.output.name} counts {here:.1f} times in x0 there"
+        return Derived(level, f"{counts}, and {there:.0f} times at {schedule.init_level:g}")
     return Derived(
-        level, f"noise is {math.tan(float(t[0])):.1f} times the data there; pure noise says little of the image"
+        level, f"noise is {math.tan(float(t[0])):.1f} times the data there; pure noise says little of images"
     )
 
 
@@ -193,29 +196,23 @@ def _time_high(s: Situation) -> Derived | None:
     u = torch.linspace(0, 1, 1001, dtype=torch.float64)
     schedule = s.denoiser.schedule
     t = edm_karras_angle(schedule, u) if karras else schedule.at_fraction(u)
-    fits = u[amplification(s.denoiser, t.clamp(schedule.t_min, schedule.t_max)) <= MATCHING_AMPLIFICATION]
+    fits = u[amplification(s.denoiser, t.clamp(schedule.t_min, schedule.t_max)) <= COMPARED]
     if not len(fits) or float(fits[-1]) >= usual:
         return None
     return Derived(
         round(float(fits[-1]), 3),
-        f"beyond it the teacher's x0 is its output times more than {MATCHING_AMPLIFICATION:g}",
+        f"beyond it the teacher's x0 is its output times more than {COMPARED:g}",
     )
 
 
 def _ema(s: Situation) -> Derived | None:
     if s.staged:
         return None
-    ratio = s.given("update_ratio") if s.matches else 1
-    moves = s.steps / ratio
-    return Derived(round(min(max(1 - 10 / moves, 0.5), 0.9999), 5), f"over a tenth of the student's {moves:.0f} moves")
-
-
-def _lr_schedule(s: Situation) -> Derived | None:
-    return None if s.staged else Derived("cosine", "the players settle by the end of the budget")
+    return Derived(0.999, "its warm-up makes it a tenth of the steps so far, up to a thousand steps")
 
 
 def _warmup_steps(s: Situation) -> Derived | None:
-    return None if s.staged else Derived(min(s.steps // 20, 500), "a twentieth of the budget, at most 500")
+    return None if s.staged else Derived(20, "Adam's moments are poor at first")
 
 
 RULES: dict[str, Callable[[Situation], Derived | None]] = {
@@ -230,7 +227,6 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "fake_score_lr": _fake_score_lr,
     "beta1": _beta1,
     "ema": _ema,
-    "lr_schedule": _lr_schedule,
     "warmup_steps": _warmup_steps,
 }  # in this order: a rule sees the values of those before it
 

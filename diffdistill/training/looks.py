@@ -19,16 +19,15 @@ from diffdistill.families import FAMILIES
 from diffdistill.players.sampler import STEPS, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
-from diffdistill.training.derived import STUDENT_AMPLIFICATION, STUDENT_NOISE, amplification, noisiest
+from diffdistill.training.derived import COMPARED, MATCHED, amplification, noisiest
 
 COUNT = 48  # samples that are looked at
 STEPS_OF_TEACHER = 8
-AMPLIFIED = 10.0  # from here on an error of the teacher's output spoils its one pass
 DIVERGED, SATURATED = 4.0, 1.6  # of the size
 BLANK = 0.3  # of the contrast
 COLLAPSED, SCATTERED = 0.4, 1.5  # of the spread
 NOISY = 1.7  # of the roughness
-STILL, FAR, WORSE = 0.05, 0.8, 1.5  # of what has moved, and of the distance
+STILL, FAR, WORSE = 0.02, 0.8, 1.5  # of what has moved, and of the distance
 
 
 class Measures(NamedTuple):
@@ -123,8 +122,11 @@ def _energy(x: Tensor, y: Tensor) -> float:
     return float(2 * between(x, y) - between(x, x) - between(y, y)) / math.sqrt(x.shape[1])
 
 
-def faults(m: Measures, *, first: bool) -> list[str]:
-    """What is wrong, in words, with what to change; `first` at a tenth of the budget, else at its end."""
+def faults(m: Measures, before: Measures, *, first: bool) -> list[str]:
+    """What is wrong, in words, with what to change; `first` at a tenth of the budget, else at its end.
+
+    `before`: of the untrained student, whose samples are blurred, and so alike, to begin with.
+    """
     lower = "take lower learning rates or a less noisy --student-level"
     if not all(map(math.isfinite, m)) or m.size > DIVERGED:
         return [f"divergence: samples are {m.size:.1f} times as large as the teacher's; {lower}"]
@@ -138,7 +140,7 @@ def faults(m: Measures, *, first: bool) -> list[str]:
         result.append(f"{still} as its one pass; take higher learning rates or more steps")
     if m.size > SATURATED:
         result.append(f"saturation: before they are clipped samples are {m.size:.1f} times the teacher's; {lower}")
-    if m.spread < COLLAPSED:
+    if m.spread < COLLAPSED * (min(1.0, before.spread / 0.5) if first else 1.0):
         alike = f"collapse: two samples differ by {m.spread:.2f} of what the teacher's do"
         result.append(f"{alike}; {lower}, or more steps of the fake score, --update-ratio")
     if m.roughness > NOISY or m.spread > SCATTERED:
@@ -157,10 +159,11 @@ def watch(out: Path, look: Look, sampler_now: Callable[[], Sampler], steps: int)
     passes give, <out>/samples/teacher.png.
     """
     _show_teacher(out, look)
+    before = look.measures(look.before)
 
     def now(step: int) -> None:
         m = look.measures(look.drawn(sampler_now()))
-        wrong = faults(m, first=step < steps)
+        wrong = faults(m, before, first=step < steps)
         with open(out / "looks.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **m._asdict(), "faults": wrong}) + "\n")
         print(
@@ -181,9 +184,8 @@ def _show_teacher(out: Path, look: Look) -> None:
         f"{m.spread:.2f} of the spread of its {STEPS_OF_TEACHER} steps; an error of its output counts "
         f"{look.amplified():.1f} times in x0"
     )
-    if look.amplified() > AMPLIFIED:
-        level = noisiest(look.teacher.denoiser, STUDENT_AMPLIFICATION, STUDENT_NOISE)
-        fits = f"at {level:g} it would count {STUDENT_AMPLIFICATION:g} times at most"
+    if look.amplified() > COMPARED:
+        fits = f"at {noisiest(look.teacher.denoiser, *MATCHED):g} it would count {MATCHED[0]:g} times at most"
         print(f"warning: student_level: {look.level:g} is noisier than the teacher can answer; {fits}", file=sys.stderr)
     if not look.latent and (len(look.teacher.shape) != 3 or look.teacher.shape[0] not in (1, 3)):
         return

@@ -13,7 +13,7 @@ import pytest
 
 from diffdistill.catalogue import describe_method
 from diffdistill.commands.cli import main
-from diffdistill.config import TrainConfig
+from diffdistill.config import DERIVED, TrainConfig
 
 Teachers = Callable[[str], Path]
 Capture = pytest.CaptureFixture[str]
@@ -49,8 +49,9 @@ def test_help_explains_every_option_with_its_default(capsys: Capture) -> None:
     for f in [*dataclasses.fields(TrainConfig), *dataclasses.fields(info.config)]:
         assert f"--{f.name.replace('_', '-')} " in text
         explained = " ".join(f.metadata["help"].split())
-        assert (f"{explained} (default: {f.default}" if f.default is not None else explained) in text
-    assert "(default: 64; at least 1)" in text, "and its range"
+        default = "from the teacher" if f.name in DERIVED else f.default
+        assert (f"{explained} (default: {default}" if default is not None else explained) in text
+    assert "(default: 1000; at least 1)" in text, "and its range"
     for title in ("Method, teacher, data and players:", "Where it runs:", "How long, how much at a time"):
         assert title in text, "in groups"
 

@@ -41,7 +41,8 @@ def look() -> Look:
 def test_nothing_is_said_of_a_student_that_draws_as_the_teacher(look: Look) -> None:
     m = look.measures(stripes(len(look.before)))
     assert m.distance < 0.3 and m.size == pytest.approx(1, abs=0.4)  # eight steps fall short of the data a little
-    assert not faults(m, first=True) and not faults(m, first=False)
+    before = look.measures(look.before)
+    assert not faults(m, before, first=True) and not faults(m, before, first=False)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_nothing_is_said_of_a_student_that_draws_as_the_teacher(look: Look) -> N
     ],
 )
 def test_a_fault_is_called_by_its_name_with_what_to_change(look: Look, fault: str, samples) -> None:
-    said = faults(look.measures(samples(look)), first=True)
+    said = faults(look.measures(samples(look)), look.measures(look.before), first=True)
     assert any(line.startswith(f"{fault}: ") for line in said), said
     assert all("take " in line and len(line) < 280 for line in said)
 
