@@ -114,30 +114,31 @@ def _level_checks() -> Iterator[Check]:
             each.network.mean.data[:], each.network.log_std.data[:] = m, b.log()  # type: ignore[union-attr]
         return method
 
-    def batch(step: int) -> Batch:
-        return _Signs(32, (1,), {}, None, torch.device("cpu"), (0, step, 0))
+    def batch(step: int, size: int) -> Batch:
+        return _Signs(size, (1,), {}, None, torch.device("cpu"), (0, step, 0))
 
-    method = game("per_level", means, stds)
-    for k in range(4):
-        turn = method.turns(k)[1]
-        own = gradient(turn.loss(batch(k)).loss, *method.players[turn.player].parameters())
-        yield equal(f"level {k}'s own fake score is at rest on that level's samples", 0.0, own, 1e-9, scale=1.0)
+    def pull(method: DMD2, step: int, size: int) -> Tensor:
+        """The student's gradient in the last level's slope and offset."""
+        loss = method.turns(step)[0].loss(batch(step, size)).loss
+        return gradient(loss, network.slope, network.offset).view(2, 4)[:, 3]
+
+    own = game("per_level", means, stds)
+    for k, turn in enumerate(own.turns(0)[1:]):
+        slope = gradient(turn.loss(batch(0, 128)).loss, *own.players[turn.player].parameters())
+        yield equal(f"level {k}'s own fake score is at rest on that level's samples", 0.0, slope, 1e-9, scale=1.0)
     mixture = means.mean()[None], (stds.square().mean() + means.var(unbiased=False)).sqrt()[None]
     shared = game("shared", *mixture)
-    steps = [next(step for step in range(100) if drawn_level(4, batch(step)) == k) for k in range(4)]
+    steps = [next(step for step in range(100) if drawn_level(4, batch(step, 32)) == k) for k in range(4)]
     slopes = [
-        gradient(shared.turns(step)[1].loss(batch(step)).loss, *shared.players["fake_score"].parameters())
+        gradient(shared.turns(step)[1].loss(batch(step, 32)).loss, *shared.players["fake_score"].parameters())
         for step in steps
     ]
-    yield equal(
-        "a shared one is at rest on the samples of all levels", 0.0, torch.stack(slopes).sum(0), 1e-9, scale=1.0
-    )
+    whole = torch.stack(slopes).sum(0)
+    yield equal("a shared one is at rest on the samples of all levels", 0.0, whole, 1e-9, scale=1.0)
     yield differs("and not on the last level's", 0.0, slopes[3], 1e-2, scale=1.0)
-    pull = gradient(method.turns(3)[0].loss(batch(3)).loss, network.slope, network.offset)
-    yield equal("a last level that draws the teacher's distribution stays with a score of its own", 0.0, pull, 1e-9,
-                scale=1.0)  # fmt: skip
-    pull = gradient(shared.turns(steps[3])[0].loss(batch(steps[3])).loss, network.slope, network.offset)
-    yield differs("and is pushed away from it by a shared one", 0.0, pull, 1e-2, scale=1.0)
+    name = "a last level that draws the teacher's distribution"
+    yield equal(f"{name} stays, with its own fake score", 0.0, pull(own, 0, 128), 1e-9, scale=1.0)
+    yield differs(f"{name} is pushed away by a shared one", 0.0, pull(shared, steps[3], 32), 1e-2, scale=1.0)
 
 
 class _Logits(Adversary):
