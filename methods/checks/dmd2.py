@@ -117,24 +117,26 @@ def _level_checks() -> Iterator[Check]:
     def batch(step: int, size: int) -> Batch:
         return _Signs(size, (1,), {}, None, torch.device("cpu"), (0, step, 0))
 
+    def slope(method: DMD2, step: int, size: int, k: int = 0) -> Tensor:
+        """The k-th fake score's gradient in its own turn."""
+        turn = method.turns(step)[1 + k]
+        return gradient(turn.loss(batch(step, size)).loss, *method.players[turn.player].parameters())
+
     def pull(method: DMD2, step: int, size: int) -> Tensor:
         """The student's gradient in the last level's slope and offset."""
         loss = method.turns(step)[0].loss(batch(step, size)).loss
         return gradient(loss, network.slope, network.offset).view(2, 4)[:, 3]
 
-    own = game("per_level", means, stds)
-    for k, turn in enumerate(own.turns(0)[1:]):
-        slope = gradient(turn.loss(batch(0, 128)).loss, *own.players[turn.player].parameters())
-        yield equal(f"level {k}'s own fake score is at rest on that level's samples", 0.0, slope, 1e-9, scale=1.0)
+    own, others = game("per_level", means, stds), game("per_level", means.roll(1), stds.roll(1))
+    for k in range(4):
+        name = f"fake score is at rest on the samples of level {k}"
+        yield equal(f"its own {name}", 0.0, slope(own, 0, 128, k), 1e-9, scale=1.0)
+        yield differs(f"that another level's {name} is caught", 0.0, slope(others, 0, 128, k), 1e-2, scale=1.0)
     mixture = means.mean()[None], (stds.square().mean() + means.var(unbiased=False)).sqrt()[None]
     shared = game("shared", *mixture)
     steps = [next(step for step in range(100) if drawn_level(4, batch(step, 32)) == k) for k in range(4)]
-    slopes = [
-        gradient(shared.turns(step)[1].loss(batch(step, 32)).loss, *shared.players["fake_score"].parameters())
-        for step in steps
-    ]
-    whole = torch.stack(slopes).sum(0)
-    yield equal("a shared one is at rest on the samples of all levels", 0.0, whole, 1e-9, scale=1.0)
+    slopes = [slope(shared, step, 32) for step in steps]
+    yield equal("a shared one is at rest on the samples of all levels", 0.0, sum(slopes), 1e-9, scale=1.0)
     yield differs("and not on the last level's", 0.0, slopes[3], 1e-2, scale=1.0)
     name = "a last level that draws the teacher's distribution"
     yield equal(f"{name} stays, with its own fake score", 0.0, pull(own, 0, 128), 1e-9, scale=1.0)
