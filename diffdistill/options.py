@@ -318,7 +318,7 @@ class SimulationOptions(Options):
     fake_scores: Literal["shared", "per_level"] = option(
         "shared",
         "of a student of several steps; shared: one fake score, which learns the samples of all levels together; "
-        "per_level: one network (or LoRA) for each level, which gets an equal part of every batch",
+        "per_level: one network (or LoRA) for each level, and the levels take turns",
     )
 
 

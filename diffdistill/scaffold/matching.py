@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal, final
 
@@ -34,7 +33,7 @@ class MatchingMethod(Method):
     student's within `MatchingTimes`. With `AdversarialOptions` among its options the fake score carries a
     discriminator, which is trained with it; with `SimulationOptions` the student may take several steps, each with a
     fake score and discriminator of its own if `fake_scores` is per_level (players fake_score, fake_score_2, ..): then
-    each level gets an equal part of every batch, and `fake_score` is that of the level which is at play.
+    the levels take turns, and `fake_score` is that of the level whose turn it is.
     """
 
     student_first: ClassVar[bool] = True
@@ -59,7 +58,7 @@ class MatchingMethod(Method):
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
         self.student = student or teacher.player("student")
         self.fake_score = fake_score or teacher.player("fake_score")
-        self.fake_scores, self.level = [self.fake_score], 0
+        self.fake_scores = [self.fake_score]
         self.steps, self.per_level = 1, False
         if isinstance(config, SimulationOptions):
             self.steps, self.per_level = config.student_steps, config.fake_scores == "per_level"
@@ -119,12 +118,10 @@ class MatchingMethod(Method):
         """Who moves in a training step, and in which order."""
         drawn: list[Tensor] = []
         student = Turn("student", partial(self.student_turn, drawn))
-        fake_scores = [
-            Turn(_fake_score_role(k), partial(self.fake_score_turn, drawn, k=k)) for k in range(len(self.fake_scores))
-        ]
+        fake_score = Turn(_fake_score_role(self._mine(step)), partial(self.fake_score_turn, drawn))
         if step % self.config.update_ratio:
-            return fake_scores
-        return [student, *fake_scores] if self.student_first else [*fake_scores, student]
+            return [fake_score]
+        return [student, fake_score] if self.student_first else [fake_score, student]
 
     @final
     def sampler(self) -> Sampler:
@@ -136,25 +133,18 @@ class MatchingMethod(Method):
 
     @final
     def generate(self, batch: Batch, player: str) -> Tensor:
-        """x (B, ...) for a player's turn, of the level at play; gradients flow through its one pass."""
+        """x (B, ...) for a player's turn, of the level of this step; gradients flow through its one pass."""
         sampler = self.sampler()
         if self.steps > 1:
-            k = self.level if self.per_level else drawn_level(self.steps, batch)
+            k = self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps, batch)
             x_t, t = simulated_input(sampler, k, batch)
             return self.student(x_t, t, batch.cond).x0
         return sampler.one_step(batch.randn("z" if self.shares_samples else f"{player}/z"), batch.cond)
 
     @final
     def student_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
-        """The student's loss, with the discriminator's if there is one; `drawn` keeps its samples, level by level."""
-        parts = [self._student_part(drawn, k, part) for k, part in enumerate(self._parts(batch))]
-        if len(parts) == 1:
-            return parts[0]
-        shown = {name: torch.stack([part.shown[name] for part in parts]).mean() for name in parts[0].shown}
-        return Outcome(torch.stack([part.loss for part in parts]).mean(), shown)
-
-    def _student_part(self, drawn: list[Tensor], k: int, batch: Batch) -> Outcome:
-        adversary = self._play(k, "student")
+        """The student's loss, with the discriminator's if there is one; `drawn` keeps its samples."""
+        adversary = self._turn_of("student", batch)
         x, outcome = self.student_loss(batch)
         if self.shares_samples:
             drawn.append(x.detach())
@@ -164,12 +154,11 @@ class MatchingMethod(Method):
         return Outcome(outcome.loss + self.gan_weight * gan, {**outcome.shown, "gan": gan})
 
     @final
-    def fake_score_turn(self, drawn: list[Tensor], batch: Batch, k: int = 0) -> Outcome:
-        """The loss of the k-th fake score on the samples that `drawn` holds, or on new ones."""
-        adversary = self._play(k, "fake_score")
-        batch = self._parts(batch)[k]
+    def fake_score_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
+        """The fake score's loss on the samples that `drawn` holds, or on new ones."""
+        adversary = self._turn_of("fake_score", batch)
         with torch.no_grad():
-            x = drawn[k] if drawn else self.generate(batch, "fake_score")
+            x = drawn[0] if drawn else self.generate(batch, "fake_score")
         t, cond = self.times("fake_score", batch), self.fake_score_cond(batch)
         loss = self.denoising(x, t, batch.randn(f"{self.fake_score_stream}/eps"), cond)
         if adversary is None:
@@ -177,27 +166,14 @@ class MatchingMethod(Method):
         gan = adversary.critic_loss(x, batch)
         return Outcome(loss + self.discriminator_weight * gan, {"denoising": loss, "gan": gan})
 
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """The batch of each fake score: all of it for one, every n-th sample for n."""
-        n = len(self.fake_scores)
-        if n == 1:
-            return [batch]
-        if batch.size < n:
-            raise UserError(f"batch_size: {batch.size} is less than the {n} levels of fake_scores: per_level; use {n}")
-        return [
-            replace(
-                batch,
-                size=len(range(k, batch.size, n)),
-                cond={name: value[k::n] for name, value in batch.cond.items()},
-                x0=None if batch.x0 is None else batch.x0[k::n],
-                key=(*batch.key, k),
-            )
-            for k in range(n)
-        ]
+    def _mine(self, step: int) -> int:
+        """Which fake score a step trains: each one for as many steps as lie between two of the student's."""
+        return step // self.config.update_ratio % len(self.fake_scores)
 
-    def _play(self, k: int, player: str) -> Adversary | None:
-        """Set the level and its fake score, and the dropout of a player's turn; the discriminator, if there is one."""
-        self.level, self.fake_score = k, self.fake_scores[k]
+    def _turn_of(self, player: str, batch: Batch) -> Adversary | None:
+        """Set the step's fake score and the dropout of a player's turn; the discriminator, if there is one."""
+        k = self._mine(batch.key[1])
+        self.fake_score = self.fake_scores[k]
         self._set_dropout(player)
         return self.adversaries[k] if self.adversaries else None
 

@@ -2,8 +2,8 @@
 
     python -m diffdistill.eval.benchmarks.memory --out memory.md
 
-Each kind trains for two steps in a process of its own: the same UNet of random weights through a diffusers folder,
-batch 4, checkpointed activations, AdamW, student and fake scores all moving in every step. On a CPU the peak is what
+Each kind trains for four steps in a process of its own: the same UNet of random weights through a diffusers folder,
+batch 1, checkpointed activations, AdamW, student and a fake score both moving in every step. On a CPU the peak is what
 the process holds resident above what it held once everything was imported; on a GPU what torch has allocated.
 Weights are parameters by their storage, so that a shared base counts once.
 """
@@ -144,13 +144,13 @@ def resident_mb() -> float:
 
 
 def measure(folder: Path, kind: str, dtype: str, steps: int, device: str) -> dict[str, Any]:
-    """Two steps in this process, which has done nothing else. On a GPU without the memory, no peak."""
+    """A few steps in this process, which has done nothing else. On a GPU without the memory, no peak."""
     torch.set_num_threads(1)
     on_gpu = use_machine(device).type == "cuda"
     half = dtype == "bf16"
     options = {
         "method": "dmd2", "teacher": str(folder / "teacher"), "prompts": str(folder / "prompts"),
-        "update_ratio": 1, "gradient_checkpointing": True, "batch_size": 4, "steps": steps, "sample_every": 0,
+        "update_ratio": 1, "gradient_checkpointing": True, "batch_size": 1, "steps": steps, "sample_every": 0,
         "device": device, **KINDS[kind],
         "teacher_dtype": "bfloat16" if half else "float32", "mixed_precision": "bf16" if half else "no",
     }  # fmt: skip
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="float32",
         help="type of the teacher and of autocast (default: float32)",
     )
-    parser.add_argument("--steps", type=int, default=2, help="training steps that are measured (default: 2)")
+    parser.add_argument("--steps", type=int, default=4, help="training steps that are measured (default: 4)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
     )

@@ -45,10 +45,10 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark(
         "memory", "Memory of LoRA players", ("diffdistill.eval.benchmarks.memory",),
-        "DMD2 on a UNet of Stable Diffusion's shape (81M parameters, random weights, 16x16 latents, batch 4, float32, "
+        "DMD2 on a UNet of Stable Diffusion's shape (81M parameters, random weights, 16x16 latents, batch 1, float32, "
         "AdamW, activations checkpointed), one thread. Student and fake score are full copies of the teacher, or LoRA "
         "of rank 64 on the teacher's own weights. With four fake scores the student takes four steps, and each level "
-        "has a fake score of its own, for a part of the batch. Each row in a process of its own; the peak is what it "
+        "has a fake score of its own. Each row in a process of its own; the peak is what it "
         "held resident beyond the imports.",
     ),
     Benchmark(

@@ -114,33 +114,33 @@ def _level_checks() -> Iterator[Check]:
             each.network.mean.data[:], each.network.log_std.data[:] = m, b.log()  # type: ignore[union-attr]
         return method
 
-    def batch(step: int, size: int) -> Batch:
-        return _Signs(size, (1,), {}, None, torch.device("cpu"), (0, step, 0))
+    def batch(step: int) -> Batch:
+        return _Signs(32, (1,), {}, None, torch.device("cpu"), (0, step, 0))
 
-    def slope(method: DMD2, step: int, size: int, k: int = 0) -> Tensor:
-        """The k-th fake score's gradient in its own turn."""
-        turn = method.turns(step)[1 + k]
-        return gradient(turn.loss(batch(step, size)).loss, *method.players[turn.player].parameters())
+    def slope(method: DMD2, step: int) -> Tensor:
+        """The gradient of the fake score whose turn it is."""
+        turn = method.turns(step)[1]
+        return gradient(turn.loss(batch(step)).loss, *method.players[turn.player].parameters())
 
-    def pull(method: DMD2, step: int, size: int) -> Tensor:
+    def pull(method: DMD2, step: int) -> Tensor:
         """The student's gradient in the last level's slope and offset."""
-        loss = method.turns(step)[0].loss(batch(step, size)).loss
+        loss = method.turns(step)[0].loss(batch(step)).loss
         return gradient(loss, network.slope, network.offset).view(2, 4)[:, 3]
 
     own, others = game("per_level", means, stds), game("per_level", means.roll(1), stds.roll(1))
     for k in range(4):
         name = f"fake score is at rest on the samples of level {k}"
-        yield equal(f"its own {name}", 0.0, slope(own, 0, 128, k), 1e-9, scale=1.0)
-        yield differs(f"that another level's {name} is caught", 0.0, slope(others, 0, 128, k), 1e-2, scale=1.0)
+        yield equal(f"its own {name}", 0.0, slope(own, k), 1e-9, scale=1.0)
+        yield differs(f"that another level's {name} is caught", 0.0, slope(others, k), 1e-2, scale=1.0)
     mixture = means.mean()[None], (stds.square().mean() + means.var(unbiased=False)).sqrt()[None]
     shared = game("shared", *mixture)
-    steps = [next(step for step in range(100) if drawn_level(4, batch(step, 32)) == k) for k in range(4)]
-    slopes = [slope(shared, step, 32) for step in steps]
+    steps = [next(step for step in range(100) if drawn_level(4, batch(step)) == k) for k in range(4)]
+    slopes = [slope(shared, step) for step in steps]
     yield equal("a shared one is at rest on the samples of all levels", 0.0, sum(slopes), 1e-9, scale=1.0)
     yield differs("and not on the last level's", 0.0, slopes[3], 1e-2, scale=1.0)
     name = "a last level that draws the teacher's distribution"
-    yield equal(f"{name} stays, with its own fake score", 0.0, pull(own, 0, 128), 1e-9, scale=1.0)
-    yield differs(f"{name} is pushed away by a shared one", 0.0, pull(shared, steps[3], 32), 1e-2, scale=1.0)
+    yield equal(f"{name} stays, with its own fake score", 0.0, pull(own, 3), 1e-9, scale=1.0)
+    yield differs(f"{name} is pushed away by a shared one", 0.0, pull(shared, steps[3]), 1e-2, scale=1.0)
 
 
 class _Logits(Adversary):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill import UserError, distill, load_teacher
-from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.losses import denoising_loss
 from diffdistill.core.prediction import diffuse
 from diffdistill.exact.checks import run_checks
@@ -74,19 +73,10 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "only the first level is trained": (torch, "randint", lambda *a, **k: torch.zeros((), dtype=torch.int64)),
     "every level is judged by the first fake score": (
         DMD2,
-        "_play",
-        lambda self, k, player, f=DMD2._play: (f(self, k, player), setattr(self, "fake_score", self.fake_scores[0]))[0],
+        "_turn_of",
+        lambda self, *a, f=DMD2._turn_of: (f(self, *a), setattr(self, "fake_score", self.fake_scores[0]))[0],
     ),
-    "every fake score learns the first level": (
-        DMD2,
-        "_play",
-        lambda self, k, player, f=DMD2._play: f(self, 0, player),
-    ),
-    "a fake score learns another level's samples": (
-        DMD2,
-        "fake_score_turn",
-        lambda self, drawn, batch, k=0, f=DMD2.fake_score_turn: f(self, drawn[::-1], batch, k=3 - k),
-    ),
+    "one level and one fake score get all turns": (DMD2, "_mine", lambda self, step: 0),
     "the saturating generator loss": (
         adversary,
         "gan_generator_loss",
@@ -182,42 +172,28 @@ def test_the_matching_gradient_is_that_of_images_so_that_the_gan_weight_means_th
 FOUR = {"student_steps": 4, "student_level": 750.0, "fake_scores": "per_level", "update_ratio": 2}
 
 
-def test_each_level_gets_a_part_of_every_batch_and_its_own_fake_score(tiny_teacher: Callable[[str], Path]) -> None:
+def test_the_levels_take_turns_and_each_has_its_own_fake_score(tiny_teacher: Callable[[str], Path]) -> None:
     method = DMD2(load_teacher(tiny_teacher("vp")), Config(**FOUR))  # type: ignore[arg-type]
     assert method.sampler().levels == (750, 563, 375, 187)
     critics = ["fake_score", "fake_score_2", "fake_score_3", "fake_score_4"]
     assert list(method.players) == ["student", *critics]
-    assert [[turn.player for turn in method.turns(step)] for step in (0, 1)] == [["student", *critics], critics]
-    labels = torch.arange(6)
-    batch = Batch(6, (1, 8, 8), {"class_labels": labels}, None, torch.device("cpu"), (0, 0, 0))
-    seen = {name: record(player) for name, player in zip(critics, method.fake_scores, strict=True)}
-    samples = {"student": record(method.student)}
-    student, *rest = method.turns(0)
-    only_trains("student", trainable(method.players))
-    student.loss(batch).loss.backward()
-    times = [750, 750, 563, 750, 563, 375, 750, 563, 375, 187]  # each level's inputs are simulated anew
-    assert [float(t[0]) for t, _ in samples["student"]] == times
-    for k, turn in enumerate(rest):
-        only_trains(turn.player, trainable(method.players))
-        turn.loss(batch).loss.backward()
-        own = [batch_labels.tolist() for _, batch_labels in seen[critics[k]]]
-        assert own == [labels[k::4].tolist()] * 2, "once in the student's turn and once in its own"
-    assert len(samples["student"]) == len(times), "the fake scores learn the samples of the student's turn"
-    assert all(any(p.grad is not None for p in player.parameters()) for player in method.players.values())
-    small = Batch(3, (1, 8, 8), {"class_labels": torch.arange(3)}, None, torch.device("cpu"), (0, 0, 0))
-    with pytest.raises(UserError, match="batch_size: 3 is less than the 4 levels of fake_scores: per_level; use 4"):
-        student.loss(small)
-
-
-def record(denoiser: Denoiser) -> list[tuple[Tensor, Tensor]]:
-    """The network's times and labels, call by call."""
-    calls: list[tuple[Tensor, Tensor]] = []
+    turns = [[turn.player for turn in method.turns(step)] for step in range(16)]
+    assert [players[-1] for players in turns] == [name for name in critics for _ in range(2)] * 2
+    assert [len(players) for players in turns] == [2, 1] * 8
+    times: list[float] = []
 
     def keep(module: Any, args: Any, kwargs: Any) -> None:
-        calls.append((kwargs.get("timestep", args[-1]).expand(1), kwargs["class_labels"]))
+        times.append(float(kwargs.get("timestep", args[-1]).flatten()[0]))
 
-    denoiser.network.register_forward_pre_hook(keep, with_kwargs=True)
-    return calls
+    method.student.network.register_forward_pre_hook(keep, with_kwargs=True)
+    batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 4, 0))
+    parameters = trainable(method.players)
+    for turn in method.turns(4):
+        only_trains(turn.player, parameters)
+        turn.loss(batch).loss.backward()
+    assert times == [750, 563, 375], "the third level, and what leads to it"
+    moved = {name for name, player in method.players.items() if any(p.grad is not None for p in player.parameters())}
+    assert moved == {"student", "fake_score_3"}
 
 
 def test_a_fake_score_for_each_level_needs_levels(tiny_teacher: Callable[[str], Path]) -> None:
