@@ -322,8 +322,8 @@ class SimulationOptions(Options):
     )
     fake_scores: Literal["shared", "per_level"] = option(
         "shared",
-        "of a student of several steps; shared: one fake score, of the samples of all levels together; per_level: one "
-        "network (or LoRA) for each level, whose samples alone it learns",
+        "of a student of several steps; shared: one fake score, which learns the samples of all levels together; "
+        "per_level: one network (or LoRA) for each level, and the levels take turns",
     )
 
 

@@ -21,8 +21,9 @@ closed form.
 
 `fake_scores: per_level` is ours. The authors' one fake score learns the samples of all levels together, so that their
 mixture is matched: a level that is right by itself is pushed away, to make up for the others (`verify` shows it on
-Gaussians). With a fake score for each level every level is matched by itself. The levels take turns, so that a step
-costs what it did; the memory is that of the further networks or LoRAs.
+Gaussians). With a fake score for each level every level is matched by itself. The levels take turns, each for the
+steps between two of the student's, so that a step costs what it did; the memory is that of the further networks or
+LoRAs.
 """
 
 from __future__ import annotations

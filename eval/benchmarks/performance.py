@@ -48,8 +48,8 @@ BENCHMARKS = (
         "DMD2 on a UNet of Stable Diffusion's shape (81M parameters, random weights, 16x16 latents, batch 1, float32, "
         "AdamW, activations checkpointed), one thread. Student and fake score are full copies of the teacher, or LoRA "
         "of rank 64 on the teacher's own weights. With four fake scores the student takes four steps, and each level "
-        "has a fake score of its own. Each row in a process of its own; the peak is what it held resident beyond the "
-        "imports.",
+        "has a fake score of its own. Each row in a process of its own; the peak is what it "
+        "held resident beyond the imports.",
     ),
     Benchmark(
         "memory-sdxl", "Memory of LoRA players, SDXL at 1024x1024 in bf16",

@@ -117,27 +117,30 @@ def _level_checks() -> Iterator[Check]:
     def batch(step: int) -> Batch:
         return _Signs(32, (1,), {}, None, torch.device("cpu"), (0, step, 0))
 
-    method = game("per_level", means, stds)
+    def slope(method: DMD2, step: int) -> Tensor:
+        """The gradient of the fake score whose turn it is."""
+        turn = method.turns(step)[1]
+        return gradient(turn.loss(batch(step)).loss, *method.players[turn.player].parameters())
+
+    def pull(method: DMD2, step: int) -> Tensor:
+        """The student's gradient in the last level's slope and offset."""
+        loss = method.turns(step)[0].loss(batch(step)).loss
+        return gradient(loss, network.slope, network.offset).view(2, 4)[:, 3]
+
+    own, others = game("per_level", means, stds), game("per_level", means.roll(1), stds.roll(1))
     for k in range(4):
-        turn = method.turns(k)[1]
-        own = gradient(turn.loss(batch(k)).loss, *method.players[turn.player].parameters())
-        yield equal(f"level {k}'s own fake score is at rest on that level's samples", 0.0, own, 1e-9, scale=1.0)
+        name = f"fake score is at rest on the samples of level {k}"
+        yield equal(f"its own {name}", 0.0, slope(own, k), 1e-9, scale=1.0)
+        yield differs(f"that another level's {name} is caught", 0.0, slope(others, k), 1e-2, scale=1.0)
     mixture = means.mean()[None], (stds.square().mean() + means.var(unbiased=False)).sqrt()[None]
     shared = game("shared", *mixture)
     steps = [next(step for step in range(100) if drawn_level(4, batch(step)) == k) for k in range(4)]
-    slopes = [
-        gradient(shared.turns(step)[1].loss(batch(step)).loss, *shared.players["fake_score"].parameters())
-        for step in steps
-    ]
-    yield equal(
-        "a shared one is at rest on the samples of all levels", 0.0, torch.stack(slopes).sum(0), 1e-9, scale=1.0
-    )
+    slopes = [slope(shared, step) for step in steps]
+    yield equal("a shared one is at rest on the samples of all levels", 0.0, sum(slopes), 1e-9, scale=1.0)
     yield differs("and not on the last level's", 0.0, slopes[3], 1e-2, scale=1.0)
-    pull = gradient(method.turns(3)[0].loss(batch(3)).loss, network.slope, network.offset)
-    yield equal("a last level that draws the teacher's distribution stays with a score of its own", 0.0, pull, 1e-9,
-                scale=1.0)  # fmt: skip
-    pull = gradient(shared.turns(steps[3])[0].loss(batch(steps[3])).loss, network.slope, network.offset)
-    yield differs("and is pushed away from it by a shared one", 0.0, pull, 1e-2, scale=1.0)
+    name = "a last level that draws the teacher's distribution"
+    yield equal(f"{name} stays, with its own fake score", 0.0, pull(own, 3), 1e-9, scale=1.0)
+    yield differs(f"{name} is pushed away by a shared one", 0.0, pull(shared, steps[3]), 1e-2, scale=1.0)
 
 
 class _Logits(Adversary):

@@ -71,12 +71,12 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     ),
     "the simulation has gradients": (DMD2, "generate", with_gradients),
     "only the first level is trained": (torch, "randint", lambda *a, **k: torch.zeros((), dtype=torch.int64)),
-    "one fake score for all levels": (DMD2, "_mine", lambda self, step: 0),
-    "the student is judged by another level's fake score": (
+    "every level is judged by the first fake score": (
         DMD2,
         "_turn_of",
-        lambda self, player, batch: setattr(self, "fake_score", self.fake_scores[0]),
+        lambda self, *a, f=DMD2._turn_of: (f(self, *a), setattr(self, "fake_score", self.fake_scores[0]))[0],
     ),
+    "one level and one fake score get all turns": (DMD2, "_mine", lambda self, step: 0),
     "the saturating generator loss": (
         adversary,
         "gan_generator_loss",
@@ -180,15 +180,18 @@ def test_the_levels_take_turns_and_each_has_its_own_fake_score(tiny_teacher: Cal
     turns = [[turn.player for turn in method.turns(step)] for step in range(16)]
     assert [players[-1] for players in turns] == [name for name in critics for _ in range(2)] * 2
     assert [len(players) for players in turns] == [2, 1] * 8
-    levels: list[float] = []
-    method.student.network.register_forward_pre_hook(
-        lambda module, args, kwargs: levels.append(float((kwargs.get("timestep", args[-1]))[0])), with_kwargs=True
-    )
+    times: list[float] = []
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        times.append(float(kwargs.get("timestep", args[-1]).flatten()[0]))
+
+    method.student.network.register_forward_pre_hook(keep, with_kwargs=True)
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 4, 0))
+    parameters = trainable(method.players)
     for turn in method.turns(4):
-        only_trains(turn.player, trainable(method.players))
+        only_trains(turn.player, parameters)
         turn.loss(batch).loss.backward()
-    assert levels == [750, 563, 375]
+    assert times == [750, 563, 375], "the third level, and what leads to it"
     moved = {name for name, player in method.players.items() if any(p.grad is not None for p in player.parameters())}
     assert moved == {"student", "fake_score_3"}
 
