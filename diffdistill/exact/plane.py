@@ -161,9 +161,7 @@ def plane_teacher(steps: int = 3000) -> Teacher:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = PlaneNet()
-    start = Denoiser(
-        network, exact.schedule, exact.output, null=_null, feature_layer="layers.4", feature_map=_as_map
-    )
+    start = Denoiser(network, exact.schedule, exact.output, null=_null, feature_layer="layers.4", feature_map=_as_map)
     optimizer = torch.optim.AdamW(start.parameters(), 2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
@@ -279,11 +277,10 @@ def distribution_measures(line: Line, x: Tensor, scale: float = 1.0) -> dict[str
 def _fisher_gap(line: Line, x: Tensor, angle: float, scale: float) -> float:
     """E_q |v_q - v_p|^2 at an angle, which is tan(t)^2 times the Fisher divergence (0.002 for exact samples).
 
-    q is the distribution of half of the samples, each widened by a kernel, and p is the class widened alike; they are
-    compared where 512 others are noised to.
+    q is the distribution of 1024 samples, each widened by a kernel, and p is the class widened alike; they are compared
+    where 256 other samples are noised to.
     """
-    kernel, others = SPREAD / 2, x[len(x) // 2 :]
-    judged = x[: len(x) // 2 : len(x) // 1024]
+    kernel, others, judged = SPREAD / 2, x[-1024:], x[:256]
     noise = torch.randn(2, *judged.shape, generator=generator("cpu", 0, "fisher", str(angle)), dtype=x.dtype)
     t = torch.full((len(judged),), angle, dtype=torch.float64)
     x_t = diffuse(judged + kernel * noise[0], t, noise[1])

@@ -88,7 +88,8 @@ def verify() -> Iterator[Check]:
         yield equal(f"unequal variances: what the best additive adapter leaves, {name}", left, loss, 1e-12, scale=1e-2)
         yield equal(f"... which is its minimum, {name}", 0.0, gradient(loss, out.bias), 1e-12, scale=1.0)
         if a > 1:
-            yield differs(f"... and not zero, {name}", 0.0, loss, 1e-3)
+            turned, _ = method.imitation(x, angle, cond, 2 - scale)
+            yield differs(f"... where guidance away from the class is caught, {name}", left, turned, 1e-3)
 
         method, out = _additive(means, same)
         with torch.no_grad():
