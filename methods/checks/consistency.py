@@ -14,7 +14,7 @@ from diffdistill.core.distances import distance
 from diffdistill.core.prediction import OUTPUTS, diffuse, edm_boundary
 from diffdistill.core.schedule import EDM, TrigFlow
 from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture
-from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.exact.checks import Check, at_half_the_angle, differs, equal, gradient, two_points
 from diffdistill.methods.consistency import Config, Consistency, Step
 from diffdistill.players.teacher import Teacher
 
@@ -164,9 +164,10 @@ def _fixed_point(config: Config) -> Iterator[Check]:
     yield equal(f"its gradient there is zero, {label}", 0.0, slope, 1e-10, scale=1.0)
     products = game.products(game.factors(config.solver))
     other = replace(config, solver="heun" if config.solver == "euler" else "euler")
-    for name, mistaken, from_teacher in (("the other solver", other, True), ("the data's noise", config, False)):
+    for name, mistaken in (("the other solver", other), ("a teacher asked at another level", config)):
         wrong = _Gaussian(mistaken)
-        wrong.method.from_teacher = from_teacher
+        if mistaken is config:
+            wrong.method.teacher = at_half_the_angle(wrong.method.teacher)
         wrong.minimise()
         yield differs(f"{name} is caught, {label}", products, wrong.slopes(), 1e-4)
 

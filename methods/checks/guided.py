@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser, call_by_keyword, scale_by_keyword
 from diffdistill.core.guidance import guide
-from diffdistill.core.ode import Denoise
+from diffdistill.core.ode import Denoise, ddim_step, inverse_ddim
 from diffdistill.core.prediction import OUTPUTS, Prediction
 from diffdistill.core.schedule import student_grid
 from diffdistill.exact.analytic import class_gaussians_teacher
@@ -20,7 +20,6 @@ from diffdistill.methods import guided
 from diffdistill.methods.guided import Config, GuidedDistillation
 from diffdistill.players.sampler import Sampler
 from diffdistill.scaffold import halving
-from diffdistill.scaffold.halving import two_step_target
 from diffdistill.scaffold.method import Batch
 
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
@@ -68,7 +67,8 @@ def _one_more(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Ten
 
 def _one_step_target(teacher: Denoise, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, cond: Cond) -> Tensor:
     """The mistake of leaving the middle out."""
-    return two_step_target(teacher, x_t, t, s, s, cond)
+    with torch.no_grad():
+        return inverse_ddim(ddim_step(teacher, x_t, t, s, cond), x_t, t, s)
 
 
 def _at_scale(scale: Tensor, network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -121,9 +121,9 @@ def _halve(
     """A stage, fitted node by node: each node, the teacher there, and the step's three angles."""
     current, stride = method.teacher_of(stage), 2 << stage
     for i in range(0, 8, stride):
-        angles = [grid[j].expand(len(x_t)) for j in (i, i + stride // 2, i + stride)]
-        network.fit(i, x_t, halving.two_step_target(current, x_t, *angles, {}))
-        yield i, current, angles
+        t, mid, r = (grid[j].expand(len(x_t)) for j in (i, i + stride // 2, i + stride))
+        network.fit(i, x_t, halving.two_step_target(current, x_t, t, mid, r, {}))
+        yield i, current, [t, mid, r]
     method.after_step(stage)
 
 

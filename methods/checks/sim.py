@@ -74,10 +74,11 @@ def verify() -> Iterator[Check]:
         yield equal(f"with y detached the mean's gradient is right, {name}", got[0], wrong[0], 1e-6)
         yield equal(f"with y detached the scale's gradient is half, {name}", got[1] / 2, wrong[1], 1e-6)
         yield differs(f"a detached y is caught by the scale, {name}", expected[1], wrong[1], 0.4)
-        with mistake(method, "fake_score", method.teacher), mistake(method, "teacher", method.fake_score):
+        teacher, fake_score = method.teacher, method.fake_score
+        with mistake(method, "fake_score", teacher), mistake(method, "teacher", fake_score):
             wrong = gradient(expectation(method, angle), mean, scale)
         yield differs(f"the two scores swapped are caught, {name}", expected, wrong, 1e-3)
-        with mistake(method, "fake_score", at_half_the_angle(method.fake_score)):
+        with mistake(method, "fake_score", at_half_the_angle(fake_score)):
             wrong = gradient(expectation(method, angle), mean, scale)
         yield differs(f"the fake score asked at another level is caught, {name}", expected, wrong, 1e-3)
 
