@@ -100,7 +100,7 @@ class Line:
 
 CLASSES = (
     Line(0.0, (-0.7, 0.15, 1.0, 1.85), (0.35, 0.3, 0.2, 0.15), 1.05, 0.45),
-    Line(2 * math.pi / 3, (-1.65, -0.8, 0.05, 0.9), (0.15, 0.4, 0.15, 0.3), 1.05, 0.65),
+    Line(2 * math.pi / 3, (-1.85, -1.0, -0.15, 0.7), (0.15, 0.2, 0.25, 0.4), 1.05, 0.65),
 )
 """Two lines that cross, together of variance one."""
 
@@ -148,7 +148,7 @@ class PlaneNet(nn.Module):
 
 
 def _as_map(features: Tensor, x_t: Tensor) -> Tensor:
-    return features[:, :, None, None]
+    return features.unflatten(1, (-1, 2, 2))
 
 
 @cache
@@ -230,11 +230,15 @@ def _noise(draws: int) -> Tensor:
     return torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9)).float().unflatten(1, (draws, 2)).transpose(0, 1)
 
 
+def _noise_of(sampler: Sampler) -> Tensor:
+    """(draws, _COUNT, 2) what a sampler reads: noise at its first level, and at each of the others if it adds any."""
+    return _noise(1 if isinstance(sampler.step, DDIM) else len(sampler.levels))
+
+
 @torch.no_grad()
 def draw(sampler: Sampler) -> Tensor:
     """(classes, _COUNT, 2) the student's samples in units of the data's standard deviation; all read one noise."""
-    noise = _noise(len(sampler.levels))
-    both = [part.repeat(len(CLASSES), 1) for part in noise]
+    both = [part.repeat(len(CLASSES), 1) for part in _noise_of(sampler)]
     cond = _labels(_COUNT)
     x, t = sampler.input_at(len(sampler.levels) - 1, both[0], cond, lambda j: both[j])
     x0 = sampler.denoiser(x, t, cond).x0 * sampler.denoiser.schedule.data_std / DATA_STD
@@ -249,8 +253,8 @@ def measures(sampler: Sampler, scale: float = 1.0, *, trajectory: bool = False) 
     found: dict[str, float] = {}
     for label, (line, x) in enumerate(zip(CLASSES, draw(sampler), strict=True)):
         by_name = distribution_measures(line, x, scale)
-        if trajectory and (len(sampler.levels) == 1 or isinstance(sampler.step, DDIM)):
-            x_t, t = sampler.start(_noise(1)[0])
+        if trajectory and len(noise := _noise_of(sampler)) == 1:
+            x_t, t = sampler.start(noise[0])
             by_name["trajectory"] = float((x - line.flow_map(x_t, float(t[0]), scale)).square().mean().sqrt())
         found |= {f"{name}, class {label}": value for name, value in by_name.items()}
     return found
