@@ -84,9 +84,15 @@ class MethodInfo:
         return vars(self.checks).get("verify")
 
     @property
-    def plane(self) -> Mapping[str, Scalar] | None:
-        """The options with which it is trained in the plane (exact/plane.py), if it says any."""
-        return vars(self.checks).get("PLANE")
+    def plane(self) -> Mapping[str, Mapping[str, Scalar]] | None:
+        """Its trainings in the plane (exact/plane.py), options by a name for each, if it says any.
+
+        UserError for a PLANE of another form.
+        """
+        trainings = vars(self.checks).get("PLANE")
+        if trainings is not None and not all(isinstance(options, Mapping) for options in dict(trainings).values()):
+            raise UserError(f"PLANE: that of {self.name} must map the name of each training to its options")
+        return trainings
 
 
 def _preset(path: Path, name: str, entry: Any) -> Preset:

@@ -14,7 +14,7 @@ from diffdistill.files import atomic_write
 
 
 def verify(method: str, *, exact: bool = False) -> list[Check]:
-    """The checks of a method, by name or file: its formulas, and unless `exact` also its training, a minute or two.
+    """The checks of a method, by name or file: its formulas, and unless `exact` also its trainings, half a minute each.
 
     Each check has `name`, `expected`, `got`, `error`, `tolerance` and `ok`. The list is empty for a method that has no
     checks. Raises UserError for a method that there is not.

@@ -60,12 +60,15 @@ class GaussianMixture(nn.Module):
         self.register_buffer("rotations", eye.clone() if rotations is None else rotations.double())
         self.register_buffer("labels", torch.tensor(labels if labels is not None else [0] * count))
         self.num_classes = None if labels is None else int(max(labels)) + 1
+        self._turned = rotations is not None
 
     def _components(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Responsibilities' logits (B, K), residuals x_t - cos(t) m in each component's axes and their
         variances, both (B, K, d)."""
         cos, sin = torch.cos(t)[:, None, None], torch.sin(t)[:, None, None]
-        residual = torch.einsum("bkd,kde->bke", x_t[:, None] - cos * self.means, self.rotations)
+        residual = x_t[:, None] - cos * self.means
+        if self._turned:
+            residual = torch.einsum("bkd,kde->bke", residual, self.rotations)
         variance = cos**2 * self.stds**2 + sin**2
         log_density = -0.5 * (residual**2 / variance + torch.log(2 * math.pi * variance)).sum(-1)
         logits = self.log_weights + log_density
@@ -76,6 +79,10 @@ class GaussianMixture(nn.Module):
             logits = logits - share
         return logits, residual, variance
 
+    def _turned_back(self, residual: Tensor) -> Tensor:
+        """(B, K, d) from each component's axes to the usual ones."""
+        return torch.einsum("bke,kde->bkd", residual, self.rotations) if self._turned else residual
+
     def log_density(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """(B,) log q_t(x_t)."""
         return self._components(x_t, t, class_labels)[0].logsumexp(1)
@@ -83,7 +90,7 @@ class GaussianMixture(nn.Module):
     def score(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """(B, d) grad log q_t(x_t)."""
         logits, residual, variance = self._components(x_t, t, class_labels)
-        pull = torch.einsum("bke,kde->bkd", -residual / variance, self.rotations)
+        pull = self._turned_back(-residual / variance)
         return (logits.softmax(1)[..., None] * pull).sum(1)
 
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -94,7 +101,7 @@ class GaussianMixture(nn.Module):
         logits, residual, variance = self._components(x_t, t, class_labels)
         cos, sin = torch.cos(t)[:, None, None], torch.sin(t)[:, None, None]
         slope = cos * sin * (1 - self.stds**2) / variance
-        v = torch.einsum("bke,kde->bkd", slope * residual, self.rotations) - sin * self.means
+        v = self._turned_back(slope * residual) - sin * self.means
         return (logits.softmax(1)[..., None] * v).sum(1)
 
     def sample(self, n: int, generator: torch.Generator, class_labels: Tensor | None = None) -> Tensor:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffdistill.core.denoiser import Denoiser
-from diffdistill.core.prediction import diffuse, expand
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.ode import Denoise
+from diffdistill.core.prediction import Prediction
 from diffdistill.exact.analytic import AffineGenerator, GaussianMixture, gaussian_teacher
 from diffdistill.players.teacher import Teacher, only_trains, trainable
+from diffdistill.scaffold import matching
 from diffdistill.scaffold.matching import MatchingMethod
 
 
@@ -58,6 +61,39 @@ def _check(
     size = max(float(want.norm()), scale) or 1.0
     error = float((have - want).norm()) / size
     return Check(name, float(want.norm()), float(have.norm()), error, tolerance, kind)
+
+
+@contextmanager
+def mistake(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside the block an attribute of a module, class or object is another: a method's own code with that mistake."""
+    own, kept = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept) if own else delattr(owner, name)
+
+
+@contextmanager
+def without_stop_gradients(module: Any) -> Iterator[None]:
+    """The mistake of leaving both networks in the graph, in the code of a module that calls `gradient_injection`."""
+
+    def not_detached(x: Tensor, grad: Tensor) -> Tensor:
+        return (grad * x).mean()
+
+    with mistake(torch, "no_grad", nullcontext), mistake(module, "gradient_injection", not_detached):
+        yield
+
+
+def at_half_the_angle(denoise: Denoise) -> Denoise:
+    """The mistake of asking a network at another angle than that to which its input was noised."""
+
+    def asked(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        # Its x0 is taken for that at t, as an "x0" network's would be.
+        x0 = denoise(x_t, t / 2, cond).x0
+        return Prediction(x_t, t, x0, torch.ones_like(t), torch.zeros_like(t))
+
+    return asked
 
 
 def gradient(loss: Tensor, *parameters: Tensor) -> Tensor:
@@ -152,9 +188,18 @@ def _divergence_checks(make: MakeMethod, at: _Moments) -> Iterator[Check]:
     # gradient_injection averages over the two dimensions; the divergence sums over them.
     got = gradient(2 * method.matching(x, at.angle, at.eps, {}).loss, affine.mean, affine.scale)
     yield equal(f"gradient of KL(q_t || p_t) in mean and scale, t = {at.t}", kl, got, 1e-6)
-    yield differs(f"the opposite sign is caught, t = {at.t}", kl, -got, 1e-6)
-    through = gradient(_through_both_networks(method, x, at.angle, at.eps), affine.mean, affine.scale)
-    yield differs(f"a gradient through the two networks is caught, t = {at.t}", kl, through, 1e-6)
+
+    def mistaken() -> Tensor:
+        return gradient(2 * method.matching(x, at.angle, at.eps, {}).loss, affine.mean, affine.scale)
+
+    teacher, fake_score = method.teacher, method.fake_score
+    with mistake(method, "teacher", fake_score), mistake(method, "fake_score", teacher):
+        yield differs(f"the two scores swapped are caught, t = {at.t}", kl, mistaken(), 1e-6)
+    with without_stop_gradients(matching):
+        yield differs(f"a gradient through the two networks is caught, t = {at.t}", kl, mistaken(), 1e-6)
+    for name, network in (("teacher", teacher), ("fake_score", fake_score)):
+        with mistake(method, name, at_half_the_angle(network)):
+            yield differs(f"the {name} asked at another level is caught, t = {at.t}", kl, mistaken(), 1e-6)
 
 
 def _denoising_checks(make: MakeMethod, at: _Moments) -> Iterator[Check]:
@@ -190,13 +235,6 @@ def _normaliser_check(make: MakeMethod, at: _Moments) -> Check:
     pull = (fake - teacher) / (x - teacher).abs().mean(1, keepdim=True)
     closed = torch.cat([pull.mean(0), (pull * at.z).mean(0)]) / 2  # the mean over two dimensions
     return equal(f"gradient with the normaliser, t = {at.t}", closed, got, 1e-9)
-
-
-def _through_both_networks(method: MatchingMethod, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """The mistake of leaving both networks in the graph: 2 x the same loss without its stop-gradients."""
-    x_t = diffuse(x, t, eps)
-    gap = method.fake_score(x_t, t, {}).x0 - method.teacher(x_t, t, {}).x0
-    return (expand(torch.tan(t) ** -2, gap) * gap * x).sum(1).mean()
 
 
 def run_checks(checks: Callable[[], Iterable[Check]]) -> list[Check]:

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guide
-from diffdistill.core.prediction import OUTPUTS
+from diffdistill.core.prediction import OUTPUTS, Prediction
 from diffdistill.core.schedule import TrigFlow, sampling_grid
-from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.exact.checks import Check, differs, equal, gradient, mistake, two_points
 from diffdistill.methods.adapter_guidance import AdapterGuidance, Config
 from diffdistill.players.adapter_networks import AdaptedNetwork, Additive, Corrections
 from diffdistill.players.guidance_adapters import adapted
 from diffdistill.players.teacher import Teacher
+from diffdistill.scaffold import imitating
 from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Batch
 
@@ -88,7 +89,9 @@ def verify() -> Iterator[Check]:
         yield equal(f"unequal variances: what the best additive adapter leaves, {name}", left, loss, 1e-12, scale=1e-2)
         yield equal(f"... which is its minimum, {name}", 0.0, gradient(loss, out.bias), 1e-12, scale=1.0)
         if a > 1:
-            yield differs(f"... and not zero, {name}", 0.0, loss, 1e-3)
+            with mistake(imitating, "guide", _away):
+                turned, _ = method.imitation(x, angle, cond, scale)
+            yield differs(f"... where guidance away from the class is caught, {name}", left, turned, 1e-3)
 
         method, out = _additive(means, same)
         with torch.no_grad():
@@ -101,6 +104,11 @@ def verify() -> Iterator[Check]:
         yield differs(f"... and w given for a is caught, {name}", method.teacher(x, angle, cond).y, shifted, 1e-6)
     yield from _trajectory_checks(means, same)
     yield from _base_checks(means, unequal)
+
+
+def _away(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Prediction:
+    """The mistake of the class and "no class" swapped in guidance."""
+    return guide(denoiser, x_t, t, cond, 1 - scale)
 
 
 def _additive(means: Tensor, stds: Tensor) -> tuple[AdapterGuidance, nn.Linear]:

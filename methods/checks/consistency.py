@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,50 @@ from diffdistill.core.distances import distance
 from diffdistill.core.prediction import OUTPUTS, diffuse, edm_boundary
 from diffdistill.core.schedule import EDM, TrigFlow
 from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture
-from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.exact.checks import Check, at_half_the_angle, differs, equal, gradient, two_points
 from diffdistill.methods.consistency import Config, Consistency, Step
 from diffdistill.players.teacher import Teacher
 
-# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
-PLANE = {"grid": "native", "grid_points": 18, "steps": 2000, "student_lr": 0.001}
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
+PLANE = {
+    "distillation": {
+        "mode": "distillation",
+        "grid": "native",
+        "grid_points": 18,
+        "solver": "heun",
+        "loss_weight": "uniform",
+        "distance": "huber",
+        "huber_c": 0.0008,
+        "target_ema": 0.95,
+        "student_steps": 1,
+        "guidance_scale": 1.5,
+        "student_lr": 0.001,
+        "steps": 2000,
+    },
+    "from data": {
+        "mode": "training",
+        "grid": "native",
+        "start_scales": 10,
+        "end_scales": 40,
+        "ramp_steps": 2000,
+        "loss_weight": "uniform",
+        "distance": "huber",
+        "huber_c": 0.03,
+        "target_ema": 0.9,
+        "student_lr": 0.001,
+        "steps": 3000,
+    },
+    "easy, from data": {
+        "mode": "easy",
+        "time_mean": 0.3,
+        "time_std": 1.6,
+        "stage_steps": 400,
+        "stage_factor": 2.0,
+        "huber_c": 0.03,
+        "student_lr": 0.001,
+        "steps": 3000,
+    },
+}
 
 
 class _Gaussian:
@@ -123,9 +162,14 @@ def _fixed_point(config: Config) -> Iterator[Check]:
     )
     yield equal(f"the loss there is zero, {label}", 0.0, loss, 1e-20, scale=1.0)
     yield equal(f"its gradient there is zero, {label}", 0.0, slope, 1e-10, scale=1.0)
-    yield differs(f"which is not yet the exact map, {label}", game.flow(), game.slopes(), 1e-4)
-    other = game.products(game.factors("heun" if config.solver == "euler" else "euler"))
-    yield differs(f"the other solver is caught, {label}", other, game.slopes(), 1e-4)
+    products = game.products(game.factors(config.solver))
+    other = replace(config, solver="heun" if config.solver == "euler" else "euler")
+    for name, mistaken in (("the other solver", other), ("a teacher asked at another level", config)):
+        wrong = _Gaussian(mistaken)
+        if mistaken is config:
+            wrong.method.teacher = at_half_the_angle(wrong.method.teacher)
+        wrong.minimise()
+        yield differs(f"{name} is caught, {label}", products, wrong.slopes(), 1e-4)
 
     pure = _Gaussian(config, t_max=math.pi / 2)
     loss, _ = pure.minimise()
@@ -161,6 +205,9 @@ def _off_the_optimum() -> Iterator[Check]:
         expected[1, i] = 2 / d * rest
         got = gradient(loss, network.slope, network.offset)
         yield equal(f"its gradient, through the noisier point alone, {label}", expected, got, 1e-10)
+        for name, wrong in (("x_r for x_t", (x_r, x_r, Step(t, r))), ("r for t", (x_t, x_r, Step(r, r)))):
+            loss = game.method.following(*wrong, {}).loss
+            yield differs(f"{name} is caught, {label}", expected, gradient(loss, network.slope, network.offset), 1e-6)
 
     x_t, x_r, t, r = game.pair(1)
     gap = network.slope[1] * x_t + network.offset[1] - target.slope[2] * x_r - target.offset[2]
@@ -196,7 +243,9 @@ def _training() -> Iterator[Check]:
         s2, t, r = game.s**2, game.sigma[:-1], game.sigma[1:]
         least = k[1:] ** 2 * (s2 + r**2 - (s2 + t * r) ** 2 / (s2 + t**2))
         yield equal(f"the least loss of training, N = {n}", least.mean(), loss, 1e-10)
-        yield differs(f"it is not zero, N = {n}", 0.0, loss, 1e-3, scale=1.0)
+        mistaken = _Gaussian(Config(mode="training", start_scales=n, end_scales=n, distance="l2"))
+        mistaken.method.from_teacher = True
+        yield differs(f"a teacher's step in training is caught, N = {n}", least.mean(), mistaken.minimise()[0], 1e-3)
         yield equal(f"its gradient is zero, N = {n}", 0.0, slope, 1e-10, scale=1.0)
         yield equal(f"its slopes, N = {n}", game.products((s2 + t * r) / (s2 + t**2)), game.slopes(), 1e-10)
         errors.append((game.slopes()[0] - game.flow()[0]).norm())
@@ -206,7 +255,7 @@ def _training() -> Iterator[Check]:
     posterior = (s2 + game.sigma[-1] ** 2) / (s2 + game.sigma[:-1] ** 2)
     yield equal("with noise drawn anew the slopes are the posterior mean's", posterior, game.slopes(), 1e-10)
     yield equal("where the gradient is zero", 0.0, slope, 1e-10, scale=1.0)
-    yield differs("and not the ODE's", game.flow(), game.slopes(), 0.1)
+    yield differs("so that noise drawn anew is caught: they are not the ODE's", game.flow(), game.slopes(), 0.1)
 
     method = _Gaussian(Config(mode="training", ramp_steps=100, start_scales=2, end_scales=150)).method
     counts = [float(method.points(k)) for k in (0, 25, 100, 1000)]

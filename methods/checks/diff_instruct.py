@@ -8,15 +8,38 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffdistill.core.prediction import diffuse
 from diffdistill.core.schedule import EDM
-from diffdistill.exact.checks import AffineGame, Check, affine_game, differs, equal, gradient, two_points
+from diffdistill.exact.checks import (
+    AffineGame,
+    Check,
+    affine_game,
+    at_half_the_angle,
+    differs,
+    equal,
+    gradient,
+    mistake,
+    two_points,
+    without_stop_gradients,
+)
+from diffdistill.methods import diff_instruct
 from diffdistill.methods.diff_instruct import Config, DiffInstruct
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.scaffold.method import Batch
 
-# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
-PLANE = {"student_lr": 0.001, "fake_score_lr": 0.002, "student_level": 1.373, "steps": 2000}
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
+PLANE = {
+    "one step": {
+        "student_lr": 0.001,
+        "fake_score_lr": 0.002,
+        "beta1": 0.0,
+        "update_ratio": 1,
+        "guidance_scale": 1.5,
+        "student_level": 1.373,
+        "time_mean": -1.2,
+        "time_std": 1.2,
+        "steps": 2000,
+    },
+}
 
 
 LEVELS = (0.2, 0.8, 1.4)
@@ -65,17 +88,19 @@ def _kl_gradient(t: float) -> Tensor:
 
 
 def _divergence_checks(t: float) -> Iterator[Check]:
-    kl = _kl_gradient(t)
-    expected = math.tan(t) ** 2 * kl
+    expected = math.tan(t) ** 2 * _kl_gradient(t)
     method, parts = _game(M, B, Config())
     got = _slope(method, parts, (t,))
     yield equal(f"sigma^2 times the gradient of KL(q_t || p_t), t = {t}", expected, got, 1e-9)
-    yield differs(f"the opposite sign is caught, t = {t}", expected, -got, 1e-3)
-    yield differs(f"the weight 1 is caught, t = {t}", kl, got, 1e-2)
-    z, eps = two_points(2)
-    through = 2 * _through_both_networks(method, z, torch.full((len(z),), t, dtype=torch.float64), eps)
-    wrong = gradient(through, parts.generator.mean, parts.generator.scale)
-    yield differs(f"a gradient through the two networks is caught, t = {t}", expected, wrong, 1e-2)
+    teacher, fake_score = method.teacher, method.fake_score
+    with mistake(method, "teacher", fake_score), mistake(method, "fake_score", teacher):
+        yield differs(f"the two scores swapped are caught, t = {t}", expected, _slope(method, parts, (t,)), 1e-3)
+    with mistake(method, "fake_score", at_half_the_angle(fake_score)):
+        wrong = _slope(method, parts, (t,))
+        yield differs(f"the fake score asked at another level is caught, t = {t}", expected, wrong, 1e-3)
+    with without_stop_gradients(diff_instruct):
+        wrong = _slope(method, parts, (t,))
+        yield differs(f"a gradient through the two networks is caught, t = {t}", expected, wrong, 1e-2)
 
 
 def _denoising_checks(t: float) -> Iterator[Check]:
@@ -100,10 +125,3 @@ def _level_checks() -> Iterator[Check]:
         method.schedule = schedule
         drawn = torch.tan(method.times("student", batch))
         yield equal(f"the median sigma, data_std {schedule.data_std}", math.exp(-1.2) / 0.5, drawn, 1e-9)
-
-
-def _through_both_networks(method: DiffInstruct, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """The mistake of leaving both networks in the graph: the same loss without its stop-gradients."""
-    x = method.sampler().one_step(z, {})
-    x_t = diffuse(x, t, eps)
-    return ((method.fake_score(x_t, t, {}).x0 - method.teacher(x_t, t, {}).x0) * x).mean()

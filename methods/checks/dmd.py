@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.guidance import guided
 from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.exact.analytic import (
@@ -26,14 +27,30 @@ from diffdistill.exact.checks import (
     equal,
     gradient,
     matching_checks,
+    mistake,
     two_points,
 )
 from diffdistill.methods.dmd import DMD, Config
 from diffdistill.players.teacher import Teacher, only_trains, trainable
 from diffdistill.scaffold.method import Batch, Pair
 
-# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
-PLANE = {"student_lr": 0.001, "fake_score_lr": 0.002, "beta1": 0.0, "steps": 2000}
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
+PLANE = {
+    "one step": {
+        "student_lr": 0.001,
+        "fake_score_lr": 0.002,
+        "beta1": 0.0,
+        "update_ratio": 1,
+        "guidance_scale": 1.5,
+        "student_level": 1.57,
+        "time_low": 0.02,
+        "time_high": 0.98,
+        "regression_weight": 0.25,
+        "distance": "l2",
+        "normalise": True,
+        "steps": 2000,
+    },
+}
 
 
 def verify() -> Iterator[Check]:
@@ -122,9 +139,14 @@ def _guidance_checks() -> Iterator[Check]:
         exact = torch.cat([cos2 * (m - real) / big_v, cos2 * b * (1 / big_v - 1 / big_u)])
         yield equal(f"gradient with the teacher guided by {scale:g}", exact, got, 1e-9)
         if scale != 1:
-            fake = -m + scale * 2 * m
-            both = torch.cat([cos2 * ((m - real) / big_v - (m - fake) / big_u), exact[2:]])
-            yield differs("a guided fake score is caught", both, got, 1e-6)
+            with mistake(method, "fake_score", guided(fake_score, scale)):
+                loss = 2 * method.matching(x, angle, eps, cond).loss
+            yield differs("a guided fake score is caught", exact, gradient(loss, affine.mean, affine.scale), 1e-6)
+            with mistake(method, "teacher", teacher.denoiser):
+                loss = 2 * method.matching(x, angle, eps, cond).loss
+            yield differs(
+                "a teacher that is not guided is caught", exact, gradient(loss, affine.mean, affine.scale), 1e-6
+            )
 
 
 def _mode_checks() -> Iterator[Check]:

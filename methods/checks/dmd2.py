@@ -18,8 +18,44 @@ from diffdistill.scaffold.adversary import Adversary
 from diffdistill.scaffold.method import Batch
 from diffdistill.scaffold.simulation import drawn_level
 
-# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
-PLANE = {"update_ratio": 1, "student_lr": 0.001, "fake_score_lr": 0.002, "beta1": 0.0, "steps": 3000}
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
+PLANE = {
+    "one step": {
+        "student_lr": 0.001,
+        "fake_score_lr": 0.002,
+        "beta1": 0.0,
+        "update_ratio": 1,
+        "guidance_scale": 1.5,
+        "student_level": 1.57,
+        "time_low": 0.02,
+        "time_high": 0.98,
+        "steps": 2500,
+    },
+    "two steps": {
+        "student_lr": 0.001,
+        "fake_score_lr": 0.002,
+        "beta1": 0.0,
+        "update_ratio": 1,
+        "guidance_scale": 1.5,
+        "student_steps": 2,
+        "time_low": 0.02,
+        "time_high": 0.98,
+        "steps": 2500,
+    },
+    "with a GAN": {
+        "student_lr": 0.001,
+        "fake_score_lr": 0.002,
+        "beta1": 0.0,
+        "update_ratio": 1,
+        "guidance_scale": 1.0,
+        "student_level": 1.57,
+        "gan_weight": 1.0,
+        "discriminator_weight": 0.1,
+        "time_low": 0.02,
+        "time_high": 0.98,
+        "steps": 2500,
+    },
+}
 
 
 def verify() -> Iterator[Check]:

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Denoiser, Extra, call_by_keyword, scale_by_keyword
-from diffdistill.core.guidance import guided
+from diffdistill.core.denoiser import Cond, Denoiser, Extra, call_by_keyword, scale_by_keyword
+from diffdistill.core.guidance import guide, guided
 from diffdistill.core.ode import ddim_step, solve
-from diffdistill.core.prediction import OUTPUTS, diffuse
+from diffdistill.core.prediction import OUTPUTS, Prediction, diffuse
 from diffdistill.exact.analytic import class_gaussians_teacher
-from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.exact.checks import Check, differs, equal, gradient, mistake, two_points
+from diffdistill.methods import lcm
 from diffdistill.methods.lcm import LCM, Config, Skip
 
-# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
-PLANE = {"guidance_max": 2.0, "guidance_scale": 1.5, "steps": 3000, "student_lr": 0.001}
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
+PLANE = {
+    "one step": {
+        "guidance_min": 1.0,
+        "guidance_max": 2.0,
+        "guidance_scale": 1.5,
+        "student_steps": 1,
+        "ddim_steps": 50,
+        "steps": 2500,
+        "student_lr": 0.001,
+    },
+    "two steps": {
+        "guidance_min": 1.0,
+        "guidance_max": 2.0,
+        "guidance_scale": 1.5,
+        "student_steps": 2,
+        "ddim_steps": 50,
+        "steps": 2500,
+        "student_lr": 0.001,
+    },
+}
 
 
 class AffineStudent(nn.Module):
@@ -82,18 +103,16 @@ class _Plane:
         skip = Skip(self.angles[k].expand(self.size), torch.full((self.size,), k), self.mixed)
         return lcm.following(x_t, lcm.less_noisy(x_t, self.z, self.eps, skip, self.cond), skip, self.cond).loss
 
-    def undetached(self, lcm: LCM, k: int, teachers: Tensor) -> Tensor:
-        """The loss with the target in the graph, and with scales of its own for the teacher."""
-        x_t, i, extra = self.noisy(k), torch.full((self.size,), k), Extra(self.mixed)
-        x_r = lcm.less_noisy(x_t, x_t, x_t, Skip(lcm.grid[i], i, teachers), self.cond)
-        own, target = lcm.f(lcm.student, x_t, i, self.cond, extra), lcm.f(lcm.target, x_r, i + 1, self.cond, extra)
-        return lcm.distance(own, target)
-
     def pull(self, gap: Tensor, k: int, distance: str) -> Tensor:
         """The gradient in the bases of a student that is off by gap (2,) at point k."""
         slope = torch.zeros(self.K + 1, 2).double()
         slope[k] = self.out[k] * (gap / (gap**2 + self.c**2).sqrt() if distance == "huber" else 2 * gap) / 2
         return slope.flatten()
+
+
+def _one_more(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Prediction:
+    """The mistake of 1 + a for the scale a."""
+    return guide(denoiser, x_t, t, cond, scale + 1)
 
 
 def _base_of(denoiser: Denoiser) -> Tensor:
@@ -107,7 +126,8 @@ def verify() -> Iterator[Check]:
     for k in (0, 4, plane.K - 1):
         for distance in ("huber", "l2"):
             yield from _loss(plane, k, distance)
-        wrong = plane.undetached(plane.method(), k, plane.mixed + 1)
+        with mistake(lcm, "guide", _one_more):
+            wrong = plane.loss(plane.method(), k)
         yield differs(f"1 + scale in the teacher is caught, point {k}", 0.0, wrong, 1e-3, scale=1.0)
     yield from _scalings(plane)
     yield from _target_and_scales(plane)
@@ -132,28 +152,29 @@ def _fixed_point(plane: _Plane) -> Iterator[Check]:
 def _loss(plane: _Plane, k: int, distance: str) -> Iterator[Check]:
     """At point k: zero at the fixed point, and in closed form beside it."""
     out, beside, c = plane.out, plane.beside, plane.c
-    lcm = plane.method(distance=distance)
-    value = plane.loss(lcm, k)
+    game = plane.method(distance=distance)
+    value = plane.loss(game, k)
     yield equal(f"{distance} is zero there, both scales in a batch, point {k}", 0.0, value, 1e-12, scale=1.0)
-    slope = gradient(value, *lcm.student.network.parameters())
+    slope = gradient(value, *game.student.network.parameters())
     yield equal(f"... and its gradient, point {k}", 0.0, slope, 1e-9, scale=1.0)
     # Beside it at every point, the student by 0.3 more: f is off by c_out times that, at x_t and at x_r.
-    lcm = plane.method(beside, distance=distance)
+    game = plane.method(beside, distance=distance)
     with torch.no_grad():
-        _base_of(lcm.student).add_(0.3)
+        _base_of(game.student).add_(0.3)
     gap = out[k] * (beside[k] + 0.3) - out[k + 1] * beside[k + 1]
     closed = ((gap**2 + c**2).sqrt() - c if distance == "huber" else gap**2).mean()
-    value = plane.loss(lcm, k)
+    value = plane.loss(game, k)
     yield equal(f"{distance} beside it, point {k}", closed, value, 1e-7)
-    own = gradient(value, _base_of(lcm.student))
+    own = gradient(value, _base_of(game.student))
     yield equal(f"its gradient, at the noisier point alone, point {k}", plane.pull(gap, k, distance), own, 1e-7)
-    lcm = plane.method(beside, distance=distance)
-    lcm.target = lcm.student  # as that of a LoRA student is
+    game = plane.method(beside, distance=distance)
+    game.target = game.student  # as that of a LoRA student is
     closed = plane.pull(out[k] * beside[k] - out[k + 1] * beside[k + 1], k, distance)
-    own = gradient(plane.loss(lcm, k), _base_of(lcm.student))
+    own = gradient(plane.loss(game, k), _base_of(game.student))
     yield equal(f"... and with the student as its own target, point {k}", closed, own, 1e-7)
-    through = gradient(plane.undetached(lcm, k, plane.mixed), _base_of(lcm.student))
     if k < plane.K - 1:  # the last point's target is x_r itself
+        with mistake(torch, "no_grad", nullcontext):
+            through = gradient(plane.loss(game, k), _base_of(game.student))
         yield differs(f"a gradient through the target is caught, point {k}", closed, through, 1e-3)
 
 

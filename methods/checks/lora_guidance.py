@@ -9,12 +9,27 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffdistill.core.denoiser import Cond
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guide
+from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import sampling_grid
 from diffdistill.exact.analytic import class_gaussians_teacher
-from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.exact.checks import Check, differs, equal, gradient, mistake, two_points
 from diffdistill.methods.lora_guidance import Config, LoRAGuidance
+from diffdistill.scaffold import imitating
 from diffdistill.scaffold.method import Batch
+
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
+PLANE = {
+    "fixed scale": {
+        "guidance_scale": 1.5,
+        "lora_rank": 16,
+        "lora_targets": "all",
+        "sampling_steps": 20,
+        "steps": 1000,
+        "student_lr": 0.002,
+    },
+}
 
 MEANS, STD = torch.tensor([[0.7, -0.4], [-0.9, 0.3], [0.1, 0.2]]).double(), torch.tensor([0.5, 1.3]).double()
 SCALE = 3.0
@@ -38,6 +53,11 @@ def _method(means: Tensor, **options: object) -> LoRAGuidance:
     return LoRAGuidance(class_gaussians_teacher(MEANS, STD), config, student=student)
 
 
+def _one_more(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Prediction:
+    """The mistake of 1 + a for the scale a."""
+    return guide(denoiser, x_t, t, cond, scale + 1)
+
+
 def _loss(t: float) -> Iterator[Check]:
     """The loss and its gradient at the start, elsewhere, and where it is zero."""
     a, label = SCALE, 1
@@ -50,7 +70,9 @@ def _loss(t: float) -> Iterator[Check]:
     start, _ = _method(MEANS).imitation(x, angle, cond)
     closed = (a - 1) ** 2 * ((sin / var * (MEANS[label] - MEANS[-1])) ** 2).mean()
     yield equal(f"at the start the loss is (a - 1)^2 E|v_c - v_u|^2, t = {t}", closed, start, 1e-12)
-    yield differs(f"... which w for a would not give, t = {t}", a**2 / (a - 1) ** 2 * closed, start, 1e-6)
+    with mistake(imitating, "guide", _one_more):
+        wrong, _ = _method(MEANS).imitation(x, angle, cond)
+    yield differs(f"... where 1 + a in the teacher is caught, t = {t}", closed, wrong, 1e-6)
 
     elsewhere = torch.tensor([[0.2, 0.1], [0.4, -1.0], [1.0, 1.0]]).double()
     method = _method(elsewhere)

@@ -14,19 +14,25 @@ from diffdistill.core.ode import inverse_ddim
 from diffdistill.core.prediction import OUTPUTS, diffuse
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture
-from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.exact.checks import Check, at_half_the_angle, differs, equal, gradient, two_points
 from diffdistill.methods.multistep_consistency import Config, MultistepConsistency, Segment
 from diffdistill.players.teacher import Teacher
 
-# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
 PLANE = {
-    "segments": 2,
-    "eta": 0.0,
-    "teacher_steps_start": 32,
-    "teacher_steps_end": 32,
-    "loss_weight": "v",
-    "steps": 2000,
-    "student_lr": 0.001,
+    "two segments": {
+        "mode": "distillation",
+        "segments": 2,
+        "eta": 0.0,
+        "teacher_steps_start": 32,
+        "teacher_steps_end": 32,
+        "loss_weight": "v",
+        "guidance_scale": 1.5,
+        "distance": "huber",
+        "huber_c": 0.0001,
+        "steps": 2000,
+        "student_lr": 0.001,
+    },
 }
 
 
@@ -111,8 +117,9 @@ def _steps() -> Iterator[Check]:
         closed = alpha_s * mean + torch.sqrt(sigma_s**2 + 2 / noise.square().sum(1, keepdim=True) * added) * noise
         got = _Gaussian(Config(eta=eta)).method.less_noisy(x_t, x0, eps, Segment(t, s, s), {})
         yield equal(f"adjusted DDIM, eq. 14, eta = {eta}", closed, got, 1e-12)
-    plain = alpha_s * mean + sigma_s * noise
-    yield differs("which is more than DDIM", plain, got, 1e-3)
+    for name, wrong in (("eta = 0", Config(eta=0.0)), ("the data's noise", Config(mode="training"))):
+        got = _Gaussian(wrong).method.less_noisy(x_t, x0, eps, Segment(t, s, s), {})
+        yield differs(f"{name} in its place is caught", closed, got, 1e-3)
     shared = _Gaussian(Config(mode="training")).method.less_noisy(x_t, x0, eps, Segment(t, s, s), {})
     yield equal("in training x_r has the noise of x_t", alpha_s * x0 + sigma_s * eps, shared, 1e-12)
 
@@ -131,8 +138,12 @@ def _fixed_point() -> Iterator[Check]:
             k = game.product(row)
             closed = torch.cos(e)[:, None] * (game.mu + k * (x_t / torch.cos(t)[:, None] - game.mu))
             yield equal(f"segment {row + 1} of {segments}: the product of its DDIM steps", closed, got, 1e-10)
-            exact = game.exact.flow_map(x_t, t, e)
-            yield differs(f"which is not yet the exact map, segment {row + 1} of {segments}", exact, got, 1e-4)
+            wrong = _Gaussian(config)
+            wrong.method.teacher = at_half_the_angle(wrong.method.teacher)
+            wrong.minimise()
+            got = wrong.landing(row)[1]
+            name = f"a teacher asked at another level is caught, segment {row + 1} of {segments}"
+            yield differs(name, closed, got, 1e-4)
         sampler = game.method.sampler()
         x, t = sampler.input_at(segments - 1, z, {}, lambda j: z)
         k = torch.stack([game.product(row) for row in range(segments)]).prod(0)
@@ -197,6 +208,9 @@ def _one_step(game: _Gaussian, i: int, label: str) -> Iterator[Check]:
     yield equal(f"the loss, {label}", outside * value.mean(), loss, 1e-10)
     got = gradient(loss, network.slope, network.offset)
     yield equal(f"its gradient, through the noisier point alone, {label}", expected, got, 1e-10)
+    for name, wrong in (("x_r for x_t", (x_r, x_r, t, r, e)), ("t for r", (x_t, x_r, t, t, e))):
+        loss = game.method.following(*wrong[:2], Segment(*wrong[2:]), {}).loss
+        yield differs(f"{name} is caught, {label}", expected, gradient(loss, network.slope, network.offset), 1e-6)
 
 
 def _limits() -> Iterator[Check]:

@@ -15,19 +15,36 @@ from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import EDM
 from diffdistill.core.times import edm_log_normal
 from diffdistill.exact.analytic import GaussianMixture, mixture_teacher
-from diffdistill.exact.checks import AffineGame, Check, affine_game, differs, equal, gradient, two_points
+from diffdistill.exact.checks import (
+    AffineGame,
+    Check,
+    affine_game,
+    at_half_the_angle,
+    differs,
+    equal,
+    gradient,
+    mistake,
+    two_points,
+)
+from diffdistill.methods import sid
 from diffdistill.methods.sid import Config, SiD
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.scaffold.method import Batch
 
-# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
 PLANE = {
-    "alpha": 1.0,
-    "time_low": 0.2,
-    "student_lr": 0.001,
-    "fake_score_lr": 0.002,
-    "student_level": 1.373,
-    "steps": 2000,
+    "one step": {
+        "student_lr": 0.001,
+        "fake_score_lr": 0.002,
+        "beta1": 0.0,
+        "update_ratio": 1,
+        "guidance_scale": 1.5,
+        "alpha": 1.0,
+        "time_low": 0.2,
+        "time_high": 0.8,
+        "student_level": 1.373,
+        "steps": 2000,
+    },
 }
 
 
@@ -126,8 +143,18 @@ def _loss_checks(exact: _Exact, alpha: float) -> Iterator[Check]:
         yield equal(f"half the Fisher divergence's gradient at a = 1/2, t = {t}", full / 2, got, 1e-9)
     if alpha == 1.0:
         yield equal(f"the frozen distribution's gradient at a = 1, t = {t}", frozen_distribution / 2, got, 1e-9)
-        yield differs(f"which is not that of F, t = {t}", full / 2, got, 1e-3)
-    method.teacher, method.evaluated = _Detached(method.teacher), _Detached(method.evaluated)
+        other, parts_of_other = _game(M, B, Config(alpha=0.5, normalise=False))
+        wrong = _slope(other, parts_of_other, t)[1]
+        yield differs(f"alpha left out is caught, t = {t}", expected, wrong, 1e-3)
+    teacher, evaluated = method.teacher, method.evaluated
+    for name, network, other_one in (("teacher", teacher, evaluated), ("evaluated", evaluated, teacher)):
+        with mistake(method, name, at_half_the_angle(network)):
+            wrong = _slope(method, parts, t)[1]
+            yield differs(f"{name} asked at another level is caught, a = {alpha}, t = {t}", expected, wrong, 1e-3)
+        with mistake(method, name, other_one):
+            wrong = _slope(method, parts, t)[1]
+            yield differs(f"{name} in place of the other is caught, a = {alpha}, t = {t}", expected, wrong, 1e-3)
+    method.teacher, method.evaluated = _Detached(teacher), _Detached(evaluated)
     detached = _slope(method, parts, t)[1]
     name = f"a = {alpha}, t = {t}"
     yield equal(f"both networks detached: Diff-Instruct, {name}", exact.diff_instruct(), detached, 1e-9)
@@ -152,9 +179,15 @@ def _normaliser_checks(exact: _Exact) -> Iterator[Check]:
     z, eps, _ = _points(exact.t)
     method, parts = _game(M, B, Config())
     got = _slope(method, parts, exact.t)[1]
-    expected, wrong = (_normalised(exact, z, eps, detach=detach) for detach in (True, False))
+    expected = _normalised(exact, z, eps)
     yield equal(f"each sample's gradient is divided by n, t = {exact.t}", expected, got, 1e-9)
-    yield differs(f"a gradient through n is caught, t = {exact.t}", wrong, got, 1e-3)
+
+    def not_detached(x: Tensor, x0_teacher: Tensor) -> Tensor:
+        return (x - x0_teacher).abs().mean(1)
+
+    with mistake(sid, "l1_normaliser", not_detached):
+        wrong = _slope(method, parts, exact.t)[1]
+    yield differs(f"a gradient through n is caught, t = {exact.t}", expected, wrong, 1e-3)
 
 
 def _denoising_checks(t: float) -> Iterator[Check]:
@@ -198,7 +231,7 @@ class _Detached(nn.Module):
         return replace(pred, x_t=pred.x_t.detach(), y=pred.y.detach())
 
 
-def _normalised(exact: _Exact, z: Tensor, eps: Tensor, *, detach: bool) -> Tensor:
+def _normalised(exact: _Exact, z: Tensor, eps: Tensor) -> Tensor:
     """The gradient of mean L_i/n_i at a = 1.2, from the Gaussians' formulas alone."""
     cos, sin = math.cos(exact.t), math.sin(exact.t)
     m, b = exact.m.clone().requires_grad_(), exact.b.clone().requires_grad_()
@@ -208,8 +241,7 @@ def _normalised(exact: _Exact, z: Tensor, eps: Tensor, *, detach: bool) -> Tenso
     from_x = exact.mu + k * (x_t - cos * exact.mu) - x
     offset, slope = exact.coefficients(exact.m, exact.b)
     delta = offset + slope * x_t
-    n = from_x.abs().mean(1)
-    loss = (delta * (from_x - 1.2 * delta)).mean(1) / (n.detach() if detach else n)
+    loss = (delta * (from_x - 1.2 * delta)).mean(1) / from_x.abs().mean(1).detach()
     return gradient(loss.mean(), m, b)
 
 

@@ -9,13 +9,37 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffdistill.core.prediction import diffuse
-from diffdistill.exact.checks import AffineGame, Check, affine_game, differs, equal, gauss_hermite, gradient, two_points
+from diffdistill.exact.checks import (
+    AffineGame,
+    Check,
+    affine_game,
+    at_half_the_angle,
+    differs,
+    equal,
+    gauss_hermite,
+    gradient,
+    mistake,
+    two_points,
+)
+from diffdistill.methods import sim
 from diffdistill.methods.sim import SIM, Config, distance, distance_gradient
 from diffdistill.players.teacher import only_trains, trainable
 
-# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
-PLANE = {"time_low": 0.2, "c": 0.3, "student_lr": 0.001, "fake_score_lr": 0.002, "student_level": 1.373, "steps": 2000}
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
+PLANE = {
+    "one step": {
+        "student_lr": 0.001,
+        "fake_score_lr": 0.002,
+        "beta1": 0.0,
+        "update_ratio": 1,
+        "guidance_scale": 1.5,
+        "time_low": 0.2,
+        "time_high": 0.8,
+        "c": 0.3,
+        "student_level": 1.373,
+        "steps": 2000,
+    },
+}
 
 
 def verify() -> Iterator[Check]:
@@ -45,11 +69,18 @@ def verify() -> Iterator[Check]:
         yield equal(f"gradient of E d(y), {name}", expected, got, 1e-6)
         yield equal(f"the loss is zero in expectation, {name}", 0.0, loss, 1e-9, scale=1.0)
 
-        halved = _expectation_with_y_detached(method, z, angle, eps, chance)
-        wrong = gradient(halved, mean, scale)
+        with mistake(sim, "distance_gradient", _of_detached):
+            wrong = gradient(expectation(method, angle), mean, scale)
         yield equal(f"with y detached the mean's gradient is right, {name}", got[0], wrong[0], 1e-6)
         yield equal(f"with y detached the scale's gradient is half, {name}", got[1] / 2, wrong[1], 1e-6)
-        yield differs(f"a detached y is caught by the scale, {name}", got[1], wrong[1], 0.4)
+        yield differs(f"a detached y is caught by the scale, {name}", expected[1], wrong[1], 0.4)
+        teacher, fake_score = method.teacher, method.fake_score
+        with mistake(method, "fake_score", teacher), mistake(method, "teacher", fake_score):
+            wrong = gradient(expectation(method, angle), mean, scale)
+        yield differs(f"the two scores swapped are caught, {name}", expected, wrong, 1e-3)
+        with mistake(method, "fake_score", at_half_the_angle(fake_score)):
+            wrong = gradient(expectation(method, angle), mean, scale)
+        yield differs(f"the fake score asked at another level is caught, {name}", expected, wrong, 1e-3)
 
         settled, parts = game(mu, s, config)
         zero = gradient(expectation(settled, angle), parts.generator.mean, parts.generator.scale)
@@ -74,13 +105,9 @@ def _frozen_slopes(mu: Tensor, s: Tensor, m: Tensor, b: Tensor, t: float, kind: 
     return torch.stack([e_d(m + h, b) - e_d(m - h, b), e_d(m, b + h) - e_d(m, b - h)]) / (2 * h)
 
 
-def _expectation_with_y_detached(method: SIM, z: Tensor, t: Tensor, eps: Tensor, chance: Tensor) -> Tensor:
+def _of_detached(y: Tensor, kind: str, c: float) -> Tensor:
     """The mistake of a stop-gradient on y."""
-    x = method.sampler().one_step(z, {})
-    y = method.divergence(x, t, eps, {})[1].detach()
-    scale = 1 if method.config.weight == "denoiser" else torch.cos(t[0]) / torch.sin(t[0]) ** 2
-    to_x = scale * (method.fake_score(diffuse(x, t, eps), t, {}).x0 - x)
-    return -(chance * (distance_gradient(y, method.config.distance, method.config.c) * to_x)[:, 0]).sum()
+    return distance_gradient(y.detach(), kind, c)
 
 
 def _formulas() -> Iterator[Check]:

@@ -8,14 +8,38 @@ import torch
 from torch import Tensor
 
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.prediction import diffuse, expand
 from diffdistill.exact.analytic import AffineGenerator, ClassGaussians, class_gaussians_teacher
-from diffdistill.exact.checks import Check, differs, equal, gradient, two_points
+from diffdistill.exact.checks import (
+    Check,
+    at_half_the_angle,
+    differs,
+    equal,
+    gradient,
+    mistake,
+    two_points,
+    without_stop_gradients,
+)
+from diffdistill.methods import swiftbrush
 from diffdistill.methods.swiftbrush import Config, SwiftBrush
 from diffdistill.players.teacher import only_trains, trainable
 
-# How it is trained in the plane, where its student must reach the limits of exact/plane.py.
-PLANE = {"student_lr": 0.0005, "fake_score_lr": 0.002, "lora_rank": 32, "lora_alpha": 32, "beta1": 0.0, "steps": 2000}
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
+PLANE = {
+    "one step": {
+        "student_lr": 0.0005,
+        "fake_score_lr": 0.002,
+        "beta1": 0.0,
+        "update_ratio": 1,
+        "guidance_scale": 1.5,
+        "lora_rank": 32,
+        "lora_alpha": 32,
+        "student_level": 1.57,
+        "label_dropout": 0.1,
+        "time_low": 0.02,
+        "time_high": 0.98,
+        "steps": 2000,
+    },
+}
 
 
 # Two classes, and "no class" in the last row: the teacher's, the LoRA teacher's own, and the student's.
@@ -71,20 +95,24 @@ def _student_checks(at: _At, scale: float, name: str) -> Iterator[Check]:
     real = MU[2] + scale * (MU[LABEL] - MU[2])
     fake = OWN[2] + scale * (OWN[LABEL] - OWN[2])
     exact = sin**3 * cos * torch.cat([(M - real) / big_v - (M - fake) / big_c, B * (1 / big_v - 1 / big_c)])
-    got = _student_gradient(*_game(Config(guidance_scale=scale)), at)
-    yield equal(f"the student's gradient, {name}", exact, got, 1e-9)
-    yield differs(f"the opposite sign is caught, {name}", exact, -got, 1e-6)
-    yield differs(f"the weight sigma instead of sigma^2 is caught, {name}", exact, got / sin, 1e-6)
+    method, generator = _game(Config(guidance_scale=scale))
+    teacher, fake_score = method.teacher, method.guided_fake_score
+    yield equal(f"the student's gradient, {name}", exact, _student_gradient(method, generator, at), 1e-9)
+    with mistake(method, "teacher", fake_score), mistake(method, "guided_fake_score", teacher):
+        swapped = _student_gradient(method, generator, at)
+    yield differs(f"the two scores swapped are caught, {name}", exact, swapped, 1e-6)
+    with mistake(method, "guided_fake_score", at_half_the_angle(fake_score)):
+        elsewhere = _student_gradient(method, generator, at)
+    yield differs(f"the LoRA teacher asked at another level is caught, {name}", exact, elsewhere, 1e-6)
     zero = _student_gradient(*_game(Config(guidance_scale=scale), MU, S), at)
     yield equal(f"zero where the LoRA teacher is the teacher, {name}", 0.0, zero, 1e-12, scale=1.0)
-    method, generator = _game(Config(guidance_scale=scale))
-    through = _through_both_networks(method, at)
-    wrong = gradient(2 * through, generator.mean, generator.scale)
+    with without_stop_gradients(swiftbrush):
+        wrong = _student_gradient(method, generator, at)
     yield differs(f"a gradient through the two networks is caught, {name}", exact, wrong, 1e-6)
     if scale != 1:
-        unguided = sin**3 * cos * (M - OWN[LABEL]) / big_c
-        one_sided = torch.cat([sin**3 * cos * (M - real) / big_v - unguided, exact[2:]])
-        yield differs(f"guidance of the teacher alone is caught, {name}", one_sided, got, 1e-6)
+        with mistake(method, "guided_fake_score", method.fake_score):
+            one_sided = _student_gradient(method, generator, at)
+        yield differs(f"guidance of the teacher alone is caught, {name}", exact, one_sided, 1e-6)
         shifted = _student_gradient(*_game(Config(guidance_scale=1 + scale)), at)
         yield differs(f"1 + scale in place of the scale is caught, {name}", exact, shifted, 1e-6)
 
@@ -119,11 +147,3 @@ def _denoising(config: Config, means: Tensor, std: Tensor, at: _At) -> tuple[Ten
     generator.requires_grad_()
     loss = method.denoising(generator(at.z, at.angle).neg(), at.angle, at.eps, at.cond)
     return loss, network, generator
-
-
-def _through_both_networks(method: SwiftBrush, at: _At) -> Tensor:
-    """The mistake of leaving both networks in the graph: the loss without its stop-gradients."""
-    x = method.sampler().one_step(at.z, at.cond)
-    x_t = diffuse(x, at.angle, at.eps)
-    gap = method.teacher(x_t, at.angle, at.cond).eps - method.guided_fake_score(x_t, at.angle, at.cond).eps
-    return (expand(torch.sin(at.angle) ** 2, gap) * gap * x).mean()
