@@ -120,10 +120,7 @@ class _Bench:
         self.compared += ", which training read too: none are held out." if reference == images else "."
         self.judge = board_judge(suite, self.teacher, images, reference, options, out)
         self.teacher.denoiser.to(self.judge.device)
-        make_pairs(
-            teacher=source, out=str(out / "pairs"), count=PAIRS, sampling_steps=PAIR_STEPS, device=options.device
-        )
-        self.shared = {
+        self.shared: dict[str, Any] = {
             "teacher": source, "data": images, "pairs": str(out / "pairs"), "threads": options.threads,
             "device": options.device,
         }  # fmt: skip
@@ -137,6 +134,9 @@ class _Bench:
         for entry in chosen:
             if entry.name not in plans:
                 plans[entry.name] = planned(entry, suite, self.budget, self.shared)
+        if any("pairs" in plan.values for plan in plans.values()):
+            source, pairs = self.shared["teacher"], self.shared["pairs"]
+            make_pairs(teacher=source, out=pairs, count=PAIRS, sampling_steps=PAIR_STEPS, device=options.device)
         results: list[dict[str, Any]] = []
         pictures: dict[str, Tensor] = {}
 
