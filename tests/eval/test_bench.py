@@ -112,10 +112,10 @@ def test_a_board_is_made_and_taken_up_again(
         bench("digits", methods=methods, seeds=[0], budget=40, reference="digits#test", out=tmp_path)
         return capsys.readouterr().out.splitlines()
 
-    run(["dmd2"])
+    run(["dmd2:digits"])
     before = json.loads((tmp_path / "board.json").read_text())
     note = (tmp_path / "runs" / "dmd2-seed0.json").stat().st_mtime_ns
-    run(["dmd2", "guided"])
+    run(["dmd2:digits", "guided"])
     after = json.loads((tmp_path / "board.json").read_text())
     assert (tmp_path / "runs" / "dmd2-seed0.json").stat().st_mtime_ns == note
     rows = {(r["method"], r["steps"]): r for r in after["rows"]}
