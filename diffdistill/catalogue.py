@@ -46,7 +46,7 @@ class Preset:
     """Options under a name."""
 
     source: str  #: where they stand in a paper or its code, or how they were come by
-    options: Mapping[str, Scalar]
+    options: Mapping[str, Scalar]  #: `steps` among them; None where the source has no number, and the user says it
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,10 @@ def _preset(path: Path, name: str, entry: Any) -> Preset:
     known = [f.name for f in dataclasses.fields(Preset)]
     if not isinstance(entry, dict) or set(entry) != set(known) or not isinstance(entry["options"], dict):
         raise UserError(f"presets: {path}, {name!r} is not a mapping with {' and '.join(known)}")
-    return Preset(str(entry["source"]), {str(key).replace("-", "_"): value for key, value in entry["options"].items()})
+    options = {str(key).replace("-", "_"): value for key, value in entry["options"].items()}
+    if "steps" not in options:
+        raise UserError(f"presets: {path}, {name!r} says no steps; give a number, or null where the user is to say it")
+    return Preset(str(entry["source"]), options)
 
 
 def _methods_folder() -> Path:

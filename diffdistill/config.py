@@ -356,13 +356,16 @@ class BenchConfig(MachineConfig):
         None, "a single seed of the trainings and of the noise that is judged, instead of --seeds", at_least=0
     )
     seeds: tuple[int, ...] | None = option(
-        None, "seeds of the trainings and of the noise that is judged; default: 0,1,2", at_least=0
+        None, "seeds of the trainings and of the noise that is judged; default: 100,101,102", at_least=0
     )
     budget: int | None = option(
         None, "network passes over a batch that a training may take; default: the suite's", at_least=1
     )
     teacher: str | None = option(None, "a diffusers folder or hub id; default: the suite's")
-    data: str | None = option(None, "the real images; default: the suite's")
+    data: str | None = option(None, "the real images that students learn from; default: the suite's")
+    reference: str | None = option(
+        None, "held-out images, which samples are compared with; default: the suite's, or else those of data"
+    )
     jobs: int | None = option(None, "trainings at a time; default: one a CPU core, or one on a GPU", at_least=1)
     threads: int = option(1, "CPU threads of each training and of the evaluation; 0: torch's own choice", at_least=0)
     out: str = option("runs/bench", "folder of the board; one that is not finished is continued")

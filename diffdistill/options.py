@@ -353,6 +353,9 @@ class FollowingOptions(StudentOptions):
     )
     target_ema: float = option(0.95, "decay of the target, the student's moving average", at_least=0, below=1)
     student_steps: int = option(1, "the student's sampling steps; its training is the same for any number", at_least=1)
+    student_dropout: float | None = option(
+        None, "dropout of the student's residual blocks in training; default: its network's own", at_least=0, below=1
+    )
 
 
 @dataclass(frozen=True)

@@ -48,14 +48,14 @@ def averaged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_board(
-    suite: str, results: Sequence[dict[str, Any]], pictures: dict[str, Tensor], budget: int, out: Path
+    suite: str, results: Sequence[dict[str, Any]], pictures: dict[str, Tensor], budget: int, compared: str, out: Path
 ) -> list[dict[str, Any]]:
-    """board.json, board.md, quality.png and samples.png."""
+    """board.json, board.md, quality.png and samples.png; `compared` says with which images."""
     rows = averaged(results)
-    report = {"suite": suite, "budget": budget, "environment": environment()}
+    report = {"suite": suite, "budget": budget, "compared": compared, "environment": environment()}
     report |= {"columns": COLUMNS, "rows": rows, "results": list(results)}
     write_json(report, out / "board.json")
-    write_text(markdown_table(rows, COLUMNS), out / "board.md")
+    write_text(f"{markdown_table(rows, COLUMNS)}\n{compared}\n", out / "board.md")
     if pictures:
         save_png(side_by_side(list(pictures.items()), scale=4), out / "samples.png")
     quality_picture(rows, out / "quality.png")

@@ -1,8 +1,8 @@
 """The trainings of a scoreboard: which there are, and how long each is within the budget.
 
 The budget is counted in network passes, which do not depend on the machine: a forward pass of the batch is 1, a
-backward pass through weights and input 2 more, through the input alone 1 more. A method takes as many training
-steps as fit.
+backward pass through weights and input 2 more, through the input alone 1 more. The teacher's passes for noise-image
+pairs come first, in batches as large as the training's. A method takes as many training steps as fit into the rest.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from diffdistill.eval.suites import Suite
 from diffdistill.players.teacher import Teacher, only_trains, trainable
 from diffdistill.scaffold.method import Batch, Method, Need, Pair
 from diffdistill.training.assemble import Game, make_game
+
+PAIRS = 2000  # noise-image pairs of the teacher, for methods that need them
+PAIR_STEPS = 32  # the sampler's steps to an image
 
 
 @dataclass(frozen=True)
@@ -116,16 +119,25 @@ class TrainingPlan(NamedTuple):
 
 
 def planned(entry: Entry, suite: Suite, budget: int, shared: dict[str, Any]) -> TrainingPlan:
-    """As many training steps as the budget allows."""
+    """As many training steps as the budget allows; UserError where it does not even allow the pairs."""
     info, preset = entry.info, dict(preset_options(entry.info, entry.preset))
+    preset["steps"] = preset["steps"] or 1  # which the budget replaces
     method = info.name if info.name in method_names() else str(info.path.resolve())  # a user's own is a file
     known = {k: v for k, v in suite.overrides.items() if k in preset}
     values = preset | known | shared | {"method": method}
     game = make_game(values)
-    if Need.PAIRS not in game.method.needs:
+    pairs = 0.0
+    if Need.PAIRS in game.method.needs:
+        pairs = PAIRS * PAIR_STEPS / game.config.batch_size
+    else:
         values.pop("pairs", None)
+    if pairs >= budget:
+        raise UserError(
+            f"budget: {budget} network passes are no more than the {pairs:g} for the pairs of {entry.name}; give more, "
+            "or name other methods"
+        )
     passes, units = passes_per_step(game)
-    steps = max(1, round(budget / units))
+    steps = max(1, round((budget - pairs) / units))
     # Options that count training steps, a stage's say, keep their share of the whole.
     for name in suite.method(info.name).scales:
         values[name] = max(1, preset[name] * steps // preset["steps"])

@@ -12,7 +12,8 @@ nothing (its expectation is (1 - alpha) F); `gap` is F.
 
 With guidance (SiD-LSG) the teacher is evaluated at scale kappa_4 (`guidance_scale`), the fake score at
 kappa_2 = kappa_3 (`fake_score_guidance`), and the fake score is trained at kappa_1
-(`fake_score_training_guidance`), each with one batched call; it then learns without a class too.
+(`fake_score_training_guidance`), each with one batched call; it then learns without a class too, from samples that
+the student makes without it.
 
 Deviations: losses are means over elements, where the authors' are sums times 100, which Adam does not see.
 Samples with nan are not dropped and gradients not cleaned: the trainer refuses what is not finite. Both turns
@@ -91,7 +92,7 @@ class SiD(MatchingMethod):
         return edm_karras(self.schedule, batch.size, draw, c.time_low, c.time_high)
 
     def fake_score_cond(self, batch: Batch) -> Cond:
-        """Some are replaced by the null condition where the fake score is guided."""
+        """Where the fake score is guided some are the null condition, with which its samples are made too."""
         if self.config.fake_score_guidance == 1 and self.config.fake_score_training_guidance == 1:
             return batch.cond
         assert self.fake_score.null is not None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from diffdistill.config import BenchConfig
 from diffdistill.errors import UserError
-from diffdistill.eval.bench import BenchOptions, Board, make_board
+from diffdistill.eval.bench import SEEDS, BenchOptions, Board, make_board
 from diffdistill.eval.suites import load_suite
 from diffdistill.options import build
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from diffdistill.commands.keywords import BenchOptions as BenchKeywords
-
-SEEDS = (0, 1, 2)
 
 
 def bench(suite: str | Path = "digits", **options: Unpack[BenchKeywords]) -> Board:
@@ -38,6 +36,7 @@ def _bench(config: BenchConfig) -> Board:
         budget=config.budget,
         teacher=config.teacher,
         data=config.data,
+        reference=config.reference,
         jobs=config.jobs,
         device=config.device,
         threads=config.threads,

@@ -67,8 +67,8 @@ def distill(
         options: the method's own, by name, or an instance of its `Config`.
         training: the options of every training (`diffdistill train --help`): steps, batch_size, out, ...
 
-    Where neither you nor the preset say `steps`, a method with stages takes all of them, any other 1000. Raises
-    UserError for whatever cannot be used.
+    Without `steps` and preset a method with stages takes all of them, any other 1000. Raises UserError for whatever
+    cannot be used.
     """
     named = {"method": method, "preset": preset, "teacher": teacher, "data": data, "pairs": pairs}
     values, objects = Objects.split(named | dict(training), options)
@@ -107,7 +107,10 @@ def _with_preset(values: dict[str, Any], objects: Objects) -> dict[str, Any]:
     presets = objects.method_of(values, TrainConfig.method).presets
     if preset not in presets:
         raise UserError(f"preset: {preset!r} is not known; {nearest(preset, presets)}")
-    return dict(presets[preset].options) | values
+    values = dict(presets[preset].options) | values
+    if values["steps"] is None:
+        raise UserError(f"steps: the source of the preset {preset!r} has no number of them; give steps")
+    return values
 
 
 def _check_options(game: Game, values: Mapping[str, Any], resumed: bool) -> None:

@@ -182,5 +182,6 @@ class BenchOptions(MachineOptions, total=False):
     budget: int | None
     teacher: str | Path | None
     data: str | Path | None
+    reference: str | Path | None
     jobs: int | None
     out: str | Path

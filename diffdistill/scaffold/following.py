@@ -9,11 +9,13 @@ from functools import partial
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.prediction import diffuse
 from diffdistill.core.schedule import student_levels
+from diffdistill.errors import UserError
+from diffdistill.options import FollowingOptions
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.rng import seed_for, seeded
@@ -43,6 +45,8 @@ class FollowingMethod(Method, Generic[I]):
     def __init__(self, teacher: Teacher, config: Any, student: Denoiser, *, slow_target: bool):
         super().__init__(teacher, config)
         self.teacher: Any = frozen(teacher.denoiser)
+        if isinstance(config, FollowingOptions) and config.student_dropout is not None:
+            set_dropout(student, config.student_dropout)
         self.student = self.target = student
         self.players = {"student": student}
         if slow_target:
@@ -103,3 +107,12 @@ class FollowingMethod(Method, Generic[I]):
         if self.state:
             averages: list[Tensor] = list(self.target.parameters())
             torch._foreach_lerp_(averages, list(self.student.parameters()), 1 - self.target_decay(step))
+
+
+def set_dropout(student: nn.Module, share: float) -> None:
+    """The student's layers of the name dropout, which residual blocks have, drop that share; UserError without any."""
+    named = [m for name, m in student.named_modules() if name.endswith("dropout") and isinstance(m, nn.Dropout)]
+    if share and not named:
+        raise UserError(f"student_dropout: {share} was given, and the student's network has no dropout; leave it out")
+    for layer in named:
+        layer.p = share

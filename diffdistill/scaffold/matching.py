@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal, final
 
@@ -132,9 +133,12 @@ class MatchingMethod(Method):
         return one_step_sampler(self.student, self.config.student_level)
 
     @final
-    def generate(self, batch: Batch, player: str) -> Tensor:
-        """x (B, ...) for a player's turn, of the level of this step; gradients flow through its one pass."""
-        sampler = self.sampler()
+    def generate(self, batch: Batch, player: str, cond: Cond | None = None) -> Tensor:
+        """x (B, ...) for a player's turn, of the level of this step; gradients flow through its one pass.
+
+        `cond` stands for the batch's conditions.
+        """
+        sampler, batch = self.sampler(), batch if cond is None else replace(batch, cond=cond)
         if self.steps > 1:
             k = self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps, batch)
             x_t, t = simulated_input(sampler, k, batch)
@@ -156,10 +160,11 @@ class MatchingMethod(Method):
     @final
     def fake_score_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
         """The fake score's loss on the samples that `drawn` holds, or on new ones."""
-        adversary = self._turn_of("fake_score", batch)
+        adversary, cond = self._turn_of("fake_score", batch), self.fake_score_cond(batch)
         with torch.no_grad():
-            x = drawn[0] if drawn else self.generate(batch, "fake_score")
-        t, cond = self.times("fake_score", batch), self.fake_score_cond(batch)
+            # Samples that are drawn for this turn alone have its conditions; those of the student's turn had theirs.
+            x = drawn[0] if drawn else self.generate(batch, "fake_score", None if self.shares_samples else cond)
+        t = self.times("fake_score", batch)
         loss = self.denoising(x, t, batch.randn(f"{self.fake_score_stream}/eps"), cond)
         if adversary is None:
             return Outcome(loss, {"denoising": loss})

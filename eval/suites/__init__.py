@@ -33,9 +33,10 @@ class Suite:
     title: str
     preset: str  #: the presets of a method that are run: those of this name, and of this name and a suffix, NAME-4step
     teacher: str  #: "": the user gives it
-    data: str  #: the real images; "": the user gives them
+    data: str  #: the real images that students learn from; "": the user gives them
     protocol: str  #: by which teacher and students are judged
     budget: int  #: network passes of a batch in a training
+    reference: str = ""  #: the real images that samples are compared with; "": those of data
     teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     overrides: Mapping[str, Any] = field(default_factory=dict)  #: option -> value, where a preset has that option
     methods: Mapping[str, SuiteMethod] = field(default_factory=dict)
@@ -80,8 +81,8 @@ def load_suite(name: str) -> Suite:
 
 
 def _check(values: Mapping[str, Any], where: str) -> None:
-    for key in ("title", "preset", "teacher", "data", "protocol"):
-        if not isinstance(values[key], str):
+    for key in ("title", "preset", "teacher", "data", "protocol", "reference"):
+        if not isinstance(values.get(key, ""), str):
             raise UserError(f"{where}: {key}: {values[key]!r} is not a text")
     counts = [("budget", values["budget"]), *(("teacher_steps", n) for n in _list(values, "teacher_steps", where))]
     for key, value in counts:

@@ -31,6 +31,17 @@ def test_digits() -> None:
     assert bigger.fingerprint == data.fingerprint
 
 
+def test_the_parts_of_the_digits_are_disjoint_and_alike() -> None:
+    whole, train, test = (open_data(spec) for spec in ("digits", "digits#train", "digits#test"))
+    assert len(train) + len(test) == len(whole) and len({d.fingerprint for d in (whole, train, test)}) == 3
+    parts = [every(part) for part in (train, test)]
+    seen = [{tuple(image.flatten().tolist()) for image in part.images} for part in parts]
+    assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == len(torch.unique(every(whole).images, dim=0))
+    for part in parts:
+        labels = labels_of(part)
+        assert all(0.08 < labels.count(c) / len(labels) < 0.12 for c in range(10))
+
+
 def test_get_keeps_the_order_asked_for() -> None:
     data = open_data("digits")
     whole, some = every(data), data.get(torch.tensor([7, 3, 3]))

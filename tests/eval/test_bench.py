@@ -50,6 +50,14 @@ def test_the_budget_sets_the_steps_and_stages_keep_their_share() -> None:
     assert values["stage_steps"] == 20
 
 
+def test_the_passes_for_pairs_are_part_of_the_budget() -> None:
+    entry = Entry(describe_method("dmd"), "digits", 0)
+    values, passes, _ = planned(entry, DIGITS, 1000 + 11 * 120, {})  # 2000 pairs in 32 steps are 1000 batches of 64
+    assert values["steps"] == 120 and passes == 5
+    with pytest.raises(UserError, match=r"budget: 1000 network passes are no more than the 1000 for the pairs of dmd"):
+        planned(entry, DIGITS, 1000, {})
+
+
 def own_method(folder: Path, preset: str = "digits") -> Path:
     """The file of a method of one's own, with one preset beside it."""
     methods = Path(__file__).parents[2] / "methods"
@@ -101,21 +109,24 @@ def test_a_board_is_made_and_taken_up_again(
     monkeypatch.setattr("diffdistill.eval.bench.MOST_IMAGES", 400)
 
     def run(methods: list[str]) -> list[str]:
-        bench("digits", methods=methods, seeds=[0], budget=40, out=tmp_path)
+        bench("digits", methods=methods, seeds=[0], budget=40, reference="digits#test", out=tmp_path)
         return capsys.readouterr().out.splitlines()
 
-    run(["dmd2"])
+    run(["dmd2:digits"])
     before = json.loads((tmp_path / "board.json").read_text())
     note = (tmp_path / "runs" / "dmd2-seed0.json").stat().st_mtime_ns
-    run(["dmd2", "progressive"])
+    run(["dmd2:digits", "guided"])
     after = json.loads((tmp_path / "board.json").read_text())
     assert (tmp_path / "runs" / "dmd2-seed0.json").stat().st_mtime_ns == note
     rows = {(r["method"], r["steps"]): r for r in after["rows"]}
     assert {(r["method"], r["steps"]) for r in before["rows"]} < set(rows)
-    assert {("progressive", 1), ("progressive", 2), ("progressive", 4)} <= set(rows)
+    for steps in (1, 2, 4):  # beside the teacher that it imitates
+        assert {("guided", steps), ("teacher, guidance 1.5", steps)} <= set(rows)
     assert rows["dmd2", 1]["passes"] == rows["dmd2", 1]["least"] == 4 and rows["dmd2", 1]["peak MB"] > 100
-    for changed in ({"budget": 50}, {"data": str(tmp_path)}):
+    assert (tmp_path / "board.md").read_text().endswith("\nCompared with the images of digits#test.\n")
+    board = {"methods": ["dmd2"], "seeds": [0], "budget": 40, "reference": "digits#test", "out": tmp_path}
+    for changed in ({"budget": 50}, {"data": str(tmp_path)}, {"reference": "digits"}):
         with pytest.raises(UserError, match=f"{next(iter(changed))}: .* is not the board's"):
-            bench("digits", **{"methods": ["dmd2"], "seeds": [0], "budget": 40, "out": tmp_path} | changed)
+            bench("digits", **board | changed)
     for name in ("board.md", "quality.png", "samples.png"):
         assert (tmp_path / name).stat().st_size > 100

@@ -222,6 +222,20 @@ def test_no_network_runs_twice_and_guidance_is_the_teachers_alone(
     assert method.target.training, "dropout must be on in both passes"
 
 
+def test_the_students_dropout_is_as_said_and_the_teachers_as_it_was(tiny_teacher: Teachers) -> None:
+    def shares(denoiser: nn.Module) -> set[float]:
+        return {m.p for name, m in denoiser.named_modules() if isinstance(m, nn.Dropout) and name.endswith("dropout")}
+
+    teacher = load_teacher(tiny_teacher("vp"))
+    method = Consistency(teacher, Config(student_dropout=0.2))
+    assert shares(method.student) == shares(method.target) == {0.2} and shares(teacher.denoiser) == {0.1}
+    attention = [m.p for m in method.student.modules() if isinstance(m, nn.Dropout) and m.p != 0.2]
+    assert attention and set(attention) == {0.0}  # which has dropout layers too, and stays without
+    assert shares(Consistency(teacher, Config()).student) == {0.1}
+    with pytest.raises(UserError, match=r"student_dropout: 0\.2 was given, and the student's network has no dropout"):
+        following.set_dropout(nn.Linear(2, 2), 0.2)
+
+
 RUN = {"method": "consistency", "data": "digits", "batch_size": 4, "sample_every": 0, "device": "cpu"}
 
 

@@ -113,6 +113,22 @@ def test_a_guided_fake_score_learns_without_a_class_too(tiny_teacher: Callable[[
     assert bool((labels[dropped] == 10).all()) and 250 < int(dropped.sum()) < 350
 
 
+def test_what_a_guided_fake_score_learns_without_a_class_is_made_without_one(
+    tiny_teacher: Callable[[str], Path],
+) -> None:
+    method = SiD(load_teacher(tiny_teacher("vp")), Config(fake_score_guidance=2.0, label_dropout=0.5))
+    batch = Batch(64, (1, 8, 8), {"class_labels": torch.arange(64) % 10}, None, torch.device("cpu"), (0, 0, 0))
+    seen = []
+    method.student.network.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["class_labels"]), with_kwargs=True
+    )
+    method.fake_score_turn([], batch)
+    method.student_turn([], batch)
+    dropped, kept = seen
+    assert torch.equal(dropped, method.fake_score_cond(batch)["class_labels"]) and bool((dropped == 10).any())
+    assert torch.equal(kept, batch.cond["class_labels"])  # the student's own turn drops none
+
+
 def test_the_range_of_times_is_checked(tiny_teacher: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match=r"time_low: 0\.8 must be less than time_high"):
         SiD(load_teacher(tiny_teacher("vp")), Config(time_low=0.8))

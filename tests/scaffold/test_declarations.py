@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import diffdistill
+from diffdistill import distill
 from diffdistill.catalogue import describe_method, method_names
 from diffdistill.config import TrainConfig
 from diffdistill.errors import UserError
@@ -43,7 +44,8 @@ def test_every_preset_builds_and_says_where_it_is_from(name: str) -> None:
     info = describe_method(name)
     assert info.presets
     for preset in info.presets.values():
-        shared, own = split(preset.options, TrainConfig, info.config)
+        options = {k: v for k, v in preset.options.items() if (k, v) != ("steps", None)}  # which the user says
+        shared, own = split(options, TrainConfig, info.config)
         build(TrainConfig, {**info.about.defaults, **shared})
         build(info.config, own)
         assert preset.source.strip()
@@ -77,9 +79,11 @@ def test_a_file_as_it_should_be_is_described(tmp_path: Path) -> None:
     info = describe_method(written(tmp_path, ABOUT, "SIGMA_DATA = 0.5", "STEPS = 3"))
     assert (info.name, info.about.kind, info.presets) == ("mine", "distribution", {})
     (tmp_path / "presets").mkdir()
-    (tmp_path / "presets/mine.yaml").write_text('a: {source: "here", options: {student-lr: 0.1}}', encoding="utf-8")
+    (tmp_path / "presets/mine.yaml").write_text(
+        'a: {source: "here", options: {student-lr: 0.1, steps: 3}}', encoding="utf-8"
+    )
     presets = describe_method(info.path.as_posix()).presets
-    assert presets["a"].options == {"student_lr": 0.1}
+    assert presets["a"].options == {"student_lr": 0.1, "steps": 3}
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,17 @@ def test_a_preset_with_another_key_is_refused(text: str, tmp_path: Path) -> None
     ) as caught:
         _ = info.presets
     assert "\n" not in str(caught.value)
+
+
+def test_a_preset_says_how_long_it_trains_or_that_the_user_is_to_say_it(tmp_path: Path) -> None:
+    info = describe_method(written(tmp_path, ABOUT))
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets/mine.yaml").write_text('a: {source: "here", options: {student_lr: 0.1}}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"presets: .*mine\.yaml, 'a' says no steps; give a number, or null"):
+        _ = info.presets
+    with pytest.raises(UserError, match=r"steps: the source of the preset 'sd21' has no number of them; give steps"):
+        distill("swiftbrush", preset="sd21", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # -- option groups -----------------------------------------------------------------------------------------------------
