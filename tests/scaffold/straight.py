@@ -84,11 +84,11 @@ class Net(nn.Module):
         return self.write(torch.tanh(self.hidden(x, time, class_labels)))
 
 
-def scatter(module: nn.Module, seed: int) -> None:
+def scatter(module: nn.Module, seed: int, size: float = 0.3) -> None:
     """Give a module weights of its own, so that no player is another's copy."""
     with torch.no_grad():
         for k, p in enumerate(module.parameters()):
-            p.add_(0.3 * torch.randn(p.shape, generator=draw(seed, k, "weights"), dtype=p.dtype))
+            p.add_(size * torch.randn(p.shape, generator=draw(seed, k, "weights"), dtype=p.dtype))
 
 
 def nothing(cond: Cond) -> Cond:
