@@ -8,13 +8,14 @@ from torch import Tensor
 
 from diffdistill.catalogue import describe_method
 from diffdistill.players.sampler import DDIM
-from diffdistill.scaffold.halving import HalvingMethod
+from diffdistill.scaffold.halving import HalvingMethod, two_step_target
 from diffdistill.scaffold.method import Need
 from tests.scaffold.straight import (
     CLASSES,
     EDM_,
     FLOW,
     KEY,
+    SIZE,
     TRIG,
     VP,
     Plain,
@@ -197,6 +198,13 @@ def test_the_students_scale_is_that_of_the_options() -> None:
     student = Straight("guided", {"guidance_min": 2.0, "guidance_max": 6.0}, VP, 0).student
     assert float(student.class_embedding.default) == 4.0
     assert student.class_embedding.table.num_embeddings == CLASSES + 1
+
+
+def test_no_gradient_passes_the_target() -> None:
+    teacher = VP.teacher().denoiser
+    x_t, t = torch.randn(SIZE, 1, 3, 3, requires_grad=True), torch.full((SIZE,), 0.9)
+    target = two_step_target(teacher, x_t, t, t - 0.2, t - 0.4, {"class_labels": torch.arange(SIZE) % CLASSES})
+    assert not target.requires_grad
 
 
 def test_rates_are_those_of_the_options() -> None:

@@ -326,8 +326,20 @@ def test_rates_and_the_sampler_are_those_of_the_options(name: str) -> None:
     assert method.state == {}
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_what_the_fake_score_learns_from_gets_no_gradient(name: str) -> None:
+    straight = Straight(name, {}, TRIG)
+    x, t = torch.randn(SIZE, 1, 3, 3, requires_grad=True), torch.linspace(0.3, 1.2, SIZE)
+    loss = straight.method.denoising(x, t, torch.randn(SIZE, 1, 3, 3), straight.batch.cond)
+    assert torch.autograd.grad(loss, x, allow_unused=True) == (None,)
+
+
 def test_what_dmd2_needs_and_its_levels() -> None:
-    assert Straight("dmd2", GAN, VP).method.needs == frozenset({Need.IMAGES})
+    method = Straight("dmd2", GAN, VP).method
+    assert method.needs == frozenset({Need.IMAGES})
+    assert method.adversary is not None
+    theirs = {id(p) for p in method.players["fake_score"].parameters()}
+    assert theirs == {id(p) for part in (method.adversary.head, method.fake_score) for p in part.parameters()}
     assert Straight("dmd", {"regression_weight": 0.0}, VP).method.needs == frozenset()
     for plain in (VP, FLOW, EDM_):
         sampler = Straight("dmd2", {"student_steps": 4}, plain).method.sampler()

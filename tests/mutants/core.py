@@ -128,7 +128,6 @@ MUTANTS = {
         ("players are the teacher", "twin = copy.deepcopy(denoiser)\n", "twin = denoiser\n"),
         ("frozen networks drop units", "return module.eval()", "return module.train()"),
         ("frozen networks train", "parameter.requires_grad_(False)", "parameter.requires_grad_(True)"),
-        ("everybody trains", "p.requires_grad_(name == player)", "p.requires_grad_(True)"),
         ("the others train", "p.requires_grad_(name == player)", "p.requires_grad_(name != player)"),
     ],
     f"diffdistill/players/scale_input.py | {_F} {_H}": [

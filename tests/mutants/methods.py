@@ -29,7 +29,6 @@ MUTANTS = {
     f"methods/dmd2.py | {_M}": [
         ("the normaliser is always there", "self.config.normalise)", "True)"),
         ("the teacher is the fake score", "self.teacher, self.fake_score,", "self.fake_score, self.teacher,"),
-        ("the ratio's default", "update_ratio=5", "update_ratio=2"),
     ],
     f"methods/diff_instruct.py | {_M}": [
         ("the mean is ignored", "mean, std = self.config.time_mean,", "mean, std = -1.2,"),

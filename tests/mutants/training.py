@@ -99,6 +99,9 @@ MUTANTS = {
          'flat[f"{name}|{dict(exp_avg=\'exp_avg_sq\', exp_avg_sq=\'exp_avg\').get(slot, slot)}"] = torch'),
         ("the oldest checkpoint", "for path in reversed(checkpoints(folder)):", "for path in checkpoints(folder):"),
     ],
+    f"diffdistill/players/teacher.py | {_T}": [
+        ("everybody trains", "p.requires_grad_(name == player)", "p.requires_grad_(True)"),
+    ],
     f"diffdistill/players/average.py | {_T}": [
         ("no warm-up", "min(self.decay, (1 + step) / (10 + step))", "self.decay"),
         ("a slower warm-up", "(1 + step) / (10 + step)", "(1 + step) / (20 + step)"),

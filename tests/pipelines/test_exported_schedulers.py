@@ -70,6 +70,21 @@ def teacher_of(kind: str) -> Teacher:
     return Teacher(denoiser, SHAPE, CLASSES, "unet2d", scheduler=config)
 
 
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_a_teacher_is_read_as_its_scheduler_says(kind: str) -> None:
+    scheduler = TEACHERS[kind]()
+    config, (schedule, _) = scheduler.config, schedule_of(scheduler_config(scheduler))
+    if isinstance(schedule, DiscreteVP):
+        assert torch.allclose(schedule.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
+    elif isinstance(schedule, EDM):
+        read = (schedule.sigma_min, schedule.sigma_max, schedule.data_std, schedule.rho)
+        assert read == (config.sigma_min, config.sigma_max, config.sigma_data, config.rho)
+    else:
+        assert isinstance(schedule, LinearFlow)
+        count = config.num_train_timesteps
+        assert (schedule.shift, schedule.time_scale, schedule.train_timesteps) == (config.flow_shift, count, count)
+
+
 def from_folder(scheduler: Any) -> Any:
     """The scheduler as a folder brings it back: by its JSON."""
     return type(scheduler).from_config(json.loads(scheduler.to_json_string()))

@@ -292,6 +292,7 @@ def agree(method: Method, turn: Turn, batch: Batch, expected: Callable[[], dict[
     assert outcome.shown.keys() == values.keys()
     for name, value in values.items():
         assert torch.allclose(outcome.shown[name], value, rtol=1e-9, atol=1e-13), name
+    assert not outcome.shown.get("gap", torch.zeros(())).requires_grad, "no network is in the graph for nothing"
     parameters = [p for p in method.players[turn.player].parameters() if p.requires_grad]
     theirs = slopes(loss, parameters)
     size = max(float(g.abs().max()) for g in theirs)
