@@ -207,14 +207,18 @@ class MethodsConfig:
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(MachineConfig):
     """What is checked."""
 
     method: str | None = option(None, "a method's name or file")
     all: bool = option(False, "verify every method of the package")
     exact: bool = option(False, "compare with closed forms only, which takes seconds; train nothing")
     json: str | None = option(None, "a file that the rows are written into, as JSON")
-    threads: int = option(0, "CPU threads of torch; 0: its own choice", at_least=0)
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "cpu",
+        "where the training in the plane is computed; auto: a GPU if there is one; closed forms are always compared in "
+        "float64 on the CPU",
+    )
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -144,20 +145,27 @@ def with_prompts(teacher: Teacher, encoded: Encoded) -> Teacher:
     return replace(teacher, example_cond=encoded.get(torch.zeros(1, dtype=torch.int64)).cond)
 
 
-def encode(**values: Any) -> Path:
+def encode(*, teacher: str | PathLike[str] | Teacher | None = None, **values: Any) -> Path:
     """`diffdistill encode`: encode prompts, or images with captions, or what is still missing; returns the folder.
 
-    Options are those of the command, with underscores. Raises UserError for whatever cannot be used.
+    `teacher` is as in `diffdistill.encode`; the rest are the command's options, with underscores. Raises UserError for
+    whatever cannot be used.
     """
-    config = build(EncodeConfig, values)
+    named = {} if teacher is None else _named(teacher, values) if isinstance(teacher, Teacher) else {"teacher": teacher}
+    config = build(EncodeConfig, values | named)
     folder, out = local_folder(config.teacher), Path(config.out)
     family, _ = family_of(folder)
     if family.autoencoder is None:
         raise UserError(
             f"teacher: {config.teacher!r} works on pixels, where there is nothing to encode; give a latent teacher"
         )
-    teacher = describe(folder, config.resolution, config.frames)
-    encoder = _Encoder(config, folder, family, teacher.shape, teacher.num_classes)
+    described = describe(folder, config.resolution, config.frames)
+    if isinstance(teacher, Teacher) and described.shape != teacher.shape:
+        raise UserError(
+            f"resolution: samples of this size are {described.shape}, and the teacher's are {teacher.shape}; "
+            "leave it out, to encode for the teacher"
+        )
+    encoder = _Encoder(config, folder, family, described.shape, described.num_classes)
     source = _open_source(config, encoder)
     settings = encoder.settings() | {
         "source": source.fingerprint,
@@ -187,6 +195,19 @@ def encode(**values: Any) -> Path:
             atomic_write(out / KIND.index, json.dumps(index, indent=2) + "\n")
             make(KIND, out, index, config.batch_size, produce)
     return out
+
+
+def _named(teacher: Teacher, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that name the pipeline of a teacher that Python gave, and its size; UserError where it has none."""
+    if teacher.family not in FAMILIES:
+        raise UserError(
+            f"teacher: {teacher.source} is a network alone, without text encoder and autoencoder; give the folder or "
+            "hub id of a pipeline, or what load_teacher loaded of one"
+        )
+    size = {"resolution": None, "frames": None} | {k: v for k, v in values.items() if k in ("resolution", "frames")}
+    if set(size.values()) == {None} and describe(local_folder(teacher.source)).shape != teacher.shape:
+        size = {"resolution": teacher.size.get("height"), "frames": teacher.size.get("num_frames")}
+    return {"teacher": teacher.source, **size}
 
 
 class _Encoder:

@@ -7,7 +7,9 @@ with the teacher's distribution ("distribution"). The same measures of the stude
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import math
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import heun_step, solve
 from diffdistill.core.prediction import OUTPUTS, diffuse
-from diffdistill.data.examples import ClassLabels
+from diffdistill.data.examples import ClassLabels, Example, to_device
 from diffdistill.exact.analytic import GaussianMixture
 from diffdistill.exact.checks import Check, equal
 from diffdistill.options import build, split
@@ -103,14 +105,22 @@ def _seeded(make: type[nn.Module]) -> nn.Module:
         return make()
 
 
-def train_on_the_plane(info: MethodInfo, options: dict[str, Any]) -> tuple[Method, Trainer]:
-    """The method, trained with its options; the trainer's `evaluating()` puts the average in place."""
+def train_on_the_plane(
+    info: MethodInfo, options: dict[str, Any], device: torch.device | None = None
+) -> tuple[Method, Trainer]:
+    """The method, trained with its options; the trainer's `evaluating()` puts the average in place.
+
+    `device` is where it is trained, by default the CPU; the data are drawn on the CPU wherever that is.
+    """
+    device = device or torch.device("cpu")
     defaults = {"batch_size": 256, "ema": 0.99, "lr_schedule": "cosine", "max_grad_norm": 0.0, "steps": 2000}
     shared, own = split({**defaults, **info.about.defaults, **options}, TrainConfig, info.config)
     module = info.load()
     fields = {f.name for f in dataclasses.fields(FitConfig)}
-    config = build(FitConfig, {k: v for k, v in shared.items() if k in fields} | {"sample_every": 0, "device": "cpu"})
-    teacher = replace(plane_teacher(), lora=lora_settings(build(TrainConfig, shared), None))
+    config = build(
+        FitConfig, {k: v for k, v in shared.items() if k in fields} | {"sample_every": 0, "device": device.type}
+    )
+    teacher = replace(_teacher_on(device), lora=lora_settings(build(TrainConfig, shared), None))
     torch.manual_seed(0)
     method = module.METHOD(teacher, module.Config(**dataclasses.asdict(build(info.config, own))))
     mix = mixture()
@@ -128,13 +138,23 @@ def train_on_the_plane(info: MethodInfo, options: dict[str, Any]) -> tuple[Metho
         if pairs is not None:
             chosen = torch.randint(len(pairs.z), (n,), generator=generator("cpu", *key, "pairs"))
             pair = Pair(pairs.z[chosen], pairs.x0[chosen], {k: v[chosen] for k, v in pairs.cond.items()})
-        return Batch(n, (2,), cond, x0, torch.device("cpu"), key, pair)
+        example = to_device(Example(x0, cond, pair), device)
+        return Batch(n, (2,), example.cond, example.x0, device, key, example.pair)
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(method, batches, config, Path(folder), accelerator_for(config, Path(folder)))
         for _ in range(config.steps):
             trainer.iteration()
     return method, trainer
+
+
+def _teacher_on(device: torch.device) -> Teacher:
+    """The teacher of the plane, or a copy of it on another device than the CPU."""
+    teacher = plane_teacher()
+    if device.type == "cpu":
+        return teacher
+    exact, start = (copy.deepcopy(part).to(device) for part in (teacher.denoiser, teacher.start) if part is not None)
+    return replace(teacher, denoiser=exact, start=start)
 
 
 def _noise() -> tuple[Tensor, dict[str, Tensor]]:
@@ -159,8 +179,14 @@ def _map(mix: GaussianMixture, x: Tensor, t: float, cond: dict[str, Tensor], sca
 def _draw(sampler: Sampler) -> Tensor:
     z, cond = _noise()
     draw = generator("cpu", 0, "plane renoise")
-    x, t = sampler.input_at(len(sampler.levels) - 1, z, cond, lambda j: torch.randn(_COUNT, 2, generator=draw))
-    return sampler.denoiser(x, t, cond).x0
+    device = next(itertools.chain(sampler.denoiser.parameters(), sampler.denoiser.buffers())).device
+    cond = {name: value.to(device) for name, value in cond.items()}
+
+    def renoise(j: int) -> Tensor:
+        return torch.randn(_COUNT, 2, generator=draw).to(device)
+
+    x, t = sampler.input_at(len(sampler.levels) - 1, z.to(device), cond, renoise)
+    return sampler.denoiser(x, t, cond).x0.cpu()
 
 
 def measures(sampler: Sampler, kind: str, scale: float = 1.0) -> dict[str, float]:
@@ -192,13 +218,13 @@ def _fisher_gap(mix: GaussianMixture, x: Tensor, angle: float) -> float:
     return float((others(x_t, t) - mix(x_t, t)).square().sum(1).mean())
 
 
-def checks(info: MethodInfo) -> Iterator[Check]:
-    """The end-to-end rows of a method that says what its student should be."""
+def checks(info: MethodInfo, device: torch.device | None = None) -> Iterator[Check]:
+    """The end-to-end rows of a method that says what its student should be; it is trained on `device`."""
     assert info.plane is not None
     kind, options = info.about.kind, dict(info.plane)
     scale = options.get("guidance_scale", 1.0)
     assert isinstance(scale, int | float)
-    method, trainer = train_on_the_plane(info, options)
+    method, trainer = train_on_the_plane(info, options, device)
     with trainer.evaluating():
         after = measures(method.sampler(), kind, scale)
     start = plane_teacher().start

@@ -7,7 +7,6 @@ new one, so it is refused unless the user allows the change.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -59,7 +58,7 @@ def inputs_of(
     """
     kept = {name: value for name, value in options.items() if name not in MAY_CHANGE | _BY_CONTENT}
     fingerprints = {
-        "teacher's weights": None if teacher is None else pairs.fingerprint(dataclasses.replace(teacher, scheduler={})),
+        "teacher's weights": None if teacher is None else pairs.weights_fingerprint(teacher),
         "teacher's scheduler": None if teacher is None else _scheduler(teacher),
         "data": _examples(data),
         "prompts": _examples(prompts),
@@ -133,15 +132,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _scheduler(teacher: Teacher) -> str:
-    """Of the config that diffusers has, or of the schedule of a network that it does not know."""
-    if teacher.scheduler:
-        config = {k: v for k, v in sorted(teacher.scheduler.items()) if k != "_diffusers_version"}
-        return _digest(json.dumps(config, default=str).encode())
-    schedule: Any = teacher.denoiser.schedule
-    fields = dataclasses.fields(schedule) if dataclasses.is_dataclass(schedule) else ()
-    values = {f.name: getattr(schedule, f.name) for f in fields if not f.name.startswith("_")}
-    plain = {k: _digest(_bytes(v)) if isinstance(v, Tensor) else repr(v) for k, v in values.items()}
-    return _digest(json.dumps([type(schedule).__name__, plain]).encode())
+    return _digest(json.dumps(pairs.described_schedule(teacher), default=str).encode())
 
 
 def _examples(examples: Examples | None) -> str | None:
