@@ -61,7 +61,9 @@ class TrainConfig(FitConfig):
     )
     pairs: str | None = option(None, "a folder made by `diffdistill pairs`; a method says if it needs one")
     prompts: str | None = option(
-        None, "for a latent teacher: a folder made by `diffdistill encode`, or a .txt or .jsonl, encoded at the start"
+        None,
+        "for a latent teacher: a folder made by `diffdistill encode`, or a .txt, .jsonl, .json, .csv, "
+        "encoded at the start",
     )
     resolution: int | None = option(None, "pixels a side, for a latent teacher; default: its own", at_least=1)
     frames: int | None = option(None, "frames of a video; default: the teacher's own", at_least=1)
@@ -89,7 +91,8 @@ class EncodeConfig(MachineConfig):
     teacher: str = option("", "the folder or hub id of a latent diffusion pipeline")
     prompts: str | None = option(
         None,
-        "a .txt with a prompt on each line; .jsonl, .parquet or a Hugging Face dataset with a prompt, caption or text",
+        "a .txt with a prompt on each line; .jsonl, .json, .csv, .tsv, .parquet or a Hugging Face dataset with a "
+        "prompt, caption or text",
     )
     data: str | None = option(
         None,
@@ -185,6 +188,9 @@ class ExportConfig:
     out: str | None = option(None, "the folder to make; default: RUN/student")
     dtype: Literal["teacher", "float32", "bfloat16", "float16"] = option(
         "teacher", "the type of the network's weights in the folder; teacher: as in the teacher's own"
+    )
+    allow_change: bool = option(
+        False, "go on although the teacher, options or method are not those that the run began with"
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -24,8 +23,9 @@ from torch import Tensor
 from diffdistill.config import EncodeConfig
 from diffdistill.core.denoiser import Cond
 from diffdistill.data.examples import Example, check_classes
-from diffdistill.data.hub import Ended, open_stream, open_texts, parquet_files
+from diffdistill.data.hub import Ended, open_stream
 from diffdistill.data.images import Data, open_data, stream_data
+from diffdistill.data.prompts import all_prompts
 from diffdistill.data.shards import (
     Kind,
     device_for,
@@ -38,7 +38,7 @@ from diffdistill.data.shards import (
     rows,
     start,
 )
-from diffdistill.data.texts import caption_of, looked_for, note, read_csv, read_json, read_lines
+from diffdistill.data.texts import looked_for
 from diffdistill.errors import UserError
 from diffdistill.families import (
     FAMILIES,
@@ -72,39 +72,6 @@ def fingerprint(folder: Path, family: Family) -> str:
                 digest.update(f"{part}/{path.name}".encode())
                 hash_file(digest, path)
     return digest.hexdigest()
-
-
-def read_prompts(path: Path, keep_blank: bool = False) -> list[str]:
-    """A prompt a line of .txt, or the caption in each row of .jsonl or .csv; UserError if it holds none.
-
-    Blank lines of a .txt are passed over, or with `keep_blank` are empty prompts (but those at its end), so that line i
-    stays the prompt of image i.
-    """
-    kind, source = path.suffix.lower(), f"prompts: {path}"
-    if kind == ".txt":
-        lines = [line.strip() for line in read_lines(path, "prompts")]
-        while lines and not lines[-1]:
-            lines.pop()
-        if keep_blank and "" in lines:
-            note(f"{source}: line {lines.index('') + 1} is blank: image {lines.index('') + 1} has an empty caption")
-        prompts = [line for line in lines if line or keep_blank]
-    elif kind == ".csv":
-        prompts = [_prompt(row, source, number) for number, row in read_csv(path, "prompts")]
-    else:
-        numbered = [(number, line) for number, line in enumerate(read_lines(path, "prompts"), 1) if line.strip()]
-        rows = [(number, read_json(line, f"{source}, line {number}")) for number, line in numbered]
-        prompts = [_prompt(row, source, number) for number, row in rows]
-    if not prompts:
-        raise UserError(f"prompts: {path} holds no prompt; write one on each line")
-    return prompts
-
-
-def _prompt(row: Any, source: str, number: int) -> str:
-    text = caption_of(row, source, f"line {number}", "prompt") if isinstance(row, dict) else None
-    if text is None:
-        path = source.removeprefix("prompts: ")
-        raise UserError(f"prompts: line {number} of {path} is no object with a text called {looked_for()}")
-    return text
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,7 +262,7 @@ def _open_source(config: EncodeConfig, encoder: _Encoder) -> _Source:
     family, (height, _) = encoder.family, encoder.size
     if (config.prompts is None) == (config.data is None):
         raise UserError(
-            "encode: give either --prompts (a .txt, .jsonl, .csv) or --data (images with captions, or classes)"
+            "encode: give either --prompts (a .txt, .jsonl, .json, .csv) or --data (images with captions, or classes)"
         )
     if config.data is None:
         if family.text is None:
@@ -327,18 +294,9 @@ def _prompts(spec: str, count: int | None, streaming: bool) -> tuple[Callable[[r
     return lambda i: texts[i.start : i.stop], len(texts), hashlib.blake2b(joined, digest_size=8).hexdigest()
 
 
-def all_prompts(spec: str, keep_blank: bool = False) -> list[str]:
-    """The prompts of a file or data set; `keep_blank` as in `read_prompts`."""
-    base, _, split = spec.partition("#")
-    path, held = Path(spec).expanduser(), Path(base).expanduser()
-    if path.suffix.lower() in (".txt", ".jsonl", ".csv"):
-        return read_prompts(path, keep_blank)
-    if held.exists() or parquet_files(held):
-        return open_texts(str(held), split or None)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
-        return open_texts(base, split or None)
-    known = "a .txt, .jsonl, .csv or .parquet file or pattern of them, a save_to_disk folder or a Hugging Face dataset"
-    raise UserError(f"prompts: {spec!r} is of no known kind; give {known}")
+def is_of_prompts(folder: Path, spec: str) -> bool:
+    """Whether a folder, finished or not, is made of the prompts that a file or data set holds now."""
+    return read_index(KIND, folder)["settings"].get("source") == _prompts(spec, None, streaming=False)[2]
 
 
 def open_encoded(folder: str | Path) -> Encoded:

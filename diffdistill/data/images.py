@@ -35,7 +35,7 @@ from diffdistill.errors import UserError
 
 ACCEPTED = (
     "'digits', 'shapes' or 'shapes:COUNT' (drawn, with captions), "
-    "a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl or .csv), "
+    "a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl, .csv, .parquet), "
     "WebDataset shards (.tar, a folder or pattern of them), a .npz, .safetensors or .parquet file, "
     "a save_to_disk folder, or a Hugging Face dataset (user/name)"
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,37 +68,43 @@ def inputs_of(
     return {"format": FORMAT, "options": json.loads(json.dumps(kept)), "fingerprints": fingerprints}
 
 
-def changes(run: Path, now: Mapping[str, Any]) -> list[str]:
-    """What differs from what the run began with, in words; UserError where its record cannot be read."""
+def changes(run: Path, now: Mapping[str, Any], field: str = "resume", read: Container[str] | None = None) -> list[str]:
+    """What differs from what the run began with, in words; UserError, of `field`, where its record cannot be read.
+
+    `read` names the fingerprints that count; None: all.
+    """
     path = run / FILE
     hint = "so that what the run began with is not known; go on with --allow-change"
     if not path.is_file():
-        raise UserError(f"resume: {shown(str(run))} has no {FILE}, {hint}")
+        raise UserError(f"{field}: {shown(str(run))} has no {FILE}, {hint}")
     try:
         before = json_object(path)
         parts = [before.get("options"), before.get("fingerprints")]
         if before.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
             raise ValueError("it has no options and fingerprints")
     except (OSError, ValueError) as error:
-        raise UserError(f"resume: {shown(str(path))} is damaged ({error}), {hint}") from None
+        raise UserError(f"{field}: {shown(str(path))} is damaged ({error}), {hint}") from None
     differ = []
     for name, value in before["options"].items():  # others are of a later version, and had one value only
         if name in now["options"] and now["options"][name] != value:
             differ.append(f"{name} ({shown(value)}, now {shown(now['options'][name])})")
     for name, value in now["fingerprints"].items():
-        if before["fingerprints"].get(name) != value:
+        if before["fingerprints"].get(name) != value and (read is None or name in read):
             was = before["fingerprints"].get(name)
             differ.append(f"{name} ({_short(was)}, now {_short(value)})")
     return differ
 
 
-def check_inputs(run: Path, now: Mapping[str, Any], allow_change: bool) -> str | None:
-    """UserError, which names it, if the run reads anything else than when it began.
+def check_inputs(
+    run: Path, now: Mapping[str, Any], allow_change: bool, field: str = "resume", read: Container[str] | None = None
+) -> str | None:
+    """UserError of `field`, which names it, if the run reads anything else than when it began.
 
-    With `allow_change` that is the text of a note instead; None if all is the same.
+    `read` names the fingerprints that count; None: all. With `allow_change` that is the text of a note instead; None if
+    all is the same.
     """
     try:
-        differ = changes(run, now)
+        differ = changes(run, now, field, read)
     except UserError as error:
         if not allow_change:
             raise
@@ -107,7 +113,7 @@ def check_inputs(run: Path, now: Mapping[str, Any], allow_change: bool) -> str |
         return None
     what = ", ".join(differ[:3]) + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
     if not allow_change:
-        raise UserError(f"resume: changed since the run began: {what}; undo that, or go on with --allow-change")
+        raise UserError(f"{field}: changed since the run began: {what}; undo that, or go on with --allow-change")
     return f"note: changed since the run began: {what}"
 
 

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffdistill.data.encoded import all_prompts
 from diffdistill.data.examples import check_classes
 from diffdistill.data.images import open_data
 from diffdistill.errors import UserError
@@ -75,15 +74,6 @@ def test_captions_of_a_csv_and_beside_images(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "1.txt").unlink()
     assert every(open_data(str(tmp_path))).captions is None
     assert "only 1 of 2 images have a caption" in capsys.readouterr().err
-
-
-def test_prompts_of_all_kinds_of_files(tmp_path: Path) -> None:
-    (tmp_path / "a.TXT").write_text("one\n\ntwo\n\n")
-    (tmp_path / "a.csv").write_text("id,caption\n1,one\n2,two\n")
-    (tmp_path / "a.jsonl").write_text('{"prompt": ["one", "uno"]}\n{"Caption": "two"}\n')
-    for name in ("a.TXT", "a.csv", "a.jsonl"):
-        assert all_prompts(str(tmp_path / name)) == ["one", "two"]
-    assert all_prompts(str(tmp_path / "a.TXT"), keep_blank=True) == ["one", "", "two"]
 
 
 @pytest.mark.parametrize(
@@ -195,11 +185,26 @@ def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
     assert data.name == "caf\\xe9" and len(data) == 1
 
 
-def test_images_to_judge_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    for i in (0, 2, 10):
-        save_image(tmp_path / "all" / f"sample_{i}.png", (i, i, i))
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["sample_0", "sample_2", "sample_10"],
+        ["img2", "img10", "img100"],
+        ["2", "10", "101"],
+        ["000002", "000010", "000101"],
+        ["a1_2", "a1_10", "a2_1"],
+        ["part2/9", "part10/1", "part10/3"],
+        ["img10", "img-2", "img-10"],
+        ["9", "99999999999999999999999999", "100000000000000000000000000"],
+        ["01", "1", "2"],
+        ["2", "10", "a"],
+    ],
+)
+def test_images_to_judge_are_in_the_order_of_their_numbers(names: list[str], tmp_path: Path) -> None:
+    for i, name in reversed([*enumerate(names)]):
+        save_image(tmp_path / "all" / f"{name}.png", (i, i, i))
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "part").symlink_to(tmp_path / "all")
     for name in ("all", "linked"):
         drawn = open_image_folder(tmp_path / name).draw([0, 1, 2], 0, None, None)
-        assert drawn[:, 0, 0, 0].tolist() == [0, 2, 10] and drawn.dtype == torch.uint8
+        assert drawn[:, 0, 0, 0].tolist() == [0, 1, 2] and drawn.dtype == torch.uint8
