@@ -57,7 +57,7 @@ class TrainConfig(FitConfig):
     null_class: int | None = option(None, "the class label that means 'no class', if the teacher has one", at_least=0)
     data: str | None = option(
         None,
-        "real images: digits, a folder, .npz, .safetensors, a Hugging Face dataset; a method says if it needs any",
+        "real images: digits, a folder, .npz, .npy, .safetensors, Hugging Face datasets; a method says if it needs any",
     )
     pairs: str | None = option(None, "a folder made by `diffdistill pairs`; a method says if it needs one")
     prompts: str | None = option(
@@ -138,7 +138,9 @@ class TeacherConfig(FitConfig):
     )
     lr: float = option(1e-3, "AdamW's learning rate", above=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
-    data: str = option("digits", "digits, shapes, a folder, .npz, .safetensors, a Hugging Face dataset id or folder")
+    data: str = option(
+        "digits", "digits, shapes, a folder, .npz, .npy, .safetensors, a Hugging Face dataset id or folder"
+    )
     resolution: int | None = option(None, "resize images to this many pixels; default: as they are", at_least=1)
     channels: Literal[1, 3] | None = option(None, "1: grey, 3: colour; default: as the data are")
     parameterization: Literal["vp", "flow", "edm"] = option(

@@ -11,9 +11,7 @@ import dataclasses
 import importlib
 import io
 import os
-import signal
 import sys
-import threading
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,30 +120,23 @@ COMMANDS: dict[str, Command] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (verify failed), 2 (bad input), 130 (interrupted)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    rank, several = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") != "1"
-    if several and threading.current_thread() is threading.main_thread():
-        # A launcher ends all processes when one has ended. A training sets its own handler, which ends its step first.
-        signal.signal(signal.SIGTERM, _terminated)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are no UTF-8, as on standard error
     try:
         return _run(argv)
-    except KeyboardInterrupt as stopped:
-        print(f"diffdistill: {f'rank {rank}: ' if several else ''}{str(stopped) or 'interrupted'}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("diffdistill: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         message = _message(error)
         if message is None:
             raise
         # Each of several processes says what ended it: the others often learn only that one is gone.
+        rank, several = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") != "1"
         print(
             f"diffdistill: {one_line(f'rank {rank}: {message}' if several else message)}", file=sys.stderr, flush=True
         )
         return 2
-
-
-def _terminated(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt("ended by the launcher or by the system (SIGTERM)")
 
 
 def _message(error: Exception) -> str | None:

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from diffdistill.data.examples import check_classes
 from diffdistill.data.images import open_data
 from diffdistill.errors import UserError
-from diffdistill.eval.image_folder import open_image_folder
+from diffdistill.eval.image_folder import open_image_file, open_image_folder
 from tests.data.encoding import png
 from tests.data.reading import every, labels_of, random_images, refused, save_image
 
@@ -176,6 +176,21 @@ def test_other_suffixes_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_an_archive_that_would_fill_the_memory(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((1100, 256, 256), dtype=np.uint8))
     assert "expand to 68 MiB" in refused(tmp_path / "a.npz")
+
+
+def test_a_lone_array_is_images(tmp_path: Path) -> None:
+    images, path = random_images(5, 8, 8, 3), tmp_path / "a.npy"
+    np.save(path, images)
+    assert torch.equal(every(open_data(str(path))).images, torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1)
+    assert open_image_file(path).count == 5
+    whole = path.read_bytes()
+    for content in (whole[:200], b"", b"\x93NUMPY\x01\x00", whole.replace(b"(5, 8", b"(9, 8")):
+        path.write_bytes(content)
+        assert "cannot read" in refused(path)
+    np.save(path, np.array([None, 1], dtype=object))
+    assert "cannot read" in refused(path)
+    np.save(path, images.astype(np.complex64))
+    assert "are complex numbers" in refused(path)
 
 
 def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
