@@ -57,11 +57,13 @@ class TrainConfig(FitConfig):
     null_class: int | None = option(None, "the class label that means 'no class', if the teacher has one", at_least=0)
     data: str | None = option(
         None,
-        "real images: digits, a folder, .npz, .safetensors, a Hugging Face dataset; a method says if it needs any",
+        "real images: digits, a folder, .npz, .npy, .safetensors, Hugging Face datasets; a method says if it needs any",
     )
     pairs: str | None = option(None, "a folder made by `diffdistill pairs`; a method says if it needs one")
     prompts: str | None = option(
-        None, "for a latent teacher: a folder made by `diffdistill encode`, or a .txt or .jsonl, encoded at the start"
+        None,
+        "for a latent teacher: a folder made by `diffdistill encode`, or a .txt, .jsonl, .json, .csv, "
+        "encoded at the start",
     )
     resolution: int | None = option(None, "pixels a side, for a latent teacher; default: its own", at_least=1)
     frames: int | None = option(None, "frames of a video; default: the teacher's own", at_least=1)
@@ -97,7 +99,8 @@ class EncodeConfig(MachineConfig):
     teacher: str = option("", "the folder or hub id of a latent diffusion pipeline")
     prompts: str | None = option(
         None,
-        "a .txt with a prompt on each line; .jsonl, .parquet or a Hugging Face dataset with a prompt, caption or text",
+        "a .txt with a prompt on each line; .jsonl, .json, .csv, .tsv, .parquet or a Hugging Face dataset with a "
+        "prompt, caption or text",
     )
     data: str | None = option(
         None,
@@ -143,7 +146,9 @@ class TeacherConfig(FitConfig):
     )
     lr: float = option(1e-3, "AdamW's learning rate", above=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
-    data: str = option("digits", "digits, shapes, a folder, .npz, .safetensors, a Hugging Face dataset id or folder")
+    data: str = option(
+        "digits", "digits, shapes, a folder, .npz, .npy, .safetensors, a Hugging Face dataset id or folder"
+    )
     resolution: int | None = option(None, "resize images to this many pixels; default: as they are", at_least=1)
     channels: Literal[1, 3] | None = option(None, "1: grey, 3: colour; default: as the data are")
     parameterization: Literal["vp", "flow", "edm"] = option(
@@ -194,6 +199,9 @@ class ExportConfig:
     dtype: Literal["teacher", "float32", "bfloat16", "float16"] = option(
         "teacher", "the type of the network's weights in the folder; teacher: as in the teacher's own"
     )
+    allow_change: bool = option(
+        False, "go on although the teacher, options or method are not those that the run began with"
+    )
 
 
 @dataclass(frozen=True)
@@ -215,14 +223,18 @@ class MethodsConfig:
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(MachineConfig):
     """What is checked."""
 
     method: str | None = option(None, "a method's name or file")
     all: bool = option(False, "verify every method of the package")
     exact: bool = option(False, "compare with closed forms only, which takes seconds; train nothing")
     json: str | None = option(None, "a file that the rows are written into, as JSON")
-    threads: int = option(0, "CPU threads of torch; 0: its own choice", at_least=0)
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "cpu",
+        "where the training in the plane is computed; auto: a GPU if there is one; closed forms are always compared in "
+        "float64 on the CPU",
+    )
 
 
 @dataclass(frozen=True)

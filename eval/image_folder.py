@@ -71,7 +71,7 @@ def open_image_folder(path: Path) -> Model:
 
 
 def open_image_file(path: Path) -> Model:
-    """The images of a .npz or .safetensors file, as samplers save them; UserError if it holds none."""
+    """The images of a .npz, .npy or .safetensors file, as samplers save them; UserError if it holds none."""
     try:
         data = open_data(str(path))
     except UserError as error:

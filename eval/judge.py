@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.data.encoded import all_prompts
 from diffdistill.data.images import Data
+from diffdistill.data.prompts import all_prompts
 from diffdistill.data.shapes import HELD_OUT, draw_many
 from diffdistill.errors import UserError, first_line
 from diffdistill.eval.features.measure import Measure, measure

@@ -19,6 +19,7 @@ from diffdistill.core.denoiser import Cond
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import Denoise, Step, ddim_step, sample_ode
 from diffdistill.core.prediction import diffuse, expand
+from diffdistill.data.arrays import ARRAY_SUFFIXES
 from diffdistill.data.shards import hash_file
 from diffdistill.errors import UserError, first_line
 from diffdistill.eval.attention import attention
@@ -91,7 +92,7 @@ def open_model(model: ModelLike, sampling: SamplingOptions) -> Model:
     path = model_folder(model)
     if path.is_dir() and not (path / "model_index.json").is_file():
         return open_image_folder(path)
-    if path.is_file() and path.suffix.lower() in (".npz", ".safetensors"):
+    if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES:
         return open_image_file(path)
     path = local_folder(str(path))
     family = family_or_none(path)

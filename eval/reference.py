@@ -206,7 +206,7 @@ def _files(path: Path) -> str | None:
         return digest([path.stat().st_size, path.stat().st_mtime_ns])
     if not path.is_dir():
         return None
-    held = ["metadata.jsonl", "metadata.csv", *(p.name for p in path.glob("*.tar")), *walk(path)]
+    held = [*(p.name for p in path.glob("metadata.*")), *(p.name for p in path.glob("*.tar")), *walk(path)]
     states = [(name, (path / name).stat()) for name in held if (path / name).is_file()]
     return digest(sorted((printable(name), state.st_size, state.st_mtime_ns) for name, state in states))
 
@@ -230,7 +230,10 @@ def _usual_statistics(path: Path, protocol: Protocol) -> dict[str, Statistics] |
                 return None
             for key in ("mu", "sigma"):
                 check_expansion(path, key, "reference")
-            mean, cov = (torch.from_numpy(file[key]).double() for key in ("mu", "sigma"))
+            arrays = [file[key] for key in ("mu", "sigma")]
+            if any(array.dtype.kind not in "fiu" for array in arrays):
+                raise ValueError("mu and sigma are no real numbers")
+            mean, cov = (torch.from_numpy(array.astype(np.float64)) for array in arrays)
     except UserError:
         raise
     except Exception as error:  # zipfile and numpy raise many unrelated types
@@ -240,6 +243,8 @@ def _usual_statistics(path: Path, protocol: Protocol) -> dict[str, Statistics] |
         raise UserError(f"reference: mu and sigma of {path} have the shapes {shapes}; give (D,) and (D, D)")
     if len(mean) != 2048:
         raise UserError(f"reference: {path} is of {len(mean)} features, and Inception's are 2048; give its statistics")
+    if not bool(mean.isfinite().all() and cov.isfinite().all()):
+        raise UserError(f"reference: mu and sigma of {path} are not finite; make the file anew")
     return {"inception.features": Statistics(len(mean) + 1, mean, cov)}  # how many images it does not say
 
 

@@ -241,6 +241,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", type=int, nargs="?", default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the first case, to share them between processes")
     parser.add_argument("--only", type=int, help="run this case alone, and show its content")
     args = parser.parse_args()
     distill.run = options_only
@@ -251,7 +252,7 @@ def main() -> int:
         assert not any(fault(read) for _, read, _ in kinds.values()), "records as they were written are read"
         for path, content in zip((path for path, _, _ in kinds.values()), whole.values(), strict=True):
             path.write_bytes(content)
-        for case in range(args.cases) if args.only is None else [args.only]:
+        for case in range(args.first, args.first + args.cases) if args.only is None else [args.only]:
             draw = random.Random(f"{args.seed} {case}")
             name = draw.choice([*kinds, "yaml", "yaml", "state.json", "diffdistill.json"])
             path, read, is_json = kinds[name]

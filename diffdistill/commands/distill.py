@@ -22,7 +22,7 @@ from diffdistill.options import coerce, nearest
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Method
 from diffdistill.training.assemble import Game, data_for, make_game, pairs_for
-from diffdistill.training.folder import refuse_a_run, resumed_options, start_folder
+from diffdistill.training.folder import check_prompts, refuse_a_run, resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
 from diffdistill.training.inputs import check_inputs, inputs_of
 from diffdistill.training.looks import Look, watch
@@ -81,6 +81,7 @@ def distill_values(
     """`distill` with the options as the command line and YAML have them: all in one mapping."""
     if resume is not None:
         values = resumed_options(resume, values, objects.named, allow_change)
+        check_prompts(resume, values.get("prompts"), allow_change)
     elif allow_change:
         raise UserError("allow_change: it is for a run that is resumed; give --resume RUN")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -17,11 +18,14 @@ from diffdistill.pipelines.record import new_student_record
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.training.assemble import Game, load_run
+from diffdistill.training.inputs import check_inputs, inputs_of
 from diffdistill.training.recipe import Objects
 
 if TYPE_CHECKING:
     from diffdistill.players.teacher import Teacher
     from diffdistill.scaffold.method import Method
+
+_READ = {"teacher's weights", "teacher's scheduler", "method"}  # an export reads no data
 
 
 def export(
@@ -30,6 +34,7 @@ def export(
     step: int | None = None,
     out: str | PathLike[str] | None = None,
     dtype: Literal["teacher", "float32", "bfloat16", "float16"] = "teacher",
+    allow_change: bool = False,
     teacher: Teacher | None = None,
     method: ModuleType | Callable[..., Method] | None = None,
 ) -> Path:
@@ -37,10 +42,15 @@ def export(
 
     `out` is the folder to make, by default RUN/student; `dtype` is the type of the network's weights in it, by default
     that of the teacher's folder. `teacher` and `method` are given again where the run began with
-    objects. Raises UserError for a folder that is no run, or a step without checkpoint.
+    objects. Raises UserError for a folder that is no run, a step without checkpoint, and, unless `allow_change`, for a
+    run whose options, teacher or method are not those that it began with: the student would be another.
     """
     _, objects = Objects.split({"teacher": teacher, "method": method}, None)
     game, step = load_run(Path(run), step, objects)
+    now = inputs_of(game.options(), teacher=game.teacher, method=game.recipe.source)
+    note = check_inputs(Path(run), now, allow_change, "export", _READ)
+    if note:
+        print(note, file=sys.stderr)
     return export_student(
         game, Path(out) if out else Path(run) / "student", step, None if dtype == "teacher" else dtype
     )
@@ -48,7 +58,9 @@ def export(
 
 def run(config: ExportConfig) -> None:
     """The command."""
-    print(f"saved {export(config.run, step=config.step, out=config.out, dtype=config.dtype)}")
+    allowed = config.allow_change
+    folder = export(config.run, step=config.step, out=config.out, dtype=config.dtype, allow_change=allowed)
+    print(f"saved {folder}")
 
 
 def check_exportable(game: Game) -> None:

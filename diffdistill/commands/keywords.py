@@ -76,9 +76,8 @@ class TeacherOptions(FitOptions, total=False):
 
 
 class EncodeOptions(MachineOptions, total=False):
-    """The options of `EncodeConfig`."""
+    """The options of `EncodeConfig` but for the teacher, which `encode` takes by itself."""
 
-    teacher: str | Path
     prompts: str | Path | None
     data: str | Path | None
     resolution: int | None
@@ -93,9 +92,8 @@ class EncodeOptions(MachineOptions, total=False):
 
 
 class PairsOptions(MachineOptions, total=False):
-    """The options of `PairsConfig`."""
+    """The options of `PairsConfig` but for the teacher, which `make_pairs` takes by itself."""
 
-    teacher: str | Path
     null_class: int | None
     prompts: str | Path | None
     teacher_dtype: Literal["float32", "bfloat16"]

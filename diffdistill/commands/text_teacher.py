@@ -31,6 +31,7 @@ from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
 from diffdistill.training.trainer import Accelerator, Interrupted, Trainer
+from diffdistill.training.unread import Unread
 
 FAMILY = "stable_diffusion"
 KL_WEIGHT = 1e-6
@@ -151,6 +152,8 @@ class TextTeacher:
                 trainer.fit()
         except Interrupted:
             raise Interrupted(out.parent) from None  # the run to resume
+        except Unread as error:
+            raise error.of(out.parent) from None
         if trainer.average:
             vae.load_state_dict(vae.state_dict() | trainer.average.state())
         vae.requires_grad_(False).eval()

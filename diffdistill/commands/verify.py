@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Literal
 
 from diffdistill.catalogue import describe_method, method_names
-from diffdistill.config import VerifyConfig
+from diffdistill.config import MachineConfig, VerifyConfig
 from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
 from diffdistill.exact.checks import Check, run_checks
 from diffdistill.files import atomic_write
+from diffdistill.options import build
 
 
-def verify(method: str, *, exact: bool = False) -> list[Check]:
+def verify(
+    method: str, *, exact: bool = False, device: Literal["auto", "cpu", "cuda"] = "cpu", threads: int = 0
+) -> list[Check]:
     """The checks of a method, by name or file: its formulas, and unless `exact` also its trainings, half a minute each.
 
-    Each check has `name`, `expected`, `got`, `error`, `tolerance` and `ok`. The list is empty for a method that has no
-    checks. Raises UserError for a method that there is not.
+    The formulas are compared in float64 on the CPU, always; `device` is where the training is computed ('auto': a GPU
+    if there is one), and `threads` are torch's CPU threads, 0 for its own choice. Each check has `name`, `expected`,
+    `got`, `error`, `tolerance` and `ok`. The list is empty for a method that has no checks. Raises UserError for a
+    method or a device that there is not.
     """
+    machine = build(MachineConfig, {"device": device, "threads": threads})
+    place = use_machine(machine.device, machine.threads)
     info = describe_method(method)
     formulas = info.verify
     checks = run_checks(formulas) if formulas else []
     if info.plane is not None and not exact:
         from diffdistill.exact.plane import checks as end_to_end
 
-        checks += end_to_end(info)
+        checks += end_to_end(info, place)
     return checks
 
 
@@ -33,14 +41,13 @@ def run(config: VerifyConfig) -> int:
     """The command; 1 if a check fails."""
     if bool(config.method) == config.all:
         raise UserError("method: name one method to verify, or give --all instead")
-    use_machine("cpu", config.threads)
     rows, failed = [], 0
     for name in method_names() if config.method is None else [config.method]:
         info = describe_method(name)
         if info.verify is None:
             where = f"in its file or in checks/{info.name}.py beside it"
             print(f"note: {info.name} has no verify(), {where}: nothing exact is checked")
-        checks = verify(name, exact=config.exact)
+        checks = verify(name, exact=config.exact, device=config.device, threads=config.threads)
         print(f"{info.name}: {info.about.paper}")
         print(f"  {'':4} {'expected':>12} {'got':>12} {'error':>9} {'limit':>9}  check")
         for c in checks:

@@ -1,4 +1,4 @@
-"""Arrays of images and labels in .npz and .safetensors files. Nothing is ever unpickled."""
+"""Arrays of images and labels in .npz, .npy and .safetensors files. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from diffdistill.errors import UserError
 
+ARRAY_SUFFIXES = {".npz", ".npy", ".safetensors"}
 _IMAGES, _LABELS = ("images", "image", "x", "data", "arr_0"), ("labels", "label", "y", "arr_1")
 _MOST_TIMES, _MUCH = 200, 1 << 26  # an array that is larger than this many bytes may be compressed so many times
 
 
 def load_arrays(path: Path, split: str | None) -> tuple[Tensor, Tensor | None]:
-    """The images and, if there are any, the labels of a .npz or .safetensors file, found by name."""
+    """The images and, if there are any, the labels of a .npz or .safetensors file, found by name; those of a .npy."""
+    if path.suffix.lower() == ".npy":
+        return _lone_array(path), None
     is_safetensors, part, whole = path.suffix.lower() == ".safetensors", split or "train", not split
     names = [f"{part}_images", f"x_{part}"] + [*_IMAGES] * whole
     label_names = [f"{part}_labels", f"y_{part}"] + [*_LABELS] * whole
@@ -48,6 +51,14 @@ def load_arrays(path: Path, split: str | None) -> tuple[Tensor, Tensor | None]:
     if images is None:
         raise UserError(f"data: {path} holds {held}; the images are looked for as {names}")
     return images, labels
+
+
+def _lone_array(path: Path) -> Tensor:
+    try:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # which compares its size with the file's
+        return torch.from_numpy(np.array(mapped, dtype=mapped.dtype.newbyteorder("=")))
+    except Exception as error:  # numpy and torch raise many unrelated types
+        raise UserError(f"data: cannot read {path}: {error}") from error
 
 
 def _is_pickled(path: Path, key: str) -> bool:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from torch import Tensor
 from diffdistill.config import EncodeConfig
 from diffdistill.core.denoiser import Cond
 from diffdistill.data.examples import Example, check_classes
-from diffdistill.data.hub import Ended, open_stream, open_texts, parquet_files
+from diffdistill.data.hub import Ended, open_stream
 from diffdistill.data.images import Data, open_data, stream_data
+from diffdistill.data.prompts import all_prompts
 from diffdistill.data.shards import (
     Kind,
     device_for,
@@ -37,7 +38,7 @@ from diffdistill.data.shards import (
     rows,
     start,
 )
-from diffdistill.data.texts import caption_of, looked_for, note, read_csv, read_json, read_lines
+from diffdistill.data.texts import looked_for
 from diffdistill.errors import UserError
 from diffdistill.families import (
     FAMILIES,
@@ -71,39 +72,6 @@ def fingerprint(folder: Path, family: Family) -> str:
                 digest.update(f"{part}/{path.name}".encode())
                 hash_file(digest, path)
     return digest.hexdigest()
-
-
-def read_prompts(path: Path, keep_blank: bool = False) -> list[str]:
-    """A prompt a line of .txt, or the caption in each row of .jsonl or .csv; UserError if it holds none.
-
-    Blank lines of a .txt are passed over, or with `keep_blank` are empty prompts (but those at its end), so that line i
-    stays the prompt of image i.
-    """
-    kind, source = path.suffix.lower(), f"prompts: {path}"
-    if kind == ".txt":
-        lines = [line.strip() for line in read_lines(path, "prompts")]
-        while lines and not lines[-1]:
-            lines.pop()
-        if keep_blank and "" in lines:
-            note(f"{source}: line {lines.index('') + 1} is blank: image {lines.index('') + 1} has an empty caption")
-        prompts = [line for line in lines if line or keep_blank]
-    elif kind == ".csv":
-        prompts = [_prompt(row, source, number) for number, row in read_csv(path, "prompts")]
-    else:
-        numbered = [(number, line) for number, line in enumerate(read_lines(path, "prompts"), 1) if line.strip()]
-        rows = [(number, read_json(line, f"{source}, line {number}")) for number, line in numbered]
-        prompts = [_prompt(row, source, number) for number, row in rows]
-    if not prompts:
-        raise UserError(f"prompts: {path} holds no prompt; write one on each line")
-    return prompts
-
-
-def _prompt(row: Any, source: str, number: int) -> str:
-    text = caption_of(row, source, f"line {number}", "prompt") if isinstance(row, dict) else None
-    if text is None:
-        path = source.removeprefix("prompts: ")
-        raise UserError(f"prompts: line {number} of {path} is no object with a text called {looked_for()}")
-    return text
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,20 +112,27 @@ def with_prompts(teacher: Teacher, encoded: Encoded) -> Teacher:
     return replace(teacher, example_cond=encoded.get(torch.zeros(1, dtype=torch.int64)).cond)
 
 
-def encode(**values: Any) -> Path:
+def encode(*, teacher: str | PathLike[str] | Teacher | None = None, **values: Any) -> Path:
     """`diffdistill encode`: encode prompts, or images with captions, or what is still missing; returns the folder.
 
-    Options are those of the command, with underscores. Raises UserError for whatever cannot be used.
+    `teacher` is as in `diffdistill.encode`; the rest are the command's options, with underscores. Raises UserError for
+    whatever cannot be used.
     """
-    config = build(EncodeConfig, values)
+    named = {} if teacher is None else _named(teacher, values) if isinstance(teacher, Teacher) else {"teacher": teacher}
+    config = build(EncodeConfig, values | named)
     folder, out = local_folder(config.teacher), Path(config.out)
     family, _ = family_of(folder)
     if family.autoencoder is None:
         raise UserError(
             f"teacher: {config.teacher!r} works on pixels, where there is nothing to encode; give a latent teacher"
         )
-    teacher = describe(folder, config.resolution, config.frames)
-    encoder = _Encoder(config, folder, family, teacher.shape, teacher.num_classes)
+    described = describe(folder, config.resolution, config.frames)
+    if isinstance(teacher, Teacher) and described.shape != teacher.shape:
+        raise UserError(
+            f"resolution: samples of this size are {described.shape}, and the teacher's are {teacher.shape}; "
+            "leave it out, to encode for the teacher"
+        )
+    encoder = _Encoder(config, folder, family, described.shape, described.num_classes)
     source = _open_source(config, encoder)
     settings = encoder.settings() | {
         "source": source.fingerprint,
@@ -187,6 +162,19 @@ def encode(**values: Any) -> Path:
             atomic_write(out / KIND.index, json.dumps(index, indent=2) + "\n")
             make(KIND, out, index, config.batch_size, produce)
     return out
+
+
+def _named(teacher: Teacher, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that name the pipeline of a teacher that Python gave, and its size; UserError where it has none."""
+    if teacher.family not in FAMILIES:
+        raise UserError(
+            f"teacher: {teacher.source} is a network alone, without text encoder and autoencoder; give the folder or "
+            "hub id of a pipeline, or what load_teacher loaded of one"
+        )
+    size = {"resolution": None, "frames": None} | {k: v for k, v in values.items() if k in ("resolution", "frames")}
+    if set(size.values()) == {None} and describe(local_folder(teacher.source)).shape != teacher.shape:
+        size = {"resolution": teacher.size.get("height"), "frames": teacher.size.get("num_frames")}
+    return {"teacher": teacher.source, **size}
 
 
 class _Encoder:
@@ -274,7 +262,7 @@ def _open_source(config: EncodeConfig, encoder: _Encoder) -> _Source:
     family, (height, _) = encoder.family, encoder.size
     if (config.prompts is None) == (config.data is None):
         raise UserError(
-            "encode: give either --prompts (a .txt, .jsonl, .csv) or --data (images with captions, or classes)"
+            "encode: give either --prompts (a .txt, .jsonl, .json, .csv) or --data (images with captions, or classes)"
         )
     if config.data is None:
         if family.text is None:
@@ -306,18 +294,9 @@ def _prompts(spec: str, count: int | None, streaming: bool) -> tuple[Callable[[r
     return lambda i: texts[i.start : i.stop], len(texts), hashlib.blake2b(joined, digest_size=8).hexdigest()
 
 
-def all_prompts(spec: str, keep_blank: bool = False) -> list[str]:
-    """The prompts of a file or data set; `keep_blank` as in `read_prompts`."""
-    base, _, split = spec.partition("#")
-    path, held = Path(spec).expanduser(), Path(base).expanduser()
-    if path.suffix.lower() in (".txt", ".jsonl", ".csv"):
-        return read_prompts(path, keep_blank)
-    if held.exists() or parquet_files(held):
-        return open_texts(str(held), split or None)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
-        return open_texts(base, split or None)
-    known = "a .txt, .jsonl, .csv or .parquet file or pattern of them, a save_to_disk folder or a Hugging Face dataset"
-    raise UserError(f"prompts: {spec!r} is of no known kind; give {known}")
+def is_of_prompts(folder: Path, spec: str) -> bool:
+    """Whether a folder, finished or not, is made of the prompts that a file or data set holds now."""
+    return read_index(KIND, folder)["settings"].get("source") == _prompts(spec, None, streaming=False)[2]
 
 
 def open_encoded(folder: str | Path) -> Encoded:

@@ -21,6 +21,7 @@ _NO_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".md", ".db", ".ini", ".html", 
 _NO_IMAGES |= {".caption", ".text", ".npz", ".safetensors", ".parquet", ".tar", ".log", ".arrow"}
 _MOST_VISITS = 100  # of one folder, by way of links
 _TAIL = 64  # bytes, in which an image file must show its end
+_JPEG, _LEAST_JPEG = b"\xff\xd8", 100  # its first bytes, and bytes that any has
 
 
 def walk(root: Path, passed: Counter[str] | None = None) -> Iterator[str]:
@@ -96,15 +97,22 @@ def size_of(path: Path) -> tuple[int, bool]:
 
 def looks_whole(head: bytes, tail: bytes, size: int) -> bool:
     """Whether a file's last bytes are those of a whole image: what is not must be decoded to know."""
-    if head.startswith(b"\xff\xd8"):
-        return b"\xff\xd9" in tail
+    if head.startswith(_JPEG):
+        return b"\xff\xd9" in tail and size > _LEAST_JPEG
     if head.startswith(b"\x89PNG"):
         return b"IEND" in tail
     if head.startswith(b"RIFF") and len(head) >= 8:
-        return size >= struct.unpack("<I", head[4:8])[0] + 8
+        return size >= struct.unpack("<I", head[4:8])[0] + 8 and any(tail)
     if head.startswith(b"BM") and len(head) >= 6:
         return size >= struct.unpack("<I", head[2:6])[0]
     return False
+
+
+def is_cut_short(data: bytes) -> bool:
+    """Whether an image lacks its end although decoders take it: zeros, with which downloads begin, are pixels too."""
+    if data.startswith(_JPEG):  # the end's marker cannot occur among coded pixels, which the other one opens
+        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+    return data.startswith(b"RIFF") and not any(data[-_TAIL:])
 
 
 def without_large_texts(data: bytes) -> bytes | None:

@@ -24,12 +24,21 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from diffdistill.data.files import IMAGE_SUFFIXES, note_passed, size_of, walk, without_large_texts
-from diffdistill.data.texts import caption_of, note, printable, read_csv, read_json, read_lines, read_text
+from diffdistill.data.beside import captions_beside, metadata_of, read_metadata
+from diffdistill.data.files import (
+    IMAGE_SUFFIXES,
+    is_cut_short,
+    looks_whole,
+    note_passed,
+    size_of,
+    walk,
+    without_large_texts,
+)
+from diffdistill.data.texts import note, printable
 from diffdistill.errors import UserError
 
 T = TypeVar("T")
-_SPLITS = {"train", "test", "val", "valid", "validation"}
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 _GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"}
 _MOST_CLASSES = 100_000  # larger numbers are names of another kind
 _ORIENTATION = 0x0112  # the EXIF tag; with values 5 to 8 width and height change places
@@ -53,15 +62,15 @@ class Pictures(NamedTuple):
 def open_folder(path: Path, split: str | None) -> Pictures:
     """A folder of image files, at any depth; hidden files and folders are passed over.
 
-    With a metadata.jsonl or metadata.csv, its rows are the samples. Else a caption is the .txt or .caption beside an
+    With a metadata.jsonl, .csv or .parquet, its rows are the samples. Else a caption is the .txt beside an
     image, if all have one; and where all images lie in several sub-folders, the sub-folders are the classes: numbers
     as they are, names in sorted order. Raises UserError for what cannot be read, an image that is cut short for one.
     """
     root = path / split if split else path
-    metadata = next((file for file in _metadata_of(root) if file.is_file()), None)
+    metadata = next(iter(metadata_of(root)), None)
     listing, labels = b"", None
     if metadata is not None:
-        files, captions, labels = _read_metadata(metadata)
+        files, captions, labels = read_metadata(metadata)
         listing = metadata.read_bytes()
     else:
         passed: Counter[str] = Counter()
@@ -69,8 +78,12 @@ def open_folder(path: Path, split: str | None) -> Pictures:
         tops = {file.partition("/")[0] for file in files if "/" in file}
         if not root.is_dir():
             raise UserError(f"data: {path} has no split {split!r}; {root} is not a folder")
-        if not split and "train" in tops and tops <= _SPLITS:
-            return open_folder(path, "train")
+        training = [top for top in sorted(tops) if top.lower() in ("train", "training")]
+        if not split and training and {top.lower() for top in tops} <= _SPLITS:
+            return open_folder(path, training[0])
+        inner = _inner_with_metadata(root, files)
+        if inner is not None:
+            return open_folder(inner, None)
         loose = next((file for file in files if "/" not in file), None)
         if loose and len(tops) > 1:
             raise UserError(
@@ -83,7 +96,7 @@ def open_folder(path: Path, split: str | None) -> Pictures:
             if empty:
                 names = ", ".join(map(printable, empty[:5]))
                 note(f"data: {printable(str(root))}: folders without images are no classes ({names})")
-        captions = _captions_beside(root, files)
+        captions = captions_beside(root, files)
         listing = b"" if captions is None else "\0".join(captions).encode()
     if not files:
         raise UserError(f"data: {root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -102,78 +115,58 @@ def open_folder(path: Path, split: str | None) -> Pictures:
     return Pictures(len(files), fetch, title, classes, num_classes, texts, digest.hexdigest())
 
 
-def _metadata_of(root: Path) -> list[Path]:
-    return [root / "metadata.jsonl", root / "metadata.csv"]
+def _inner_with_metadata(root: Path, files: list[str]) -> Path | None:
+    """The folder that all images lie in, if it has metadata; of metadata in one of several a note says that it is not
+    read."""
+    parents = {file.rpartition("/")[0] for file in files}
+    inner = root / os.path.commonpath(parents) if parents else root
+    if inner != root and metadata_of(inner):
+        return inner
+    lone = next((found[0] for parent in sorted(parents) if (found := metadata_of(root / parent))), None)
+    if lone is not None:
+        note(f"data: {printable(str(lone))} is not read, since images lie elsewhere too; put one into {root}")
+    return None
 
 
 def holds_images(root: Path) -> bool:
     """Whether `open_folder` finds samples there."""
-    return any(file.is_file() for file in _metadata_of(root)) or (root.is_dir() and any(walk(root)))
+    return bool(metadata_of(root)) or (root.is_dir() and any(walk(root)))
 
 
 def _sizes(root: Path, files: list[str]) -> list[int]:
     """The sizes of the files; UserError for one that is none, or an image that is not whole."""
     with ThreadPoolExecutor() as pool:
         states = list(pool.map(lambda file: size_of(root / file), files))
-    for file, (_, looks_whole) in zip(files, states, strict=True):
-        if not looks_whole:
+    for file, (_, whole) in zip(files, states, strict=True):
+        if not whole:
             check_whole(str(root / file), str(root / file))
     return [size for size, _ in states]
 
 
+def check_ends(sources: list[Source], titles: list[str]) -> None:
+    """UserError for an image that is missing or cut short, by its last bytes where these tell."""
+
+    def check(source: Source, title: str) -> None:
+        if isinstance(source, str) and not source.startswith("zip://"):
+            whole = size_of(Path(source))[1]
+        else:
+            with naming_image(title):
+                held = content(source)
+            whole = not isinstance(held, bytes) or looks_whole(held[:16], held[-64:], len(held))
+        if not whole:
+            check_whole(source, title)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check, sources, titles))
+
+
 def check_whole(source: Source, title: str) -> None:
-    """UserError unless the image can be decoded to its end."""
+    """UserError unless the image can be decoded to its end, and has one."""
     with naming_image(title):
         using(source, lambda image: image.load())
-
-
-def _captions_beside(root: Path, files: list[str]) -> list[str] | None:
-    """The texts beside images, `a.txt` of `a.png`; None if not all images have one."""
-    beside = []
-    for file in files:
-        own = (root / file).with_suffix("")
-        beside.append(next((p for s in (".txt", ".caption") if (p := Path(f"{own}{s}")).is_file()), None))
-        if len(beside) == 64 and not any(beside):
-            return None  # these are no captions: nothing more is looked for
-    there = [path for path in beside if path is not None]
-    if there and len(there) < len(files):
-        some = f"only {len(there)} of {len(files)} images have a caption beside them (.txt)"
-        note(f"data: {printable(str(root))}: {some}, and none is read; give all of them one, or a metadata.jsonl")
-    if not there or len(there) < len(files):
-        return None
-    return [read_text(path, "data").strip() for path in there]
-
-
-def _read_metadata(path: Path) -> tuple[list[str], list[str] | None, list[Any] | None]:
-    """Files, captions and labels of an imagefolder's metadata.jsonl or .csv (file_name, text or caption, label)."""
-    rows: list[tuple[int, Any]]
-    if path.suffix == ".csv":
-        rows = [*read_csv(path, "data")]
-    else:
-        lines = enumerate(read_lines(path, "data"), 1)
-        rows = [(number, read_json(line, f"data: {path}, line {number}")) for number, line in lines if line.strip()]
-    form = "one JSON object a line" if path.suffix == ".jsonl" else "a column of that name"
-    for number, row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise UserError(f"data: {path}, line {number} has no 'file_name'; give {form}")
-        if not os.path.isfile(path.parent / row["file_name"]):
-            raise UserError(f"data: {path}, line {number}: the file {row['file_name']!r} does not exist")
-    captions = [caption_of(row, f"data: {path}", f"line {number}") for number, row in rows]
-    labels = [row.get("label") for _, row in rows]
-    return (
-        [row["file_name"] for _, row in rows],
-        all_or_none(captions, [f"{path}, line {number}" for number, _ in rows], "caption ('text')"),
-        all_or_none(labels, [f"{path}, line {number}" for number, _ in rows], "label"),
-    )
-
-
-def all_or_none(values: list[T | None], names: list[str], what: str) -> list[T] | None:
-    """The values, None if there are none; UserError if only some of the samples have one."""
-    present = [value for value in values if value is not None]
-    if present and len(present) < len(values):
-        missing = next(name for name, value in zip(names, values, strict=True) if value is None)
-        raise UserError(f"data: {missing} has no {what}, which others have; give all of them one")
-    return present or None
+        held = content(source)
+        if isinstance(held, bytes) and is_cut_short(held):
+            raise ValueError("it is cut short")
 
 
 def class_numbers(labels: Tensor | list[Any] | None, size: int, where: str) -> tuple[Tensor, int] | tuple[None, None]:

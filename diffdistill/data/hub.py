@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.data.folder import Pictures, Source, class_numbers, content, naming_image
+from diffdistill.data.folder import Pictures, Source, check_ends, class_numbers, content, naming_image
 from diffdistill.data.shards import hash_file
 from diffdistill.data.texts import NAMES, caption_of, looked_for, note
 from diffdistill.errors import UserError
@@ -185,6 +185,9 @@ def open_hub(source: str, split: str | None, doubt: str = "") -> Pictures:
             data = content(value)
         digest.update(data if isinstance(data, bytes) else str(data).encode())
     digest.update(str(texts(some) if captions else None).encode())
+    for first in range(0, len(table), 64):  # as for texts: refuses now what is cut short
+        part = list(range(first, min(first + 64, len(table))))
+        check_ends(fetch(part), [title(i) for i in part])
     return Pictures(len(table), fetch, title, classes, num_classes, texts if captions else None, digest.hexdigest())
 
 

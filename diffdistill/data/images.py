@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffdistill.data.arrays import load_arrays
+from diffdistill.data.arrays import ARRAY_SUFFIXES, load_arrays
 from diffdistill.data.examples import Example
 from diffdistill.data.files import IMAGE_SUFFIXES
 from diffdistill.data.folder import (
@@ -35,8 +35,8 @@ from diffdistill.errors import UserError
 
 ACCEPTED = (
     "'digits', 'shapes' or 'shapes:COUNT' (drawn, with captions), "
-    "a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl or .csv), "
-    "WebDataset shards (.tar, a folder or pattern of them), a .npz, .safetensors or .parquet file, "
+    "a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl, .csv, .parquet), "
+    "WebDataset shards (.tar, a folder or pattern of them), a .npz, .npy, .safetensors or .parquet file, "
     "a save_to_disk folder, or a Hugging Face dataset (user/name)"
 )
 _DIGITS = Path(__file__).parent / "assets" / "digits.safetensors"
@@ -115,7 +115,7 @@ def open_data(
         base, _, split = spec.rpartition("#")
     path = Path(base).expanduser()
     name = printable(path.resolve().name) + (f"#{split}" if split else "")
-    if path.is_file() and path.suffix.lower() in (".npz", ".safetensors"):
+    if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES:
         return _open_arrays(path, split, name, resolution, channels)
     if path.suffix.lower() == ".tar" and path.is_file():
         shards = [path]
@@ -134,7 +134,7 @@ def open_data(
         raise UserError(f"data: {spec!r} is of no known kind; give {ACCEPTED}")
     # Only with an owner: `datasets` 3 takes the name pandas for a reader, and unpickles files lying about.
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base)
-    if not is_id or path.suffix in IMAGE_SUFFIXES | {".npz", ".safetensors", ".parquet"}:
+    if not is_id or path.suffix in IMAGE_SUFFIXES | ARRAY_SUFFIXES | {".parquet"}:
         raise UserError(f"data: {base!r} does not exist; give {ACCEPTED}")
     pictures = open_hub(base, split, doubt=f"does not exist here (give {ACCEPTED}) and ")
     return _open_pictures(pictures, spec, resolution, channels, resample)
@@ -206,6 +206,8 @@ def _open_arrays(
     """
     images, labels = load_arrays(path, split)
     images = channels_first(images, path)
+    if images.is_complex():
+        raise UserError(f"data: images of {path} are complex numbers; give real ones")
     whole = not images.is_floating_point() and images.dtype != torch.bool
     if images.dtype != torch.uint8:
         images = images.long() if whole else images.float()

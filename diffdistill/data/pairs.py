@@ -12,11 +12,14 @@ are the same bits whatever the batch; x0 is too for the same batch and shard siz
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from diffdistill.data.encoded import Encoded, check_encoded, open_encoded, with_
 from diffdistill.data.examples import ClassLabels, Example, Examples
 from diffdistill.data.shards import Kind, device_for, make, open_shards, rows, start
 from diffdistill.errors import UserError
-from diffdistill.families import family_of, load_teacher, local_folder
+from diffdistill.families import FAMILIES, family_of, load_teacher, local_folder
 from diffdistill.options import build
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator
@@ -43,10 +46,26 @@ _STEPS = {"ddim": ddim_step, "heun": heun_step}
 _RECIPE = ("count", "solver", "sampling_steps", "guidance_scale", "seed", "shard_size")
 
 
+def described_schedule(teacher: Teacher) -> dict[str, Any]:
+    """What tells two schedules apart: the scheduler's config, or of a network that diffusers lacks the schedule."""
+    config = {k: v for k, v in sorted(teacher.scheduler.items()) if k != "_diffusers_version"}
+    if teacher.family:
+        return config
+    schedule: Any = teacher.denoiser.schedule
+    fields = dataclasses.fields(schedule) if dataclasses.is_dataclass(schedule) else ()
+    values = {f.name: getattr(schedule, f.name) for f in fields if not f.name.startswith("_")}
+    plain = {k: v.tolist() if isinstance(v, Tensor) else repr(v) for k, v in values.items()}
+    return config | {"schedule": type(schedule).__name__} | plain
+
+
 def fingerprint(teacher: Teacher) -> str:
     """16 hex digits that tell the content of two teachers apart: weights and scheduler."""
-    scheduler = {k: v for k, v in sorted(teacher.scheduler.items()) if k != "_diffusers_version"}
-    digest = hashlib.blake2b(json.dumps(scheduler, default=str).encode(), digest_size=8)
+    return weights_fingerprint(teacher, json.dumps(described_schedule(teacher), default=str))
+
+
+def weights_fingerprint(teacher: Teacher, besides: str = "{}") -> str:
+    """16 hex digits of the teacher's weights, and of a text."""
+    digest = hashlib.blake2b(besides.encode(), digest_size=8)
     weights = teacher.denoiser.network.state_dict()  # LoRA players may lie on the same network
     own = {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
     for name, tensor in sorted(own.items()):
@@ -85,44 +104,109 @@ def draw_pairs(
 # -- making them -------------------------------------------------------------------------------------------
 
 
-def make_pairs(**values: Any) -> Path:
+def make_pairs(
+    *, teacher: str | PathLike[str] | Teacher | None = None, conditions: Examples | None = None, **values: Any
+) -> Path:
     """`diffdistill pairs`: make a folder of pairs, or what is still missing of it; returns the folder.
 
-    Options are those of the command, with underscores. Shards are written whole, and those that are there and
-    have their checksum are kept. Raises UserError for whatever cannot be used, a folder made with other settings
-    for one.
+    `teacher` and `conditions` are as in `diffdistill.make_pairs`; the rest are the command's options, with
+    underscores. Shards are written whole, and those that are there and have their checksum are kept. Raises UserError
+    for whatever cannot be used, a folder made with other settings for one.
     """
-    config = build(PairsConfig, values)
+    named = teacher is None or isinstance(teacher, str | PathLike)
+    config = build(PairsConfig, values | ({"teacher": teacher} if named and teacher is not None else {}))
     out, device = Path(config.out), device_for(config.device)
-    dtype = getattr(torch, config.teacher_dtype)
+    if isinstance(teacher, Teacher):
+        own, conditions = _own_teacher(teacher, config, conditions)
+    elif not named:
+        raise UserError(
+            f"teacher: {type(teacher).__name__} is no teacher; give a folder, a hub id, 'digits', or "
+            "Teacher.around(network, ..)"
+        )
+    elif conditions is not None:
+        raise UserError("conditions: they are for a teacher as an object; give prompts, a folder made by `encode`")
+    else:
+        own, conditions = _teacher(config)
+    own.denoiser.to(device)
+    denoise = guided(own.denoiser, config.guidance_scale)
+    sampling_grid(own.denoiser.schedule, config.sampling_steps)  # refuses too many steps now
+    index = start(KIND, out, _settings(own, config, conditions), {"teacher": own.source})
+    make(KIND, out, index, config.batch_size, lambda indices: draw_pairs(own, denoise, config, indices, conditions))
+    return out
+
+
+def _teacher(config: PairsConfig) -> tuple[Teacher, Encoded | None]:
+    """The teacher that the options name, and its prompts if it needs any."""
     encoded = None if config.prompts is None else open_encoded(config.prompts)
     size: dict[str, Any] = {} if encoded is None else encoded.size
+    dtype = getattr(torch, config.teacher_dtype)
     teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, **size)
     if teacher.size and encoded is None:
         command = f"`diffdistill encode --teacher {config.teacher}`"
         raise UserError(f"prompts: {config.teacher!r} needs them; give a folder made by {command}")
-    if encoded is not None:
-        folder = local_folder(config.teacher)
-        check_encoded(encoded, folder, family_of(folder)[0], teacher.shape)
-        teacher = with_prompts(teacher, encoded)
-    teacher.denoiser.to(device)
-    denoise = guided(teacher.denoiser, config.guidance_scale)
-    sampling_grid(teacher.denoiser.schedule, config.sampling_steps)  # refuses too many steps now
-    index = start(KIND, out, _settings(teacher, config, encoded), {"teacher": teacher.source})
-    make(KIND, out, index, config.batch_size, lambda indices: draw_pairs(teacher, denoise, config, indices, encoded))
-    return out
+    return (teacher, None) if encoded is None else (_prompted(teacher, encoded), encoded)
 
 
-def _settings(teacher: Teacher, config: PairsConfig, encoded: Encoded | None) -> dict[str, Any]:
+def _prompted(teacher: Teacher, encoded: Encoded) -> Teacher:
+    folder = local_folder(teacher.source)
+    check_encoded(encoded, folder, family_of(folder)[0], teacher.shape)
+    return with_prompts(teacher, encoded)
+
+
+def _own_teacher(teacher: Teacher, config: PairsConfig, conditions: Examples | None) -> tuple[Teacher, Examples | None]:
+    """A teacher that Python gave, and what its pairs are conditioned on; UserError where these do not fit."""
+    defaults = PairsConfig()
+    for name in ("null_class", "teacher_dtype"):
+        if getattr(config, name) != getattr(defaults, name):
+            raise UserError(f"{name}: it is for a teacher that is given by name; the object has its own")
+    if config.prompts is not None and conditions is not None:
+        raise UserError("conditions: prompts are given too; give one of the two")
+    if config.prompts is not None:
+        if teacher.family not in FAMILIES:
+            raise UserError(
+                f"prompts: {teacher.source} is a network alone, and how it takes prompts is not known; "
+                "give conditions, examples whose cond has what it is called with"
+            )
+        encoded, denoiser = open_encoded(config.prompts), copy.copy(teacher.denoiser)  # which gets a null condition
+        return _prompted(dataclasses.replace(teacher, denoiser=denoiser), encoded), encoded
+    needed = {name: tuple(value.shape[1:]) for name, value in teacher.sample_cond(1).items()}
+    if conditions is None and teacher.num_classes is None and (needed or teacher.size):
+        what = ", ".join(needed) or "prompts"
+        raise UserError(f"conditions: {teacher.source} is conditioned on {what}; give examples whose cond has them")
+    if conditions is not None:
+        if not isinstance(conditions, Examples) or not len(conditions):
+            raise UserError("conditions: give an object with __len__, at least 1, and get(indices) -> Example")
+        cond = conditions.get(torch.zeros(1, dtype=torch.int64)).cond
+        held = {name: tuple(value.shape[1:]) for name, value in cond.items()}
+        if held != needed and (needed or not teacher.size):  # a text-to-image teacher does not say what it takes
+            raise UserError(f"conditions: {teacher.source} takes {needed or 'none'}, and the examples have {held}")
+    return teacher, conditions
+
+
+def _settings(teacher: Teacher, config: PairsConfig, conditions: Examples | None) -> dict[str, Any]:
     options = asdict(config)
+    if isinstance(conditions, Encoded):
+        source = {"prompts": conditions.settings["source"]}
+    else:
+        source = {} if conditions is None else {"conditions": _content(conditions, config)}
     return {
         "fingerprint": fingerprint(teacher),
         "shape": list(teacher.shape),
         "num_classes": teacher.num_classes,
         "data_std": teacher.denoiser.schedule.data_std,
-        **({} if encoded is None else {"prompts": encoded.settings["source"]}),
+        **source,
         **{name: options[name] for name in _RECIPE},
     }
+
+
+def _content(conditions: Examples, config: PairsConfig) -> str:
+    """16 hex digits of the conditions that the pairs have."""
+    digest = hashlib.blake2b(f"{len(conditions)}".encode(), digest_size=8)
+    for indices in torch.arange(min(len(conditions), config.count)).split(config.batch_size):
+        for name, value in sorted(conditions.get(indices).cond.items()):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # -- reading them ------------------------------------------------------------------------------------------

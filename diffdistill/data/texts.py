@@ -12,10 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, first_line
 
 #: What a caption is called, in small letters; of several the first that is not empty counts.
 NAMES = ("text", "caption", "prompt", "txt", "texts", "captions", "prompts")
+
+CAPTION_SUFFIXES = (".txt", ".caption", ".text", ".prompt")  #: of files that are captions, beside images or in archives
 
 
 @lru_cache(maxsize=1024)
@@ -80,6 +82,28 @@ def read_csv(path: Path, field: str) -> list[tuple[int, dict[str, str | None]]]:
     except csv.Error as error:
         raise UserError(f"{field}: {path}, line {reader.line_num} is no line of a table ({error})") from None
     return rows
+
+
+def read_parquet(path: Path, field: str) -> list[tuple[int, dict[str, Any]]]:
+    """Numbers, from 0, and rows of a .parquet table."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{field}: {path} cannot be read: that needs pip install 'diffdistill[datasets]'") from None
+    try:
+        return list(enumerate(parquet.read_table(path).to_pylist()))
+    except Exception as error:  # the library raises what its file layers do
+        raise UserError(f"{field}: {path} cannot be read ({first_line(error)})") from None
+
+
+def parquet_columns(path: Path) -> list[str] | None:
+    """The names of a .parquet table's columns; None where they cannot be read."""
+    try:
+        from pyarrow import parquet
+
+        return list(parquet.read_schema(path).names)
+    except Exception:  # it is not installed, or the file is damaged: who reads the rows says so
+        return None
 
 
 def caption_of(row: Mapping[str, Any], source: str, place: str, first: str = "text") -> str | None:

@@ -10,19 +10,21 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import posixpath
 import re
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+from diffdistill.data.beside import all_or_none
 from diffdistill.data.files import IMAGE_SUFFIXES, looks_whole
-from diffdistill.data.folder import Pictures, Source, all_or_none, check_whole, class_numbers
+from diffdistill.data.folder import Pictures, Source, check_whole, class_numbers
 from diffdistill.data.shards import hash_file
-from diffdistill.data.texts import caption_of, note, printable, read_json, shortened
+from diffdistill.data.texts import CAPTION_SUFFIXES, caption_of, note, printable, read_json, shortened
 from diffdistill.errors import UserError, first_line
 
 _IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
-_TEXTS = ("txt", "caption", "text", "prompt")
+_TEXTS = tuple(suffix.removeprefix(".") for suffix in CAPTION_SUFFIXES)
 _KNOWN = {*_IMAGES, *_TEXTS, "json", "cls"}
 _ROW = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -114,6 +116,8 @@ def open_shards(shards: list[Path], where: str) -> Pictures:
 def _index(shard: Path) -> list[tuple[str, dict[str, _Member]]]:
     """Name and members, by suffix, of every sample, in the order of their first members."""
     members: list[tuple[str, str, _Member]] = []
+    places: dict[str, _Member] = {}
+    links: list[tuple[int, str, str]] = []  # before which member, the link's name, and what it names
     try:
         # Only uncompressed ones can be read from the middle.
         with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -124,18 +128,32 @@ def _index(shard: Path) -> list[tuple[str, dict[str, _Member]]]:
                 if member.sparse is not None:
                     raise UserError(f"data: {shard} holds {member.name!r} as a sparse file; pack it without --sparse")
                 folder, _, last = member.name.rpartition("/")
+                if (member.islnk() or member.issym()) and not last.startswith("."):
+                    target = member.linkname if member.islnk() else f"{folder}/{member.linkname}"
+                    links.append((len(members) + len(links), member.name, target))
                 if member.isfile() and not last.startswith("."):
-                    members.append((folder, last, _Member(shard, member.offset_data, member.size)))
+                    places[posixpath.normpath(member.name)] = place = _Member(shard, member.offset_data, member.size)
+                    members.append((folder, last, place))
             # A download that stops between two members, or a header that is damaged, looks like the end to tarfile.
             end = archive.offset
             file.seek(end)
             closed = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            more = closed and any(any(block) for block in iter(lambda: file.read(1 << 20), b""))
     except (tarfile.TarError, OSError, MemoryError, OverflowError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"data: {shard} is no whole, uncompressed .tar archive ({first_line(error)})") from None
     if not closed:
         raise UserError(f"data: {shard} is cut short or damaged at byte {end}; copy or download it again")
+    if more:
+        raise UserError(f"data: {shard} goes on after its end at byte {end}; of archives that were joined, give each")
+    for at, name, target in links:  # tar stores a file that it has met already as a link to that
+        linked = places.get(posixpath.normpath(target).removeprefix("/"))
+        folder, _, last = name.rpartition("/")
+        if linked is not None:
+            members.insert(at, (folder, last, linked))
+        elif last.rpartition(".")[2].lower() in _KNOWN:
+            raise UserError(f"data: {shard} holds {name!r} as a link to {target!r}; pack it with tar --dereference")
     return _grouped(shard, members)
 
 

@@ -13,6 +13,7 @@ must fail. `PLANE` beside a method's checks names its trainings and says the opt
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import tempfile
@@ -30,7 +31,7 @@ from diffdistill.config import FitConfig, TrainConfig
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.prediction import Output, diffuse
 from diffdistill.core.schedule import TrigFlow
-from diffdistill.data.examples import ClassLabels
+from diffdistill.data.examples import ClassLabels, Example, to_device
 from diffdistill.exact.analytic import GaussianMixture
 from diffdistill.exact.checks import Check, equal
 from diffdistill.options import build, split
@@ -49,6 +50,7 @@ LIMITS = {"modes": 0.2, "sliced_w2": 0.09, "mean": 0.1, "scale": 0.06, "fisher":
 sliced Wasserstein distance; of the distance of the means; of the standard deviation relative to what it should be; of
 E |v_q - v_p|^2, whose scale is the 1 of unit-variance data; of the error of the map, root mean square."""
 
+CPU = torch.device("cpu")
 _COUNT = 4096  # of judged samples in each class
 
 
@@ -178,14 +180,21 @@ def plane_teacher(steps: int = 3000) -> Teacher:
     return Teacher(exact, (2,), len(CLASSES), "analytic", "mixture", start=start.requires_grad_(False))
 
 
-def train_on_the_plane(info: MethodInfo, options: Mapping[str, Scalar]) -> tuple[Method, Trainer]:
-    """The method, trained with its options; the trainer's `evaluating()` puts the average in place."""
+def train_on_the_plane(
+    info: MethodInfo, options: Mapping[str, Scalar], device: torch.device = CPU
+) -> tuple[Method, Trainer]:
+    """The method, trained on the device with its options and brought to the CPU, where the data are drawn too.
+
+    The trainer's `evaluating()` puts the average in place.
+    """
     defaults: dict[str, Scalar] = {"batch_size": 256, "ema": 0.99, "lr_schedule": "cosine", "max_grad_norm": 0.0}
     shared, own = split({**defaults, **info.about.defaults, **options}, TrainConfig, info.config)
     module = info.load()
     fields = {f.name for f in dataclasses.fields(FitConfig)}
-    config = build(FitConfig, {k: v for k, v in shared.items() if k in fields} | {"sample_every": 0, "device": "cpu"})
-    teacher = replace(plane_teacher(), lora=lora_settings(build(TrainConfig, shared), None))
+    config = build(
+        FitConfig, {k: v for k, v in shared.items() if k in fields} | {"sample_every": 0, "device": device.type}
+    )
+    teacher = replace(_teacher_on(device), lora=lora_settings(build(TrainConfig, shared), None))
     torch.manual_seed(config.seed)
     method = module.METHOD(teacher, module.Config(**dataclasses.asdict(build(info.config, own))))
     mix = mixture()
@@ -201,13 +210,23 @@ def train_on_the_plane(info: MethodInfo, options: Mapping[str, Scalar]) -> tuple
         if pairs is not None:
             chosen = torch.randint(len(pairs.z), (n,), generator=generator("cpu", *key, "pairs"))
             pair = Pair(pairs.z[chosen], pairs.x0[chosen], {k: v[chosen] for k, v in pairs.cond.items()})
-        return Batch(n, (2,), cond, x0, torch.device("cpu"), key, pair)
+        example = to_device(Example(x0, cond, pair), device)
+        return Batch(n, (2,), example.cond, example.x0, device, key, example.pair)
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(method, batches, config, Path(folder), accelerator_for(config, Path(folder)))
         for _ in range(config.steps):
             trainer.iteration()
     return method, trainer
+
+
+def _teacher_on(device: torch.device) -> Teacher:
+    """The teacher of the plane, or a copy of it on another device than the CPU."""
+    teacher = plane_teacher()
+    if device.type == "cpu":
+        return teacher
+    exact, start = (copy.deepcopy(part).to(device) for part in (teacher.denoiser, teacher.start) if part is not None)
+    return replace(teacher, denoiser=exact, start=start)
 
 
 def _pairs(scale: float, count: int = 2048) -> Pair:
@@ -297,17 +316,20 @@ def limit_of(measure: str) -> float:
     return LIMITS[measure.split(",")[0].split()[0]]
 
 
-def checks(info: MethodInfo) -> Iterator[Check]:
-    """The end-to-end rows of a method that names its trainings in the plane."""
+def checks(info: MethodInfo, device: torch.device = CPU) -> Iterator[Check]:
+    """The end-to-end rows of a method that names its trainings in the plane; it is trained on `device`."""
     for name, options in (info.plane or {}).items():
-        yield from training_checks(info, name, dict(options))
+        yield from training_checks(info, name, dict(options), device)
 
 
-def training_checks(info: MethodInfo, name: str, options: dict[str, Any]) -> Iterator[Check]:
+def training_checks(
+    info: MethodInfo, name: str, options: dict[str, Any], device: torch.device = CPU
+) -> Iterator[Check]:
     """The rows of one training."""
     scale, trajectory = float(options.get("guidance_scale", 1.0)), info.about.kind != "distribution"
-    method, trainer = train_on_the_plane(info, options)
+    method, trainer = train_on_the_plane(info, options, device)
     with trainer.evaluating():
+        method.sampler().denoiser.to(CPU)
         after = measures(method.sampler(), scale, trajectory=trajectory)
     start, sampler = plane_teacher().start, method.sampler()
     assert start is not None

@@ -166,9 +166,9 @@ def _encoded(config: TrainConfig) -> Encoded:
     inside = Path(config.out) / "encoded"
     if not Path(config.prompts).exists() and inside.is_dir():
         return open_encoded(inside)
-    options = {"teacher": config.teacher, "prompts": config.prompts, "device": config.device}
     size = {"resolution": config.resolution, "frames": config.frames}
-    return open_encoded(encode(**options, **size, out=inside))
+    source = {"prompts": config.prompts, "device": config.device, "out": inside}
+    return open_encoded(encode(teacher=config.teacher, **source, **size))
 
 
 def data_for(game: Game) -> Examples | None:
@@ -261,7 +261,10 @@ def load_run(run: str | Path, step: int | None = None, objects: Objects = NO_OBJ
     `objects` are those that the run began with.
     """
     run = Path(run)
-    game = make_game(run_options(run) | {"out": str(run)}, objects)  # which may have been moved
+    values = run_options(run) | {"out": str(run)}  # which may have been moved
+    stored = {"prompts": str(run / "encoded")} if (run / "encoded").is_dir() else {}
+    game = make_game(values | stored, objects)  # the prompts' file may be another, or gone
+    game.config = dataclasses.replace(game.config, prompts=values.get("prompts"))
     by_step = {int(path.name.split("-")[1]): path for path in checkpoints(run / "checkpoints")}
     if not by_step:
         raise UserError(f"run: {str(run)!r} has no checkpoint yet; train it until its first one")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdistill.config import run_options
+from diffdistill.data import encoded
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.files import atomic_write
@@ -82,3 +83,19 @@ def resumed_options(
                 f"{name}: cannot change when a run is resumed, unless with --allow-change; what can is {usual}"
             )
     return saved | values | {"out": str(run)}
+
+
+def check_prompts(run: Path, prompts: str | None, allow_change: bool) -> None:
+    """UserError if the file of prompts that a run has encoded is another now.
+
+    With `allow_change` the old ones are removed, so that the new ones are encoded.
+    """
+    inside = run / "encoded"
+    if prompts is None or not Path(prompts).is_file() or not (inside / encoded.KIND.index).is_file():
+        return
+    if encoded.is_of_prompts(inside, prompts):
+        return
+    if not allow_change:
+        what = f"the prompts of {prompts}"
+        raise UserError(f"resume: changed since the run began: {what}; undo that, or go on with --allow-change")
+    shutil.rmtree(inside)

@@ -7,11 +7,10 @@ new one, so it is refused unless the user allows the change.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,7 +58,7 @@ def inputs_of(
     """
     kept = {name: value for name, value in options.items() if name not in MAY_CHANGE | _BY_CONTENT}
     fingerprints = {
-        "teacher's weights": None if teacher is None else pairs.fingerprint(dataclasses.replace(teacher, scheduler={})),
+        "teacher's weights": None if teacher is None else pairs.weights_fingerprint(teacher),
         "teacher's scheduler": None if teacher is None else _scheduler(teacher),
         "data": _examples(data),
         "prompts": _examples(prompts),
@@ -69,37 +68,43 @@ def inputs_of(
     return {"format": FORMAT, "options": json.loads(json.dumps(kept)), "fingerprints": fingerprints}
 
 
-def changes(run: Path, now: Mapping[str, Any]) -> list[str]:
-    """What differs from what the run began with, in words; UserError where its record cannot be read."""
+def changes(run: Path, now: Mapping[str, Any], field: str = "resume", read: Container[str] | None = None) -> list[str]:
+    """What differs from what the run began with, in words; UserError, of `field`, where its record cannot be read.
+
+    `read` names the fingerprints that count; None: all.
+    """
     path = run / FILE
     hint = "so that what the run began with is not known; go on with --allow-change"
     if not path.is_file():
-        raise UserError(f"resume: {shown(str(run))} has no {FILE}, {hint}")
+        raise UserError(f"{field}: {shown(str(run))} has no {FILE}, {hint}")
     try:
         before = json_object(path)
         parts = [before.get("options"), before.get("fingerprints")]
         if before.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
             raise ValueError("it has no options and fingerprints")
     except (OSError, ValueError) as error:
-        raise UserError(f"resume: {shown(str(path))} is damaged ({error}), {hint}") from None
+        raise UserError(f"{field}: {shown(str(path))} is damaged ({error}), {hint}") from None
     differ = []
     for name, value in before["options"].items():  # others are of a later version, and had one value only
         if name in now["options"] and now["options"][name] != value:
             differ.append(f"{name} ({shown(value)}, now {shown(now['options'][name])})")
     for name, value in now["fingerprints"].items():
-        if before["fingerprints"].get(name) != value:
+        if before["fingerprints"].get(name) != value and (read is None or name in read):
             was = before["fingerprints"].get(name)
             differ.append(f"{name} ({_short(was)}, now {_short(value)})")
     return differ
 
 
-def check_inputs(run: Path, now: Mapping[str, Any], allow_change: bool) -> str | None:
-    """UserError, which names it, if the run reads anything else than when it began.
+def check_inputs(
+    run: Path, now: Mapping[str, Any], allow_change: bool, field: str = "resume", read: Container[str] | None = None
+) -> str | None:
+    """UserError of `field`, which names it, if the run reads anything else than when it began.
 
-    With `allow_change` that is the text of a note instead; None if all is the same.
+    `read` names the fingerprints that count; None: all. With `allow_change` that is the text of a note instead; None if
+    all is the same.
     """
     try:
-        differ = changes(run, now)
+        differ = changes(run, now, field, read)
     except UserError as error:
         if not allow_change:
             raise
@@ -108,7 +113,7 @@ def check_inputs(run: Path, now: Mapping[str, Any], allow_change: bool) -> str |
         return None
     what = ", ".join(differ[:3]) + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
     if not allow_change:
-        raise UserError(f"resume: changed since the run began: {what}; undo that, or go on with --allow-change")
+        raise UserError(f"{field}: changed since the run began: {what}; undo that, or go on with --allow-change")
     return f"note: changed since the run began: {what}"
 
 
@@ -133,15 +138,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _scheduler(teacher: Teacher) -> str:
-    """Of the config that diffusers has, or of the schedule of a network that it does not know."""
-    if teacher.scheduler:
-        config = {k: v for k, v in sorted(teacher.scheduler.items()) if k != "_diffusers_version"}
-        return _digest(json.dumps(config, default=str).encode())
-    schedule: Any = teacher.denoiser.schedule
-    fields = dataclasses.fields(schedule) if dataclasses.is_dataclass(schedule) else ()
-    values = {f.name: getattr(schedule, f.name) for f in fields if not f.name.startswith("_")}
-    plain = {k: _digest(_bytes(v)) if isinstance(v, Tensor) else repr(v) for k, v in values.items()}
-    return _digest(json.dumps([type(schedule).__name__, plain]).encode())
+    return _digest(json.dumps(pairs.described_schedule(teacher), default=str).encode())
 
 
 def _examples(examples: Examples | None) -> str | None:

@@ -39,6 +39,7 @@ from diffdistill.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from diffdistill.training.unread import read_batch
 
 
 class NonFinite(UserError):
@@ -73,7 +74,7 @@ class Trainer:
         self.accelerator = accelerator
         self.on_sample = on_sample
         self.on_look = on_look
-        self.step = 0
+        self.step, self.saved = 0, 0  #: the steps that are done, and those in the newest checkpoint
         self.totals: dict[str, tuple[Tensor | float, int]] = {}  # sums since the last line of metrics.jsonl
         self.averaged = method.exported if config.ema else None
         self._start_players()
@@ -118,7 +119,7 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             grads = self._averaged_over_processes(turn.player)
         norm = torch.nn.utils.get_total_norm(grads)
-        if self._anywhere(not bool(torch.isfinite(loss.detach() + norm))):
+        if self.anywhere(not bool(torch.isfinite(loss.detach() + norm))):
             what = f"loss {float(loss.detach())}, gradient norm {float(norm)}; it was not updated"
             raise self._non_finite(turn.player, what)
         if self.config.max_grad_norm:
@@ -159,15 +160,15 @@ class Trainer:
             if not bool(torch.isfinite(torch.nn.utils.get_total_norm(parameters))):
                 raise self._non_finite(player, "its parameters are no longer finite")
 
-    def _anywhere(self, flag: bool) -> bool:
+    def anywhere(self, flag: bool) -> bool:
         """Whether the flag is set in any process, so that all of them stop at the same step."""
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
 
-    def iteration(self) -> dict[str, Tensor]:
+    def iteration(self, batch: Batch | None = None) -> dict[str, Tensor]:
         """All turns of one step, the moving average and the method's after_step; logs by '<player>/<name>'."""
-        batch = self.batches(self.step)
+        batch = self.batches(self.step) if batch is None else batch
         logs: dict[str, Tensor] = {}
         turns = self.method.turns(self.step)
         for turn in turns:
@@ -181,7 +182,10 @@ class Trainer:
     # -- the loop ----------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train up to config.steps; raises Interrupted after a signal, once a checkpoint has been written."""
+        """Train up to config.steps.
+
+        Raises Interrupted after a signal, and Unread for data that cannot be read, once a checkpoint has been written.
+        """
         config, writer = self.config, None
         if self.accelerator.is_main_process:
             try:  # now, and not after the first step
@@ -200,7 +204,7 @@ class Trainer:
             if self.step == 0:
                 self._sample()
             while self.step < config.steps:
-                for key, value in self.iteration().items():
+                for key, value in self.iteration(read_batch(self)).items():
                     total, count = self.totals.get(key, (0.0, 0))
                     self.totals[key] = (total + value, count + 1)
                 bar.update()
@@ -213,7 +217,7 @@ class Trainer:
                     self._sample()
                 if self.step in (max(1, config.steps // 10), config.steps):
                     self._evaluated(self.on_look)
-                last, stop = self.step == config.steps, self._anywhere(stopped.is_set())
+                last, stop = self.step == config.steps, self.anywhere(stopped.is_set())
                 if last or stop or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
                     self.save()
                 if stop and not last:
@@ -292,6 +296,7 @@ class Trainer:
             save_checkpoint(self.out / "checkpoints", self.step, tensors, state)
             remove_old(self.out / "checkpoints", self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+        self.saved = self.step
 
     def resume(self, allow_change: bool = False) -> None:
         """Continue from the newest whole checkpoint of the run folder, if there is one.
@@ -308,7 +313,7 @@ class Trainer:
                 f"resume: {path} was written by {record['world_size']} processes and this run has "
                 f"{self.accelerator.num_processes}, which changes the order of the data; use as many, or --allow-change"
             )
-        self.step = record["step"]
+        self.step = self.saved = record["step"]
         if self.step > self.config.steps:
             raise UserError(
                 f"steps: {self.config.steps} is fewer than the {self.step} that are done already; give more"

@@ -72,6 +72,29 @@ def test_verify_prints_expected_got_error(capsys: Capture, tmp_path: Path) -> No
     assert all(row["ok"] for row in rows) and len(rows) > 20
 
 
+def test_verify_trains_where_it_is_told_and_compares_formulas_on_the_cpu(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from diffdistill.exact import plane
+
+    seen: list[torch.device] = []
+
+    def trained(info: object, device: torch.device) -> list[object]:
+        seen.append(device)
+        return []
+
+    monkeypatch.setattr(plane, "checks", trained)
+    assert main(["verify", "sim"]) == 0 and main(["verify", "sim", "--device", "auto", "--threads", "1"]) == 0
+    assert seen == [torch.device("cpu"), torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+    assert main(["verify", "sim", "--exact", "--device", "gpu"]) == 2
+    assert "device: 'gpu' is not one of auto, cpu, cuda" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["verify", "sim", "--device", "cuda"]) == 2
+        assert "torch sees no GPU" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

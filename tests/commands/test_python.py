@@ -84,8 +84,8 @@ def _without_path(hint: object) -> object:
         (keywords.FitOptions, FitConfig, set()),
         (keywords.TrainOptions, TrainConfig, {"method", "teacher", "data", "pairs"}),
         (keywords.TeacherOptions, TeacherConfig, set()),
-        (keywords.EncodeOptions, EncodeConfig, set()),
-        (keywords.PairsOptions, PairsConfig, set()),
+        (keywords.EncodeOptions, EncodeConfig, {"teacher"}),
+        (keywords.PairsOptions, PairsConfig, {"teacher"}),
         (keywords.DrawOptions, DrawConfig, set()),
         (keywords.JudgeOptions, JudgeConfig, set()),
         (keywords.EvalOptions, EvalConfig, {"model", "teacher"}),
@@ -120,6 +120,9 @@ diffdistill.distill("dmd2", device="tpu")  # refused
 diffdistill.distil("dmd2")  # refused
 diffdistill.export("run", stp=3)  # refused
 diffdistill.train_teacher(lrr=3.0)  # refused
+diffdistill.make_pairs(teacher=diffdistill.load_teacher("digits"), count=4)
+diffdistill.make_pairs(teacher=torch.nn.Linear(2, 2))  # refused
+diffdistill.encode(teacher="folder", prompt="prompts.txt")  # refused
 """
 
 

@@ -18,6 +18,7 @@ from diffdistill import distill, export
 from diffdistill.data import encoded as encoding
 from diffdistill.data import shards
 from diffdistill.data.encoded import encode, open_encoded
+from diffdistill.data.prompts import all_prompts, read_prompts
 from diffdistill.errors import UserError
 from diffdistill.families import family_of, load_teacher
 from diffdistill.training import assemble
@@ -104,7 +105,7 @@ def test_jsonl(teacher: Path, tmp_path: Path) -> None:
     path.write_text('{"prompt": "one"}\n{"caption": "two"}\n')
     assert len(open_encoded(encode(**options(teacher, path, tmp_path / "out")))) == 2
     path.write_text('{"prompt": "one"}\n{"other": "two"}\n')
-    with pytest.raises(UserError, match=r"prompts: line 2 of .* is no object with a text called 'prompt'"):
+    with pytest.raises(UserError, match=r"prompts: line 2 of .* is no text, nor an object with a text called 'prompt'"):
         encode(**options(teacher, path, tmp_path / "other"))
 
 
@@ -133,18 +134,18 @@ def test_prompts_that_cannot_be_used(
 def test_a_mark_at_the_start_is_no_text_and_a_line_ends_at_its_end_alone(tmp_path: Path) -> None:
     texts, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     texts.write_bytes("\ufeffone\r\ntwo\u2028parts\x0bof it\x85\r\n\r\n".encode())
-    assert encoding.read_prompts(texts) == ["one", "two\u2028parts\x0bof it"]
+    assert read_prompts(texts) == ["one", "two\u2028parts\x0bof it"]
     lines.write_bytes('\ufeff{"prompt": "one"}\r\n{"prompt": "two\u2028parts"}\n'.encode())
-    assert encoding.read_prompts(lines) == ["one", "two\u2028parts"]
+    assert read_prompts(lines) == ["one", "two\u2028parts"]
     texts.write_bytes(b"\xef\xbb\xbfcaf\xe9")
     with pytest.raises(UserError, match=r"not UTF-8 \(byte 6\)"):
-        encoding.read_prompts(texts)
+        read_prompts(texts)
 
 
 def test_prompts_in_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.txt").write_text("one\ntwo")
-    assert encoding.all_prompts("~/mine.txt") == ["one", "two"]
+    assert all_prompts("~/mine.txt") == ["one", "two"]
 
 
 def test_copies_of_the_weights_that_are_not_loaded_do_not_count(teacher: Path, tmp_path: Path) -> None:
@@ -350,8 +351,8 @@ def test_prompts_of_a_hugging_face_dataset(teacher: Path, tmp_path: Path) -> Non
     several.mkdir()
     for name, held in (("a[1]", ["one"]), ("b", ["two", "three"])):
         parquet.write_table(pyarrow.table({"caption": held}), several / f"{name}.parquet")
-    assert encoding.all_prompts(f"{several}/a[1].parquet") == ["one"]
-    assert encoding.all_prompts(f"{tmp_path}/sev*/*.parquet") == ["one", "two", "three"]
+    assert all_prompts(f"{several}/a[1].parquet") == ["one"]
+    assert all_prompts(f"{tmp_path}/sev*/*.parquet") == ["one", "two", "three"]
     other = tmp_path / "other.parquet"
     parquet.write_table(pyarrow.table({"other": ["one", "two"]}), other)
     with pytest.raises(UserError, match="give at least one row, with a 'prompt', 'caption' or 'text'"):

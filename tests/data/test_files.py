@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffdistill.data.encoded import all_prompts
 from diffdistill.data.examples import check_classes
 from diffdistill.data.images import open_data
 from diffdistill.errors import UserError
-from diffdistill.eval.image_folder import open_image_folder
+from diffdistill.eval.image_folder import open_image_file, open_image_folder
 from tests.data.encoding import png
 from tests.data.reading import every, labels_of, random_images, refused, save_image
 
@@ -75,15 +74,6 @@ def test_captions_of_a_csv_and_beside_images(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "1.txt").unlink()
     assert every(open_data(str(tmp_path))).captions is None
     assert "only 1 of 2 images have a caption" in capsys.readouterr().err
-
-
-def test_prompts_of_all_kinds_of_files(tmp_path: Path) -> None:
-    (tmp_path / "a.TXT").write_text("one\n\ntwo\n\n")
-    (tmp_path / "a.csv").write_text("id,caption\n1,one\n2,two\n")
-    (tmp_path / "a.jsonl").write_text('{"prompt": ["one", "uno"]}\n{"Caption": "two"}\n')
-    for name in ("a.TXT", "a.csv", "a.jsonl"):
-        assert all_prompts(str(tmp_path / name)) == ["one", "two"]
-    assert all_prompts(str(tmp_path / "a.TXT"), keep_blank=True) == ["one", "", "two"]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +178,21 @@ def test_an_archive_that_would_fill_the_memory(tmp_path: Path) -> None:
     assert "expand to 68 MiB" in refused(tmp_path / "a.npz")
 
 
+def test_a_lone_array_is_images(tmp_path: Path) -> None:
+    images, path = random_images(5, 8, 8, 3), tmp_path / "a.npy"
+    np.save(path, images)
+    assert torch.equal(every(open_data(str(path))).images, torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1)
+    assert open_image_file(path).count == 5
+    whole = path.read_bytes()
+    for content in (whole[:200], b"", b"\x93NUMPY\x01\x00", whole.replace(b"(5, 8", b"(9, 8")):
+        path.write_bytes(content)
+        assert "cannot read" in refused(path)
+    np.save(path, np.array([None, 1], dtype=object))
+    assert "cannot read" in refused(path)
+    np.save(path, images.astype(np.complex64))
+    assert "are complex numbers" in refused(path)
+
+
 def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     save_image(folder / os.fsdecode(b"\xe9.png"))
@@ -195,11 +200,26 @@ def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
     assert data.name == "caf\\xe9" and len(data) == 1
 
 
-def test_images_to_judge_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    for i in (0, 2, 10):
-        save_image(tmp_path / "all" / f"sample_{i}.png", (i, i, i))
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["sample_0", "sample_2", "sample_10"],
+        ["img2", "img10", "img100"],
+        ["2", "10", "101"],
+        ["000002", "000010", "000101"],
+        ["a1_2", "a1_10", "a2_1"],
+        ["part2/9", "part10/1", "part10/3"],
+        ["img10", "img-2", "img-10"],
+        ["9", "99999999999999999999999999", "100000000000000000000000000"],
+        ["01", "1", "2"],
+        ["2", "10", "a"],
+    ],
+)
+def test_images_to_judge_are_in_the_order_of_their_numbers(names: list[str], tmp_path: Path) -> None:
+    for i, name in reversed([*enumerate(names)]):
+        save_image(tmp_path / "all" / f"{name}.png", (i, i, i))
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "part").symlink_to(tmp_path / "all")
     for name in ("all", "linked"):
         drawn = open_image_folder(tmp_path / name).draw([0, 1, 2], 0, None, None)
-        assert drawn[:, 0, 0, 0].tolist() == [0, 2, 10] and drawn.dtype == torch.uint8
+        assert drawn[:, 0, 0, 0].tolist() == [0, 1, 2] and drawn.dtype == torch.uint8

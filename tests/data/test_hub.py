@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffdistill.data.images import open_data
+from diffdistill.errors import UserError
 from tests.data.reading import every, labels_of, refused, save_image
 
 
@@ -121,6 +122,22 @@ def test_hub_rows_that_cannot_be_used(tmp_path: Path, hub: types.ModuleType) -> 
     assert "'picture'" in refused("user/name")
 
 
+def test_an_image_of_a_hub_dataset_that_is_cut_short(tmp_path: Path, hub: types.ModuleType) -> None:
+    table = hub.tables["user/name", "train"] = fake_table(tmp_path)
+    table.columns = {name: [column[i % 3] for i in range(200)] for name, column in fake_table(tmp_path).columns.items()}
+    whole = save_image(tmp_path / "whole.jpg", size=(64, 64)).read_bytes()
+    table.columns["img"][133] = {"path": None, "bytes": whole + bytes(100)}
+    assert len(open_data("user/name", resolution=8, channels=3)) == 200
+    for cut in (whole[: len(whole) // 2], whole[:-20] + bytes(20), b""):
+        table.columns["img"][133] = {"path": None, "bytes": cut}
+        with pytest.raises(UserError, match="cannot read the image user/name, row 133"):
+            open_data("user/name", resolution=8, channels=3)
+    (tmp_path / "cut.jpg").write_bytes(whole[:-20])
+    table.columns["img"][133] = {"path": str(tmp_path / "cut.jpg"), "bytes": None}
+    with pytest.raises(UserError, match="cannot read the image user/name, row 133"):
+        open_data("user/name", resolution=8, channels=3)
+
+
 def test_captions_of_a_hub_dataset(tmp_path: Path, hub: types.ModuleType) -> None:
     table = hub.tables["user/name", "train"] = fake_table(tmp_path)
     table.columns["text"][1] = None
@@ -168,3 +185,55 @@ def test_parquet(tmp_path: Path, hub: types.ModuleType) -> None:
     (tmp_path / "a.parquet").touch()
     hub.tables["parquet", "train"] = hub.tables[str(tmp_path), "test"] = fake_table(tmp_path.parent / "p")
     assert len(open_data(f"{tmp_path}/a.parquet")) == len(open_data(f"{tmp_path}#test")) == 3
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, object]]]:
+    """A fake `pyarrow.parquet`: the rows of each file, by its name."""
+    held: dict[str, list[dict[str, object]]] = {}
+    package, module = types.ModuleType("pyarrow"), types.ModuleType("pyarrow.parquet")
+
+    def schema(path: Path) -> types.SimpleNamespace:
+        return types.SimpleNamespace(names=[*held[path.name][0]])
+
+    def table(path: Path) -> types.SimpleNamespace:
+        return types.SimpleNamespace(to_pylist=lambda: held[path.name])
+
+    module.__dict__.update(read_schema=schema, read_table=table)
+    package.__dict__["parquet"] = module
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", module)
+    return held
+
+
+def test_a_metadata_parquet_beside_images(tmp_path: Path, tables: dict[str, list[dict[str, object]]]) -> None:
+    for i in range(2):
+        save_image(tmp_path / "d" / "deep" / f"{i}.png", (100 * i, 0, 0))
+    (tmp_path / "d" / "metadata.parquet").write_bytes(b"PAR1")
+    rows = tables["metadata.parquet"] = [
+        {"file_name": "deep/1.png", "text": ["one", "uno"], "label": 3},
+        {"file_name": "deep/0.png", "text": ["zero"], "label": 0},
+    ]
+    samples = every(open_data(str(tmp_path / "d")))
+    assert samples.captions == ["one", "zero"] and labels_of(samples) == [3, 0]
+    assert torch.allclose(samples.images[:, 0, 0, 0], torch.tensor([100, 0]) / 127.5 - 1)
+    rows[1]["file_name"] = "deep/2.png"
+    assert "row 1: the file 'deep/2.png' does not exist" in refused(tmp_path / "d")
+    rows[1] = {"file_name": "deep/0.png", "text": None}
+    assert "row 1 has no caption" in refused(tmp_path / "d")
+
+
+def test_a_metadata_parquet_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_image(tmp_path / "0.png")
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "needs pip install 'diffdistill[datasets]'" in refused(tmp_path)
+
+
+def test_a_metadata_parquet_of_a_dataset_is_no_list_of_files(
+    tmp_path: Path, hub: types.ModuleType, tables: dict[str, list[dict[str, object]]]
+) -> None:
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    tables["metadata.parquet"] = [{"image": {}, "text": "x"}]
+    hub.tables[str(tmp_path), "train"] = fake_table(tmp_path.parent / "p")
+    assert len(open_data(str(tmp_path))) == 3

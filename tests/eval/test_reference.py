@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffdistill.errors import UserError
+from diffdistill.eval.image_folder import open_image_file
 from diffdistill.eval.protocol import load
 from diffdistill.eval.reference import statistics_of_file
 from tests.eval.sixty import PROTOCOL, Run
@@ -85,3 +86,72 @@ def test_the_usual_npz_of_mu_and_sigma(tmp_path: Path) -> None:
     (tmp_path / "s.npz").write_bytes((tmp_path / "s.npz").read_bytes()[:40])
     with pytest.raises(UserError, match="cannot be read"):
         statistics_of_file(tmp_path / "s.npz", load("cifar10"), [])
+
+
+MEAN, COV = np.arange(2048.0), np.eye(2048)
+MALFORMED: dict[str, dict[str, Any]] = {
+    "mu of two rows": {"mu": np.stack([MEAN, MEAN]), "sigma": COV},
+    "sigma of a row": {"mu": MEAN, "sigma": np.ones(2048)},
+    "numbers": {"mu": np.float64(1), "sigma": np.float64(1)},
+    "nan": {"mu": MEAN * np.nan, "sigma": COV},
+    "infinite": {"mu": MEAN, "sigma": np.full_like(COV, np.inf)},
+    "texts": {"mu": np.array(["a"] * 2048), "sigma": COV},
+    "complex": {"mu": MEAN * 1j, "sigma": COV},
+    "objects": {"mu": np.array([None] * 2048, dtype=object), "sigma": COV},
+    "empty": {"mu": MEAN[:0], "sigma": COV[:0, :0]},
+    "records": {"mu": np.zeros(2048, dtype=[("a", "f8")]), "sigma": COV},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("arrays", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_npz_of_statistics_is_refused_in_one_line(arrays: dict[str, Any], tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", **arrays)
+    with pytest.raises(UserError, match=r"^reference: ") as error:
+        statistics_of_file(tmp_path / "s.npz", load("cifar10"), [])
+    assert "s.npz" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 280
+
+
+def test_an_npz_of_samples_and_statistics_is_read_as_what_the_protocol_needs(tmp_path: Path) -> None:
+    """As ADM's reference batches are: images with Inception's statistics of them."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    path = tmp_path / "both.npz"
+    np.savez(path, arr_0=images, mu=MEAN, sigma=COV, mu_s=MEAN[:9], sigma_s=COV[:9, :9])
+    statistics = statistics_of_file(path, load("cifar10"), [])
+    assert statistics is not None and torch.equal(statistics["inception.features"].mean, torch.from_numpy(MEAN))
+    assert statistics_of_file(path, load("digits"), []) is None, (
+        "these are the images, whose other features are measured"
+    )
+    model = open_image_file(path)
+    assert model.count == 12 and torch.equal(
+        model.draw([3], 0, None, None)[0].permute(1, 2, 0), torch.tensor(images[3])
+    )
+
+
+OWN = {"format": "diffdistill reference", "images": "1x8x8 None unrounded", "count": "5", "measures": "{}", "data": "x"}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata"),
+    [
+        ({"digits.features.mean": torch.zeros(3)}, {}),
+        ({"digits.features.mean": torch.zeros(3), "digits.features.cov": torch.zeros(2, 2)}, {}),
+        ({"digits.features.mean": torch.zeros(3) / 0, "digits.features.cov": torch.eye(3)}, {}),
+        ({"digits.features.mean": torch.zeros(3).long(), "digits.features.cov": torch.eye(3)}, {}),
+        ({}, {"count": "many"}),
+        ({}, {"count": "0"}),
+        ({}, {"measures": "[]"}),
+        ({}, {"measures": "{"}),
+        ({}, {"images": "3x8x8 None unrounded"}),
+    ],
+)
+def test_a_malformed_file_of_our_own_is_refused_in_one_line(
+    tensors: dict[str, Any], metadata: dict[str, str], tmp_path: Path
+) -> None:
+    whole = {"digits.features.mean": torch.zeros(3), "digits.features.cov": torch.eye(3)}
+    save_file(whole, tmp_path / "r.safetensors", OWN)
+    assert statistics_of_file(tmp_path / "r.safetensors", load("digits"), []) is not None
+    save_file(tensors or whole, tmp_path / "r.safetensors", OWN | metadata)
+    with pytest.raises(UserError, match=r"^reference: .*make it anew") as error:
+        statistics_of_file(tmp_path / "r.safetensors", load("digits"), [])
+    assert len(str(error.value)) < 280

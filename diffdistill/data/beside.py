@@ -1,0 +1,112 @@
+"""What lies beside images and speaks of them: metadata files, and a text or JSON for each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffdistill.data.files import walk
+from diffdistill.data.texts import (
+    CAPTION_SUFFIXES,
+    caption_of,
+    note,
+    parquet_columns,
+    printable,
+    read_csv,
+    read_json,
+    read_lines,
+    read_parquet,
+    read_text,
+)
+from diffdistill.errors import UserError
+
+T = TypeVar("T")
+
+
+def metadata_of(root: Path) -> list[Path]:
+    """The files that say which images a folder has."""
+    found = [file for kind in ("jsonl", "csv", "parquet") if (file := root / f"metadata.{kind}").is_file()]
+    return [file for file in found if file.suffix != ".parquet" or _lists_images(file)]
+
+
+def _lists_images(parquet: Path) -> bool:
+    """Whether it is a table of files, and not of images; where nobody can tell, whether images lie beside it."""
+    columns = parquet_columns(parquet)
+    return any(walk(parquet.parent)) if columns is None else "file_name" in columns
+
+
+def read_metadata(path: Path) -> tuple[list[str], list[str] | None, list[Any] | None]:
+    """Files, captions and labels of an imagefolder's metadata (file_name, text or caption, label)."""
+    rows: list[tuple[int, Any]]
+    unit = "row" if path.suffix == ".parquet" else "line"
+    if path.suffix == ".csv":
+        rows = [*read_csv(path, "data")]
+    elif path.suffix == ".parquet":
+        rows = [*read_parquet(path, "data")]
+    else:
+        lines = enumerate(read_lines(path, "data"), 1)
+        rows = [(number, read_json(line, f"data: {path}, line {number}")) for number, line in lines if line.strip()]
+    form = "one JSON object a line" if path.suffix == ".jsonl" else "a column of that name"
+    for number, row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise UserError(f"data: {path}, {unit} {number} has no 'file_name'; give {form}")
+        if not os.path.isfile(path.parent / row["file_name"]):
+            raise UserError(f"data: {path}, {unit} {number}: the file {row['file_name']!r} does not exist")
+    others = set(walk(path.parent)) - {os.path.normpath(row["file_name"]) for _, row in rows}
+    if others and rows:
+        here = f"{len(others)} images beside it are not in it and passed over"
+        note(f"data: {printable(str(path))}: {here}, {printable(min(others))} the first")
+    captions = [caption_of(row, f"data: {path}", f"{unit} {number}") for number, row in rows]
+    labels, places = [row.get("label") for _, row in rows], [f"{path}, {unit} {number}" for number, _ in rows]
+    return (
+        [row["file_name"] for _, row in rows],
+        all_or_none(captions, places, "caption ('text')"),
+        all_or_none(labels, places, "label"),
+    )
+
+
+def captions_beside(root: Path, files: list[str]) -> list[str] | None:
+    """The captions of images, in files beside them: of `a.png` in `a.txt`, `A.TXT`, `a.png.txt` or `a.json`.
+
+    None if not all images have one.
+    """
+    captions: list[str | None] = []
+    named: dict[str, dict[str, str]] = {}  # the names of a folder's files, also by what they are in small letters
+    for file in files:
+        parent, _, image = file.rpartition("/")
+        if parent not in named:
+            held = os.listdir(root / parent)
+            named[parent] = {name.lower(): name for name in held} | {name: name for name in held}
+        captions.append(_caption_beside(root / parent, image, named[parent]))
+        if len(captions) == 64 and not any(caption is not None for caption in captions):
+            return None  # these are no captions: nothing more is looked for
+    there = [caption for caption in captions if caption is not None]
+    if there and len(there) < len(files):
+        some = f"only {len(there)} of {len(files)} images have a caption beside them (.txt)"
+        note(f"data: {printable(str(root))}: {some}, and none is read; give all of them one, or a metadata.jsonl")
+    return there if there and len(there) == len(files) else None
+
+
+def _caption_beside(folder: Path, image: str, named: dict[str, str]) -> str | None:
+    for stem in (image.rpartition(".")[0], image):
+        for suffix in (*CAPTION_SUFFIXES, ".json"):
+            name = f"{stem}{suffix}"
+            path = folder / named.get(name, named.get(name.lower(), ""))
+            if path == folder or not path.is_file():
+                continue
+            if path.suffix.lower() != ".json":
+                return read_text(path, "data").strip()
+            row = read_json(read_text(path, "data"), f"data: {path}")
+            if isinstance(row, dict) and (caption := caption_of(row, "data", str(path), "caption")) is not None:
+                return caption
+    return None
+
+
+def all_or_none(values: list[T | None], names: list[str], what: str) -> list[T] | None:
+    """The values, None if there are none; UserError if only some of the samples have one."""
+    present = [value for value in values if value is not None]
+    if present and len(present) < len(values):
+        missing = next(name for name, value in zip(names, values, strict=True) if value is None)
+        raise UserError(f"data: {missing} has no {what}, which others have; give all of them one")
+    return present or None
