@@ -38,7 +38,7 @@ PLANE = {
         "mode": "training",
         "grid": "native",
         "start_scales": 10,
-        "end_scales": 40,
+        "end_scales": 80,
         "ramp_steps": 2000,
         "loss_weight": "uniform",
         "distance": "huber",

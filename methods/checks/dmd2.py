@@ -31,17 +31,6 @@ PLANE = {
         "time_high": 0.98,
         "steps": 2500,
     },
-    "two steps": {
-        "student_lr": 0.001,
-        "fake_score_lr": 0.002,
-        "beta1": 0.0,
-        "update_ratio": 1,
-        "guidance_scale": 1.5,
-        "student_steps": 2,
-        "time_low": 0.02,
-        "time_high": 0.98,
-        "steps": 2500,
-    },
     "with a GAN": {
         "student_lr": 0.001,
         "fake_score_lr": 0.002,
@@ -53,7 +42,8 @@ PLANE = {
         "discriminator_weight": 0.1,
         "time_low": 0.02,
         "time_high": 0.98,
-        "steps": 2500,
+        "steps": 2000,
+        "batch_size": 128,
     },
 }
 

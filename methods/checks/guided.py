@@ -25,16 +25,16 @@ from diffdistill.scaffold.method import Batch
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
 PLANE = {
     "one step": {
-        "start_steps": 16,
+        "start_steps": 64,
         "final_steps": 1,
-        "stage_steps": 500,
+        "stage_steps": 350,
         "student_lr": 0.002,
         "lr_schedule": "constant",
         "ema": 0.0,
         "guidance_min": 1.0,
         "guidance_max": 2.0,
         "guidance_scale": 1.5,
-        "guidance_steps": 500,
+        "guidance_steps": 400,
         "steps": 2500,
         "weight": "truncated_snr",
     },

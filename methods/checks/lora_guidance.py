@@ -23,9 +23,11 @@ from diffdistill.scaffold.method import Batch
 PLANE = {
     "fixed scale": {
         "guidance_scale": 1.5,
+        "lora": "student",
         "lora_rank": 16,
+        "lora_alpha": 16,
         "lora_targets": "all",
-        "sampling_steps": 20,
+        "sampling_steps": 64,
         "steps": 1000,
         "student_lr": 0.002,
     },

@@ -20,13 +20,13 @@ from diffdistill.scaffold import halving
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
 PLANE = {
     "one step": {
-        "start_steps": 16,
+        "start_steps": 64,
         "final_steps": 1,
-        "stage_steps": 500,
+        "stage_steps": 350,
         "student_lr": 0.002,
         "lr_schedule": "constant",
         "ema": 0.0,
-        "steps": 2000,
+        "steps": 2100,
         "guidance_scale": 1.5,
         "weight": "truncated_snr",
     },
