@@ -35,7 +35,7 @@ from diffdistill.errors import UserError
 from diffdistill.eval.report import markdown_table, write_json, write_text
 from diffdistill.families import FAMILIES, load_teacher
 from diffdistill.files import atomic_write
-from diffdistill.training.assemble import make_game
+from diffdistill.training.assemble import data_for, make_game
 from diffdistill.training.trainer import Trainer, accelerator_for
 
 LORA: dict[str, Any] = {"lora": "student,fake_score"}
@@ -159,7 +159,7 @@ def measure(folder: Path, kind: str, dtype: str, steps: int, device: str) -> dic
     game = make_game(options)
     accelerator = accelerator_for(game.config, folder)
     game.teacher.denoiser.to(accelerator.device)
-    draw = batches(game.config, game.teacher, None, accelerator)
+    draw = batches(game.config, game.teacher, data_for(game), accelerator)
     parts = [game.teacher.denoiser, *game.method.players.values()]
     row: dict[str, Any] = {"players": kind}
     try:
