@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 from diffdistill.config import ExportConfig
+from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
 from diffdistill.families import local_folder
 from diffdistill.pipelines.card import model_card, own_card
@@ -48,6 +49,7 @@ def export(
 
 def run(config: ExportConfig) -> None:
     """The command."""
+    use_machine(config.device, config.threads)
     print(f"saved {export(config.run, step=config.step, out=config.out, dtype=config.dtype)}")
 
 
