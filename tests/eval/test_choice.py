@@ -106,7 +106,8 @@ def test_image_folders_and_their_mismatches(
         ([str(colour)], "name the real ones to compare with by --data"),
         ([str(wide), "--data", str(colour)], "are 20x16, and only square ones are judged"),
         ([str(grey), "--protocol", "mnist", "--count", "20", "--reference", str(grey)], "are 16x16 and the protocol's"),
-        ([model, "--protocol", "pixels", "--prompts", "p.txt", "--save-reference", "s.safetensors"], "save_reference"),
+        ([model, "--data", str(colour), "--count", "20", "--save-reference", "s.safetensors"], "save_reference"),
+        ([model, "--data", str(colour), "--prompts", "p.txt"], "takes no prompts"),
     ):
         assert main(["eval", *arguments]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
