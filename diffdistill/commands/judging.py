@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffdistill.config import JudgeConfig
+from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
 from diffdistill.eval.choice import Wishes, choose, facts_of
 from diffdistill.eval.judge import JudgeOptions
@@ -54,6 +55,7 @@ def judge_options(
         protocol = load(config.protocol, **overrides)
         if not protocol.is_open:
             return JudgeOptions(protocol, reference=config.reference, **shared)
+    use_machine(config.device)  # before anything is read
     wishes = Wishes(
         config.protocol, config.reference, data, config.prompts, config.count, config.seed, config.batch_size
     )
