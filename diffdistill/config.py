@@ -189,8 +189,8 @@ class PairsConfig(MachineConfig):
     out: str = option("runs/pairs", "the folder to make; one that is not finished is continued")
 
 
-@dataclass(frozen=True)
-class ExportConfig:
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(MachineConfig):
     """Which student."""
 
     run: str = option(MISSING, "a run folder made by train")
@@ -204,8 +204,8 @@ class ExportConfig:
     )
 
 
-@dataclass(frozen=True)
-class DiversityConfig:
+@dataclass(frozen=True, kw_only=True)
+class DiversityConfig(MachineConfig):
     """Which student, and how its teacher begins."""
 
     student: str = option(MISSING, "a run, or the folder of a Stable Diffusion student of two steps or more")
@@ -257,7 +257,9 @@ class DrawConfig(MachineConfig):
 class JudgeConfig(DrawConfig):
     """What is drawn, compared with what and measured how."""
 
-    protocol: str | None = option(None, "a protocol (see `diffdistill protocols`) or a .yaml file; default: digits")
+    protocol: str | None = option(
+        None, "a protocol (see `diffdistill protocols`) or a .yaml file; default: the one that fits the model"
+    )
     count: int | None = option(None, "images of each model; default: the protocol's", at_least=2)
     seed: int | None = option(
         None, "image i is drawn from seed 1000000 * SEED + i; default: the protocol's, which is 0", at_least=0
@@ -269,8 +271,14 @@ class JudgeConfig(DrawConfig):
     batch_size: int | None = option(
         None, "images drawn together, on which the last bits depend; default: the protocol's", at_least=1
     )
-    reference: str | None = option(None, "real images, or a file of their statistics; default: the protocol's")
-    prompts: str | None = option(None, "a file with a prompt on each line; default: the protocol's")
+    reference: str | None = option(
+        None,
+        "real images, or a file of their statistics; default: the protocol's, else those of the model's training, else "
+        "its teacher's own samples",
+    )
+    prompts: str | None = option(
+        None, "a file with a prompt on each line; default: the protocol's, else those of the model's training"
+    )
     weights: tuple[str, ...] = option(
         (), "KEY=PATH, a file, folder or hub id with a feature network's weights; may be repeated", repeated=True
     )
@@ -295,7 +303,9 @@ class EvalConfig(JudgeConfig):
         at_least=1,
     )
     data: str | None = option(
-        None, "real images of an evaluation without --protocol: digits, shapes, or your own 8x8 images; default: digits"
+        None,
+        "real images of an evaluation without --protocol, of any kind that train takes; default: those of the model's "
+        "training, else its teacher's own samples",
     )
     save_reference: str | None = option(None, "a file that statistics of the real images are written into")
     out: str | None = option(

@@ -40,7 +40,8 @@ def compare_models(models: Sequence[ModelLike], options: JudgeOptions, out: Path
     for source in models:
         model = open_model(source, sampling)
         # A folder of its own for whatever the images depend on, so that other options are other folders.
-        key = digest([model.fingerprint, model.call, judge.protocol.count, judge.protocol.seed, options.prompts])
+        settings = [model.fingerprint, model.call, judge.protocol.count, judge.protocol.seed, options.prompts]
+        key = digest([*settings, judge.protocol.name, [m.fingerprint for m in judge.measures]])
         result = score(model, judge, out / "models" / f"{model.name}-{key}")
         used = [each.model for each in scores]
         where = [os.fspath(source)] if isinstance(source, str | os.PathLike) else []

@@ -40,7 +40,10 @@ class JudgeOptions:
     protocol: Protocol
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     reference: str | None = None  #: real images or a file of their statistics; default: the protocol's
+    data: Data | None = None  #: the real images, where they are open already
     prompts: str | None = None  #: a file; default: the protocol's
+    captions: Sequence[str] | None = None  #: of the images, in place of a file of prompts
+    notes: Sequence[str] = ()  #: what a reader must know of how all this was chosen
     weights: Mapping[str, str] = field(default_factory=dict)  #: of feature networks, by key
     bootstrap: int | None = None  #: replicates of the intervals; 0: none; default: REPLICATES
     device: str = "auto"
@@ -53,8 +56,13 @@ class Judge:
     def __init__(
         self, options: JudgeOptions, *, data: Data | None = None, measures: Mapping[str, Measure] | None = None
     ) -> None:
-        """`data`: the real images, if they are open already; `measures`: by key, in place of the known ones."""
+        """`data`: the real images, if they are open already; `measures`: by key, in place of the known ones.
+
+        UserError for a protocol that leaves to the model what `eval.choice` completes.
+        """
         self.options, self.protocol = options, options.protocol
+        if self.protocol.is_open:
+            raise UserError(f"protocol: {self.protocol.name} says no resolution; complete it by eval.choice")
         self.processes = Processes(options.device, options.threads)
         self.sampling = replace(options.sampling, device=self.processes.device, eight_bit=options.protocol.eight_bit)
         self.captions = self._captions()
@@ -70,8 +78,8 @@ class Judge:
         self.reference: Reference | None = None
         self.real: Data | None = None
         if self.protocol.needs_reference:
-            self.reference, self.real = open_reference(
-                self.protocol, options.reference, self.measures, self.processes, data
+            self.reference, self.real, self.measures = open_reference(
+                self.protocol, options.reference, self.measures, self.processes, data or options.data
             )
         elif options.reference:
             needless = "has no metric that compares with real images; leave --reference out"
@@ -97,6 +105,8 @@ class Judge:
                     f"{', '.join(protocol.conditions)}; leave --prompts out"
                 )
             return None
+        if self.options.captions is not None:
+            return list(self.options.captions)[: protocol.count]
         if file is None and protocol.prompts == "shapes":
             return draw_many(HELD_OUT, protocol.count)[1]
         path = Path(file) if file else data_path(str(protocol.prompts))

@@ -39,7 +39,7 @@ from diffdistill.eval.models import (
     refuse_non_finite,
     teacher_images,
 )
-from diffdistill.eval.protocol import digest
+from diffdistill.eval.protocol import Protocol, digest
 from diffdistill.eval.report import check_writable, markdown_table, write_text
 from diffdistill.eval.results import Evaluation, evaluation_of
 from diffdistill.families import (
@@ -74,6 +74,9 @@ def evaluate_model(
     if isinstance(model, str | os.PathLike) and not models_in(model):
         check_there(model)
     judge = Judge(options)
+    if save_reference_to and any(getattr(m, "fitted", False) for m in judge.measures):
+        problem = f"features of {options.protocol.name} are made of the real images, so that statistics are of no use"
+        raise UserError(f"save_reference: {problem}; leave it out, and name the images by --reference")
     if judge.processes.rank == 0:
         check_writable(out)
     if teacher_steps:
@@ -91,7 +94,9 @@ def evaluate_model(
 
 
 def check_there(source: str | os.PathLike[str]) -> None:
-    """UserError unless the source is a folder, 'digits' or a hub id that can be had."""
+    """UserError unless the source is a folder, a file, 'digits' or a hub id that can be had."""
+    if model_folder(source).is_file():  # of images, or `open_model` says what it is
+        return
     try:
         local_folder(str(model_folder(source)))
     except UserError as error:
@@ -127,7 +132,7 @@ def _ladder(
     source: ModelLike, judge: Judge, out: Path, teacher: str | os.PathLike[str] | Teacher | None, steps: Sequence[int]
 ) -> Evaluation:
     scores: list[Score] = []
-    for model in ladder_models(source, judge.sampling, teacher, steps, judge):
+    for model in ladder_models(source, judge.sampling, teacher, steps, judge.protocol):
         result = score(model, judge, out / "models" / _key(model, judge), quiet=True)
         if result.ms_per_image is None and judge.processes.rank == 0:  # the images were there already
             result = replace(result, ms_per_image=latency(model, judge))
@@ -155,8 +160,10 @@ def _latency_note(judge: Judge) -> str:
 def _key(model: Model, judge: Judge) -> str:
     """A folder's name for whatever the images depend on, so that other options are other folders."""
     name = "".join(c if c.isalnum() else "-" for c in model.name)
+    captions = None if judge.options.captions is None else digest(judge.captions)
     settings = [model.fingerprint, model.call, judge.protocol.count, judge.protocol.seed, judge.options.prompts]
-    return f"{name}-{digest([*settings, judge.protocol.eight_bit])}"
+    settings += [judge.protocol.name, captions, judge.protocol.eight_bit, [m.fingerprint for m in judge.measures]]
+    return f"{name}-{digest(settings)}"
 
 
 def _label(result: Score) -> str:
@@ -193,7 +200,7 @@ class _Rung:
 
 def ladder_models(
     source: ModelLike, sampling: SamplingOptions, teacher: str | os.PathLike[str] | Teacher | None,
-    teacher_steps: Sequence[int], judge: Judge,
+    teacher_steps: Sequence[int], protocol: Protocol,
 ) -> list[Model]:  # fmt: skip
     """The teacher at its own steps, once for each guidance scale that a student was trained with, and the students.
 
@@ -209,16 +216,16 @@ def ladder_models(
     family = FAMILIES.get(judged.family)
     if family is None or family.autoencoder is None:
         return [pixel_model(r.name, r.fingerprint, r.draw, judged, r.steps, r.call, sampling) for r in rungs]
-    if family.conditions == "text" and not judge.protocol.prompts:
+    if family.conditions == "text" and not protocol.prompts:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "the model"
         raise UserError(
-            f"eval: {name!r} is text-to-image, and the protocol {judge.protocol.name} has no captions; give one that "
+            f"eval: {name!r} is text-to-image, and the protocol {protocol.name} has no captions; give one that "
             "has (--protocol shapes, say), or images with captions by --data"
         )
     latents = _Latents(judged, family, sampling)
     models = [latents.model(rung) for rung in rungs]
-    if judge.protocol.prompts == "shapes":
-        models.insert(0, latents.pictures(identity, judge.protocol.count))
+    if protocol.prompts == "shapes":
+        models.insert(0, latents.pictures(identity, protocol.count))
     return models
 
 

@@ -65,7 +65,7 @@ class Protocol:
     title: str
     conditions: list[str]  #: what the models may take: none, classes, prompts
     count: int
-    resolution: int  #: pixels a side of the images that are measured
+    resolution: int  #: pixels a side of the images that are measured; 0: as the model has them, so its channels too
     channels: int
     metrics: list[ProtocolMetric]
     name: str = ""
@@ -80,6 +80,11 @@ class Protocol:
     batch: int = 50  #: images drawn and measured together, whatever the number of processes
     shard: int = 250  #: images in a file of measurements, which is what an interruption can cost
     published: list[Published] = field(default_factory=list)  #: measured as here; others are left out
+
+    @property
+    def is_open(self) -> bool:
+        """Whether size, channels, conditions and real images are those of the model that is judged."""
+        return self.resolution == 0
 
     @property
     def measures(self) -> list[str]:
@@ -153,13 +158,18 @@ def _check(protocol: Protocol, where: str) -> None:
         raise UserError(f"{where}: seed: {protocol.seed} is negative; give 0 or more")
     if any(metric.k < 1 for metric in protocol.metrics):
         raise UserError(f"{where}: metrics: k must be 1 or more")
-    for name in ("count", "resolution", "batch", "shard"):
+    for name in ("count", "batch", "shard") if protocol.is_open else ("count", "resolution", "batch", "shard"):
         if getattr(protocol, name) < 1:
             raise UserError(f"{where}: {name}: {getattr(protocol, name)} is not 1 or more")
-    if protocol.channels not in (1, 3):
-        raise UserError(f"{where}: channels: {protocol.channels} is neither 1 nor 3")
+    if protocol.channels not in ((0,) if protocol.is_open else (1, 3)):
+        raise UserError(
+            f"{where}: channels: {protocol.channels} is "
+            + ("not 0, as the resolution is" if protocol.is_open else "neither 1 nor 3")
+        )
     if protocol.resize not in (None, "lanczos", "bicubic", "bilinear"):
         raise UserError(f"{where}: resize: {protocol.resize!r} is not one of lanczos, bicubic, bilinear")
+    if protocol.is_open:
+        return
     if protocol.needs_reference and not protocol.reference:
         raise UserError(f"{where}: reference is missing, and the metrics compare with one")
     if "classes" in protocol.conditions and not protocol.classes:

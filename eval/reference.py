@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffdistill.data.arrays import check_expansion, holds_arrays
@@ -24,7 +24,7 @@ from diffdistill.data.files import walk
 from diffdistill.data.images import Data, open_data
 from diffdistill.data.texts import printable
 from diffdistill.errors import UserError
-from diffdistill.eval.features.measure import Measure
+from diffdistill.eval.features.measure import FittedMeasure, Measure
 from diffdistill.eval.measurements import Measurements, Processes, make_measurements, measured, prepared
 from diffdistill.eval.metrics.moments import Statistics
 from diffdistill.eval.protocol import Protocol, ProtocolMetric, data_path, digest
@@ -33,6 +33,7 @@ from diffdistill.pictures import as_bytes
 
 LEAST = 10
 MANY = 5000  # images, whose measuring shows its progress
+FITTED = 5000  # images that a measure is fitted to
 FORMAT = "diffdistill reference"
 
 
@@ -101,23 +102,40 @@ def cache_folder() -> Path:
 
 def open_reference(
     protocol: Protocol, spec: str | None, measures: Sequence[Measure], processes: Processes, data: Data | None = None
-) -> tuple[Reference, Data | None]:
-    """The reference and, if it is images, these. UserError where it is missing or of another kind or size.
+) -> tuple[Reference, Data | None, list[Measure]]:
+    """The reference, its images if it has any, and the measures, fitted where one is made of the real images.
 
     `spec` names real images or a file of statistics (default: the protocol's own); `data` are images that are open
-    already, of that name.
+    already, of that name. UserError where the reference is missing or of another kind or size.
     """
-    spec = spec or _own_reference(protocol)
+    spec = spec or (_own_reference(protocol) if data is None else data.name)
     path = Path(spec)
     if data is None:
         if path.is_file() and path.suffix.lower() in (".npz", ".safetensors"):
             statistics = statistics_of_file(path, protocol, measures)
             if statistics is not None:
-                return Reference(path.name, f"statistics of {path.name}", None, statistics), None
+                key = next((m.key for m in measures if isinstance(m, FittedMeasure)), None)
+                if key is not None:
+                    raise UserError(f"reference: {spec} holds statistics alone, and {key!r} is made of images")
+                return Reference(path.name, f"statistics of {path.name}", None, statistics), None, list(measures)
         data = _open_images(spec, protocol)
     _check_images(data, spec, protocol)
-    measures = [m for m in measures if not m.conditional]
-    return _measured_images(data, spec, protocol, measures, processes), data
+    fitted = [_fitted(m, data, spec, protocol, processes) if isinstance(m, FittedMeasure) else m for m in measures]
+    unconditional = [m for m in fitted if not m.conditional]
+    return _measured_images(data, spec, protocol, unconditional, processes), data, fitted
+
+
+def _fitted(m: FittedMeasure, data: Data, spec: str, protocol: Protocol, processes: Processes) -> Measure:
+    """The measure fitted to images that are spread evenly over the data; from the cache if it was before."""
+    file = _folder_of(_identity(data, spec, protocol) | {"fitted": m.fingerprint}) / "fitted.safetensors"
+    if not file.is_file() and processes.rank == 0:
+        count = min(len(data), FITTED)
+        parts = (torch.arange(count) * len(data) // count).split(50)
+        images = torch.cat([_as_measured(data.get(rows).images, spec, protocol) for rows in parts])
+        state = m.fit(images, processes.device).state_dict()
+        atomic_write(file, save({name: value.cpu().contiguous() for name, value in state.items()}))
+    processes.wait()
+    return m.load(load_file(file), processes.device)
 
 
 def _own_reference(protocol: Protocol) -> str:
@@ -160,30 +178,16 @@ def _measured_images(
     data: Data, spec: str, protocol: Protocol, measures: Sequence[Measure], processes: Processes
 ) -> Reference:
     """The images through the measures, from the cache as far as they are there."""
-    settings = {
-        "fingerprint": data.fingerprint,
-        "files": _files(Path(spec.partition("#")[0])),
-        "shape": [protocol.channels, protocol.resolution, protocol.resolution],
-        "count": len(data),
+    settings = _identity(data, spec, protocol) | {
         "shard_size": 1000,
         "device": processes.device.type,
-        "resize": protocol.resize,
-        "eight_bit": protocol.eight_bit,
         "measures": {m.key: m.fingerprint for m in measures},
     }
-    folder = cache_folder() / "references" / digest(settings)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"reference: {folder.parent} cannot be written ({error.strerror}); name another folder by "
-            "$DIFFDISTILL_CACHE"
-        ) from None
+    folder = _folder_of(settings)
 
     def produce(indices: range) -> dict[str, Tensor]:
         samples = data.get(torch.tensor(indices))
-        images = as_bytes(samples.images) if protocol.eight_bit else samples.images
-        return measured(prepared(images, protocol, spec, crop=True), measures, None, samples.labels)
+        return measured(_as_measured(samples.images, spec, protocol), measures, None, samples.labels)
 
     about = f"{len(data)} images of {data.name}"
     cached = folder / "statistics.safetensors"
@@ -198,6 +202,35 @@ def _measured_images(
     if processes.rank == 0 and any(m.metric.needs == "statistics" for m in comparing):
         save_reference(cached, reference, protocol, measures)
     return reference
+
+
+def _identity(data: Data, spec: str, protocol: Protocol) -> dict[str, Any]:
+    """What real images as they are measured depend on."""
+    return {
+        "fingerprint": data.fingerprint,
+        "files": _files(Path(spec.partition("#")[0])),
+        "shape": [protocol.channels, protocol.resolution, protocol.resolution],
+        "count": len(data),
+        "resize": protocol.resize,
+        "eight_bit": protocol.eight_bit,
+    }
+
+
+def _folder_of(settings: dict[str, Any]) -> Path:
+    """The folder of the cache for these settings, made if it is not there."""
+    folder = cache_folder() / "references" / digest(settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"reference: {folder.parent} cannot be written ({error.strerror}); name another folder by "
+            "$DIFFDISTILL_CACHE"
+        ) from None
+    return folder
+
+
+def _as_measured(images: Tensor, spec: str, protocol: Protocol) -> Tensor:
+    return prepared(as_bytes(images) if protocol.eight_bit else images, protocol, spec, crop=True)
 
 
 def _files(path: Path) -> str | None:

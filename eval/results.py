@@ -71,7 +71,7 @@ def evaluation_of(
     if judge.processes.rank > 0:
         return Evaluation([], [], {}, out)
     protocol = judge.protocol
-    notes = [*notes_of(scores, judge), *more_notes]
+    notes = [*notes_of(scores, judge), *judge.options.notes, *more_notes]
     any_timed = any(s.ms_per_image is not None for s in scores)
 
     def timed(each: Score) -> dict[str, Any]:

@@ -32,12 +32,18 @@ def compare(models: Sequence[ModelLike], **options: Unpack[CompareOptions]) -> E
         raise UserError(f"models: {os.fspath(models)!r} is one; give a list of two or more")
     names = [os.fspath(model) if isinstance(model, str | os.PathLike) else "loaded" for model in models]
     config = build(CompareConfig, {**options, "models": names})
-    return compare_models(models, judge_options(config), Path(config.out))
+    return _compare(config, models)
+
+
+def _compare(config: CompareConfig, models: Sequence[ModelLike]) -> Evaluation:
+    if not models:
+        raise UserError("compare: no model was given; give two or more")
+    return compare_models(models, judge_options(config, models[0]), Path(config.out))
 
 
 def run(config: CompareConfig) -> None:
     """The command: prints the tables, and where they and the pictures are."""
-    comparison = compare_models(config.models, judge_options(config), Path(config.out))
+    comparison = _compare(config, config.models)
     if not comparison.scores:  # of another process than the first
         return
     print(comparison)

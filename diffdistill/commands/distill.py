@@ -175,5 +175,7 @@ def run(values: dict[str, Any]) -> int:
     except Interrupted as stopped:
         print(f"stopped; resume with: diffdistill train --resume {stopped}", file=sys.stderr)
         return 130
-    print(f"saved {result.student}\ncompare it with its teacher: diffdistill eval {result.folder}")
+    from diffdistill.eval.choice import suggestion
+
+    print(f"saved {result.student}\n{suggestion(result.folder)}")
     return 0

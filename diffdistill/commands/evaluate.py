@@ -42,25 +42,18 @@ def evaluate(
 def _evaluate(config: EvalConfig, model: ModelLike, teacher: str | os.PathLike[str] | Teacher | None) -> Evaluation:
     if config.protocol is not None and config.data is not None:
         raise UserError(f"data: {config.data!r} cannot be used with --protocol; name the real images by --reference")
-    protocol, reference = _of_data(config.data)
-    if config.protocol is None and protocol is None and config.count is not None and config.count < LEAST:
+    options = judge_options(config, model, config.data, teacher)
+    chosen = options.protocol.name
+    if config.protocol is None and chosen == "digits" and config.count is not None and config.count < LEAST:
         raise UserError(f"count: {config.count} must be at least {LEAST}, for the distances of the protocol digits")
-    options = judge_options(config, protocol, reference)
     steps = config.teacher_steps
     if steps is None:
         alone = config.protocol is not None or config.steps is not None or not _may_climb(model)
         steps = () if alone else TEACHER_STEPS
-    out = Path(config.out) if config.out else default_out(config, model, laddered=bool(steps))
+    out = Path(config.out) if config.out else default_out(config, model, chosen, laddered=bool(steps))
     return evaluate_model(
         model, options, out, teacher=teacher, teacher_steps=steps, save_reference_to=config.save_reference
     )
-
-
-def _of_data(data: str | None) -> tuple[str | None, str | None]:
-    """The protocol and the reference that --data means."""
-    if data is None or data == "digits":
-        return None, None
-    return ("shapes", None) if data.partition(":")[0] == "shapes" else (None, data)
 
 
 def _may_climb(model: ModelLike) -> bool:
@@ -70,20 +63,20 @@ def _may_climb(model: ModelLike) -> bool:
     return bool(models_in(model)) or not model_folder(model).exists()
 
 
-def default_out(config: EvalConfig, model: ModelLike, *, laddered: bool) -> Path:
+def default_out(config: EvalConfig, model: ModelLike, protocol: str, *, laddered: bool) -> Path:
     """In the run of a student or the folder of runs; of all else below runs/eval, so that no model is written into."""
     name = Path(os.fspath(model)).resolve().name if isinstance(model, str | os.PathLike) else "loaded"
     root = Path("runs/eval") / name
     if isinstance(model, str | os.PathLike):
         folder, students = Path(model), models_in(model)
-        if len(students) > 1 or (len(students) == 1 and students[0].parent.parent == folder):
+        if len(students) > 1 or (len(students) == 1 and students[0].parent.parent == folder != students[0].parent):
             root = folder / "eval"
         elif students and is_student(students[0]):
             run = students[0].parent
             root = run / "eval" if (run / "config.yaml").is_file() else root
     if laddered and config.protocol is None:
         return root
-    parts = [Path(config.protocol or config.data or "digits").stem]
+    parts = [Path(config.protocol or config.data or protocol).stem]
     if config.steps is not None:
         parts.append(f"{config.steps}steps")
     if config.guidance_scale is not None:

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 from diffdistill.config import ExportConfig
+from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
 from diffdistill.families import local_folder
 from diffdistill.pipelines.card import model_card, own_card
@@ -58,6 +59,7 @@ def export(
 
 def run(config: ExportConfig) -> None:
     """The command."""
+    use_machine(config.device, config.threads)
     allowed = config.allow_change
     folder = export(config.run, step=config.step, out=config.out, dtype=config.dtype, allow_change=allowed)
     print(f"saved {folder}")

@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from dataclasses import replace
+from typing import Any
+
 from diffdistill.config import JudgeConfig
+from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
+from diffdistill.eval.choice import Wishes, choose, facts_of
 from diffdistill.eval.judge import JudgeOptions
-from diffdistill.eval.models import SamplingOptions
+from diffdistill.eval.measurements import Processes
+from diffdistill.eval.models import ModelLike, SamplingOptions
+from diffdistill.eval.own_samples import own_samples
 from diffdistill.eval.protocol import load
+from diffdistill.players.teacher import Teacher
 
-DEFAULT_PROTOCOL = "digits"
 
+def judge_options(
+    config: JudgeConfig,
+    model: ModelLike,
+    data: str | None = None,
+    teacher: str | os.PathLike[str] | Teacher | None = None,
+) -> JudgeOptions:
+    """Options of the judge; what the user leaves open is chosen to fit the model, which is said on standard error.
 
-def judge_options(config: JudgeConfig, protocol: str | None = None, reference: str | None = None) -> JudgeOptions:
-    """Options of the judge; `protocol` and `reference` are what holds where the user names none."""
+    `data` are real images of an evaluation without a protocol, `teacher` a student's in place of its own.
+    """
     weights = {}
     for text in config.weights:
         key, _, path = text.partition("=")
         if not path:
             raise UserError(f"weights: {text!r} is not KEY=PATH, as in inception=pt_inception-2015-12-05-6726825d.pth")
         weights[key] = path
-    name = config.protocol or protocol or DEFAULT_PROTOCOL
-    return JudgeOptions(
-        protocol=load(name, count=config.count, seed=config.seed, batch=config.batch_size),
-        sampling=SamplingOptions(
-            steps=config.steps,
-            guidance_scale=config.guidance_scale,
-            dtype=config.dtype,
-            attention=config.attention,
-            trust_remote_code=config.trust_remote_code,
-        ),
-        reference=config.reference or reference,
-        prompts=config.prompts,
-        weights=weights,
-        bootstrap=config.bootstrap,
-        device=config.device,
-        threads=config.threads,
+    sampling = SamplingOptions(
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        dtype=config.dtype,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
     )
+    shared: dict[str, Any] = {
+        "sampling": sampling,
+        "prompts": config.prompts,
+        "weights": weights,
+        "bootstrap": config.bootstrap,
+        "device": config.device,
+        "threads": config.threads,
+    }
+    if config.protocol is not None:
+        overrides = {"count": config.count, "seed": config.seed, "batch": config.batch_size}
+        protocol = load(config.protocol, **overrides)
+        if not protocol.is_open:
+            return JudgeOptions(protocol, reference=config.reference, **shared)
+    use_machine(config.device)  # before anything is read
+    wishes = Wishes(
+        config.protocol, config.reference, data, config.prompts, config.count, config.seed, config.batch_size
+    )
+    choice = choose(facts_of(model), wishes)
+    if config.protocol is None and int(os.environ.get("RANK", "0")) == 0:
+        print(f"eval: {choice.about}", file=sys.stderr, flush=True)
+    if choice.own:
+        processes = Processes(config.device, config.threads)
+        at = SamplingOptions(device=processes.device, attention=config.attention)
+        choice = replace(choice, data=own_samples(model, choice, at, processes, teacher))
+    return choice.options(**(shared | ({"prompts": None} if choice.captions is not None else {})))

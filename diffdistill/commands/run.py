@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,9 @@ from diffdistill.files import atomic_folder
 from diffdistill.training.trainer import metrics_lines
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from diffdistill.commands.keywords import EvalOptions
     from diffdistill.eval.results import Evaluation
     from diffdistill.players.sampler import Sampler
     from diffdistill.players.teacher import Teacher
@@ -53,24 +56,17 @@ class Run:
         teacher = self.teacher if self.teacher is not None and not self.teacher.family else None
         return load_student(self.student, network=teacher)[0]
 
-    def evaluate(
-        self,
-        *,
-        protocol: str | None = None,
-        count: int | None = None,
-        seed: int | None = None,
-        out: str | PathLike[str] | None = None,
-    ) -> Evaluation:
-        """The student judged as `diffdistill.evaluate` does; `rows` of the result are those of the table.
+    def evaluate(self, **options: Unpack[EvalOptions]) -> Evaluation:
+        """The student judged as `diffdistill.evaluate` does, with its options; `rows` are those of the table.
 
+        Without any it is beside its teacher, by the protocol that fits it, against the images of its training.
         Raises UserError for a network that diffusers does not know, whose samples `sampler` draws.
         """
         from diffdistill.commands.evaluate import evaluate
 
         if (self.student / WEIGHTS).is_file():
             raise UserError("evaluate: the student's network is not in diffusers; judge what its sampler() draws")
-        into = None if out is None else fspath(out)
-        return evaluate(self.folder, protocol=protocol, count=count, seed=seed, out=into)
+        return evaluate(self.folder, **options)
 
     def save(self, folder: str | PathLike[str]) -> Path:
         """Copy the student's folder, whole or not at all; returns the copy."""

@@ -144,7 +144,8 @@ def encode(*, teacher: str | PathLike[str] | Teacher | None = None, **values: An
         if (out / KIND.index).exists():  # it may have turned out that there are fewer
             made = read_index(KIND, out)["settings"]
             settings["count"] = made["count"] if made.get("asked") == source.count else source.count
-    index = start(KIND, out, settings, {"teacher": config.teacher})
+    named = {"teacher": config.teacher, "data": config.data, "prompts": config.prompts}  # for people, and for `eval`
+    index = start(KIND, out, settings, named)
 
     def produce(indices: range) -> dict[str, Tensor]:
         return encoder.columns(source, indices)

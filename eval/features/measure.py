@@ -45,6 +45,26 @@ class Measure(Interface):
 
 
 @dataclass
+class FittedMeasure:
+    """A measure that is made of the real images, when these are open.
+
+    `fit(images, device)` takes a sample of them as they are measured, uint8 (N, C, H, W) or float32 in [-1, 1]. What it
+    gives is kept beside the measured reference, for as long as these images stay the same.
+    """
+
+    key: str
+    name: str
+    fingerprint: str  #: of how it is fitted
+    fit: Callable[[Tensor, Device], nn.Module]  #: the network that gives the features
+    load: Callable[[dict[str, Tensor], Device], Measure]  #: the measure of that network's state_dict
+    conditional: bool = False
+
+    def __call__(self, images: Tensor, captions: Sequence[str] | None, labels: Tensor | None) -> dict[str, Tensor]:
+        """UserError: there were no real images."""
+        raise UserError(f"reference: {self.key!r} is made of the real images; give them by --reference")
+
+
+@dataclass
 class NetworkMeasure:
     """A measure that is a network behind `columns`. Raises UserError for images that are neither grey nor RGB."""
 
@@ -54,6 +74,7 @@ class NetworkMeasure:
     columns: Columns
     conditional: bool = False
     takes_floats: bool = False
+    fitted: bool = False  #: to the real images
 
     @torch.no_grad()
     def __call__(self, images: Tensor, captions: Sequence[str] | None, labels: Tensor | None) -> dict[str, Tensor]:
@@ -129,6 +150,7 @@ _SHIPPED = {
     "mnist": "classifiers:mnist",
     "lpips": "lpips:lpips",
     "attributes": "attributes:attributes",
+    "pixels": "pixels:pixels",
 }
 """Key -> module beside this one and function in it, imported when it is used."""
 

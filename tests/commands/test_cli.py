@@ -125,7 +125,7 @@ def test_verify_trains_where_it_is_told_and_compares_formulas_on_the_cpu(
         (["train", "--method", "swiftbrush", "--time-low", "0.9", "--time-high", "0.5"], "time_low: 0.9 must be less"),
         (["train", "--method", "adapter_guidance", "--guidance-max", "2"], "guidance_scale: 3.0 is not in what is"),
         (["train", "--student-level", "5000"], "student_level: 5000.0 is not a whole timestep from 0 to 999"),
-        (["eval", "nowhere", "--count", "50"], "count: 50 must be at least 100"),
+        (["eval", "digits", "--count", "50"], "count: 50 must be at least 100"),
         (["eval", "nowhere"], "eval: 'nowhere' holds no student or teacher yet"),
         (["sample", "nowhere"], "teacher: 'nowhere' is not a folder"),
         (["sample", "digits", "--classes", "12"], "classes: 12 is not among the 10 classes"),

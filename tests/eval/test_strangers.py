@@ -1,0 +1,50 @@
+"""The benchmark of strangers' teachers, tiny: it makes, trains and judges, goes on, and writes its page."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffdistill.commands.cli import main
+from diffdistill.eval.benchmarks import strangers
+
+
+def test_a_tiny_benchmark_goes_on_and_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: list[str], settings: strangers.Settings) -> float:  # here, which saves the imports
+        assert main([*arguments, "--device", "cpu"]) == 0
+        return 1.0
+
+    monkeypatch.setattr(strangers, "_run", run)
+    random = np.random.RandomState(0)
+    images = random.randint(0, 256, (40, 28, 28)).astype(np.uint8)
+    np.savez(tmp_path / "tiny.npz", train_images=images, test_images=images[::-1])
+    page, out = tmp_path / "page.md", tmp_path / "out"
+    page.write_text(f"before\n{strangers.BEGIN}\nnothing yet\n{strangers.END}\nafter\n")
+    command = ["--images", str(tmp_path / "tiny.npz"), "--teachers", "ddpm,edm", "--methods", "dmd", "--threads", "1"]
+    command += ["--widths", "8,8", "--teacher-steps", "2", "--steps", "1", "--count", "12", "--out", str(out)]
+    assert strangers.main([*command, "--docs", str(page)]) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    models = ["teacher, 8 steps", "teacher, 50 steps", "dmd"]
+    assert [(row["teacher"], row["model"]) for row in rows] == [(k, m) for k in ("ddpm", "edm") for m in models]
+    assert all(row["frechet distance"] > 0 for row in rows)
+    assert {row["ahead"] for row in rows if row["model"] == "dmd"} <= {"yes", "no"}
+    text = page.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "nothing yet" not in text
+    assert "| ddpm | dmd | 1 |" in text and page.with_suffix(".png").is_file()
+    made = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")}
+    assert strangers.main(command) == 0
+    assert made == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")}
+    assert json.loads((out / "results.json").read_text())["rows"] == rows
+
+
+def test_steps_fit_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: list[str], settings: strangers.Settings) -> float:
+        folder = Path(arguments[arguments.index("--out") + 1])
+        folder.mkdir(parents=True)
+        lines = [{"step": 2, "seconds_per_step": 9.0}, *({"step": i, "seconds_per_step": 0.5} for i in (4, 6, 8))]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return 0.0
+
+    monkeypatch.setattr(strangers, "_run", run)
+    assert strangers.fitting_steps([], 100, strangers.Settings("x", tmp_path)) == 190
