@@ -193,6 +193,15 @@ def test_what_cannot_be_saved_is_refused_before_the_training(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_a_student_as_a_teacher_is_noted(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    distill(
+        teacher=str(place / "full" / "student"), prompts=str(place / "full" / "encoded"), steps=1, batch_size=2,
+        sample_every=0, resolution=32, device="cpu", out=str(tmp_path / "run"),
+    )  # fmt: skip
+    said = capsys.readouterr().err
+    assert "is itself a student of 2 steps (dmd2)" in said and "'tiny', which it was distilled from" in said
+
+
 def test_a_lora_of_pixels_alone_is_refused(tiny_teacher: Callable[[str], Path], tmp_path: Path) -> None:
     options = {"lora": "student,fake_score", "lora_rank": 2, "export": "lora", "device": "cpu"}
     with pytest.raises(UserError, match="export: stock diffusers loads no LoRA on ConsistencyModelPipeline"):
