@@ -49,7 +49,32 @@ class FitConfig(MachineConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig(FitConfig):
+class SavingConfig:
+    """How the student is saved."""
+
+    export: Literal["both", "lora", "merged"] = option(
+        "both",
+        "of a LoRA student: lora (the LoRA alone, for load_lora_weights on the teacher), merged (a whole pipeline), or "
+        "both (the pipeline, with the LoRA in its sub-folder lora); other students are whole pipelines",
+    )
+    parts: Literal["copy", "link", "reference"] = option(
+        "copy",
+        "the teacher's text encoders, VAE and tokenizers in the student's folder; copy: copied; link: hard links to "
+        "their weights, where the file system has them; reference: left out, and loaded from the teacher",
+    )
+    max_shard_size: str = option(
+        "10GB", "the most bytes of a file of the network's weights, with KB, MB, GB or TB; larger ones are parted"
+    )
+    push_to_hub: str | None = option(None, "OWNER/NAME of a repository of the Hugging Face hub to upload the folder to")
+    hub_private: bool = option(True, "a repository that --push-to-hub makes is private")
+
+
+SAVING = frozenset(SavingConfig.__dataclass_fields__)
+"""Options that a training does not depend on: they are of the folder that it ends with."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(SavingConfig, FitConfig):
     """Method, teacher, data and players."""
 
     method: str = option("dmd2", "a method's name (see `diffdistill methods`) or a file of your own, ./my_method.py")
@@ -190,7 +215,7 @@ class PairsConfig(MachineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(MachineConfig):
+class ExportConfig(MachineConfig, SavingConfig):
     """Which student."""
 
     run: str = option(MISSING, "a run folder made by train")
@@ -391,6 +416,10 @@ class BenchConfig(MachineConfig):
     jobs: int | None = option(None, "trainings at a time; default: one a CPU core, or one on a GPU", at_least=1)
     threads: int = option(1, "CPU threads of each training and of the evaluation; 0: torch's own choice", at_least=0)
     out: str = option("runs/bench", "folder of the board; one that is not finished is continued")
+
+
+INPUTS = "inputs.json"
+"""The file of a run that says what it reads, and where its teacher is."""
 
 
 def run_options(run: Path) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def atomic_folder(final: Path, marker: str) -> Iterator[Path]:
     try:
         yield partial
         for path in partial.rglob("*.safetensors"):
-            path.chmod(mode)  # safetensors makes its files private, whatever the umask
+            if path.stat().st_nlink == 1:  # a linked file is its owner's too
+                path.chmod(mode)  # safetensors makes its files private, whatever the umask
         for path in [*partial.rglob("*"), partial]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
@@ -117,10 +118,14 @@ def yaml_mapping(path: str) -> dict[str, Any]:
     such mapping, larger than 128 KiB, nested too deeply, or large once its aliases are written out; for a key that
     stands twice; and for a value that its own tag or form does not allow.
     """
+    with open(path, "rb") as file:
+        return yaml_of(file.read(_YAML_BYTES + 1))
+
+
+def yaml_of(data: bytes) -> dict[str, Any]:
+    """The mapping of texts to values that a YAML text holds; ValueError as of `yaml_mapping`."""
     import yaml
 
-    with open(path, "rb") as file:
-        data = file.read(_YAML_BYTES + 1)
     if len(data) > _YAML_BYTES:
         raise ValueError(f"it is larger than {_YAML_BYTES >> 10} KiB")
     try:

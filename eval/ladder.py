@@ -53,6 +53,7 @@ from diffdistill.families import (
     load_teacher,
     local_folder,
     student_record,
+    teacher_of,
     with_null,
 )
 from diffdistill.pictures import image_grid, save_png, side_by_side
@@ -233,7 +234,7 @@ def _rungs(
     source: ModelLike, sampling: SamplingOptions, teacher: str | os.PathLike[str] | Teacher | None, steps: Sequence[int]
 ) -> tuple[Teacher, str, list[_Rung]]:
     """The teacher, its fingerprint, and what is drawn of it and of its students."""
-    students = _students(source)
+    students = _students(source, needs_teacher=teacher is None)
     if students is None:
         assert not isinstance(source, tuple)
         judged = source if isinstance(source, Teacher) else load_teacher(_pipeline(source))
@@ -291,8 +292,8 @@ class _LoadedStudent:
     loaded: Student
 
 
-def _students(source: ModelLike) -> list[_LoadedStudent] | None:
-    """The students of a source; None if it is a teacher."""
+def _students(source: ModelLike, needs_teacher: bool) -> list[_LoadedStudent] | None:
+    """The students of a source, whose teachers must be here if they are needed; None if it is a teacher."""
     if isinstance(source, Teacher):
         return None
     if isinstance(source, tuple):
@@ -305,9 +306,10 @@ def _students(source: ModelLike) -> list[_LoadedStudent] | None:
     for folder in folders:
         record = student_record(folder)
         loaded = load_student(folder)
-        identity, name = folder_fingerprint(folder), folder.parent.name
+        identity, name = folder_fingerprint(local_folder(str(folder))), folder.parent.name
+        origin = teacher_of(folder, record) if needs_teacher else record.teacher
         scale, null_class = record.guidance.scale, record.teacher_null_class
-        students.append(_LoadedStudent(name, identity, record.teacher, scale, null_class, loaded))
+        students.append(_LoadedStudent(name, identity, origin, scale, null_class, loaded))
     return students
 
 

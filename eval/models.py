@@ -32,6 +32,7 @@ from diffdistill.families import (
     TeacherRecord,
     describe,
     family_of,
+    is_partial,
     is_student,
     load_pipeline,
     load_student,
@@ -41,6 +42,7 @@ from diffdistill.families import (
     read_json,
     read_record,
 )
+from diffdistill.families._parts import LORA
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
@@ -90,29 +92,35 @@ def open_model(model: ModelLike, sampling: SamplingOptions) -> Model:
         name = "student" if isinstance(model, tuple) else "teacher"
         return _pixel_model(model, name, loaded_fingerprint(model), sampling)
     path = model_folder(model)
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if path.is_dir() and not _holds_model(path):
         return open_image_folder(path)
     if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES:
         return open_image_file(path)
-    path = local_folder(str(path))
-    family = family_or_none(path)
+    folder = local_folder(str(path))
+    name = model_name(model, path if path.is_dir() else folder)
+    family = family_or_none(folder)
     if family is not None and family.autoencoder is None:
-        return _pixel_model(path, model_name(model, path), folder_fingerprint(path), sampling)
-    return _pipeline_model(path, family, model_name(model, path), folder_fingerprint(path), sampling)
+        return _pixel_model(folder, name, folder_fingerprint(folder), sampling)
+    return _pipeline_model(folder, family, name, folder_fingerprint(folder), sampling)
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether it is a pipeline's folder, or a student's that leaves parts to its teacher."""
+    return (folder / "model_index.json").is_file() or is_partial(folder)
 
 
 def model_folder(folder: str | os.PathLike[str]) -> Path:
     """The student or teacher in a run folder; else the folder, hub id or name as it is."""
     runs = (Path(folder) / "student", Path(folder) / "teacher")
-    return next((p for p in runs if (p / "model_index.json").is_file()), Path(folder))
+    return next((p for p in runs if _holds_model(p)), Path(folder))
 
 
 def models_in(folder: str | os.PathLike[str]) -> list[Path]:
     """The model of `model_folder`, or else the students of the runs in the folder."""
     model = model_folder(folder)
-    if (model / "model_index.json").is_file():
+    if _holds_model(model):
         return [model]
-    return sorted(path.parent for path in Path(folder).glob("*/student/model_index.json"))
+    return sorted(path for path in Path(folder).glob("*/student") if _holds_model(path))
 
 
 @torch.no_grad()
@@ -201,7 +209,7 @@ def folder_fingerprint(folder: Path) -> str:
     """16 hex digits of a pipeline's weights and configs."""
     digest = hashlib.blake2b(digest_size=8)
     parts = [*parts_of(read_json(folder / "model_index.json")), "adapter"]
-    top = (folder / name for name in ("model_index.json", METADATA) if (folder / name).is_file())
+    top = (folder / name for name in ("model_index.json", METADATA, LORA) if (folder / name).is_file())
     for path in sorted([*top, *folder.glob("*.py"), *(p for part in parts for p in (folder / part).glob("*"))]):
         if path.suffix in (".json", ".safetensors", ".txt", ".model", ".py"):
             digest.update(str(path.relative_to(folder)).encode())

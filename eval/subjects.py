@@ -25,7 +25,16 @@ from diffdistill.eval.models import (
     stock_call,
 )
 from diffdistill.eval.timing import SpeedOptions, Subject, allocated_mb
-from diffdistill.families import Family, StudentRecord, describe, is_student, load_pipeline, local_folder, read_record
+from diffdistill.families import (
+    Family,
+    StudentRecord,
+    describe,
+    is_student,
+    load_pipeline,
+    local_folder,
+    read_record,
+    teacher_of,
+)
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 
@@ -93,7 +102,9 @@ def _plans_of(model: ModelLike, scale: float) -> list[ModelPlan]:
 def _add_teacher(teachers: dict[TeacherKey, ModelPlan], plan: ModelPlan, options: SpeedOptions) -> TeacherKey | None:
     """The key of a model's teacher, which is added to the teachers; None if it has none."""
     record = _student_record(plan)
-    teacher = options.teacher or (None if record is None else record.teacher)
+    teacher = options.teacher
+    if teacher is None and record is not None and isinstance(plan.source, Path):
+        teacher = teacher_of(plan.source, record)
     if teacher is None:
         return None
     scale = options.guidance_scale

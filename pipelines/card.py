@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from diffdistill.families import FAMILIES, Family, diffusers_class, local_folder, read_json
-from diffdistill.families._parts import null_parts, stored_dtypes
+from diffdistill.families import FAMILIES, Family, diffusers_class, local_folder, public_name, read_json
+from diffdistill.families._parts import LORA, null_parts, stored_dtypes
+from diffdistill.pipelines.origin import head, license_note, metadata, public_options, teacher_folder
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import FILE
 from diffdistill.players.adapter_networks import AdaptedNetwork
@@ -24,10 +27,8 @@ def student_call(teacher: Teacher, sampler: Sampler) -> dict[str, Any]:
 
 def own_card(info: Recipe, options: dict[str, Any], teacher: Teacher, sampler: Sampler, step: int) -> str:
     """README.md of a student whose network diffusers does not know."""
-    return f"""---
-tags: [diffusion, distillation, diffdistill, {info.name}]
----
-# A {len(sampler.levels)}-step student of {teacher.source}
+    values = metadata(teacher.source, None, info.name, None, relation="finetune")
+    return f"""{head(values)}# A {len(sampler.levels)}-step student of {teacher.source}
 
 Distilled with diffdistill by {info.name} ({info.about.paper}), {step} steps. The shape of a sample is
 {tuple(teacher.shape)}.
@@ -45,51 +46,63 @@ samples = sampler(student.shape, conditions, image_generators(0, range(16)))
 
 
 def _table(options: dict[str, Any]) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in options.items())
+    rows = "\n".join(f"| {name} | {value} |" for name, value in public_options(options).items())
     return f"| option | value |\n|---|---|\n{rows}"
 
 
 def model_card(
-    info: Recipe, options: dict[str, Any], teacher: Teacher, sampler: Sampler, step: int, dtype: str | None = None
+    info: Recipe,
+    options: dict[str, Any],
+    teacher: Teacher,
+    sampler: Sampler,
+    step: int,
+    dtype: str | None = None,
+    *,
+    form: str = "pipeline",
+    folder: Path | None = None,
+    place: str | None = None,
 ) -> str:
-    """README.md of a student: teacher, method, settings, and the lines that load it."""
+    """README.md of a student: teacher, method, settings, license, and the lines that load it in stock diffusers.
+
+    `form` is what the folder holds, as in its record; `folder` the folder itself, by which the card says what files
+    there are; `place` the hub id that it is uploaded to.
+    """
     levels = ", ".join(f"{level:g}" for level in sampler.levels)
     steps, network = len(sampler.levels), sampler.denoiser.network
     entry = FAMILIES.get(teacher.family, FAMILIES["unet2d"])
     subject, call = _call(entry, teacher, sampler)
-    source, adapted = '"FOLDER"', isinstance(network, AdaptedNetwork)
-    if adapted:
-        source += ", trust_remote_code=True"  # the folder's own adapted_pipeline.py
-    if entry.autoencoder is not None:
-        index = read_json(local_folder(teacher.source) / "model_index.json")
-        source += "".join(f", {name}=None" for name in null_parts(diffusers_class(entry.pipelines[0]), index))
-    kind = dtype or _stored(entry, teacher)
-    if kind != "float32":
-        source += f", torch_dtype=torch.{kind}"
-    lora = _lora(teacher, sampler, call) if isinstance(network, LoraNetwork) and entry.loads_lora else ""
-    alone = _single_file(entry) if entry.single_file and not adapted else ""
-    own = _own_pipeline(subject) if entry.autoencoder is not None and not adapted else ""
-    return f"""---
-library_name: diffusers
-tags: [diffusion, distillation, diffdistill, {info.name}]
----
-# A {steps}-step student of {teacher.source}
+    base = teacher_folder(teacher.source, entry)
+    adapted = isinstance(network, AdaptedNetwork)
+    kind = (dtype if form != "lora" else None) or _stored(entry, teacher)
+    where = _Lines(entry, teacher, sampler, call, kind, place or "FOLDER", adapted)
+    both = form == "pipeline" and isinstance(network, LoraNetwork) and entry.loads_lora
+    lora = both and (folder is None or (folder / "lora").is_dir())
+    file = entry.single_file and form == "pipeline" and not adapted and _is_one_file(folder, entry)
+    own = entry.autoencoder is not None and not adapted
+    values = metadata(teacher.source, entry, info.name, base, relation="adapter" if form == "lora" else "finetune")
+    what = "The LoRA is" if form == "lora" else "The network's weights are"
+    return f"""{head(values)}# A {steps}-step student of {public_name(teacher.source)}
 
 Distilled with diffdistill by {info.name} ({info.about.paper}), {step} steps.
 
-```python
-{"" if kind == "float32" else "import torch" + chr(10)}from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained({source})
-images = pipeline({call}).{_output(call)}
-```
-{lora}{alone}
-{own}The call makes {steps} step{"s" if steps > 1 else ""}, with the student's own scheduler in `scheduler/`; the levels
-(timestep or sigma) are {levels}. The network's weights are stored in {kind}. diffdistill need not be installed. Image i
+{where.code(form)}
+{where.lora() if lora else ""}{where.single_file() if file else ""}
+{where.own_pipeline(form, subject) if own else ""}The call makes {steps} step{"s" if steps > 1 else ""}, with the \
+student's own scheduler in `scheduler/`; the levels
+(timestep or sigma) are {levels}. {what} stored in {_lora_type(dtype) if form == "lora" else kind}. diffdistill need \
+not be installed. Image i
 of `diffdistill sample --seed S` is that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
 
-{_table(options)}
+{license_note(teacher.source, base)}{_table(options)}
 """
+
+
+def _lora_type(dtype: str | None) -> str:
+    return dtype or "float32"
+
+
+def _is_one_file(folder: Path | None, entry: Family) -> bool:
+    return folder is None or len(list((folder / entry.component).glob("*.safetensors"))) == 1
 
 
 def _stored(entry: Family, teacher: Teacher) -> str:
@@ -111,40 +124,110 @@ def _call(entry: Family, teacher: Teacher, sampler: Sampler) -> tuple[str, str]:
     return subject, ", ".join(arguments)
 
 
-def _output(call: str) -> str:
-    """The attribute of the pipeline's result."""
-    return "frames" if "num_frames" in call else "images"
+@dataclass(frozen=True)
+class _Lines:
+    """The lines of code in a card."""
 
+    entry: Family
+    teacher: Teacher
+    sampler: Sampler
+    call: str  #: the arguments of the pipeline's call
+    dtype: str  #: of the pipeline
+    place: str  #: where the student is
+    adapted: bool
 
-def _lora(teacher: Teacher, sampler: Sampler, call: str) -> str:
-    scheduler = type(student_scheduler(teacher, sampler)).__name__
-    return f"""
-The student's weights are its teacher's and a LoRA, which is in `lora/` alone. On the teacher's pipeline:
+    @property
+    def _base(self) -> str:
+        """Where the teacher is: its hub id, or a word for its folder."""
+        name = public_name(self.teacher.source)
+        return name if "/" in name else "TEACHER"
+
+    @property
+    def _scheduler(self) -> str:
+        return type(student_scheduler(self.teacher, self.sampler)).__name__
+
+    @property
+    def _type(self) -> str:
+        return "" if self.dtype == "float32" else f", torch_dtype=torch.{self.dtype}"
+
+    @property
+    def _draw(self) -> str:
+        """The call."""
+        return f"images = pipeline({self.call}).{'frames' if 'num_frames' in self.call else 'images'}"
+
+    def _loaded(self, place: str, more: str = "") -> str:
+        """The arguments of `from_pretrained` that load a whole pipeline."""
+        source = f'"{place}"' + (", trust_remote_code=True" if self.adapted else "") + more
+        if self.entry.autoencoder is not None:  # the parts that the teacher has not
+            index = read_json(local_folder(self.teacher.source) / "model_index.json")
+            nulls = null_parts(diffusers_class(self.entry.pipelines[0]), index)
+            source += "".join(f", {name}=None" for name in nulls)
+        return source + self._type
+
+    def code(self, form: str) -> str:
+        """How the student is loaded and called."""
+        names, lines = ["DiffusionPipeline"], []
+        if form == "pipeline":
+            lines = [f"pipeline = DiffusionPipeline.from_pretrained({self._loaded(self.place)})"]
+        elif form == "network":
+            network = _name(self.entry.network)
+            names += [network, self._scheduler]
+            component = self.entry.component
+            lines = [
+                f'network = {network}.from_pretrained("{self.place}", subfolder="{component}"{self._type})',
+                f'scheduler = {self._scheduler}.from_pretrained("{self.place}", subfolder="scheduler")',
+                "pipeline = DiffusionPipeline.from_pretrained("
+                f"{self._loaded(self._base, f', {component}=network, scheduler=scheduler')})",
+            ]
+        else:
+            names.append(self._scheduler)
+            lines = [
+                f"pipeline = DiffusionPipeline.from_pretrained({self._loaded(self._base)})",
+                f'pipeline.load_lora_weights("{self.place}", weight_name="{LORA}")',
+                f'pipeline.scheduler = {self._scheduler}.from_pretrained("{self.place}", subfolder="scheduler")',
+            ]
+        head = ([] if self.dtype == "float32" else ["import torch"]) + [f"from diffusers import {', '.join(names)}"]
+        code = "\n".join(["```python", *head, "", *lines, self._draw, "```"])
+        if form == "pipeline" or self._base != "TEACHER":
+            return code
+        return f"{code}\n\n`TEACHER` is the folder of {public_name(self.teacher.source)}, a pipeline of its own."
+
+    def lora(self) -> str:
+        """How the LoRA beside a merged student is loaded."""
+        return f"""
+The student's weights are its teacher's and a LoRA, which is in `lora/` alone, with a card of its own. On the teacher's
+pipeline:
 
 ```python
-pipeline.load_lora_weights("FOLDER/lora")
-pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
-images = pipeline({call}).{_output(call)}
+pipeline.load_lora_weights("{self.place}", subfolder="lora", weight_name="{LORA}")
+pipeline.scheduler = {self._scheduler}.from_pretrained("{self.place}", subfolder="scheduler")
+{self._draw}
 ```
 """
 
-
-def _single_file(entry: Family) -> str:
-    network = entry.network if isinstance(entry.network, str) else entry.network.__name__
-    file = f"FOLDER/{entry.component}/diffusion_pytorch_model.safetensors"
-    return f"""
+    def single_file(self) -> str:
+        """How the network alone is read as a single file."""
+        network, component = _name(self.entry.network), self.entry.component
+        place = self.place if self.place == "FOLDER" else f"https://huggingface.co/{self.place}/blob/main"
+        file = f"{place}/{component}/diffusion_pytorch_model.safetensors"
+        return f"""
 The network's weights are one file, which `from_single_file` reads too:
 
 ```python
 from diffusers import {network}
 
-network = {network}.from_single_file("{file}", config="FOLDER", subfolder="{entry.component}")
+network = {network}.from_single_file("{file}", config="{self.place}", subfolder="{component}")
 ```
 """
 
+    def own_pipeline(self, form: str, subject: str) -> str:
+        """How the file that gives the stock pipeline the student's own call is used."""
+        use = f'custom_pipeline="{self.place}", trust_remote_code=True'
+        text = f"These arguments are in `{FILE}` too, where `generator` seeds the noise of every step in any family:\n"
+        if form != "pipeline":
+            return f"{text}add `{use}` to `DiffusionPipeline.from_pretrained(..)`, and call `pipeline({subject})`.\n\n"
+        return f'{text}`DiffusionPipeline.from_pretrained("{self.place}", {use})({subject})`.\n\n'
 
-def _own_pipeline(subject: str) -> str:
-    return f"""These arguments are in `{FILE}` too, where `generator` seeds the noise of every step in any family:
-`DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)({subject})`.
 
-"""
+def _name(kind: str | type) -> str:
+    return kind if isinstance(kind, str) else kind.__name__

@@ -23,9 +23,11 @@ from diffdistill.families import (
     family_of,
     local_folder,
     parts_of,
+    public_name,
     read_json,
     read_record,
     schedule_of,
+    teacher_of,
 )
 from diffdistill.pipelines.export import pipeline_folder
 from diffdistill.pipelines.shipped import diversity_pipeline
@@ -53,11 +55,15 @@ def write_diversity(
     record, (family, index) = read_record(folder), family_of(folder)
     if not isinstance(record, StudentRecord) or isinstance(index["_class_name"], list):
         raise UserError(f"student: {str(student)!r} is no plain student of diffdistill; give an exported folder")
+    if record.form == "lora":
+        raise UserError(
+            f"student: {str(student)!r} is a LoRA alone; give a whole one: `diffdistill export --export merged`"
+        )
     if family.name not in _PIPELINES:
         raise UserError(f"student: {family.name} is not supported here; supported are {', '.join(_PIPELINES)}")
     if len(record.levels) < 2:
         raise UserError("student: it takes one step, which the teacher would stand in for; it must take two or more")
-    source = str(teacher or record.teacher)
+    source = str(teacher or teacher_of(Path(student), record))
     base = local_folder(source)
     if family_of(base)[0] is not family:
         raise UserError(f"teacher: {source!r} is {family_of(base)[0].name} and the student is {family.name}")
@@ -67,8 +73,9 @@ def write_diversity(
     call = {name: value for name, value in (record.call or {}).items() if name in sizes}
     settings = {"base_steps": base_steps, "base_guidance": base_guidance, **call}
     script = Path(inspect.getsourcefile(diversity_pipeline) or "")
-    made = DiversityRecord(str(student), source, settings)
-    with pipeline_folder(Path(out), made, _card(str(student), source, settings), script.name) as partial:
+    names = public_name(str(student)), public_name(source)
+    made = DiversityRecord(*names, settings)
+    with pipeline_folder(Path(out), made, _card(*names, settings), script.name) as partial:
         index = dict(index)
         for name in parts_of(index):
             _copy(folder / name, partial / name)

@@ -6,10 +6,11 @@ import copy
 import inspect
 import itertools
 import json
-import sys
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
+from diffdistill.config import SavingConfig
 from diffdistill.errors import UserError
 from diffdistill.families import (
     FAMILIES,
@@ -32,8 +34,9 @@ from diffdistill.families import (
     write_record,
 )
 from diffdistill.families._own import own_record, save_weights
-from diffdistill.families._parts import copy_part, stored_dtypes, weight_files, whole_index
+from diffdistill.families._parts import copy_part, stored_dtypes, student_index, weight_files
 from diffdistill.files import atomic_folder
+from diffdistill.pipelines.origin import copy_licenses, remove_paths
 from diffdistill.pipelines.shipped import adapted_pipeline
 from diffdistill.pipelines.shipped.student_pipeline import FILE, pipeline_file
 from diffdistill.players import adapter_networks
@@ -43,14 +46,29 @@ from diffdistill.players.lora import LoraNetwork, lora_weights
 from diffdistill.players.scale_input import plain_network
 from diffdistill.players.teacher import Teacher
 
+Card = str | Callable[[str, Path], str]
+"""A model card's text, or a function of what the folder holds (a record's `form`) and of the folder."""
+SAVED = SavingConfig()
+
 
 @contextmanager
-def pipeline_folder(folder: Path, record: Record, card: str, marker: str = METADATA) -> Iterator[Path]:
-    """A folder to write a pipeline into; `folder` becomes it with record and model card, whole or not at all."""
+def pipeline_folder(
+    folder: Path, record: Record, card: str | Callable[[Path], str], marker: str = METADATA
+) -> Iterator[Path]:
+    """A folder to write a pipeline into; `folder` becomes it with record and model card, whole or not at all.
+
+    Paths of this machine are taken out of its configs. `card` may be a function of the folder as it was written.
+    """
     with atomic_folder(folder, marker) as partial:
         yield partial
-        write_record(partial, record)
-        (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+        remove_paths(partial)
+        _finish(partial, record, card)
+
+
+def _finish(folder: Path, record: Record, card: str | Callable[[Path], str]) -> None:
+    write_record(folder, record)
+    text = card if isinstance(card, str) else card(folder)
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_pipeline(
@@ -59,36 +77,113 @@ def save_pipeline(
     network: nn.Module,
     scheduler: SchedulerMixin,
     record: StudentRecord | TeacherRecord,
-    card: str,
+    card: Card,
     source: str | None = None,
     dtype: str | None = None,
+    saving: SavingConfig = SAVED,
 ) -> Path:
     """Write a diffusers folder with its model card, whole or not at all.
 
-    A latent family's other parts are those of the pipeline `source`. A LoRA student is saved merged, and its adapter
-    beside it where the stock pipeline has `load_lora_weights`. `dtype` names the type of the network's weights; None:
-    that of the source's.
+    A latent family's other parts are those of the pipeline `source`: copied, linked, or (`saving.parts`) left out. A
+    LoRA student is saved merged, with its LoRA in the sub-folder `lora` where the stock pipeline has
+    `load_lora_weights`, or (`saving.export`) as one of the two alone. `dtype` names the type of the network's weights;
+    None: that of the source's.
     """
     entry = FAMILIES[family]
-    stock = diffusers_class(entry.pipelines[0])
-    with pipeline_folder(folder, record, card) as partial:
-        plain = network.base if isinstance(network, AdaptedNetwork) else plain_network(network)
-        if entry.autoencoder is None:
-            if source is not None:
-                plain = _typed(plain, local_folder(source) / entry.component, dtype)
-            parts = {entry.component: plain, "scheduler": scheduler}
-            stock(**parts).save_pretrained(partial, safe_serialization=True)
+    teacher = None if source is None else local_folder(source)
+    form = folder_form(entry, saving)
+    kept = replace(record, form=form) if isinstance(record, StudentRecord) else record
+    with pipeline_folder(folder, kept, card if isinstance(card, str) else partial(card, form)) as made:
+        if form == "lora":
+            assert isinstance(network, LoraNetwork)
+            _write_lora(made, entry, network, scheduler, kept, dtype)
         else:
-            _copy_parts(local_folder(str(source)), partial, entry, plain, scheduler, dtype)
-            if isinstance(record, StudentRecord) and record.call is not None:
-                (partial / FILE).write_text(pipeline_file(entry.class_names[0], record.call), encoding="utf-8")
+            _write_network(made, entry, network, scheduler, teacher, dtype, saving)
+            _write_call(made, entry, kept)
+        copy_licenses(teacher, made)
         if isinstance(network, AdaptedNetwork):
             assert isinstance(record, StudentRecord)
-            _add_adapters(partial, network, len(record.levels))
-        if isinstance(network, LoraNetwork) and entry.loads_lora:
-            layers = {f"{entry.component}_lora_layers": lora_weights(network)}
-            stock.save_lora_weights(partial / "lora", **layers)
+            _add_adapters(made, network, len(record.levels))
+        if isinstance(network, LoraNetwork) and entry.loads_lora and saving.export == "both":
+            alone = replace(kept, form="lora") if isinstance(kept, StudentRecord) else kept
+            (made / "lora").mkdir()
+            _write_lora(made / "lora", entry, network, scheduler, alone, dtype)
+            copy_licenses(teacher, made / "lora")
+            _finish(made / "lora", alone, card if isinstance(card, str) else partial(card, "lora"))
     return folder
+
+
+def folder_form(entry: Family, saving: SavingConfig) -> str:
+    """What a student's folder holds, as its record has it: 'pipeline', 'network' or 'lora'."""
+    if saving.export == "lora":
+        return "lora"
+    return "network" if saving.parts == "reference" and entry.autoencoder is not None else "pipeline"
+
+
+def check_saving(entry: Family | None, network: nn.Module, saving: SavingConfig) -> None:
+    """UserError for a student that cannot be saved so."""
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", saving.max_shard_size):
+        raise UserError(
+            f"max_shard_size: {saving.max_shard_size!r} is no size; give a whole number with MB or GB, such as 10GB"
+        )
+    if saving.export == "lora":
+        if not isinstance(network, LoraNetwork):
+            raise UserError("export: 'lora' is for a student that is LoRA, and this one is trained whole; give merged")
+        if entry is None or not entry.loads_lora:
+            what = "a network that is not in diffusers" if entry is None else entry.class_names[0]
+            raise UserError(f"export: stock diffusers loads no LoRA on {what}; give merged, which is a whole student")
+    if saving.parts == "reference" and isinstance(network, AdaptedNetwork):
+        raise UserError("parts: a student with guidance adapters is saved as a whole; give copy or link")
+
+
+def _write_network(
+    folder: Path,
+    entry: Family,
+    network: nn.Module,
+    scheduler: SchedulerMixin,
+    teacher: Path | None,
+    dtype: str | None,
+    saving: SavingConfig,
+) -> None:
+    """The network with its scheduler, and with the teacher's other parts unless they are only referred to."""
+    plain: Any = network.base if isinstance(network, AdaptedNetwork) else plain_network(network)
+    if teacher is not None:
+        plain = _typed(plain, teacher / entry.component, dtype)
+    size = saving.max_shard_size
+    if entry.autoencoder is None:
+        parts = {entry.component: plain, "scheduler": scheduler}
+        diffusers_class(entry.pipelines[0])(**parts).save_pretrained(folder, max_shard_size=size)
+        return
+    assert teacher is not None
+    plain.save_pretrained(folder / entry.component, max_shard_size=size)
+    scheduler.save_pretrained(folder / "scheduler")
+    if saving.parts == "reference":
+        return
+    parts_there = other_parts(teacher, entry)
+    for part in parts_there:
+        copy_part(part, folder / part.name, link=saving.parts == "link")
+    kind, index = diffusers_class(entry.pipelines[0]), read_json(teacher / "model_index.json")
+    names = [part.name for part in parts_there]
+    index = student_index(kind, index, names, entry.component, type(scheduler).__name__)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_lora(
+    folder: Path, entry: Family, network: LoraNetwork, scheduler: SchedulerMixin, record: Any, dtype: str | None
+) -> None:
+    """The LoRA as `load_lora_weights` reads it, and the scheduler and the call that go with it."""
+    weights = lora_weights(network)
+    if dtype is not None:
+        weights = {name: value.to(getattr(torch, dtype)) for name, value in weights.items()}
+    diffusers_class(entry.pipelines[0]).save_lora_weights(folder, **{f"{entry.component}_lora_layers": weights})
+    scheduler.save_pretrained(folder / "scheduler")
+    _write_call(folder, entry, record)
+
+
+def _write_call(folder: Path, entry: Family, record: Record) -> None:
+    """The file that gives the stock pipeline the student's own call."""
+    if isinstance(record, StudentRecord) and record.call is not None:
+        (folder / FILE).write_text(pipeline_file(entry.class_names[0], record.call), encoding="utf-8")
 
 
 def save_network(folder: Path, teacher: Teacher, network: nn.Module, record: StudentRecord, card: str) -> Path:
@@ -98,8 +193,8 @@ def save_network(folder: Path, teacher: Teacher, network: nn.Module, record: Stu
     """
     if isinstance(network, AdaptedNetwork):
         raise UserError("export: a student with guidance adapters needs a teacher that diffusers knows")
-    with pipeline_folder(folder, replace(record, own_network=own_record(teacher)), card) as partial:
-        save_weights(network, partial)
+    with pipeline_folder(folder, replace(record, own_network=own_record(teacher)), card) as made:
+        save_weights(network, made)
     return folder
 
 
@@ -125,29 +220,6 @@ def other_parts(source: Path, entry: Family) -> list[Path]:
             raise
         parts.append(part)
     return parts
-
-
-def _copy_parts(
-    source: Path, folder: Path, entry: Family, network: Any, scheduler: SchedulerMixin, dtype: str | None
-) -> None:
-    """The source's pipeline with another network and scheduler; its other parts are copied, not loaded."""
-    kind = diffusers_class(entry.pipelines[0])
-    index = whole_index(kind, read_json(source / "model_index.json"))
-    parts = other_parts(source, entry)
-    for part in parts:
-        copy_part(part, folder / part.name)
-    copied = {part.name for part in parts} | {entry.component, "scheduler"}
-    index |= {name: [None, None] for name in parts_of(index) if name not in copied}
-    if index.get("safety_checker") == [None, None] and "requires_safety_checker" in index:
-        index["requires_safety_checker"] = False
-    index["_class_name"] = entry.class_names[0]
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    shards = {"max_shard_size": sys.maxsize} if entry.single_file else {}
-    _typed(network, source / entry.component, dtype).save_pretrained(
-        folder / entry.component, safe_serialization=True, **shards
-    )
-    scheduler.save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _typed(network: Any, teacher: Path, dtype: str | None) -> Any:

@@ -7,8 +7,9 @@ from typing import Any
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.environment import environment
-from diffdistill.families import FAMILIES, Guidance, StudentRecord
+from diffdistill.families import FAMILIES, Guidance, StudentRecord, public_name
 from diffdistill.pipelines.card import student_call
+from diffdistill.pipelines.origin import public_options
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.scale_input import GuidanceEmbedding
@@ -34,7 +35,7 @@ def new_student_record(
     return StudentRecord(
         levels=sampler.levels,
         move=sampler.step.name,
-        teacher=teacher.source,
+        teacher=public_name(teacher.source),
         method=method,
         step=step,
         guidance=imitated_guidance(sampler.denoiser, options),
@@ -43,7 +44,7 @@ def new_student_record(
         resolution=resolution if latent else None,
         frames=frames if latent else None,
         call=student_call(teacher, sampler) if latent else None,
-        options=options,
+        options=public_options(options),
         environment=environment(),
     )
 

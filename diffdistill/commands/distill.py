@@ -19,6 +19,7 @@ from diffdistill.data.examples import Examples
 from diffdistill.errors import UserError
 from diffdistill.families import check_weights
 from diffdistill.options import coerce, nearest
+from diffdistill.pipelines.hub import upload
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Method
 from diffdistill.training.assemble import Game, data_for, make_game, pairs_for
@@ -94,9 +95,10 @@ def distill_values(
         refuse_a_run(out)
     game = make_game(values, objects, deriving=resume is None and not whole)
     _check_options(game, values, resumed=resume is not None)
-    check_exportable(game)  # a student that cannot be saved is refused now
+    check_exportable(game, game.config)  # a student that cannot be saved is refused now
     _note_on_stages(game)
-    _train(game, out, resume is not None, allow_change)
+    if _train(game, out, resume is not None, allow_change):
+        upload(out / "student", game.config)
     return Run(out, objects.teacher)
 
 
@@ -130,7 +132,8 @@ def _note_on_stages(game: Game) -> None:
         print(f"note: all stages of {name} take {whole} steps and steps is {steps}: {end}", file=sys.stderr)
 
 
-def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> None:
+def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
+    """Train and save the student; returns whether this is the process that saved it."""
     config, method, teacher = game.config, game.method, game.teacher
     accelerator = accelerator_for(config, out)
     data = data_for(game)
@@ -163,8 +166,9 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> None:
     trainer.fit()
     if accelerator.is_main_process:
         with trainer.evaluating():
-            export_student(game, out / "student", trainer.step)
+            export_student(game, out / "student", trainer.step, saving=config)
     accelerator.end_training()
+    return accelerator.is_main_process
 
 
 def run(values: dict[str, Any]) -> int:
@@ -178,4 +182,6 @@ def run(values: dict[str, Any]) -> int:
     from diffdistill.eval.choice import suggestion
 
     print(f"saved {result.student}\n{suggestion(result.folder)}")
+    if values.get("push_to_hub"):
+        print(f"uploaded to {values['push_to_hub']}")
     return 0

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
-from diffdistill.config import ExportConfig
+from diffdistill.config import ExportConfig, SavingConfig
 from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
 from diffdistill.families import local_folder
+from diffdistill.options import build
 from diffdistill.pipelines.card import model_card, own_card
-from diffdistill.pipelines.export import other_parts, save_network, save_pipeline
+from diffdistill.pipelines.export import SAVED, check_saving, other_parts, save_network, save_pipeline
+from diffdistill.pipelines.hub import check_upload, upload
 from diffdistill.pipelines.record import new_student_record
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.players.adapter_networks import AdaptedNetwork
@@ -23,6 +26,9 @@ from diffdistill.training.inputs import check_inputs, inputs_of
 from diffdistill.training.recipe import Objects
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from diffdistill.commands.keywords import SavingOptions
     from diffdistill.players.teacher import Teacher
     from diffdistill.scaffold.method import Method
 
@@ -38,35 +44,43 @@ def export(
     allow_change: bool = False,
     teacher: Teacher | None = None,
     method: ModuleType | Callable[..., Method] | None = None,
+    **saving: Unpack[SavingOptions],
 ) -> Path:
     """Save a run's student from its checkpoint at `step` (default: the last); returns the folder.
 
     `out` is the folder to make, by default RUN/student; `dtype` is the type of the network's weights in it, by default
-    that of the teacher's folder. `teacher` and `method` are given again where the run began with
-    objects. Raises UserError for a folder that is no run, a step without checkpoint, and, unless `allow_change`, for a
-    run whose options, teacher or method are not those that it began with: the student would be another.
+    that of the teacher's folder. `saving` are the options of how it is saved (`diffdistill export --help`): `export`,
+    `parts`, `max_shard_size`, and `push_to_hub` with `hub_private`, which uploads the folder. `teacher` and `method`
+    are given again where the run began with objects. Raises UserError for a folder that is no run, a step without
+    checkpoint, a student that cannot be saved so, an upload that fails, after which the folder is there, and, unless
+    `allow_change`, for a run whose options, teacher or method are not those that it began with.
     """
+    config: SavingConfig = build(SavingConfig, saving)
     _, objects = Objects.split({"teacher": teacher, "method": method}, None)
     game, step = load_run(Path(run), step, objects)
     now = inputs_of(game.options(), teacher=game.teacher, method=game.recipe.source)
     note = check_inputs(Path(run), now, allow_change, "export", _READ)
     if note:
         print(note, file=sys.stderr)
-    return export_student(
-        game, Path(out) if out else Path(run) / "student", step, None if dtype == "teacher" else dtype
-    )
+    check_exportable(game, config)
+    folder = Path(out) if out else Path(run) / "student"
+    export_student(game, folder, step, None if dtype == "teacher" else dtype, config)
+    upload(folder, config)
+    return folder
 
 
 def run(config: ExportConfig) -> None:
     """The command."""
     use_machine(config.device, config.threads)
-    allowed = config.allow_change
-    folder = export(config.run, step=config.step, out=config.out, dtype=config.dtype, allow_change=allowed)
-    print(f"saved {folder}")
+    saving = {name: getattr(config, name) for name in SavingConfig.__dataclass_fields__}
+    options = {"step": config.step, "out": config.out, "allow_change": config.allow_change, **saving}
+    print(f"saved {export(config.run, dtype=config.dtype, **options)}")
+    if config.push_to_hub is not None:
+        print(f"uploaded to {config.push_to_hub}")
 
 
-def check_exportable(game: Game) -> None:
-    """UserError for a student that cannot be saved, before it is trained."""
+def check_exportable(game: Game, saving: SavingConfig = SAVED) -> None:
+    """UserError for a student that cannot be saved, or uploaded, before it is trained."""
     sampler = game.method.sampler()
     if game.family is not None:
         student_scheduler(game.teacher, sampler)
@@ -75,20 +89,25 @@ def check_exportable(game: Game) -> None:
             f"method: a student of {game.recipe.name} is saved as a diffusers pipeline, and this teacher has none; "
             "give a teacher of diffusers"
         )
+    check_saving(game.family, sampler.denoiser.network, saving)
+    check_upload(saving, game.family, game.teacher.source)
 
 
 def parts_bytes(game: Game) -> int:
-    """What a student's folder holds besides the network; UserError where the teacher's is not whole."""
+    """What is copied into a student's folder besides the network; UserError where the teacher's is not whole."""
     if game.family is None or game.family.autoencoder is None:
         return 0
     parts = other_parts(local_folder(game.teacher.source), game.family)
+    if game.config.parts != "copy" or game.config.export == "lora":
+        return 0
     return sum(file.stat().st_size for part in parts for file in part.rglob("*.safetensors"))
 
 
-def export_student(game: Game, folder: Path, step: int, dtype: str | None = None) -> Path:
+def export_student(game: Game, folder: Path, step: int, dtype: str | None = None, saving: SavingConfig = SAVED) -> Path:
     """Save the student as it stands: as a diffusers folder, or weights and a record if diffusers lacks its network.
 
-    `dtype` names the type of its weights; None: that of the teacher's folder.
+    `dtype` names the type of its weights; None: that of the teacher's folder. What `saving` says of an upload is left
+    to the caller.
     """
     sampler, teacher, options = game.method.sampler(), game.teacher, game.options()
     size = {"resolution": game.config.resolution, "frames": game.config.frames}
@@ -97,6 +116,10 @@ def export_student(game: Game, folder: Path, step: int, dtype: str | None = None
     network = sampler.denoiser.network
     if game.family is None:
         return save_network(folder, teacher, network, record, own_card(game.recipe, options, teacher, sampler, step))
-    card = model_card(game.recipe, options, teacher, sampler, step, dtype)
+    described = partial(model_card, game.recipe, options, teacher, sampler, step, dtype, place=saving.push_to_hub)
+
+    def card(form: str, made: Path) -> str:
+        return described(form=form, folder=made)
+
     scheduler = student_scheduler(teacher, sampler)
-    return save_pipeline(folder, teacher.family, network, scheduler, record, card, teacher.source, dtype)
+    return save_pipeline(folder, teacher.family, network, scheduler, record, card, teacher.source, dtype, saving)

@@ -37,7 +37,17 @@ class FitOptions(MachineOptions, total=False):
     tracker: Literal["none", "tensorboard", "wandb"]
 
 
-class TrainOptions(FitOptions, total=False):
+class SavingOptions(TypedDict, total=False):
+    """The options of `SavingConfig`."""
+
+    export: Literal["both", "lora", "merged"]
+    parts: Literal["copy", "link", "reference"]
+    max_shard_size: str
+    push_to_hub: str | None
+    hub_private: bool
+
+
+class TrainOptions(SavingOptions, FitOptions, total=False):
     """The options of `TrainConfig` but for method, teacher, data and pairs, which `distill` takes by themselves."""
 
     null_class: int | None

@@ -26,6 +26,7 @@ from diffdistill.errors import UserError
 from diffdistill.families import TeacherRecord, new_unet2d
 from diffdistill.options import build
 from diffdistill.pipelines.export import save_pipeline
+from diffdistill.pipelines.origin import public_options
 from diffdistill.pipelines.schedulers import scheduler_config, teacher_scheduler
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher
@@ -141,7 +142,7 @@ def train_teacher(
     if accelerator.is_main_process:
         with trainer.evaluating():
             scheduler = teacher_scheduler(config.parameterization)
-            recipe = {**dataclasses.asdict(config), "data_fingerprint": data.fingerprint}
+            recipe = public_options({**dataclasses.asdict(config), "data_fingerprint": data.fingerprint})
             record = TeacherRecord(None if text else data.num_classes, recipe, environment())
             card = _card(config, data)
             if text:
@@ -182,10 +183,11 @@ def _text_teacher(config: TeacherConfig, data: Data) -> TextTeacher:
 
 
 def _card(config: TeacherConfig, data: Data) -> str:
+    public = public_options(dataclasses.asdict(config))
     options = " ".join(
-        f"--{f.name.replace('_', '-')} {shlex.quote(str(getattr(config, f.name)))}"
+        f"--{f.name.replace('_', '-')} {shlex.quote(str(public[f.name]))}"
         for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default and f.name != "out"
+        if f.name in public and getattr(config, f.name) != f.default
     )
     return f"""---
 library_name: diffusers

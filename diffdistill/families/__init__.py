@@ -5,15 +5,21 @@ family is found by its file's name, or registered from outside the package by `r
 """
 
 from diffdistill.families._family import Autoencoder, Family, Prompt, Source, diffusers_class, with_null
-from diffdistill.families._loading import (
+from diffdistill.families._folders import (
     NOT_LOADED,
+    is_partial,
+    is_path,
+    local_folder,
+    public_name,
+    teacher_of,
+)
+from diffdistill.families._loading import (
     check_weights,
     describe,
     is_student,
     load_pipeline,
     load_student,
     load_teacher,
-    local_folder,
     record_of,
     student_record,
 )
@@ -49,6 +55,8 @@ __all__ = [
     "describe",
     "diffusers_class",
     "family_of",
+    "is_partial",
+    "is_path",
     "is_student",
     "load_pipeline",
     "load_student",
@@ -56,12 +64,14 @@ __all__ = [
     "local_folder",
     "new_unet2d",
     "parts_of",
+    "public_name",
     "read_json",
     "read_record",
     "record_of",
     "register_family",
     "schedule_of",
     "student_record",
+    "teacher_of",
     "unet2d_teacher",
     "with_null",
     "write_record",

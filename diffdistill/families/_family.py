@@ -104,6 +104,7 @@ class Family:
     flow_grid: str = "own"  #: "given": the pipeline hands its flow scheduler 1, .., 1/n; "own": it takes its own row
     stock_guidance: str = "u + g (c - u)"  #: for the table
     loads_lora: bool = True  #: the stock pipeline has `load_lora_weights`
+    videos: bool = False  #: the samples are videos
     single_file: bool = False  #: the network's class has `from_single_file`, which reads the weights of a student
 
     @property
@@ -111,6 +112,13 @@ class Family:
         """The parts without which no image is drawn; a pipeline may have others, such as a safety checker."""
         vae = () if self.autoencoder is None else ("vae",)
         return (self.component, *vae, *(self.text.components if self.text else ()))
+
+    @property
+    def task(self) -> str:
+        """What the pipeline does, as the hub calls it (`pipeline_tag`)."""
+        if self.conditions != "text":
+            return "unconditional-image-generation"
+        return "text-to-video" if self.videos else "text-to-image"
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -14,13 +14,15 @@ from typing import Any
 import diffusers
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from diffdistill.errors import UserError, first_line
 from diffdistill.families._family import Family, Source, diffusers_class
+from diffdistill.families._folders import local_folder
 from diffdistill.families._own import load_own
 from diffdistill.families._parts import (
-    PICKLED,
+    LORA,
     Config,
     load_part,
     null_parts,
@@ -35,11 +37,6 @@ from diffdistill.families._registry import family_of
 from diffdistill.players.guidance_adapters import load_adapters
 from diffdistill.players.sampler import STEPS, Sampler
 from diffdistill.players.teacher import Teacher
-
-NOT_LOADED = [*PICKLED, "*.fp16.*", "*.non_ema.*"]
-"""What is not fetched of a pipeline's folder: what would be unpickled, and, unless they are alone, copies."""
-
-_EMBEDDED = {"digits": Path(__file__).parent / "assets" / "digits-teacher"}
 
 
 def load_teacher(
@@ -69,7 +66,7 @@ def load_teacher(
     made = read_json(part / "config.json").get("_class_name")
     if made not in (None, model.__name__):
         raise UserError(f"teacher: {part} holds a {made}; {model.__name__} is expected")
-    network = load_part(model, part, dtype)
+    network = _with_lora(load_part(model, part, dtype), folder, family.component)
     source = Source(folder, index, scheduler, null_class, scale, resolution, frames)
     teacher = replace(_checked(family, network, source), family=family.name, source=fspath(path_or_hub_id))
     if family.conditions == "text":
@@ -77,6 +74,16 @@ def load_teacher(
         teacher = replace(teacher, size={"height": height, "width": width} | teacher.size)
     teacher.denoiser.requires_grad_(False).eval()
     return teacher
+
+
+def _with_lora(network: Any, folder: Path, component: str) -> Any:
+    """The network; of a student that is a LoRA on its teacher's, with that in its weights."""
+    record = read_record(folder)
+    if isinstance(record, StudentRecord) and record.form == "lora":
+        network.load_lora_adapter(load_file(folder / LORA), prefix=component)
+        network.fuse_lora()
+        network.unload_lora()
+    return network
 
 
 def _checked(family: Family, network: Any, source: Source) -> Teacher:
@@ -128,6 +135,8 @@ def load_pipeline(
             )
         elif isinstance(own := part_class(index[name]), type) and issubclass(own, nn.Module):
             parts[name] = load_part(own, folder / name, dtype)
+            if name == family.component:
+                parts[name] = _with_lora(parts[name], folder, name)
     settings = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     try:
         with _without_nulls(folder, kind, index) as view:
@@ -176,45 +185,6 @@ def describe(folder: Path, resolution: int | None = None, frames: int | None = N
     with torch.device("meta"):
         network = diffusers_class(family.network).from_config(config)
     return _checked(family, network, Source(folder, index, scheduler, resolution=resolution, frames=frames))
-
-
-def local_folder(name: str) -> Path:
-    if name in _EMBEDDED:
-        return _EMBEDDED[name]
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf"):
-        raise UserError(
-            f"teacher: {name!r} is one file, and a diffusers folder is needed; make one: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), or the pipeline class of its kind"
-        )
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.exists()
-    if not looks_like_hub_id:
-        raise UserError(f"teacher: {name!r} is not a folder; give a diffusers folder, a hub id or 'digits'")
-    folder = _fetched(name, NOT_LOADED)
-    if (folder / "model_index.json").is_file() and _has_variants_alone(folder):
-        folder = _fetched(name, [pattern for pattern in NOT_LOADED if "fp16" not in pattern])
-    return folder
-
-
-def _fetched(name: str, left_out: list[str]) -> Path:
-    """A hub's pipeline: all of it, since a student is exported with all its parts, but what would be unpickled."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=["model_index.json", METADATA, "*/*"], ignore_patterns=left_out)
-        )
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = first_line(error)
-        raise UserError(f"teacher: {name!r} is no folder here, nor could it be had from the hub ({reason})") from error
-
-
-def _has_variants_alone(folder: Path) -> bool:
-    """Whether a network's configs are there and its weights are not, which the hub may have in half precision alone."""
-    parts = [folder / name for name in parts_of(read_json(folder / "model_index.json"))]
-    return any((part / "config.json").is_file() and not any(part.glob("*.safetensors")) for part in parts)
 
 
 def check_weights(name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import re
 import shutil
 import sys
@@ -26,6 +27,8 @@ Config = dict[str, Any]
 
 PICKLED = [f"*.{kind}" for kind in ("bin", "msgpack", "ckpt", "pt", "pth", "onnx*")]
 """Weights that would have to be unpickled, or that are of another framework."""
+LORA = "pytorch_lora_weights.safetensors"
+"""The file of a LoRA, as `load_lora_weights` expects it."""
 _HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}")
 
@@ -66,6 +69,19 @@ def whole_index(kind: Any, index: Config) -> Config:
     """A model_index.json with [null, null] for the parts of the pipeline class that it has as a plain null."""
     parts, _ = kind._get_signature_keys(kind)
     return {name: [None, None] if value is None and name in parts else value for name, value in index.items()}
+
+
+def student_index(kind: Any, index: Config, parts: Sequence[str], component: str, scheduler: str) -> Config:
+    """The model_index.json of a student: its teacher's with another network and scheduler, and the parts that it has.
+
+    `scheduler` is the name of its class.
+    """
+    index = whole_index(kind, index)
+    index |= {name: [None, None] for name in parts_of(index) if name not in (*parts, component, "scheduler")}
+    if index.get("safety_checker") == [None, None] and "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
+    index.pop("_name_or_path", None)
+    return index | {"_class_name": kind.__name__, "scheduler": ["diffusers", scheduler]}
 
 
 def null_parts(kind: Any, index: Config) -> list[str]:
@@ -176,8 +192,21 @@ def _hint(extra: Iterable[str]) -> str:
     return ""
 
 
-def copy_part(part: Path, folder: Path) -> None:
+def _linked(source: str, to: str) -> str:
+    """Copy a file, or give its weights a second name where the file system can."""
+    if source.endswith(".safetensors"):
+        try:
+            os.link(os.path.realpath(source), to)
+            return to
+        except OSError:  # another file system, or none with links
+            pass
+    return shutil.copy2(source, to)
+
+
+def copy_part(part: Path, folder: Path, link: bool = False) -> None:
     """Copy a part to `folder`, with its safetensors weights once, under their plain names.
+
+    `link`: the weights are hard links to the teacher's, where that can be.
 
     A half precision network of transformers is told to load in float32 where the user names no type, which is what
     diffusers does with its own: a pipeline of two types does not run.
@@ -188,7 +217,8 @@ def copy_part(part: Path, folder: Path) -> None:
         _, variant = weight_files(part)
         others = {_variant(path.name) for path in part.glob("*.safetensors")} - {None, variant}
         left_out += [f"*.{name}*" for name in others]
-    shutil.copytree(part, folder, ignore=shutil.ignore_patterns(*left_out))
+    copy = _linked if link else shutil.copy2
+    shutil.copytree(part, folder, ignore=shutil.ignore_patterns(*left_out), copy_function=copy)
     if variant is not None:
         for path in sorted(folder.glob(f"*.{variant}*")):
             if path.suffix == ".json":

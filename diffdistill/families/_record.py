@@ -23,6 +23,9 @@ METADATA = "diffdistill.json"
 FORMAT = 1
 """Of the files that are written. Files without a number are from before there was one."""
 
+FORMS = ("pipeline", "network", "lora")
+"""What of a student its folder holds."""
+
 T = TypeVar("T")
 
 
@@ -52,7 +55,7 @@ class StudentRecord:
 
     levels: tuple[float, ...]  #: timesteps or sigmas of the network's schedule, descending, one for each step
     move: str  #: from a level to the next, a name of `players.sampler.STEPS`
-    teacher: str  #: folder, hub id or name
+    teacher: str  #: a hub id, 'digits', or the name of a folder or class
     method: str = ""
     step: int = 0  #: of the training whose weights these are
     guidance: Guidance = Guidance()
@@ -62,7 +65,9 @@ class StudentRecord:
     frames: int | None = None  #: of a video
     call: dict[str, Any] | None = None  #: arguments of the stock pipeline's call besides the prompt, of a latent model
     own_network: dict[str, Any] | None = None  #: of one that is not diffusers': what is needed to build it again
-    options: dict[str, Any] = field(default_factory=dict)  #: of the training
+    #: of FORMS: all that is needed, or network or LoRA with a scheduler, which need the teacher's folder too
+    form: str = "pipeline"
+    options: dict[str, Any] = field(default_factory=dict)  #: of the training, without paths
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -132,6 +137,8 @@ def read_record(folder: Path) -> Record | None:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise UserError(f"record: {path} has the kind {shown(kind)}; known are {', '.join(_KINDS)}")
     record = _built(_KINDS[kind], values, str(path), "")
+    if isinstance(record, StudentRecord) and record.form not in FORMS:
+        raise UserError(f"record: {path}: 'form' is {record.form!r}, none of {', '.join(FORMS)}")
     if isinstance(record, StudentRecord) and record.move not in STEPS:
         raise UserError(f"record: {path}: 'move' is {record.move!r}, none of {', '.join(STEPS)}")
     return record

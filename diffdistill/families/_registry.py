@@ -11,6 +11,7 @@ from pathlib import Path
 
 from diffdistill.errors import UserError, first_line
 from diffdistill.families._family import Family
+from diffdistill.families._hints import hint_for_folder
 from diffdistill.families._own import WEIGHTS
 from diffdistill.families._parts import Config, read_json
 
@@ -56,20 +57,6 @@ def _family_in(path: Path) -> Family:
     return own
 
 
-def _instead(folder: Path) -> str:
-    """What a folder is that is no pipeline, and what to do with it."""
-    if (folder / "adapter_config.json").is_file() or any(folder.glob("*lora*.safetensors")):
-        return (
-            "; it holds a LoRA: load it on its base pipeline (load_lora_weights), fuse_lora(), unload_lora_weights(), "
-            "and give the folder of save_pretrained"
-        )
-    if (folder / "config.json").is_file():
-        return "; it holds one network: give the folder of the whole pipeline"
-    if any(folder.glob("*.safetensors")) or any(folder.glob("*.ckpt")):
-        return "; it holds single files: make a diffusers folder of one by from_single_file(..).save_pretrained(..)"
-    return ", which a diffusers folder must have"
-
-
 def family_of(folder: Path) -> tuple[Family, Config]:
     """The family of a diffusers folder and its model_index.json; UserError where none reads it."""
     if not (folder / "model_index.json").exists() and (folder / WEIGHTS).exists():
@@ -77,7 +64,7 @@ def family_of(folder: Path) -> tuple[Family, Config]:
             f"teacher: {folder} holds a network that is not in diffusers; load it by load_student(folder, network=..)"
         )
     if folder.is_dir() and not (folder / "model_index.json").exists():
-        raise UserError(f"teacher: {folder} has no model_index.json{_instead(folder)}")
+        raise UserError(f"teacher: {folder} has no model_index.json{hint_for_folder(folder)}")
     index = read_json(folder / "model_index.json")
     name, own = index.get("_class_name"), None
     if isinstance(name, list):  # of a file in the folder, [file, class]

@@ -93,5 +93,6 @@ FAMILY = Family(
     autoencoder=_AUTOENCODER,
     text=plain_text(("tokenizer", "text_encoder"), _encode),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
+    videos=True,
     single_file=True,
 )

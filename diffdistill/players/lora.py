@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
+PLAYER = "player"
+"""How the names of players' adapters begin."""
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """Each adapted layer's weight is W + (alpha / rank) B A; `alpha` is `rank` unless given.
@@ -42,6 +46,17 @@ class LoraSettings:
 def is_lora(module: nn.Module) -> bool:
     """Whether the module is a LoRA player's network."""
     return isinstance(module, LoraNetwork)
+
+
+def foreign_lora(network: nn.Module) -> str | None:
+    """The name of a layer with a LoRA that no player of ours has put there; None if there is none."""
+    for name, module in network.named_modules():
+        adapters = getattr(module, "lora_A", None)
+        if isinstance(adapters, nn.Module) and any(
+            not key.startswith(PLAYER) for key in dict(adapters.named_children())
+        ):
+            return name
+    return None
 
 
 class LoraNetwork(nn.Module):
@@ -132,7 +147,7 @@ def _inject(base: nn.Module, config: LoraConfig) -> str:
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    name = f"player{len(getattr(base, 'peft_config', {}))}"
+    name = f"{PLAYER}{len(getattr(base, 'peft_config', {}))}"
     trained = {p: p.requires_grad for p in base.parameters()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several players on one base, on purpose

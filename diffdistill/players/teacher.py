@@ -15,7 +15,7 @@ from diffdistill.core.denoiser import Call, Cond, Denoiser, call_by_keyword
 from diffdistill.core.prediction import OUTPUTS, Output
 from diffdistill.core.schedule import Schedule
 from diffdistill.errors import UserError, first_line
-from diffdistill.players.lora import LoraSettings, lora_view, without_lora
+from diffdistill.players.lora import LoraSettings, foreign_lora, lora_view, without_lora
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -72,6 +72,11 @@ class Teacher:
         """
         if isinstance(predicts, str) and predicts not in OUTPUTS:
             raise UserError(f"predicts: {predicts!r} is not one of {', '.join(OUTPUTS)}")
+        if foreign := foreign_lora(network):
+            raise UserError(
+                f"network: a LoRA is on it ({foreign}); put it into the weights first: fuse_lora() and "
+                "unload_lora_weights() of its pipeline, or merge_and_unload() of peft"
+            )
         empty = {"class_labels": torch.tensor([null])} if isinstance(null, int) else null
 
         def nothing(present: Cond) -> Cond:

@@ -20,7 +20,15 @@ from diffdistill.data.examples import Examples, TensorExamples, as_examples
 from diffdistill.data.images import Data, open_data
 from diffdistill.data.pairs import check_pairs, open_pairs
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES, Family, family_of, load_teacher, local_folder
+from diffdistill.families import (
+    FAMILIES,
+    Family,
+    StudentRecord,
+    family_of,
+    load_teacher,
+    local_folder,
+    record_of,
+)
 from diffdistill.options import build, split
 from diffdistill.players.lora import LoraSettings, checkpoint_activations, is_lora
 from diffdistill.players.teacher import Teacher
@@ -31,6 +39,7 @@ from diffdistill.training.derived import Derived, Situation, derive
 from diffdistill.training.recipe import Objects, Recipe, recorded, shallow
 
 NO_OBJECTS = Objects()
+_FEW_STEPS = 8  # of a student that is no denoiser between its own levels
 
 
 @dataclasses.dataclass
@@ -104,6 +113,14 @@ def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
     if encoded is not None:  # which say the size where nothing else does
         size = {name: encoded.size[name] if value is None else value for name, value in size.items()}
     teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, **size)
+    record = record_of(config.teacher)
+    if isinstance(record, StudentRecord) and len(record.levels) <= _FEW_STEPS:
+        of = f"'{record.teacher}', which it was distilled from"
+        print(
+            f"note: teacher: {config.teacher!r} is itself a student of {len(record.levels)} steps ({record.method}), "
+            f"and knows little between them; the usual teacher is {of}",
+            file=sys.stderr,
+        )
     if config.frames is not None and len(teacher.shape) == 3:
         raise UserError(f"frames: {config.frames} was given, and {family.name} makes images; leave it out")
     if encoded is not None:

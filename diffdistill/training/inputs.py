@@ -1,8 +1,8 @@
 """What a run reads: fingerprints of it, kept in the run folder, and what is another when the run goes on.
 
-inputs.json holds the resolved options and a fingerprint each of the teacher's weights, its scheduler, the data, the
-prompts, the pairs and the method's file. A resumed run that reads anything else would be neither the old run nor a
-new one, so it is refused unless the user allows the change.
+inputs.json holds the resolved options, where the teacher is, and a fingerprint each of the teacher's weights, its
+scheduler, the data, the prompts, the pairs and the method's file. A resumed run that reads anything else would be
+neither the old run nor a new one, so it is refused unless the user allows the change.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.config import INPUTS as FILE
+from diffdistill.config import SAVING
 from diffdistill.data import encoded, pairs
 from diffdistill.data.examples import Examples, TensorExamples
 from diffdistill.data.shards import Kind, read_index
@@ -25,7 +27,6 @@ from diffdistill.errors import UserError, shown
 from diffdistill.files import atomic_write, json_object
 from diffdistill.players.teacher import Teacher
 
-FILE = "inputs.json"
 FORMAT = 1
 
 MAY_CHANGE = {
@@ -37,6 +38,7 @@ MAY_CHANGE = {
     "checkpoint_every",
     "keep_checkpoints",
     "tracker",
+    *SAVING,
 }
 """Options that may be others when a run goes on."""
 
@@ -65,7 +67,9 @@ def inputs_of(
         "pairs": _examples(noise_pairs),
         "method": _source(method),
     }
-    return {"format": FORMAT, "options": json.loads(json.dumps(kept)), "fingerprints": fingerprints}
+    source = None if teacher is None else teacher.source  # where it is, which may change
+    whole = {"format": FORMAT, "teacher": source, "options": json.loads(json.dumps(kept))}
+    return whole | {"fingerprints": fingerprints}
 
 
 def changes(run: Path, now: Mapping[str, Any], field: str = "resume", read: Container[str] | None = None) -> list[str]:
