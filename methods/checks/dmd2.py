@@ -137,7 +137,9 @@ def _level_checks() -> Iterator[Check]:
         config = Config(student_steps=4, fake_scores=kind, update_ratio=1, normalise=False)  # type: ignore[arg-type]
         method = _AtOneTime(teacher, config, student=student, fake_score=fake_score)
         for each, m, b in zip(method.fake_scores, mean, std, strict=True):
-            each.network.mean.data[:], each.network.log_std.data[:] = m, b.log()  # type: ignore[union-attr]
+            gaussian = each.network
+            assert isinstance(gaussian, LearnedGaussian)
+            gaussian.mean.data[:], gaussian.log_std.data[:] = m, b.log()
         return method
 
     def batch(step: int) -> Batch:
