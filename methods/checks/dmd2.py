@@ -31,6 +31,18 @@ PLANE = {
         "time_high": 0.98,
         "steps": 2500,
     },
+    "two steps": {
+        "student_lr": 0.001,
+        "fake_score_lr": 0.002,
+        "beta1": 0.0,
+        "update_ratio": 1,
+        "guidance_scale": 1.5,
+        "student_steps": 2,
+        "fake_scores": "per_level",
+        "time_low": 0.02,
+        "time_high": 0.98,
+        "steps": 2500,
+    },
     "with a GAN": {
         "student_lr": 0.001,
         "fake_score_lr": 0.002,
