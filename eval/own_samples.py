@@ -52,7 +52,7 @@ def own_samples(
     def produce(indices: range) -> dict[str, Tensor]:
         captions = None if choice.captions is None else [choice.captions[i] for i in indices]
         images = drawn.draw(indices, SEED, None if labels is None else labels[list(indices)], captions)
-        return {"images": prepared(images, protocol, drawn.name)}
+        return {"images": prepared(images, protocol, drawn.name).contiguous()}
 
     folder = cache_folder() / "samples" / digest(settings)
     folder.mkdir(parents=True, exist_ok=True)
