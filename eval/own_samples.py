@@ -19,14 +19,16 @@ from diffdistill.players.teacher import Teacher
 
 STEPS = 50
 SEED = 999  # no image that is judged begins from the same noise
-LEAST = 1000
+LEAST = 200  # which 25 components can be had of
 
 
 def own_samples(
     model: ModelLike, choice: Choice, sampling: SamplingOptions, processes: Processes,
     teacher: str | os.PathLike[str] | Teacher | None = None,
 ) -> Data:  # fmt: skip
-    """As many as are judged, for the same captions, of classes in turn; guided as the student was trained.
+    """As many as are judged, and 200 at least, of classes in turn; guided as the student was trained.
+
+    Of a text-to-image model just as many, for the same captions.
 
     They are kept in the cache by all that they depend on. `teacher`: of a student, in place of its own. UserError where
     the teacher cannot be had.
@@ -50,7 +52,7 @@ def own_samples(
     def produce(indices: range) -> dict[str, Tensor]:
         captions = None if choice.captions is None else [choice.captions[i] for i in indices]
         images = drawn.draw(indices, SEED, None if labels is None else labels[list(indices)], captions)
-        return {"images": prepared(images, protocol, drawn.name)}
+        return {"images": prepared(images, protocol, drawn.name).contiguous()}
 
     folder = cache_folder() / "samples" / digest(settings)
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from diffdistill.data.images import open_data
 from diffdistill.eval.features.pixels import fit
 from diffdistill.eval.metrics.frechet import frechet_distance
 from diffdistill.eval.metrics.moments import statistics
+from tests import tiny_a
 
 QUICK = ["--count", "40", "--teacher-steps", "1", "--bootstrap", "0"]
 
@@ -74,6 +75,21 @@ def test_the_command_that_train_prints_runs(
     rows = Run(run).evaluate(count=40, teacher_steps=[1], bootstrap=0).rows
     assert [(row["model"], row["steps"]) for row in rows] == [("teacher", 1), ("student", 1)]
     assert all(row[name] is not None for row in rows for name in ("frechet distance", "recall", "coverage"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["dit", "stable_diffusion"])
+def test_so_does_that_of_a_latent_model(pipeline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    getattr(tiny_a, pipeline)().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na house\n")
+    prompts = ["--prompts", str(tmp_path / "prompts.txt")] if pipeline == "stable_diffusion" else []
+    train = ["train", "--method", "dmd2", "--teacher", str(tmp_path / "teacher"), *prompts, "--device", "cpu"]
+    train += ["--steps", "1", "--batch-size", "2", "--sample-every", "0", "--out", str(tmp_path / "run")]
+    assert main(train) == 0
+    command = printed_command(capsys.readouterr().out)
+    assert main([*command, *QUICK, "--count", "12"]) == 0
+    table = capsys.readouterr().out
+    assert "teacher's own samples" in table and "student" in table
 
 
 def test_28x28_grey_images_are_mnist_if_they_are_digits(

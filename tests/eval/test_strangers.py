@@ -8,6 +8,7 @@ import pytest
 
 from diffdistill.commands.cli import main
 from diffdistill.eval.benchmarks import strangers
+from diffdistill.families import load_teacher
 
 
 def test_a_tiny_benchmark_goes_on_and_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,21 +22,30 @@ def test_a_tiny_benchmark_goes_on_and_writes_its_page(tmp_path: Path, monkeypatc
     np.savez(tmp_path / "tiny.npz", train_images=images, test_images=images[::-1])
     page, out = tmp_path / "page.md", tmp_path / "out"
     page.write_text(f"before\n{strangers.BEGIN}\nnothing yet\n{strangers.END}\nafter\n")
-    command = ["--images", str(tmp_path / "tiny.npz"), "--teachers", "ddpm,edm", "--methods", "dmd", "--threads", "1"]
+    command = ["--images", str(tmp_path / "tiny.npz"), "--teachers", "edm", "--methods", "dmd", "--threads", "1"]
     command += ["--widths", "8,8", "--teacher-steps", "2", "--steps", "1", "--count", "12", "--out", str(out)]
     assert strangers.main([*command, "--docs", str(page)]) == 0
     rows = json.loads((out / "results.json").read_text())["rows"]
     models = ["teacher, 8 steps", "teacher, 50 steps", "dmd"]
-    assert [(row["teacher"], row["model"]) for row in rows] == [(k, m) for k in ("ddpm", "edm") for m in models]
+    assert [(row["teacher"], row["model"]) for row in rows] == [("edm", model) for model in models]
     assert all(row["frechet distance"] > 0 for row in rows)
     assert {row["ahead"] for row in rows if row["model"] == "dmd"} <= {"yes", "no"}
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "nothing yet" not in text
-    assert "| ddpm | dmd | 1 |" in text and page.with_suffix(".png").is_file()
+    assert "| edm | dmd | 1 |" in text and page.with_suffix(".png").is_file()
     made = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")}
     assert strangers.main(command) == 0
     assert made == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")}
     assert json.loads((out / "results.json").read_text())["rows"] == rows
+
+
+def test_the_teachers_are_stock_pipelines(tmp_path: Path) -> None:
+    np.savez(tmp_path / "tiny.npz", train_images=np.zeros((8, 8, 8), dtype=np.uint8))
+    settings = strangers.Settings(str(tmp_path / "tiny.npz"), tmp_path, widths=(8, 8), teacher_steps=2)
+    predicted = {kind: load_teacher(strangers.make_teacher(kind, settings)) for kind in ("ddpm", "flow", "edm")}
+    rows = {"ddpm": "epsilon", "flow": "flow_prediction", "edm": "edm"}
+    assert {kind: teacher.denoiser.output.name for kind, teacher in predicted.items()} == rows
+    assert predicted["ddpm"].scheduler["clip_sample"]
 
 
 def test_steps_fit_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
