@@ -48,6 +48,7 @@ class Prompt(NamedTuple):
 
     resolution: tuple[int, int]  #: height and width of the image in pixels
     guidance: float = 3.5  #: the scale that a network with an embedded guidance scale is given
+    negative: str | None = None  #: stands in place of "no prompt"; None: what the family has for it
 
 
 @dataclass(frozen=True)
@@ -62,27 +63,42 @@ class Autoencoder:
     encode: Callable[[Any, Tensor], Tensor]
     decode: Callable[[Any, Tensor], Tensor]
     channels: Callable[[Config], int] = field(default=lambda config: config["latent_channels"])
+    network: str | None = None  #: the name of its class; None: any
 
 
 @dataclass(frozen=True)
 class Text:
     """How a family reads prompts, through the pipeline's own `encode_prompt`.
 
-    `encode` gives the conditions (n, ...) of n prompts by the network's names for them; those of "no prompt" come from
-    `null`. `components` are the pipeline's parts that this needs.
+    `encode` gives the conditions (n, ...) of n prompts by the network's names for them; those of "no prompt", or of the
+    negative prompt, come from `null`. `components` are the pipeline's parts that this needs.
     """
 
     components: tuple[str, ...]
     encode: Callable[[Any, list[str], Prompt], Cond]
     null: Callable[[Any, Prompt], Cond]
     optional: tuple[str, ...] = ()  #: components without which the pipeline encodes too, where its index has null
+    negative: str | None = None  #: the makers' negative prompt; None: what their pipeline takes where it is given none
+
+
+def padded_with_zeros(embeds: Tensor, mask: Tensor) -> Tensor:
+    """Embeddings (n, L, D) with zeros where the mask (n, L) has them: attention looks at none, and none are stored."""
+    return embeds.masked_fill(~mask.bool().unsqueeze(-1), 0)
 
 
 def plain_text(
-    components: tuple[str, ...], encode: Callable[[Any, list[str], Prompt], Cond], optional: tuple[str, ...] = ()
+    components: tuple[str, ...],
+    encode: Callable[[Any, list[str], Prompt], Cond],
+    optional: tuple[str, ...] = (),
+    negative: str | None = None,
 ) -> Text:
-    """For families whose "no prompt" is the empty one."""
-    return Text(components, encode, lambda pipe, prompt: encode(pipe, [""], prompt), optional)
+    """For families whose "no prompt" is a prompt: the empty one, or the makers' own."""
+
+    def null(pipe: Any, prompt: Prompt) -> Cond:
+        chosen = (text for text in (prompt.negative, negative, "") if text is not None)
+        return encode(pipe, [next(chosen)], prompt)
+
+    return Text(components, encode, null, optional, negative)
 
 
 @dataclass(frozen=True)
@@ -144,8 +160,9 @@ def _kl_decode(vae: Any, latents: Tensor) -> Tensor:
     return vae.decode(latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)).sample
 
 
-KL = Autoencoder(lambda config: 2 ** (len(config["block_out_channels"]) - 1), _kl_encode, _kl_decode)
-"""AutoencoderKL."""
+KL = Autoencoder(
+    lambda config: 2 ** (len(config["block_out_channels"]) - 1), _kl_encode, _kl_decode, network="AutoencoderKL"
+)
 
 
 # -- latents -----------------------------------------------------------------------------------------------
@@ -174,9 +191,9 @@ def token_map(output: Any, x: Tensor) -> Tensor:
 
 def one_side(size: Any) -> int | None:
     """A config's sample_size as one number, of a list of equal ones too; None where it says nothing or two."""
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    side = sides.pop() if len(sides) == 1 else None
-    return side if isinstance(side, int) else None
+    sides = list(size) if isinstance(size, list | tuple) else [size]
+    side = sides[0] if sides and all(other == sides[0] for other in sides) else None
+    return side if isinstance(side, int) and side > 0 else None
 
 
 def native_pixels(sample_size: Any, factor: int, resolution: int | None) -> int:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from diffdistill.errors import UserError, first_line
+from diffdistill.errors import UserError, first_line, shown
 from diffdistill.families._family import Family, Source, diffusers_class
 from diffdistill.families._folders import local_folder
 from diffdistill.families._own import load_own
@@ -88,9 +88,17 @@ def _with_lora(network: Any, folder: Path, component: str) -> Any:
 
 def _checked(family: Family, network: Any, source: Source) -> Teacher:
     """The family's teacher; UserError for a network that reads more than noisy latents, such as a masked image."""
-    teacher = family.teacher(network, source)
-    if family.autoencoder is not None:
-        made, taken = family.autoencoder.channels(source.config("vae")), teacher.shape[0]
+    try:
+        _check_vae(family, source)
+        teacher = family.teacher(network, source)
+        made = None if family.autoencoder is None else family.autoencoder.channels(source.config("vae"))
+    except UserError:
+        raise
+    except Exception as error:  # a config may hold anything, null where there must be a number for one
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"teacher: the configs in {source.folder} are not those of {family.name} ({reason})") from error
+    if made is not None:
+        taken = teacher.shape[0]
         if made != taken:
             raise UserError(
                 f"teacher: {source.folder / family.component} takes {taken} channels and the VAE gives {made}; "
@@ -99,12 +107,25 @@ def _checked(family: Family, network: Any, source: Source) -> Teacher:
     return teacher
 
 
+def _check_vae(family: Family, source: Source) -> None:
+    """UserError for an autoencoder of another class, or without its scale."""
+    if family.autoencoder is None:
+        return
+    config, known = source.config("vae"), family.autoencoder.network
+    made = config.get("_class_name")
+    if known is not None and made not in (None, known):
+        raise UserError(f"teacher: {source.folder / 'vae'} holds {shown(made)}; {known} is expected")
+    if "scaling_factor" in config and not isinstance(config["scaling_factor"], int | float):
+        scale = shown(config["scaling_factor"])
+        raise UserError(f"teacher: scaling_factor in {source.folder / 'vae' / 'config.json'} is {scale}, no number")
+
+
 def _with_defaults(config: Config) -> Config:
     """A scheduler's config with what its class takes where it says nothing: the classes differ in that."""
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     try:
         whole = {} if kind is None else dict(kind.from_config(config).config)
-    except (ValueError, TypeError, NotImplementedError, ImportError):
+    except Exception:  # whatever the class makes of what it does not expect
         return config  # schedule_of says what is wrong with it
     return {k: v for k, v in whole.items() if k != "_use_default_values"} | config
 
@@ -182,8 +203,12 @@ def describe(folder: Path, resolution: int | None = None, frames: int | None = N
     family, index = family_of(folder)
     scheduler = _with_defaults(read_json(folder / "scheduler" / "scheduler_config.json"))
     config = {k: v for k, v in read_json(folder / family.component / "config.json").items() if k[0] != "_"}
-    with torch.device("meta"):
-        network = diffusers_class(family.network).from_config(config)
+    try:
+        with torch.device("meta"):
+            network = diffusers_class(family.network).from_config(config)
+    except Exception as error:  # as for its teacher
+        part = folder / family.component / "config.json"
+        raise UserError(f"teacher: {part} is no config of {family.network} ({first_line(error)})") from error
     return _checked(family, network, Source(folder, index, scheduler, resolution=resolution, frames=frames))
 
 

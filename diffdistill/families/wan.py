@@ -79,6 +79,7 @@ _AUTOENCODER = Autoencoder(
     encode_video,
     decode_video,
     lambda config: config["z_dim"],
+    network="AutoencoderKLWan",
 )
 
 FAMILY = Family(
