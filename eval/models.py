@@ -43,7 +43,7 @@ from diffdistill.families import (
     read_json,
     read_record,
 )
-from diffdistill.families._parts import LORA
+from diffdistill.families._parts import LORA, part_config
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
@@ -280,6 +280,8 @@ def stock_call(
     `negative` is the negative prompt of a guided one. Raises UserError where it would change nothing.
     """
     record = read_record(path)
+    if family is not None and record is None:
+        _check_size(path, family)
     own = None if record is None or isinstance(record, TeacherRecord) else record.call
     others = {} if steps is None else {"num_inference_steps": steps}  # of a pipeline with a default of its own
     call = dict(own or (family.arguments(steps or LATENT_STEPS) if family else others))
@@ -290,6 +292,15 @@ def stock_call(
     elif negative is not None:
         call["negative_prompt"] = negative
     return call
+
+
+def _check_size(path: Path, family: Family) -> None:
+    """UserError for a network whose config leaves the stock pipeline without a size."""
+    if family.autoencoder is not None and part_config(path / family.component).get("sample_size", 1) is None:
+        file = path / family.component / "config.json"
+        raise UserError(
+            f"teacher: sample_size in {file} is null, so that its stock pipeline has no size; write a number"
+        )
 
 
 def guidance_call(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import LinearFlow
-from diffdistill.errors import UserError, shown
+from diffdistill.errors import UserError, first_line, shown
 from diffdistill.eval.models import ModelLike, model_folder, pixel_sampler, stock_call
 from diffdistill.families import Family, describe, family_of, is_student, load_pipeline, local_folder, schedule_of
 from diffdistill.pictures import image_grid, save_png
@@ -109,17 +109,29 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
         labels = classes or range(10)
         inputs = {"prompt": prompts[i % len(prompts)]} if text else {"class_labels": [labels[i % len(labels)]]}
         if request.trace:
-            with seeded_steps(pipeline, generator), traced(pipeline) as expected:
+            with drawing(folder), seeded_steps(pipeline, generator), traced(pipeline) as expected:
                 pipeline(**inputs, **call, generator=generator, output_type="latent" if text else "np")
             images += [decoded(pipeline, family, x0[:1], call) for x0 in expected]
             columns = len(expected)
             continue
-        with seeded_steps(pipeline, generator):
+        with drawing(folder), seeded_steps(pipeline, generator):
             output = pipeline(**inputs, **call, generator=generator, output_type="pt" if text else "np")
         picture = torch.as_tensor(output.frames if hasattr(output, "frames") else output.images).float()
         picture = picture[:, 0] if picture.ndim == 5 else picture  # a video's first frame
         images.append(2 * (picture if text else picture.permute(0, 3, 1, 2)) - 1)
     return Samples(torch.cat(images), columns)
+
+
+@contextmanager
+def drawing(folder: Path) -> Iterator[None]:
+    """UserError for whatever a stock pipeline raises whose folder loads and does not fit together."""
+    try:
+        yield
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"sample: the stock pipeline of {folder} cannot draw ({reason})") from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from diffdistill.core.denoiser import Call, Cond, Denoiser
 from diffdistill.core.prediction import Output
 from diffdistill.core.schedule import Schedule
 from diffdistill.errors import UserError
-from diffdistill.families._parts import Config, part_config
+from diffdistill.families._parts import Config, one_side, part_config
 from diffdistill.players.teacher import Teacher
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -64,6 +64,7 @@ class Autoencoder:
     decode: Callable[[Any, Tensor], Tensor]
     channels: Callable[[Config], int] = field(default=lambda config: config["latent_channels"])
     network: str | None = None  #: the name of its class; None: any
+    numbers: tuple[str, ...] = ()  #: what its config must have besides
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,11 @@ def _kl_decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 KL = Autoencoder(
-    lambda config: 2 ** (len(config["block_out_channels"]) - 1), _kl_encode, _kl_decode, network="AutoencoderKL"
+    lambda config: 2 ** (len(config["block_out_channels"]) - 1),
+    _kl_encode,
+    _kl_decode,
+    network="AutoencoderKL",
+    numbers=("scaling_factor",),
 )
 
 
@@ -189,18 +194,14 @@ def token_map(output: Any, x: Tensor) -> Tensor:
     return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
 
 
-def one_side(size: Any) -> int | None:
-    """A config's sample_size as one number, of a list of equal ones too; None where it says nothing or two."""
-    sides = list(size) if isinstance(size, list | tuple) else [size]
-    side = sides[0] if sides and all(other == sides[0] for other in sides) else None
-    return side if isinstance(side, int) and side > 0 else None
-
-
 def native_pixels(sample_size: Any, factor: int, resolution: int | None) -> int:
     """Pixels a side of a network's own sample_size in latent pixels; UserError where it is no square, nor chosen."""
     side = one_side(sample_size)
     if side is None and resolution is None:
-        raise UserError(f"resolution: the teacher's sample_size is {sample_size}; give --resolution, pixels a side")
+        raise UserError(
+            f"resolution: the teacher's sample_size is {sample_size}; give --resolution of encode or train, or "
+            "one number in its config"
+        )
     return (side or 0) * factor
 
 

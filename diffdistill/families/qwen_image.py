@@ -75,6 +75,7 @@ _AUTOENCODER = Autoencoder(
     lambda vae, latents: decode_video(vae, latents.unsqueeze(2)).squeeze(2),
     lambda config: config["z_dim"],
     network="AutoencoderKLQwenImage",
+    numbers=("latents_mean", "latents_std"),
 )
 
 FAMILY = Family(

@@ -28,6 +28,7 @@ _AUTOENCODER = Autoencoder(
     lambda vae, images: vae.encode(images).latent * vae.config.scaling_factor,
     lambda vae, latents: vae.decode(latents / vae.config.scaling_factor).sample,
     network="AutoencoderDC",
+    numbers=("scaling_factor",),
 )
 
 

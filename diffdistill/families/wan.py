@@ -80,6 +80,7 @@ _AUTOENCODER = Autoencoder(
     decode_video,
     lambda config: config["z_dim"],
     network="AutoencoderKLWan",
+    numbers=("latents_mean", "latents_std"),
 )
 
 FAMILY = Family(

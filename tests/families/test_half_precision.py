@@ -56,7 +56,7 @@ def widened(folder: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.parametrize(("name", "dtype"), EACH)
+@pytest.mark.parametrize(("name", "dtype"), EACH, ids=str)
 def test_prompts_of_a_half_folder_are_encoded_in_float32(
     name: str, dtype: torch.dtype, half: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -72,7 +72,7 @@ def test_prompts_of_a_half_folder_are_encoded_in_float32(
         assert torch.equal(got[key], value), key
 
 
-@pytest.mark.parametrize(("name", "dtype"), USED)
+@pytest.mark.parametrize(("name", "dtype"), USED, ids=str)
 def test_a_half_teacher_and_its_student_are_drawn_by_everybody(
     name: str, dtype: torch.dtype, half: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -114,7 +114,7 @@ def test_an_export_may_be_of_another_type(half: Callable[..., Path], tmp_path: P
     assert "torch_dtype" not in (wide / "README.md").read_text()
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_the_commands_of_the_readme_on_a_half_folder(
     dtype: torch.dtype, half: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,10 +12,11 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from diffdistill import distill, sample
 from diffdistill.commands.cli import main
 from diffdistill.errors import UserError
-from diffdistill.families import describe, family_of, load_student, schedule_of
+from diffdistill.families import FAMILIES, describe, family_of, load_pipeline, load_student, load_teacher, schedule_of
+from diffdistill.pipelines.export import other_parts
 from diffdistill.rng import image_generators
 from tests.families.test_real_folders import edited
-from tests.tiny_a import sdxl, stable_diffusion
+from tests.tiny_a import PIPELINES, sdxl, stable_diffusion
 from tests.tiny_b import qwen_image
 
 
@@ -93,7 +94,7 @@ def change(**values: Any) -> Callable[[dict[str, Any]], None]:
     ("file", "changes", "message"),
     [
         ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "holds 'AutoencoderTiny'; AutoencoderKL is expected"),
-        ("vae/config.json", {"scaling_factor": None}, "scaling_factor in .* is None, no number"),
+        ("vae/config.json", {"scaling_factor": None}, "vae/config.json has no scaling_factor, by which"),
         ("vae/config.json", {"block_out_channels": None}, "not those of stable_diffusion"),
         ("unet/config.json", {"in_channels": 36}, "takes 36 channels and the VAE gives 4"),
         ("unet/config.json", {"out_channels": 8}, "makes 8 channels and the VAE takes 4"),
@@ -117,10 +118,37 @@ def test_other_families_say_it_too(tmp_path: Path) -> None:
     sdxl().save_pretrained(tmp_path / "xl")
     with pytest.raises(UserError, match="addition_embed_type is None; that of sdxl is 'text_time'"):
         describe(edited(tmp_path / "xl", tmp_path / "a", "unet/config.json", change(addition_embed_type=None)))
+    with pytest.raises(UserError, match=r"sample: the stock pipeline of .* cannot draw \(AttributeError"):
+        sample(tmp_path / "a", prompt="one", count=1, steps=1)
     qwen_image().save_pretrained(tmp_path / "qwen")
     null = change(base_shift=None)
     with pytest.raises(UserError, match=r"configs in .* are not those of qwen_image \(TypeError"):
         describe(edited(tmp_path / "qwen", tmp_path / "b", "scheduler/scheduler_config.json", null))
+
+
+def test_a_teacher_without_a_size_says_so(tmp_path: Path) -> None:
+    stable_diffusion().save_pretrained(tmp_path / "sd")
+    folder = edited(tmp_path / "sd", tmp_path / "none", "unet/config.json", change(sample_size=None))
+    with pytest.raises(UserError, match=r"sample_size in .* is null, so that its stock pipeline has no size"):
+        sample(folder, prompt="one", count=1, steps=1)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart_sigma"])
+def test_a_size_of_two_equal_numbers_is_one(name: str, tmp_path: Path) -> None:
+    PIPELINES[name]().save_pretrained(tmp_path / "one")
+    folder = edited(tmp_path / "one", tmp_path / "two", "transformer/config.json", change(sample_size=[8, 8]))
+    assert describe(folder).shape == load_teacher(folder).shape == describe(tmp_path / "one").shape
+    assert load_pipeline(folder).transformer.config.sample_size == 8
+
+
+def test_two_texts_in_the_index_are_no_part(tmp_path: Path) -> None:
+    stable_diffusion().save_pretrained(tmp_path / "sd")
+    more = change(words=["one", "two"], layers=[1, 2], sizes=[["a", "b"]])
+    folder = edited(tmp_path / "sd", tmp_path / "more", "model_index.json", more)
+    assert sample(folder, prompt="one", count=1, steps=1).images.isfinite().all()
+    assert [part.name for part in other_parts(folder, FAMILIES["stable_diffusion"])] == [
+        part.name for part in other_parts(tmp_path / "sd", FAMILIES["stable_diffusion"])
+    ]
 
 
 @pytest.mark.parametrize("name", [None, 7, [], ["a", "b", "c"], {"a": 1}, "KandinskyPipeline"])
