@@ -1,12 +1,10 @@
 """What a guided teacher of text is led away from, and arguments of the stock call that are None."""
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from diffdistill.eval.ladder import ladder_models
 from diffdistill.eval.models import SamplingOptions, open_model
 from diffdistill.families import load_pipeline
 from diffdistill.rng import image_generators
-from tests.players.tiny import BUILDERS, SIZES
+from tests.players.tiny import BUILDERS, SIZES, draw_small
 
 WORDS = "a red square"
 
@@ -37,12 +35,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pipelines' own sizes are those of the published models."""
-    for kind in (diffusers.FluxPipeline, diffusers.QwenImagePipeline):
-        small = property(lambda pipeline: 8, lambda pipeline, value: None)
-        monkeypatch.setattr(kind, "default_sample_size", small, raising=False)
-    call: Any = inspect.unwrap(diffusers.SanaPipeline.__call__)
-    monkeypatch.setattr(call, "__defaults__", tuple(SIZES["sana"] if v == 1024 else v for v in call.__defaults__))
+    draw_small(monkeypatch)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from diffdistill.eval.models import SamplingOptions, open_model
 from diffdistill.eval.sample import SampleRequest, draw_samples
 from diffdistill.families import FAMILIES, load_pipeline
 from diffdistill.families._parts import stored_dtypes
-from tests.players.tiny import BUILDERS, SIZES
+from tests.players.tiny import BUILDERS, SIZES, draw_small
 
 LATENT = [name for name, family in FAMILIES.items() if family.autoencoder is not None]
 IMAGES = [name for name in LATENT if name not in ("dit", "wan")]
@@ -30,6 +30,11 @@ USED = [
     pytest.param(*case, marks=[pytest.mark.slow] if case[1] is torch.float16 and case[0] != "sd3" else [])
     for case in EACH
 ]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
