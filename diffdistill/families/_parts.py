@@ -100,7 +100,7 @@ def student_index(kind: Any, index: Config, parts: Sequence[str], component: str
     `scheduler` is the name of its class.
     """
     index = whole_index(kind, index)
-    index |= {name: [None, None] for name in parts_of(index) if name not in (*parts, component, "scheduler")}
+    index |= {name: [None, None] for name in parts_of(index, kind) if name not in (*parts, component, "scheduler")}
     if index.get("safety_checker") == [None, None] and "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
     index.pop("_name_or_path", None)
