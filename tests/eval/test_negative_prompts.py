@@ -85,28 +85,28 @@ def test_a_ladder_is_led_away_as_the_student_was_taught(saved: Callable[[str], P
         "dmd2", teacher=str(folder), prompts=str(prompts), negative_prompt="ugly", guidance_scale=5.0, steps=1,
         batch_size=2, update_ratio=1, sample_every=0, device="cpu", out=str(tmp_path / "run"),
     ).student  # fmt: skip
-    judge: Any = SimpleNamespace(protocol=SimpleNamespace(prompts="captions", name="ours", count=1))
+    protocol: Any = SimpleNamespace(prompts="captions", name="ours", count=1)
     expected = stock(folder, guidance_scale=5.0, negative_prompt="ugly")
-    taught = ladder_models(student, SamplingOptions(eight_bit=False), None, (2,), judge)
+    taught = ladder_models(student, SamplingOptions(eight_bit=False), None, (2,), protocol)
     assert [model.name for model in taught] == ["teacher, guidance 5 away from 'ugly'", "student"]
     led = SamplingOptions(guidance_scale=5.0, negative_prompt="ugly", eight_bit=False)
-    alone = ladder_models(folder, led, None, (2,), judge)
-    usual = ladder_models(folder, SamplingOptions(guidance_scale=5.0, eight_bit=False), None, (2,), judge)
+    alone = ladder_models(folder, led, None, (2,), protocol)
+    usual = ladder_models(folder, SamplingOptions(guidance_scale=5.0, eight_bit=False), None, (2,), protocol)
     for models, same in ((taught, True), (alone, True), (usual, False)):
         image = models[0].draw([0], 0, None, [WORDS])
         assert (float((image - expected).abs().max()) < 1e-3) == same
     assert taught[0].call == alone[0].call != usual[0].call
     with pytest.raises(UserError, match=r"negative_prompt: 'ugly' was given, and a student has its own"):
-        ladder_models(student, SamplingOptions(negative_prompt="ugly"), None, (2,), judge)
+        ladder_models(student, SamplingOptions(negative_prompt="ugly"), None, (2,), protocol)
 
 
 def test_where_a_negative_prompt_changes_nothing(saved: Callable[[str], Path]) -> None:
     folder = saved("stable_diffusion")
-    judge: Any = SimpleNamespace(protocol=SimpleNamespace(prompts="captions", name="ours", count=1))
+    protocol: Any = SimpleNamespace(prompts="captions", name="ours", count=1)
     for call in (
         lambda: sample(folder, prompt=WORDS, negative_prompt="ugly"),
         lambda: open_model(folder, SamplingOptions(negative_prompt="ugly")),
-        lambda: ladder_models(folder, SamplingOptions(negative_prompt="ugly"), None, (2,), judge),
+        lambda: ladder_models(folder, SamplingOptions(negative_prompt="ugly"), None, (2,), protocol),
     ):
         with pytest.raises(UserError, match=r"negative_prompt: without guidance it changes nothing"):
             call()
