@@ -90,6 +90,11 @@ class TrainConfig(SavingConfig, FitConfig):
         "for a latent teacher: a folder made by `diffdistill encode`, or a .txt, .jsonl, .json, .csv, "
         "encoded at the start",
     )
+    negative_prompt: str | None = option(
+        None,
+        "the prompt that guidance leads away from, which stands wherever there is no prompt; "
+        "default: that of the folder of prompts, or what the family has",
+    )
     resolution: int | None = option(None, "pixels a side, for a latent teacher; default: its own", at_least=1)
     frames: int | None = option(None, "frames of a video; default: the teacher's own", at_least=1)
     teacher_dtype: Literal["float32", "bfloat16"] = option(
@@ -137,6 +142,11 @@ class EncodeConfig(MachineConfig):
     embedded_guidance: float = option(
         3.5, "guidance scale of a network that takes it as an input, such as Flux's", at_least=0
     )
+    negative_prompt: str | None = option(
+        None,
+        "the prompt that guidance leads away from, which stands wherever there is no prompt; "
+        "default: what the family has, a space for Qwen-Image and the pipeline's own for others",
+    )
     count: int | None = option(
         None, "how many prompts or images are encoded, from the first on; default: all", at_least=1
     )
@@ -147,6 +157,9 @@ class EncodeConfig(MachineConfig):
     shard_size: int = option(1024, "prompts in a file; a stopped run goes on from the last whole file", at_least=1)
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "type of the text encoders and the autoencoder; bfloat16 is stored as such, the others as float32"
+    )
+    prompt_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "type in which encoded prompts are stored; default: as --teacher-dtype says"
     )
     out: str = option("runs/encoded", "the folder to make; one that is not finished is continued")
 
@@ -304,6 +317,11 @@ class JudgeConfig(DrawConfig):
     prompts: str | None = option(
         None, "a file with a prompt on each line; default: the protocol's, else those of the model's training"
     )
+    negative_prompt: str | None = option(
+        None,
+        "the prompt that a guided teacher is led away from; default: what its student was trained with, "
+        "or what the family has",
+    )
     weights: tuple[str, ...] = option(
         (), "KEY=PATH, a file, folder or hub id with a feature network's weights; may be repeated", repeated=True
     )
@@ -386,6 +404,9 @@ class SampleConfig(MachineConfig):
         None, "sampling steps of a teacher; a student has its own; default: 16, latent models 20", at_least=1
     )
     guidance_scale: float | None = option(None, "classifier-free guidance of a teacher; default: off", at_least=0)
+    negative_prompt: str | None = option(
+        None, "the prompt that a guided teacher is led away from; default: what the family has"
+    )
     seed: int = option(0, "image i is drawn from seed 1000000 * SEED + i", at_least=0)
     trace: bool = option(False, "draw the image that a latent model expects after each step, a row for each image")
     out: str = option("samples.png", "the picture's file")

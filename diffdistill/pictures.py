@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from diffdistill.errors import UserError
 from diffdistill.files import atomic_write
 
 PAPER = "white"
@@ -75,11 +76,11 @@ def as_bytes(images: Tensor) -> Tensor:
 
 def _tiles(images: Tensor, scale: int) -> list[Image.Image]:
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
-        raise ValueError(f"want images (N, 1 or 3, H, W), got {tuple(images.shape)}")
+        raise UserError(f"picture: images of the shape {tuple(images.shape)} cannot be drawn; (N, 1 or 3, H, W) can")
     if scale < 1:
         raise ValueError(f"scale must be at least 1, got {scale}")
     if not images.isfinite().all():
-        raise ValueError("images are not finite")
+        raise UserError("picture: the images are not finite; the model diverged, or needs a wider type than it has")
     levels = as_bytes(images.detach().float()).cpu()
     pixels = levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     pixels = np.ascontiguousarray(pixels.repeat(scale, axis=1).repeat(scale, axis=2))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
 from diffdistill.data.shapes import HELD_OUT, draw_many
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, shown
 from diffdistill.eval.attention import attention
 from diffdistill.eval.image_folder import Model
 from diffdistill.eval.judge import Judge, JudgeOptions, Score, score
@@ -47,6 +47,7 @@ from diffdistill.families import (
     METADATA,
     Family,
     Prompt,
+    Text,
     is_student,
     load_pipeline,
     load_student,
@@ -197,6 +198,7 @@ class _Rung:
     steps: int
     call: dict[str, Any]
     draw: Draw
+    negative: str | None = None  #: that a guided teacher of text is led away from; None: what the family has
 
 
 def ladder_models(
@@ -240,7 +242,10 @@ def _rungs(
         judged = source if isinstance(source, Teacher) else load_teacher(_pipeline(source))
         identity = _teacher_fingerprint(judged)
         scale = 1.0 if sampling.guidance_scale is None else sampling.guidance_scale
-        return judged, identity, _teacher_rungs(judged, identity, steps, scale)
+        negative = sampling.negative_prompt
+        if negative is not None:
+            _check_negative(judged, scale)
+        return judged, identity, _teacher_rungs(judged, identity, steps, scale, negative)
     refuse_for_student(sampling)
     origin = teacher or students[0].teacher
     if origin is None:
@@ -249,7 +254,7 @@ def _rungs(
         origin if isinstance(origin, Teacher) else load_teacher(model_folder(origin), null_class=students[0].null_class)
     )
     identity = _teacher_fingerprint(judged)
-    teachers: dict[float, list[_Rung]] = {}
+    teachers: dict[tuple[float, str | None], list[_Rung]] = {}
     drawn: list[_Rung] = []
     for student in students:
         if teacher is None and student.teacher != origin:
@@ -259,7 +264,8 @@ def _rungs(
             )
         # The student imitates the teacher as it was guided.
         scale = student.scale
-        teachers.setdefault(scale, _teacher_rungs(judged, identity, steps, scale))
+        negative = None if scale == 1 else student.negative
+        teachers.setdefault((scale, negative), _teacher_rungs(judged, identity, steps, scale, negative))
         sampler, described = student.loaded
         sampler.denoiser.to(sampling.device)
         name = "student" if len(students) == 1 else student.name
@@ -269,17 +275,36 @@ def _rungs(
     return judged, identity, [*(rung for rungs in teachers.values() for rung in rungs), *drawn]
 
 
+def _check_negative(teacher: Teacher, scale: float) -> None:
+    """UserError for a negative prompt of a teacher that takes none, or is not guided."""
+    family = FAMILIES.get(teacher.family)
+    if family is None or family.text is None:
+        raise UserError(f"negative_prompt: {teacher.source!r} takes no prompts; leave it out")
+    if scale == 1:
+        raise UserError("negative_prompt: without guidance it changes nothing; give --guidance-scale too")
+
+
 def _teacher_fingerprint(teacher: Teacher) -> str:
     return folder_fingerprint(local_folder(teacher.source)) if teacher.source else loaded_fingerprint(teacher)
 
 
-def _teacher_rungs(teacher: Teacher, identity: str, steps: Sequence[int], scale: float) -> list[_Rung]:
+def _teacher_rungs(
+    teacher: Teacher, identity: str, steps: Sequence[int], scale: float, negative: str | None = None
+) -> list[_Rung]:
     name = "teacher" if scale == 1 else f"teacher, guidance {scale:g}"
-    call = {"sampler": "DDIM", "guidance_scale": scale}
+    if negative is not None and negative != _own_negative(teacher):
+        name += f" away from {shown(negative)}"
+    call = {"sampler": "DDIM", "guidance_scale": scale} | ({} if negative is None else {"negative_prompt": negative})
+    draw = partial(teacher_images, teacher)
     return [
-        _Rung(name, identity, n, {**call, "num_inference_steps": n}, partial(teacher_images, teacher, n, scale))
-        for n in steps
+        _Rung(name, identity, n, {**call, "num_inference_steps": n}, partial(draw, n, scale), negative) for n in steps
     ]
+
+
+def _own_negative(teacher: Teacher) -> str | None:
+    """What the teacher's makers have for "no prompt", if it is a text of their own."""
+    family = FAMILIES.get(teacher.family)
+    return None if family is None or family.text is None else family.text.negative
 
 
 @dataclass(frozen=True)
@@ -288,6 +313,7 @@ class _LoadedStudent:
     fingerprint: str
     teacher: str | None  #: where it was distilled from
     scale: float  #: of the guidance that it imitates
+    negative: str | None  #: the negative prompt of that
     null_class: int | None  #: of its teacher
     loaded: Student
 
@@ -297,7 +323,7 @@ def _students(source: ModelLike, needs_teacher: bool) -> list[_LoadedStudent] | 
     if isinstance(source, Teacher):
         return None
     if isinstance(source, tuple):
-        return [_LoadedStudent("student", loaded_fingerprint(source), None, 1.0, None, source)]
+        return [_LoadedStudent("student", loaded_fingerprint(source), None, 1.0, None, None, source)]
     folders = models_in(source)
     folders = folders or [_pipeline(source)]
     if not is_student(folders[0]):
@@ -308,8 +334,8 @@ def _students(source: ModelLike, needs_teacher: bool) -> list[_LoadedStudent] | 
         loaded = load_student(folder)
         identity, name = folder_fingerprint(local_folder(str(folder))), folder.parent.name
         origin = teacher_of(folder, record) if needs_teacher else record.teacher
-        scale, null_class = record.guidance.scale, record.teacher_null_class
-        students.append(_LoadedStudent(name, identity, origin, scale, null_class, loaded))
+        imitated, null_class = (record.guidance.scale, record.guidance.negative_prompt), record.teacher_null_class
+        students.append(_LoadedStudent(name, identity, origin, *imitated, null_class, loaded))
     return students
 
 
@@ -330,8 +356,7 @@ class _Latents:
         folder = local_folder(teacher.source)
         self.pipeline = load_pipeline(folder, leave_out=(family.component,), device=sampling.device)
         self.prompt = Prompt((teacher.size.get("height", 0), teacher.size.get("width", 0)))
-        if family.text is not None:
-            with_null(teacher.denoiser, family.text.null(self.pipeline, self.prompt))
+        self.nulls: dict[str | None, Cond] = {}  #: conditions of each negative prompt
 
     def decoded(self, latents: Tensor, name: str) -> Tensor:
         """Images as the judge takes them."""
@@ -341,6 +366,12 @@ class _Latents:
         refuse_non_finite(images, name)
         return rounded((images + 1) / 2) if self.sampling.eight_bit else images
 
+    def lead_away_from(self, text: Text, negative: str | None) -> None:
+        """Let the teacher's guidance be that from a negative prompt; None: from what the family has."""
+        if negative not in self.nulls:
+            self.nulls[negative] = text.null(self.pipeline, self.prompt._replace(negative=negative))
+        with_null(self.teacher.denoiser, self.nulls[negative])
+
     def model(self, rung: _Rung) -> Model:
         """One that is drawn from captions, classes or nothing."""
         text = self.family.text
@@ -349,6 +380,7 @@ class _Latents:
             cond: Cond = {} if labels is None else {"class_labels": labels.to(self.sampling.device)}
             if text is not None:
                 cond = text.encode(self.pipeline, list(captions or []), self.prompt)
+                self.lead_away_from(text, rung.negative)
             with attention(self.teacher.denoiser, self.sampling.attention):
                 latents = rung.draw(cond, image_generators(seed, indices))
             return self.decoded(latents, rung.name)

@@ -21,7 +21,7 @@ from diffdistill.core.ode import Denoise, Step, ddim_step, sample_ode
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.data.arrays import ARRAY_SUFFIXES
 from diffdistill.data.shards import hash_file
-from diffdistill.errors import UserError, first_line
+from diffdistill.errors import UserError, first_line, shown
 from diffdistill.eval.attention import attention
 from diffdistill.eval.features.measure import network_fingerprint
 from diffdistill.eval.image_folder import Model, open_image_file, open_image_folder
@@ -31,6 +31,7 @@ from diffdistill.families import (
     Family,
     TeacherRecord,
     describe,
+    diffusers_class,
     family_of,
     is_partial,
     is_student,
@@ -42,7 +43,7 @@ from diffdistill.families import (
     read_json,
     read_record,
 )
-from diffdistill.families._parts import LORA
+from diffdistill.families._parts import LORA, part_config
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
@@ -64,6 +65,7 @@ class SamplingOptions:
 
     steps: int | None = None
     guidance_scale: float | None = None
+    negative_prompt: str | None = None  #: that guidance leads away from; None: what the family has
     dtype: str = "float32"
     attention: str = "auto"
     trust_remote_code: bool = False
@@ -261,6 +263,8 @@ def _pixel_model(model: Path | Teacher | Student, name: str, fingerprint: str, s
     scale = 1.0 if sampling.guidance_scale is None else sampling.guidance_scale
     draw, teacher, steps = pixel_sampler(model, sampling.steps, scale)
     teacher.denoiser.to(sampling.device)
+    if sampling.strict and sampling.negative_prompt is not None:
+        raise UserError(f"negative_prompt: {name} takes no prompts; leave it out")
     call: dict[str, Any] = {"num_inference_steps": steps}
     if not student:
         bounded = {} if _bound(teacher.scheduler) is None else {"clip_sample": True}
@@ -268,25 +272,66 @@ def _pixel_model(model: Path | Teacher | Student, name: str, fingerprint: str, s
     return pixel_model(name, fingerprint, draw, teacher, steps, call, sampling)
 
 
-def stock_call(path: Path, family: Family | None, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
-    """Arguments of a stock pipeline's call: a student's own, or a number of steps with guidance off or in its units."""
+def stock_call(
+    path: Path, family: Family | None, steps: int | None, guidance_scale: float | None, negative: str | None = None
+) -> dict[str, Any]:
+    """Arguments of a stock pipeline's call: a student's own, or a number of steps with guidance off or in its units.
+
+    `negative` is the negative prompt of a guided one. Raises UserError where it would change nothing.
+    """
     record = read_record(path)
+    if family is not None and record is None:
+        _check_size(path, family)
     own = None if record is None or isinstance(record, TeacherRecord) else record.call
     others = {} if steps is None else {"num_inference_steps": steps}  # of a pipeline with a default of its own
     call = dict(own or (family.arguments(steps or LATENT_STEPS) if family else others))
+    if negative is not None and guidance_scale is None and family is not None and own is None:
+        raise UserError("negative_prompt: without guidance it changes nothing; give --guidance-scale too")
     if guidance_scale is not None:
-        if "true_cfg_scale" in call:  # which acts only where a negative prompt is given
-            call |= {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
-        else:
-            call["guidance_scale"] = guidance_scale
+        call |= guidance_call(family, guidance_scale, negative, true_cfg="true_cfg_scale" in call)
+    elif negative is not None:
+        call["negative_prompt"] = negative
     return call
+
+
+def _check_size(path: Path, family: Family) -> None:
+    """UserError for a network whose config leaves the stock pipeline without a size."""
+    if family.autoencoder is not None and part_config(path / family.component).get("sample_size", 1) is None:
+        file = path / family.component / "config.json"
+        raise UserError(
+            f"teacher: sample_size in {file} is null, so that its stock pipeline has no size; write a number"
+        )
+
+
+def guidance_call(
+    family: Family | None, scale: float, negative: str | None = None, *, true_cfg: bool | None = None
+) -> dict[str, Any]:
+    """Guidance by `scale`, in the units of the stock pipeline, away from a negative prompt, as arguments of its call.
+
+    `true_cfg`: by `true_cfg_scale`, which acts only where a negative prompt is given; None: where the pipeline has it.
+    Of one whose `guidance_scale` is an input of the network (Flux), a negative prompt needs it.
+    """
+    if family is not None:
+        has_it = "true_cfg_scale" in inspect.signature(diffusers_class(family.pipelines[0]).__call__).parameters
+        true_cfg = has_it and (true_cfg is not False or negative is not None)
+        if negative is None and family.text is not None:
+            negative = family.text.negative
+    if true_cfg:
+        return {"true_cfg_scale": scale, "negative_prompt": negative or ""}
+    return {"guidance_scale": scale} | ({} if negative is None else {"negative_prompt": negative})
+
+
+def with_negatives(call: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The call for so many prompts: there must be as many negative ones."""
+    return {name: [value] * count if name == "negative_prompt" else value for name, value in call.items()}
 
 
 def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: str, sampling: SamplingOptions) -> Model:
     student = is_student(path)
     if student:
         refuse_for_student(sampling)
-    call = stock_call(path, family, *((None, None) if student else (sampling.steps, sampling.guidance_scale)))
+    own = (None, None, None) if student else (sampling.steps, sampling.guidance_scale, sampling.negative_prompt)
+    call = stock_call(path, family, *own)
     dtype = getattr(torch, sampling.dtype)
     if family is None:
         pipeline = any_pipeline(path, device=sampling.device, dtype=dtype, trust=sampling.trust_remote_code)
@@ -296,6 +341,8 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
         pipeline.safety_checker = None
     takes = inspect.signature(pipeline.__call__).parameters
     conditions = "prompts" if "prompt" in takes else "classes" if "class_labels" in takes else "none"
+    if "negative_prompt" in call and "negative_prompt" not in takes and "kwargs" not in takes:
+        raise UserError(f"negative_prompt: the pipeline of {name} takes none; leave it out")
 
     def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
         inputs: dict[str, Any] = {"batch_size": len(indices)} if conditions == "none" else {}
@@ -306,7 +353,7 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
             inputs = {"class_labels": labels.tolist()}
         generators = image_generators(seed, indices)
         with attention(pipeline, sampling.attention), seeded_steps(pipeline, generators):
-            output = pipeline(**inputs, **call, generator=generators, output_type="np")
+            output = pipeline(**inputs, **with_negatives(call, len(indices)), generator=generators, output_type="np")
         if not hasattr(output, "images"):
             raise UserError(f"eval: {name} makes videos, and the protocols are of images")
         drawn = torch.as_tensor(output.images).float().permute(0, 3, 1, 2)
@@ -321,7 +368,7 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
 def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust: bool = False) -> Any:
     """A pipeline of no family of ours; UserError where it does not load, or brings its own code and is not trusted."""
     kind = read_json(path / "model_index.json").get("_class_name")
-    if isinstance(kind, list) and not trust:
+    if isinstance(kind, list) and kind and not trust:
         problem = f"{path} carries a pipeline of its own, {kind[0]}.py, and code of a folder is run only if you say so"
         raise UserError(f"eval: {problem}: --trust-remote-code")
     try:
@@ -336,6 +383,6 @@ def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust:
 
 def refuse_for_student(sampling: SamplingOptions) -> None:
     """UserError for options that a student has of its own."""
-    for name in ("steps", "guidance_scale"):
-        if sampling.strict and getattr(sampling, name) is not None:
-            raise UserError(f"{name}: {getattr(sampling, name)} was given, and a student has its own; leave it out")
+    for name in ("steps", "guidance_scale", "negative_prompt"):
+        if sampling.strict and (value := getattr(sampling, name)) is not None:
+            raise UserError(f"{name}: {shown(value)} was given, and a student has its own; leave it out")

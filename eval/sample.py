@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import LinearFlow
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, first_line, shown
 from diffdistill.eval.models import ModelLike, model_folder, pixel_sampler, stock_call
 from diffdistill.families import Family, describe, family_of, is_student, load_pipeline, local_folder, schedule_of
 from diffdistill.pictures import image_grid, save_png
@@ -35,6 +35,7 @@ class SampleRequest:
     classes: Sequence[int] = ()
     steps: int | None = None
     guidance_scale: float | None = None
+    negative_prompt: str | None = None
     seed: int = 0
     trace: bool = False  #: of a latent model: a row an image, a column for what the model expects after each step
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -64,8 +65,9 @@ def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
     name = str(model) if isinstance(model, Path) else "the model"
     if request.trace:
         raise UserError(f"trace: {name!r} is a model of pixels, and a trace is of latent models; leave it out")
-    if request.prompts:
-        raise UserError(f"prompt: {name!r} takes no prompts; use --classes")
+    for option, given in (("prompt", request.prompts), ("negative_prompt", request.negative_prompt is not None)):
+        if given:
+            raise UserError(f"{option}: {name!r} takes no prompts; use --classes")
     if is_student(model) if isinstance(model, Path) else isinstance(model, tuple):
         for option, value in (("steps", request.steps), ("guidance_scale", request.guidance_scale)):
             if value is not None:
@@ -93,9 +95,12 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
         raise UserError(f"prompt: {str(folder)!r} takes {'a prompt; give --prompt' if text else 'none; use --classes'}")
     if classes:
         _check_classes(classes, describe(folder).num_classes or 0)
-    if is_student(folder) and request.steps is not None:
-        raise UserError(f"steps: {request.steps} was given, and a student has its own; leave it out")
-    call = stock_call(folder, family, request.steps, request.guidance_scale)
+    if not text and request.negative_prompt is not None:
+        raise UserError(f"negative_prompt: {str(folder)!r} takes no prompts; leave it out")
+    for option in ("steps", "negative_prompt") if is_student(folder) else ():
+        if (value := getattr(request, option)) is not None:
+            raise UserError(f"{option}: {shown(value)} was given, and a student has its own; leave it out")
+    call = stock_call(folder, family, request.steps, request.guidance_scale, request.negative_prompt)
     pipeline = load_pipeline(folder, device=request.device)
     count = request.count or 4
     images: list[Tensor] = []
@@ -104,17 +109,29 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
         labels = classes or range(10)
         inputs = {"prompt": prompts[i % len(prompts)]} if text else {"class_labels": [labels[i % len(labels)]]}
         if request.trace:
-            with seeded_steps(pipeline, generator), traced(pipeline) as expected:
+            with drawing(folder), seeded_steps(pipeline, generator), traced(pipeline) as expected:
                 pipeline(**inputs, **call, generator=generator, output_type="latent" if text else "np")
             images += [decoded(pipeline, family, x0[:1], call) for x0 in expected]
             columns = len(expected)
             continue
-        with seeded_steps(pipeline, generator):
+        with drawing(folder), seeded_steps(pipeline, generator):
             output = pipeline(**inputs, **call, generator=generator, output_type="pt" if text else "np")
         picture = torch.as_tensor(output.frames if hasattr(output, "frames") else output.images).float()
         picture = picture[:, 0] if picture.ndim == 5 else picture  # a video's first frame
         images.append(2 * (picture if text else picture.permute(0, 3, 1, 2)) - 1)
     return Samples(torch.cat(images), columns)
+
+
+@contextmanager
+def drawing(folder: Path) -> Iterator[None]:
+    """UserError for whatever a stock pipeline raises whose folder loads and does not fit together."""
+    try:
+        yield
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"sample: the stock pipeline of {folder} cannot draw ({reason})") from error
 
 
 @contextmanager

@@ -19,10 +19,12 @@ from diffdistill.eval.models import (
     Student,
     any_pipeline,
     family_or_none,
+    guidance_call,
     model_folder,
     models_in,
     pixel_sampler,
     stock_call,
+    with_negatives,
 )
 from diffdistill.eval.timing import SpeedOptions, Subject, allocated_mb
 from diffdistill.families import (
@@ -208,15 +210,17 @@ def _stock_pipeline(family: Family | None, folder: Path, plan: ModelPlan, option
             inputs = {"prompt": [PROMPTS[i % len(PROMPTS)] for i in range(batch)]}  # anew: some pipelines write into it
         elif "class_labels" in takes:
             inputs = {"class_labels": [i % (classes or 1) for i in range(batch)]}
-        if "negative_prompt" in call:
-            inputs["negative_prompt"] = [call["negative_prompt"]] * batch
         if resolution is not None:
             if "height" not in takes:
                 raise UserError(
                     f"resolution: {resolution} was given, and {plan.name}'s pipeline takes no size; leave it out"
                 )
             inputs |= {"height": resolution, "width": resolution}
-        output = pipeline(**call | inputs, generator=image_generators(options.seed, range(batch)), output_type="np")
+        output = pipeline(
+            **with_negatives(call, batch) | inputs,
+            generator=image_generators(options.seed, range(batch)),
+            output_type="np",
+        )
         images = getattr(output, "images", getattr(output, "frames", None))
         if not isinstance(images, np.ndarray):
             raise UserError(f"speed: {plan.name} makes neither images nor videos")
@@ -228,8 +232,7 @@ def _stock_pipeline(family: Family | None, folder: Path, plan: ModelPlan, option
 
 def _guided(family: Family | None, scale: float, takes: Any) -> dict[str, Any]:
     """u + scale (c - u) in the words of the stock pipeline."""
-    if "true_cfg_scale" in takes:  # which acts only where a negative prompt is given
-        return {"true_cfg_scale": scale, "negative_prompt": ""}
-    if "guidance_scale" not in takes:
+    if not {"true_cfg_scale", "guidance_scale"} & set(takes):
         raise UserError(f"guidance_scale: {scale:g} was given, and the pipeline takes none; use 1")
-    return {"guidance_scale": scale - 1 if family is not None and family.stock_guidance.startswith("c + ") else scale}
+    own = scale - 1 if family is not None and family.stock_guidance.startswith("c + ") else scale
+    return guidance_call(family, own, true_cfg="true_cfg_scale" in takes)

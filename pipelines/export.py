@@ -203,10 +203,10 @@ def other_parts(source: Path, entry: Family) -> list[Path]:
 
     Parts that no image needs, such as a safety checker, are left out where they are not whole.
     """
-    index = read_json(source / "model_index.json")
-    optional = set(diffusers_class(entry.pipelines[0])._optional_components) - set(entry.needed_parts)
+    index, kind = read_json(source / "model_index.json"), diffusers_class(entry.pipelines[0])
+    optional = set(kind._optional_components) - set(entry.needed_parts)
     parts = []
-    for part in [source / name for name in parts_of(index) if name not in (entry.component, "scheduler")]:
+    for part in [source / name for name in parts_of(index, kind) if name not in (entry.component, "scheduler")]:
         try:
             if not part.is_dir():
                 raise UserError(

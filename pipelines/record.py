@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffdistill.core.denoiser import Denoiser
@@ -38,7 +39,7 @@ def new_student_record(
         teacher=public_name(teacher.source),
         method=method,
         step=step,
-        guidance=imitated_guidance(sampler.denoiser, options),
+        guidance=replace(imitated_guidance(sampler.denoiser, options), negative_prompt=options.get("negative_prompt")),
         num_classes=teacher.num_classes,
         null_class=None if teacher.denoiser.null is None else teacher.num_classes,
         resolution=resolution if latent else None,

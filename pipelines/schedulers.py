@@ -73,7 +73,7 @@ def _kept(teacher: Teacher, schedule: DiscreteVP, level: float) -> dict[str, Any
     if level != int(level) or not 0 <= level <= noisiest:
         raise UserError(f"student_level: {level} is not a whole timestep from 0 to {noisiest}")
     kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
-    if level == noisiest:
+    if level == noisiest and kept.get("beta_schedule") != "sigmoid":  # which DDPM's scheduler has, and no student's
         return kept | {"num_train_timesteps": noisiest + 1} if kept.get("trained_betas") else kept
     # `steps_offset` would do for one step, but StableDiffusionPipeline sets it to 1.
     alphas = schedule.alphas_cumprod[: int(level) + 1].double()

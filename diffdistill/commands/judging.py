@@ -38,6 +38,7 @@ def judge_options(
     sampling = SamplingOptions(
         steps=config.steps,
         guidance_scale=config.guidance_scale,
+        negative_prompt=config.negative_prompt,
         dtype=config.dtype,
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,

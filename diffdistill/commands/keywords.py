@@ -52,6 +52,7 @@ class TrainOptions(SavingOptions, FitOptions, total=False):
 
     null_class: int | None
     prompts: str | Path | None
+    negative_prompt: str | None
     resolution: int | None
     frames: int | None
     teacher_dtype: Literal["float32", "bfloat16"]
@@ -93,11 +94,13 @@ class EncodeOptions(MachineOptions, total=False):
     resolution: int | None
     frames: int | None
     embedded_guidance: float
+    negative_prompt: str | None
     count: int | None
     streaming: bool
     batch_size: int
     shard_size: int
     teacher_dtype: Literal["float32", "bfloat16", "float16"]
+    prompt_dtype: Literal["float32", "bfloat16", "float16"] | None
     out: str | Path
 
 
@@ -136,6 +139,7 @@ class JudgeOptions(DrawOptions, total=False):
     batch_size: int | None
     reference: str | Path | None
     prompts: str | Path | None
+    negative_prompt: str | None
     weights: Sequence[str]
     bootstrap: int | None
 
@@ -177,6 +181,7 @@ class SampleOptions(MachineOptions, total=False):
     classes: Sequence[int]
     steps: int | None
     guidance_scale: float | None
+    negative_prompt: str | None
     seed: int
     trace: bool
 

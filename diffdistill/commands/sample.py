@@ -37,6 +37,7 @@ def _draw(config: SampleConfig, model: ModelLike) -> Samples:
         classes=config.classes,
         steps=config.steps,
         guidance_scale=config.guidance_scale,
+        negative_prompt=config.negative_prompt,
         seed=config.seed,
         trace=config.trace,
         device=use_machine(config.device, config.threads),

@@ -35,11 +35,13 @@ from diffdistill.data.shards import (
     mapped,
     open_shards,
     read_index,
+    row_shapes,
     rows,
     start,
+    without_padding,
 )
 from diffdistill.data.texts import looked_for
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, shown
 from diffdistill.families import (
     FAMILIES,
     NOT_LOADED,
@@ -99,10 +101,15 @@ class Encoded:
     def get(self, indices: Tensor) -> Example:
         """Latents (B, ...), if there are any, and conditions (B, ...) at int64 indices (B,), in that order.
 
-        In float32, also where they are stored in bfloat16. Raises IndexError for one outside 0..len-1.
+        In float32, also where they are stored in half precision. Raises IndexError for one outside 0..len-1.
         """
         columns = _wide(rows(self.shards, self.settings["shard_size"], len(self), indices))
         return Example(columns.pop("latents", None), columns)
+
+
+def negative_prompt(family: Family, chosen: str | None) -> str | None:
+    """The negative prompt that stands for "no prompt": the chosen one, or the makers'; None: their pipeline's own."""
+    return chosen if chosen is not None or family.text is None else family.text.negative
 
 
 def with_prompts(teacher: Teacher, encoded: Encoded) -> Teacher:
@@ -148,7 +155,7 @@ def encode(*, teacher: str | PathLike[str] | Teacher | None = None, **values: An
     index = start(KIND, out, settings, named)
 
     def produce(indices: range) -> dict[str, Tensor]:
-        return encoder.columns(source, indices)
+        return without_padding(encoder.columns(source, indices))
 
     with torch.no_grad():
         if not is_whole(out / _NULL, index.get("null")):
@@ -188,7 +195,10 @@ class _Encoder:
         self.num_classes = num_classes
         self.device, self.dtype = device_for(config.device), getattr(torch, config.teacher_dtype)
         self.size = family.pixels(folder, shape)  #: height and width in pixels
-        self.prompt = Prompt(self.size, config.embedded_guidance)
+        if family.text is None and (config.negative_prompt, config.prompt_dtype) != (None, None):
+            name = "prompt_dtype" if config.negative_prompt is None else "negative_prompt"
+            raise UserError(f"{name}: {config.teacher!r} takes class labels and no prompts; leave it out")
+        self.prompt = Prompt(self.size, config.embedded_guidance, config.negative_prompt)
 
     @cached_property
     def pipeline(self) -> Any:
@@ -208,8 +218,10 @@ class _Encoder:
             "resolution": config.resolution,
             "frames": config.frames,
             "embedded_guidance": config.embedded_guidance,
+            "negative_prompt": negative_prompt(self.family, config.negative_prompt),
             # None in float32, as folders are from before there was a choice.
             "teacher_dtype": None if self.dtype == torch.float32 else config.teacher_dtype,
+            "prompt_dtype": config.prompt_dtype,
         }
 
     def null(self) -> dict[str, Tensor]:
@@ -235,7 +247,7 @@ class _Encoder:
         return self.stored(columns)
 
     def stored(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What bfloat16 encoders give is stored as it is, what float16 ones give in float32."""
+        """What bfloat16 encoders give is stored as it is, what float16 ones give in float32; or prompts as is said."""
         for name, value in columns.items():
             if not bool(value.isfinite().all()):
                 if self.dtype == torch.float16:
@@ -245,7 +257,17 @@ class _Encoder:
                     "its text encoder or autoencoder is damaged"
                 )
         halves = {key: value.float() for key, value in columns.items() if value.dtype == torch.float16}
-        return {key: value.cpu().contiguous() for key, value in (columns | halves).items()}
+        return {key: self._typed(key, value).cpu().contiguous() for key, value in (columns | halves).items()}
+
+    def _typed(self, name: str, value: Tensor) -> Tensor:
+        """Prompts in the type in which they are stored."""
+        kind = self.config.prompt_dtype
+        if kind is None or name == "latents" or not value.is_floating_point():
+            return value
+        typed = value.to(getattr(torch, kind))
+        if not bool(typed.isfinite().all()):
+            raise UserError(f"prompt_dtype: the {name} of {self.family.name} overflow in {kind}; use bfloat16")
+        return typed
 
 
 @dataclass(frozen=True)
@@ -306,14 +328,15 @@ def open_encoded(folder: str | Path) -> Encoded:
     settings, shards = open_shards(KIND, folder)
     if not is_whole(folder / _NULL, read_index(KIND, folder).get("null")):
         raise UserError(f"encode: {folder / _NULL} is missing or damaged; run {KIND.made_by} again")
-    keys = [sorted((name, tuple(v.shape[1:])) for name, v in shard.items()) for shard in shards]
-    if any(key != keys[0] for key in keys):
+    shapes = [row_shapes(shard) for shard in shards]
+    if any(shape != shapes[0] for shape in shapes):
         raise UserError(f"encode: the shards of {str(folder)!r} differ in columns or shapes; make the folder anew")
     return Encoded(folder, settings, shards, _wide(mapped(KIND, folder / _NULL)))
 
 
 def _wide(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in columns.items()}
+    halves = (torch.bfloat16, torch.float16)
+    return {key: value.float() if value.dtype in halves else value for key, value in columns.items()}
 
 
 def check_encoded(encoded: Encoded, folder: Path, family: Family, shape: Sequence[int]) -> None:
@@ -329,6 +352,18 @@ def check_encoded(encoded: Encoded, folder: Path, family: Family, shape: Sequenc
             f"prompts: {str(encoded.folder)!r} was made for samples of shape {tuple(made['shape'])}; "
             f"here they are {tuple(shape)}; give the same --resolution"
         )
+
+
+def check_negative(encoded: Encoded, other: str | None, pairs: str | None = None) -> None:
+    """UserError unless the folder's negative prompt is the other one: an option's, if there is one, or `pairs`' own."""
+    made = encoded.settings.get("negative_prompt")
+    if made == other or (pairs is None and other is None):
+        return
+    ours, theirs = ("the family's own" if text is None else shown(text) for text in (made, other))
+    prompts = f"negative_prompt: {shown(str(encoded.folder))} was made with {ours}"
+    if pairs is None:
+        raise UserError(f"{prompts}, and {theirs} is given; encode the prompts with it, or leave it out")
+    raise UserError(f"{prompts}, and {shown(pairs)} with {theirs}; make the pairs with these prompts")
 
 
 def decoder(teacher: Teacher) -> Callable[[Tensor], Tensor]:

@@ -32,7 +32,7 @@ from diffdistill.core.ode import ddim_step, heun_step, sample_ode
 from diffdistill.core.schedule import sampling_grid
 from diffdistill.data.encoded import Encoded, check_encoded, open_encoded, with_prompts
 from diffdistill.data.examples import ClassLabels, Example, Examples
-from diffdistill.data.shards import Kind, device_for, make, open_shards, rows, start
+from diffdistill.data.shards import Kind, device_for, make, open_shards, rows, start, without_padding
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, family_of, load_teacher, local_folder
 from diffdistill.options import build
@@ -131,7 +131,13 @@ def make_pairs(
     denoise = guided(own.denoiser, config.guidance_scale)
     sampling_grid(own.denoiser.schedule, config.sampling_steps)  # refuses too many steps now
     index = start(KIND, out, _settings(own, config, conditions), {"teacher": own.source})
-    make(KIND, out, index, config.batch_size, lambda indices: draw_pairs(own, denoise, config, indices, conditions))
+
+    def produce(indices: range) -> dict[str, Tensor]:
+        columns = draw_pairs(own, denoise, config, indices, conditions)
+        samples = {name: columns.pop(name) for name in ("z", "x0")}
+        return samples | without_padding(columns)
+
+    make(KIND, out, index, config.batch_size, produce)
     return out
 
 
@@ -186,7 +192,8 @@ def _own_teacher(teacher: Teacher, config: PairsConfig, conditions: Examples | N
 def _settings(teacher: Teacher, config: PairsConfig, conditions: Examples | None) -> dict[str, Any]:
     options = asdict(config)
     if isinstance(conditions, Encoded):
-        source = {"prompts": conditions.settings["source"]}
+        made = conditions.settings
+        source = {"prompts": made["source"], "negative_prompt": made.get("negative_prompt")}
     else:
         source = {} if conditions is None else {"conditions": _content(conditions, config)}
     return {

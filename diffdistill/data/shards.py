@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from diffdistill.environment import environment
@@ -121,7 +122,7 @@ def make(
             indices = range(first, min(first + batch_size, ranges[k].stop))
             parts.append(produce(indices))
             show(len(indices))
-        data = save({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+        data = save(_joined(parts))
         left, what_is_left = (1, "the next file") if is_stream else (len(missing) - done, "what is missing")
         need, free = len(data) * left, shutil.disk_usage(out).free
         if free < need:
@@ -175,7 +176,59 @@ def rows(shards: list[dict[str, Tensor]], size: int, count: int, indices: Tensor
     chosen = indices.tolist()
     if chosen and not 0 <= min(chosen) <= max(chosen) < count:
         raise IndexError(f"indices {min(chosen)}..{max(chosen)} lie outside 0..{count - 1}")
-    return {key: torch.stack([shards[i // size][key][i % size] for i in chosen]) for key in shards[0]}
+    return {key: torch.stack([_row(shards[i // size], key, i % size) for i in chosen]) for key in row_shapes(shards[0])}
+
+
+_KEPT = ".rows"
+
+
+def without_padding(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of n prompts: float columns (n, L, D) as (all rows, D), without the rows of zeros at the end of each prompt.
+
+    Beside such a column stands `<name>.rows`, int32 (n, 2): how many rows a prompt has, and L. `make` writes both to a
+    shard, unless no prompt is shorter than L, and `rows` gives back what was there, padded with zeros.
+    """
+    packed = {}
+    for name, value in columns.items():
+        packed[name] = value
+        if value.ndim == 3 and value.is_floating_point():
+            length = value.shape[1]
+            places = torch.arange(1, length + 1, device=value.device)
+            kept = ((value != 0).any(-1) * places).amax(1)
+            packed[name] = torch.cat([row[:n] for row, n in zip(value, kept.tolist(), strict=True)])
+            packed[name + _KEPT] = torch.stack([kept, torch.full_like(kept, length)], 1).int()
+    return packed
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The columns of consecutive rows as one; those of which no row is padded in the shape that they had."""
+    columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    for key in [key for key in columns if key.endswith(_KEPT)]:
+        kept, whole = columns[key].unbind(1)
+        if torch.equal(kept, whole):
+            name = key.removesuffix(_KEPT)
+            columns[name] = columns[name].unflatten(0, (len(kept), -1))
+            del columns[key]
+    return columns
+
+
+def row_shapes(shard: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of a row of each column, padded."""
+    whole = {}
+    for key, value in shard.items():
+        if not key.endswith(_KEPT):
+            kept = shard.get(key + _KEPT)
+            lead = () if kept is None else (int(kept[0, 1]),)
+            whole[key] = (*lead, *value.shape[1:])
+    return whole
+
+
+def _row(shard: Mapping[str, Tensor], key: str, i: int) -> Tensor:
+    counts = shard.get(key + _KEPT)
+    if counts is None:
+        return shard[key][i]
+    first, (kept, whole) = int(counts[:i, 0].sum()), counts[i].tolist()
+    return functional.pad(shard[key][first : first + kept], (0, 0, 0, whole - kept))
 
 
 def read_index(kind: Kind, folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ To add a family, add a file: which pipeline classes it covers, how its network i
 family is found by its file's name, or registered from outside the package by `register_family`.
 """
 
-from diffdistill.families._family import Autoencoder, Family, Prompt, Source, diffusers_class, with_null
+from diffdistill.families._family import Autoencoder, Family, Prompt, Source, Text, diffusers_class, with_null
 from diffdistill.families._folders import (
     NOT_LOADED,
     is_partial,
@@ -51,6 +51,7 @@ __all__ = [
     "Source",
     "StudentRecord",
     "TeacherRecord",
+    "Text",
     "check_weights",
     "describe",
     "diffusers_class",

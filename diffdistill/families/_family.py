@@ -15,7 +15,7 @@ from diffdistill.core.denoiser import Call, Cond, Denoiser
 from diffdistill.core.prediction import Output
 from diffdistill.core.schedule import Schedule
 from diffdistill.errors import UserError
-from diffdistill.families._parts import Config, part_config
+from diffdistill.families._parts import Config, one_side, part_config
 from diffdistill.players.teacher import Teacher
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -48,6 +48,7 @@ class Prompt(NamedTuple):
 
     resolution: tuple[int, int]  #: height and width of the image in pixels
     guidance: float = 3.5  #: the scale that a network with an embedded guidance scale is given
+    negative: str | None = None  #: stands in place of "no prompt"; None: what the family has for it
 
 
 @dataclass(frozen=True)
@@ -62,27 +63,43 @@ class Autoencoder:
     encode: Callable[[Any, Tensor], Tensor]
     decode: Callable[[Any, Tensor], Tensor]
     channels: Callable[[Config], int] = field(default=lambda config: config["latent_channels"])
+    network: str | None = None  #: the name of its class; None: any
+    numbers: tuple[str, ...] = ()  #: what its config must have besides
 
 
 @dataclass(frozen=True)
 class Text:
     """How a family reads prompts, through the pipeline's own `encode_prompt`.
 
-    `encode` gives the conditions (n, ...) of n prompts by the network's names for them; those of "no prompt" come from
-    `null`. `components` are the pipeline's parts that this needs.
+    `encode` gives the conditions (n, ...) of n prompts by the network's names for them; those of "no prompt", or of the
+    negative prompt, come from `null`. `components` are the pipeline's parts that this needs.
     """
 
     components: tuple[str, ...]
     encode: Callable[[Any, list[str], Prompt], Cond]
     null: Callable[[Any, Prompt], Cond]
     optional: tuple[str, ...] = ()  #: components without which the pipeline encodes too, where its index has null
+    negative: str | None = None  #: the makers' negative prompt; None: what their pipeline takes where it is given none
+
+
+def padded_with_zeros(embeds: Tensor, mask: Tensor) -> Tensor:
+    """Embeddings (n, L, D) with zeros where the mask (n, L) has them: attention looks at none, and none are stored."""
+    return embeds.masked_fill(~mask.bool().unsqueeze(-1), 0)
 
 
 def plain_text(
-    components: tuple[str, ...], encode: Callable[[Any, list[str], Prompt], Cond], optional: tuple[str, ...] = ()
+    components: tuple[str, ...],
+    encode: Callable[[Any, list[str], Prompt], Cond],
+    optional: tuple[str, ...] = (),
+    negative: str | None = None,
 ) -> Text:
-    """For families whose "no prompt" is the empty one."""
-    return Text(components, encode, lambda pipe, prompt: encode(pipe, [""], prompt), optional)
+    """For families whose "no prompt" is a prompt: the empty one, or the makers' own."""
+
+    def null(pipe: Any, prompt: Prompt) -> Cond:
+        chosen = (text for text in (prompt.negative, negative, "") if text is not None)
+        return encode(pipe, [next(chosen)], prompt)
+
+    return Text(components, encode, null, optional, negative)
 
 
 @dataclass(frozen=True)
@@ -144,8 +161,13 @@ def _kl_decode(vae: Any, latents: Tensor) -> Tensor:
     return vae.decode(latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)).sample
 
 
-KL = Autoencoder(lambda config: 2 ** (len(config["block_out_channels"]) - 1), _kl_encode, _kl_decode)
-"""AutoencoderKL."""
+KL = Autoencoder(
+    lambda config: 2 ** (len(config["block_out_channels"]) - 1),
+    _kl_encode,
+    _kl_decode,
+    network="AutoencoderKL",
+    numbers=("scaling_factor",),
+)
 
 
 # -- latents -----------------------------------------------------------------------------------------------
@@ -172,18 +194,14 @@ def token_map(output: Any, x: Tensor) -> Tensor:
     return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
 
 
-def one_side(size: Any) -> int | None:
-    """A config's sample_size as one number, of a list of equal ones too; None where it says nothing or two."""
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    side = sides.pop() if len(sides) == 1 else None
-    return side if isinstance(side, int) else None
-
-
 def native_pixels(sample_size: Any, factor: int, resolution: int | None) -> int:
     """Pixels a side of a network's own sample_size in latent pixels; UserError where it is no square, nor chosen."""
     side = one_side(sample_size)
     if side is None and resolution is None:
-        raise UserError(f"resolution: the teacher's sample_size is {sample_size}; give --resolution, pixels a side")
+        raise UserError(
+            f"resolution: the teacher's sample_size is {sample_size}; give --resolution of encode or train, or "
+            "one number in its config"
+        )
     return (side or 0) * factor
 
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from diffdistill.errors import UserError, first_line
+from diffdistill.errors import UserError, first_line, shown
 from diffdistill.families._family import Family, Source, diffusers_class
 from diffdistill.families._folders import local_folder
 from diffdistill.families._own import load_own
 from diffdistill.families._parts import (
+    LOADING,
     LORA,
     Config,
     load_part,
@@ -29,6 +29,7 @@ from diffdistill.families._parts import (
     part_class,
     parts_of,
     read_json,
+    sized,
     weight_files,
     whole_index,
 )
@@ -88,9 +89,17 @@ def _with_lora(network: Any, folder: Path, component: str) -> Any:
 
 def _checked(family: Family, network: Any, source: Source) -> Teacher:
     """The family's teacher; UserError for a network that reads more than noisy latents, such as a masked image."""
-    teacher = family.teacher(network, source)
-    if family.autoencoder is not None:
-        made, taken = family.autoencoder.channels(source.config("vae")), teacher.shape[0]
+    try:
+        _check_vae(family, source)
+        teacher = family.teacher(network, source)
+        made = None if family.autoencoder is None else family.autoencoder.channels(source.config("vae"))
+    except UserError:
+        raise
+    except Exception as error:  # a config may hold anything, null where there must be a number for one
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"teacher: the configs in {source.folder} are not those of {family.name} ({reason})") from error
+    if made is not None:
+        taken = teacher.shape[0]
         if made != taken:
             raise UserError(
                 f"teacher: {source.folder / family.component} takes {taken} channels and the VAE gives {made}; "
@@ -99,12 +108,27 @@ def _checked(family: Family, network: Any, source: Source) -> Teacher:
     return teacher
 
 
+def _check_vae(family: Family, source: Source) -> None:
+    """UserError for an autoencoder of another class, or without the scale of its latents."""
+    if family.autoencoder is None:
+        return
+    config, known = source.config("vae"), family.autoencoder.network
+    made = config.get("_class_name")
+    if known is not None and made not in (None, known):
+        raise UserError(f"teacher: {source.folder / 'vae'} holds {shown(made)}; {known} is expected")
+    for name in family.autoencoder.numbers:
+        if config.get(name) is None:
+            raise UserError(
+                f"teacher: {source.folder / 'vae' / 'config.json'} has no {name}, by which latents are scaled"
+            )
+
+
 def _with_defaults(config: Config) -> Config:
     """A scheduler's config with what its class takes where it says nothing: the classes differ in that."""
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     try:
         whole = {} if kind is None else dict(kind.from_config(config).config)
-    except (ValueError, TypeError, NotImplementedError, ImportError):
+    except Exception:  # whatever the class makes of what it does not expect
         return config  # schedule_of says what is wrong with it
     return {k: v for k, v in whole.items() if k != "_use_default_values"} | config
 
@@ -121,7 +145,7 @@ def load_pipeline(
     family, index = family_of(folder)
     kind = diffusers_class(family.pipelines[0])
     parts: dict[str, Any] = dict.fromkeys(null_parts(kind, index))
-    for name in _named(folder, family, index):
+    for name in _named(folder, family, kind, index):
         if (
             name in leave_out
             or (only is not None and name not in only)
@@ -141,7 +165,7 @@ def load_pipeline(
     try:
         with _without_nulls(folder, kind, index) as view:
             pipeline = kind.from_pretrained(view, use_safetensors=True, torch_dtype=dtype, **parts, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except LOADING as error:
         raise UserError(f"teacher: the pipeline in {folder} does not load ({first_line(error)})") from error
     pipeline.register_to_config(_name_or_path=str(folder))
     pipeline.set_progress_bar_config(disable=True)
@@ -152,9 +176,9 @@ def _optional(family: Family, name: str) -> bool:
     return family.text is not None and name in family.text.optional
 
 
-def _named(folder: Path, family: Family, index: Config) -> list[str]:
+def _named(folder: Path, family: Family, kind: Any, index: Config) -> list[str]:
     """The parts in the index besides the scheduler; UserError where one that is needed is null or not named."""
-    parts = [name for name in parts_of(index) if name != "scheduler"]
+    parts = [name for name in parts_of(index, kind) if name != "scheduler"]
     for name in family.needed_parts:
         if name not in parts and not _optional(family, name):
             raise UserError(f"teacher: {folder} names no {name} in model_index.json, which {family.name} needs")
@@ -181,9 +205,13 @@ def describe(folder: Path, resolution: int | None = None, frames: int | None = N
     """The teacher of a folder from its configs alone: samples and classes are those of it, weights there are none."""
     family, index = family_of(folder)
     scheduler = _with_defaults(read_json(folder / "scheduler" / "scheduler_config.json"))
-    config = {k: v for k, v in read_json(folder / family.component / "config.json").items() if k[0] != "_"}
-    with torch.device("meta"):
-        network = diffusers_class(family.network).from_config(config)
+    config = {k: v for k, v in sized(read_json(folder / family.component / "config.json")).items() if k[:1] != "_"}
+    try:
+        with torch.device("meta"):
+            network = diffusers_class(family.network).from_config(config)
+    except Exception as error:  # as for its teacher
+        part = folder / family.component / "config.json"
+        raise UserError(f"teacher: {part} is no config of {family.network} ({first_line(error)})") from error
     return _checked(family, network, Source(folder, index, scheduler, resolution=resolution, frames=frames))
 
 

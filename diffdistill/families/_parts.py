@@ -25,6 +25,11 @@ from diffdistill.files import json_of
 
 Config = dict[str, Any]
 
+LOADING = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, AssertionError),
+    *(ZeroDivisionError, SafetensorError),
+)
+"""What diffusers and transformers raise of files and configs that do not fit."""
 PICKLED = [f"*.{kind}" for kind in ("bin", "msgpack", "ckpt", "pt", "pth", "onnx*")]
 """Weights that would have to be unpickled, or that are of another framework."""
 LORA = "pytorch_lora_weights.safetensors"
@@ -56,9 +61,27 @@ def part_config(folder: Path) -> Config:
     return {p.name: p.default for p in parameters if p.default is not p.empty} | config
 
 
-def parts_of(index: Config) -> list[str]:
-    """The parts that a model_index.json names, each a sub-folder: [library, class], neither of them null."""
-    return [name for name, value in index.items() if name[0] != "_" and _is_part(value)]
+def one_side(size: Any) -> int | None:
+    """A config's sample_size as one number, of a list of equal ones too; None where it says nothing or two."""
+    sides = list(size) if isinstance(size, list | tuple) else [size]
+    side = sides[0] if sides and all(other == sides[0] for other in sides) else None
+    return side if isinstance(side, int) and side > 0 else None
+
+
+def sized(config: Config) -> Config:
+    """The config with a sample_size of equal numbers as one, which every class takes."""
+    side = one_side(config.get("sample_size"))
+    return config if side is None else config | {"sample_size": side}
+
+
+def parts_of(index: Config, kind: Any = None) -> list[str]:
+    """The parts that a model_index.json names, each a sub-folder: [library, class], neither of them null.
+
+    With the pipeline's class `kind`, only those that it takes: it may also name two texts that are none.
+    """
+    taken = None if kind is None else inspect.signature(kind.__init__).parameters
+    named = [name for name, value in index.items() if name[:1] != "_" and _is_part(value)]
+    return [name for name in named if taken is None or name in taken]
 
 
 def _is_part(value: Any) -> bool:
@@ -77,7 +100,7 @@ def student_index(kind: Any, index: Config, parts: Sequence[str], component: str
     `scheduler` is the name of its class.
     """
     index = whole_index(kind, index)
-    index |= {name: [None, None] for name in parts_of(index) if name not in (*parts, component, "scheduler")}
+    index |= {name: [None, None] for name in parts_of(index, kind) if name not in (*parts, component, "scheduler")}
     if index.get("safety_checker") == [None, None] and "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
     index.pop("_name_or_path", None)
@@ -154,15 +177,17 @@ def stored_dtypes(folder: Path) -> tuple[dict[str, torch.dtype], torch.dtype]:
 def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """A network of diffusers or transformers in this type; UserError unless the files hold every weight of it."""
     _, variant = weight_files(folder)
-    named = {"dtype": dtype}
+    named: dict[str, Any] = {"dtype": dtype}
     if not kind.__module__.startswith("transformers"):
         # diffusers makes float32 of any file; told to, it lays weights out otherwise, and sums round otherwise.
         named = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+        values = read_json(folder / "config.json")
+        named |= {key: value for key, value in sized(values).items() if value != values[key]}
     try:
         network, report = kind.from_pretrained(
             folder, use_safetensors=True, variant=variant, output_loading_info=True, **named
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except LOADING as error:
         raise UserError(f"teacher: {folder} does not load as {kind.__name__} ({first_line(error)})") from error
     tensors = dict(network.named_parameters())
     parameters = {name for name in report["missing_keys"] if name in tensors}

@@ -40,6 +40,7 @@ class Guidance:
     scale: float = 1.0
     least: float | None = None
     greatest: float | None = None
+    negative_prompt: str | None = None  #: of one of text; None: what the family has for "no prompt"
 
     @property
     def is_input(self) -> bool:

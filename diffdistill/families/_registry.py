@@ -9,7 +9,7 @@ import sys
 from difflib import get_close_matches
 from pathlib import Path
 
-from diffdistill.errors import UserError, first_line
+from diffdistill.errors import UserError, first_line, shown
 from diffdistill.families._family import Family
 from diffdistill.families._hints import hint_for_folder
 from diffdistill.families._own import WEIGHTS
@@ -67,7 +67,7 @@ def family_of(folder: Path) -> tuple[Family, Config]:
         raise UserError(f"teacher: {folder} has no model_index.json{hint_for_folder(folder)}")
     index = read_json(folder / "model_index.json")
     name, own = index.get("_class_name"), None
-    if isinstance(name, list):  # of a file in the folder, [file, class]
+    if isinstance(name, list) and len(name) == 2:  # of a file in the folder, [file, class]
         own, name = name
     family = next((f for f in FAMILIES.values() if name in f.class_names), None)
     if family is None and own is not None:
@@ -79,7 +79,7 @@ def family_of(folder: Path) -> tuple[Family, Config]:
         near = get_close_matches(str(name), [n for f in FAMILIES.values() for n in f.class_names], n=1, cutoff=0.8)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
-            f"teacher: pipeline class {name!r} is not supported; {hint}`diffdistill families` lists those that are, "
-            "and CONTRIBUTING.md, 'Adding a family', says how to add one"
+            f"teacher: pipeline class {shown(name)} is not supported; {hint}`diffdistill families` lists those that "
+            "are, and CONTRIBUTING.md, 'Adding a family', says how to add one"
         )
     return family, index

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from diffdistill.core.prediction import OUTPUTS, Output, edm_boundary
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, shown
 
 _VP = {
     *("DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "PNDMScheduler"),
@@ -19,12 +21,54 @@ _FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "F
 _EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler"}
 
 
+_NUMBERS = {
+    "num_train_timesteps": _VP | _FLOW,
+    "beta_start": _VP,
+    "beta_end": _VP,
+    "shift": _FLOW,
+    "flow_shift": _VP,
+    "sigma_min": _EDM,
+    "sigma_max": _EDM,
+    "sigma_data": _EDM,
+    "rho": _EDM,
+    "clip_sample_range": _VP,
+    "dynamic_thresholding_ratio": _VP,
+    "sample_max_value": _VP,
+}
+_ONLY_WITH = {
+    "clip_sample_range": "clip_sample",
+    "dynamic_thresholding_ratio": "thresholding",
+    "sample_max_value": "thresholding",
+}
+
+
+def _check_numbers(config: dict[str, Any], name: str) -> None:
+    """UserError for a number of a scheduler's config that is none, or not above 0."""
+    for field, kinds in _NUMBERS.items():
+        value, whole = config.get(field, 2), field == "num_train_timesteps"
+        unread = field[:4] == "beta" and config.get("trained_betas") is not None
+        if name not in kinds or unread or (field in _ONLY_WITH and not config.get(_ONLY_WITH[field])):
+            continue
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not number or not (value > 1 if whole else 0 < value < float("inf")):
+            right = "a whole number above 1" if whole else "a number above 0"
+            raise UserError(f"scheduler: {field} is {shown(value)}; it must be {right}")
+    betas = config.get("trained_betas")
+    if betas is not None and name in _VP:
+        flat = isinstance(betas, list | tuple) and all(isinstance(beta, int | float) for beta in betas)
+        if not flat or len(betas) < 2:
+            raise UserError(f"scheduler: trained_betas is {shown(betas)}; it must be a list of two numbers or more")
+
+
 def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Output]:
     """The schedule and output row of a diffusers scheduler config (with its `_class_name`).
 
     Raises UserError for a scheduler or prediction type that is not supported.
     """
-    name = config.get("_class_name", "")
+    name = config.get("_class_name") or ""
+    if not isinstance(name, str):
+        raise UserError(f"scheduler: its class is {shown(name)}; it must be the name of a class of diffusers")
+    _check_numbers(config, name)
     kind = config.get("prediction_type", "epsilon")
     for option in ("use_dynamic_shifting", "invert_sigmas"):
         if config.get(option):
@@ -52,8 +96,11 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Output]:
             known = "epsilon, sample or v_prediction"
             raise UserError(f"scheduler: prediction_type {kind!r} is not supported; use {known}")
         schedule = DiscreteVP.from_config(config)
+        chain = torch.cat([schedule.alphas_cumprod.new_ones(1), schedule.alphas_cumprod])
+        if not bool((chain.diff() < 0).all()) or float(chain[-1]) < 0:
+            raise UserError("scheduler: its betas do not make noise of an image; each must be above 0 and at most 1")
         if kind == "epsilon" and float(schedule.alphas_cumprod[-1]) <= 0:
             raise UserError("scheduler: epsilon says nothing of x0 at zero terminal SNR; use v_prediction")
         return schedule, OUTPUTS[kind]
     known = ", ".join(sorted(_VP | _FLOW | _EDM))
-    raise UserError(f"scheduler: {name or 'no _class_name'!r} is not supported; supported are {known}")
+    raise UserError(f"scheduler: {shown(name) if name else 'no _class_name'} is not supported; supported are {known}")

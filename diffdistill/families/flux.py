@@ -78,7 +78,7 @@ def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
 
 def _null(pipe: Any, prompt: Prompt) -> Cond:
     # Without the guidance, so that a prompt keeps its own.
-    return {key: value for key, value in _encode(pipe, [""], prompt).items() if key != "guidance"}
+    return {key: value for key, value in _encode(pipe, [prompt.negative or ""], prompt).items() if key != "guidance"}
 
 
 FAMILY = Family(

@@ -16,6 +16,7 @@ from diffdistill.families._family import (
     latent_size,
     latent_teacher,
     native_pixels,
+    padded_with_zeros,
     plain_text,
     token_map,
 )
@@ -56,7 +57,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
 def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
     # Without clean_caption, whose result depends on whether bs4 and ftfy are installed.
     embeds, mask, _, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, clean_caption=False)
-    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+    return {"encoder_hidden_states": padded_with_zeros(embeds, mask), "encoder_attention_mask": mask}
 
 
 FAMILY = Family(

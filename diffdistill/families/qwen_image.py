@@ -74,6 +74,8 @@ _AUTOENCODER = Autoencoder(
     lambda vae, images: encode_video(vae, images.unsqueeze(2)).squeeze(2),
     lambda vae, latents: decode_video(vae, latents.unsqueeze(2)).squeeze(2),
     lambda config: config["z_dim"],
+    network="AutoencoderKLQwenImage",
+    numbers=("latents_mean", "latents_std"),
 )
 
 FAMILY = Family(
@@ -86,7 +88,7 @@ FAMILY = Family(
     _teacher,
     lora_targets=ATTENTION,
     autoencoder=_AUTOENCODER,
-    text=plain_text(("tokenizer", "text_encoder"), _encode),
+    text=plain_text(("tokenizer", "text_encoder"), _encode, negative=" "),
     arguments=lambda steps: {"num_inference_steps": steps, "true_cfg_scale": 1.0},
     flow_grid="given",
     stock_guidance="u + g (c - u), as long as c in every token; g is true_cfg_scale",

@@ -16,6 +16,7 @@ from diffdistill.families._family import (
     latent_size,
     latent_teacher,
     native_pixels,
+    padded_with_zeros,
     plain_text,
     token_map,
 )
@@ -26,6 +27,8 @@ _AUTOENCODER = Autoencoder(
     lambda config: 2 ** (len(config["encoder_block_out_channels"]) - 1),
     lambda vae, images: vae.encode(images).latent * vae.config.scaling_factor,
     lambda vae, latents: vae.decode(latents / vae.config.scaling_factor).sample,
+    network="AutoencoderDC",
+    numbers=("scaling_factor",),
 )
 
 
@@ -61,7 +64,7 @@ def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
     embeds, mask, _, _ = pipe.encode_prompt(
         list(prompts), do_classifier_free_guidance=False, clean_caption=False, complex_human_instruction=None
     )
-    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+    return {"encoder_hidden_states": padded_with_zeros(embeds, mask), "encoder_attention_mask": mask}
 
 
 FAMILY = Family(

@@ -27,8 +27,10 @@ def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
 
 
 def _null(pipe: Any, prompt: Prompt) -> Cond:
-    # The pipeline's own: zeros, or the empty prompt where its config says so. The sizes stay those of the prompt.
-    _, embeds, _, pooled = pipe.encode_prompt([""], do_classifier_free_guidance=True)
+    # Without a negative prompt the pipeline's own: zeros, or the empty prompt where its config says so. The sizes stay
+    # those of the prompt.
+    negative = None if prompt.negative is None else [prompt.negative]
+    _, embeds, _, pooled = pipe.encode_prompt([""], do_classifier_free_guidance=True, negative_prompt=negative)
     return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
 
@@ -39,7 +41,7 @@ FAMILY = Family(
     "unet",
     "UNet2DConditionModel",
     "text",
-    unet_teacher("sdxl", _call),
+    unet_teacher("sdxl", _call, "text_time"),
     lora_targets=ATTENTION,
     autoencoder=KL,
     text=Text(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), _encode, _null),

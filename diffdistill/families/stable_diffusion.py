@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from diffdistill.core.denoiser import Call, Cond
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, shown
 from diffdistill.families._family import (
     ATTENTION,
     KL,
@@ -25,8 +25,8 @@ from diffdistill.players.scale_input import take_scale
 from diffdistill.players.teacher import Teacher
 
 
-def unet_teacher(family: str, call: Call) -> Callable[[Any, Source], Teacher]:
-    """How a UNet2DConditionModel becomes the teacher of such a family."""
+def unet_teacher(family: str, call: Call, addition: str | None = None) -> Callable[[Any, Source], Teacher]:
+    """How a UNet2DConditionModel becomes the teacher of such a family; `addition` is its addition_embed_type."""
 
     def teacher(network: Any, source: Source) -> Teacher:
         config, vae = network.config, source.config("vae")
@@ -34,6 +34,7 @@ def unet_teacher(family: str, call: Call) -> Callable[[Any, Source], Teacher]:
             raise UserError(
                 "teacher: a UNet that takes the guidance scale as an input (time_cond_proj_dim) is not supported"
             )
+        _check_inputs(config, family, addition, KL.channels(vae))
         if vae.get("latents_mean") is not None:
             raise UserError("teacher: a VAE with latents_mean is not supported; use one with a scaling_factor alone")
         factor = KL.factor(vae)
@@ -49,6 +50,21 @@ def unet_teacher(family: str, call: Call) -> Callable[[Any, Source], Teacher]:
         return made
 
     return teacher
+
+
+def _check_inputs(config: Any, family: str, addition: str | None, channels: int) -> None:
+    """UserError for a UNet that takes more than the family's pipeline gives, or makes more than latents."""
+    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if (value := getattr(config, name)) is not None:
+            raise UserError(f"teacher: a UNet with {name} {shown(value)} is not supported; use null")
+    if config.addition_embed_type != addition:
+        own = shown(config.addition_embed_type)
+        raise UserError(f"teacher: the UNet's addition_embed_type is {own}; that of {family} is {shown(addition)}")
+    if config.out_channels != channels:
+        raise UserError(
+            f"teacher: the UNet makes {config.out_channels} channels and the VAE takes {channels}; "
+            "networks that learn a variance are not supported"
+        )
 
 
 def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

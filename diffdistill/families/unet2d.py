@@ -9,7 +9,8 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.errors import UserError
+from diffdistill.core.schedule import DiscreteVP, Schedule
+from diffdistill.errors import UserError, shown
 from diffdistill.families._family import Family, one_side
 from diffdistill.families._schedules import schedule_of
 from diffdistill.players.teacher import Teacher
@@ -26,6 +27,7 @@ def unet2d_teacher(network: UNet2DModel, scheduler: dict[str, Any], null_class: 
     if config.class_embed_type is not None:
         raise UserError(f"teacher: class_embed_type {config.class_embed_type!r} is not supported; use null")
     schedule, row = schedule_of(scheduler)
+    _check_table(config, schedule)
     # Convolutions run 1.6 times as fast this way round on a CPU, and no slower on a GPU.
     network.to(memory_format=torch.channels_last)
     num_classes = config.num_class_embeds
@@ -53,10 +55,23 @@ def unet2d_teacher(network: UNet2DModel, scheduler: dict[str, Any], null_class: 
     size = one_side(config.sample_size)
     if size is None:
         raise UserError(
-            f"teacher: the UNet's sample_size is {config.sample_size}; it must be one number, which its pipelines take"
+            f"teacher: the UNet's sample_size is {shown(config.sample_size)}; it must be one whole number, which its "
+            "pipelines take; write it into unet/config.json"
         )
     network.register_to_config(sample_size=size)  # of a list of two, which not all pipelines take
     return Teacher(denoiser, (config.in_channels, size, size), num_classes, "unet2d", "", scheduler)
+
+
+def _check_table(config: Any, schedule: Schedule) -> None:
+    """UserError for a table of time embeddings that has not the scheduler's timesteps."""
+    if config.time_embedding_type != "learned":
+        return
+    steps = len(schedule.alphas_cumprod) if isinstance(schedule, DiscreteVP) else None
+    if steps is None or (config.num_train_timesteps or 0) < steps:
+        raise UserError(
+            f"teacher: the UNet's learned time embedding has {config.num_train_timesteps} timesteps, and its scheduler "
+            f"{'has none' if steps is None else steps}; give the scheduler that it was trained with"
+        )
 
 
 def new_unet2d(

@@ -79,6 +79,8 @@ _AUTOENCODER = Autoencoder(
     encode_video,
     decode_video,
     lambda config: config["z_dim"],
+    network="AutoencoderKLWan",
+    numbers=("latents_mean", "latents_std"),
 )
 
 FAMILY = Family(

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffdistill.config import TrainConfig, run_options
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.data.batches import check_data
-from diffdistill.data.encoded import Encoded, check_encoded, encode, open_encoded, with_prompts
+from diffdistill.data.encoded import Encoded, check_encoded, check_negative, encode, open_encoded, with_prompts
 from diffdistill.data.examples import Examples, TensorExamples, as_examples
 from diffdistill.data.images import Data, open_data
 from diffdistill.data.pairs import check_pairs, open_pairs
@@ -90,6 +90,8 @@ def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS, *, deriv
     method = recipe.make(teacher, method_config)
     if "steps" not in values and method.whole is not None:
         config = dataclasses.replace(config, steps=method.whole)
+    if encoded is not None:  # which may say what the options do not
+        config = dataclasses.replace(config, negative_prompt=encoded.settings.get("negative_prompt"))
     check_lora(teacher, method, recipe.name)
     if config.gradient_checkpointing:
         parts = [part for player in method.players.values() for part in player.modules()]
@@ -110,6 +112,8 @@ def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
     elif config.prompts is not None or config.resolution is not None:
         option = "prompts" if config.prompts is not None else "resolution"
         raise UserError(f"{option}: {config.teacher!r} is a model of pixels, which takes no {option}; leave it out")
+    if config.negative_prompt is not None and family.text is None:
+        raise UserError(f"negative_prompt: {config.teacher!r} takes no prompts; leave it out")
     if encoded is not None:  # which say the size where nothing else does
         size = {name: encoded.size[name] if value is None else value for name, value in size.items()}
     teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, **size)
@@ -125,6 +129,7 @@ def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
         raise UserError(f"frames: {config.frames} was given, and {family.name} makes images; leave it out")
     if encoded is not None:
         check_encoded(encoded, folder, family, teacher.shape)
+        check_negative(encoded, config.negative_prompt)
         teacher = with_prompts(teacher, encoded)
         if "guidance" in encoded.shards[0]:  # the student is to be called with what it was trained with
             guidance = {"guidance_scale": encoded.settings["embedded_guidance"]}
@@ -135,7 +140,7 @@ def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
 def _own_teacher(config: TrainConfig, teacher: Teacher) -> Teacher:
     """A teacher that Python gave, with the settings of its LoRA players; UserError for options of teachers by name."""
     defaults = TrainConfig()
-    for name in ("prompts", "resolution", "frames", "null_class", "teacher_dtype"):
+    for name in ("prompts", "resolution", "frames", "null_class", "teacher_dtype", "negative_prompt"):
         if getattr(config, name) != getattr(defaults, name):
             raise UserError(
                 f"{name}: it is for a teacher that is given by name; leave it out with a teacher as an object"
@@ -185,7 +190,8 @@ def _encoded(config: TrainConfig) -> Encoded:
         return open_encoded(inside)
     size = {"resolution": config.resolution, "frames": config.frames}
     source = {"prompts": config.prompts, "device": config.device, "out": inside}
-    return open_encoded(encode(teacher=config.teacher, **source, **size))
+    negative = config.negative_prompt
+    return open_encoded(encode(teacher=config.teacher, negative_prompt=negative, **source, **size))
 
 
 def data_for(game: Game) -> Examples | None:
@@ -267,6 +273,8 @@ def pairs_for(game: Game, least: int) -> Examples | None:
     if len(pairs) < least:
         raise UserError(f"pairs: {folder!r} holds {len(pairs)} and a step takes {least}; make more")
     scale, theirs = game.options().get("guidance_scale"), pairs.settings["guidance_scale"]
+    if game.encoded is not None and theirs != 1:
+        check_negative(game.encoded, pairs.settings.get("negative_prompt"), folder)
     if scale is not None and scale != theirs:
         print(f"note: the pairs were made with guidance_scale {theirs:g} and {name}'s is {scale:g}", file=sys.stderr)
     return pairs

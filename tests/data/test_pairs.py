@@ -217,6 +217,7 @@ def test_what_does_not_fit_a_training_is_refused(
             recipe=SimpleNamespace(name="mine"),
             objects=NO_OBJECTS,
             teacher=load_teacher(tiny_teacher(parameterization)),
+            encoded=None,
             options=lambda: {"guidance_scale": scale},
         )
 

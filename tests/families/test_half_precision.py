@@ -1,5 +1,6 @@
 """Folders whose weights are in half precision, as most releases since 2024 are: each command on each family."""
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,16 +12,29 @@ import torch
 from safetensors.torch import load_file
 
 from diffdistill import distill, export
+from diffdistill.commands.cli import main
 from diffdistill.data.encoded import encode
 from diffdistill.eval.models import SamplingOptions, open_model
 from diffdistill.eval.sample import SampleRequest, draw_samples
 from diffdistill.families import FAMILIES, load_pipeline
 from diffdistill.families._parts import stored_dtypes
-from tests.players.tiny import BUILDERS, SIZES
+from tests.players.tiny import BUILDERS, SIZES, draw_small
 
 LATENT = [name for name, family in FAMILIES.items() if family.autoencoder is not None]
 IMAGES = [name for name in LATENT if name not in ("dit", "wan")]
 WORDS = ["a red square", "two dogs"]
+HALVES = (torch.bfloat16, torch.float16)
+EACH = [(name, dtype) for dtype in HALVES for name in IMAGES]
+# In float16 the rest takes as long again and is the same code.
+USED = [
+    pytest.param(*case, marks=[pytest.mark.slow] if case[1] is torch.float16 and case[0] != "sd3" else [])
+    for case in EACH
+]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +61,11 @@ def widened(folder: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.parametrize("name", IMAGES)
-def test_prompts_of_a_half_folder_are_encoded_in_float32(name: str, half: Callable[..., Path], tmp_path: Path) -> None:
-    folder, prompts = half(name), tmp_path / "prompts.txt"
+@pytest.mark.parametrize(("name", "dtype"), EACH, ids=str)
+def test_prompts_of_a_half_folder_are_encoded_in_float32(
+    name: str, dtype: torch.dtype, half: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, prompts = half(name, dtype), tmp_path / "prompts.txt"
     prompts.write_text("\n".join(WORDS))
     options: dict[str, Any] = {"prompts": str(prompts), "resolution": SIZES[name], "device": "cpu"}
     mine = encode(**options, teacher=str(folder), out=str(tmp_path / "half"))
@@ -61,18 +77,18 @@ def test_prompts_of_a_half_folder_are_encoded_in_float32(name: str, half: Callab
         assert torch.equal(got[key], value), key
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize(("name", "dtype"), USED, ids=str)
 def test_a_half_teacher_and_its_student_are_drawn_by_everybody(
-    name: str, half: Callable[..., Path], tmp_path: Path
+    name: str, dtype: torch.dtype, half: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder, prompts = half(name), tmp_path / "prompts.txt"
+    folder, prompts = half(name, dtype), tmp_path / "prompts.txt"
     prompts.write_text("\n".join(WORDS))
     student = distill(
         method="dmd2", teacher=str(folder), prompts=str(prompts), resolution=SIZES[name], steps=1, batch_size=2,
         update_ratio=1, student_lr=1e-3, sample_every=0, device="cpu", out=str(tmp_path / "run"),
     ).student  # fmt: skip
     network = FAMILIES[name].component
-    assert stored_dtypes(student / network)[1] is torch.bfloat16
+    assert stored_dtypes(student / network)[1] is dtype
     # A teacher is drawn at its own size, which the tiny Z-Image's positions do not reach.
     for model, steps in ((student, None), *([] if name == "z_image" else [(folder, 2)])):
         images = draw_samples(model, SampleRequest(prompts=WORDS[:1], count=1, steps=steps)).images
@@ -81,8 +97,8 @@ def test_a_half_teacher_and_its_student_are_drawn_by_everybody(
         assert len(drawn) == 1
     card = (student / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(student))
-    assert "torch_dtype=torch.bfloat16" in code
-    plain = code.replace(", torch_dtype=torch.bfloat16", "")  # whoever leaves it out gets float32 throughout
+    assert f"torch_dtype={dtype}" in code
+    plain = code.replace(f", torch_dtype={dtype}", "")  # whoever leaves it out gets float32 throughout
     lines = f"import sys; sys.modules['diffdistill'] = None\n{code}\n{plain}\nassert len(images) == 1"
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -101,3 +117,23 @@ def test_an_export_may_be_of_another_type(half: Callable[..., Path], tmp_path: P
     wide = export(run, dtype="float32", out=tmp_path / "wide")
     assert stored_dtypes(wide / "unet") == ({}, torch.float32)
     assert "torch_dtype" not in (wide / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_commands_of_the_readme_on_a_half_folder(
+    dtype: torch.dtype, half: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    block = next(part for part in readme.split("```") if "diffdistill encode" in part)
+    lines = block.replace("\\\n", " ").strip().splitlines()
+    assert [line.split()[1] for line in lines] == ["encode", "train", "sample"]
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("\n".join(WORDS))
+    folder = str(half("stable_diffusion", dtype))
+    small = {"train": ["--steps", "1", "--batch-size", "2"], "sample": ["--count", "1"]}
+    for line in lines:
+        _, command, *rest = shlex.split(line, comments=True)
+        arguments = [folder if word == "MODEL" else word for word in rest]
+        assert main([command, *arguments, *small.get(command, []), "--device", "cpu"]) == 0
+    assert Path("samples.png").is_file()
+    assert stored_dtypes(Path("runs/mine/student/unet"))[1] is dtype
