@@ -153,7 +153,7 @@ def _student_level(s: Situation) -> Derived | None:
 
 
 def _rate(s: Situation, role: str) -> Derived:
-    factor = (0.15 if s.matches else 0.6) if s.steps < LONG else (0.075 if s.matches else 0.2)
+    factor = (0.2 if s.matches else 0.8) if s.steps < LONG else (0.075 if s.matches else 0.2)
     why = f"{factor}/sqrt({_count(s.parameters)} parameters) in {s.steps} steps"
     if role in s.teacher.lora:
         factor, why = 10 * factor, f"{why}, times 10 for LoRA"
@@ -211,6 +211,12 @@ def _ema(s: Situation) -> Derived | None:
     return Derived(0.999, "its warm-up makes it a tenth of the steps so far, up to a thousand steps")
 
 
+def _lr_schedule(s: Situation) -> Derived | None:
+    if s.staged or s.steps >= LONG:
+        return None
+    return Derived("cosine", "the players settle by the end of a short budget")
+
+
 def _warmup_steps(s: Situation) -> Derived | None:
     return None if s.staged else Derived(20, "Adam's moments are poor at first")
 
@@ -227,6 +233,7 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "fake_score_lr": _fake_score_lr,
     "beta1": _beta1,
     "ema": _ema,
+    "lr_schedule": _lr_schedule,
     "warmup_steps": _warmup_steps,
 }  # in this order: a rule sees the values of those before it
 

@@ -110,7 +110,7 @@ def test_a_resumed_run_is_given_its_objects_again(tmp_path: Path) -> None:
     def weights(run: Run) -> bytes:
         return (run.student / "network.safetensors").read_bytes()
 
-    shared = {"options": {"update_ratio": 1, "student_lr": 1e-2}, **SHORT}
+    shared = {"options": {"update_ratio": 1, "student_lr": 1e-2}, "lr_schedule": "constant", **SHORT}
     whole = distill("dmd2", **parts(), out=tmp_path / "whole", **(shared | {"steps": 4}))
     part = distill("dmd2", **parts(), out=tmp_path / "part", **shared)
     assert yaml.safe_load((part.folder / "config.yaml").read_text())["teacher"] == "python:Teacher"

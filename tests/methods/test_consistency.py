@@ -252,7 +252,14 @@ def test_it_trains_every_parameterisation(
 
 @pytest.mark.parametrize("options", [{"target_ema": 0.5}, {"mode": "training", "ramp_steps": 4}])
 def test_a_resumed_run_has_the_same_bits(options: dict[str, Any], tiny_teacher: Teachers, tmp_path: Path) -> None:
-    shared = {"teacher": str(tiny_teacher("vp")), "checkpoint_every": 2, "student_lr": 1e-2, **RUN, **options}
+    shared = {
+        "teacher": str(tiny_teacher("vp")),
+        "checkpoint_every": 2,
+        "student_lr": 1e-2,
+        "lr_schedule": "constant",
+        **RUN,
+        **options,
+    }
     whole = distill(out=str(tmp_path / "whole"), steps=4, **shared).student
     distill(out=str(tmp_path / "run"), steps=2, **shared)
     resumed = distill(resume=tmp_path / "run", steps=4).student

@@ -208,6 +208,7 @@ def test_a_resumed_run_with_a_fake_score_for_each_level_has_the_same_bits(
     shared = FOUR | {
         "teacher": str(tiny_teacher("vp")), "data": "digits", "gan_weight": 0.1, "lora": lora, "lora_rank": 2,
         "batch_size": 4, "student_lr": 1e-3, "fake_score_lr": 1e-2, "sample_every": 0, "device": "cpu",
+        "lr_schedule": "constant",
     }  # fmt: skip
     distill(**shared, steps=12, out=str(tmp_path / "whole"))
     distill(**shared, steps=7, out=str(tmp_path / "run"))

@@ -260,7 +260,7 @@ def test_the_exported_student_is_the_one_at_its_scale(tiny_teacher: Callable[[st
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     variant: dict[str, Any], tiny_teacher: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    options = {**shared(tiny_teacher("vp")), **variant, "ema": 0.9}
+    options = {**shared(tiny_teacher("vp")), **variant, "ema": 0.9, "lr_schedule": "constant"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     distill(**options, steps=4, out=str(whole))
     distill(**options, steps=2, out=str(parts))

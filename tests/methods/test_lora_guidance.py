@@ -113,7 +113,7 @@ def test_only_lora_is_trained(tiny_teacher: Teachers) -> None:
 
 
 def test_a_resumed_run_on_trajectories_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
-    shared: dict[str, Any] = {"data": None, "trajectories": True, "trajectory_steps": 4}
+    shared: dict[str, Any] = {"data": None, "trajectories": True, "trajectory_steps": 4, "lr_schedule": "constant"}
     whole = distill(**options(tiny_teacher("vp"), tmp_path / "whole", steps=6, **shared)).student
     distill(**options(tiny_teacher("vp"), tmp_path / "run", steps=3, **shared))
     resumed = distill(resume=tmp_path / "run", steps=6).student

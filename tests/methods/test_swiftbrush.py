@@ -167,7 +167,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
 ) -> None:
     shared = {
         "method": "swiftbrush", "teacher": str(tiny_teacher("vp")), "batch_size": 4, "guidance_scale": 2.0,
-        "lora_rank": 2, "student_lr": 1e-3, "ema": 0.9, "sample_every": 0, "device": "cpu",
+        "lora_rank": 2, "student_lr": 1e-3, "ema": 0.9, "lr_schedule": "constant", "sample_every": 0, "device": "cpu",
     }  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     distill(**shared, steps=4, out=str(whole))

@@ -203,7 +203,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_a_resumed_run_the_
     kind: str, encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     folder, prompts = encoded("sd3")
-    options = options_for(folder, prompts, "sd3", "dmd2", kind) | {"steps": 3}
+    options = options_for(folder, prompts, "sd3", "dmd2", kind) | {"steps": 3, "lr_schedule": "constant"}
     whole = distill(**options, out=str(tmp_path / "whole")).student
     spared = distill(**options, out=str(tmp_path / "spared"), gradient_checkpointing=True).student
     distill(**(options | {"steps": 1}), out=str(tmp_path / "run"))
@@ -293,7 +293,8 @@ def test_moments_in_eight_bits_resume_to_the_same_bits(
     encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     folder, prompts = encoded("sd_v")
-    options = options_for(folder, prompts, "sd_v", "dmd2", "full") | {"optimizer": "adamw8bit", "steps": 3}
+    options = options_for(folder, prompts, "sd_v", "dmd2", "full")
+    options |= {"optimizer": "adamw8bit", "steps": 3, "lr_schedule": "constant"}
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(UserError, match="optimizer: adamw8bit needs the package bitsandbytes"):
             distill(**options, out=str(tmp_path / "run"))
