@@ -267,7 +267,7 @@ class Pair:
 def test_gradients_are_averaged_over_processes_before_they_are_clipped(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, max_grad_norm=0.2)
     trainer.accelerator = Pair(trainer.accelerator, 0.6)  # type: ignore[assignment]
-    trainer._anywhere = lambda flag: flag  # type: ignore[method-assign]
+    trainer.anywhere = lambda flag: flag  # type: ignore[method-assign]
     steps: list[list[Tensor]] = []
     player = trainer.method.players["b"]
     trainer.optimizers["b"].register_step_pre_hook(
@@ -287,7 +287,7 @@ def test_gradients_are_averaged_over_processes_before_they_are_clipped(tmp_path:
 def test_one_process_that_stops_stops_all(own: bool, other: float, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     trainer.accelerator = Pair(trainer.accelerator, other)  # type: ignore[assignment]
-    assert trainer._anywhere(own) == (own or other > 0)
+    assert trainer.anywhere(own) == (own or other > 0)
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
