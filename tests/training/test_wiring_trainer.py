@@ -273,8 +273,8 @@ def test_gradients_are_averaged_over_processes_before_they_are_clipped(tmp_path:
     trainer.optimizers["b"].register_step_pre_hook(
         lambda *args: steps.append([p.grad.clone() for p in player.parameters() if p.grad is not None])
     )
-    torch.manual_seed(draw(0, 1, 0, "b", "global").initial_seed())
     a, b = network(1), network(2)
+    torch.manual_seed(draw(0, 1, 0, "b", "global").initial_seed())
     grads = torch.autograd.grad(value(a, b, "b", noise(1), float(torch.rand(()))), list(b.parameters()))
     mean = [(g + 0.6) / 2 for g in grads]
     norm = math.sqrt(sum(float(g.square().sum()) for g in mean))
