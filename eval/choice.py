@@ -178,7 +178,7 @@ def choose(facts: Facts, wishes: Wishes) -> Choice:
         raise UserError(f"data: {shown(facts.name)} holds {kind} images; name the real ones to compare with by --data")
     fits = facts.shape == (1, 28, 28) and facts.classes in (None, 10)
     if wishes.protocol is None and fits and data is not None and _are_digits(data):
-        usual = overrides if wishes.count else overrides | {"count": QUICK}
+        usual = overrides if wishes.count else overrides | {"count": min(QUICK, facts.count or QUICK)}
         assert spec is not None
         return Choice(load("mnist", **_at_most(usual, facts.count, "mnist")), held_out(spec))
     return _pixels(facts, wishes, data, spec, captions)
