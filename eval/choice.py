@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from diffdistill.config import run_options
 from diffdistill.data import shapes
 from diffdistill.data.encoded import KIND as ENCODED
 from diffdistill.data.encoded import all_prompts
@@ -110,10 +111,11 @@ def _of_pipeline(name: str, folder: Path, family: Family) -> Facts:
         classes = min(classes, null)
     conditions = "prompts" if family.conditions == "text" else "none" if classes is None else "classes"
     made = student.options if student else record.recipe if isinstance(record, TeacherRecord) else None
-    return Facts(
-        name, conditions, shape, classes, latent=family.autoencoder is not None, options=made,
-        teacher=student.teacher if student else None,
-    )  # fmt: skip
+    if (folder.parent / "config.yaml").is_file():  # which says where data lie, and a model's own record does not
+        made = {**(made or {}), **run_options(folder.parent)}
+    teacher = (made or {}).get("teacher", student.teacher) if student else None
+    latent = family.autoencoder is not None
+    return Facts(name, conditions, shape, classes, latent=latent, options=made, teacher=teacher)
 
 
 @dataclass(frozen=True)
