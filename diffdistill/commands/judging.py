@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,7 @@ def judge_options(
     data: str | None = None,
     teacher: str | os.PathLike[str] | Teacher | None = None,
 ) -> JudgeOptions:
-    """Options of the judge; what the user leaves open is chosen to fit the model, which is said on standard error.
+    """Options of the judge; what the user leaves open is chosen to fit the model, which the notes of the table say.
 
     `data` are real images of an evaluation without a protocol, `teacher` a student's in place of its own.
     """
@@ -61,8 +60,6 @@ def judge_options(
         config.protocol, config.reference, data, config.prompts, config.count, config.seed, config.batch_size
     )
     choice = choose(facts_of(model), wishes)
-    if config.protocol is None and int(os.environ.get("RANK", "0")) == 0:
-        print(f"eval: {choice.about}", file=sys.stderr, flush=True)
     if choice.own:
         processes = Processes(config.device, config.threads)
         at = SamplingOptions(device=processes.device, attention=config.attention)

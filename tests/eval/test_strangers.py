@@ -11,7 +11,6 @@ from diffdistill.eval.benchmarks import strangers
 from diffdistill.families import load_teacher
 
 
-@pytest.mark.slow
 def test_a_tiny_benchmark_goes_on_and_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(arguments: list[str], settings: strangers.Settings) -> float:  # here, which saves the imports
         assert main([*arguments, "--device", "cpu"]) == 0
