@@ -221,8 +221,18 @@ class Plain:
             return torch.atan2(s, (1 - s) * self.std)
         return u * math.pi / 2
 
-    def levels(self, n: int) -> list[float]:
-        """Where a student of n steps starts each of them."""
+    def levels(self, n: int, start: float | None = None) -> list[float]:
+        """Where a student of n steps starts each of them; `start`: the first, from which the others divide the way."""
+        if start is not None:
+            if self.kind in ("vp", "eps"):
+                return [start - k * (int(start) + 1) // n for k in range(n)]
+            if self.kind == "edm":
+                low, high = 0.01 ** (1 / 7), start ** (1 / 7)
+                return [(high + k / n * (low - high)) ** 7 for k in range(n)]
+            if self.kind == "flow":
+                u = start / (2 - start)  # before the shift
+                return [2 * v / (1 + v) for v in (u * (n - k) / n for k in range(n))]
+            return [start * (n - k) / n for k in range(n)]
         if self.kind in ("vp", "eps"):
             return [round(self.steps - k * self.steps / n) - 1.0 for k in range(n)]
         if self.kind == "edm":
