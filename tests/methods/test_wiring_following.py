@@ -288,7 +288,7 @@ def test_who_is_asked_and_who_drops(name: str, options: dict[str, Any], plain: P
 
 @pytest.mark.parametrize("step", [0, 3, 20])
 @pytest.mark.parametrize(
-    ("name", "options"), [("lcm", {}), ("consistency", {"grid_points": 6}), ("consistency", TRAINING)]
+    ("name", "options"), [("lcm", {"ddim_steps": 6}), ("consistency", {"grid_points": 6}), ("consistency", TRAINING)]
 )
 def test_the_target_is_the_students_average(name: str, options: dict[str, Any], step: int) -> None:
     straight = Straight(name, options | {"target_ema": 0.8}, VP, step)
@@ -330,13 +330,15 @@ def test_the_samplers_levels_and_step(plain: Plain) -> None:
 
 def test_rates_are_those_of_the_options() -> None:
     rates = {"student_lr": 0.1, "beta1": 0.3, "weight_decay": 0.4}
-    for name in ("lcm", "consistency", "multistep_consistency"):
-        assert Straight(name, rates, VP).method.optimizer("student") == (0.1, (0.3, 0.999), 0.4)
+    for name, more in (("lcm", {"ddim_steps": 6}), ("consistency", {}), ("multistep_consistency", {})):
+        assert Straight(name, {**rates, **more}, VP).method.optimizer("student") == (0.1, (0.3, 0.999), 0.4)
 
 
 def test_the_scale_is_added_to_the_class() -> None:
     """Sines and cosines of the scale through a small network, on top of the label's row."""
-    embedding: Any = Straight("lcm", {"guidance_max": 4.0, "guidance_scale": 3.0}, VP).student.class_embedding
+    embedding: Any = Straight(
+        "lcm", {"ddim_steps": 6, "guidance_max": 4.0, "guidance_scale": 3.0}, VP
+    ).student.class_embedding
     labels, scale = torch.tensor([0, 2, CLASSES]), torch.tensor([1.0, 2.5, 4.0])
     phase = scale[:, None] * torch.exp2(torch.linspace(-4, 1, 16))[None]
     added = embedding.mlp(torch.cat([torch.sin(phase), torch.cos(phase)], 1))
