@@ -156,6 +156,7 @@ def _flow_shift_for(level: float, schedule: LinearFlow) -> float:
     # That scheduler hands the network whole timesteps only.
     if not 0 < level < 1 or abs(time - round(time)) > 1e-6:
         raise UserError(f"student_level: {level} is not k/{schedule.train_timesteps} inside (0, 1)")
+    level = (round(time) + 1e-6) / schedule.train_timesteps  # it cuts off what is behind the point
     return level * (1 - first) / (first * (1 - level))
 
 

@@ -91,16 +91,20 @@ class Straight:
     def grid(self) -> Tensor:
         n, plain = self.points(), self.plain
         low, high = plain.ends()
+        high = high if self.c.student_level is None else plain.angle(self.c.student_level)
         if self.c.grid == "karras":
             low, high = low or math.atan(0.004), min(high, math.atan(160.0))
             a, b = math.tan(high) ** (1 / 7), math.tan(low) ** (1 / 7)
             grid = torch.tensor([math.atan((a + k / (n - 1) * (b - a)) ** 7) for k in range(n)])
         elif plain.kind == "edm":
-            a, b = 30 ** (1 / 7), 0.01 ** (1 / 7)
-            grid = torch.tensor([math.atan((a + k / (n - 2) * (b - a)) ** 7 / plain.std) for k in range(n - 1)] + [0.0])
+            a, b, last = 30 ** (1 / 7), 0.01 ** (1 / 7), n - 2
+            if self.c.student_level is not None:
+                a, last = self.c.student_level ** (1 / 7), n - 1
+            grid = torch.tensor([math.atan((a + k / last * (b - a)) ** 7 / plain.std) for k in range(n - 1)] + [0.0])
         else:
-            grid = torch.tensor([plain.angle(level) for level in plain.levels(n - 1)] + [0.0])
-        grid[0] = plain.angle(plain.levels(self.c.student_steps)[0])
+            levels = plain.levels(n - 1, self.c.student_level)
+            grid = torch.tensor([plain.angle(level) for level in levels] + [0.0])
+        grid[0] = plain.angle(plain.levels(self.c.student_steps, self.c.student_level)[0])
         return grid
 
     def pair(self) -> tuple[Tensor, Tensor, float]:
@@ -111,6 +115,8 @@ class Straight:
             return grid[i], grid[i + 1], float(grid[-1])
         sigma = torch.exp(c.time_mean + c.time_std * gaussian("student/t", self.key))
         low, high = self.plain.ends()
+        if c.student_level is not None:
+            high = self.plain.angle(c.student_level)
         t = torch.atan(sigma / std).clamp(low, high)
         ratio = min(1 - c.stage_factor ** -(1 + self.step // c.stage_steps), c.ratio_limit)
         sigma = std * torch.tan(t)
@@ -160,7 +166,8 @@ class Straight:
 
     def _lcm(self) -> Values:
         c, plain = self.c, self.plain
-        grid = torch.tensor([plain.angle(level) for level in plain.levels(c.ddim_steps)] + [plain.ends()[0]])
+        levels = plain.levels(c.ddim_steps, c.student_level)
+        grid = torch.tensor([plain.angle(level) for level in levels] + [plain.ends()[0]])
         i = whole(c.ddim_steps, "student/step", self.key)
         scale = c.guidance_min + (c.guidance_max - c.guidance_min) * uniform("student/scale", self.key)
         x_t = noised(self.image, grid[i], self.eps)
@@ -224,6 +231,12 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("consistency", {"grid_points": 5, "grid": "native", "huber_c": 0.3, "loss_weight": "inverse_step"}, EPS),
     ("consistency", {"grid_points": 5, "grid": "native", "loss_weight": "inverse_step"}, EDM_),
     ("consistency", {"grid_points": 6, "solver": "euler"}, FLOW),
+    ("consistency", {"grid_points": 5, "student_level": 2.5, "grid": "native"}, EDM_),
+    ("consistency", {"grid_points": 5, "student_level": 11.0, "grid": "native"}, EPS),
+    ("consistency", {"grid_points": 5, "student_level": 14.0, "student_steps": 2}, VP),
+    ("consistency", {**EASY, "student_level": 0.8}, FLOW),
+    ("lcm", {"ddim_steps": 5, "student_level": 14.0}, VP),
+    ("lcm", {"ddim_steps": 4, "student_level": 0.8, "timestep_scaling": 0.002}, FLOW),
     ("consistency", {**TRAINING, "distance": "l2"}, EDM_),
     ("consistency", {**TRAINING, "loss_weight": "inverse_step"}, FLOW),
     ("consistency", {**EASY}, EDM_),
@@ -275,7 +288,7 @@ def test_who_is_asked_and_who_drops(name: str, options: dict[str, Any], plain: P
 
 @pytest.mark.parametrize("step", [0, 3, 20])
 @pytest.mark.parametrize(
-    ("name", "options"), [("lcm", {}), ("consistency", {"grid_points": 6}), ("consistency", TRAINING)]
+    ("name", "options"), [("lcm", {"ddim_steps": 6}), ("consistency", {"grid_points": 6}), ("consistency", TRAINING)]
 )
 def test_the_target_is_the_students_average(name: str, options: dict[str, Any], step: int) -> None:
     straight = Straight(name, options | {"target_ema": 0.8}, VP, step)
@@ -317,13 +330,15 @@ def test_the_samplers_levels_and_step(plain: Plain) -> None:
 
 def test_rates_are_those_of_the_options() -> None:
     rates = {"student_lr": 0.1, "beta1": 0.3, "weight_decay": 0.4}
-    for name in ("lcm", "consistency", "multistep_consistency"):
-        assert Straight(name, rates, VP).method.optimizer("student") == (0.1, (0.3, 0.999), 0.4)
+    for name, more in (("lcm", {"ddim_steps": 6}), ("consistency", {}), ("multistep_consistency", {})):
+        assert Straight(name, {**rates, **more}, VP).method.optimizer("student") == (0.1, (0.3, 0.999), 0.4)
 
 
 def test_the_scale_is_added_to_the_class() -> None:
     """Sines and cosines of the scale through a small network, on top of the label's row."""
-    embedding: Any = Straight("lcm", {"guidance_max": 4.0, "guidance_scale": 3.0}, VP).student.class_embedding
+    embedding: Any = Straight(
+        "lcm", {"ddim_steps": 6, "guidance_max": 4.0, "guidance_scale": 3.0}, VP
+    ).student.class_embedding
     labels, scale = torch.tensor([0, 2, CLASSES]), torch.tensor([1.0, 2.5, 4.0])
     phase = scale[:, None] * torch.exp2(torch.linspace(-4, 1, 16))[None]
     added = embedding.mlp(torch.cat([torch.sin(phase), torch.cos(phase)], 1))

@@ -174,7 +174,7 @@ def test_the_sampler_is_ddim_at_the_options_steps(plain: Plain) -> None:
     """An adapted network takes the stock sampler's own levels, which its pipeline draws with."""
     sampler = Straight("lora_guidance", {"sampling_steps": 6}, plain).method.sampler()
     assert sampler.step == DDIM() and sampler.levels == pytest.approx(plain.levels(6), rel=1e-12)
-    method = Straight("adapter_guidance", {"sampling_steps": 6}, plain).method
+    method = Straight("adapter_guidance", {"sampling_steps": 6, "trajectory_steps": 4}, plain).method
     sampler, grid = method.sampler(), Straight("adapter_guidance", {"trajectory_steps": 6}, plain).grid()
     assert sampler.step == DDIM() and sampler.denoiser is method.student
     angles = [float(method.schedule.angle(level)) for level in sampler.levels]
@@ -202,8 +202,12 @@ def test_chains_begin_anew_for_another_rank_or_size() -> None:
 def test_rates_and_the_scale_are_those_of_the_options() -> None:
     rates = {"student_lr": 0.1, "beta1": 0.3, "weight_decay": 0.4}
     for name in ("adapter_guidance", "lora_guidance"):
-        assert Straight(name, rates, VP).method.optimizer("student") == (0.1, (0.3, 0.999), 0.4)
-    straight = Straight("adapter_guidance", RANGE, VP)
+        assert Straight(name, {**rates, "trajectory_steps": 4}, VP).method.optimizer("student") == (
+            0.1,
+            (0.3, 0.999),
+            0.4,
+        )
+    straight = Straight("adapter_guidance", {**RANGE, "trajectory_steps": 4}, VP)
     assert float(straight.network.guidance_scale) == 3.0
     x, t, labels = torch.ones(SIZE, 1, 3, 3), torch.full((SIZE,), 0.7), torch.arange(SIZE) % 3
     alone = straight.method.student(x, t, {"class_labels": labels}).y

@@ -72,15 +72,17 @@ class Straight:
     def level(self) -> float:
         return self.plain.levels(1)[0] if self.c.student_level is None else self.c.student_level
 
-    def sample(self, purpose: str) -> Tensor:
+    def sample(self, purpose: str, labels: Tensor | None = None) -> Tensor:
         if getattr(self.c, "student_steps", 1) > 1:
             return self.simulated()
-        return self.x0(self.student, *self.plain.start(self.level(), normal(purpose, self.key)))
+        return self.x0(self.student, *self.plain.start(self.level(), normal(purpose, self.key)), labels)
 
     def simulated(self) -> Tensor:
         """The input of one level, which all processes draw alike, is made by the student's own steps before it."""
-        levels = self.plain.levels(self.c.student_steps)
+        levels = self.plain.levels(self.c.student_steps, self.c.student_level)
         k = int(torch.randint(len(levels), (), generator=draw(*self.key[:2], "student/level")))
+        if self.c.fake_scores == "per_level":  # they take turns, each from one turn of the student to the next
+            k = self.key[1] // self.c.update_ratio % len(levels)
         x_t, t = self.plain.start(levels[0], normal("z", self.key))
         for j in range(1, k + 1):
             with torch.no_grad():
@@ -192,7 +194,9 @@ class Straight:
     def fake_turn(self) -> Values:
         if self.shared is None:
             with torch.no_grad():
-                self.shared = self.sample("fake_score/z" if self.name == "sid" else "z")
+                # What is drawn for this turn alone has its labels, which may be dropped.
+                own = self.name == "sid"
+                self.shared = self.sample("fake_score/z", self.trained_labels()) if own else self.sample("z")
         x, t = self.shared.detach(), self.fake_t()
         stream = "lora" if self.name == "swiftbrush" else "fake_score"
         eps, labels = normal(f"{stream}/eps", self.key), self.trained_labels()
@@ -227,8 +231,7 @@ class Straight:
         return torch.where(dropped, 3, self.labels)
 
     def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
-        adversary = self.method.adversary
-        assert adversary is not None
+        (adversary,) = self.method.adversaries
         time, _, _, factor = self.plain.native(t)
         return adversary.head(self.fake.hidden(fold(factor) * x_t, time, self.labels))
 
@@ -302,9 +305,27 @@ def test_each_level_of_a_student_of_several_steps_is_trained_on_its_own_input(pl
         seen.add(int(torch.randint(3, (), generator=draw(5, step, "student/level"))))
         assert play(straight) == ["student", "fake_score"]
         # Of a step in which the fake score moves alone.
-        alone = Straight("dmd2", {"student_steps": 3, "update_ratio": 100, **RANGE}, plain, (6, step + 1, 0))
+        start = {"student_level": 14.0 if plain is VP else 0.8}
+        alone = Straight("dmd2", {"student_steps": 3, "update_ratio": 100, **RANGE, **start}, plain, (6, step + 1, 0))
         assert play(alone) == ["fake_score"]
     assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 5, 7])
+def test_each_level_has_its_own_fake_score(step: int) -> None:
+    """Two steps of each in turn, of which the first is the student's too."""
+    options = {"student_steps": 3, "update_ratio": 2, "fake_scores": "per_level"}
+    straight = Straight("dmd2", options, VP, (5, step, 1))
+    method, k = straight.method, step // 2 % 3
+    role = ["fake_score", "fake_score_2", "fake_score_3"][k]
+    assert list(method.players) == ["student", "fake_score", "fake_score_2", "fake_score_3"]
+    straight.fake = method.fake_scores[k].network
+    turns = method.turns(step)
+    assert [turn.player for turn in turns] == (["student", role] if step % 2 == 0 else [role])
+    for turn in turns:
+        mine = straight.student_turn if turn.player == "student" else straight.fake_turn
+        agree(method, turn, straight.batch, mine)
+    assert method.optimizer(role) == method.optimizer("fake_score")
 
 
 RATES = {"student_lr": 0.1, "fake_score_lr": 0.2, "beta1": 0.3, "weight_decay": 0.4}
@@ -337,9 +358,9 @@ def test_what_the_fake_score_learns_from_gets_no_gradient(name: str) -> None:
 def test_what_dmd2_needs_and_its_levels() -> None:
     method = Straight("dmd2", GAN, VP).method
     assert method.needs == frozenset({Need.IMAGES})
-    assert method.adversary is not None
+    (adversary,) = method.adversaries
     theirs = {id(p) for p in method.players["fake_score"].parameters()}
-    assert theirs == {id(p) for part in (method.adversary.head, method.fake_score) for p in part.parameters()}
+    assert theirs == {id(p) for part in (adversary.head, method.fake_score) for p in part.parameters()}
     assert Straight("dmd", {"regression_weight": 0.0}, VP).method.needs == frozenset()
     for plain in (VP, FLOW, EDM_):
         sampler = Straight("dmd2", {"student_steps": 4}, plain).method.sampler()

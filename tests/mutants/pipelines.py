@@ -20,7 +20,7 @@ MUTANTS = {
          "FlowMatchEulerDiscreteScheduler(shift=schedule.shift)"),
         ("all flows take their own row", 'entry is None or entry.flow_grid == "own"', "True"),
         ("none takes its own row", 'entry is None or entry.flow_grid == "own"', "False"),
-        ("a level is the last one", "last = level == noisiest", "last = True"),
+        ("a level is the last one", "if level == noisiest and", "if True and"),
         ("the chain is one step longer",
          "schedule.alphas_cumprod[: int(level) + 1]", "schedule.alphas_cumprod[: int(level) + 2]"),
         ("the chain is one step shorter",

@@ -20,7 +20,7 @@ from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule, TrigFlow
 from diffdistill.players.teacher import Teacher, only_trains, trainable
-from diffdistill.scaffold.method import Batch, Method, Outcome, Pair, Turn
+from diffdistill.scaffold.method import Batch, Method, Pair, Turn
 
 SHAPE, CLASSES, SIZE, KEY = (1, 3, 3), 3, 6, (5, 4, 1)
 """Of a sample; without the null class, which is the last label; of a batch; seed, step and rank."""
@@ -221,8 +221,18 @@ class Plain:
             return torch.atan2(s, (1 - s) * self.std)
         return u * math.pi / 2
 
-    def levels(self, n: int) -> list[float]:
-        """Where a student of n steps starts each of them."""
+    def levels(self, n: int, start: float | None = None) -> list[float]:
+        """Where a student of n steps starts each of them; `start`: the first, from which the others divide the way."""
+        if start is not None:
+            if self.kind in ("vp", "eps"):
+                return [start - k * (int(start) + 1) // n for k in range(n)]
+            if self.kind == "edm":
+                low, high = 0.01 ** (1 / 7), start ** (1 / 7)
+                return [(high + k / n * (low - high)) ** 7 for k in range(n)]
+            if self.kind == "flow":
+                u = start / (2 - start)  # before the shift
+                return [2 * v / (1 + v) for v in (u * (n - k) / n for k in range(n))]
+            return [start * (n - k) / n for k in range(n)]
         if self.kind in ("vp", "eps"):
             return [round(self.steps - k * self.steps / n) - 1.0 for k in range(n)]
         if self.kind == "edm":
@@ -268,12 +278,10 @@ def batch_of(key: tuple[int, ...] = KEY, *, images: bool = True, pairs: bool = F
     return Batch(SIZE, SHAPE, {"class_labels": labels}, x0_or_none, torch.device("cpu"), key, pair)
 
 
-def played(method: Method, turn: Turn, batch: Batch) -> tuple[Outcome, list[Tensor]]:
-    """The turn's outcome, and the gradient of its loss in everything that the trainer would train."""
-    everything = trainable(method.players)
-    only_trains(turn.player, everything)
-    outcome = turn.loss(batch)
-    return outcome, slopes(outcome.loss, everything[turn.player])
+def trained(method: Method) -> dict[str, list[nn.Parameter]]:
+    """What the trainer would train, as it was before the first turn."""
+    kept: Any = vars(method)
+    return kept.setdefault("trained before the first turn", trainable(method.players))
 
 
 def slopes(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -284,16 +292,19 @@ def slopes(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
 def agree(method: Method, turn: Turn, batch: Batch, expected: Callable[[], dict[str, Tensor]]) -> None:
     """Loss, what is logged, and the gradient in each parameter are those of the straight-line rewrite."""
     torch.manual_seed(7)
-    outcome, gradient = played(method, turn, batch)
+    everything = trained(method)
+    only_trains(turn.player, everything)
+    parameters = everything[turn.player]
+    outcome = turn.loss(batch)
+    gradient = slopes(outcome.loss, parameters)
     torch.manual_seed(7)
     values = expected()
     loss = values.pop("loss")
-    assert torch.allclose(outcome.loss, loss, rtol=1e-9, atol=1e-13), (float(outcome.loss), float(loss))
+    assert torch.allclose(outcome.loss, loss, rtol=1e-9, atol=1e-13), (outcome.loss.item(), loss.item())
     assert outcome.shown.keys() == values.keys()
     for name, value in values.items():
         assert torch.allclose(outcome.shown[name], value, rtol=1e-9, atol=1e-13), name
     assert not outcome.shown.get("gap", torch.zeros(())).requires_grad, "no network is in the graph for nothing"
-    parameters = [p for p in method.players[turn.player].parameters() if p.requires_grad]
     theirs = slopes(loss, parameters)
     size = max(float(g.abs().max()) for g in theirs)
     assert size > 0, "nothing would move"
