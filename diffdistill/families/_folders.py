@@ -35,7 +35,7 @@ def local_folder(name: str) -> Path:
     if path.is_dir():
         return _whole(path)
     if path.suffix in CHECKPOINTS:
-        raise UserError(f"teacher: {name!r} is {hint_for_file(path)}")
+        raise UserError(f"teacher: {path.name!r} is {hint_for_file(path)}")  # the name alone: the command must fit
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.exists()
     if not looks_like_hub_id:
         raise UserError(f"teacher: {name!r} is not a folder; give a diffusers folder, a hub id or 'digits'")

@@ -64,7 +64,9 @@ def family_of(folder: Path) -> tuple[Family, Config]:
             f"teacher: {folder} holds a network that is not in diffusers; load it by load_student(folder, network=..)"
         )
     if folder.is_dir() and not (folder / "model_index.json").exists():
-        raise UserError(f"teacher: {folder} has no model_index.json{hint_for_folder(folder)}")
+        hint = hint_for_folder(folder)
+        place = folder.name if "python -c" in hint else folder  # the command must fit
+        raise UserError(f"teacher: {place} has no model_index.json{hint}")
     index = read_json(folder / "model_index.json")
     name, own = index.get("_class_name"), None
     if isinstance(name, list) and len(name) == 2:  # of a file in the folder, [file, class]

@@ -142,7 +142,7 @@ def _student_level(s: Situation) -> Derived | None:
     level = noisiest(s.denoiser, *(MATCHED if s.matches else FOLLOWING))
     t = schedule.angle(torch.tensor([level, schedule.init_level])).clamp(max=schedule.t_max)
     here, there = amplification(s.denoiser, t).tolist()
-    if level == schedule.init_level or (not s.matches and there <= COMPARED):
+    if level == schedule.init_level or ((several or not s.matches) and there <= COMPARED):
         return None
     if there > COMPARED:
         counts = f"an error of the teacher's {s.denoiser.output.name} counts {here:.1f} times in x0 there"

@@ -152,13 +152,15 @@ def faults(m: Measures, before: Measures, *, first: bool) -> list[str]:
     return result
 
 
-def watch(out: Path, look: Look, sampler_now: Callable[[], Sampler], steps: int) -> Callable[[int], None]:
+def watch(
+    out: Path, look: Look, sampler_now: Callable[[], Sampler], steps: int, *, drawing: bool = True
+) -> Callable[[int], None]:
     """step -> looks at the student, prints what is wrong and adds a line to <out>/looks.jsonl.
 
     Before that it prints what one pass of the teacher gives at the student's level, and draws it above what several
-    passes give, <out>/samples/teacher.png.
+    passes give, <out>/samples/teacher.png, if `drawing`.
     """
-    _show_teacher(out, look)
+    _show_teacher(out, look, drawing)
     before = look.measures(look.before)
 
     def now(step: int) -> None:
@@ -175,7 +177,7 @@ def watch(out: Path, look: Look, sampler_now: Callable[[], Sampler], steps: int)
     return now
 
 
-def _show_teacher(out: Path, look: Look) -> None:
+def _show_teacher(out: Path, look: Look, drawing: bool) -> None:
     from diffdistill.pictures import image_grid, save_png
 
     m = look.measures(look.one)
@@ -187,6 +189,8 @@ def _show_teacher(out: Path, look: Look) -> None:
     if look.amplified() > COMPARED:
         fits = f"at {noisiest(look.teacher.denoiser, *MATCHED):g} it would count {MATCHED[0]:g} times at most"
         print(f"warning: student_level: {look.level:g} is noisier than the teacher can answer; {fits}", file=sys.stderr)
+    if not drawing:
+        return
     if not look.latent and (len(look.teacher.shape) != 3 or look.teacher.shape[0] not in (1, 3)):
         return
     columns = min(len(look.one), 16)

@@ -198,7 +198,8 @@ def test_a_methods_own_options(tiny_teacher: Teachers, tmp_path: Path) -> None:
     from diffdistill.methods.dmd2 import Config
 
     shared = {"teacher": tiny_teacher("vp"), **SHORT}
-    mapping = distill("dmd2", options={"update_ratio": 1}, out=tmp_path / "a", **shared)
+    own = dataclasses.asdict(Config(update_ratio=1))  # all of them, so that none is derived
+    mapping = distill("dmd2", options=own, out=tmp_path / "a", **shared)
     record = distill("dmd2", options=Config(update_ratio=1), out=tmp_path / "b", **shared)
     a, b = (yaml.safe_load((run.folder / "config.yaml").read_text()) for run in (mapping, record))
     assert a | {"out": ""} == b | {"out": ""} and a["update_ratio"] == 1

@@ -156,5 +156,5 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str, tmp
 
 
 def test_shapes_judge_no_model_of_digits(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="captions"):
-        evaluate("digits", teacher_steps=[1], data="shapes", count=10, out=tmp_path)
+    with pytest.raises(UserError, match="images of shapes are 32x32 and the protocol's 8x8"):
+        evaluate("digits", teacher_steps=[1], data="shapes", count=100, out=tmp_path)

@@ -14,11 +14,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("memory")
     tiny = memory.Network(
         "stable_diffusion",
-        {"sample_size": 8, "block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 16},
+        {"sample_size": 16, "block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 16},
         {"encoder_hidden_states": (7, 16)},
         4,
     )
-    memory.prepare(path, tiny, 64, torch.float32)
+    memory.prepare(path, tiny, 128, torch.float32)
     return path
 
 

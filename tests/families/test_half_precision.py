@@ -125,8 +125,8 @@ def test_the_commands_of_the_readme_on_a_half_folder(
 ) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     block = next(part for part in readme.split("```") if "diffdistill encode" in part)
-    lines = block.replace("\\\n", " ").strip().splitlines()
-    assert [line.split()[1] for line in lines] == ["encode", "train", "sample"]
+    lines = [line for line in block.replace("\\\n", " ").strip().splitlines() if "push-to-hub" not in line]
+    assert [line.split()[1] for line in lines][:3] == ["encode", "train", "sample"]
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("\n".join(WORDS))
     folder = str(half("stable_diffusion", dtype))

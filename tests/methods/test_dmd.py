@@ -42,7 +42,8 @@ def opposite_sign(*args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
 
 def both_guided(x: Tensor, x_t: Tensor, t: Tensor, cond: Any, teacher: Any, fake: Any, normalise: bool) -> Any:
     scale = getattr(teacher, "scale", 1.0)
-    return REAL_GRADIENT(x, x_t, t, cond, teacher, guided(fake, scale), normalise)
+    fake = fake if hasattr(fake, "scale") else guided(fake, scale)
+    return REAL_GRADIENT(x, x_t, t, cond, teacher, fake, normalise)
 
 
 def swapped_networks(x: Tensor, x_t: Tensor, t: Tensor, cond: Any, teacher: Any, fake: Any, normalise: bool) -> Any:

@@ -44,7 +44,7 @@ def wrong_samples(fake_score: Any, x: Tensor, t: Tensor, eps: Tensor, cond: Any,
     return denoising_loss(fake_score(diffuse(x, t, eps), t, cond), x.flip(0), eps)
 
 
-def with_gradients(self: DMD2, batch: Batch, player: str) -> Tensor:
+def with_gradients(self: DMD2, batch: Batch, player: str, cond: Any = None) -> Tensor:
     sampler = self.sampler()
     x_t, t = sampler.input_at(3, batch.randn("z"), batch.cond, lambda j: batch.randn(f"z {j}"))
     return self.student(x_t, t, batch.cond).x0

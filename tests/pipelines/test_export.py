@@ -155,9 +155,9 @@ def test_the_folder_says_how_it_was_made(tiny_teacher: Teachers, tmp_path: Path)
         teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(tmp_path / "run")
     ).student
     card = (folder / "README.md").read_text()
-    assert "2405.14867" in card and "from_pretrained" in card and "| student_lr | 1e-05 |" in card
+    assert "2405.14867" in card and "from_pretrained" in card and "| student_lr | 0.00063 |" in card
     meta = json.loads((folder / METADATA).read_text())
-    assert meta["levels"] == [999.0] and meta["method"] == "dmd2" and meta["options"]["steps"] == 1
+    assert meta["levels"] == [779.0] and meta["method"] == "dmd2" and meta["options"]["steps"] == 1
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "consistency"])

@@ -65,7 +65,7 @@ def options_for(folder: Path, prompts: Path, name: str, method: str, kind: str) 
     frames = {"frames": 5} if name == "wan" else {}
     return {
         "method": method, "teacher": str(folder), "prompts": str(prompts), "resolution": SIZES[name], **frames,
-        **lora, "lora_rank": 2, "student_lr": 1e-3, "batch_size": 2, "steps": 2,
+        **lora, "lora_rank": 2, "student_lr": 1e-3, "warmup_steps": 0, "batch_size": 2, "steps": 2,
         "sample_every": 0, "device": "cpu", **METHODS[method],
     }  # fmt: skip
 
@@ -352,7 +352,7 @@ def test_from_the_command_line(
     train = ["train", "--method", "dmd2", "--prompts", str(prompts), "--lora", "student,fake_score"]
     assert main([*train, *shared, "--steps", "2", "--batch-size", "2", "--out", str(run)]) == 0
     assert (run / "encoded" / "encode.json").is_file()
-    assert len(list((run / "samples").glob("*.png"))) == 2  # decoded
+    assert len(list((run / "samples").glob("step-*.png"))) == 2  # decoded
     for model in (run, folder):
         out = tmp_path / f"{model.name}.png"
         prompt_options = ["--prompt", "a red square", "--prompt", "two dogs", "--count", "3", "--out", str(out)]

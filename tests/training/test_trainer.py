@@ -64,9 +64,10 @@ def whole(tiny_teacher: Teachers, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_a_run_folder_holds_what_it_promises(whole: Path) -> None:
-    names = {"config.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "student"}
+    names = {"config.yaml", "environment.json", "metrics.jsonl", "looks.jsonl", "samples", "checkpoints", "student"}
     assert names <= {p.name for p in whole.iterdir()}
-    assert [p.name for p in sorted((whole / "samples").iterdir())] == [f"step-{k:08d}.png" for k in (0, 3, 6)]
+    pictures = [*(f"step-{k:08d}.png" for k in (0, 3, 6)), "teacher.png"]
+    assert [p.name for p in sorted((whole / "samples").iterdir())] == pictures
     assert [line["step"] for line in metrics(whole)] == [2, 4, 6]
     assert "torch" in json.loads((whole / "environment.json").read_text())
     assert {"student/gap", "student/gan", "fake_score/denoising"} <= metrics(whole)[0].keys()
