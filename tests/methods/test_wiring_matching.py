@@ -242,7 +242,7 @@ RANGE = {"time_low": 0.2, "time_high": 0.7}
 GAN = {"gan_weight": 0.7, "discriminator_weight": 0.3, "update_ratio": 1}
 CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("dmd2", {"guidance_scale": 2.5, "update_ratio": 2}, VP),
-    ("dmd2", {"normalise": False, **RANGE, "student_level": 9.0}, EPS),
+    ("dmd2", {"normalise": False, **RANGE, "student_level": 9.0, "update_ratio": 1}, EPS),
     ("dmd2", {"fake_score_loss": "epsilon", **GAN}, EDM_),
     ("dmd2", {**GAN, **RANGE, "student_level": 0.8}, FLOW),
     ("dmd2", {**GAN, "update_ratio": 3}, VP),
@@ -368,10 +368,14 @@ def test_what_dmd2_needs_and_its_levels() -> None:
         assert sampler.levels == pytest.approx(plain.levels(4), rel=1e-12)
 
 
+@pytest.mark.parametrize(("ratio", "step"), [(1, 0), (1, 1), (2, 1)])
 @pytest.mark.parametrize("name", METHODS)
-def test_whose_dropout_is_on(name: str) -> None:
-    """`own`: in the student, and in the fake score in its own turn; `mover`: in who moves; the teacher never."""
-    straight = Straight(name, {"update_ratio": 1} | ({"gan_weight": 0.5} if name == "dmd2" else {}), TRIG)
+def test_whose_dropout_is_on(name: str, ratio: int, step: int) -> None:
+    """`own`: in the student, and in the fake score in its own turn; `mover`: in who moves; the teacher never.
+
+    In the last case the fake score moves alone, on samples that it draws itself.
+    """
+    straight = Straight(name, {"update_ratio": ratio} | ({"gan_weight": 0.5} if name == "dmd2" else {}), TRIG)
     parts = {"teacher": straight.teacher, "student": straight.student, "fake_score": straight.fake}
     drops: dict[str, dict[str, set[str]]] = {
         "own": {"student": {"student"}, "fake_score": {"student", "fake_score"}},
@@ -379,10 +383,9 @@ def test_whose_dropout_is_on(name: str) -> None:
         "off": {"student": set(), "fake_score": set()},
     }
     kind = {"diff_instruct": "own", "sim": "own", "sid": "mover"}.get(name, "off")
-    for _ in range(2):
-        for turn in straight.method.turns(0):
-            calls = modes({k: v.dropout for k, v in parts.items()}, lambda turn=turn: turn.loss(straight.batch))
-            assert {who for who, dropping in calls if dropping} == drops[kind][turn.player] & {w for w, _ in calls}
+    for turn in straight.method.turns(step):
+        calls = modes({k: v.dropout for k, v in parts.items()}, lambda turn=turn: turn.loss(straight.batch))
+        assert {who for who, dropping in calls if dropping} == drops[kind][turn.player] & {w for w, _ in calls}
 
 
 @pytest.mark.parametrize("name", METHODS)

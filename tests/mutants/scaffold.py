@@ -66,7 +66,6 @@ MUTANTS = {
         ("samples have other labels",
          'f"{player}/z"), batch.cond)', 'f"{player}/z"), {k: v.roll(1) for k, v in batch.cond.items()})'),
         ("samples are never shared", "if self.shares_samples:\n            drawn", "if False:\n            drawn"),
-        ("samples are always shared", "if self.shares_samples:\n            drawn", "if True:\n            drawn"),
         ("the noise of the samples is kept in their place",
          "drawn.append(x.detach())", 'drawn.append(batch.randn("z"))'),
         ("the GAN's sign", "outcome.loss + self.gan_weight * gan", "outcome.loss - self.gan_weight * gan"),
@@ -110,6 +109,9 @@ MUTANTS = {
          "1 / normaliser if normalise else", "1 / normaliser if not normalise else"),
         ("the fake score's samples keep their gradient",
          "x = x.detach()\n    return denoising", "x = x\n    return denoising"),
+    ],
+    "diffdistill/scaffold/matching.py | tests/scaffold/test_games.py": [
+        ("samples are always shared", "if self.shares_samples:\n            drawn", "if True:\n            drawn"),
     ],
     f"diffdistill/scaffold/adversary.py | {_M}": [
         ("images are not noised", "features(diffuse(x, t, eps), t, cond)", "features(x, t, cond)"),

@@ -269,8 +269,8 @@ KINDS = {plain.kind: plain for plain in (TRIG, VP, EPS, EDM_, FLOW)}
 
 
 def batch_of(key: tuple[int, ...] = KEY, *, images: bool = True, pairs: bool = False) -> Batch:
-    """Six samples: each with its own class, of which none is in order; pairs have other classes."""
-    labels = torch.tensor([2, 0, 1, 1, 0, 2])
+    """Six samples, whose classes are others read backwards or turned on; pairs have other classes."""
+    labels = torch.tensor([2, 0, 1, 1, 2, 0])
     made = draw(*key, "the test's own data")
     x0, z, pair_x0 = (torch.randn(SIZE, *SHAPE, generator=made, dtype=torch.float64) for _ in range(3))
     pair = Pair(z, pair_x0, {"class_labels": torch.tensor([1, 1, 0, 2, 2, 0])}) if pairs else None
