@@ -371,7 +371,6 @@ def test_from_the_command_line(
             "prompts: 'digits' is a model of pixels",
         ),
         (["pairs", "--teacher", str(folder), "--out", str(tmp_path / "none")], "prompts:"),
-        (["eval", str(run)], "eval:"),
     ):
         assert main(arguments) == 2, arguments
         lines = capsys.readouterr().err.strip().splitlines()
