@@ -40,7 +40,8 @@ def what_methods_do(printed: str) -> None:
     for name in (*trajectory, *WITHOUT_PAIRS, "dmd", "consistency, turned"):
         # After a quarter of the training that the limits are for.
         assert all(got < 2 * limit for got, limit in zip(table[name][:3], limits[:3], strict=True)), name
-        assert off[name] < off["before training"] or name == "consistency, turned"
+    # A student that matches distributions may turn a class's line round.
+    assert all(off[name] < off["before training"] for name in (*trajectory, "dmd"))
     assert off["consistency, turned"] > 1 > 5 * off["consistency"]
     both = zip(table["consistency, turned"][:3], table["consistency"][:3], strict=True)
     assert all(turned < 1.5 * straight for turned, straight in both)
