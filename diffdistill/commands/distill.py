@@ -160,8 +160,7 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
     if accelerator.is_main_process and trainer.step < config.steps:
         for name, (value, reason) in game.derived.items():
             print(f"{name}: {value} ({reason})")
-        with trainer.evaluating():
-            look = Look(teacher, method.sampler(), shown)
+        look = Look(teacher, method.sampler(), shown)
         trainer.on_look = watch(out, look, method.sampler, config.steps, drawing=config.sample_every > 0)
     trainer.fit()
     if accelerator.is_main_process:

@@ -44,10 +44,12 @@ class Measures(NamedTuple):
 class Look:
     """Samples of always the same noise and conditions, beside what the teacher draws there in one pass and in several.
 
-    A teacher of classes or prompts is looked at with a few of them, several samples each.
+    A teacher of classes or prompts is looked at with a few of them, several samples each. Of the student's `sampler`
+    only the levels and the step count: before training a student is its teacher, and so it is in a run that goes on.
     """
 
     def __init__(self, teacher: Teacher, sampler: Sampler, prompts: Examples | None = None):
+        denoiser = teacher.denoiser
         self.teacher, self.level = teacher, sampler.levels[0]
         entry = FAMILIES.get(teacher.family)
         self.latent = entry is not None and entry.autoencoder is not None
@@ -63,12 +65,11 @@ class Look:
             self.cond = {"class_labels": self.groups.to(device)}
         else:
             self.groups = torch.zeros_like(self.groups)
-        denoiser = teacher.denoiser
-        self.several = self.shown(
-            self.drawn(Sampler(denoiser, denoiser.schedule.levels(STEPS_OF_TEACHER).tolist(), STEPS["ddim"]))
-        )
-        self.one = self.shown(self.drawn(Sampler(denoiser, sampler.levels[:1])))
-        self.before = self.shown(self.drawn(sampler))
+        levels = denoiser.schedule.levels(STEPS_OF_TEACHER).tolist()
+        self.several = self.shown(self.drawn(Sampler(denoiser, levels, STEPS["ddim"])))
+        self.one = self.before = self.shown(self.drawn(Sampler(denoiser, [self.level])))
+        if len(sampler.levels) > 1:
+            self.before = self.shown(self.drawn(Sampler(denoiser, sampler.levels, sampler.step)))
         self.reference = _raw(self.several, self.groups)
         self.unit = _energy(self.one, self.several)
 

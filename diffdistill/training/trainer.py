@@ -65,7 +65,6 @@ class Trainer:
         out: Path,
         accelerator: Accelerator,
         on_sample: Callable[[int], None] | None = None,
-        on_look: Callable[[int], None] | None = None,
     ):
         self.method = method
         self.batches = batches
@@ -73,7 +72,7 @@ class Trainer:
         self.out = out
         self.accelerator = accelerator
         self.on_sample = on_sample
-        self.on_look = on_look
+        self.on_look: Callable[[int], None] | None = None  # which is made once the run folder is there
         self.step, self.saved = 0, 0  #: the steps that are done, and those in the newest checkpoint
         self.totals: dict[str, tuple[Tensor | float, int]] = {}  # sums since the last line of metrics.jsonl
         self.averaged = method.exported if config.ema else None

@@ -73,3 +73,13 @@ def test_a_run_says_what_it_sees(tmp_path: Path, capsys: pytest.CaptureFixture[s
     kept = [json.loads(line) for line in (run.folder / "looks.jsonl").read_text().splitlines()]
     assert [line["step"] for line in kept] == [1, 10] and kept[0]["faults"][0].startswith("nothing moved")
     assert (run.folder / "samples" / "teacher.png").is_file()
+
+
+def test_a_resumed_run_counts_from_the_beginning(tmp_path: Path) -> None:
+    """What has moved is what has moved since training began, wherever it was stopped on the way."""
+    options = {"teacher": "digits", "batch_size": 4, "sample_every": 0, "lr_schedule": "constant"}
+    whole = distill("dmd2", **options, steps=4, out=tmp_path / "whole")
+    part = distill("dmd2", **options, steps=2, out=tmp_path / "part")
+    distill(resume=part.folder, steps=4)
+    last = [json.loads((run.folder / "looks.jsonl").read_text().splitlines()[-1]) for run in (whole, part)]
+    assert last[0] == last[1] and last[0]["step"] == 4 and last[0]["moved"] > 0
