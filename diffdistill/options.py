@@ -263,12 +263,18 @@ class ScaleRange(Options):
 
 
 @dataclass(frozen=True)
-class MatchingOptions(StudentOptions, TeacherGuidance):
-    """A one-step student and a fake score that learns its samples."""
+class StudentLevel(Options):
+    """A student that need not start at the noisiest level."""
 
     student_level: float | None = option(
         None, "the timestep or sigma at which the student reads pure noise; none: the noisiest", at_least=0
     )
+
+
+@dataclass(frozen=True)
+class MatchingOptions(StudentOptions, TeacherGuidance, StudentLevel):
+    """A one-step student and a fake score that learns its samples."""
+
     fake_score_lr: float = option(1e-5, "AdamW's learning rate for the fake score", above=0)
     fake_score_loss: Literal["v", "epsilon"] = option(
         "v", "the fake score's loss; v: weighted as in EDM; epsilon: unweighted, as for Stable Diffusion"
@@ -345,12 +351,9 @@ class FakeScoreGuidance(Options):
 
 
 @dataclass(frozen=True)
-class FollowingOptions(StudentOptions):
+class FollowingOptions(StudentOptions, StudentLevel):
     """A student that follows trajectories against a slow copy of itself."""
 
-    student_level: float | None = option(
-        None, "the timestep or sigma at which the student reads pure noise; none: the noisiest", at_least=0
-    )
     target_ema: float = option(0.95, "decay of the target, the student's moving average", at_least=0, below=1)
     student_steps: int = option(1, "the student's sampling steps; its training is the same for any number", at_least=1)
     student_dropout: float | None = option(

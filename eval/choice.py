@@ -130,6 +130,11 @@ class Wishes:
     seed: int | None = None
     batch: int | None = None
 
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What goes before a protocol's own numbers."""
+        return {"count": self.count, "seed": self.seed, "batch": self.batch}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -158,15 +163,12 @@ class Choice:
 
 
 def choose(facts: Facts, wishes: Wishes) -> Choice:
-    """The protocol that fits; that of `wishes.protocol` with what it leaves to the model.
+    """The protocol that fits; of `wishes.protocol`, which is open, what it leaves to the model.
 
     Opens the real images and the captions, loads no model and draws nothing. UserError where captions or real images
     that are needed are not known.
     """
-    overrides = {"count": wishes.count, "seed": wishes.seed, "batch": wishes.batch}
-    if wishes.protocol is not None and not (protocol := load(wishes.protocol, **overrides)).is_open:
-        return Choice(protocol, wishes.reference)
-    named = wishes.reference or wishes.data
+    overrides, named = wishes.overrides, wishes.reference or wishes.data
     captions = _captions(facts, wishes) if facts.conditions == "prompts" and named != "shapes" else None
     if wishes.protocol is None:
         if facts.conditions == "prompts" and _are_shapes(facts, named, captions):
@@ -190,8 +192,7 @@ def _pixels(facts: Facts, wishes: Wishes, data: Data | None, spec: str | None, c
     """The protocol, which leaves all to the model, completed."""
     name = wishes.protocol or "pixels"
     usual = {name: value for name, value in LATENT.items() if facts.latent and getattr(wishes, name) is None}
-    asked = {"count": wishes.count, "seed": wishes.seed, "batch": wishes.batch} | usual
-    protocol = load(name, **_at_most(asked, facts.count, name))
+    protocol = load(name, **_at_most(wishes.overrides | usual, facts.count, name))
     if captions is not None:
         captions = list(itertools.islice(itertools.cycle(captions), protocol.count))
     conditions = "none" if facts.conditions == "images" else facts.conditions

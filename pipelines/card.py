@@ -8,7 +8,7 @@ from typing import Any
 
 from diffdistill.families import FAMILIES, Family, diffusers_class, local_folder, public_name, read_json
 from diffdistill.families._parts import LORA, null_parts, stored_dtypes
-from diffdistill.pipelines.origin import head, license_note, metadata, public_options, teacher_folder
+from diffdistill.pipelines.origin import card_of, head, license_note, metadata, public_options, teacher_folder
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import FILE
 from diffdistill.players.adapter_networks import AdaptedNetwork
@@ -27,7 +27,7 @@ def student_call(teacher: Teacher, sampler: Sampler) -> dict[str, Any]:
 
 def own_card(info: Recipe, options: dict[str, Any], teacher: Teacher, sampler: Sampler, step: int) -> str:
     """README.md of a student whose network diffusers does not know."""
-    values = metadata(teacher.source, None, info.name, None, relation="finetune")
+    values = metadata(teacher.source, None, info.name, {}, relation="finetune")
     return f"""{head(values)}# A {len(sampler.levels)}-step student of {teacher.source}
 
 Distilled with diffdistill by {info.name} ({info.about.paper}), {step} steps. The shape of a sample is
@@ -72,6 +72,7 @@ def model_card(
     entry = FAMILIES.get(teacher.family, FAMILIES["unet2d"])
     subject, call = _call(entry, teacher, sampler)
     base = teacher_folder(teacher.source, entry)
+    theirs = card_of(base)
     adapted = isinstance(network, AdaptedNetwork)
     kind = (dtype if form != "lora" else None) or _stored(entry, teacher)
     where = _Lines(entry, teacher, sampler, call, kind, place or "FOLDER", adapted)
@@ -79,7 +80,7 @@ def model_card(
     lora = both and (folder is None or (folder / "lora").is_dir())
     file = entry.single_file and form == "pipeline" and not adapted and _is_one_file(folder, entry)
     own = entry.autoencoder is not None and not adapted
-    values = metadata(teacher.source, entry, info.name, base, relation="adapter" if form == "lora" else "finetune")
+    values = metadata(teacher.source, entry, info.name, theirs, relation="adapter" if form == "lora" else "finetune")
     what = "The LoRA is" if form == "lora" else "The network's weights are"
     return f"""{head(values)}# A {steps}-step student of {public_name(teacher.source)}
 
@@ -93,7 +94,7 @@ student's own scheduler in `scheduler/`; the levels
 not be installed. Image i
 of `diffdistill sample --seed S` is that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
 
-{license_note(teacher.source, base)}{_table(options)}
+{license_note(teacher.source, base, theirs)}{_table(options)}
 """
 
 

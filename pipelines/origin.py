@@ -70,12 +70,13 @@ def copy_licenses(source: Path | None, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def metadata(source: str, entry: Family | None, method: str, folder: Path | None, *, relation: str) -> dict[str, Any]:
-    """The head of a student's card, as the hub reads it: what its teacher's own card says, and its family.
+def metadata(
+    source: str, entry: Family | None, method: str, theirs: Mapping[str, Any], *, relation: str
+) -> dict[str, Any]:
+    """The head of a student's card, as the hub reads it: what its teacher's own, `theirs`, says, and its family.
 
     `relation` is what the student is to its base model, 'finetune' or 'adapter'.
     """
-    theirs = card_of(folder)
     texts = {
         name: theirs[name]
         for name in ("license", "license_name", "license_link", "pipeline_tag")
@@ -105,9 +106,9 @@ def head(values: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)}---\n"
 
 
-def license_note(source: str, folder: Path | None) -> str:
-    """What a student's card says of its licence: an empty text where its teacher says nothing."""
-    theirs, files = card_of(folder), ", ".join(f"`{path.name}`" for path in license_files(folder))
+def license_note(source: str, folder: Path | None, theirs: Mapping[str, Any]) -> str:
+    """What a student's card says of its licence: an empty text where its teacher, whose card is `theirs`, has none."""
+    files = ", ".join(f"`{path.name}`" for path in license_files(folder))
     named = next((theirs[n] for n in ("license_name", "license") if isinstance(theirs.get(n), str)), None)
     if named is None and not files:
         return ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
-from diffdistill.config import ExportConfig, SavingConfig
+from diffdistill.config import SAVING, ExportConfig, SavingConfig
 from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
 from diffdistill.families import local_folder
@@ -72,7 +72,7 @@ def export(
 def run(config: ExportConfig) -> None:
     """The command."""
     use_machine(config.device, config.threads)
-    saving = {name: getattr(config, name) for name in SavingConfig.__dataclass_fields__}
+    saving = {name: getattr(config, name) for name in SAVING}
     options = {"step": config.step, "out": config.out, "allow_change": config.allow_change, **saving}
     print(f"saved {export(config.run, dtype=config.dtype, **options)}")
     if config.push_to_hub is not None:

@@ -50,15 +50,12 @@ def judge_options(
         "device": config.device,
         "threads": config.threads,
     }
-    if config.protocol is not None:
-        overrides = {"count": config.count, "seed": config.seed, "batch": config.batch_size}
-        protocol = load(config.protocol, **overrides)
-        if not protocol.is_open:
-            return JudgeOptions(protocol, reference=config.reference, **shared)
-    use_machine(config.device)  # before anything is read
     wishes = Wishes(
         config.protocol, config.reference, data, config.prompts, config.count, config.seed, config.batch_size
     )
+    if config.protocol is not None and not (protocol := load(config.protocol, **wishes.overrides)).is_open:
+        return JudgeOptions(protocol, reference=config.reference, **shared)
+    use_machine(config.device)  # before anything is read
     choice = choose(facts_of(model), wishes)
     if choice.own:
         processes = Processes(config.device, config.threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,18 +16,19 @@ from diffdistill.data.texts import (
     printable,
     read_csv,
     read_json,
-    read_lines,
+    read_jsonl,
     read_parquet,
     read_text,
 )
 from diffdistill.errors import UserError
 
 T = TypeVar("T")
+_TABLES = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
 
 
 def metadata_of(root: Path) -> list[Path]:
     """The files that say which images a folder has."""
-    found = [file for kind in ("jsonl", "csv", "parquet") if (file := root / f"metadata.{kind}").is_file()]
+    found = [file for kind in _TABLES if (file := root / f"metadata{kind}").is_file()]
     return [file for file in found if file.suffix != ".parquet" or _lists_images(file)]
 
 
@@ -38,15 +40,8 @@ def _lists_images(parquet: Path) -> bool:
 
 def read_metadata(path: Path) -> tuple[list[str], list[str] | None, list[Any] | None]:
     """Files, captions and labels of an imagefolder's metadata (file_name, text or caption, label)."""
-    rows: list[tuple[int, Any]]
-    unit = "row" if path.suffix == ".parquet" else "line"
-    if path.suffix == ".csv":
-        rows = [*read_csv(path, "data")]
-    elif path.suffix == ".parquet":
-        rows = [*read_parquet(path, "data")]
-    else:
-        lines = enumerate(read_lines(path, "data"), 1)
-        rows = [(number, read_json(line, f"data: {path}, line {number}")) for number, line in lines if line.strip()]
+    read: Callable[[Path, str], Sequence[tuple[int, Any]]] = _TABLES[path.suffix]
+    rows, unit = read(path, "data"), "row" if path.suffix == ".parquet" else "line"
     form = "one JSON object a line" if path.suffix == ".jsonl" else "a column of that name"
     for number, row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):

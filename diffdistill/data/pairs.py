@@ -32,7 +32,7 @@ from diffdistill.core.ode import ddim_step, heun_step, sample_ode
 from diffdistill.core.schedule import sampling_grid
 from diffdistill.data.encoded import Encoded, check_encoded, open_encoded, with_prompts
 from diffdistill.data.examples import ClassLabels, Example, Examples
-from diffdistill.data.shards import Kind, device_for, make, open_shards, rows, start, without_padding
+from diffdistill.data.shards import Kind, bytes_of, device_for, make, open_shards, rows, start, without_padding
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, family_of, load_teacher, local_folder
 from diffdistill.options import build
@@ -70,7 +70,7 @@ def weights_fingerprint(teacher: Teacher, besides: str = "{}") -> str:
     own = {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
     for name, tensor in sorted(own.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
@@ -212,7 +212,7 @@ def _content(conditions: Examples, config: PairsConfig) -> str:
     for indices in torch.arange(min(len(conditions), config.count)).split(config.batch_size):
         for name, value in sorted(conditions.get(indices).cond.items()):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(bytes_of(value))
     return digest.hexdigest()
 
 

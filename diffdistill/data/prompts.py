@@ -15,6 +15,7 @@ from diffdistill.data.texts import (
     note,
     read_csv,
     read_json,
+    read_jsonl,
     read_lines,
     read_text,
     shortened,
@@ -57,9 +58,7 @@ def read_prompts(path: Path, keep_blank: bool = False) -> list[str]:
             _prompt(row, source, place) for place, row in _rows(read_json(read_text(path, "prompts"), source), source)
         ]
     else:
-        numbered = [(number, line) for number, line in enumerate(read_lines(path, "prompts"), 1) if line.strip()]
-        rows = [(number, read_json(line, f"{source}, line {number}")) for number, line in numbered]
-        prompts = [_prompt(row, source, f"line {number}") for number, row in rows]
+        prompts = [_prompt(row, source, f"line {number}") for number, row in read_jsonl(path, "prompts")]
     if not prompts:
         raise UserError(f"prompts: {path} holds no prompt; write one on each line")
     return prompts

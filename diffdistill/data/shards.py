@@ -179,6 +179,11 @@ def rows(shards: list[dict[str, Tensor]], size: int, count: int, indices: Tensor
     return {key: torch.stack([_row(shards[i // size], key, i % size) for i in chosen]) for key in row_shapes(shards[0])}
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """What a fingerprint reads of a tensor, wherever it is and however it lies."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 _KEPT = ".rows"
 
 

@@ -66,6 +66,12 @@ def read_json(text: str | bytes, where: str) -> Any:
         raise UserError(f"{where} is not JSON ({error})") from None
 
 
+def read_jsonl(path: Path, field: str) -> list[tuple[int, Any]]:
+    """Line numbers and values of JSON lines; blank ones are passed over."""
+    lines = [(number, line) for number, line in enumerate(read_lines(path, field), 1) if line.strip()]
+    return [(number, read_json(line, f"{field}: {path}, line {number}")) for number, line in lines]
+
+
 def read_csv(path: Path, field: str) -> list[tuple[int, dict[str, str | None]]]:
     """Line numbers and rows of a table whose first line names its columns; an empty cell is None."""
     text = read_text(path, field)

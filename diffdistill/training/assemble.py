@@ -80,11 +80,9 @@ def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS, *, deriv
     derived: dict[str, Derived] = {}
     if deriving:
         chosen = shallow(config) | shallow(method_config)
-        names = set(values) | set(own if objects.options is None else shallow(method_config))
-        given = {name: chosen[name] for name in names}
+        given = {name: chosen[name] for name in values} | ({} if objects.options is None else shallow(method_config))
         derived = derive(Situation(teacher, recipe.config, given, config.steps))
-        extra = {name: value for name, (value, _) in derived.items()}
-        shared, own = split({**values, **extra}, TrainConfig, recipe.config)
+        shared, own = split({**values, **{n: d.value for n, d in derived.items()}}, TrainConfig, recipe.config)
         config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     method = recipe.make(teacher, method_config)

@@ -107,24 +107,19 @@ def noisiest(denoiser: Denoiser, amplified: float, noise: float) -> float:
 
 def derive(situation: Situation) -> dict[str, Derived]:
     """Values by the names of options that were not given; those for which no rule fits keep their default."""
-    names = [f.name for f in dataclasses.fields(TrainConfig)] + [f.name for f in dataclasses.fields(situation.options)]
-    rules: dict[str, Derived] = {}
+    names = {f.name for options in (TrainConfig, situation.options) for f in dataclasses.fields(options)}
+    known, derived = dict(situation.values), {}
+    situation = dataclasses.replace(situation, values=known)  # which grow: a rule sees the values of those before it
     for name, rule in RULES.items():
-        if name in names and name not in situation.values:
-            result = rule(
-                dataclasses.replace(situation, values={**situation.values, **{k: v.value for k, v in rules.items()}})
-            )
-            if result is not None:
-                rules[name] = result
-    return rules
+        if name in names and name not in known and (result := rule(situation)) is not None:
+            known[name], derived[name] = result.value, result
+    return derived
 
 
 def _intervals(s: Situation) -> Derived | None:
-    return (
-        Derived(20, f"{s.steps} steps are few for more intervals to hand the trajectories' ends on")
-        if s.steps < LONG
-        else None
-    )
+    if s.steps >= LONG:
+        return None
+    return Derived(20, f"{s.steps} steps are few for more intervals to hand the trajectories' ends on")
 
 
 def _batch_size(s: Situation) -> Derived | None:
@@ -235,7 +230,7 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "ema": _ema,
     "lr_schedule": _lr_schedule,
     "warmup_steps": _warmup_steps,
-}  # in this order: a rule sees the values of those before it
+}  # in this order
 
 
 def _count(n: int) -> str:

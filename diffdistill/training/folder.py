@@ -13,7 +13,7 @@ from diffdistill.data import encoded
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.files import atomic_write
-from diffdistill.training.inputs import MAY_CHANGE, write_inputs
+from diffdistill.training.inputs import MAY_CHANGE, changed, write_inputs
 from diffdistill.training.trainer import Accelerator
 
 
@@ -96,6 +96,5 @@ def check_prompts(run: Path, prompts: str | None, allow_change: bool) -> None:
     if encoded.is_of_prompts(inside, prompts):
         return
     if not allow_change:
-        what = f"the prompts of {prompts}"
-        raise UserError(f"resume: changed since the run began: {what}; undo that, or go on with --allow-change")
+        raise changed("resume", f"the prompts of {prompts}")
     shutil.rmtree(inside)

@@ -15,14 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from diffdistill.config import INPUTS as FILE
 from diffdistill.config import SAVING
 from diffdistill.data import encoded, pairs
 from diffdistill.data.examples import Examples, TensorExamples
-from diffdistill.data.shards import Kind, read_index
+from diffdistill.data.shards import Kind, bytes_of, read_index
 from diffdistill.errors import UserError, shown
 from diffdistill.files import atomic_write, json_object
 from diffdistill.players.teacher import Teacher
@@ -117,8 +114,13 @@ def check_inputs(
         return None
     what = ", ".join(differ[:3]) + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
     if not allow_change:
-        raise UserError(f"{field}: changed since the run began: {what}; undo that, or go on with --allow-change")
+        raise changed(field, what)
     return f"note: changed since the run began: {what}"
+
+
+def changed(field: str, what: str) -> UserError:
+    """The refusal to go on where `what` is another than when the run began."""
+    return UserError(f"{field}: changed since the run began: {what}; undo that, or go on with --allow-change")
 
 
 def write_inputs(run: Path, now: Mapping[str, Any]) -> None:
@@ -137,10 +139,6 @@ def _digest(*parts: bytes | memoryview) -> str:
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
 def _scheduler(teacher: Teacher) -> str:
     return _digest(json.dumps(pairs.described_schedule(teacher), default=str).encode())
 
@@ -153,7 +151,7 @@ def _examples(examples: Examples | None) -> str | None:
         content = _shards(encoded.KIND if isinstance(examples, encoded.Encoded) else pairs.KIND, examples.folder)
     elif isinstance(examples, TensorExamples):
         columns = sorted(examples.cond.items())
-        content = _digest(_bytes(examples.x0), *(part for k, v in columns for part in (k.encode(), _bytes(v))))
+        content = _digest(bytes_of(examples.x0), *(part for k, v in columns for part in (k.encode(), bytes_of(v))))
     else:
         content = str(getattr(examples, "fingerprint", type(examples).__name__))
     return f"{len(examples)} of {content}"

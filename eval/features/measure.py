@@ -25,6 +25,7 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor, nn
 
+from diffdistill.data.shards import bytes_of
 from diffdistill.errors import UserError
 from diffdistill.options import nearest
 
@@ -128,7 +129,7 @@ def network_fingerprint(module: nn.Module, preprocessing: str, config: Any = Non
     digest = hashlib.blake2b((preprocessing + text).encode(), digest_size=8)
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(bytes_of(value))
     return digest.hexdigest()
 
 
