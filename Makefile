@@ -1,6 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Processes of the tests, one thread each, which is quicker than one process with all threads.
+WORKERS := 2
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # `make CONSTRAINTS=` installs the newest versions that setup.cfg allows.
 CONSTRAINTS ?= constraints.txt
 
@@ -43,11 +46,11 @@ bench: $(STAMP)
 test: lint typecheck suite
 
 suite: $(STAMP)
-	$(BIN)/python -m pytest --durations=10
+	$(TESTS) --durations=10
 
 # The suite again, with the share of lines that it runs, file by file.
 coverage: $(STAMP)
-	$(BIN)/python -m pytest --cov=. --cov-report=term:skip-covered
+	$(TESTS) --cov=. --cov-report=term:skip-covered
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -54,7 +54,7 @@ def main() -> int:
             made = len(list((root / "killed" / "measured").glob("*.safetensors")))
             print(f"killed {kills} times, {made} shards are there", flush=True)
         subprocess.run([sys.executable, *command("killed")], check=True, stdout=subprocess.DEVNULL)
-        two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *command("both")]
+        two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command("both")]
         subprocess.run(two, check=True, stdout=subprocess.DEVNULL)
         whole, killed, both = (digest(root / name) for name in ("whole", "killed", "both"))
     print(f"{kills} kills: {killed == whole}; two processes: {both == whole} ({whole[0]}, {killed[0]}, {both[0]})")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from diffdistill.commands.export import check_exportable, export_student, parts_bytes
@@ -16,7 +17,7 @@ from diffdistill.commands.run import Run
 from diffdistill.config import TrainConfig
 from diffdistill.data.batches import batches
 from diffdistill.data.examples import Examples
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, first_line
 from diffdistill.families import check_weights
 from diffdistill.options import coerce, nearest
 from diffdistill.pipelines.hub import upload
@@ -154,13 +155,14 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
     trainer = Trainer(method, draw, config, out, accelerator, grids)
     if resumed:
         trainer.resume(allow_change)
+    looks = accelerator.is_main_process and trainer.step < config.steps
+    look = _look(game, shown) if looks else None
     sizes = {"kept_bytes": kept_bytes, "export_bytes": export_bytes}
     start_folder(out, game.options(), player_bytes, accelerator, inputs, resume=resumed, **sizes)
     trainer.on_look = lambda step: None
-    if accelerator.is_main_process and trainer.step < config.steps:
+    if look is not None:
         for name, (value, reason) in game.derived.items():
             print(f"{name}: {value} ({reason})")
-        look = Look(teacher, method.sampler(), shown)
         trainer.on_look = watch(out, look, method.sampler, config.steps, drawing=config.sample_every > 0)
     trainer.fit()
     if accelerator.is_main_process:
@@ -168,6 +170,22 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
             export_student(game, out / "student", trainer.step, saving=config)
     accelerator.end_training()
     return accelerator.is_main_process
+
+
+def _look(game: Game, shown: Examples | None) -> Look:
+    """The first use of the teacher's network; UserError if that of a folder cannot be called."""
+    sampler = game.method.sampler()
+    try:
+        return Look(game.teacher, sampler, shown)
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if game.objects.teacher is not None:  # one's own code, whose traceback says more
+            raise
+        raise UserError(
+            f"teacher: the network of {game.config.teacher!r} cannot be called ({first_line(error)}); give "
+            "a folder whose config.json fits its weights and the installed diffusers"
+        ) from error
 
 
 def run(values: dict[str, Any]) -> int:

@@ -127,12 +127,14 @@ def test_whatever_data_of_ones_own_raise_a_checkpoint_is_kept(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_two_processes_one_alone_meets_it(rank: int, tmp_path: Path) -> None:
-    data = folder(tmp_path / "d", seen_at(1, rank, 2))
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", f"2967{rank}"]
+    folder(tmp_path / "d", seen_at(1, rank, 2))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launch += ["--redirects", "3", "--log-dir", str(tmp_path / "logs"), "-m", "diffdistill"]
-    argv = ["teacher", "--data", str(data), *SHORT, "--steps", "4", "--out", str(tmp_path / "run")]
+    argv = ["teacher", "--data", "d", *SHORT, "--steps", "4", "--out", "run"]  # short, so that the line is whole
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launch, *argv], env=environment, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, *launch, *argv], env=environment, cwd=tmp_path, capture_output=True, timeout=120
+    )
     logs = {path.parent.name: path.read_text() for path in (tmp_path / "logs").glob("**/stderr.log")}
     lines = {
         name: [line for line in log.splitlines() if line.startswith("diffdistill: ")] for name, log in logs.items()

@@ -160,7 +160,7 @@ def test_killed_at_random_and_two_processes(
     assert shards(tmp_path / "killed") == shards(tmp_path / "whole")
     assert numbers(json.loads((tmp_path / "killed" / "results.json").read_text())) == numbers(whole)
 
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     both = command_of(tiny_teacher("v"), protocol(**changes), tmp_path / "both")
     subprocess.run([*launch, *both], check=True, stdout=subprocess.DEVNULL)
     assert (tmp_path / "both" / "measured" / "samples.1.json").is_file()  # the second process did its share

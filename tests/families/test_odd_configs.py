@@ -17,7 +17,7 @@ from diffdistill.pipelines.export import other_parts
 from diffdistill.rng import image_generators
 from tests.families.test_real_folders import edited
 from tests.tiny_a import PIPELINES, sdxl, stable_diffusion
-from tests.tiny_b import qwen_image
+from tests.tiny_b import flux, qwen_image
 
 
 def pixel_teacher(folder: Path, scheduler: Any = None, **unet: Any) -> Path:
@@ -174,3 +174,16 @@ def test_pixel_networks_that_cannot_be_drawn(tmp_path: Path, capsys: pytest.Capt
     two = pixel_teacher(tmp_path / "two", in_channels=2, out_channels=2)
     assert main(["sample", str(two), "--count", "1", "--out", str(tmp_path / "x.png")]) == 2
     assert "cannot be drawn; (N, 1 or 3, H, W) can" in capsys.readouterr().err
+
+
+def test_a_network_that_cannot_be_called_with_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flux().save_pretrained(tmp_path / "whole")
+    bad = edited(
+        tmp_path / "whole", tmp_path / "bad", "transformer/config.json", lambda values: values.pop("axes_dims_rope")
+    )
+    (tmp_path / "prompts.txt").write_text("a red square\na blue circle\n")
+    argv = ["--teacher", str(bad), "--prompts", str(tmp_path / "prompts.txt"), "--resolution", "16", "--steps", "1"]
+    assert main(["train", *argv, "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("diffdistill: teacher: ") and "cannot be called" in line and "config.json" in line
+    assert not (tmp_path / "out" / "config.yaml").exists()
