@@ -21,6 +21,7 @@ from diffdistill.errors import UserError, first_line
 from diffdistill.families import check_weights
 from diffdistill.options import coerce, nearest
 from diffdistill.pipelines.hub import upload
+from diffdistill.pipelines.record import imitated_guidance
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Method
 from diffdistill.training.assemble import Game, data_for, make_game, pairs_for
@@ -175,8 +176,9 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
 def _look(game: Game, shown: Examples | None) -> Look:
     """The first use of the teacher's network; UserError if that of a folder cannot be called."""
     sampler = game.method.sampler()
+    scale = imitated_guidance(sampler.denoiser, game.options()).scale
     try:
-        return Look(game.teacher, sampler, shown)
+        return Look(game.teacher, sampler, shown, scale)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -7,12 +7,13 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from diffdistill.core.denoiser import Cond
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.guidance import guided
 from diffdistill.data.encoded import decoder
 from diffdistill.data.examples import Examples, to_device
 from diffdistill.families import FAMILIES
@@ -46,10 +47,13 @@ class Look:
 
     A teacher of classes or prompts is looked at with a few of them, several samples each. Of the student's `sampler`
     only the levels and the step count: before training a student is its teacher, and so it is in a run that goes on.
+    `scale` is the guidance of the teacher that the student imitates: its several passes have it.
     """
 
-    def __init__(self, teacher: Teacher, sampler: Sampler, prompts: Examples | None = None):
+    def __init__(self, teacher: Teacher, sampler: Sampler, prompts: Examples | None = None, scale: float = 1.0):
         denoiser = teacher.denoiser
+        # It has all that a sampler reads of a denoiser.
+        several = cast(Denoiser, guided(denoiser, scale if denoiser.null is not None else 1.0))
         self.teacher, self.level = teacher, sampler.levels[0]
         entry = FAMILIES.get(teacher.family)
         self.latent = entry is not None and entry.autoencoder is not None
@@ -66,7 +70,7 @@ class Look:
         else:
             self.groups = torch.zeros_like(self.groups)
         levels = denoiser.schedule.levels(STEPS_OF_TEACHER).tolist()
-        self.several = self.shown(self.drawn(Sampler(denoiser, levels, STEPS["ddim"])))
+        self.several = self.shown(self.drawn(Sampler(several, levels, STEPS["ddim"])))
         self.one = self.before = self.shown(self.drawn(Sampler(denoiser, [self.level])))
         if len(sampler.levels) > 1:
             self.before = self.shown(self.drawn(Sampler(denoiser, sampler.levels, sampler.step)))

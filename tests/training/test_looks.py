@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffdistill import distill
 from diffdistill.core.schedule import TrigFlow
+from diffdistill.families import load_teacher
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.training.looks import Look, faults
@@ -61,6 +62,15 @@ def test_a_fault_is_called_by_its_name_with_what_to_change(look: Look, fault: st
     said = faults(look.measures(samples(look)), look.measures(look.before), first=True)
     assert any(line.startswith(f"{fault}: ") for line in said), said
     assert all("take " in line and len(line) < 280 for line in said)
+
+
+def test_a_guided_student_is_compared_with_the_guided_teacher() -> None:
+    teacher = load_teacher("digits")
+    sampler = Sampler(teacher.denoiser, [0.7])
+    plain, strong = Look(teacher, sampler), Look(teacher, sampler, scale=4.0)
+    assert torch.equal(plain.one, strong.one)
+    assert strong.measures(strong.several).contrast == pytest.approx(1)
+    assert plain.measures(strong.several).spread < 0.9, "guidance makes samples of a class alike"
 
 
 def test_a_run_says_what_it_sees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
