@@ -1,0 +1,92 @@
+"""Every family's tangent, and what its gradient is, against double-VJP under torch's plain attention."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.jvp import jvp
+from diffdistill.players.lora import LoraSettings, lora_view
+from tests.families import test_families
+from tests.families.test_families import CALLS, Case, middle
+
+made = test_families.made
+
+
+def layer_norm(
+    input: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """In plain operations: of torch's own, third derivatives are wrong."""
+    dims = tuple(range(-len(shape), 0))
+    centred = input - input.mean(dims, keepdim=True)
+    normed = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    normed = normed if weight is None else normed * weight
+    return normed if bias is None else normed + bias
+
+
+def double_vjp(function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
+    """J dx from reverse mode alone: the VJP is linear in its cotangent, and its derivative there is J."""
+    inputs = [p.detach().requires_grad_() for p in primals]
+    with sdpa_kernel(SDPBackend.MATH), mock.patch.object(functional, "layer_norm", layer_norm):
+        output = function(*inputs)
+        cotangent = torch.zeros_like(output, requires_grad=True)
+        pulled = torch.autograd.grad(output, inputs, cotangent, create_graph=True, materialize_grads=True)
+        along = sum(((g * v.to(g)).sum() for g, v in zip(pulled, tangents, strict=True)), torch.zeros(()))
+        return torch.autograd.grad(along, cotangent, create_graph=True)[0]
+
+
+def problem(case: Case, denoiser: Denoiser) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    x, t, cond = middle(case, 2)
+
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        return denoiser(x, t, cond).y
+
+    return function, (x, t), (torch.randn_like(x), torch.ones_like(t))
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    assert b.isfinite().all() and b.abs().max() > 0
+    return float((a - b).detach().norm() / b.detach().norm())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_tangent_and_its_gradient_are_those_of_double_vjp(made: Callable[..., Case], name: str) -> None:
+    case = made(name)
+    denoiser = case.teacher.player("student").eval()
+    function, primals, tangents = problem(case, denoiser)
+    expected = double_vjp(function, primals, tangents)
+    output, tangent = jvp(function, primals, tangents)
+    assert apart(tangent, expected) < 1e-5
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = function(*primals)
+    assert apart(output, plain) < 1e-5
+    weights = [p for p in denoiser.parameters() if p.requires_grad]
+    cotangents = torch.randn_like(output), torch.randn_like(output)
+    grads = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(outs, weights, cotangents, materialize_grads=True)])
+        for outs in ((output, tangent), (plain, expected))
+    ]
+    assert apart(grads[0], grads[1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "dit", "flux"])
+def test_lora_players_have_their_own_tangent(made: Callable[..., Case], name: str) -> None:
+    case = made(name)
+    denoiser = lora_view(copy.deepcopy(case.teacher.denoiser), LoraSettings(2))
+    for p in denoiser.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.1)
+    function, primals, tangents = problem(case, denoiser)
+    output, tangent = jvp(function, primals, tangents)
+    assert apart(tangent, double_vjp(function, primals, tangents)) < 1e-5
+    teacher, *_ = problem(case, case.teacher.denoiser)
+    assert apart(tangent, jvp(teacher, primals, tangents)[1]) > 1e-2
+    assert apart(output, teacher(*primals)) > 1e-2
