@@ -124,7 +124,10 @@ class Straight:
         """The teacher's output, and (scale - 1) times what the adapter at its end adds."""
         adapters = self.network.adapters
         time = self.plain.native(t)[0]
-        tokens = adapters.embedding(scale, time, labels)
+        rates = 1e4 ** (-torch.arange(4) / 4.0)
+        waves = [torch.cat([(x[:, None] * rates).cos(), (x[:, None] * rates).sin()], 1) for x in (scale, time)]
+        embedding = adapters.embedding
+        tokens = torch.stack([embedding.scale(waves[0]), embedding.time(waves[1]), embedding.label(labels)], 1)
         (layer,) = adapters.layers
         added = layer(torch.zeros(SIZE, 9, 1), tokens)  # (B, 1, 1)
         return self.plain.output(self.teacher, x, t, class_labels=labels) + fold(scale - 1) * added[..., None]
