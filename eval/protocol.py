@@ -140,7 +140,8 @@ def _build(cls: Any, values: Any, where: str) -> Any:
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if needed and values.get(name) is None:
             raise UserError(f"{where}: {name} is missing")
-    plain = {n: v if isinstance(v, list) else coerce(f"{where}: {n}", v, hints[n], {}) for n, v in values.items()}
+    lists = {n for n, hint in hints.items() if typing.get_origin(hint) is list}  # which `load` and `_check` look at
+    plain = {n: v if n in lists else coerce(f"{where}: {n}", v, hints[n], {}) for n, v in values.items()}
     return cls(**plain)
 
 

@@ -60,6 +60,8 @@ def test_ones_own(tmp_path: Path) -> None:
         ({"colour": 1}, "'colour' is no field"),
         ({"conditions": "none"}, "conditions: 'none' is no list"),
         ({"published": 5}, "published: 5 is no list"),
+        ({"seed": [0]}, r"seed: \[0\] is not a whole number"),
+        ({"metrics": [{"name": "d", "kind": "frechet", "measure": "digits", "k": [5]}]}, r"k: \[5\] is not a whole"),
         ({"seed": -1}, "seed: -1 is negative"),
         ({"conditions": ["text"]}, "conditions: 'text' is not one of"),
         ({"metrics": []}, "metrics: there is none"),
