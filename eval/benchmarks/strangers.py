@@ -298,7 +298,7 @@ def write_docs(page: Path, settings: Settings) -> None:
     results = json.loads((settings.out / "results.json").read_text())
     made = results["environment"]
     lines = [
-        f"{results['minutes']:g} minutes for each student on {results['threads']} threads ({made['platform']}, torch "
+        f"{results['minutes']:g} minutes for each student, threads: {results['threads']} ({made['platform']}, torch "
         f"{made['torch']}, commit {made['commit']}, seed {results['seed']}); {results['count']} images against "
         f"{results['reference']}.",
         "",
