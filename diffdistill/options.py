@@ -272,6 +272,20 @@ class StudentLevel(Options):
 
 
 @dataclass(frozen=True)
+class DerivativeOptions(Options):
+    """How the student's derivative along a trajectory is computed."""
+
+    derivative: Literal["auto", "exact", "central", "backward"] = option(
+        "auto",
+        "the derivative along a trajectory; exact: a Jacobian-vector product; central, backward: differences; "
+        "auto: exact if the teacher's agrees with its central difference within 30%, else central",
+    )
+    derivative_step: float = option(
+        0.05, "the angle that differences step over, in radians; in bfloat16 not below 0.02", above=0, at_most=0.5
+    )
+
+
+@dataclass(frozen=True)
 class MatchingOptions(StudentOptions, TeacherGuidance, StudentLevel):
     """A one-step student and a fake score that learns its samples."""
 

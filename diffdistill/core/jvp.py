@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
 from diffdistill.core.attention import attention
+from diffdistill.core.prediction import expand
 from diffdistill.errors import UserError, first_line
+from diffdistill.rng import seeded
 
 INSTEAD = "take --derivative central"
 
@@ -148,6 +151,85 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     Tensor.softmax: _softmax,
     F.multi_head_attention_forward: _multi_head_attention,
 }
+
+
+# -- along a trajectory -----------------------------------------------------------------------------------
+
+Derivative = Literal["exact", "central", "backward"]
+"""How the derivative along a trajectory is computed."""
+
+
+def derivative(
+    function: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    t: Tensor,
+    v: Tensor,
+    kind: Derivative = "exact",
+    step: float = 0.05,
+    *,
+    times: tuple[Tensor | float, Tensor | float] = (0.0, math.pi / 2),
+    value: Tensor | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """(B, ...) d/dt function(x_t, t) along dx_t/dt = v, at x (B, ...) and angles t (B,), in float32 or better.
+
+    `exact` is the product with the Jacobian. The others are differences over `step` h in radians, along the circle
+    x_{t+h} = cos(h) x + sin(h) v, which is the trajectory of one x0 and eps itself and touches the ODE's: `central`,
+    (F(t+h) - F(t-h))/2h, of second order, takes two passes; `backward`, (cos(h) F(t) - F(t-h))/sin(h), of first order
+    and exact on what turns with t, takes one besides F(t), which may be given as `value` (rCM, Zheng et al. 2025,
+    arXiv:2510.08431). A step that would leave `times` ends at its bound, or is taken forwards by `backward`.
+
+    `seed` makes all passes drop the same units: with masks of their own the error of a difference grows like 1/h. A
+    difference multiplies a channel of frequency w in the network's embedding of t by sinc(w h), which is why it can be
+    nearer to the derivative of what the network has learned than its own is (`nearer_derivative`). In bfloat16
+    rounding costs about 0.002/h of the result.
+    """
+    passes = partial(_pass, function, seed)
+    if kind == "exact":
+        return jvp(passes, (x, t), (v, torch.ones_like(t)))[1]
+    x, v = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (x, v))
+    low, high = (torch.as_tensor(bound, dtype=t.dtype, device=t.device) for bound in times)
+    if kind == "central":
+        after, before = torch.minimum(t + step, high), torch.maximum(t - step, low)
+        change = passes(*_on_circle(x, v, t, after - t)) - passes(*_on_circle(x, v, t, before - t))
+        return change / expand(after - before, change)
+    h = torch.where(t - step < low, -step, step).to(t)
+    value = passes(x, t) if value is None else value.to(torch.promote_types(value.dtype, torch.float32))
+    change = expand(h.cos(), value) * value - passes(*_on_circle(x, v, t, -h))
+    return change / expand(h.sin(), change)
+
+
+def _pass(function: Callable[[Tensor, Tensor], Tensor], seed: int | None, x: Tensor, t: Tensor) -> Tensor:
+    with nullcontext() if seed is None else seeded(seed, x.device):
+        output = function(x, t)
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def _on_circle(x: Tensor, v: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    return expand(h.cos(), x) * x + expand(h.sin(), x) * v, t + h
+
+
+@torch.no_grad()
+def nearer_derivative(
+    function: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    t: Tensor,
+    v: Tensor,
+    step: float = 0.05,
+    *,
+    times: tuple[Tensor | float, Tensor | float] = (0.0, math.pi / 2),
+) -> Derivative:
+    """`exact` where it agrees within 0.3 with the central difference on these samples, else `central`.
+
+    They disagree where the network embeds 0..1000 by sines of up to one radian a unit: the training has never seen the
+    derivative of these channels, and the exact product is mostly theirs.
+    """
+    try:
+        exact = derivative(function, x, t, v, "exact")
+    except UserError:  # a layer that has none
+        return "central"
+    central = derivative(function, x, t, v, "central", step, times=times)
+    return "exact" if float((exact - central).norm()) <= 0.3 * float(central.norm()) else "central"
 
 
 # -- which module -----------------------------------------------------------------------------------------
