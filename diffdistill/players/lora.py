@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.recompute import recomputed
 from diffdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -242,16 +242,16 @@ def checkpoint_activations(network: nn.Module) -> None:
     if not getattr(base, "_supports_gradient_checkpointing", False):
         raise UserError(f"gradient_checkpointing: {type(base).__name__} has none; use false")
 
-    def recomputed(module: Any, *args: Any) -> Any:
+    def call(module: Any, *args: Any) -> Any:
         adapter = _active(base)
 
         def run(*inputs: Any) -> Any:
             with active(base, adapter):
                 return module(*inputs)
 
-        return checkpoint(run, *args, use_reentrant=False)
+        return recomputed(run, args, (module if isinstance(module, nn.Module) else base).parameters())
 
-    base.enable_gradient_checkpointing(recomputed)
+    base.enable_gradient_checkpointing(call)
 
 
 def lora(denoiser: Denoiser, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None) -> Denoiser:

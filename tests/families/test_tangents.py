@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.jvp import jvp
-from diffdistill.players.lora import LoraSettings, lora_view
+from diffdistill.players.lora import LoraSettings, checkpoint_activations, lora_view
 from tests.families import test_families
 from tests.families.test_families import CALLS, Case, middle
 
@@ -90,3 +90,38 @@ def test_lora_players_have_their_own_tangent(made: Callable[..., Case], name: st
     teacher, *_ = problem(case, case.teacher.denoiser)
     assert apart(tangent, jvp(teacher, primals, tangents)[1]) > 1e-2
     assert apart(output, teacher(*primals)) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", ["stable_diffusion", "dit", "flux", "wan"])
+def test_recomputed_activations_change_nothing(made: Callable[..., Case], name: str, kind: str) -> None:
+    """Output, tangent and the gradients of both, with dropout; and no more is kept than the inputs of the blocks."""
+    case = made(name)
+    base = copy.deepcopy(case.teacher.denoiser)
+    denoiser = lora_view(base, LoraSettings(2)) if kind == "lora" else case.teacher.player("student")
+    for module in denoiser.network.modules() if kind == "full" else base.network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    function, primals, tangents = problem(case, denoiser.train())
+    weights = [p for p in denoiser.parameters() if p.requires_grad]
+    for p in weights if kind == "lora" else []:
+        nn.init.normal_(p, std=0.1)
+    results, kept = [], []
+    for _ in range(2):
+        torch.manual_seed(7)
+        saved: set[int] = set()
+
+        def keep(tensor: Tensor, saved: set[int] = saved) -> Tensor:
+            saved.add(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output, tangent = jvp(function, primals, tangents)
+        cotangents = torch.cos(output.detach()), torch.sin(output.detach())
+        grads = torch.autograd.grad((output, tangent), weights, cotangents, materialize_grads=True)
+        results.append((output, tangent, torch.cat([g.flatten() for g in grads])))
+        kept.append(len(saved))
+        checkpoint_activations(denoiser.network)
+    for a, b in zip(*results, strict=True):
+        assert apart(a, b) < 1e-5
+    assert kept[1] < 0.6 * kept[0]
