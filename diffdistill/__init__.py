@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from diffdistill.commands.distill import distill
     from diffdistill.commands.evaluate import evaluate
     from diffdistill.commands.export import export
+    from diffdistill.commands.jvp_check import jvp_check
     from diffdistill.commands.run import Run
     from diffdistill.commands.sample import sample
     from diffdistill.commands.shards import encode, make_pairs
@@ -46,6 +47,7 @@ _MODULES = {
     "sample": "commands.sample",
     "bench": "commands.bench",
     "verify": "commands.verify",
+    "jvp_check": "commands.jvp_check",
     "export": "commands.export",
     "Run": "commands.run",
     "Teacher": "players.teacher",
@@ -85,6 +87,7 @@ __all__ = [
     "evaluate",
     "export",
     "guided",
+    "jvp_check",
     "load_student",
     "load_teacher",
     "make_pairs",

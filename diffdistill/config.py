@@ -1,4 +1,4 @@
-"""The options of every command; no torch is imported here."""
+"""The options of every command but those that check; no torch is imported here."""
 
 from __future__ import annotations
 
@@ -258,21 +258,6 @@ class MethodsConfig:
     """Which method."""
 
     method: str | None = option(None, "a method's name or file; default: list all of them")
-
-
-@dataclass(frozen=True)
-class VerifyConfig(MachineConfig):
-    """What is checked."""
-
-    method: str | None = option(None, "a method's name or file")
-    all: bool = option(False, "verify every method of the package")
-    exact: bool = option(False, "compare with closed forms only, which takes seconds; train nothing")
-    json: str | None = option(None, "a file that the rows are written into, as JSON")
-    device: Literal["auto", "cpu", "cuda"] = option(
-        "cpu",
-        "where the training in the plane is computed; auto: a GPU if there is one; closed forms are always compared in "
-        "float64 on the CPU",
-    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from diffdistill.catalogue import describe_method
+from diffdistill.commands.check_config import JvpCheckConfig, VerifyConfig
 from diffdistill.config import (
     DERIVED,
     BenchConfig,
@@ -33,7 +34,6 @@ from diffdistill.config import (
     SpeedConfig,
     TeacherConfig,
     TrainConfig,
-    VerifyConfig,
 )
 from diffdistill.errors import UserError, first_line, one_line
 from diffdistill.options import build, coerce, nearest, optional, read_yaml
@@ -114,6 +114,12 @@ COMMANDS: dict[str, Command] = {
         VerifyConfig,
         "verify:run",
         ("method",),
+    ),
+    "jvp-check": Command(
+        "check that a teacher has a forward derivative, module by module, against two others",
+        JvpCheckConfig,
+        "jvp_check:run",
+        ("teacher",),
     ),
 }
 

@@ -7,7 +7,8 @@ import json
 from typing import Literal
 
 from diffdistill.catalogue import describe_method, method_names
-from diffdistill.config import MachineConfig, VerifyConfig
+from diffdistill.commands.check_config import VerifyConfig
+from diffdistill.config import MachineConfig
 from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
 from diffdistill.exact.checks import Check, run_checks

@@ -58,13 +58,17 @@ def jvp(
 def _dual(function: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Any:
     """`jvp` by a dual level, which is a fifth faster than torch.func.jvp."""
     with forward_derivatives(), forward_ad.dual_level():
-        output = function(
-            *(p if t is None else forward_ad.make_dual(p, t.to(p)) for p, t in zip(primals, tangents, strict=True))
-        )
+        output = function(*(p if t is None else dual(p, t.to(p)) for p, t in zip(primals, tangents, strict=True)))
         parts = [forward_ad.unpack_dual(part) for part in _tuple(output)]
     plain = tuple(part.primal for part in parts)
     changes = tuple(torch.zeros_like(part.primal) if part.tangent is None else part.tangent for part in parts)
     return (plain, changes) if isinstance(output, tuple) else (plain[0], changes[0])
+
+
+def dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """The pair, in the level that is open; an expanded tensor, which torch refuses here, is copied."""
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(primal.stride(), primal.shape, strict=True))
+    return forward_ad.make_dual(primal.clone() if expanded else primal, tangent)
 
 
 def _tuple(output: Any) -> tuple[Tensor, ...]:

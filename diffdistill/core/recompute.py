@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from diffdistill.core.jvp import forward_derivatives
+from diffdistill.core.jvp import dual, forward_derivatives
 
 
 def recomputed(function: Callable[..., Any], args: Sequence[Any], parameters: Iterable[Tensor]) -> Any:
@@ -32,7 +32,7 @@ def recomputed(function: Callable[..., Any], args: Sequence[Any], parameters: It
     call = _Call(function, spec, [tangent is not None for _, tangent in duals], len(trained))
     outputs = _Recomputed.apply(call, *(p for p, _ in duals), *(t for _, t in duals if t is not None), *trained)
     results = [
-        forward_ad.make_dual(output, tangent) if tangent is not None else output
+        dual(output, tangent) if tangent is not None else output
         for output, tangent in zip(outputs[::2], outputs[1::2], strict=True)
     ]
     return tree_unflatten(results, call.out_spec)
@@ -60,10 +60,7 @@ class _Call:
     def outputs(self, inputs: Sequence[Any]) -> list[Any]:
         """(output, tangent or None) of each leaf of the result, one after the other, inside a dual level."""
         primals, tangents = inputs[: len(self.moved)], iter(inputs[len(self.moved) :])
-        leaves = [
-            forward_ad.make_dual(p, next(tangents)) if moves else p
-            for p, moves in zip(primals, self.moved, strict=True)
-        ]
+        leaves = [dual(p, next(tangents)) if moves else p for p, moves in zip(primals, self.moved, strict=True)]
         with forward_ad._set_fwd_grad_enabled(True):
             flat, self.out_spec = tree_flatten(self.function(*tree_unflatten(leaves, self.spec)))
             parts = [forward_ad.unpack_dual(leaf) if _floats(leaf) else (leaf, None) for leaf in flat]

@@ -1,0 +1,36 @@
+"""The options of the commands that check; no torch is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from typing import Literal
+
+from diffdistill.config import MachineConfig
+from diffdistill.options import option
+
+
+@dataclass(frozen=True)
+class VerifyConfig(MachineConfig):
+    """What is checked."""
+
+    method: str | None = option(None, "a method's name or file")
+    all: bool = option(False, "verify every method of the package")
+    exact: bool = option(False, "compare with closed forms only, which takes seconds; train nothing")
+    json: str | None = option(None, "a file that the rows are written into, as JSON")
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "cpu",
+        "where the training in the plane is computed; auto: a GPU if there is one; closed forms are always compared in "
+        "float64 on the CPU",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JvpCheckConfig(MachineConfig):
+    """Which teacher."""
+
+    teacher: str = option(MISSING, "a diffusers folder or hub id, or 'digits', the embedded one")
+    resolution: int | None = option(None, "pixels a side, for a latent teacher; default: its own", at_least=1)
+    frames: int | None = option(None, "frames of a video; default: the teacher's own", at_least=1)
+    prompt: str = option("a red fox in the snow", "the prompt that a text-to-image teacher is given")
+    seed: int = option(0, "of the samples and the directions", at_least=0)
+    all: bool = option(False, "list every module, not only those that disagree and the whole network")

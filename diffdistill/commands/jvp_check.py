@@ -1,0 +1,108 @@
+"""`diffdistill jvp-check`: whether a teacher's network has a forward derivative, and whether it is right."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+
+from diffdistill.commands.check_config import JvpCheckConfig
+from diffdistill.core.jvp import derivative, nearer_derivative
+from diffdistill.environment import use_machine
+from diffdistill.exact.tangents import LIMITS, ModuleTangent, module_tangents
+from diffdistill.families import Prompt, family_of, load_pipeline, load_teacher, local_folder
+from diffdistill.options import build
+from diffdistill.players.teacher import Teacher
+from diffdistill.rng import generator
+
+
+def jvp_check(
+    teacher: str | os.PathLike[str] | Teacher,
+    *,
+    resolution: int | None = None,
+    frames: int | None = None,
+    prompt: str = "a red fox in the snow",
+    seed: int = 0,
+) -> list[ModuleTangent]:
+    """How the tangents of the teacher's network and of each module in it compare with two others.
+
+    `teacher` is a diffusers folder, a hub id, 'digits', or a loaded `Teacher`, whose example conditions are then used.
+    Each row has `name` ("" for the whole network, the last), `kind`, the relative errors `double_vjp` and
+    `differences`, `problem` and `ok`. A module stands after those that it consists of, so that the first that is not
+    ok is at fault. Raises UserError for a teacher that cannot be loaded.
+    """
+    name = os.fspath(teacher) if not isinstance(teacher, Teacher) else teacher.source
+    options = {"resolution": resolution, "frames": frames, "prompt": prompt, "seed": seed}
+    return _check(_teacher(build(JvpCheckConfig, {"teacher": name, **options}), teacher), seed)
+
+
+def _teacher(config: JvpCheckConfig, teacher: str | os.PathLike[str] | Teacher) -> Teacher:
+    """With the conditions of the prompt, where it takes any."""
+    if isinstance(teacher, Teacher):
+        return teacher
+    folder = local_folder(os.fspath(teacher))
+    family, _ = family_of(folder)
+    loaded = load_teacher(folder, resolution=config.resolution, frames=config.frames)
+    if family.text is None:
+        return loaded
+    encoders = load_pipeline(folder, leave_out=(family.component,))
+    with torch.no_grad():
+        cond = family.text.encode(encoders, [config.prompt], Prompt(family.pixels(folder, loaded.shape)))
+    return replace(loaded, example_cond=cond)
+
+
+def _samples(teacher: Teacher, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two samples of noise at two times within the teacher's range, on the device of its weights."""
+    device = next(teacher.denoiser.parameters()).device
+    t = teacher.denoiser.schedule.at_fraction(torch.tensor([0.35, 0.65], dtype=torch.float64))
+    x = torch.randn(2, *teacher.shape, generator=generator("cpu", seed, "jvp-check"))
+    return x.to(device), t.to(device)
+
+
+def _check(teacher: Teacher, seed: int) -> list[ModuleTangent]:
+    denoiser = teacher.denoiser
+    x, t = _samples(teacher, seed)
+    return list(module_tangents(denoiser.network, lambda: denoiser(x, t, teacher.sample_cond(2)), seed))
+
+
+def run(config: JvpCheckConfig) -> int:
+    """The command; 1 if a module disagrees."""
+    device = use_machine(config.device, config.threads)
+    teacher = _teacher(config, config.teacher)
+    teacher.denoiser.to(device)
+    rows = _check(teacher, config.seed)
+    shown = [row for row in rows if config.all or not row.ok or not row.name]
+    print(f"{'':4} {'double VJP':>10} {'differences':>11}  module")
+    for row in shown:
+        errors = ("-" if e is None else f"{e:.1e}" for e in (row.double_vjp, row.differences))
+        verdict = "ok" if row.ok else "FAIL"
+        print("{:4} {:>10} {:>11}  {} ({})".format(verdict, *errors, row.name or "the network", row.kind))
+    limits = ", ".join(f"{limit:g} ({name})" for name, limit in LIMITS.items())
+    print(f"{sum(row.ok for row in rows)} of {len(rows)} modules agree within {limits}")
+    wrong = next((row for row in rows if not row.ok), None)
+    if wrong is not None:
+        reason = f": {wrong.problem}" if wrong.problem else ""
+        print(
+            f"the first that does not: {wrong.name or 'the network'} ({wrong.kind}){reason}; use --derivative central"
+        )
+        return 1
+    print(f"--derivative auto takes: {_choice(teacher, config.seed)}")
+    return 0
+
+
+@torch.no_grad()
+def _choice(teacher: Teacher, seed: int) -> str:
+    """The default at this teacher, and by how much exact product and central difference differ."""
+    x, t = _samples(teacher, seed)
+    cond, schedule = teacher.sample_cond(2), teacher.denoiser.schedule
+    v = teacher.denoiser(x, t, cond).v
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return teacher.denoiser(x, t, cond).v
+
+    times = (schedule.t_min, schedule.t_max)
+    exact = derivative(velocity, x, t, v, "exact")
+    central = derivative(velocity, x, t, v, "central", times=times)
+    gap = float((exact - central).norm() / central.norm())
+    return f"{nearer_derivative(velocity, x, t, v, times=times)} (they differ by {gap:.1%})"
