@@ -161,6 +161,8 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
 
 Derivative = Literal["exact", "central", "backward"]
 """How the derivative along a trajectory is computed."""
+ALIKE = 0.3
+"""The relative gap of exact derivative and central difference up to which the exact one is taken."""
 
 
 def derivative(
@@ -214,6 +216,22 @@ def _on_circle(x: Tensor, v: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
+def derivative_gap(
+    function: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    t: Tensor,
+    v: Tensor,
+    step: float = 0.05,
+    *,
+    times: tuple[Tensor | float, Tensor | float] = (0.0, math.pi / 2),
+) -> float:
+    """How far the exact derivative is from the central difference on these samples, over the size of the latter."""
+    exact = derivative(function, x, t, v, "exact")
+    central = derivative(function, x, t, v, "central", step, times=times)
+    gap, size = float((exact - central).norm()), float(central.norm())
+    return gap / size if size else gap
+
+
 def nearer_derivative(
     function: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
@@ -223,17 +241,16 @@ def nearer_derivative(
     *,
     times: tuple[Tensor | float, Tensor | float] = (0.0, math.pi / 2),
 ) -> Derivative:
-    """`exact` where it agrees within 0.3 with the central difference on these samples, else `central`.
+    """`exact` where it agrees within `ALIKE` with the central difference on these samples, else `central`.
 
     They disagree where the network embeds 0..1000 by sines of up to one radian a unit: the training has never seen the
     derivative of these channels, and the exact product is mostly theirs.
     """
     try:
-        exact = derivative(function, x, t, v, "exact")
-    except UserError:  # a layer that has none
+        gap = derivative_gap(function, x, t, v, step, times=times)
+    except UserError:  # a layer that has no exact one
         return "central"
-    central = derivative(function, x, t, v, "central", step, times=times)
-    return "exact" if float((exact - central).norm()) <= 0.3 * float(central.norm()) else "central"
+    return "exact" if gap <= ALIKE else "central"
 
 
 # -- which module -----------------------------------------------------------------------------------------

@@ -10,34 +10,15 @@ import diffdistill
 from diffdistill import LinearFlow, Teacher, UserError
 from diffdistill.commands.cli import main
 from diffdistill.exact.tangents import module_tangents
+from tests.core.test_jvp import Opaque
 
 
-class Wrong(torch.autograd.Function):
+class Wrong(Opaque):
     """Twice its input, with a tangent of three times."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor) -> Tensor:
         return 3 * dx
-
-
-class Missing(torch.autograd.Function):
-    """The same without a tangent."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
 
 
 class Layer(nn.Module):
@@ -76,7 +57,7 @@ def test_a_right_network_passes_with_every_module() -> None:
     assert all(row.double_vjp is not None and row.double_vjp < 1e-5 for row in rows)
 
 
-@pytest.mark.parametrize(("function", "problem"), [(Wrong, ""), (Missing, "Layer has no forward derivative")])
+@pytest.mark.parametrize(("function", "problem"), [(Wrong, ""), (Opaque, "Layer has no forward derivative")])
 def test_the_first_module_at_fault_is_the_innermost(function: Any, problem: str) -> None:
     rows = diffdistill.jvp_check(teacher(Layer(function)))
     assert [row.name for row in rows if not row.ok] == ["block.1", "block", ""]

@@ -123,10 +123,12 @@ class Root(nn.Module):
 
 class Sort(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return _Opaque.apply(x)
+        return Opaque.apply(x)
 
 
-class _Opaque(torch.autograd.Function):
+class Opaque(torch.autograd.Function):
+    """Twice its input, without a forward derivative."""
+
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
         return 2 * x
