@@ -376,6 +376,19 @@ class FollowingOptions(StudentOptions, StudentLevel):
 
 
 @dataclass(frozen=True)
+class TangentOptions(StudentOptions, StudentLevel, TeacherGuidance, DerivativeOptions):
+    """A student whose target is its own derivative along the path."""
+
+    mode: Literal["distillation", "training"] = option(
+        "distillation", "the direction of the path; distillation: the teacher's; training: the data's own noise"
+    )
+    student_steps: int = option(1, "the student's sampling steps; its training is the same for any number", at_least=1)
+    student_dropout: float | None = option(
+        None, "dropout of the student's residual blocks in training; default: its network's own", at_least=0, below=1
+    )
+
+
+@dataclass(frozen=True)
 class ImageDistance(Options):
     """How far two images lie apart."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,13 @@ class Extra:
     """A second input besides x_t, t and the conditions, for the networks that take one; None: not given."""
 
     scale: Tensor | None = None  #: (B,) the guidance scale that the network gives in one pass; 1 is none
+    r: Tensor | None = None  #: (B,) the angles, at most t, to which the network's deterministic step leads
+    gap: Tensor | None = None  #: (B,) how far t and r lie apart, as fractions of the schedule; `Denoiser` says it
+
+    def twice(self) -> Extra:
+        """For a batch that is there twice, with two conditions."""
+        doubled = (None if value is None else torch.cat([value, value]) for value in (self.scale, self.r, self.gap))
+        return Extra(*doubled) if self is not NONE else NONE
 
 
 NONE = Extra()
@@ -119,6 +126,8 @@ class Denoiser(nn.Module):
         a, b = self.output.at(native.alpha, native.sigma, self.schedule.data_std)
         # A half-precision time would round the timestep 999 to 1000.
         time = native.time.to(torch.promote_types(x_t.dtype, torch.float32))
+        if extra.r is not None:
+            extra = replace(extra, gap=self.schedule.fraction(t) - self.schedule.fraction(extra.r))
         with self._precision(x_t.device.type):
             y = self._call(expand(native.scale, x_t) * x_t, time, cond, extra)
         return Prediction(x_t, t, y.to(x_t.dtype), a * self.schedule.data_std, b)

@@ -27,8 +27,7 @@ def guide_with_conditional(
     assert denoiser.null is not None
     null = denoiser.null(cond)
     both = {key: torch.cat([cond[key], null[key]]) for key in cond}
-    twice = NONE if extra.scale is None else Extra(torch.cat([extra.scale, extra.scale]))
-    pred = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, twice)
+    pred = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, extra.twice())
     y_cond, y_null = pred.y.chunk(2)
     half = len(x_t)
     y = y_null + expand(scale, x_t) * (y_cond - y_null)

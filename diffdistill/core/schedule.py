@@ -53,6 +53,9 @@ class Schedule(Protocol):
     def at_fraction(self, u: Tensor) -> Tensor:
         """The angles at the fractions u of the schedule's own times; 0 is the least noise and 1 the most."""
 
+    def fraction(self, t: Tensor) -> Tensor:
+        """The inverse of `at_fraction`, without its rounding; 0 is clean data, and a student's levels are k/n."""
+
     def levels(self, steps: int) -> Tensor:
         """(steps,) the stock sampler's descending row of levels. Raises UserError for less than one step."""
 
@@ -135,6 +138,11 @@ class DiscreteVP:
         table = self._table(u.device)
         return table[(u * len(table)).long().clamp(0, len(table) - 1)]
 
+    def fraction(self, t: Tensor) -> Tensor:
+        """(timestep + 1)/T, so that the last timestep is 1; linear in the angle below timestep 0."""
+        first = self._table(t.device)[0]
+        return (torch.where(t < first, t / first, 1 + self.native(t).time)) / len(self.alphas_cumprod)
+
     def levels(self, steps: int) -> Tensor:
         """DDIM with trailing spacing: the first step is at the noisiest timestep."""
         count = len(self.alphas_cumprod)
@@ -194,6 +202,11 @@ class LinearFlow:
     def at_fraction(self, u: Tensor) -> Tensor:
         """The angle of the flow time u, shifted."""
         return self.angle(self._shifted(u))
+
+    def fraction(self, t: Tensor) -> Tensor:
+        """The flow time before the shift."""
+        sigma = self.native(t).sigma
+        return sigma / (self.shift - (self.shift - 1) * sigma)
 
     def levels(self, steps: int) -> Tensor:
         """FlowMatchEulerDiscreteScheduler's: uniform between the end points of the shifted range, then shifted."""
@@ -261,6 +274,11 @@ class EDM:
         """The angle at the fraction u of the Karras grid, evenly spaced in sigma^(1/rho)."""
         return self.angle(self._karras(u))
 
+    def fraction(self, t: Tensor) -> Tensor:
+        """Where sigma stands in the Karras grid; 0 from its least one down."""
+        low, high = (end ** (1 / self.rho) for end in (self.sigma_min, self.sigma_max))
+        return (self.native(t).sigma ** (1 / self.rho) - low) / (high - low)
+
     def levels(self, steps: int) -> Tensor:
         """Eq. 5 of the paper."""
         return self._karras(torch.linspace(1, 0, _positive_steps(steps), dtype=torch.float64))
@@ -295,6 +313,10 @@ class TrigFlow:
     def at_fraction(self, u: Tensor) -> Tensor:
         """Linear in the angle."""
         return self.t_min + u * (self.t_max - self.t_min)
+
+    def fraction(self, t: Tensor) -> Tensor:
+        """The angle over the greatest one."""
+        return t / self.t_max
 
     def levels(self, steps: int) -> Tensor:
         """Evenly spaced angles from t_max, without the zero at the end."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.recompute import recomputed
 from diffdistill.errors import UserError
+from diffdistill.players.two_times import jumping, second_times
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -237,19 +238,21 @@ def lora_weights(network: LoraNetwork) -> dict[str, Tensor]:
 
 
 def checkpoint_activations(network: nn.Module) -> None:
-    """Recompute the network's activations in the backward pass, each with the adapter of its forward pass."""
+    """Recompute the network's activations in the backward pass, each with adapter and gap of its forward pass."""
     base: Any = network.base if isinstance(network, LoraNetwork) else network
     if not getattr(base, "_supports_gradient_checkpointing", False):
         raise UserError(f"gradient_checkpointing: {type(base).__name__} has none; use false")
 
-    def call(module: Any, *args: Any) -> Any:
-        adapter = _active(base)
+    layers = second_times(base)
 
-        def run(*inputs: Any) -> Any:
-            with active(base, adapter):
+    def call(module: Any, *args: Any) -> Any:
+        adapter, gap = _active(base), layers[0].gap if layers else None
+
+        def run(gap: Tensor | None, *inputs: Any) -> Any:
+            with active(base, adapter), jumping(layers, gap):
                 return module(*inputs)
 
-        return recomputed(run, args, (module if isinstance(module, nn.Module) else base).parameters())
+        return recomputed(run, (gap, *args), (module if isinstance(module, nn.Module) else base).parameters())
 
     base.enable_gradient_checkpointing(call)
 

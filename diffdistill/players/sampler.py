@@ -10,8 +10,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.core.prediction import Prediction, diffuse
+from diffdistill.players.two_times import second_times
 
 
 class Step(Protocol):
@@ -65,6 +66,15 @@ class Sampler:
         self.denoiser = denoiser
         self.levels = tuple(float(level) for level in levels)
         self.step = step
+        self.two_times = bool(second_times(getattr(denoiser, "network", denoiser)))
+
+    def predict(self, x_t: Tensor, t: Tensor, k: int, cond: Cond) -> Prediction:
+        """What the denoiser says at level k; one with two times is told where the step leads: the next level, or 0."""
+        if not self.two_times:
+            return self.denoiser(x_t, t, cond)
+        jumps = isinstance(self.step, DDIM) and k + 1 < len(self.levels)
+        r = self.denoiser.schedule.angle(self.levels[k + 1]).to(t).expand(len(t)) if jumps else torch.zeros_like(t)
+        return self.denoiser(x_t, t, cond, Extra(r=r))
 
     def start(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and t (B,) at the first level, for standard normal z (B, ...)."""
@@ -77,14 +87,14 @@ class Sampler:
         x, t = self.start(z)
         for j in range(1, k + 1):
             s = self.denoiser.schedule.angle(self.levels[j]).to(x.device).expand(len(x))
-            x = self.step(self.denoiser(x, t, cond), s, lambda j=j: noise(j))  # type: ignore[misc]
+            x = self.step(self.predict(x, t, j - 1, cond), s, lambda j=j: noise(j))  # type: ignore[misc]
             t = s
         return x, t
 
     def one_step(self, z: Tensor, cond: Cond) -> Tensor:
         """x0 (B, ...) of unit variance after the first level; gradients flow."""
         x_t, t = self.start(z)
-        return self.denoiser(x_t, t, cond).x0
+        return self.predict(x_t, t, len(self.levels), cond).x0
 
     @torch.no_grad()
     def __call__(self, shape: Sequence[int], cond: Cond, generators: Sequence[torch.Generator]) -> Tensor:
@@ -96,7 +106,7 @@ class Sampler:
             return torch.stack(drawn).to(weight)
 
         x, t = self.input_at(len(self.levels) - 1, noise(0), cond, noise)
-        return self.denoiser(x, t, cond).x0 * self.denoiser.schedule.data_std
+        return self.predict(x, t, len(self.levels), cond).x0 * self.denoiser.schedule.data_std
 
 
 def one_step_sampler(student: Denoiser, level: float | None) -> Sampler:

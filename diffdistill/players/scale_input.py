@@ -15,6 +15,7 @@ from diffdistill.errors import UserError
 from diffdistill.options import ScaleRange
 from diffdistill.players.lora import LoraNetwork, merged
 from diffdistill.players.teacher import Teacher
+from diffdistill.players.two_times import without_second_time
 
 
 class GuidanceEmbedding(nn.Module):
@@ -133,10 +134,10 @@ def scale_player(teacher: Teacher, scales: ScaleRange) -> Denoiser:
 def plain_network(network: nn.Module) -> nn.Module:
     """The stock network that computes the same, to float rounding: for export.
 
-    LoRA is merged into the weights, and a guidance embedding at its default scale into the class table. A copy,
-    or the network itself where it has neither.
+    LoRA is merged into the weights, a guidance embedding at its default scale into the class table, and a second time
+    at its default gap into a bias. A copy, or the network itself where it has none of them.
     """
-    plain = merged(network) if isinstance(network, LoraNetwork) else network
+    plain = merged(network) if isinstance(network, LoraNetwork) else without_second_time(network)
     if any(isinstance(module, GuidanceEmbedding) for module in plain.modules()):
         plain = copy.deepcopy(plain) if plain is network else plain
         for name, module in list(plain.named_modules()):

@@ -1,6 +1,7 @@
 """Mistakes in the games that methods are written on."""
 
 _M, _F = "tests/methods/test_wiring_matching.py", "tests/methods/test_wiring_following.py"
+_T = "tests/methods/test_wiring_tangent.py"
 _H, _I = "tests/methods/test_wiring_halving.py", "tests/methods/test_wiring_imitating.py"
 
 MUTANTS = {
@@ -142,6 +143,37 @@ MUTANTS = {
         ("the noise counts from the end", 'batch.randn(f"z {j}")', 'batch.randn(f"z {len(sampler.levels) - j}")'),
         ("gradients through the steps before",
          "with torch.no_grad():\n        return sampler", "if True:\n        return sampler"),
+    ],
+    f"diffdistill/scaffold/tangent.py | {_T}": [
+        ("the teacher is not frozen",
+         "self.teacher: Any = frozen(teacher.denoiser)", "self.teacher: Any = teacher.denoiser"),
+        ("the teacher is not guided", "guided(self.teacher, config.guidance_scale)", "guided(self.teacher, 1.0)"),
+        ("the data's direction with a teacher",
+         'self.from_teacher = config.mode == "distillation"', "self.from_teacher = False"),
+        ("the number of steps is ignored",
+         "student_levels(self.schedule, config.student_steps, config", "student_levels(self.schedule, 1, config"),
+        ("the level is ignored", "config.student_steps, config.student_level)", "config.student_steps)"),
+        ("the noise has another stream", 'batch.randn("student/eps")', 'batch.randn("eps")'),
+        ("times are not clamped", "t = t.clamp(self.schedule.t_min, self.schedule.t_max)\n        x_t", "x_t"),
+        ("images of other samples",
+         "diffuse(batch.images, t, eps), moving", "diffuse(batch.images.flip(0), t, eps), moving"),
+        ("the direction of other images", "moving(batch.images, t, eps)", "moving(batch.images.flip(0), t, eps)"),
+        ("r beyond t", "torch.minimum(r, t), cond", "r, cond"),
+        ("the dropout has another stream", '"student/dropout")', '"dropout")'),
+        ("passes drop other units",
+         "with seeded(at.seed, at.x_t.device):\n            return self.student",
+         "with seeded(at.seed + 1, at.x_t.device):\n            return self.student"),
+        ("the derivative drops other units",
+         "with seeded(at.seed, at.x_t.device):\n                return jvp",
+         "with seeded(at.seed + 1, at.x_t.device):\n                return jvp"),
+        ("x does not move", "(expand(speed, at.v) * at.v, speed.to(at.t))", "(0 * at.v, speed.to(at.t))"),
+        ("time does not move", "expand(speed, at.v) * at.v, speed.to(at.t))", "expand(speed, at.v) * at.v, 0 * speed)"),
+        ("the direction's sign", "expand(torch.cos(t), x0) * eps - expand", "expand(torch.cos(t), x0) * eps + expand"),
+        ("differences drop other units", "times=times, seed=at.seed)", "times=times, seed=at.seed + 1)"),
+        ("a step of its own", "at.v, kind, step, times=times", "at.v, kind, 0.05, times=times"),
+        ("differences beyond r",
+         "at.r.clamp(self.schedule.t_min, self.schedule.t_max - step)", "0 * at.r + self.schedule.t_min"),
+        ("the speed is left out of differences", "return expand(speed, change) * change", "return change"),
     ],
     f"diffdistill/scaffold/following.py | {_F}": [
         ("the sampler's steps are ignored", "student_levels(self.schedule, c.student_steps, c.student_level)",

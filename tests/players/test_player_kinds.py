@@ -226,8 +226,10 @@ OTHERS: dict[str, dict[str, Any]] = {
                "guidance_steps": 1},
     "lcm": {"guidance_min": 2.0, "guidance_max": 2.0, "ddim_steps": 10, "student_steps": 2},
     "lora_guidance": {"trajectories": True, "trajectory_steps": 2, "sampling_steps": 2},
+    "mean_flow": {"student_steps": 2, "mode": "distillation", "equal_share": 0.0},
     "multistep_consistency": {},
     "progressive": METHODS["progressive"],
+    "scm": {"tangent_warmup": 1},
     "sid": {},
     "sim": {},
     "swiftbrush": {"guidance_scale": 2.0},
@@ -235,6 +237,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 SAYS_SO = {
     ("adapter_guidance", "full"): "class-conditional teacher",
     ("adapter_guidance", "lora"): "class-conditional teacher",
+    ("mean_flow", "lora"): "a student with a second time",
 }
 
 

@@ -70,13 +70,15 @@ class Net(nn.Module):
         super().__init__()
         self.class_embedding = nn.Embedding(CLASSES + 1, 4)
         self.read = nn.Conv2d(1, 4, 3, padding=1)
-        self.clock = nn.Linear(3, 4)
+        self.time_embedding = nn.Linear(3, 4)
         self.dropout = nn.Dropout(dropout)
         self.middle = nn.Conv2d(4, 4, 1)
         self.write = nn.Conv2d(4, 1, 3, padding=1)
 
     def hidden(self, x: Tensor, time: Tensor, class_labels: Tensor) -> Tensor:
-        clock = self.clock(torch.stack([torch.sin(0.3 * time), torch.cos(0.05 * time), torch.sin(0.003 * time)], 1))
+        clock = self.time_embedding(
+            torch.stack([torch.sin(0.3 * time), torch.cos(0.05 * time), torch.sin(0.003 * time)], 1)
+        )
         h = self.read(x) + (clock + self.class_embedding(class_labels))[:, :, None, None]
         return self.middle(self.dropout(torch.tanh(h)))
 

@@ -1,0 +1,169 @@
+"""sCM: Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models.
+
+Lu & Song 2024, arXiv:2410.11081 (no code by the authors; read in NVlabs/FastGen and diffusers' SANA-Sprint script).
+
+A consistency model f(x_t, t) = cos(t) x_t - sin(t) F(x_t, t) is the same along a trajectory if df/dt = 0. That total
+derivative is the signal itself, without a step from one time to another: one Jacobian-vector product of the network
+along dx_t/dt. Mode distillation is the paper's sCD, whose direction is the teacher's, guided if wanted; mode training
+is its sCT, whose direction is that of the image and its noise. With F- the value of F, which gets no gradient,
+
+    g = -cos(t)^2 (F- - dx/dt) - r (cos(t) sin(t) x_t + cos(t) sin(t) dF-/dt),    g <- g/(|g| + c),
+    loss = e^(-w(t))/tan(t) |F - F- - g|^2 + w(t),
+
+g being cos(t) df/dt at r = 1, to which r rises from 0; the adaptive weight w is a small network of t.
+
+Truncation (TCM: Lee et al. 2024, arXiv:2410.14895, code: NVlabs/TCM) is a second stage on a student of the first: only
+times above `truncate_at` are trained, and at that time the student is held to what it was when it began.
+
+Deviations:
+- F is the velocity of the normal form of any network, which is TrigFlow's F. A network whose embedding of the time has
+  high frequencies has a large derivative (section 4 of the paper changes the embedding); nothing is changed here.
+- The weight is 1/tan(t) where the paper has 1/(sigma_d tan(t)); w learns the factor, which Adam does not see either.
+- `norm`: FastGen's |g| is the root mean square, SANA-Sprint's and rCM's the l2 norm, where the same c is much smaller.
+- AdamW stands for RAdam. The sampler's levels are evenly spaced in the schedule, not searched for by FID.
+- TCM is discrete; here its composite is the loss above on t > t', with the boundary's term beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.catalogue import About
+from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.losses import per_sample_mean
+from diffdistill.core.prediction import expand
+from diffdistill.core.times import edm_log_normal
+from diffdistill.errors import UserError
+from diffdistill.options import TangentOptions, option
+from diffdistill.players.teacher import Teacher
+from diffdistill.scaffold.method import Batch, Optimizer, Outcome, Turn
+from diffdistill.scaffold.tangent import Point, TangentMethod, refuse_unused_guidance
+
+ABOUT = About(
+    paper="Lu & Song 2024, arXiv:2410.11081",
+    data="real images, to place x_t where the trajectories pass",
+    kind="trajectory",
+    needs=("images",),
+    equations={
+        "f = cos(t) x - sin(t) F (section 3)": "core.prediction.Prediction",
+        "tangent with the factor cos(t) sin(t) inside (section 4.2)": "scaffold.tangent.TangentMethod.derivative",
+        "g and its warm-up (Algorithm 1)": "SCM.tangent, SCM.warm",
+        "tangent normalisation (section 4.2)": "SCM.normalised",
+        "loss with the adaptive weight (eq. 8)": "SCM.regression, SCM.weight_turn, AdaptiveWeight",
+        "times (section 4)": "SCM.times, core.times.edm_log_normal",
+        "multistep sampling": "scaffold.tangent.TangentMethod.sampler, players.sampler.Renoise",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Config(TangentOptions, student_lr=1e-4):
+    """The options of sCM; the means and deviations of ln sigma are those of data of deviation 0.5, as in the paper."""
+
+    time_mean: float = option(-1.0, "mean of ln sigma")
+    time_std: float = option(1.4, "standard deviation of ln sigma", above=0)
+    tangent_warmup: int = option(10000, "training steps over which the derivative's share r rises to 1; 0: none",
+                                 at_least=0)  # fmt: skip
+    norm: Literal["rms", "l2", "none"] = option("rms", "|g|; rms: FastGen's; l2: SANA-Sprint's; none: not normalised")
+    norm_c: float = option(0.1, "c of g/(|g| + c)", above=0)
+    adaptive: bool = option(True, "learn a weight of each time, which makes the losses of all times alike")
+    weight_lr: float = option(1e-3, "AdamW's learning rate for the adaptive weight", above=0)
+    truncate_at: float | None = option(
+        None, "TCM: the sigma, for data of deviation 0.5, below which nothing is trained; none: no such stage", above=0
+    )
+    boundary_weight: float = option(0.1, "TCM: the weight of the samples at truncate_at", at_least=0)
+
+
+class AdaptiveWeight(nn.Module):
+    """w (B,) of the angles t (B,), 0 at the start: a linear layer on waves of ln tan(t), much as EDM2 has it."""
+
+    def __init__(self, waves: int = 8):
+        super().__init__()
+        self.linear = nn.Linear(2 * waves, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) for t (B,)."""
+        level = torch.log(torch.tan(t).abs()).clamp(-8, 8)
+        waves = torch.arange(1, self.linear.in_features // 2 + 1, device=t.device)
+        phase = level[:, None] * waves * math.pi / 16
+        return self.linear(torch.cat([phase.sin(), phase.cos()], 1).to(self.linear.weight))[:, 0]
+
+
+class SCM(TangentMethod):
+    """f is the student's x0; without a second time."""
+
+    def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
+        super().__init__(teacher, config, student or teacher.player("student"))
+        refuse_unused_guidance(1.0 if self.from_teacher else config.guidance_scale, "mode training has none")
+        self.weight = AdaptiveWeight()
+        if config.adaptive:
+            self.players["weight"] = self.weight
+        self.least = math.atan((config.truncate_at or 0.0) / 0.5)
+        if self.least and self.from_teacher:
+            raise UserError(
+                "truncate_at: the second stage follows the data from the first stage's student; use mode training"
+            )
+
+    def times(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Draws below `truncate_at` are set to it, where the student is held."""
+        normal = self.config.time_mean, self.config.time_std
+        t = edm_log_normal(self.schedule, batch.size, batch.generator("student/t"), *normal)
+        return t.clamp_min(self.least), torch.zeros_like(t)
+
+    def warm(self, step: int) -> float:
+        """r, the share of the derivative, at that training step."""
+        return min(1.0, step / self.config.tangent_warmup) if self.config.tangent_warmup else 1.0
+
+    def tangent(self, f: Tensor, at: Point, r: float) -> Tensor:
+        """g (B, ...) where the student says f, not normalised: cos(t) df/dt at r = 1."""
+        cos, sin = torch.cos(at.t), torch.sin(at.t)
+        rising = expand(cos * sin, f) * at.x_t + self.derivative(at, cos * sin)
+        return -expand(cos**2, f) * (f - at.v) - r * rising
+
+    def normalised(self, g: Tensor) -> Tensor:
+        """g/(|g| + c) of each sample."""
+        if self.config.norm == "none":
+            return g
+        size = torch.linalg.vector_norm(g.flatten(1), dim=1)
+        if self.config.norm == "rms":
+            size = size / math.sqrt(g[0].numel())
+        return g / expand(size + self.config.norm_c, g)
+
+    def regression(self, step: int, at: Point) -> Outcome:
+        """The squared error against F- + g, weighted by time."""
+        f = self.velocity(at)
+        target = f.detach() + self.normalised(self.tangent(f.detach(), at, self.warm(step)))
+        weight = 1 / torch.tan(at.t)
+        if self.least:
+            held = at.t <= self.least
+            first_stage = self.teacher(at.x_t, at.t, at.cond).v.detach()
+            target = torch.where(expand(held, f) > 0, first_stage, target)
+            weight = torch.where(held, self.config.boundary_weight, 1.0) * weight
+        error = weight.to(f) * per_sample_mean((f - target).square())
+        self.errors = error.detach(), at.t
+        learned = torch.exp(-self.weight(at.t)).detach() if self.config.adaptive else 1.0
+        return Outcome((learned * error).mean(), {"error": error.mean()})
+
+    def more_turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("weight", self.weight_turn)] if self.config.adaptive else []
+
+    def weight_turn(self, batch: Batch) -> Outcome:
+        """The adaptive weight on the errors of the student's turn: e^(-w) error + w."""
+        error, t = self.errors
+        w = self.weight(t)
+        return Outcome((torch.exp(-w) * error + w).mean())
+
+    def optimizer(self, player: str) -> Optimizer:
+        own = super().optimizer(player)
+        return own if player == "student" else own._replace(lr=self.config.weight_lr, weight_decay=0.0)
+
+
+METHOD = SCM
