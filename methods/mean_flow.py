@@ -131,7 +131,7 @@ class MeanFlow(TangentMethod):
 
     def dropped(self, batch: Batch) -> Tensor:
         """(B,) whose condition is left out."""
-        return batch.uniform("student/dropped") < (self.config.label_dropout if self.guided else 0.0)
+        return batch.uniform("student/dropped") < self.config.label_dropout
 
     def conditions(self, batch: Batch) -> Cond:
         if not self.guided:
