@@ -275,10 +275,11 @@ class StudentLevel(Options):
 class DerivativeOptions(Options):
     """How the student's derivative along a trajectory is computed."""
 
-    derivative: Literal["auto", "exact", "central", "backward"] = option(
+    derivative: Literal["auto", "exact", "central", "backward", "semi"] = option(
         "auto",
         "the derivative along a trajectory; exact: a Jacobian-vector product; central, backward: differences; "
-        "auto: exact if the teacher's agrees with its central difference within 30%, else central",
+        "semi: the product along x, a difference for t; auto: exact if the teacher's agrees with its central "
+        "difference within 30%, else central",
     )
     derivative_step: float = option(
         0.05, "the angle that differences step over, in radians; in bfloat16 not below 0.02", above=0, at_most=0.5
@@ -386,6 +387,22 @@ class TangentOptions(StudentOptions, StudentLevel, TeacherGuidance, DerivativeOp
     student_dropout: float | None = option(
         None, "dropout of the student's residual blocks in training; default: its network's own", at_least=0, below=1
     )
+
+
+@dataclass(frozen=True)
+class TangentTarget(Options):
+    """sCM's times, and its target."""
+
+    time_mean: float = option(-1.0, "mean of ln sigma, for data of deviation 0.5")
+    time_std: float = option(1.4, "standard deviation of ln sigma", above=0)
+    tangent_warmup: int = option(10000, "training steps over which the derivative's share r rises to 1; 0: none",
+                                 at_least=0)  # fmt: skip
+    norm: Literal["rms", "l2", "none"] = option("rms", "|g|; rms: FastGen's; l2: SANA-Sprint's; none: not normalised")
+    norm_c: float = option(0.1, "c of g/(|g| + c)", above=0)
+
+    def warm(self, step: int) -> float:
+        """r, the share of the derivative, at that training step."""
+        return min(1.0, step / self.tangent_warmup) if self.tangent_warmup else 1.0
 
 
 @dataclass(frozen=True)

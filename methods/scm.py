@@ -29,7 +29,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +39,10 @@ from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.prediction import expand
 from diffdistill.core.times import edm_log_normal
 from diffdistill.errors import UserError
-from diffdistill.options import TangentOptions, option
+from diffdistill.options import TangentOptions, TangentTarget, option
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Batch, Optimizer, Outcome, Turn
-from diffdistill.scaffold.tangent import Point, TangentMethod, refuse_unused_guidance
+from diffdistill.scaffold.tangent import Point, TangentMethod, normalised, refuse_unused_guidance
 
 ABOUT = About(
     paper="Lu & Song 2024, arXiv:2410.11081",
@@ -54,7 +53,7 @@ ABOUT = About(
         "f = cos(t) x - sin(t) F (section 3)": "core.prediction.Prediction",
         "tangent with the factor cos(t) sin(t) inside (section 4.2)": "scaffold.tangent.TangentMethod.derivative",
         "g and its warm-up (Algorithm 1)": "SCM.tangent, SCM.warm",
-        "tangent normalisation (section 4.2)": "SCM.normalised",
+        "tangent normalisation (section 4.2)": "scaffold.tangent.normalised",
         "loss with the adaptive weight (eq. 8)": "SCM.regression, SCM.weight_turn, AdaptiveWeight",
         "times (section 4)": "SCM.times, core.times.edm_log_normal",
         "multistep sampling": "scaffold.tangent.TangentMethod.sampler, players.sampler.Renoise",
@@ -63,15 +62,9 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(TangentOptions, student_lr=1e-4):
-    """The options of sCM; the means and deviations of ln sigma are those of data of deviation 0.5, as in the paper."""
+class Config(TangentOptions, TangentTarget, student_lr=1e-4):
+    """The options of sCM."""
 
-    time_mean: float = option(-1.0, "mean of ln sigma")
-    time_std: float = option(1.4, "standard deviation of ln sigma", above=0)
-    tangent_warmup: int = option(10000, "training steps over which the derivative's share r rises to 1; 0: none",
-                                 at_least=0)  # fmt: skip
-    norm: Literal["rms", "l2", "none"] = option("rms", "|g|; rms: FastGen's; l2: SANA-Sprint's; none: not normalised")
-    norm_c: float = option(0.1, "c of g/(|g| + c)", above=0)
     adaptive: bool = option(True, "learn a weight of each time, which makes the losses of all times alike")
     weight_lr: float = option(1e-3, "AdamW's learning rate for the adaptive weight", above=0)
     truncate_at: float | None = option(
@@ -120,7 +113,7 @@ class SCM(TangentMethod):
 
     def warm(self, step: int) -> float:
         """r, the share of the derivative, at that training step."""
-        return min(1.0, step / self.config.tangent_warmup) if self.config.tangent_warmup else 1.0
+        return self.config.warm(step)
 
     def tangent(self, f: Tensor, at: Point, r: float) -> Tensor:
         """g (B, ...) where the student says f, not normalised: cos(t) df/dt at r = 1."""
@@ -130,12 +123,7 @@ class SCM(TangentMethod):
 
     def normalised(self, g: Tensor) -> Tensor:
         """g/(|g| + c) of each sample."""
-        if self.config.norm == "none":
-            return g
-        size = torch.linalg.vector_norm(g.flatten(1), dim=1)
-        if self.config.norm == "rms":
-            size = size / math.sqrt(g[0].numel())
-        return g / expand(size + self.config.norm_c, g)
+        return normalised(g, self.config.norm, self.config.norm_c)
 
     def regression(self, step: int, at: Point) -> Outcome:
         """The squared error against F- + g, weighted by time."""

@@ -159,7 +159,7 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
 
 # -- along a trajectory -----------------------------------------------------------------------------------
 
-Derivative = Literal["exact", "central", "backward"]
+Derivative = Literal["exact", "central", "backward", "semi"]
 """How the derivative along a trajectory is computed."""
 ALIKE = 0.3
 """The relative gap of exact derivative and central difference up to which the exact one is taken."""
@@ -181,9 +181,10 @@ def derivative(
 
     `exact` is the product with the Jacobian. The others are differences over `step` h in radians, along the circle
     x_{t+h} = cos(h) x + sin(h) v, which is the trajectory of one x0 and eps itself and touches the ODE's: `central`,
-    (F(t+h) - F(t-h))/2h, of second order, takes two passes; `backward`, (cos(h) F(t) - F(t-h))/sin(h), of first order
-    and exact on what turns with t, takes one besides F(t), which may be given as `value` (rCM, Zheng et al. 2025,
-    arXiv:2510.08431). A step that would leave `times` ends at its bound, or is taken forwards by `backward`.
+    (F(t+h) - F(t-h))/2h, of second order, takes two passes; `backward`, (cos(h) F(t) - F(t-h))/sin(h), of first
+    order and exact on what turns with t, takes one besides F(t), which may be given as `value` (rCM, Zheng et al. 2025,
+    arXiv:2510.08431). Their semi-continuous one, `semi`, is the product along x and (cos(h) F(x, t) - F(x, t-h))/sin(h)
+    for the time. A step that would leave `times` ends at its bound, or is taken forwards by `backward` and `semi`.
 
     `seed` makes all passes drop the same units: with masks of their own the error of a difference grows like 1/h. A
     difference multiplies a channel of frequency w in the network's embedding of t by sinc(w h), which is why it can be
@@ -200,9 +201,13 @@ def derivative(
         change = passes(*_on_circle(x, v, t, after - t)) - passes(*_on_circle(x, v, t, before - t))
         return change / expand(after - before, change)
     h = torch.where(t - step < low, -step, step).to(t)
+    along, before = 0.0, _on_circle(x, v, t, -h)
+    if kind == "semi":
+        value, along = jvp(lambda x: passes(x, t), (x,), (v,))
+        before = x, t - h
     value = passes(x, t) if value is None else value.to(torch.promote_types(value.dtype, torch.float32))
-    change = expand(h.cos(), value) * value - passes(*_on_circle(x, v, t, -h))
-    return change / expand(h.sin(), change)
+    change = expand(h.cos(), value) * value - passes(*before)
+    return along + change / expand(h.sin(), change)
 
 
 def _pass(function: Callable[[Tensor, Tensor], Tensor], seed: int | None, x: Tensor, t: Tensor) -> Tensor:

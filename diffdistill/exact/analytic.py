@@ -235,6 +235,24 @@ class LearnedGaussian(nn.Module):
         return slope * (x_t - cos * self.mean) - sin * self.mean
 
 
+class FlowToData(nn.Module):
+    """The velocity of the exact map of N(mean, std^2) from t to 0, per dimension, with both learned, for TrigFlow.
+
+    At t = pi/2 it is the affine generator mean + std z; with -std the same distribution, of mirrored trajectories.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.mean = nn.Parameter(mean.double().clone())
+        self.std = nn.Parameter(std.double().clone())
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """(B, d) (cos(t) x_t - f)/sin(t) with f = mean + std (x_t - cos(t) mean)/sqrt(V), V the variance at t."""
+        cos, sin = torch.cos(t)[:, None], torch.sin(t)[:, None]
+        f = self.mean + self.std * (x_t - cos * self.mean) / torch.sqrt(cos**2 * self.std**2 + sin**2)
+        return (cos * x_t - f) / sin
+
+
 class AffineGenerator(nn.Module):
     """A student x0 = m + b z per dimension, as a network for TrigFlow: its velocity at t = pi/2 is -x0.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.ode import Denoise
@@ -110,6 +110,21 @@ def gauss_hermite(n: int) -> tuple[Tensor, Tensor]:
 
     nodes, weights = (torch.from_numpy(a) for a in numpy.polynomial.hermite_e.hermegauss(n))
     return nodes, weights / weights.sum()
+
+
+class AnyField(nn.Module):
+    """A smooth network of two dimensions and the time, with weights of its own."""
+
+    def __init__(self, time_scale: float = 1.0):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 2)).double()
+        self.time_scale = time_scale
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """(B, 2) for x_t (B, 2) and the times t (B,)."""
+        time = t.to(x_t)[:, None] / self.time_scale
+        return self.layers(torch.cat([x_t, torch.sin(time), torch.cos(2 * time)], 1))
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,10 @@ class MatchingMethod(Method):
         """The conditions that the fake score is trained with."""
         return batch.cond
 
+    def simulated(self, k: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """x_t (B, ...) and t (B,) that a student of several steps reads after k of them; no gradient passes."""
+        return simulated_input(self.sampler(), k, batch)
+
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
         """Samples (B, ...) of the student, and its loss on them."""
         x = self.generate(batch, "student")
@@ -141,7 +145,7 @@ class MatchingMethod(Method):
         sampler, batch = self.sampler(), batch if cond is None else replace(batch, cond=cond)
         if self.steps > 1:
             k = self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps, batch)
-            x_t, t = simulated_input(sampler, k, batch)
+            x_t, t = self.simulated(k, batch)
             return self.student(x_t, t, batch.cond).x0
         return sampler.one_step(batch.randn("z" if self.shares_samples else f"{player}/z"), batch.cond)
 
@@ -196,11 +200,19 @@ def dmd_loss(
     x: Tensor, t: Tensor, eps: Tensor, cond: Cond, teacher: Denoise, fake_score: Denoiser, normalise: bool
 ) -> Outcome:
     """DMD's loss of samples x (B, ...) at the angles t (B,) with noise eps (B, ...)."""
-    gradient, gap = distribution_matching_gradient(x, diffuse(x, t, eps), t, cond, teacher, fake_score, normalise)
+    matched = matching_loss(x, t, eps, cond, teacher, fake_score, normalise)
     # The normalised gradient has no unit. The authors' is that of images, data_std x, and other terms' weights
     # are relative to it.
     unit = fake_score.schedule.data_std if normalise else 1.0
-    return Outcome(unit * gradient_injection(x, gradient), {"gap": gap.mean()})
+    return Outcome(unit * matched.loss, matched.shown)
+
+
+def matching_loss(
+    x: Tensor, t: Tensor, eps: Tensor, cond: Cond, teacher: Denoise, fake_score: Denoise, normalise: bool
+) -> Outcome:
+    """The same in units of the normal form."""
+    gradient, gap = distribution_matching_gradient(x, diffuse(x, t, eps), t, cond, teacher, fake_score, normalise)
+    return Outcome(gradient_injection(x, gradient), {"gap": gap.mean()})
 
 
 def distribution_matching_gradient(

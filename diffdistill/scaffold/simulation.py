@@ -5,9 +5,12 @@ Yin et al. 2024, arXiv:2405.14867, section 4.5.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from diffdistill.core.prediction import diffuse
 from diffdistill.players.sampler import Sampler
 from diffdistill.rng import generator
 from diffdistill.scaffold.method import Batch
@@ -23,3 +26,15 @@ def simulated_input(sampler: Sampler, k: int, batch: Batch) -> tuple[Tensor, Ten
     """x_t (B, ...) and t (B,) that level k of the sampler reads, without gradients."""
     with torch.no_grad():
         return sampler.input_at(k, batch.randn("z"), batch.cond, lambda j: batch.randn(f"z {j}"))
+
+
+@torch.no_grad()
+def simulated_through(sampler: Sampler, times: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+    """x_t (B, ...) and t (B,) after a denoising and fresh noise for each of the angles (B,), without gradients.
+
+    The angles stand for the sampler's own levels, of which only the first is read.
+    """
+    x, t = sampler.start(batch.randn("z"))
+    for j, s in enumerate(times, 1):
+        x, t = diffuse(sampler.denoiser(x, t, batch.cond).x0, s, batch.randn(f"z {j}")), s
+    return x, t

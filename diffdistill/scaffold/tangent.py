@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -44,6 +45,7 @@ class TangentMethod(Method):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.IMAGES})  # type: ignore[misc]
+    stream: ClassVar[str] = "student"  # of the noise and the dropout; another where the student plays a second game
 
     def __init__(self, teacher: Teacher, config: Any, student: Denoiser):
         super().__init__(teacher, config)
@@ -95,12 +97,12 @@ class TangentMethod(Method):
     @final
     def student_turn(self, step: int, batch: Batch) -> Outcome:
         """From noised images and the direction of their paths to the loss."""
-        (t, r), eps, cond = self.times(batch), batch.randn("student/eps"), self.conditions(batch)
+        (t, r), eps, cond = self.times(batch), batch.randn(f"{self.stream}/eps"), self.conditions(batch)
         t = t.clamp(self.schedule.t_min, self.schedule.t_max)
         x_t, v = diffuse(batch.images, t, eps), moving(batch.images, t, eps)
         with torch.no_grad():
             v = self.direction(x_t, v, t, batch, cond)
-        seed = seed_for(*batch.key, "student/dropout")
+        seed = seed_for(*batch.key, f"{self.stream}/dropout")
         return self.regression(step, Point(x_t, t, v, torch.minimum(r, t), cond, seed))
 
     @final
@@ -168,6 +170,14 @@ def two_time_player(teacher: Teacher, steps: int, level: float | None) -> Denois
 def moving(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """(B, ...) the derivative of x_t = cos(t) x0 + sin(t) eps with respect to t (B,)."""
     return expand(torch.cos(t), x0) * eps - expand(torch.sin(t), x0) * x0
+
+
+def normalised(g: Tensor, norm: str, c: float) -> Tensor:
+    """g/(|g| + c) of each sample (B, ...), |g| as `norm` says: rms, l2, or none for g itself (sCM, section 4.2)."""
+    if norm == "none":
+        return g
+    size = torch.linalg.vector_norm(g.flatten(1), dim=1)
+    return g / expand((size / math.sqrt(g[0].numel()) if norm == "rms" else size) + c, g)
 
 
 def refuse_unused_guidance(scale: float, why: str) -> None:

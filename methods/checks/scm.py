@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.prediction import OUTPUTS, diffuse
 from diffdistill.core.schedule import EDM, LinearFlow, TrigFlow
-from diffdistill.exact.analytic import GaussianMixture, gaussian_teacher
-from diffdistill.exact.checks import Check, differs, equal, gauss_hermite, gradient, mistake, two_points
+from diffdistill.exact.analytic import FlowToData, GaussianMixture, gaussian_teacher
+from diffdistill.exact.checks import AnyField, Check, differs, equal, gauss_hermite, gradient, mistake, two_points
 from diffdistill.methods.scm import SCM, Config
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.tangent import Point, TangentMethod
@@ -48,31 +48,6 @@ PLANE = {
 MEAN, STD = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
 
 
-class ExactMap(nn.Module):
-    """F of the exact map of N(MEAN, STD^2) from t to 0, as a network for TrigFlow."""
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """(B, 2): f = MEAN + STD (x_t - cos(t) MEAN)/sqrt(V), F = (cos(t) x_t - f)/sin(t)."""
-        cos, sin = torch.cos(t)[:, None], torch.sin(t)[:, None]
-        f = MEAN + STD * (x_t - cos * MEAN) / torch.sqrt(cos**2 * STD**2 + sin**2)
-        return (cos * x_t - f) / sin
-
-
-class AnyField(nn.Module):
-    """A smooth network of two dimensions and the time, with weights of its own."""
-
-    def __init__(self, time_scale: float = 1.0):
-        super().__init__()
-        torch.manual_seed(3)
-        self.layers = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 2)).double()
-        self.time_scale = time_scale
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """(B, 2) for x_t (B, 2) and the times t (B,)."""
-        time = t.to(x_t)[:, None] / self.time_scale
-        return self.layers(torch.cat([x_t, torch.sin(time), torch.cos(2 * time)], 1))
-
-
 def verify() -> Iterator[Check]:
     """Section 2.1's sanity items, and the mistakes that they must catch."""
     yield from _exact_map()
@@ -104,7 +79,7 @@ def _g(method: SCM, at: Point, r: float = 1.0) -> Tensor:
 def _exact_map() -> Iterator[Check]:
     """Items 1 and 2: f is the same along the trajectory, so that g is zero."""
     for t in (0.05, 0.6, 1.3, 1.57):
-        method = _method(ExactMap())
+        method = _method(FlowToData(MEAN, STD))
         at = _point(method, t)
         yield equal(f"the exact map has g = 0, t = {t}", 0.0, _g(method, at), 1e-10, scale=1.0)
         with mistake(
@@ -181,7 +156,9 @@ def _start_of_warmup() -> Iterator[Check]:
     gap = -(math.cos(0.7) ** 2) * (method.velocity(at).detach() - at.v)
     yield equal("at r = 0 g is the distance to the teacher", gap, _g(method, at, 0.0), 1e-12)
     yield equal("... and linear in r", 0.7 * gap + 0.3 * _g(method, at), _g(method, at, 0.3), 1e-12)
-    shares = [_method(ExactMap(), tangent_warmup=n).warm(step) for n, step in ((10, 0), (10, 4), (10, 30), (0, 0))]
+    shares = [
+        _method(FlowToData(MEAN, STD), tangent_warmup=n).warm(step) for n, step in ((10, 0), (10, 4), (10, 30), (0, 0))
+    ]
     yield equal("r rises to 1", torch.tensor([0.0, 0.4, 1.0, 1.0]), torch.tensor(shares), 1e-12)
 
 
@@ -246,16 +223,16 @@ def _truncated() -> Iterator[Check]:
             return (torch.cos(t)[:, None] * x_t - 0.3) / torch.sin(t)[:, None]
 
     sigma, t = 0.4, math.atan(0.4 / 0.5)
-    first = Denoiser(ExactMap(), TrigFlow(), OUTPUTS["v_prediction"])
+    first = Denoiser(FlowToData(MEAN, STD), TrigFlow(), OUTPUTS["v_prediction"])
     options = Config(
         mode="training", norm="none", derivative="exact", truncate_at=sigma, boundary_weight=0.1, tangent_warmup=0
     )
     losses = {}
-    for name, network in (("exact", ExactMap()), ("constant", Constant())):
+    for name, network in (("exact", FlowToData(MEAN, STD)), ("constant", Constant())):
         method = SCM(Teacher(first, (2,)), options, student=Denoiser(network, TrigFlow(), OUTPUTS["v_prediction"]))
         exact = gaussian_teacher(MEAN.tolist(), STD).denoiser
         for where, angle in (("above", t + 0.3), ("at", method.least)):
-            at = _point(_method(ExactMap()), angle)
+            at = _point(_method(FlowToData(MEAN, STD)), angle)
             losses[name, where] = method.regression(0, at._replace(v=exact(at.x_t, at.t, {}).v)).loss
     for where in ("above", "at"):
         yield equal(f"TCM: the exact map has no loss {where} t'", 0.0, losses["exact", where], 1e-18, scale=1.0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffdistill.core.jvp import derivative, nearer_derivative
 
-Kind = Literal["central", "backward"]
+Kind = Literal["central", "backward", "semi"]
 
 
 class Network(nn.Module):
@@ -38,7 +38,7 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize(("kind", "order"), [("central", 2), ("backward", 1)])
+@pytest.mark.parametrize(("kind", "order"), [("central", 2), ("backward", 1), ("semi", 1)])
 @torch.no_grad()
 def test_the_order_of_differences(kind: Kind, order: int) -> None:
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def test_backward_is_exact_on_what_turns_with_t() -> None:
         assert torch.allclose(derivative(velocity, x, t, v, "backward", h, value=value), -x, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["central", "backward"])
+@pytest.mark.parametrize("kind", ["central", "backward", "semi"])
 @torch.no_grad()
 def test_no_pass_leaves_the_range_of_times(kind: Kind) -> None:
     seen: list[Tensor] = []

@@ -1,7 +1,7 @@
 """Mistakes in the methods' own files."""
 
 _M, _F = "tests/methods/test_wiring_matching.py", "tests/methods/test_wiring_following.py"
-_T = "tests/methods/test_wiring_tangent.py"
+_T, _R = "tests/methods/test_wiring_tangent.py", "tests/methods/test_wiring_rcm.py"
 _H, _I = "tests/methods/test_wiring_halving.py", "tests/methods/test_wiring_imitating.py"
 
 MUTANTS = {
@@ -118,19 +118,45 @@ MUTANTS = {
         ("samples are not noised", "x_t = diffuse(x, t, eps)", "x_t = x"),
         ("a mean of elements", ".flatten(1).sum(1), y", ".flatten(1).mean(1), y"),
     ],
+    f"methods/rcm.py | {_R}": [
+        ("the path's guidance is ignored", "guidance_scale=c.guidance_scale", "guidance_scale=1.0"),
+        ("the derivative's kind is ignored", "derivative=c.derivative", 'derivative="central"'),
+        ("the derivative's step is ignored", "derivative_step=c.derivative_step", "derivative_step=0.05"),
+        ("both games draw the same noise", 'stream = "path"', 'stream = "student"'),
+        ("times have another stream", 'batch.generator("path/t")', 'batch.generator("student/t")'),
+        ("times have another mean", "draw, c.time_mean, c", "draw, -1.0, c"),
+        ("times have another deviation", "c.time_mean, c.time_std)", "c.time_mean, 1.6)"),
+        ("cos(t)^2 from the beginning", "torch.sqrt(1 - r**2 * sin**2)", "torch.sqrt(1 - sin**2)"),
+        ("r once", "1 - r**2 * sin**2", "1 - r * sin**2"),
+        ("the derivative counts at once", "return -toward - r * (", "return -toward - ("),
+        ("the warm-up is that of the first step", "self.own.warm(step))", "self.own.warm(0))"),
+        ("the target gets a gradient", "target = f.detach() +", "target = f +"),
+        ("not normalised", "normalised(g, self.own.norm, ", 'normalised(g, "none", '),
+        ("c is ignored", "self.own.norm, self.own.norm_c)", "self.own.norm, 0.1)"),
+        ("images are not needed", "needs = frozenset({Need.IMAGES})", "needs = frozenset()"),
+        ("always normalised", "self.fake_score, self.config.normalise)", "self.fake_score, True)"),
+        ("teacher and fake score are swapped",
+         "cond, self.teacher, self.fake_score,", "cond, self.fake_score, self.teacher,"),
+        ("the times that are drawn are ignored", 'self.config.simulated_times == "levels"', "True"),
+        ("the levels are ignored", 'self.config.simulated_times == "levels"', "False"),
+        ("one draw for all times", 'batch.generator(f"z {j}/t")', 'batch.generator("z 1/t")'),
+        ("times rise", ".cummin(0)", ".cummax(0)"),
+        ("a step too few", "for j in range(1, k + 1)]", "for j in range(1, k)]"),
+        ("the consistency's weight is ignored", "self.config.consistency_weight * consistency, {", "consistency, {"),
+        ("matched at once", "if self.config.warm(step) < 1:", "if False:"),
+        ("never matched", "if self.config.warm(step) < 1:", "if True:"),
+        ("the matching alone", "Outcome(loss + matched.loss,", "Outcome(matched.loss,"),
+        ("the consistency alone", "Outcome(loss + matched.loss,", "Outcome(loss,"),
+    ],
     f"methods/scm.py | {_T}": [
         ("times have another mean", "normal = self.config.time_mean,", "normal = -1.0,"),
         ("times have another deviation", "self.config.time_mean, self.config.time_std", "self.config.time_mean, 1.4"),
         ("times have another stream", 'batch.generator("student/t")', 'batch.generator("student/eps")'),
         ("times are not truncated", "return t.clamp_min(self.least),", "return t,"),
         ("the truncation is not EDM's sigma", "(config.truncate_at or 0.0) / 0.5", "(config.truncate_at or 0.0)"),
-        ("no warm-up",
-         "min(1.0, step / self.config.tangent_warmup)", "min(1.0, 1 + step / self.config.tangent_warmup)"),
-        ("r goes on beyond one", "min(1.0, step / self.config.tangent_warmup)", "step / self.config.tangent_warmup"),
         ("the warm-up is that of the first step", "self.warm(step)", "self.warm(0)"),
-        ("the norm is always rms", 'if self.config.norm == "rms":', "if True:"),
-        ("the norm is never rms", 'if self.config.norm == "rms":', "if False:"),
-        ("c is ignored", "size + self.config.norm_c", "size + 0.1"),
+        ("the norm is always rms", "normalised(g, self.config.norm, ", 'normalised(g, "rms", '),
+        ("c is ignored", "self.config.norm, self.config.norm_c)", "self.config.norm, 0.1)"),
         ("the target gets a gradient", "f.detach() + self.normalised", "f + self.normalised"),
         ("the weight is tan(t)", "weight = 1 / torch.tan(at.t)", "weight = torch.tan(at.t)"),
         ("the boundary has the full weight", "self.config.boundary_weight, 1.0)", "1.0, 1.0)"),

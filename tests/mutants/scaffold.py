@@ -1,7 +1,7 @@
 """Mistakes in the games that methods are written on."""
 
 _M, _F = "tests/methods/test_wiring_matching.py", "tests/methods/test_wiring_following.py"
-_T = "tests/methods/test_wiring_tangent.py"
+_T, _R = "tests/methods/test_wiring_tangent.py", "tests/methods/test_wiring_rcm.py"
 _H, _I = "tests/methods/test_wiring_halving.py", "tests/methods/test_wiring_imitating.py"
 
 MUTANTS = {
@@ -139,12 +139,27 @@ MUTANTS = {
         ("the level is another stream's", '"student/level"', '"level"'),
         ("never the last level", "torch.randint(levels, ()", "torch.randint(levels - 1, ()"),
         ("always the first level", "sampler.input_at(k,", "sampler.input_at(0,"),
-        ("one noise for all steps", 'batch.randn(f"z {j}")', 'batch.randn("z")'),
-        ("the noise counts from the end", 'batch.randn(f"z {j}")', 'batch.randn(f"z {len(sampler.levels) - j}")'),
+        ("one noise for all steps", 'lambda j: batch.randn(f"z {j}")', 'lambda j: batch.randn("z")'),
+        ("the noise counts from the end",
+         'lambda j: batch.randn(f"z {j}")', 'lambda j: batch.randn(f"z {len(sampler.levels) - j}")'),
         ("gradients through the steps before",
          "with torch.no_grad():\n        return sampler", "if True:\n        return sampler"),
     ],
+    f"diffdistill/scaffold/simulation.py | {_R}": [
+        ("drawn times: one noise for all steps", 's, batch.randn(f"z {j}")), s', 's, batch.randn("z")), s'),
+        ("drawn times: the time before", 'batch.randn(f"z {j}")), s\n', 'batch.randn(f"z {j}")), t\n'),
+        ("drawn times: gradients", "@torch.no_grad()\n", ""),
+        ("drawn times: other noise at first", 'sampler.start(batch.randn("z"))', 'sampler.start(batch.randn("z 1"))'),
+    ],
+    f"diffdistill/options.py | {_T}": [
+        ("no warm-up", "min(1.0, step / self.tangent_warmup)", "min(1.0, 1 + step / self.tangent_warmup)"),
+        ("r goes on beyond one", "min(1.0, step / self.tangent_warmup)", "step / self.tangent_warmup"),
+    ],
     f"diffdistill/scaffold/tangent.py | {_T}": [
+        ("the norm is always rms", '(size / math.sqrt(g[0].numel()) if norm == "rms" else size)',
+         "(size / math.sqrt(g[0].numel()))"),
+        ("the norm is never rms", '(size / math.sqrt(g[0].numel()) if norm == "rms" else size)', "size"),
+        ("c of the norm is ignored", "else size) + c, g)", "else size), g)"),
         ("the teacher is not frozen",
          "self.teacher: Any = frozen(teacher.denoiser)", "self.teacher: Any = teacher.denoiser"),
         ("the teacher is not guided", "guided(self.teacher, config.guidance_scale)", "guided(self.teacher, 1.0)"),
@@ -153,13 +168,13 @@ MUTANTS = {
         ("the number of steps is ignored",
          "student_levels(self.schedule, config.student_steps, config", "student_levels(self.schedule, 1, config"),
         ("the level is ignored", "config.student_steps, config.student_level)", "config.student_steps)"),
-        ("the noise has another stream", 'batch.randn("student/eps")', 'batch.randn("eps")'),
+        ("the noise has another stream", 'batch.randn(f"{self.stream}/eps")', 'batch.randn("eps")'),
         ("times are not clamped", "t = t.clamp(self.schedule.t_min, self.schedule.t_max)\n        x_t", "x_t"),
         ("images of other samples",
          "diffuse(batch.images, t, eps), moving", "diffuse(batch.images.flip(0), t, eps), moving"),
         ("the direction of other images", "moving(batch.images, t, eps)", "moving(batch.images.flip(0), t, eps)"),
         ("r beyond t", "torch.minimum(r, t), cond", "r, cond"),
-        ("the dropout has another stream", '"student/dropout")', '"dropout")'),
+        ("the dropout has another stream", 'f"{self.stream}/dropout")', '"dropout")'),
         ("passes drop other units",
          "with seeded(at.seed, at.x_t.device):\n            return self.student",
          "with seeded(at.seed + 1, at.x_t.device):\n            return self.student"),

@@ -229,6 +229,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mean_flow": {"student_steps": 2, "mode": "distillation", "equal_share": 0.0},
     "multistep_consistency": {},
     "progressive": METHODS["progressive"],
+    "rcm": {"tangent_warmup": 1, "student_steps": 2, "update_ratio": 1},
     "scm": {"tangent_warmup": 1},
     "sid": {},
     "sim": {},
