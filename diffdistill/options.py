@@ -223,9 +223,7 @@ class TeacherGuidance(Options):
 class ScaleRange(Options):
     """Guidance scales that are drawn for each sample, and that the student takes as an input."""
 
-    guidance_min: float = option(
-        1.0, "the lowest of the guidance scales, which are drawn uniformly; 1 is none", at_least=0
-    )
+    guidance_min: float = option(1.0, "the lowest guidance scale; they are drawn uniformly; 1 is none", at_least=0)
     guidance_max: float = option(
         5.0, "the highest of the guidance scales; if it is guidance_min, the student takes no scale", at_least=0
     )
@@ -277,9 +275,8 @@ class DerivativeOptions(Options):
 
     derivative: Literal["auto", "exact", "central", "backward", "semi"] = option(
         "auto",
-        "the derivative along a trajectory; exact: a Jacobian-vector product; central, backward: differences; "
-        "semi: the product along x, a difference for t; auto: exact if the teacher's agrees with its central "
-        "difference within 30%, else central",
+        "the derivative along a trajectory; exact: a Jacobian product; central, backward: differences; semi: exact in "
+        "x alone; auto: exact if the teacher's agrees with its central difference within 30%, else central",
     )
     derivative_step: float = option(
         0.05, "the angle that differences step over, in radians; in bfloat16 not below 0.02", above=0, at_most=0.5
@@ -357,11 +354,24 @@ class AdversarialOptions(Options):
 
 
 @dataclass(frozen=True)
+class LatentAdversarialOptions(Options):
+    """A discriminator of heads on layers of the frozen teacher, which reads noised images."""
+
+    discriminator_lr: float = option(1e-5, "AdamW's learning rate for the discriminator's heads", above=0)
+    depths: tuple[float, ...] = option((0.5, 0.75, 0.99), "the layers that have a head, as fractions of the depth",
+                                       at_least=0, below=1)  # fmt: skip
+    gan_loss: Literal["hinge", "logistic"] = option("hinge", "hinge: LADD's and SANA-Sprint's; logistic: FastGen's")
+    gan_time_mean: float = option(0.3, "mean of ln sigma of what it reads, for data of deviation 0.5")
+    gan_time_std: float = option(1.0, "standard deviation of ln sigma of what it reads", above=0)
+    misaligned: bool = option(False, "it also learns to refuse images under the conditions of others")
+
+
+@dataclass(frozen=True)
 class FakeScoreGuidance(Options):
     """A fake score that is guided, and so learns without conditions too."""
 
     label_dropout: float = option(
-        0.1, "share of conditions that a guided fake score is trained without", at_least=0, at_most=1
+        0.1, "share of conditions that a guided fake score learns without", at_least=0, at_most=1
     )
 
 

@@ -89,9 +89,11 @@ def passes_per_step(game: Game, steps: int = 12) -> tuple[float, float]:
 
     handles = [m.register_forward_pre_hook(count) for m in denoisers.values()]
     owned = trainable(method.players)
+    # A warm-up may need less than what follows it. Every ratio of turns up to 12 divides this step.
+    first = 0 if method.whole else 50 * 27720
     try:
-        for step in range(steps + 1):
-            if step == 1:  # the first step may hold what is done once
+        for step in range(first, first + steps + 1):
+            if step == first + 1:  # the first step may hold what is done once
                 forward = backward = 0.0
             for turn in method.turns(step):
                 only_trains(turn.player, owned)

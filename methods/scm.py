@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Denoiser
@@ -40,6 +40,7 @@ from diffdistill.core.prediction import expand
 from diffdistill.core.times import edm_log_normal
 from diffdistill.errors import UserError
 from diffdistill.options import TangentOptions, TangentTarget, option
+from diffdistill.players.adaptive_weight import AdaptiveWeight
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Batch, Optimizer, Outcome, Turn
 from diffdistill.scaffold.tangent import Point, TangentMethod, normalised, refuse_unused_guidance
@@ -54,7 +55,9 @@ ABOUT = About(
         "tangent with the factor cos(t) sin(t) inside (section 4.2)": "scaffold.tangent.TangentMethod.derivative",
         "g and its warm-up (Algorithm 1)": "SCM.tangent, SCM.warm",
         "tangent normalisation (section 4.2)": "scaffold.tangent.normalised",
-        "loss with the adaptive weight (eq. 8)": "SCM.regression, SCM.weight_turn, AdaptiveWeight",
+        "loss with the adaptive weight (eq. 8)": (
+            "SCM.regression, SCM.weight_turn, players.adaptive_weight.AdaptiveWeight"
+        ),
         "times (section 4)": "SCM.times, core.times.edm_log_normal",
         "multistep sampling": "scaffold.tangent.TangentMethod.sampler, players.sampler.Renoise",
     },
@@ -71,23 +74,6 @@ class Config(TangentOptions, TangentTarget, student_lr=1e-4):
         None, "TCM: the sigma, for data of deviation 0.5, below which nothing is trained; none: no such stage", above=0
     )
     boundary_weight: float = option(0.1, "TCM: the weight of the samples at truncate_at", at_least=0)
-
-
-class AdaptiveWeight(nn.Module):
-    """w (B,) of the angles t (B,), 0 at the start: a linear layer on waves of ln tan(t), much as EDM2 has it."""
-
-    def __init__(self, waves: int = 8):
-        super().__init__()
-        self.linear = nn.Linear(2 * waves, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """(B,) for t (B,)."""
-        level = torch.log(torch.tan(t).abs()).clamp(-8, 8)
-        waves = torch.arange(1, self.linear.in_features // 2 + 1, device=t.device)
-        phase = level[:, None] * waves * math.pi / 16
-        return self.linear(torch.cat([phase.sin(), phase.cos()], 1).to(self.linear.weight))[:, 0]
 
 
 class SCM(TangentMethod):

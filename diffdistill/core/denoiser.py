@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,18 +158,46 @@ class Denoiser(nn.Module):
         """(B, C, ...) the output of `feature_layer`, in float32; what comes after it is not computed."""
         if self.feature_layer is None:
             raise ValueError("this denoiser has no feature_layer")
+        return self.features_of([self.feature_layer], x_t, t, cond)[0]
+
+    def features_of(self, layers: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """The same of several layers, which are named in the order in which they are computed."""
         outputs: list[Any] = []
 
-        def leave(module: nn.Module, args: object, output: Any) -> None:
+        def keep(module: nn.Module, args: object, output: Any) -> None:
             outputs.append(output)
-            raise _Reached
+            if len(outputs) == len(layers):
+                raise _Reached
 
-        handle = self.network.get_submodule(self.feature_layer).register_forward_hook(leave)
+        handles = [self.network.get_submodule(layer).register_forward_hook(keep) for layer in layers]
         try:
             self(x_t, t, cond)
         except _Reached:
             pass
         finally:
-            handle.remove()
-        features = self.feature_map(outputs[0], x_t) if self.feature_map else outputs[0]
+            for handle in handles:
+                handle.remove()
+        return [self._map(output, x_t) for output in outputs]
+
+    def _map(self, output: Any, x_t: Tensor) -> Tensor:
+        if self.feature_map is not None:
+            features = self.feature_map(output, x_t)
+        else:  # a UNet's way down gives what its way up takes, too
+            features = output[0] if isinstance(output, tuple) else output
         return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+
+    def layers_at(self, depths: Sequence[float]) -> list[str]:
+        """The layers at those fractions of a network's depth, in their order and each once, for `features_of`.
+
+        They are the blocks of a transformer that `feature_layer` is one of, or a UNet's blocks; of another network it
+        is that layer alone. Empty without one.
+        """
+        parent, _, last = (self.feature_layer or "").rpartition(".")
+        layers = [] if self.feature_layer is None else [self.feature_layer]
+        if last.isdigit():
+            layers = [f"{parent}.{k}" for k, _ in enumerate(self.network.get_submodule(parent).children())]
+        elif layers and hasattr(self.network, "down_blocks"):
+            down, up = (len(getattr(self.network, name)) for name in ("down_blocks", "up_blocks"))
+            layers = [*(f"down_blocks.{k}" for k in range(down)), *layers, *(f"up_blocks.{k}" for k in range(up))]
+        chosen = sorted({int(depth * len(layers)) for depth in depths})
+        return [layers[k] for k in chosen if k < len(layers)]

@@ -201,7 +201,8 @@ def derivative(
         change = passes(*_on_circle(x, v, t, after - t)) - passes(*_on_circle(x, v, t, before - t))
         return change / expand(after - before, change)
     h = torch.where(t - step < low, -step, step).to(t)
-    along, before = 0.0, _on_circle(x, v, t, -h)
+    before = _on_circle(x, v, t, -h)
+    along: Tensor | float = 0.0
     if kind == "semi":
         value, along = jvp(lambda x: passes(x, t), (x,), (v,))
         before = x, t - h

@@ -51,6 +51,11 @@ def gan_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
+def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The same by the hinge, max(0, 1 - real) + max(0, 1 + fake), averaged (Lim & Ye 2017, arXiv:1705.02894)."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
 def gan_generator_loss(fake: Tensor) -> Tensor:
     """-log sigmoid of the logits of generated samples, averaged."""
     return F.softplus(-fake).mean()

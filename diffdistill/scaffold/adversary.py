@@ -1,20 +1,25 @@
-"""A discriminator on the fake score: a head on its features, and the GAN losses of noised images.
+"""Discriminators on a denoiser's features, and the GAN losses of noised images.
 
-Yin et al. 2024, arXiv:2405.14867, section 4.3.
+On the fake score: Yin et al. 2024, arXiv:2405.14867, section 4.3. On layers of the frozen teacher: Sauer et al. 2024,
+arXiv:2403.12015, section 3.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.losses import gan_discriminator_loss, gan_generator_loss
+from diffdistill.core.losses import gan_discriminator_loss, gan_generator_loss, hinge_discriminator_loss
 from diffdistill.core.prediction import diffuse
-from diffdistill.core.times import native_uniform
+from diffdistill.core.times import edm_log_normal, native_uniform
 from diffdistill.errors import UserError
+from diffdistill.options import LatentAdversarialOptions
 from diffdistill.players.discriminator import DiscriminatorHead
-from diffdistill.players.teacher import Teacher
+from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.scaffold.method import Batch
 
 
@@ -45,11 +50,58 @@ class Adversary:
         return gan_discriminator_loss(real, fake)
 
 
+class LatentAdversary:
+    """Heads on several layers of the frozen teacher, through which the student's gradient flows.
+
+    Real and generated images share their times and their noise. The loss is the mean over the heads.
+    """
+
+    def __init__(self, teacher: Teacher, options: LatentAdversarialOptions):
+        self.teacher, self.options = frozen(teacher.start or teacher.denoiser), options
+        self.layers = self.teacher.layers_at(options.depths)
+        if not self.layers:
+            raise UserError("depths: this teacher's network has no layer for a discriminator")
+        self.heads = nn.ModuleList(_heads(self.teacher, teacher, self.layers))  # of which none is in half precision
+
+    def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        """(heads, B) logits of x (B, ...) noised to the angles t (B,) with eps (B, ...)."""
+        features = self.teacher.features_of(self.layers, diffuse(x, t, eps), t, cond)
+        return torch.stack([head(each) for head, each in zip(self.heads, features, strict=True)])
+
+    def _noise(self, stream: str, batch: Batch) -> tuple[Tensor, Tensor]:
+        """t (B,) and eps (B, ...)."""
+        normal = self.options.gan_time_mean, self.options.gan_time_std
+        t = edm_log_normal(self.teacher.schedule, batch.size, batch.generator(f"{stream} t"), *normal)
+        return t, batch.randn(f"{stream} eps")
+
+    def student_loss(self, x: Tensor, batch: Batch) -> Tensor:
+        """The student's samples x (B, ...) are to be taken for real."""
+        logits = self.logits(x, *self._noise("student/gan", batch), batch.cond)
+        return -logits.mean() if self.options.gan_loss == "hinge" else gan_generator_loss(logits)
+
+    def critic_loss(self, x: Tensor, batch: Batch) -> Tensor:
+        """The heads are to tell the batch's images from the samples x (B, ...), and from those of other conditions."""
+        noise = self._noise("discriminator/gan", batch)
+        real, fake = self.logits(batch.images, *noise, batch.cond), self.logits(x, *noise, batch.cond)
+        if self.options.misaligned and batch.size > 1:
+            others = batch.images.roll(1, 0)
+            other = self.logits(others, *self._noise("discriminator/misaligned", batch), batch.cond)
+            fake = torch.cat([fake, other], 1)
+        hinge = self.options.gan_loss == "hinge"
+        return hinge_discriminator_loss(real, fake) if hinge else gan_discriminator_loss(real, fake)
+
+
 def _head(fake_score: Denoiser, teacher: Teacher) -> nn.Module:
     if fake_score.feature_layer is None:
         raise UserError("gan_weight: this teacher's network has no bottleneck for a discriminator; use 0")
-    parameter = next(fake_score.parameters())
-    with torch.no_grad():
-        t = torch.ones(1, dtype=torch.float64, device=parameter.device)
-        features = fake_score.features(torch.zeros(1, *teacher.shape).to(parameter), t, teacher.sample_cond(1))
-    return DiscriminatorHead(features.shape[1], features.shape[2]).to(parameter)
+    return _heads(fake_score, teacher, [fake_score.feature_layer])[0].to(next(fake_score.parameters()))
+
+
+@torch.no_grad()
+def _heads(denoiser: Denoiser, teacher: Teacher, layers: Sequence[str]) -> list[nn.Module]:
+    """One for each layer, of the size of its features."""
+    weight = next(itertools.chain(denoiser.parameters(), denoiser.buffers()))
+    t = torch.ones(1, dtype=torch.float64, device=weight.device)
+    x = torch.zeros(1, *teacher.shape).to(weight)
+    maps = denoiser.features_of(layers, x, t, teacher.sample_cond(1))
+    return [DiscriminatorHead(each.shape[1], each.shape[2]).to(each) for each in maps]

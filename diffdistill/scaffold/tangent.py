@@ -35,6 +35,7 @@ class Point(NamedTuple):
     r: Tensor  #: (B,) the angles that the student is to reach
     cond: Cond
     seed: int = 0  #: of the units that the student drops, in all its passes
+    extra: Extra = NONE  #: what the student takes besides
 
 
 class TangentMethod(Method):
@@ -75,6 +76,10 @@ class TangentMethod(Method):
         """The conditions that the student is trained with."""
         return batch.cond
 
+    def extra(self, batch: Batch) -> Extra:
+        """What the student takes besides, in the step's points; a time to jump to is the method's to add."""
+        return NONE
+
     def direction(self, x_t: Tensor, v: Tensor, t: Tensor, batch: Batch, cond: Cond) -> Tensor:
         """(B, ...) dx_t/dt for the direction v (B, ...) of the image and its noise. No gradient passes."""
         return self.teacher(x_t, t, cond).v if self.from_teacher else v
@@ -94,7 +99,6 @@ class TangentMethod(Method):
         """The student moves in every step."""
         return [Turn("student", partial(self.student_turn, step)), *self.more_turns(step)]
 
-    @final
     def student_turn(self, step: int, batch: Batch) -> Outcome:
         """From noised images and the direction of their paths to the loss."""
         (t, r), eps, cond = self.times(batch), batch.randn(f"{self.stream}/eps"), self.conditions(batch)
@@ -103,7 +107,7 @@ class TangentMethod(Method):
         with torch.no_grad():
             v = self.direction(x_t, v, t, batch, cond)
         seed = seed_for(*batch.key, f"{self.stream}/dropout")
-        return self.regression(step, Point(x_t, t, v, torch.minimum(r, t), cond, seed))
+        return self.regression(step, Point(x_t, t, v, torch.minimum(r, t), cond, seed, self.extra(batch)))
 
     @final
     def velocity(self, at: Point, extra: Extra = NONE) -> Tensor:

@@ -165,7 +165,7 @@ def _warm_up() -> Iterator[Check]:
     teacher = _method(GaussianMixture(MEAN[None], STD[None]), tangent_warmup=10)
     at = _point(teacher, 0.7)
     for norm in ("none", "l2"):
-        with mistake(teacher.consistency, "own", Config(norm=norm, tangent_warmup=10)):  # type: ignore[arg-type]
+        with mistake(teacher.consistency, "own", Config(norm=norm, tangent_warmup=10)):
             first, later = (teacher.consistency.regression(step, at).loss for step in (0, 5))
         yield equal(f"the teacher's own loss is zero at step 0, {norm}", 0.0, first, 1e-20, scale=1.0)
         yield differs(f"... and not when the derivative counts, {norm}", 0.0, later, 1e-3, scale=1.0)
@@ -219,7 +219,7 @@ def _pull(method: RCM, step: int = 0) -> Tensor:
 def _fixed_point() -> Iterator[Check]:
     """The exact map with its exact fake score stays; each term is blind to what the other sees."""
     for normalise, norm in ((False, "none"), (True, "l2")):
-        same = {"normalise": normalise, "norm": norm}
+        same: dict[str, Any] = {"normalise": normalise, "norm": norm}
         pull = _pull(_method(FlowToData(MEAN, STD), **same))
         yield equal(f"the exact map stays, {norm}", 0.0, pull, 1e-9, scale=1.0)
         late = GaussianMixture(OTHER_MEAN[None], OTHER_STD[None])

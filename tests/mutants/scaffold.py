@@ -2,6 +2,7 @@
 
 _M, _F = "tests/methods/test_wiring_matching.py", "tests/methods/test_wiring_following.py"
 _T, _R = "tests/methods/test_wiring_tangent.py", "tests/methods/test_wiring_rcm.py"
+_A = "tests/methods/test_wiring_adversarial.py"
 _H, _I = "tests/methods/test_wiring_halving.py", "tests/methods/test_wiring_imitating.py"
 
 MUTANTS = {
@@ -129,10 +130,37 @@ MUTANTS = {
         ("the noise of the matching", 'batch.randn("student/gan eps")', 'batch.randn("student/eps")'),
         ("the student's loss is the critic's",
          "return gan_generator_loss(self.logits", "return -gan_generator_loss(-self.logits"),
-        ("real and fake are swapped", "gan_discriminator_loss(real, fake)", "gan_discriminator_loss(fake, real)"),
+        ("real and fake are swapped",
+         "return gan_discriminator_loss(real, fake)", "return gan_discriminator_loss(fake, real)"),
         ("real ones have the fake ones' noise", '"fake_score/gan eps real"', '"fake_score/gan eps fake"'),
         ("real ones are samples", "real = self.logits(batch.images,", "real = self.logits(x,"),
         ("fake ones are images", "fake = self.logits(x,", "fake = self.logits(batch.images,"),
+    ],
+    f"diffdistill/scaffold/adversary.py | {_A}": [
+        ("heads: the teacher is not frozen",
+         "frozen(teacher.start or teacher.denoiser), options", "teacher.denoiser, options"),
+        ("heads: images are not noised", "self.layers, diffuse(x, t, eps), t, cond)", "self.layers, x, t, cond)"),
+        ("heads: another time", "self.layers, diffuse(x, t, eps), t, cond)",
+         "self.layers, diffuse(x, t, eps), t.flip(0), cond)"),
+        ("heads: other labels", "self.layers, diffuse(x, t, eps), t, cond)",
+         "self.layers, diffuse(x, t, eps), t, {k: v.flip(0) for k, v in cond.items()})"),
+        ("heads: times have another mean", "self.options.gan_time_mean, self", "0.3, self"),
+        ("heads: times have another deviation", "gan_time_mean, self.options.gan_time_std", "gan_time_mean, 1.0"),
+        ("heads: times have another stream", 'batch.generator(f"{stream} t")', 'batch.generator("student/t")'),
+        ("heads: noise has another stream", 'batch.randn(f"{stream} eps")', 'batch.randn("z")'),
+        ("heads: the student's noise is the critic's",
+         'self._noise("student/gan", batch)', 'self._noise("discriminator/gan", batch)'),
+        ("heads: the student's loss is always the hinge's",
+         'return -logits.mean() if self.options.gan_loss == "hinge"', "return -logits.mean() if True"),
+        ("heads: the student's sign", "return -logits.mean()", "return logits.mean()"),
+        ("heads: real and fake are swapped",
+         "hinge_discriminator_loss(real, fake) if", "hinge_discriminator_loss(fake, real) if"),
+        ("heads: the critic's loss is always the hinge's", 'hinge = self.options.gan_loss == "hinge"', "hinge = True"),
+        ("heads: nothing is misaligned", "if self.options.misaligned and", "if False and"),
+        ("heads: always misaligned", "if self.options.misaligned and", "if True and"),
+        ("heads: misaligned by nothing", "batch.images.roll(1, 0)", "batch.images"),
+        ("heads: misaligned with the same noise", 'self._noise("discriminator/misaligned", batch)', "noise"),
+        ("heads: misaligned in place of samples", "torch.cat([fake, other], 1)", "other"),
     ],
     f"diffdistill/scaffold/simulation.py | {_M}": [
         ("each rank its own level", "*batch.key[:2], ", "*batch.key, "),
