@@ -50,7 +50,7 @@ from diffdistill.options import (
 )
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.matching import MatchingMethod, matching_loss
-from diffdistill.scaffold.method import Batch, Need, Outcome
+from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.scaffold.simulation import simulated_through
 from diffdistill.scaffold.tangent import Point, TangentMethod, normalised
 
@@ -74,24 +74,9 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(
-    MatchingOptions,
-    MatchingTimes,
-    NormaliserOptions,
-    SimulationOptions,
-    TangentTarget,
-    DerivativeOptions,
-    student_lr=2e-6,
-    fake_score_lr=4e-7,
-    beta1=0.0,
-    weight_decay=0.01,
-    update_ratio=4,
-    time_low=0.0,
-    time_high=1.0,
-    time_std=1.6,
-    tangent_warmup=1000,
-    norm="l2",
-):
+class Config(MatchingOptions, MatchingTimes, NormaliserOptions, SimulationOptions, TangentTarget, DerivativeOptions,
+             student_lr=2e-6, fake_score_lr=4e-7, beta1=0.0, weight_decay=0.01, update_ratio=4, time_low=0.0,
+             time_high=1.0, time_std=1.6, tangent_warmup=1000, norm="l2"):  # fmt: skip
     """rCM's options; the teacher's guidance is that of both terms."""
 
     consistency_weight: float = option(50.0, "weight of the consistency loss; that of the matching is 1", at_least=0)
@@ -134,7 +119,7 @@ class Consistency(TangentMethod):
 class RCM(MatchingMethod):
     """Distribution matching, whose student also plays a game of tangents."""
 
-    needs = frozenset({Need.IMAGES})
+    needs = Consistency.needs
 
     def __init__(
         self, teacher: Teacher, config: Config, *, student: Denoiser | None = None, fake_score: Denoiser | None = None

@@ -66,18 +66,8 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(
-    ScaleRange,
-    TangentOptions,
-    TangentTarget,
-    LatentAdversarialOptions,
-    guidance_max=1.0,
-    time_mean=0.2,
-    time_std=1.6,
-    tangent_warmup=4000,
-    norm="l2",
-    gan_time_mean=-0.6,
-):
+class Config(ScaleRange, TangentOptions, TangentTarget, LatentAdversarialOptions, guidance_max=1.0, time_mean=0.2,
+             time_std=1.6, tangent_warmup=4000, norm="l2", gan_time_mean=-0.6):  # fmt: skip
     """SANA-Sprint's options; the mode is distillation."""
 
     gan_weight: float = option(0.5, "weight of the GAN loss in the student's", at_least=0)

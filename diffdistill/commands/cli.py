@@ -254,13 +254,19 @@ def _parser(name: str, command: Command, classes: Sequence[type], usual: Mapping
 
 
 def _groups(classes: Sequence[type]) -> Iterator[tuple[str, type, list[dataclasses.Field[Any]]]]:
-    """Title, class and options of each group of help: those that one dataclass adds to its bases."""
+    """Title, class and options of each group of help: those that one dataclass adds to its bases.
+
+    Of two groups with an option of one name, it is the one's whose option the class has.
+    """
     for cls in classes:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
-        for base in sorted(bases, key=lambda base: base is not cls):  # what the command is about comes first
+        owner: dict[str, type] = {}
+        for base in bases:
             inherited = {name for below in base.__mro__[1:] for name in vars(below).get("__annotations__", ())}
-            own = [name for name in vars(base).get("__annotations__", ()) if name not in inherited]
+            owner |= {name: base for name in vars(base).get("__annotations__", ()) if name not in inherited}
+        for base in sorted(bases, key=lambda base: base is not cls):  # what the command is about comes first
+            own = [name for name in vars(base).get("__annotations__", ()) if owner[name] is base]
             title = (base.__doc__ or base.__name__).strip().splitlines()[0].rstrip(".")
             if own:
                 yield title, cls, [fields[name] for name in own if name in fields]

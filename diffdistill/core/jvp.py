@@ -201,13 +201,13 @@ def derivative(
         change = passes(*_on_circle(x, v, t, after - t)) - passes(*_on_circle(x, v, t, before - t))
         return change / expand(after - before, change)
     h = torch.where(t - step < low, -step, step).to(t)
-    before = _on_circle(x, v, t, -h)
+    earlier = _on_circle(x, v, t, -h)
     along: Tensor | float = 0.0
     if kind == "semi":
         value, along = jvp(lambda x: passes(x, t), (x,), (v,))
-        before = x, t - h
+        earlier = x, t - h
     value = passes(x, t) if value is None else value.to(torch.promote_types(value.dtype, torch.float32))
-    change = expand(h.cos(), value) * value - passes(*before)
+    change = expand(h.cos(), value) * value - passes(*earlier)
     return along + change / expand(h.sin(), change)
 
 

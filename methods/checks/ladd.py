@@ -21,23 +21,6 @@ from diffdistill.scaffold import adversary
 from diffdistill.scaffold.adversary import LatentAdversary
 from diffdistill.scaffold.method import Batch
 
-# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
-PLANE: dict[str, dict[str, Any]] = {
-    "one step": {
-        "student_lr": 0.0005,
-        "discriminator_lr": 0.003,
-        "beta1": 0.0,
-        "student_steps": 1,
-        "depths": "0.2, 0.5, 0.7",
-        "gan_loss": "hinge",
-        "gan_time_mean": -1.0,
-        "gan_time_std": 1.5,
-        "misaligned": False,
-        "update_ratio": 1,
-        "steps": 3000,
-    },
-}
-
 T, SLOPE = 0.8, torch.tensor([0.4, -1.1]).double()
 MEAN, STD = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
 

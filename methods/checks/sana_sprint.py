@@ -28,9 +28,6 @@ from diffdistill.scaffold.adversary import LatentAdversary
 from diffdistill.scaffold.method import Batch
 from diffdistill.scaffold.tangent import Point
 
-# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
-PLANE: dict[str, dict[str, Any]] = {}
-
 MEAN, STD = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
 SLOPE = torch.tensor([0.4, -1.1]).double()
 REAL: dict[str, Any] = {"derivative": SanaSprint.derivative}

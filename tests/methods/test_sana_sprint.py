@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill import UserError, distill, load_teacher
+from diffdistill.commands.cli import main
 from diffdistill.core.prediction import expand
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import sana_sprint
@@ -71,6 +72,15 @@ def test_refusals(tiny_teacher: Teachers, tmp_path: Path) -> None:
     teacher.denoiser.null = None
     with pytest.raises(UserError, match="teacher: a guidance scale needs one that was trained with a null condition"):
         SanaSprint(teacher, Config(guidance_min=1.0, guidance_max=1.0 + 1.0, guidance_scale=1.0))
+
+
+def test_its_help_names_one_guidance_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the student: two groups of its options have one."""
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--method", "sana_sprint", "--help"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("--guidance-scale X the") == 1 and "--guidance-scale X the guidance scale of samples" in said
 
 
 RUN = {"method": "sana_sprint", "data": "digits", "batch_size": 4, "sample_every": 0, "device": "cpu"}
