@@ -334,9 +334,7 @@ class SimulationOptions(Options):
     """A student of several steps, trained on inputs that its own sampler makes."""
 
     student_steps: int = option(
-        1,
-        "the student's sampling steps, at evenly spaced times of the teacher's own from student_level down",
-        at_least=1,
+        1, "sampling steps, at evenly spaced times of the teacher's own from student_level down", at_least=1
     )
     fake_scores: Literal["shared", "per_level"] = option(
         "shared",
@@ -376,10 +374,12 @@ class FakeScoreGuidance(Options):
 
 
 @dataclass(frozen=True)
-class FollowingOptions(StudentOptions, StudentLevel):
-    """A student that follows trajectories against a slow copy of itself."""
+class TrajectoryOptions(StudentOptions, StudentLevel):
+    """A student that learns trajectories."""
 
-    target_ema: float = option(0.95, "decay of the target, the student's moving average", at_least=0, below=1)
+    student_output: Literal["teacher", "v_prediction", "sample"] = option(
+        "teacher", "what the student's network gives: what the teacher's does, or v or x0 (sample)"
+    )
     student_steps: int = option(1, "the student's sampling steps; its training is the same for any number", at_least=1)
     student_dropout: float | None = option(
         None, "dropout of the student's residual blocks in training; default: its network's own", at_least=0, below=1
@@ -387,15 +387,18 @@ class FollowingOptions(StudentOptions, StudentLevel):
 
 
 @dataclass(frozen=True)
-class TangentOptions(StudentOptions, StudentLevel, TeacherGuidance, DerivativeOptions):
+class FollowingOptions(TrajectoryOptions):
+    """A student that follows trajectories against a slow copy of itself."""
+
+    target_ema: float = option(0.95, "decay of the target, the student's moving average", at_least=0, below=1)
+
+
+@dataclass(frozen=True)
+class TangentOptions(TrajectoryOptions, TeacherGuidance, DerivativeOptions):
     """A student whose target is its own derivative along the path."""
 
     mode: Literal["distillation", "training"] = option(
         "distillation", "the direction of the path; distillation: the teacher's; training: the data's own noise"
-    )
-    student_steps: int = option(1, "the student's sampling steps; its training is the same for any number", at_least=1)
-    student_dropout: float | None = option(
-        None, "dropout of the student's residual blocks in training; default: its network's own", at_least=0, below=1
     )
 
 
@@ -429,14 +432,10 @@ class ImageDistance(Options):
 class HalvingOptions(StudentOptions):
     """Stages, each of which halves the sampling steps."""
 
-    start_steps: int = option(
-        16, "the teacher's DDIM steps in the first halving; final_steps times a power of two", at_least=1
-    )
+    start_steps: int = option(16, "teacher's DDIM steps in the first halving; final_steps times 2, 4 ..", at_least=1)
     final_steps: int = option(1, "the sampling steps of the last stage's student", at_least=1)
     stage_steps: int = option(1000, "training steps of each halving", at_least=1)
-    student_lr: float = option(
-        5e-5, "AdamW's learning rate at the start of a stage; it falls linearly to zero", above=0
-    )
+    student_lr: float = option(5e-5, "AdamW's learning rate as a stage starts; it falls linearly to zero", above=0)
     weight: Literal["truncated_snr", "snr_plus_one"] = option(
         "truncated_snr", "weight of the error in x0; truncated_snr: max(1, SNR); snr_plus_one: the error in v"
     )

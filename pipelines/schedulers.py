@@ -24,7 +24,6 @@ _VP_KEYS = (
     "beta_schedule",
     "trained_betas",
     "rescale_betas_zero_snr",
-    "prediction_type",
 )
 
 
@@ -44,7 +43,7 @@ def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
         return _several_steps(teacher, sampler)
     if isinstance(schedule, DiscreteVP):
         # One trailing step is at the last timestep; one leading step is at `steps_offset`.
-        kept = _kept(teacher, schedule, level)
+        kept = _kept(teacher, sampler, level)
         return diffusers.DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
     if isinstance(schedule, EDM):
         if not schedule.sigma_min < level <= schedule.sigma_max:
@@ -64,21 +63,24 @@ def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     raise UserError(f"export: no stock scheduler for a {type(schedule).__name__} student")
 
 
-def _kept(teacher: Teacher, schedule: DiscreteVP, level: float) -> dict[str, Any]:
-    """The student's chain: its teacher's up to the level, as betas where that is not all of it.
+def _kept(teacher: Teacher, sampler: Sampler, level: float) -> dict[str, Any]:
+    """The student's chain and kind of output: its teacher's betas up to the level, in numbers where that is not all.
 
     `trained_betas` may be fewer than the config says.
     """
+    schedule = sampler.denoiser.schedule
+    assert isinstance(schedule, DiscreteVP)
     noisiest = len(schedule.alphas_cumprod) - 1
     if level != int(level) or not 0 <= level <= noisiest:
         raise UserError(f"student_level: {level} is not a whole timestep from 0 to {noisiest}")
     kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
+    kept["prediction_type"] = sampler.denoiser.output.name
     if level == noisiest and kept.get("beta_schedule") != "sigmoid":  # which DDPM's scheduler has, and no student's
         return kept | {"num_train_timesteps": noisiest + 1} if kept.get("trained_betas") else kept
     # `steps_offset` would do for one step, but StableDiffusionPipeline sets it to 1.
     alphas = schedule.alphas_cumprod[: int(level) + 1].double()
     betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
-    kind = kept.get("prediction_type", "epsilon")
+    kind = kept["prediction_type"]
     return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": kind}
 
 
@@ -88,7 +90,7 @@ def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     stock = sampler.step.stock.get(type(schedule).__name__)
     if isinstance(schedule, DiscreteVP):
         count = len(schedule.alphas_cumprod)
-        kept = _kept(teacher, schedule, sampler.levels[0])
+        kept = _kept(teacher, sampler, sampler.levels[0])
         if stock == "LCMScheduler":
             chain = DiscreteVP(schedule.alphas_cumprod[: int(sampler.levels[0]) + 1])
             length = len(chain.alphas_cumprod)

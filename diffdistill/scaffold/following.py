@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.prediction import diffuse
-from diffdistill.core.schedule import student_levels
+from diffdistill.core.prediction import OUTPUTS, diffuse
+from diffdistill.core.schedule import DiscreteVP, student_levels
 from diffdistill.errors import UserError
-from diffdistill.options import FollowingOptions
+from diffdistill.options import TrajectoryOptions
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.rng import seed_for, seeded
@@ -45,8 +45,8 @@ class FollowingMethod(Method, Generic[I]):
     def __init__(self, teacher: Teacher, config: Any, student: Denoiser, *, slow_target: bool):
         super().__init__(teacher, config)
         self.teacher: Any = frozen(teacher.denoiser)
-        if isinstance(config, FollowingOptions) and config.student_dropout is not None:
-            set_dropout(student, config.student_dropout)
+        if isinstance(config, TrajectoryOptions):
+            change_student(student, config)
         self.student = self.target = student
         self.players = {"student": student}
         if slow_target:
@@ -107,6 +107,19 @@ class FollowingMethod(Method, Generic[I]):
         if self.state:
             averages: list[Tensor] = list(self.target.parameters())
             torch._foreach_lerp_(averages, list(self.student.parameters()), 1 - self.target_decay(step))
+
+
+def change_student(student: Denoiser, config: TrajectoryOptions) -> None:
+    """Gives the student, a copy of its own, the output and dropout of the options; UserError where it cannot."""
+    if config.student_output != "teacher":
+        if not isinstance(student.schedule, DiscreteVP):
+            raise UserError(
+                f"student_output: {config.student_output} is for teachers of discrete timesteps (DDPM, DDIM), and no "
+                f"stock scheduler of a {type(student.schedule).__name__} teacher takes it; leave it out"
+            )
+        student.output = OUTPUTS[config.student_output]
+    if config.student_dropout is not None:
+        set_dropout(student, config.student_dropout)
 
 
 def set_dropout(student: nn.Module, share: float) -> None:

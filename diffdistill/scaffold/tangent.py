@@ -22,7 +22,7 @@ from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.players.two_times import time_input
 from diffdistill.rng import generator, seed_for, seeded
-from diffdistill.scaffold.following import set_dropout
+from diffdistill.scaffold.following import change_student
 from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
 
 
@@ -54,8 +54,7 @@ class TangentMethod(Method):
         self.from_teacher = config.mode == "distillation"
         if self.from_teacher:
             self.teacher = guided(self.teacher, config.guidance_scale)
-        if config.student_dropout is not None:
-            set_dropout(student, config.student_dropout)
+        change_student(student, config)
         self._teacher = teacher
         self._kind: Derivative | None = None
         self.student = student

@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +21,17 @@ from torch import Tensor
 
 from diffdistill.config import TrainConfig
 from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import DiscreteVP, LinearFlow
 from diffdistill.core.times import edm_karras_angle
-from diffdistill.options import EDMTimes, HalvingOptions, MatchingOptions, MatchingTimes
+from diffdistill.options import EDMTimes, HalvingOptions, MatchingOptions, MatchingTimes, TrajectoryOptions
 from diffdistill.players.teacher import Teacher
 
 # By how much an error of the teacher's output may count in x0, and noise over data (tan t), at most:
 MATCHED = (2.5, 3.0)  # where a matched student starts
 FOLLOWING = (8.0, 20.0)  # where a follower starts, which is to look like pure noise too
 COMPARED = 15.0  # where distributions are compared; Stable Diffusion's noisiest timestep is at 14.6
+RELEARNS = 100_000_000  # parameters of a network that learns another output in a short training, at most
 LONG = 10_000  # training steps from which on the authors' ratio of two players pays
 
 
@@ -50,8 +53,13 @@ class Situation:
 
     @property
     def denoiser(self) -> Denoiser:
-        """What the student begins as."""
-        return self.teacher.denoiser
+        """What the student begins as, with the output that it is to have."""
+        denoiser, kind = self.teacher.denoiser, self.values.get("student_output", "teacher")
+        if kind == "teacher":
+            return denoiser
+        twin = denoiser.with_network(denoiser.network, denoiser.feature_layer)
+        twin.output = OUTPUTS[kind]
+        return twin
 
     @property
     def parameters(self) -> int:
@@ -116,10 +124,14 @@ def derive(situation: Situation) -> dict[str, Derived]:
     return derived
 
 
-def _intervals(s: Situation) -> Derived | None:
+def _intervals(s: Situation, points: int) -> Derived | None:
     if s.steps >= LONG:
         return None
-    return Derived(20, f"{s.steps} steps are few for more intervals to hand the trajectories' ends on")
+    return Derived(points, f"{s.steps} steps are few for more intervals to hand the trajectories' ends on")
+
+
+def _grid(s: Situation) -> Derived | None:
+    return None if s.steps >= LONG else Derived("native", "few intervals; karras has most of them where noise is low")
 
 
 def _batch_size(s: Situation) -> Derived | None:
@@ -127,6 +139,20 @@ def _batch_size(s: Situation) -> Derived | None:
         if s.parameters <= most:
             return Derived(size, f"for a network of {_count(s.parameters)} parameters")
     return Derived(2, f"for a network of {_count(s.parameters)} parameters")
+
+
+def _student_output(s: Situation) -> Derived | None:
+    denoiser, schedule = s.denoiser, s.denoiser.schedule
+    small = s.parameters <= RELEARNS and "student" not in s.teacher.lora
+    if not (issubclass(s.options, TrajectoryOptions) and small and denoiser.output.name == "epsilon"):
+        return None
+    if not isinstance(schedule, DiscreteVP) or s.values.get("student_level") is not None:
+        return None
+    counts = float(amplification(denoiser, schedule.angle(schedule.init_level).clamp(max=schedule.t_max).reshape(1)))
+    if counts <= COMPARED:
+        return None
+    why = f"an error of the teacher's epsilon counts {counts:.0f} times in x0 at pure noise, one of v once"
+    return Derived("v_prediction", why)
 
 
 def _student_level(s: Situation) -> Derived | None:
@@ -218,9 +244,11 @@ def _warmup_steps(s: Situation) -> Derived | None:
 
 RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "batch_size": _batch_size,
+    "student_output": _student_output,
     "student_level": _student_level,
-    "ddim_steps": _intervals,
-    "grid_points": _intervals,
+    "ddim_steps": partial(_intervals, points=20),
+    "grid": _grid,
+    "grid_points": partial(_intervals, points=9),  # Heun's eight steps
     "time_high": _time_high,
     "fake_score_loss": _fake_score_loss,
     "update_ratio": _update_ratio,

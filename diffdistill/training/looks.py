@@ -54,7 +54,7 @@ class Look:
         denoiser = teacher.denoiser
         # It has all that a sampler reads of a denoiser.
         several = cast(Denoiser, guided(denoiser, scale if denoiser.null is not None else 1.0))
-        self.teacher, self.level = teacher, sampler.levels[0]
+        self.teacher, self.level, self.student = teacher, sampler.levels[0], sampler.denoiser
         entry = FAMILIES.get(teacher.family)
         self.latent = entry is not None and entry.autoencoder is not None
         count = 8 if self.latent else COUNT
@@ -98,10 +98,15 @@ class Look:
         return Measures(float(size), contrast, spread, roughness, float(moved), distance)
 
     def amplified(self) -> float:
-        """By how much an error of the teacher's output counts in x0 at the student's level."""
-        schedule = self.teacher.denoiser.schedule
+        """By how much an error of the student's output counts in x0 at its level."""
+        schedule = self.student.schedule
         t = schedule.angle(self.level).clamp(schedule.t_min, schedule.t_max).reshape(1)
-        return float(amplification(self.teacher.denoiser, t))
+        return float(amplification(self.student, t))
+
+    @property
+    def relearns(self) -> bool:
+        """Whether the student's output is another than the teacher's, so that it begins with none of its skill."""
+        return self.student.output != self.teacher.denoiser.output
 
 
 def _raw(samples: Tensor, groups: Tensor) -> tuple[float, float, float]:
@@ -171,6 +176,8 @@ def watch(
     def now(step: int) -> None:
         m = look.measures(look.drawn(sampler_now()))
         wrong = faults(m, before, first=step < steps)
+        if look.relearns and step < steps:  # at a tenth of the budget it has nothing else to show
+            wrong = [fault for fault in wrong if fault.startswith("divergence")]
         with open(out / "looks.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **m._asdict(), "faults": wrong}) + "\n")
         print(
@@ -188,7 +195,7 @@ def _show_teacher(out: Path, look: Look, drawing: bool) -> None:
     m = look.measures(look.one)
     print(
         f"the teacher's one pass at the student's level {look.level:g} has {m.contrast:.2f} of the contrast and "
-        f"{m.spread:.2f} of the spread of its {STEPS_OF_TEACHER} steps; an error of its output counts "
+        f"{m.spread:.2f} of the spread of its {STEPS_OF_TEACHER} steps; an error of the student's output counts "
         f"{look.amplified():.1f} times in x0"
     )
     if look.amplified() > COMPARED:

@@ -1,5 +1,6 @@
 """Options that are derived from a teacher: the right level, loss and rates for each kind, and what overrides them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,15 @@ import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from diffdistill import distill
+from diffdistill import UserError, distill
 from diffdistill.commands.cli import main
 from diffdistill.config import DERIVED
 from diffdistill.core.prediction import OUTPUTS, Output
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule
-from diffdistill.methods import consistency, dmd2, progressive, sid, sim
+from diffdistill.methods import consistency, dmd2, lcm, progressive, scm, sid, sim
+from diffdistill.players.lora import LoraSettings
 from diffdistill.players.teacher import Teacher
+from diffdistill.rng import image_generators
 from diffdistill.training.derived import RULES, Derived, Situation, amplification, derive, noisiest
 
 
@@ -97,7 +100,22 @@ def test_rates_fall_with_size_and_a_fake_score_keeps_up() -> None:
 def test_a_method_of_stages_keeps_its_own_schedule() -> None:
     names = derived_for(teacher_of(STOCK_DDPM, OUTPUTS["v_prediction"]), progressive.Config)
     assert not {"lr_schedule", "warmup_steps", "ema", "student_level"} & set(names)
-    assert "student_level" in derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"]), consistency.Config)
+
+
+@pytest.mark.parametrize("config", [consistency.Config, lcm.Config, scm.Config])
+def test_a_small_trajectory_student_predicts_v_where_the_noise_says_nothing_of_the_sample(config: type) -> None:
+    """From pure noise then; a large network, LoRA or a student with a level of its own goes on with the noise."""
+    epsilon = OUTPUTS["epsilon"]
+    small = derived_for(teacher_of(STOCK_DDPM, epsilon), config)
+    assert small["student_output"].value == "v_prediction" and "student_level" not in small
+    large = derived_for(teacher_of(STOCK_DDPM, epsilon, 600_000_000), config)
+    assert "student_output" not in large and 500 < large["student_level"].value < 750
+    lora = replace(teacher_of(STOCK_DDPM, epsilon), lora={"student": LoraSettings(4, 4.0)})
+    assert "student_output" not in derived_for(lora, config) and "student_level" in derived_for(lora, config)
+    placed = derived_for(teacher_of(STOCK_DDPM, epsilon), config, student_level=500.0)
+    assert "student_output" not in placed
+    for teacher in (teacher_of(STABLE_DIFFUSION, epsilon), teacher_of(STOCK_DDPM, OUTPUTS["v_prediction"])):
+        assert not {"student_output", "student_level"} & set(derived_for(teacher, config))
 
 
 def test_the_help_says_what_is_derived(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,3 +173,30 @@ def test_a_trajectory_student_starts_at_its_level(method: str, stock_ddpm: Path,
     pipeline.unet.register_forward_pre_hook(lambda module, args: times.append(float(args[1])))
     pipeline(batch_size=1, output_type="np")
     assert times == [500.0]
+
+
+@pytest.mark.parametrize("method", ["consistency", "lcm", "scm"])
+def test_a_student_that_predicts_v_draws_the_same_images_in_stock_diffusers(
+    method: str, stock_ddpm: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Derived for an epsilon teacher; its scheduler says v_prediction, and a look at a tenth does not call it noise."""
+    from diffusers import DiffusionPipeline
+
+    run = distill(method, teacher=stock_ddpm, data="digits", steps=20, batch_size=4, out=tmp_path / "run")
+    sampler, pipeline = run.sampler(), DiffusionPipeline.from_pretrained(run.student)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction" and sampler.levels == (999.0,)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(batch_size=3, generator=image_generators(5, range(3)), output_type="np").images
+    ours = sampler((1, 8, 8), {}, image_generators(5, range(3))).clamp(-1, 1) / 2 + 0.5
+    torch.testing.assert_close(torch.from_numpy(drawn).permute(0, 3, 1, 2), ours, atol=1e-5, rtol=0)
+    assert "look at step 2" in (said := capfd.readouterr()).out and "counts 1.0 times" in said.out
+    assert "getting worse" not in said.err and "noise:" not in said.err.split("look at step 20")[0]
+
+
+def test_only_a_schedule_of_timesteps_takes_another_output(tmp_path: Path) -> None:
+    flow = Teacher.around(
+        torch.nn.Conv2d(1, 1, 1), (1, 8, 8), LinearFlow(), "flow_prediction", call=lambda n, x, t, c: n(x)
+    )
+    with pytest.raises(UserError, match=r"student_output: v_prediction .* LinearFlow teacher .* leave it out"):
+        distill("consistency", teacher=flow, data="digits", steps=1, out=tmp_path / "run",
+                options={"student_output": "v_prediction"})  # fmt: skip
