@@ -19,6 +19,17 @@ class MachineConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """How attention is computed."""
+
+    attention: Literal["auto", "sdpa", "xformers", "jvp", "math"] = option(
+        "auto",
+        "the kernels of attention; auto and sdpa: torch's, fused where they can be; xformers; jvp: ours, which alone "
+        "has a derivative along a direction, and which all but math take for one; math: plain products",
+    )
+
+
+@dataclass(frozen=True)
 class FitConfig(MachineConfig):
     """How long, how much at a time, and what is kept."""
 
@@ -74,7 +85,7 @@ SAVING = frozenset(SavingConfig.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
-class TrainConfig(SavingConfig, FitConfig):
+class TrainConfig(SavingConfig, FitConfig, AttentionConfig):
     """Method, teacher, data and players."""
 
     method: str = option("dmd2", "a method's name (see `diffdistill methods`) or a file of your own, ./my_method.py")
@@ -208,7 +219,7 @@ class TeacherConfig(FitConfig):
 
 
 @dataclass(frozen=True)
-class PairsConfig(MachineConfig):
+class PairsConfig(MachineConfig, AttentionConfig):
     """Which pairs of noise and image, of which teacher."""
 
     teacher: str = option("digits", "a diffusers folder, a hub id, or 'digits', the embedded one")
@@ -266,12 +277,9 @@ class ListConfig:
 
 
 @dataclass(frozen=True)
-class DrawConfig(MachineConfig):
+class DrawConfig(MachineConfig, AttentionConfig):
     """How models are drawn."""
 
-    attention: Literal["auto", "sdpa", "xformers", "math"] = option(
-        "auto", "the kernels of attention; auto and sdpa: torch's, fused where they can be; math: its plain products"
-    )
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the models' weights")
     trust_remote_code: bool = option(False, "allow the Python code of a pipeline that a folder carries to run")
 
@@ -376,7 +384,7 @@ class SpeedConfig(DrawConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(MachineConfig):
+class SampleConfig(MachineConfig, AttentionConfig):
     """What is drawn."""
 
     model: str = option(MISSING, "a run, a student's or teacher's folder or hub id, or 'digits'")
@@ -398,7 +406,7 @@ class SampleConfig(MachineConfig):
 
 
 @dataclass(frozen=True)
-class BenchConfig(MachineConfig):
+class BenchConfig(MachineConfig, AttentionConfig):
     """What is trained and judged."""
 
     suite: str = option("digits", "digits, mnist, or a .yaml file with the same fields")

@@ -35,7 +35,7 @@ from diffdistill.eval.features.digit_classifier import DigitClassifier
 from diffdistill.eval.features.digit_classifier import train as train_classifier
 from diffdistill.eval.features.measure import Measure
 from diffdistill.eval.judge import Judge, JudgeOptions, score
-from diffdistill.eval.models import Draw, pixel_model, teacher_images
+from diffdistill.eval.models import Draw, SamplingOptions, pixel_model, teacher_images
 from diffdistill.eval.protocol import load as load_protocol
 from diffdistill.eval.report import text_table, write_json
 from diffdistill.eval.suites import Suite
@@ -61,6 +61,7 @@ class BenchOptions:
     reference: str | None = None  #: images that neither the teacher nor its students learn from
     jobs: int | None = None  #: trainings at a time; default: one a core, or one on a GPU
     device: str = "auto"
+    attention: str = "auto"
     threads: int = 1  #: of each training, and of the evaluation
 
 
@@ -114,6 +115,7 @@ class _Bench:
         reference = options.reference or suite.reference or images
         shared = {
             "suite": suite.name, "teacher": source, "data": images, "reference": reference, "budget": self.budget,
+            "attention": options.attention,
         }  # fmt: skip
         _same_board(out / "suite.json", shared)
         self.compared = f"Compared with the images of {reference}"
@@ -122,7 +124,7 @@ class _Bench:
         self.teacher.denoiser.to(self.judge.device)
         self.shared: dict[str, Any] = {
             "teacher": source, "data": images, "pairs": str(out / "pairs"), "threads": options.threads,
-            "device": options.device,
+            "device": options.device, "attention": options.attention,
         }  # fmt: skip
         self.guided_teacher = Lock()
 
@@ -136,7 +138,10 @@ class _Bench:
                 plans[entry.name] = planned(entry, suite, self.budget, self.shared)
         if any("pairs" in plan.values for plan in plans.values()):
             source, pairs = self.shared["teacher"], self.shared["pairs"]
-            make_pairs(teacher=source, out=pairs, count=PAIRS, sampling_steps=PAIR_STEPS, device=options.device)
+            make_pairs(
+                teacher=source, out=pairs, count=PAIRS, sampling_steps=PAIR_STEPS,
+                device=options.device, attention=options.attention,
+            )  # fmt: skip
         results: list[dict[str, Any]] = []
         pictures: dict[str, Tensor] = {}
 
@@ -232,8 +237,9 @@ def board_judge(suite: Suite, teacher: Teacher, images: str, reference: str, opt
         classes=teacher.num_classes, conditions=["classes", "none"], published=[],
     )  # fmt: skip
     judge_options = JudgeOptions(
-        protocol, reference=reference, bootstrap=0, device=options.device, threads=options.threads
-    )
+        protocol, reference=reference, bootstrap=0, device=options.device, threads=options.threads,
+        sampling=SamplingOptions(attention=options.attention),
+    )  # fmt: skip
     shown: Any = _First(real, min(count, len(real)))
     return Judge(judge_options, data=shown, measures=measures)
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from diffdistill.core.denoiser import Cond
 from diffdistill.data.shapes import HELD_OUT, draw_many
 from diffdistill.errors import UserError, shown
-from diffdistill.eval.attention import attention
 from diffdistill.eval.image_folder import Model
 from diffdistill.eval.judge import Judge, JudgeOptions, Score, score
 from diffdistill.eval.latency import latency
@@ -48,6 +47,7 @@ from diffdistill.families import (
     Family,
     Prompt,
     Text,
+    attention_of,
     is_student,
     load_pipeline,
     load_student,
@@ -381,7 +381,7 @@ class _Latents:
             if text is not None:
                 cond = text.encode(self.pipeline, list(captions or []), self.prompt)
                 self.lead_away_from(text, rung.negative)
-            with attention(self.teacher.denoiser, self.sampling.attention):
+            with attention_of(self.teacher.denoiser, self.sampling.attention):
                 latents = rung.draw(cond, image_generators(seed, indices))
             return self.decoded(latents, rung.name)
 

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from diffdistill.core.attention_choice import check_attention
 from diffdistill.core.denoiser import Cond
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import Denoise, Step, ddim_step, sample_ode
@@ -22,7 +23,6 @@ from diffdistill.core.prediction import diffuse, expand
 from diffdistill.data.arrays import ARRAY_SUFFIXES
 from diffdistill.data.shards import hash_file
 from diffdistill.errors import UserError, first_line, shown
-from diffdistill.eval.attention import attention
 from diffdistill.eval.features.measure import network_fingerprint
 from diffdistill.eval.image_folder import Model, open_image_file, open_image_folder
 from diffdistill.eval.measurements import rounded
@@ -30,6 +30,7 @@ from diffdistill.families import (
     METADATA,
     Family,
     TeacherRecord,
+    attention_of,
     describe,
     diffusers_class,
     family_of,
@@ -90,6 +91,7 @@ def open_model(model: ModelLike, sampling: SamplingOptions) -> Model:
     UserError where it is none, or does not take the options of sampling.
     """
     check_dtype(sampling.dtype, sampling.device)
+    check_attention(sampling.attention, sampling.device, getattr(torch, sampling.dtype))
     if not isinstance(model, str | os.PathLike):
         name = "student" if isinstance(model, tuple) else "teacher"
         return _pixel_model(model, name, loaded_fingerprint(model), sampling)
@@ -239,7 +241,7 @@ def pixel_model(
 
     def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
         cond = {} if labels is None else {"class_labels": labels.to(options.device)}
-        with attention(teacher.denoiser, options.attention):
+        with attention_of(teacher.denoiser, options.attention):
             drawn = draw(cond, image_generators(seed, indices)).float().cpu()
         refuse_non_finite(drawn, name)
         return rounded((drawn + 1) / 2) if options.eight_bit else drawn
@@ -352,7 +354,7 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
             assert labels is not None
             inputs = {"class_labels": labels.tolist()}
         generators = image_generators(seed, indices)
-        with attention(pipeline, sampling.attention), seeded_steps(pipeline, generators):
+        with attention_of(pipeline, sampling.attention), seeded_steps(pipeline, generators):
             output = pipeline(**inputs, **with_negatives(call, len(indices)), generator=generators, output_type="np")
         if not hasattr(output, "images"):
             raise UserError(f"eval: {name} makes videos, and the protocols are of images")

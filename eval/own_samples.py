@@ -47,6 +47,7 @@ def own_samples(
         "shape": [protocol.channels, protocol.resolution, protocol.resolution],
         "captions": None if choice.captions is None else digest(choice.captions),
         "device": processes.device.type,
+        **({} if sampling.attention == "auto" else {"attention": sampling.attention}),
     }
 
     def produce(indices: range) -> dict[str, Tensor]:

@@ -13,11 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.core.attention_choice import check_attention
 from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import LinearFlow
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.eval.models import ModelLike, model_folder, pixel_sampler, stock_call
-from diffdistill.families import Family, describe, family_of, is_student, load_pipeline, local_folder, schedule_of
+from diffdistill.families import (
+    Family,
+    attention_of,
+    describe,
+    family_of,
+    is_student,
+    load_pipeline,
+    local_folder,
+    schedule_of,
+)
 from diffdistill.pictures import image_grid, save_png
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.teacher import Teacher
@@ -37,6 +47,7 @@ class SampleRequest:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     seed: int = 0
+    attention: str = "auto"
     trace: bool = False  #: of a latent model: a row an image, a column for what the model expects after each step
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -56,6 +67,7 @@ class Samples:
 
 def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
     """Images of a student or a teacher. UserError for what the model does not take."""
+    check_attention(request.attention, request.device)
     if isinstance(model, str | os.PathLike):
         folder = local_folder(str(model_folder(model)))
         family, _ = family_of(folder)
@@ -79,7 +91,8 @@ def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
     images = []
     for indices in torch.arange(request.count or 64).split(BATCH):
         cond = {} if labels is None else {"class_labels": labels[indices].to(request.device)}
-        images.append(draw(cond, image_generators(request.seed, indices.tolist())).float().cpu())
+        with attention_of(teacher.denoiser, request.attention):
+            images.append(draw(cond, image_generators(request.seed, indices.tolist())).float().cpu())
     return Samples(torch.cat(images), min(teacher.num_classes or 8, 10), max(1, 64 // teacher.shape[-1]))
 
 
@@ -109,12 +122,17 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
         labels = classes or range(10)
         inputs = {"prompt": prompts[i % len(prompts)]} if text else {"class_labels": [labels[i % len(labels)]]}
         if request.trace:
-            with drawing(folder), seeded_steps(pipeline, generator), traced(pipeline) as expected:
+            with (
+                drawing(folder),
+                attention_of(pipeline, request.attention),
+                seeded_steps(pipeline, generator),
+                traced(pipeline) as expected,
+            ):
                 pipeline(**inputs, **call, generator=generator, output_type="latent" if text else "np")
             images += [decoded(pipeline, family, x0[:1], call) for x0 in expected]
             columns = len(expected)
             continue
-        with drawing(folder), seeded_steps(pipeline, generator):
+        with drawing(folder), attention_of(pipeline, request.attention), seeded_steps(pipeline, generator):
             output = pipeline(**inputs, **call, generator=generator, output_type="pt" if text else "np")
         picture = torch.as_tensor(output.frames if hasattr(output, "frames") else output.images).float()
         picture = picture[:, 0] if picture.ndim == 5 else picture  # a video's first frame

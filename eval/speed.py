@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from diffdistill.core.attention_choice import check_attention
 from diffdistill.environment import environment
-from diffdistill.eval.attention import attention, require_xformers
 from diffdistill.eval.models import ModelLike, check_dtype
 from diffdistill.eval.report import check_writable, markdown_table, text_table, with_notes, write_json, write_text
 from diffdistill.eval.subjects import check_resolution, load_subject, plan_models
 from diffdistill.eval.timing import WARM_UP, SpeedOptions, Subject, TimedRun, measure_runs, percentile
+from diffdistill.families import attention_of
 
 COLUMNS = (
     *("model", "run", "steps", "passes", "batch", "pixels", "p50 ms", "p90 ms", "p99 ms", "images/s"),
@@ -42,8 +45,7 @@ class SpeedTable:
 def time_models(models: Sequence[ModelLike], options: SpeedOptions, out: Path) -> SpeedTable:
     """Times the models and their teachers, and writes speed.md and speed.json."""
     check_dtype(options.dtype, options.device)
-    if options.attention == "xformers":
-        require_xformers({options.device.type})
+    check_attention(options.attention, options.device, getattr(torch, options.dtype))
     plans = plan_models(models, options)
     for plan in plans:
         for resolution in options.resolutions:
@@ -53,7 +55,7 @@ def time_models(models: Sequence[ModelLike], options: SpeedOptions, out: Path) -
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         for subject in subjects:
-            stack.enter_context(attention(subject.parts, options.attention))
+            stack.enter_context(attention_of(subject.parts, options.attention))
         for batch in options.batch_sizes:
             for resolution in options.resolutions:
                 rows += _rows(measure_runs(subjects, batch, resolution, options), batch)

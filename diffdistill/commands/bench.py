@@ -39,6 +39,7 @@ def _bench(config: BenchConfig) -> Board:
         reference=config.reference,
         jobs=config.jobs,
         device=config.device,
+        attention=config.attention,
         threads=config.threads,
     )
     return make_board(load_suite(config.suite), options, Path(config.out))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from typing import Literal
 
-from diffdistill.config import MachineConfig
+from diffdistill.config import AttentionConfig, MachineConfig
 from diffdistill.options import option
 
 
@@ -25,7 +25,7 @@ class VerifyConfig(MachineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JvpCheckConfig(MachineConfig):
+class JvpCheckConfig(MachineConfig, AttentionConfig):
     """Which teacher."""
 
     teacher: str = option(MISSING, "a diffusers folder or hub id, or 'digits', the embedded one")

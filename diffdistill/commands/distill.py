@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.commands.export import check_exportable, export_student, parts_bytes
 from diffdistill.commands.run import Run
@@ -18,7 +18,7 @@ from diffdistill.config import TrainConfig
 from diffdistill.data.batches import batches
 from diffdistill.data.examples import Examples
 from diffdistill.errors import UserError, first_line
-from diffdistill.families import check_weights
+from diffdistill.families import attention_of, check_weights
 from diffdistill.options import coerce, nearest
 from diffdistill.pipelines.hub import upload
 from diffdistill.pipelines.record import imitated_guidance
@@ -151,24 +151,26 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
     if note and accelerator.is_main_process:
         print(note, file=sys.stderr)
     teacher.denoiser.to(accelerator.device)
-    shown = data if game.family is None and teacher.num_classes is None else game.encoded
-    grids = grid_writer(out, method.sampler, teacher, shown)
-    trainer = Trainer(method, draw, config, out, accelerator, grids)
-    if resumed:
-        trainer.resume(allow_change)
-    looks = accelerator.is_main_process and trainer.step < config.steps
-    look = _look(game, shown) if looks else None
-    sizes = {"kept_bytes": kept_bytes, "export_bytes": export_bytes}
-    start_folder(out, game.options(), player_bytes, accelerator, inputs, resume=resumed, **sizes)
-    trainer.on_look = lambda step: None
-    if look is not None:
-        for name, (value, reason) in game.derived.items():
-            print(f"{name}: {value} ({reason})")
-        trainer.on_look = watch(out, look, method.sampler, config.steps, drawing=config.sample_every > 0)
-    trainer.fit()
-    if accelerator.is_main_process:
-        with trainer.evaluating():
-            export_student(game, out / "student", trainer.step, saving=config)
+    networks = nn.ModuleList([teacher.denoiser, *method.players.values(), *method.state.values()])
+    with attention_of(networks, config.attention):
+        shown = data if game.family is None and teacher.num_classes is None else game.encoded
+        grids = grid_writer(out, method.sampler, teacher, shown)
+        trainer = Trainer(method, draw, config, out, accelerator, grids)
+        if resumed:
+            trainer.resume(allow_change)
+        looks = accelerator.is_main_process and trainer.step < config.steps
+        look = _look(game, shown) if looks else None
+        sizes = {"kept_bytes": kept_bytes, "export_bytes": export_bytes}
+        start_folder(out, game.options(), player_bytes, accelerator, inputs, resume=resumed, **sizes)
+        trainer.on_look = lambda step: None
+        if look is not None:
+            for name, (value, reason) in game.derived.items():
+                print(f"{name}: {value} ({reason})")
+            trainer.on_look = watch(out, look, method.sampler, config.steps, drawing=config.sample_every > 0)
+        trainer.fit()
+        if accelerator.is_main_process:
+            with trainer.evaluating():
+                export_student(game, out / "student", trainer.step, saving=config)
     accelerator.end_training()
     return accelerator.is_main_process
 

@@ -11,7 +11,7 @@ from diffdistill.commands.check_config import JvpCheckConfig
 from diffdistill.core.jvp import ALIKE, derivative_gap
 from diffdistill.environment import use_machine
 from diffdistill.exact.tangents import LIMITS, ModuleTangent, module_tangents
-from diffdistill.families import Prompt, family_of, load_pipeline, load_teacher, local_folder
+from diffdistill.families import Prompt, attention_of, family_of, load_pipeline, load_teacher, local_folder
 from diffdistill.options import build
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator
@@ -24,6 +24,7 @@ def jvp_check(
     frames: int | None = None,
     prompt: str = "a red fox in the snow",
     seed: int = 0,
+    attention: str = "auto",
 ) -> list[ModuleTangent]:
     """How the tangents of the teacher's network and of each module in it compare with two others.
 
@@ -34,7 +35,8 @@ def jvp_check(
     """
     name = os.fspath(teacher) if not isinstance(teacher, Teacher) else teacher.source
     options = {"resolution": resolution, "frames": frames, "prompt": prompt, "seed": seed}
-    return _check(_teacher(build(JvpCheckConfig, {"teacher": name, **options}), teacher), seed)
+    config = build(JvpCheckConfig, {"teacher": name, "attention": attention, **options})
+    return _check(_teacher(config, teacher), config)
 
 
 def _teacher(config: JvpCheckConfig, teacher: str | os.PathLike[str] | Teacher) -> Teacher:
@@ -60,10 +62,11 @@ def _samples(teacher: Teacher, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x.to(device), t.to(device)
 
 
-def _check(teacher: Teacher, seed: int) -> list[ModuleTangent]:
+def _check(teacher: Teacher, config: JvpCheckConfig) -> list[ModuleTangent]:
     denoiser = teacher.denoiser
-    x, t = _samples(teacher, seed)
-    return list(module_tangents(denoiser.network, lambda: denoiser(x, t, teacher.sample_cond(2)), seed))
+    x, t = _samples(teacher, config.seed)
+    with attention_of(denoiser, config.attention):
+        return list(module_tangents(denoiser.network, lambda: denoiser(x, t, teacher.sample_cond(2)), config.seed))
 
 
 def run(config: JvpCheckConfig) -> int:
@@ -71,7 +74,7 @@ def run(config: JvpCheckConfig) -> int:
     device = use_machine(config.device, config.threads)
     teacher = _teacher(config, config.teacher)
     teacher.denoiser.to(device)
-    rows = _check(teacher, config.seed)
+    rows = _check(teacher, config)
     shown = [row for row in rows if config.all or not row.ok or not row.name]
     print(f"{'':4} {'double VJP':>10} {'differences':>11}  module")
     for row in shown:

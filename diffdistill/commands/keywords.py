@@ -18,6 +18,12 @@ class MachineOptions(TypedDict, total=False):
     threads: int
 
 
+class AttentionOptions(TypedDict, total=False):
+    """The options of `AttentionConfig`."""
+
+    attention: Literal["auto", "sdpa", "xformers", "jvp", "math"]
+
+
 class FitOptions(MachineOptions, total=False):
     """The options of `FitConfig`."""
 
@@ -47,7 +53,7 @@ class SavingOptions(TypedDict, total=False):
     hub_private: bool
 
 
-class TrainOptions(SavingOptions, FitOptions, total=False):
+class TrainOptions(SavingOptions, FitOptions, AttentionOptions, total=False):
     """The options of `TrainConfig` but for method, teacher, data and pairs, which `distill` takes by themselves."""
 
     null_class: int | None
@@ -104,7 +110,7 @@ class EncodeOptions(MachineOptions, total=False):
     out: str | Path
 
 
-class PairsOptions(MachineOptions, total=False):
+class PairsOptions(MachineOptions, AttentionOptions, total=False):
     """The options of `PairsConfig` but for the teacher, which `make_pairs` takes by itself."""
 
     null_class: int | None
@@ -120,10 +126,9 @@ class PairsOptions(MachineOptions, total=False):
     out: str | Path
 
 
-class DrawOptions(MachineOptions, total=False):
+class DrawOptions(MachineOptions, AttentionOptions, total=False):
     """The options of `DrawConfig`."""
 
-    attention: Literal["auto", "sdpa", "xformers", "math"]
     dtype: Literal["float32", "bfloat16", "float16"]
     trust_remote_code: bool
 
@@ -173,7 +178,7 @@ class SpeedOptions(DrawOptions, total=False):
     out: str | Path
 
 
-class SampleOptions(MachineOptions, total=False):
+class SampleOptions(MachineOptions, AttentionOptions, total=False):
     """The options of `SampleConfig` but for model and out, which `sample` takes by themselves."""
 
     prompt: str | Sequence[str]
@@ -186,7 +191,7 @@ class SampleOptions(MachineOptions, total=False):
     trace: bool
 
 
-class BenchOptions(MachineOptions, total=False):
+class BenchOptions(MachineOptions, AttentionOptions, total=False):
     """The options of `BenchConfig` but for the suite."""
 
     methods: Sequence[str] | None

@@ -39,6 +39,7 @@ def _draw(config: SampleConfig, model: ModelLike) -> Samples:
         guidance_scale=config.guidance_scale,
         negative_prompt=config.negative_prompt,
         seed=config.seed,
+        attention=config.attention,
         trace=config.trace,
         device=use_machine(config.device, config.threads),
     )

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 TILE = {"cpu": 2**19}
 """Elements of P that are computed at a time, by the type of the device: on a CPU what its cache holds."""
@@ -42,10 +41,7 @@ def attention(
     itself has a derivative, go by torch's plain products, in memory that grows with L S.
     """
     if dropout_p or (attn_mask is not None and _has_derivative(attn_mask)):
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+        return plain_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
@@ -59,6 +55,51 @@ def attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     out = _Attention.apply(query, key, value, mask, is_causal, scale)
     return out.reshape(*batch, *out.shape[-2:])
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The same by whole products, in memory that grows with L S; torch's own has a tangent, which has no gradient."""
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    logits = (scale * query) @ key.mT
+    if is_causal:
+        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if attn_mask is None:
+        return F.dropout(softmax(logits, -1), dropout_p) @ value
+    boolean = attn_mask.dtype == torch.bool
+    logits = logits.masked_fill(~attn_mask, -math.inf) if boolean else logits + attn_mask
+    blind = (logits == -math.inf).all(-1, keepdim=True)
+    weights = softmax(logits.masked_fill(blind, 0), -1).masked_fill(blind, 0)
+    return F.dropout(weights, dropout_p) @ value
+
+
+def softmax(input: Tensor, dim: int | None = None, *rest: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+    """torch's, whose own tangent is changed in place, and so has no gradient; halves are summed in float32."""
+    dtype = next((value for value in rest if isinstance(value, torch.dtype)), dtype) or input.dtype
+    x = input.to(torch.promote_types(dtype, torch.float32)).contiguous()
+    dim = -1 if dim is None else dim
+    powers = (x - x.detach().amax(dim, keepdim=True)).exp()
+    return (powers / powers.sum(dim, keepdim=True)).to(dtype)
+
+
+def multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """`F.multi_head_attention_forward` by plain products, as torch computes it where the weights are to be returned.
+
+    Its own call of scaled_dot_product_attention is out of a mode's sight. The tangent is right and has no gradient.
+    """
+    out, weights = F.multi_head_attention_forward(*args, **(kwargs | {"need_weights": True}))
+    return out, weights if kwargs.get("need_weights", True) else None
 
 
 def _has_derivative(mask: Tensor) -> bool:

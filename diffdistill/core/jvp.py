@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
-from diffdistill.core.attention import attention
+from diffdistill.core.attention import attention, multi_head_attention, plain_attention, softmax
+from diffdistill.core.attention_choice import attention_choice
 from diffdistill.core.prediction import expand
 from diffdistill.errors import UserError, first_line
 from diffdistill.rng import seeded
@@ -79,15 +80,24 @@ def _tuple(output: Any) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def forward_derivatives() -> Iterator[None]:
-    """Attention and norms have forward derivatives inside the block, in whichever network; autocast is off."""
-    with _ForwardDerivatives(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+def forward_derivatives(choice: str | None = None) -> Iterator[None]:
+    """Attention and norms have forward derivatives inside the block, in whichever network; autocast is off.
+
+    Attention is our own, or torch's plain products where these are chosen: `choice`, by default that of
+    `core.attention_choice` around the block.
+    """
+    by = plain_attention if (choice or attention_choice()) == "math" else attention
+    with _ForwardDerivatives(by), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 
 class _ForwardDerivatives(TorchFunctionMode):
+    def __init__(self, attend: Callable[..., Tensor]):
+        super().__init__()
+        self.replaced = {**_REPLACED, F.scaled_dot_product_attention: attend}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+        return self.replaced.get(func, func)(*args, **(kwargs or {}))
 
 
 def _affine(normed: Tensor, like: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
@@ -129,31 +139,14 @@ def _rms_norm(
     return _affine(F.rms_norm(_wide(input), normalized_shape, eps=eps), input, weight, None, normalized_shape)
 
 
-def _softmax(input: Tensor, dim: int | None = None, *rest: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-    # torch's tangent of it is changed in place, and so has no gradient.
-    dtype = next((value for value in rest if isinstance(value, torch.dtype)), dtype) or input.dtype
-    x = _wide(input.to(dtype))
-    dim = -1 if dim is None else dim
-    powers = (x - x.detach().amax(dim, keepdim=True)).exp()
-    return (powers / powers.sum(dim, keepdim=True)).to(dtype)
-
-
-def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    # Its own call of scaled_dot_product_attention is out of sight here; with weights it takes plain products, whose
-    # tangent is right and has no gradient.
-    out, weights = F.multi_head_attention_forward(*args, **(kwargs | {"need_weights": True}))
-    return out, weights if kwargs.get("need_weights", True) else None
-
-
 _REPLACED: dict[Any, Callable[..., Any]] = {
-    F.scaled_dot_product_attention: attention,
     F.group_norm: _group_norm,
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
-    F.softmax: _softmax,
-    torch.softmax: _softmax,
-    Tensor.softmax: _softmax,
-    F.multi_head_attention_forward: _multi_head_attention,
+    F.softmax: softmax,
+    torch.softmax: softmax,
+    Tensor.softmax: softmax,
+    F.multi_head_attention_forward: multi_head_attention,
 }
 
 

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from diffdistill.core.attention_choice import attention_choice
 from diffdistill.core.jvp import dual, forward_derivatives
 
 
@@ -53,6 +54,7 @@ class _Call:
         self.out_spec: Any = None
         self.devices = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_initialized() else []
         self.states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]
+        self.attention = attention_choice()  # which a backward pass in a thread of its own does not see
         self.precision = {
             kind: (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in ("cpu", "cuda")
         }
@@ -68,7 +70,7 @@ class _Call:
 
     def again(self, inputs: Sequence[Any]) -> list[Any]:
         """The same once more, outside of any dual level."""
-        with torch.random.fork_rng(self.devices), forward_derivatives(), forward_ad.dual_level():
+        with torch.random.fork_rng(self.devices), forward_derivatives(self.attention), forward_ad.dual_level():
             torch.set_rng_state(self.states[0])
             for device, state in zip(self.devices, self.states[1:], strict=True):
                 torch.cuda.set_rng_state(state, device)

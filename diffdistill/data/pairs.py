@@ -34,7 +34,7 @@ from diffdistill.data.encoded import Encoded, check_encoded, open_encoded, with_
 from diffdistill.data.examples import ClassLabels, Example, Examples
 from diffdistill.data.shards import Kind, bytes_of, device_for, make, open_shards, rows, start, without_padding
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES, family_of, load_teacher, local_folder
+from diffdistill.families import FAMILIES, attention_of, family_of, load_teacher, local_folder
 from diffdistill.options import build
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator
@@ -137,7 +137,8 @@ def make_pairs(
         samples = {name: columns.pop(name) for name in ("z", "x0")}
         return samples | without_padding(columns)
 
-    make(KIND, out, index, config.batch_size, produce)
+    with attention_of(own.denoiser, config.attention):
+        make(KIND, out, index, config.batch_size, produce)
     return out
 
 
@@ -203,6 +204,7 @@ def _settings(teacher: Teacher, config: PairsConfig, conditions: Examples | None
         "data_std": teacher.denoiser.schedule.data_std,
         **source,
         **{name: options[name] for name in _RECIPE},
+        **({} if config.attention == "auto" else {"attention": config.attention}),
     }
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from diffdistill.core.attention_choice import attention_by
 from diffdistill.core.jvp import jvp
 from diffdistill.errors import UserError
 from diffdistill.rng import seeded
@@ -124,7 +124,7 @@ def _difference(function: Any, primals: Sequence[Tensor], tangents: Sequence[Ten
 
 def _double_vjp(function: Any, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
     """The tangent by reverse mode alone: the VJP is linear in its cotangent, and its own VJP there is the product."""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), attention_by("math"):
         inputs = [p.clone().requires_grad_() for p in primals]
         outputs = function(*inputs)
         reached = [output for output in outputs if output.requires_grad]

@@ -4,6 +4,7 @@ To add a family, add a file: which pipeline classes it covers, how its network i
 family is found by its file's name, or registered from outside the package by `register_family`.
 """
 
+from diffdistill.families._attention import attention_of
 from diffdistill.families._family import Autoencoder, Family, Prompt, Source, Text, diffusers_class, with_null
 from diffdistill.families._folders import (
     NOT_LOADED,
@@ -52,6 +53,7 @@ __all__ = [
     "StudentRecord",
     "TeacherRecord",
     "Text",
+    "attention_of",
     "check_weights",
     "describe",
     "diffusers_class",

@@ -1,20 +1,27 @@
-"""Attention backends are used inside the block, and nothing of them is left after it."""
+"""A choice of attention holds inside the block, and nothing of it is left after it."""
 
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from diffusers.models import attention_dispatch, attention_processor
+from diffusers.models import attention_processor
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import _cur_sdpa_kernel_backends
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffdistill import UserError
-from diffdistill.eval import attention as module
-from diffdistill.eval.attention import attention
+from diffdistill.core import attention_choice as module
+from diffdistill.core import jvp as jvp_module
+from diffdistill.core.attention_choice import attention_by, attention_choice
+from diffdistill.core.jvp import jvp
+from diffdistill.core.recompute import recomputed
+from diffdistill.families import attention_of as attention
 from tests import tiny_a, tiny_b
 
 BUILDERS: dict[str, Callable[[], Any]] = {**tiny_a.PIPELINES, **tiny_b.PIPELINES}
@@ -73,6 +80,8 @@ def state(pipeline: Any) -> list[Any]:
     own = [getattr(m, "processor", None) for m in modules]
     return [
         *map(id, own),
+        attention_choice(),
+        _get_current_function_mode_stack(),
         [vars(p).get("_attention_backend", "unset") for p in own if p is not None and hasattr(p, "__dict__")],
         _AttentionBackendRegistry._active_backend,
         set(_cur_sdpa_kernel_backends()),
@@ -144,7 +153,7 @@ def draw_flux(pipeline: Any) -> None:
 
 def test_what_cannot_be_used_is_said_in_one_line(tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = tiny("dit")
-    with pytest.raises(UserError, match=r"^attention: 'flash' is not one of auto, sdpa, xformers, math$"):
+    with pytest.raises(UserError, match=r"^attention: 'flash' is not one of auto, sdpa, xformers, jvp, math$"):
         attention(pipeline, "flash").__enter__()
     with pytest.raises(UserError, match=r"^attention: xformers .*; .*use sdpa$"):
         attention(pipeline, "xformers").__enter__()
@@ -156,28 +165,32 @@ def test_what_cannot_be_used_is_said_in_one_line(tiny: Callable[[str], Any], mon
 class FakeXFormers:
     """xformers.ops.memory_efficient_attention by torch, on (B, L, D) or (B, L, H, D)."""
 
-    LowerTriangularMask = None
+    class LowerTriangularMask: ...
 
     def __init__(self) -> None:
-        self.ops, self.calls = self, 0
+        self.ops, self.calls, self.refuses = self, 0, False
 
     def memory_efficient_attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, p: float = 0.0, scale: Any = None,
         op: Any = None,
     ) -> Tensor:  # fmt: skip
+        if self.refuses:
+            raise NotImplementedError
         self.calls += 1
         query, key, value = (x.transpose(1, 2) if x.ndim == 4 else x for x in (query, key, value))
-        got = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_bias, scale=scale)
+        causal = isinstance(attn_bias, self.LowerTriangularMask)
+        assert causal or attn_bias is None or attn_bias.ndim < 4 or attn_bias.stride(-2) % 8 == 0
+        mask = None if causal else attn_bias
+        got = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
         return got.transpose(1, 2) if got.ndim == 4 else got
 
 
 @pytest.fixture
 def xformers(monkeypatch: pytest.MonkeyPatch) -> FakeXFormers:
     fake = FakeXFormers()
-    monkeypatch.setattr(module, "require_xformers", lambda devices: None)
+    monkeypatch.setattr(module, "require_xformers", lambda device: None)
+    monkeypatch.setattr(module, "import_module", lambda name: fake)
     monkeypatch.setattr(attention_processor, "xformers", fake, raising=False)
-    monkeypatch.setattr(attention_dispatch, "xops", fake)
-    monkeypatch.setattr(attention_dispatch, "_CAN_USE_XFORMERS_ATTN", True)
     return fake
 
 
@@ -200,17 +213,87 @@ def test_xformers_gets_the_attention_and_gives_it_back(
     assert xformers.calls == calls, "after the block neither"
 
 
-def test_what_xformers_would_compute_otherwise_is_left_to_torch(xformers: FakeXFormers) -> None:
-    """Its plain form drops the norms of queries and keys; a module without any attention that fits is refused."""
-    normed = attention_processor.Attention(16, heads=2, dim_head=8, qk_norm="rms_norm")
-    with pytest.raises(UserError, match=r"^attention: xformers has no form of any attention in Sequential; use sdpa$"):
-        attention(nn.Sequential(normed), "xformers").__enter__()
-    plain = attention_processor.Attention(16, heads=2, dim_head=8)
-    processors = normed.processor, plain.processor
-    with attention(nn.Sequential(normed, plain), "xformers"):
-        assert normed.processor is processors[0]
-        assert type(plain.processor) is attention_processor.XFormersAttnProcessor
-    assert (normed.processor, plain.processor) == processors
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"is_causal": True},
+        {"attn_mask": torch.randn(1, 1, 5, 7), "scale": 0.3},
+        {"attn_mask": torch.tensor([[True] * 7, [False] * 7, [True] + [False] * 6] + [[True] * 7] * 2)},
+        {"enable_gqa": True},
+        {"attn_mask": torch.randn(5, 7, requires_grad=True)},  # left to torch, as is what has no operator
+    ],
+)
+def test_every_kind_of_call_is_computed_alike(call: dict[str, Any], xformers: FakeXFormers) -> None:
+    shared = 1 if call.get("enable_gqa") else 2
+    q, k, v = torch.randn(2, 2, 5, 8), torch.randn(2, shared, 7, 8), torch.randn(2, shared, 7, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, **call)
+    for choice in module.CHOICES:
+        with attention_by(choice):
+            assert torch.allclose(F.scaled_dot_product_attention(q, k, v, **call), expected, atol=1e-6), choice
+    xformers.refuses = True
+    with attention_by("xformers"):
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v, **call), expected)
+
+
+@pytest.mark.parametrize("choice", module.CHOICES)
+def test_under_a_product_with_the_jacobian_all_but_math_are_ours(choice: str, xformers: FakeXFormers) -> None:
+    """And the recomputed one of the backward pass as well; gradients of the tangent are right under each."""
+    seen: list[str] = []
+    ours, plain = jvp_module.attention, jvp_module.plain_attention
+
+    def noting(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def called(*args: Any, **kwargs: Any) -> Tensor:
+            seen.append(name)
+            return function(*args, **kwargs)
+
+        return called
+
+    q, k, v = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64)
+    mask = torch.tensor([[True] * 5, [False] * 5, *[[True] * 4 + [False]] * 3])
+
+    def gradient(inside: bool) -> Tensor:
+        leaf = q.clone().requires_grad_()
+
+        def attend(x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, k, v, mask)
+
+        tangent = jvp(lambda x: recomputed(attend, (x,), ()) if inside else attend(x), (leaf,), (v,))[1]
+        (grad,) = torch.autograd.grad(tangent.square().sum(), leaf)
+        return grad
+
+    expected = gradient(inside=False)
+    noted = {"attention": noting("ours", ours), "plain_attention": noting("math", plain)}
+    with mock.patch.multiple(jvp_module, **noted), attention_by(choice):
+        assert torch.allclose(gradient(inside=False), expected, atol=1e-12)
+        assert torch.allclose(gradient(inside=True), expected, atol=1e-12)
+    assert seen == ["math" if choice == "math" else "ours"] * 3
+    assert xformers.calls == 0
+
+
+def test_a_choice_is_of_one_thread() -> None:
+    seen: list[str] = []
+    with attention_by("math"):
+        thread = Thread(target=lambda: seen.append(attention_choice()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+@pytest.mark.parametrize("choice", ["math", "jvp"])
+def test_autocast_is_as_with_torchs_own(choice: str) -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.scaled_dot_product_attention(q, k, v)
+        with attention_by(choice):
+            out = F.scaled_dot_product_attention(q, k, v)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    assert torch.allclose(out, expected, atol=2e-2)
+
+
+def test_xformers_in_double_precision_is_one_line(xformers: FakeXFormers) -> None:
+    takes = r"^attention: xformers takes float16, bfloat16, float32, and the weights are float64; use sdpa$"
+    with pytest.raises(UserError, match=takes):
+        attention(nn.Linear(2, 2).double(), "xformers").__enter__()
 
 
 def test_auto_takes_xformers_back_out(xformers: FakeXFormers) -> None:
