@@ -43,7 +43,7 @@ def test_a_run_keeps_its_choice_and_gives_a_student_like_the_default(choice: str
     runs = {}
     for name in ("auto", choice):
         with counted() as seen:
-            runs[name] = distill("dmd", data="digits", steps=1, out=tmp_path / name, attention=name, **SHORT)
+            runs[name] = distill("sid", steps=1, out=tmp_path / name, attention=name, **SHORT)
         assert set(seen) == {name} - {"auto"}
         assert run_options(runs[name].folder)["attention"] == name
     weights = [load_student(run.student)[0].denoiser.state_dict() for run in runs.values()]
@@ -79,7 +79,7 @@ def test_jvp_check_takes_it() -> None:
 def test_what_the_device_lacks_is_one_line(command: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^attention: xformers .*; .*use sdpa$"):
         if command == "train":
-            distill("dmd", data="digits", steps=1, out=tmp_path / "run", attention="xformers", **SHORT)
+            distill("sid", steps=1, out=tmp_path / "run", attention="xformers", **SHORT)
         elif command == "sample":
             sample("digits", device="cpu", attention="xformers")
         else:
