@@ -21,6 +21,23 @@ from diffdistill.scaffold import adversary
 from diffdistill.scaffold.adversary import LatentAdversary
 from diffdistill.scaffold.method import Batch
 
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
+PLANE = {
+    "one step": {
+        "student_lr": 0.0002,
+        "discriminator_lr": 0.002,
+        "beta1": 0.0,
+        "student_steps": 1,
+        "depths": "0.2, 0.5, 0.7",
+        "gan_loss": "logistic",
+        "gan_time_mean": -0.5,
+        "gan_time_std": 1.5,
+        "misaligned": False,
+        "update_ratio": 2,
+        "steps": 2500,
+    },
+}
+
 T, SLOPE = 0.8, torch.tensor([0.4, -1.1]).double()
 MEAN, STD = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
 

@@ -28,6 +28,31 @@ from diffdistill.scaffold.adversary import LatentAdversary
 from diffdistill.scaffold.method import Batch
 from diffdistill.scaffold.tangent import Point
 
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py. Without
+# guidance: the images that count as real are not guided.
+PLANE = {
+    "one step": {
+        "student_lr": 0.001,
+        "discriminator_lr": 0.003,
+        "beta1": 0.0,
+        "guidance_min": 1.0,
+        "guidance_max": 1.0,
+        "tangent_warmup": 300,
+        "time_mean": -0.5,
+        "time_std": 1.8,
+        "norm": "rms",
+        "norm_c": 0.1,
+        "max_grad_norm": 1.0,
+        "depths": "0.5, 0.7",
+        "gan_loss": "hinge",
+        "gan_weight": 0.01,
+        "gan_time_mean": -0.6,
+        "gan_time_std": 1.0,
+        "noisiest_share": 0.5,
+        "steps": 1500,
+    },
+}
+
 MEAN, STD = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
 SLOPE = torch.tensor([0.4, -1.1]).double()
 REAL: dict[str, Any] = {"derivative": SanaSprint.derivative}
