@@ -200,6 +200,7 @@ MUTANTS = {
         ("x_r under other labels",
          "eps, interval, batch.cond)\n", "eps, interval, {k: v.flip(0) for k, v in batch.cond.items()})\n"),
         ("x_t in x_r's place", "self.following(x_t, x_r,", "self.following(x_t, x_t,"),
+        ("the student's output is the teacher's", "student.output = OUTPUTS[config.student_output]", "pass"),
         ("the loss under other labels", 'batch.cond, seed_for(*batch.key, "student/dropout")',
          '{k: v.flip(0) for k, v in batch.cond.items()}, seed_for(*batch.key, "student/dropout")'),
         ("the same dropout in every step", 'seed_for(*batch.key, "student/dropout")', 'seed_for("student/dropout")'),
