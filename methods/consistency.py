@@ -34,7 +34,7 @@ from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.distances import distance
 from diffdistill.core.guidance import guided
-from diffdistill.core.ode import ddim_step, heun_step
+from diffdistill.core.ode import ddim_step, heun_step, heun_x0_step
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.schedule import sampling_grid
 from diffdistill.core.times import grid_points_at, karras_grid, log_normal
@@ -73,7 +73,7 @@ class Config(FollowingOptions, ImageDistance, TeacherGuidance, student_lr=1e-4):
     )
     grid: Literal["karras", "native"] = option("karras", "karras: rho 7 in sigma; native: the teacher's own steps")
     grid_points: int = option(40, "N, the points of the grid in distillation, both ends counted", at_least=2)
-    solver: Literal["heun", "euler"] = option("heun", "the teacher's step; heun costs two of its passes")
+    solver: Literal["heun", "heun_x0", "euler"] = option("heun", "the teacher's step; heun_x0: mean x0, for long ones")
     loss_weight: Literal["auto", "uniform", "inverse_step"] = option(
         "auto", "inverse_step: 1/(sigma_t - sigma_r); auto: inverse_step for mode easy, else uniform"
     )
@@ -156,8 +156,9 @@ class Consistency(FollowingMethod[Step]):
     def less_noisy(self, x_t: Tensor, x0: Tensor, eps: Tensor, interval: Step, cond: Cond) -> Tensor:
         if not self.from_teacher:
             return diffuse(x0, interval.r, eps)
-        heun = self.config.solver == "heun" and self.config.mode == "distillation"
-        return (heun_step if heun else ddim_step)(self.teacher, x_t, *interval, cond)
+        heun = heun_step if self.config.solver == "heun" else heun_x0_step
+        plain = self.config.solver == "euler" or self.config.mode != "distillation"
+        return (ddim_step if plain else heun)(self.teacher, x_t, *interval, cond)
 
     @torch.no_grad()
     def target_x0(self, x_r: Tensor, r: Tensor, cond: Cond) -> Tensor:

@@ -28,20 +28,30 @@ def ddim_step(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -
     return denoise(x_t, t, cond).at(s)
 
 
-def heun_step(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+def heun_step(
+    denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond, eps_until: float = _EPS_FORM_UNTIL
+) -> Tensor:
     """Algorithm 1 of Karras et al. 2022 (arXiv:2206.00364) without churn: eps averaged over both ends.
 
     A step to s = 0 is Euler's, as there. Close to pure noise, where that form has a pole, x0 is averaged
-    instead, which is of second order too.
+    instead, which is of second order too; `eps_until` is the angle from which on it is.
     """
     first = denoise(x_t, t, cond)
     second = denoise(first.at(s), s, cond)
-    noisy = t > _EPS_FORM_UNTIL
+    noisy = t > eps_until
     last = expand(s, x_t) == 0
     x0 = torch.where(last, first.x0, torch.lerp(first.x0, second.x0, 0.5))
     eps = torch.where(last, first.eps, torch.lerp(first.eps, second.eps, 0.5))
     y = torch.where(expand(noisy, x_t) > 0, x0, eps)
     return Prediction(x_t, t, y, noisy.to(t.dtype), (~noisy).to(t.dtype)).at(s)
+
+
+def heun_x0_step(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """Heun's step with x0 averaged at every level, for long steps: it stays between what the two passes say.
+
+    Where tan falls by a factor q, averaged eps counts the second x0 (q - 1)/2 times, and takes the first off again.
+    """
+    return heun_step(denoise, x_t, t, s, cond, eps_until=0.0)
 
 
 def solve(step: Step, denoise: Denoise, x: Tensor, grid: Tensor, cond: Cond) -> Tensor:

@@ -120,8 +120,10 @@ class _Gaussian:
         t, r = self.sigma[:-1], self.sigma[1:]
         h, a_t, a_r = r - t, t / (self.s**2 + t**2), r / (self.s**2 + r**2)
         euler = 1 + h * a_t
-        heun = 1 + h / 2 * (a_t + a_r * (1 + h * a_t))
-        return torch.where(r == 0, euler, heun) if solver == "heun" else euler
+        heun = 1 + h / 2 * (a_t + a_r * euler)
+        if solver == "heun_x0":
+            heun = r / t + (1 - r / t) / 2 * (1 - t * a_t + (1 - r * a_r) * euler)
+        return euler if solver == "euler" else torch.where(r == 0, euler, heun)
 
     def products(self, factors: Tensor) -> Tensor:
         return factors.flip(0).cumprod(0).flip(0)
@@ -134,9 +136,9 @@ class _Gaussian:
 def verify() -> Iterator[Check]:
     """Section 1.1's sanity items and rows 4 and 15 of Appendix B, on a Gaussian."""
     for grid in ("karras", "native"):
-        for solver in ("euler", "heun"):
+        for solver in ("euler", "heun", "heun_x0"):
             yield from _fixed_point(Config(grid=grid, solver=solver, grid_points=12, distance="l2"))
-    for solver, order in (("euler", 1.0), ("heun", 2.0)):
+    for solver, order in (("euler", 1.0), ("heun", 2.0), ("heun_x0", 2.0)):
         errors = []
         for n in (60, 120):
             game = _Gaussian(Config(solver=solver, grid_points=n, distance="l2"))  # type: ignore[arg-type]

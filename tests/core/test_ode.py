@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Denoiser
-from diffdistill.core.ode import Step, ddim_step, heun_step, solve
-from diffdistill.core.prediction import OUTPUTS
+from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.ode import Step, ddim_step, heun_step, heun_x0_step, solve
+from diffdistill.core.prediction import OUTPUTS, Prediction
 from diffdistill.core.schedule import LinearFlow, TrigFlow, sampling_grid
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.families import schedule_of
@@ -193,7 +193,7 @@ def gaussian_error(step: Step, steps: int, top: float, bottom: float) -> float:
     return float((got - exact(x, grid[:1].expand(8), grid[-1:].expand(8))).abs().max())
 
 
-@pytest.mark.parametrize(("step", "order"), [(ddim_step, 1), (heun_step, 2)])
+@pytest.mark.parametrize(("step", "order"), [(ddim_step, 1), (heun_step, 2), (heun_x0_step, 2)])
 def test_order_of_convergence(step: Step, order: int) -> None:
     """Halving the step divides the error by 2^order."""
     errors = [gaussian_error(step, n, 1.4, 0.2) for n in (50, 100, 200)]
@@ -226,12 +226,24 @@ def test_heun_step_to_zero_is_eulers(schedule: Any) -> None:
         torch.testing.assert_close(heun_step(denoiser, x, t, zero, {}), ddim_step(denoiser, x, t, zero, {}))
 
 
+def test_a_long_step_of_averaged_x0_stays_between_the_two() -> None:
+    """From tan(t) = 160 to 16, with x0 = 0 at first and 1 then; averaged eps goes ten times as far."""
+
+    def denoise(x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        return Prediction(x, t, (t < 1.55).to(x)[:, None], torch.ones_like(t), torch.zeros_like(t))
+
+    t, s = (torch.atan(torch.tensor([q], dtype=torch.float64)) for q in (160.0, 16.0))
+    for step, way in ((heun_x0_step, 0.45), (heun_step, 4.5)):
+        moved = step(denoise, torch.zeros(1, 1, dtype=torch.float64), t, s, {}) / torch.cos(s)
+        torch.testing.assert_close(moved.item(), way)
+
+
 def test_each_sample_may_have_its_own_angles() -> None:
     teacher = gaussian_teacher([0.5, -1.0], torch.tensor([0.3, 1.7]))
     x = torch.randn(3, 2, dtype=torch.float64)
     t = torch.tensor([math.pi / 2, 1.0, 0.5], dtype=torch.float64)
     s = torch.tensor([1.2, 0.0, 0.4], dtype=torch.float64)
-    for step in (ddim_step, heun_step):
+    for step in (ddim_step, heun_step, heun_x0_step):
         together = step(teacher.denoiser, x, t, s, {})
         for i in range(3):
             alone = step(teacher.denoiser, x[i : i + 1], t[i : i + 1], s[i : i + 1], {})

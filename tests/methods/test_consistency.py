@@ -29,7 +29,7 @@ Teachers = Callable[[str], Path]
 def test_every_exact_check_holds() -> None:
     checks = run_checks(verify)
     assert [c for c in checks if not c.ok] == []
-    assert sum(c.name.startswith("product of the step factors") for c in checks) == 4
+    assert sum(c.name.startswith("product of the step factors") for c in checks) == 6
 
 
 def at_the_same_time(self: Consistency, x_t: Tensor, x_r: Tensor, interval: Step, *rest: Any, **kw: Any) -> Any:
