@@ -134,10 +134,6 @@ def _grid(s: Situation) -> Derived | None:
     return None if s.steps >= LONG else Derived("native", "few intervals; karras has most of them where noise is low")
 
 
-def _solver(s: Situation) -> Derived | None:
-    return None if s.steps >= LONG else Derived("heun_x0", "averaged noise overshoots in long steps")
-
-
 def _batch_size(s: Situation) -> Derived | None:
     for most, size in ((400_000, 64), (100_000_000, 32), (1_500_000_000, 8)):
         if s.parameters <= most:
@@ -252,7 +248,6 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "student_level": _student_level,
     "ddim_steps": partial(_intervals, points=20),
     "grid": _grid,
-    "solver": _solver,
     "grid_points": partial(_intervals, points=9),  # Heun's eight steps
     "time_high": _time_high,
     "fake_score_loss": _fake_score_loss,
