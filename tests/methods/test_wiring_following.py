@@ -135,7 +135,8 @@ class Straight:
         slope = fold(torch.cos(r) / torch.cos(t)) * (x_t - fold(torch.sin(t)) * eps) + fold(torch.sin(r)) * eps
         x0 = (x0 + x0_r) / 2  # close to pure noise
         other = fold(torch.cos(r)) * x0 + fold(torch.sin(r) / torch.sin(t)) * (x_t - fold(torch.cos(t)) * x0)
-        return torch.where(fold(r) == 0, euler, torch.where(fold(t) > math.atan(200), other, slope))
+        until = 0 if c.solver == "heun_x0" else math.atan(200)
+        return torch.where(fold(r) == 0, euler, torch.where(fold(t) > until, other, slope))
 
     def _consistency(self) -> Values:
         c = self.c
@@ -231,6 +232,7 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("consistency", {"grid_points": 5, "grid": "native", "huber_c": 0.3, "loss_weight": "inverse_step"}, EPS),
     ("consistency", {"grid_points": 5, "grid": "native", "loss_weight": "inverse_step"}, EDM_),
     ("consistency", {"grid_points": 6, "solver": "euler"}, FLOW),
+    ("consistency", {"grid_points": 4, "solver": "heun_x0", "grid": "native", "guidance_scale": 2.5}, VP),
     ("consistency", {"grid_points": 5, "student_level": 2.5, "grid": "native"}, EDM_),
     ("consistency", {"grid_points": 5, "student_level": 11.0, "grid": "native"}, EPS),
     ("consistency", {"grid_points": 5, "student_level": 14.0, "student_steps": 2}, VP),
@@ -251,6 +253,13 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("multistep_consistency", {**SEGMENTS, "eta": 0.3, "loss_weight": "uniform", "guidance_scale": 0.4}, FLOW),
     ("multistep_consistency", {**SEGMENTS, "mode": "training", "distance": "l2"}, EDM_),
 ]
+
+
+@pytest.mark.parametrize(("name", "points"), [("consistency", "grid_points"), ("lcm", "ddim_steps")])
+def test_a_student_gives_the_output_of_its_options_and_the_teacher_its_own(name: str, points: str) -> None:
+    method = Straight(name, {"student_output": "v_prediction", points: 4}, EPS).method
+    assert method.student.output.name == method.target.output.name == "v_prediction"
+    assert method.teacher.output.name == "epsilon"
 
 
 @pytest.mark.parametrize("step", [0, 3, 20])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffdistill.commands.export import export_student
 from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, student_levels
 from diffdistill.families import FAMILIES, load_student, schedule_of
 from diffdistill.pipelines.schedulers import scheduler_config, student_scheduler, teacher_scheduler
@@ -134,6 +135,17 @@ def levels_of(schedule: Any, seed: int) -> list[float]:
         return [low * 1.5 * (high / low / 1.5) ** v for v in u] + [high]
     count = schedule.train_timesteps
     return [round(1 + v * (count - 2)) / count for v in u] + [1 - 1 / count]
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "sigmoid"])
+def test_a_student_may_give_another_output_than_its_teacher(kind: str) -> None:
+    teacher = teacher_of(kind)
+    student = teacher.player("student")
+    student.output = OUTPUTS["v_prediction"]
+    for level in (teacher.denoiser.schedule.init_level, 20):
+        scheduler = student_scheduler(teacher, Sampler(student, [level]))
+        assert scheduler.config.prediction_type == "v_prediction"
+    assert student_scheduler(teacher, Sampler(teacher.denoiser, [20])).config.prediction_type == "epsilon"
 
 
 @pytest.mark.usefixtures("_double")
