@@ -15,6 +15,7 @@ from diffdistill.families import Prompt, attention_of, family_of, load_pipeline,
 from diffdistill.options import build
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator
+from diffdistill.scaffold.tangent import own_path
 
 
 def jvp_check(
@@ -90,19 +91,12 @@ def run(config: JvpCheckConfig) -> int:
             f"the first that does not: {wrong.name or 'the network'} ({wrong.kind}){reason}; use --derivative central"
         )
         return 1
-    print(f"--derivative auto takes: {_choice(teacher, config.seed)}")
+    print(f"--derivative auto takes: {_choice(teacher)}")
     return 0
 
 
-@torch.no_grad()
-def _choice(teacher: Teacher, seed: int) -> str:
-    """The default at this teacher, and by how much exact product and central difference differ."""
-    x, t = _samples(teacher, seed)
-    cond, schedule = teacher.sample_cond(2), teacher.denoiser.schedule
-    v = teacher.denoiser(x, t, cond).v
-
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return teacher.denoiser(x, t, cond).v
-
-    gap = derivative_gap(velocity, x, t, v, times=(schedule.t_min, schedule.t_max))
+def _choice(teacher: Teacher) -> str:
+    """What a training takes by default, and by how much exact product and central difference differ there."""
+    schedule = teacher.denoiser.schedule
+    gap = derivative_gap(*own_path(teacher), times=(schedule.t_min, schedule.t_max))
     return f"{'exact' if gap <= ALIKE else 'central'} (they differ by {gap:.1%})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, final
 
@@ -143,9 +143,18 @@ class TangentMethod(Method):
         return self._kind
 
 
+def nearer_for(teacher: Teacher, step: float) -> Derivative:
+    """Which derivative is nearer the truth for a teacher's network."""
+    times = (teacher.denoiser.schedule.t_min, teacher.denoiser.schedule.t_max)
+    return nearer_derivative(*own_path(teacher), step, times=times)
+
+
 @torch.no_grad()
-def nearer_for(teacher: Teacher, step: float, count: int = 16) -> Derivative:
-    """Which derivative is nearer the truth for a teacher's network, at one-step samples that are noised again."""
+def own_path(teacher: Teacher, count: int = 16) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, Tensor]:
+    """A teacher's velocity as a function of x_t and t, and where it is asked: x_t (n, ...), t (n,) and dx_t/dt.
+
+    x_t are its one-step samples, noised again, the same in every call.
+    """
     denoiser, schedule, cond = teacher.denoiser, teacher.denoiser.schedule, teacher.sample_cond(count)
     weight = next(itertools.chain(denoiser.parameters(), denoiser.buffers()))
     draw = generator(weight.device, "derivative")
@@ -153,9 +162,11 @@ def nearer_for(teacher: Teacher, step: float, count: int = 16) -> Derivative:
     t = torch.linspace(0.05, 0.95, count, dtype=torch.float64, device=weight.device)
     t = schedule.t_min + t * (schedule.t_max - schedule.t_min)
     x_t = diffuse(denoiser(z, torch.full_like(t, schedule.t_max), cond).x0, t, eps)
-    times = (schedule.t_min, schedule.t_max)
-    v = denoiser(x_t, t, cond).v
-    return nearer_derivative(lambda x, t: denoiser(x, t, cond).v, x_t, t, v, step, times=times)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return denoiser(x, t, cond).v
+
+    return velocity, x_t, t, velocity(x_t, t)
 
 
 def two_time_player(teacher: Teacher, steps: int, level: float | None) -> Denoiser:

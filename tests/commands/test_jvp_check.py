@@ -10,6 +10,7 @@ import diffdistill
 from diffdistill import LinearFlow, Teacher, UserError
 from diffdistill.commands.cli import main
 from diffdistill.exact.tangents import module_tangents
+from diffdistill.methods.scm import SCM, Config
 from tests.core.test_jvp import Opaque
 
 
@@ -79,6 +80,8 @@ def test_the_command_on_the_embedded_teacher(
     assert main(["jvp-check", "digits", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "the network (UNet2DModel)" in out and "--derivative auto takes: central (they differ by" in out
+    training = SCM(diffdistill.load_teacher("digits"), Config())
+    assert f"auto takes: {training.kind} (" in out
     monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: Wrong.apply(x))
     assert main(["jvp-check", "digits", "--device", "cpu"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
