@@ -53,7 +53,7 @@ ABOUT = About(
     equations={
         "f = cos(t) x - sin(t) F (section 3)": "core.prediction.Prediction",
         "tangent with the factor cos(t) sin(t) inside (section 4.2)": "scaffold.tangent.TangentMethod.derivative",
-        "g and its warm-up (Algorithm 1)": "SCM.tangent, SCM.warm",
+        "g and its warm-up (Algorithm 1)": "SCM.tangent, options.TangentTarget.warm",
         "tangent normalisation (section 4.2)": "scaffold.tangent.normalised",
         "loss with the adaptive weight (eq. 8)": (
             "SCM.regression, SCM.weight_turn, players.adaptive_weight.AdaptiveWeight"
@@ -97,33 +97,25 @@ class SCM(TangentMethod):
         t = edm_log_normal(self.schedule, batch.size, batch.generator("student/t"), *normal)
         return t.clamp_min(self.least), torch.zeros_like(t)
 
-    def warm(self, step: int) -> float:
-        """r, the share of the derivative, at that training step."""
-        return self.config.warm(step)
-
     def tangent(self, f: Tensor, at: Point, r: float) -> Tensor:
         """g (B, ...) where the student says f, not normalised: cos(t) df/dt at r = 1."""
         cos, sin = torch.cos(at.t), torch.sin(at.t)
         rising = expand(cos * sin, f) * at.x_t + self.derivative(at, cos * sin)
         return -expand(cos**2, f) * (f - at.v) - r * rising
 
-    def normalised(self, g: Tensor) -> Tensor:
-        """g/(|g| + c) of each sample."""
-        return normalised(g, self.config.norm, self.config.norm_c)
-
     def regression(self, step: int, at: Point) -> Outcome:
         """The squared error against F- + g, weighted by time."""
-        f = self.velocity(at)
-        target = f.detach() + self.normalised(self.tangent(f.detach(), at, self.warm(step)))
+        c, f = self.config, self.velocity(at)
+        target = f.detach() + normalised(self.tangent(f.detach(), at, c.warm(step)), c.norm, c.norm_c)
         weight = 1 / torch.tan(at.t)
         if self.least:
             held = at.t <= self.least
             first_stage = self.teacher(at.x_t, at.t, at.cond).v.detach()
             target = torch.where(expand(held, f) > 0, first_stage, target)
-            weight = torch.where(held, self.config.boundary_weight, 1.0) * weight
+            weight = torch.where(held, c.boundary_weight, 1.0) * weight
         error = weight.to(f) * per_sample_mean((f - target).square())
         self.errors = error.detach(), at.t
-        learned = torch.exp(-self.weight(at.t)).detach() if self.config.adaptive else 1.0
+        learned = torch.exp(-self.weight(at.t)).detach() if c.adaptive else 1.0
         return Outcome((learned * error).mean(), {"error": error.mean()})
 
     def more_turns(self, step: int) -> Sequence[Turn]:

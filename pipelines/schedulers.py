@@ -43,7 +43,7 @@ def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
         return _several_steps(teacher, sampler)
     if isinstance(schedule, DiscreteVP):
         # One trailing step is at the last timestep; one leading step is at `steps_offset`.
-        kept = _kept(teacher, sampler, level)
+        kept = _kept(teacher, sampler)
         return diffusers.DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
     if isinstance(schedule, EDM):
         if not schedule.sigma_min < level <= schedule.sigma_max:
@@ -63,12 +63,12 @@ def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     raise UserError(f"export: no stock scheduler for a {type(schedule).__name__} student")
 
 
-def _kept(teacher: Teacher, sampler: Sampler, level: float) -> dict[str, Any]:
+def _kept(teacher: Teacher, sampler: Sampler) -> dict[str, Any]:
     """The student's chain and kind of output: its teacher's betas up to the level, in numbers where that is not all.
 
     `trained_betas` may be fewer than the config says.
     """
-    schedule = sampler.denoiser.schedule
+    schedule, level = sampler.denoiser.schedule, sampler.levels[0]
     assert isinstance(schedule, DiscreteVP)
     noisiest = len(schedule.alphas_cumprod) - 1
     if level != int(level) or not 0 <= level <= noisiest:
@@ -90,7 +90,7 @@ def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     stock = sampler.step.stock.get(type(schedule).__name__)
     if isinstance(schedule, DiscreteVP):
         count = len(schedule.alphas_cumprod)
-        kept = _kept(teacher, sampler, sampler.levels[0])
+        kept = _kept(teacher, sampler)
         if stock == "LCMScheduler":
             chain = DiscreteVP(schedule.alphas_cumprod[: int(sampler.levels[0]) + 1])
             length = len(chain.alphas_cumprod)

@@ -43,8 +43,7 @@ def attention(
     if dropout_p or (attn_mask is not None and _has_derivative(attn_mask)):
         return plain_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+        key, value = (for_each_query(query, x) for x in (key, value))
     if torch.is_autocast_enabled(query.device.type):
         kind = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
@@ -69,8 +68,7 @@ def plain_attention(
 ) -> Tensor:
     """The same by whole products, in memory that grows with L S; torch's own has a tangent, which has no gradient."""
     if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+        key, value = (for_each_query(query, x) for x in (key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     logits = (scale * query) @ key.mT
     if is_causal:
@@ -82,6 +80,11 @@ def plain_attention(
     blind = (logits == -math.inf).all(-1, keepdim=True)
     weights = softmax(logits.masked_fill(blind, 0), -1).masked_fill(blind, 0)
     return F.dropout(weights, dropout_p) @ value
+
+
+def for_each_query(query: Tensor, shared: Tensor) -> Tensor:
+    """The heads (.., heads, S, E) of keys or values that groups of query heads share, once for each query head."""
+    return shared.repeat_interleave(query.shape[-3] // shared.shape[-3], -3)
 
 
 def softmax(input: Tensor, dim: int | None = None, *rest: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from diffdistill.core.attention import attention, multi_head_attention
+from diffdistill.core.attention import attention, for_each_query, multi_head_attention
 from diffdistill.errors import UserError
 
 AttentionChoice = Literal["auto", "sdpa", "xformers", "jvp", "math"]
@@ -54,7 +54,7 @@ def attention_by(choice: str) -> Iterator[None]:
         with ExitStack() as stack:
             # Without a block around it torch's own needs no mode.
             if choice in _REPLACED or token.old_value in _REPLACED:
-                stack.enter_context(_Attention(_REPLACED.get(choice, _TORCH)))
+                stack.enter_context(Replaced(_REPLACED.get(choice, _TORCH)))
             yield
     finally:
         _CHOICE.reset(token)
@@ -94,7 +94,9 @@ def require_xformers(device: torch.device) -> None:
         raise UserError(f"attention: this build of xformers has no kernel for {name}; use sdpa") from None
 
 
-class _Attention(TorchFunctionMode):
+class Replaced(TorchFunctionMode):
+    """Calls of torch's functions go to what replaces them, inside the block and in this thread."""
+
     def __init__(self, replaced: dict[Any, Callable[..., Any]]):
         super().__init__()
         self.replaced = replaced
@@ -141,7 +143,7 @@ def _xformers(
 ) -> Tensor:  # fmt: skip
     q, k, v = _as_autocast(query, key, value)
     if enable_gqa and q.ndim == 4:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        k, v = (for_each_query(q, x) for x in (k, v))
     fits = q.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.dtype in _TYPES["xformers"]
     if fits and not (attn_mask is not None and attn_mask.requires_grad):
         ops = import_module("xformers.ops")

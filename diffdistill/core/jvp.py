@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks
-from torch.overrides import TorchFunctionMode
 
 from diffdistill.core.attention import attention, multi_head_attention, plain_attention, softmax
-from diffdistill.core.attention_choice import attention_choice
+from diffdistill.core.attention_choice import Replaced, attention_choice
 from diffdistill.core.prediction import expand
 from diffdistill.errors import UserError, first_line
 from diffdistill.rng import seeded
@@ -87,17 +86,9 @@ def forward_derivatives(choice: str | None = None) -> Iterator[None]:
     `core.attention_choice` around the block.
     """
     by = plain_attention if (choice or attention_choice()) == "math" else attention
-    with _ForwardDerivatives(by), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    replaced = Replaced({**_REPLACED, F.scaled_dot_product_attention: by})
+    with replaced, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
-
-
-class _ForwardDerivatives(TorchFunctionMode):
-    def __init__(self, attend: Callable[..., Tensor]):
-        super().__init__()
-        self.replaced = {**_REPLACED, F.scaled_dot_product_attention: attend}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.replaced.get(func, func)(*args, **(kwargs or {}))
 
 
 def _affine(normed: Tensor, like: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:

@@ -92,6 +92,12 @@ def amplification(denoiser: Denoiser, t: Tensor) -> Tensor:
     return (torch.sin(t) / (torch.cos(t) * b - torch.sin(t) * a)).abs()
 
 
+def amplified_at(denoiser: Denoiser, level: float) -> float:
+    """The same at a timestep or sigma."""
+    schedule = denoiser.schedule
+    return float(amplification(denoiser, schedule.angle(level).clamp(schedule.t_min, schedule.t_max).reshape(1)))
+
+
 def noisiest(denoiser: Denoiser, amplified: float, noise: float) -> float:
     """The noisiest level with at most that amplification and tan t, as stock schedulers can start at it."""
     schedule = denoiser.schedule
@@ -148,7 +154,7 @@ def _student_output(s: Situation) -> Derived | None:
         return None
     if not isinstance(schedule, DiscreteVP) or s.values.get("student_level") is not None:
         return None
-    counts = float(amplification(denoiser, schedule.angle(schedule.init_level).clamp(max=schedule.t_max).reshape(1)))
+    counts = amplified_at(denoiser, schedule.init_level)
     if counts <= COMPARED:
         return None
     why = f"an error of the teacher's epsilon counts {counts:.0f} times in x0 at pure noise, one of v once"

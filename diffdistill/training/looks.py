@@ -20,7 +20,7 @@ from diffdistill.families import FAMILIES
 from diffdistill.players.sampler import STEPS, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
-from diffdistill.training.derived import COMPARED, MATCHED, amplification, noisiest
+from diffdistill.training.derived import COMPARED, MATCHED, amplified_at, noisiest
 
 COUNT = 48  # samples that are looked at
 STEPS_OF_TEACHER = 8
@@ -99,9 +99,7 @@ class Look:
 
     def amplified(self) -> float:
         """By how much an error of the student's output counts in x0 at its level."""
-        schedule = self.student.schedule
-        t = schedule.angle(self.level).clamp(schedule.t_min, schedule.t_max).reshape(1)
-        return float(amplification(self.student, t))
+        return amplified_at(self.student, self.level)
 
     @property
     def relearns(self) -> bool:
@@ -132,14 +130,17 @@ def _energy(x: Tensor, y: Tensor) -> float:
     return float(2 * between(x, y) - between(x, x) - between(y, y)) / math.sqrt(x.shape[1])
 
 
-def faults(m: Measures, before: Measures, *, first: bool) -> list[str]:
+def faults(m: Measures, before: Measures, *, first: bool, relearns: bool = False) -> list[str]:
     """What is wrong, in words, with what to change; `first` at a tenth of the budget, else at its end.
 
-    `before`: of the untrained student, whose samples are blurred, and so alike, to begin with.
+    `before`: of the untrained student, whose samples are blurred, and so alike, to begin with. `relearns`: its output
+    is another than its teacher's, and at a tenth of the budget it has nothing else to show.
     """
     lower = "take lower learning rates or a less noisy --student-level"
     if not all(map(math.isfinite, m)) or m.size > DIVERGED:
         return [f"divergence: samples are {m.size:.1f} times as large as the teacher's; {lower}"]
+    if relearns and first:
+        return []
     if m.contrast < BLANK:
         return [f"blank: samples have {m.contrast:.2f} of the contrast of the teacher's; {lower}"]
     result = []
@@ -175,9 +176,7 @@ def watch(
 
     def now(step: int) -> None:
         m = look.measures(look.drawn(sampler_now()))
-        wrong = faults(m, before, first=step < steps)
-        if look.relearns and step < steps:  # at a tenth of the budget it has nothing else to show
-            wrong = [fault for fault in wrong if fault.startswith("divergence")]
+        wrong = faults(m, before, first=step < steps, relearns=look.relearns)
         with open(out / "looks.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **m._asdict(), "faults": wrong}) + "\n")
         print(

@@ -31,44 +31,26 @@ from diffdistill.scaffold.method import Batch
 from diffdistill.scaffold.tangent import Point
 
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
+_SHARED = {
+    "student_lr": 0.001,
+    "fake_score_lr": 0.002,
+    "beta1": 0.0,
+    "weight_decay": 0.0,
+    "update_ratio": 1,
+    "guidance_scale": 1.5,
+    "tangent_warmup": 300,
+    "time_mean": -0.5,
+    "time_std": 1.8,
+    "norm": "rms",
+    "norm_c": 0.1,
+    "consistency_weight": 1.0,
+    "time_low": 0.0,
+    "time_high": 1.0,
+    "steps": 1500,
+}
 PLANE = {
-    "one step": {
-        "student_lr": 0.001,
-        "fake_score_lr": 0.002,
-        "beta1": 0.0,
-        "weight_decay": 0.0,
-        "update_ratio": 1,
-        "guidance_scale": 1.5,
-        "tangent_warmup": 300,
-        "time_mean": -0.5,
-        "time_std": 1.8,
-        "norm": "rms",
-        "norm_c": 0.1,
-        "consistency_weight": 1.0,
-        "student_steps": 1,
-        "time_low": 0.0,
-        "time_high": 1.0,
-        "steps": 1500,
-    },
-    "two steps": {
-        "student_lr": 0.001,
-        "fake_score_lr": 0.002,
-        "beta1": 0.0,
-        "weight_decay": 0.0,
-        "update_ratio": 1,
-        "guidance_scale": 1.5,
-        "tangent_warmup": 300,
-        "time_mean": -0.5,
-        "time_std": 1.8,
-        "norm": "rms",
-        "norm_c": 0.1,
-        "consistency_weight": 1.0,
-        "student_steps": 2,
-        "simulated_times": "drawn",
-        "time_low": 0.0,
-        "time_high": 1.0,
-        "steps": 1500,
-    },
+    "one step": {**_SHARED, "student_steps": 1},
+    "two steps": {**_SHARED, "student_steps": 2, "simulated_times": "drawn"},
 }
 
 MEAN, STD = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()

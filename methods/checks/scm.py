@@ -16,7 +16,7 @@ from diffdistill.exact.analytic import FlowToData, GaussianMixture, gaussian_tea
 from diffdistill.exact.checks import AnyField, Check, differs, equal, gauss_hermite, gradient, mistake, two_points
 from diffdistill.methods.scm import SCM, Config
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.tangent import Point, TangentMethod
+from diffdistill.scaffold.tangent import Point, TangentMethod, normalised
 
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
 PLANE = {
@@ -157,7 +157,8 @@ def _start_of_warmup() -> Iterator[Check]:
     yield equal("at r = 0 g is the distance to the teacher", gap, _g(method, at, 0.0), 1e-12)
     yield equal("... and linear in r", 0.7 * gap + 0.3 * _g(method, at), _g(method, at, 0.3), 1e-12)
     shares = [
-        _method(FlowToData(MEAN, STD), tangent_warmup=n).warm(step) for n, step in ((10, 0), (10, 4), (10, 30), (0, 0))
+        _method(FlowToData(MEAN, STD), tangent_warmup=n).config.warm(step)
+        for n, step in ((10, 0), (10, 4), (10, 30), (0, 0))
     ]
     yield equal("r rises to 1", torch.tensor([0.0, 0.4, 1.0, 1.0]), torch.tensor(shares), 1e-12)
 
@@ -183,8 +184,9 @@ def _from_data() -> Iterator[Check]:
             f"the mean of g from data is g, t = {t}", _g(method, exact)[0], (share * _g(method, at)).sum(0), 1e-9
         )
         normal = _method(AnyField(), mode="training", norm="l2")
-        mean = (share * normal.normalised(_g(method, at))).sum(0)
-        marginal = normal.normalised(_g(method, exact))[0]
+        norm = normal.config.norm, normal.config.norm_c
+        mean = (share * normalised(_g(method, at), *norm)).sum(0)
+        marginal = normalised(_g(method, exact), *norm)[0]
         yield differs(f"... which is not so once it is normalised, t = {t}", marginal, mean, 1e-3)
 
 

@@ -12,15 +12,14 @@ from torch import Tensor
 from diffdistill import UserError, distill, load_teacher
 from diffdistill.core.prediction import expand
 from diffdistill.exact.checks import run_checks
+from diffdistill.methods import scm
 from diffdistill.methods.checks.scm import verify
 from diffdistill.methods.scm import SCM, Config
 from diffdistill.scaffold.method import Batch, Outcome
-from diffdistill.scaffold.tangent import Point
+from diffdistill.scaffold.tangent import Point, normalised
 
 Teachers = Callable[[str], Path]
-REAL: dict[str, Any] = {
-    name: getattr(SCM, name) for name in ("tangent", "normalised", "warm", "derivative", "regression", "weight_turn")
-}
+REAL: dict[str, Any] = {name: getattr(SCM, name) for name in ("tangent", "derivative", "regression", "weight_turn")}
 
 
 def test_every_exact_check_holds() -> None:
@@ -38,7 +37,7 @@ def once(self: SCM, f: Tensor, at: Point, r: float) -> Tensor:
 
 def with_gradient(self: SCM, step: int, at: Point) -> Outcome:
     f = self.velocity(at)
-    target = f + self.normalised(self.tangent(f, at, self.warm(step)))
+    target = f + normalised(self.tangent(f, at, self.config.warm(step)), self.config.norm, self.config.norm_c)
     return Outcome((f - target).square().mean() / math.tan(float(at.t[0])))
 
 
@@ -58,8 +57,8 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
         lambda self, at, speed: REAL["derivative"](self, at._replace(v=at.v.flip(0)), speed),
     ),
     "the speed counts twice": (SCM, "derivative", lambda self, at, speed: REAL["derivative"](self, at, speed * speed)),
-    "c counts twice": (SCM, "normalised", lambda self, g: g / (1 + 1 / REAL["normalised"](self, g).norm())),
-    "no warm-up": (SCM, "warm", lambda self, step: 1.0),
+    "c counts twice": (scm, "normalised", lambda g, *norm: g / (1 + 1 / normalised(g, *norm).norm())),
+    "no warm-up": (Config, "warm", lambda self, step: 1.0),
     "the target gets a gradient": (SCM, "regression", with_gradient),
     "the weight's loss lacks w": (
         SCM,
