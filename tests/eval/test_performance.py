@@ -26,6 +26,23 @@ def test_it_prints_no_figure_that_was_not_measured(
     assert text.count("\n| ---") == 1  # one table: what was measured
 
 
+def test_a_section_of_the_page_stays_where_no_rows_were_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows, its command and its commit, while the section beside it is written anew, with its summary."""
+    monkeypatch.chdir(tmp_path)
+    made = {"columns": ["a"], "environment": environment()}
+    for name in ("overhead", "attention"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(made | {"rows": [{"a": 1}]}))
+    assert performance.main(["--only", "", "--folder", ".", "--out", "p.md"]) == 0
+    before = (tmp_path / "p.md").read_text()
+    (tmp_path / "overhead.json").unlink()
+    assert performance.main(["--only", "", "--folder", ".", "--out", "p.md"]) == 0
+    assert (tmp_path / "p.md").read_text() == before
+    (tmp_path / "attention.json").write_text(json.dumps(made | {"rows": [{"a": 2}], "summary": "It grows."}))
+    assert performance.main(["--only", "", "--folder", ".", "--out", "p.md"]) == 0
+    after = (tmp_path / "p.md").read_text()
+    assert after.count("| 1 |") == 1 and after.count("| 2 |") == 1 and "It grows.\n" in after
+
+
 def test_a_benchmark_that_fails_keeps_what_was_measured_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
