@@ -5,7 +5,9 @@
 A cycle of a method's training steps is timed twice, interleaved in one process on one thread: through the trainer,
 with random draws, solver steps, losses, clipping, finiteness check, moving averages and optimizers; and bare, that
 is only the network passes that were recorded in a step (of the same batch sizes, with and without gradients, joined
-where gradients flow from one into the next), their backward passes, the fused optimizer and one foreach average.
+where gradients flow from one into the next), their backward passes, the fused optimizer and one foreach average. A
+product with the Jacobian is a pass of its own cost, bare as well; methods that need the derivative along a path take
+it exactly here, whatever they would choose for the network.
 Reported is the median ratio of a pair, and the middle half of the ratios.
 """
 
@@ -23,10 +25,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from diffdistill.catalogue import describe_method, method_names
 from diffdistill.config import FitConfig, TrainConfig
 from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.jvp import jvp
 from diffdistill.environment import environment
 from diffdistill.eval.report import text_table, write_json
 from diffdistill.families import new_unet2d
@@ -48,7 +52,8 @@ class Call(NamedTuple):
     size: int
     grad: bool
     joined: bool  #: its input needs a gradient
-    early: bool  #: left at the discriminator's layer
+    layers: tuple[str, ...] = ()  #: that a discriminator reads, at the last of which it is left
+    tangent: bool = False  #: a product with the Jacobian
 
 
 def network(milliseconds: float, batch: int) -> tuple[Teacher, float]:
@@ -64,26 +69,33 @@ def network(milliseconds: float, batch: int) -> tuple[Teacher, float]:
             attention=(1,),
             dropout=0.0,
         )
-        call = Call(teacher.denoiser, batch, grad=False, joined=False, early=False)
-        taken = statistics.median(_timed(partial(_pass, call, None)) for _ in range(5))
+        call = Call(teacher.denoiser, batch, grad=False, joined=False)
+        taken = statistics.median(_timed(partial(_pass, call, [])) for _ in range(5))
         if 1000 * taken >= milliseconds:
             break
     return teacher, taken
 
 
-def _pass(call: Call, before: Tensor | None) -> Tensor:
-    """The pass on fixed inputs, a head's on what was made before; joined to that where gradients flow through both."""
+def _pass(call: Call, before: list[Tensor]) -> list[Tensor]:
+    """What the pass makes of fixed inputs; joined to what was made before where gradients flow through both.
+
+    A head reads the first of the features made before, and its logits go to the end of what is left of them.
+    """
     if isinstance(call.network, DiscriminatorHead):
-        assert before is not None
         with torch.set_grad_enabled(call.grad):
-            return call.network(before)
+            return [*before[1:], call.network(before[0])]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(call.size, 3, 16, 16, generator=generator)
     t, cond = torch.full((call.size,), 0.8, dtype=torch.float64), {"class_labels": torch.arange(call.size) % 10}
-    if call.joined and before is not None and before.shape[1:] == x.shape[1:]:
-        x = x + 0 * before.repeat(-(-call.size // len(before)), 1, 1, 1)[: call.size]
+    if call.joined and before and before[0].shape[1:] == x.shape[1:]:
+        x = x + 0 * before[0].repeat(-(-call.size // len(before[0])), 1, 1, 1)[: call.size]
     with torch.set_grad_enabled(call.grad):
-        return call.network.features(x, t, cond) if call.early else call.network(x, t, cond).y
+        if call.tangent:
+            network = call.network
+            return list(jvp(lambda x, t: network(x, t, cond).y, (x, t), (x, torch.ones_like(t)), check=False))
+        if call.layers:
+            return call.network.features_of(call.layers, x, t, cond)
+        return [call.network(x, t, cond).y]
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -102,23 +114,25 @@ def record(
     parts = (teacher.denoiser, *method.players.values(), *method.state.values())
     networks = {id(m): m for part in parts for m in part.modules() if isinstance(m, Denoiser | DiscriminatorHead)}
     calls: list[Call] = []
-    early = False
-    plain = Denoiser.features
+    reading: tuple[str, ...] = ()
+    plain = Denoiser.features_of
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(module, Denoiser | DiscriminatorHead)
-        calls.append(Call(module, len(args[0]), torch.is_grad_enabled(), args[0].requires_grad, early))
+        x, layers = args[0], reading if isinstance(module, Denoiser) else ()
+        tangent = forward_ad.unpack_dual(x).tangent is not None
+        calls.append(Call(module, len(x), torch.is_grad_enabled(), x.requires_grad, layers, tangent))
 
-    def features(self: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        nonlocal early
-        early = True
+    def features_of(self: Denoiser, layers: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        nonlocal reading
+        reading = tuple(layers)
         try:
-            return plain(self, x_t, t, cond)
+            return plain(self, layers, x_t, t, cond)
         finally:
-            early = False
+            reading = ()
 
     handles = [m.register_forward_pre_hook(note) for m in networks.values()]
-    Denoiser.features = features  # type: ignore[method-assign]
+    Denoiser.features_of = features_of  # type: ignore[method-assign]
     turns = []
     try:
         for turn in method.turns(step):
@@ -127,7 +141,7 @@ def record(
             turns.append((turn.player, list(calls)))
             calls.clear()
     finally:
-        Denoiser.features = plain  # type: ignore[method-assign]
+        Denoiser.features_of = plain  # type: ignore[method-assign]
         for handle in handles:
             handle.remove()
     return turns
@@ -152,12 +166,14 @@ class Bare:
 
     def _turn(self, player: str, calls: list[Call]) -> None:
         only_trains(player, self.parameters)
-        total, before = torch.zeros(()), None
+        total, before = torch.zeros(()), list[Tensor]()
         for call in calls:
             before = _pass(call, before)
-            if before.requires_grad:
-                total = total + before.sum()
-        (1e-9 * total).backward()
+            for made in before[-1:] if isinstance(call.network, DiscriminatorHead) else before:
+                if made.requires_grad:
+                    total = total + made.sum()
+        if total.requires_grad:  # a weight of losses learns without a pass
+            (1e-9 * total).backward()
         self.optimizers[player].step()
         self.optimizers[player].zero_grad(set_to_none=True)
         if player == self.averaged:
@@ -217,14 +233,16 @@ def games(names: Sequence[str]) -> list[tuple[str, str, dict[str, Any], int]]:
     """(label, method, options, training steps of a cycle): each method as on the digits, DMD2 in its paper's ratio."""
     cases: list[tuple[str, str, dict[str, Any], int]] = []
     for name in names:
-        preset = dict(describe_method(name).presets["digits"].options)
+        info = describe_method(name)
+        preset = dict(info.presets["digits"].options)
         for level in ("student_level", "student_lr", "fake_score_lr"):
             preset.pop(level, None)
         if name == "dmd2":
             cases.append(("dmd2, 5 to 1", name, preset | {"update_ratio": 5}, 5))
             cases.append(("dmd2 with GAN, 5 to 1", name, preset | {"update_ratio": 5, "gan_weight": 1e-3}, 5))
         else:
-            cases.append((name, name, preset, 2))
+            exact = {"derivative": "exact"} if hasattr(info.config, "derivative") else {}
+            cases.append((f"{name}, exact JVP" if exact else name, name, preset | exact, 2))
     return cases
 
 

@@ -63,6 +63,12 @@ BENCHMARKS = (
         "interleaved in one run; the middle half of the pairs beside it.", cpu=True,
     ),
     Benchmark(
+        "overhead-jvp", "What the trainer costs where a derivative along a path is learned",
+        ("diffdistill.eval.benchmarks.overhead", "--methods", "scm,mean_flow,rcm,sana_sprint"),
+        "The same of methods that need a product with the Jacobian, which is computed exactly and counted as a bare "
+        "pass of its own cost.", cpu=True,
+    ),
+    Benchmark(
         "attention", "Attention with a forward derivative", ("diffdistill.eval.benchmarks.attention",),
         "Output and tangent of attention (batch 1, a head of 64, float32, seed 0) by ours and by torch's plain "
         "products (MATH), one thread, interleaved in one run; with gradients those of output and tangent, by ours. MB "
