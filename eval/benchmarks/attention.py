@@ -133,8 +133,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         for side in SIDES:
             held = {r["length"]: r[f"{side} MB"] for r in rows if r["pass"] == name and r.get(f"{side} MB")}
             if len(held) > 1:
-                power = exponent(list(held), list(held.values()))
-                lines.append(f"{name}, {side}: L^{power:.2f} from {min(held)} to {max(held)}")
+                power, last = (exponent(list(x), list(x.values())) for x in (held, dict(list(held.items())[-2:])))
+                lines.append(f"{name}, {side}: L^{power:.2f} from {min(held)} to {max(held)}, L^{last:.2f} at its end")
     return f"The peak beyond the inputs grows as: {'; '.join(lines)}." if lines else ""
 
 

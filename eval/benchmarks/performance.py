@@ -64,7 +64,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "overhead-jvp", "What the trainer costs where a derivative along a path is learned",
-        ("diffdistill.eval.benchmarks.overhead", "--methods", "scm,mean_flow,rcm,sana_sprint"),
+        ("diffdistill.eval.benchmarks.overhead", "--methods", "scm,mean_flow,rcm,sana_sprint", "--cycles", "7"),
         "The same of methods that need a product with the Jacobian, which is computed exactly and counted as a bare "
         "pass of its own cost.", cpu=True,
     ),
