@@ -4,12 +4,19 @@ torch's fused kernels have no forward derivative, and its plain products (MATH) 
 all keys. Here the queries are taken in tiles: for each, the weights P = softmax(scale q k^T + mask) are computed, used
 and thrown away, in the output as in both derivatives. The results are exact but for rounding. Half precision is
 computed and summed in float32.
+
+On CUDA kernels of our own (`core.attention_kernels`) do this where triton is installed: for heads of up to 256 in half
+or single precision, and for output and tangent without a graph, output and its gradient with one. All else goes by
+tiles there too: gradients of tangents, torch.func's transforms, compiled functions, double precision.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,6 +27,8 @@ from torch.nn import functional as F
 TILE = {"cpu": 2**19}
 """Elements of P that are computed at a time, by the type of the device: on a CPU what its cache holds."""
 TILE_ELSEWHERE = 2**25
+KERNELS_ON = {"cuda"}
+"""Types of devices whose attention our kernels compute; on a CPU triton's interpreter could, for tests."""
 
 
 def attention(
@@ -52,7 +61,8 @@ def attention(
     query, key, value = (_four(part, batch) for part in (query, key, value))
     mask = None if attn_mask is None else _four_of_mask(attn_mask, batch)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    out = _Attention.apply(query, key, value, mask, is_causal, scale)
+    by = _by_kernels if _fits_kernels(query, key, value) else _Attention.apply
+    out = by(query, key, value, mask, is_causal, scale)
     return out.reshape(*batch, *out.shape[-2:])
 
 
@@ -149,16 +159,22 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 6
-        query, key, value, mask = ctx.saved_tensors
-        masking = _Masking(mask, *ctx.settings)
+        return *_gradients(*ctx.saved_tensors, *ctx.settings, grad), None, None, None
 
-        def tile(rows: list[Any], keys: list[Any], logits: _Logits) -> tuple[list[Tensor], list[Tensor]]:
-            (q, g), (k, v) = rows, keys
-            p = logits.weights(q, k)
-            s = masking.scale * _centred(p, g @ v.mT)
-            return [s @ k], [s.mT @ q, p.mT @ g]
 
-        return *_over_tiles(tile, [query, grad], [key, value], masking), None, None, None
+def _gradients(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, grad: Tensor
+) -> list[Tensor]:
+    """Those of query, key and value, from that of the output."""
+    masking = _Masking(mask, causal, scale)
+
+    def tile(rows: list[Any], keys: list[Any], logits: _Logits) -> tuple[list[Tensor], list[Tensor]]:
+        (q, g), (k, v) = rows, keys
+        p = logits.weights(q, k)
+        s = masking.scale * _centred(p, g @ v.mT)
+        return [s @ k], [s.mT @ q, p.mT @ g]
+
+    return _over_tiles(tile, [query, grad], [key, value], masking)
 
 
 class _Tangent(torch.autograd.Function):
@@ -216,6 +232,83 @@ class _Tangent(torch.autograd.Function):
         of_q, of_dq, of_k, of_v, of_dk, of_dv = _over_tiles(tile, [query, dq, grad], [key, value, dk, dv], masking)
         tangents = [g if x is not None else None for x, g in ((dq, of_dq), (dk, of_dk), (dv, of_dv))]
         return of_q, of_k, of_v, None, None, None, *tangents
+
+
+# -- by kernels ------------------------------------------------------------------------------------------------
+
+
+@cache
+def _kernels() -> Any:
+    """`core.attention_kernels`; None where triton cannot be used, which is said once."""
+    try:
+        return import_module("diffdistill.core.attention_kernels")
+    except (ImportError, OSError, RuntimeError) as error:  # not there, or built for another machine
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"attention: triton cannot be used ({reason}), so torch computes attention with a forward derivative in "
+            "tiles, which is as exact and slower; pip install triton",
+            stacklevel=4,
+        )
+        return None
+
+
+def _fits_kernels(*parts: Tensor) -> bool:
+    """Whether our kernels take this call: where it runs, its types and sizes, and what is to be derived from it."""
+    first, changes = parts[0], [forward_ad.unpack_dual(x).tangent for x in parts]
+    if first.device.type not in KERNELS_ON or torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+        return False
+    moved = [x for x in changes if x is not None]
+    if moved and torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, *moved)):
+        return False
+    if first.dtype not in (torch.float16, torch.bfloat16, torch.float32) or any(x.dtype != first.dtype for x in parts):
+        return False
+    if any(not x.numel() for x in parts) or (kernels := _kernels()) is None:
+        return False
+    return max(x.shape[-1] for x in parts) <= kernels.WIDEST
+
+
+def _by_kernels(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """With a tangent where there is one in the level of forward derivatives that is open; else with a gradient."""
+    pairs = [forward_ad.unpack_dual(x) for x in (query, key, value)]
+    changes = [pair.tangent for pair in pairs]
+    if all(change is None for change in changes):
+        return _Fused.apply(query, key, value, mask, causal, scale)[0]
+    with torch.no_grad():
+        out, tangent, _ = _kernels().attend(*(pair.primal for pair in pairs), mask, causal, scale, *changes)
+    return forward_ad.make_dual(out, tangent)
+
+
+class _Fused(torch.autograd.Function):
+    """(B, H, L, E), (B, H, S, E), (B, H, S, V) -> (B, H, L, V), and what its gradient needs besides."""
+
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, _, lse = _kernels().attend(query, key, value, mask, causal, scale)
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:4], *output)
+        ctx.settings = inputs[4:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        *inputs, out, lse = ctx.saved_tensors
+        # What is derived once more must be made of torch's operations.
+        if torch.is_grad_enabled() or forward_ad.unpack_dual(grad).tangent is not None:
+            return *_gradients(*inputs, *ctx.settings, grad), None, None, None
+        return *_kernels().gradients(*inputs, *ctx.settings, out, lse, grad), None, None, None
+
+
+# -- by tiles --------------------------------------------------------------------------------------------------
 
 
 def _change(q: Tensor, q_: Tensor | None, k: Tensor, k_: Tensor | None, scale: float) -> Tensor | None:
