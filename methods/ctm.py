@@ -158,21 +158,15 @@ class CTM(FollowingMethod[Span]):
             terms["gan"] = self.adversary.student_loss(self.x, batch)
         for name, weight, least, most in (("denoising", c.dsm_weight, 0.0, 1e4), ("gan", c.gan_weight, 0.01, 10.0)):
             if name in terms:
-                ratio = (
-                    gradient_ratio(followed.loss, terms[name], self.student) if c.adaptive else torch.ones_like(loss)
-                )
+                ratio = gradient_ratio(followed.loss, terms[name], self.student) if c.adaptive else loss.new_ones(())
                 loss = loss + weight * ratio.clamp(least, most) * terms[name]
         self.x = self.x.detach()
         return Outcome(loss, terms)
 
     def more_turns(self, step: int) -> Sequence[Turn]:
+        """The discriminator's, on the samples of the student's turn."""
         gan = self.config.gan_weight and step >= self.config.gan_start
-        return [Turn("discriminator", self.discriminator_turn)] if gan else []
-
-    def discriminator_turn(self, batch: Batch) -> Outcome:
-        """The heads on the samples of the student's turn."""
-        gan = self.adversary.critic_loss(self.x, batch)
-        return Outcome(gan, {"gan": gan})
+        return [Turn("discriminator", lambda batch: self.adversary.turn(self.x, batch))] if gan else []
 
     def optimizer(self, player: str) -> Optimizer:
         own = super().optimizer(player)

@@ -208,10 +208,10 @@ MUTANTS = {
         ("the denoising's weight is ignored", '("denoising", c.dsm_weight, 0.0, 1e4)', '("denoising", 1.0, 0.0, 1e4)'),
         ("the GAN's weight is ignored", '("gan", c.gan_weight, 0.01, 10.0)', '("gan", 1.0, 0.01, 10.0)'),
         ("the GAN does not wait", "c.gan_weight and batch.key[1] >= c.gan_start:", "c.gan_weight:"),
-        ("lambda is one", "if c.adaptive else torch.ones_like(loss)", "if False else torch.ones_like(loss)"),
-        ("always balanced", "if c.adaptive else torch.ones_like(loss)", "if True else torch.ones_like(loss)"),
+        ("lambda is one", "if c.adaptive else loss", "if False else loss"),
+        ("always balanced", "if c.adaptive else loss", "if True else loss"),
         ("lambda has no limits", "ratio.clamp(least, most)", "ratio"),
-        ("the discriminator judges images twice", "critic_loss(self.x, batch)", "critic_loss(batch.images, batch)"),
+        ("the discriminator judges images twice", "adversary.turn(self.x,", "adversary.turn(batch.images,"),
         ("the discriminator has the student's rate", "_replace(lr=self.config.discriminator_lr)", "_replace()"),
     ],
     f"methods/consistency.py | {_F}": [
