@@ -237,6 +237,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sid": {},
     "sim": {},
     "swiftbrush": {"guidance_scale": 2.0},
+    "tbcm": {"tangent_warmup": 1, "states": 3},
 }  # fmt: skip
 SAYS_SO = {
     ("adapter_guidance", "full"): "class-conditional teacher",
