@@ -169,8 +169,8 @@ class CTM(FollowingMethod[Span]):
         return [Turn("discriminator", lambda batch: self.adversary.turn(self.x, batch))] if gan else []
 
     def optimizer(self, player: str) -> Optimizer:
-        own = super().optimizer(player)
-        return own if player == "student" else own._replace(lr=self.config.discriminator_lr)
+        moves = super().optimizer(player)
+        return moves._replace(lr=self.config.discriminator_lr) if player == "discriminator" else moves
 
 
 METHOD = CTM

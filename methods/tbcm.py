@@ -130,9 +130,9 @@ class TBCM(TangentMethod):
 
     def share(self, step: int) -> float:
         """r at that training step."""
-        c = self.config
-        calm = min(max(step - c.calm_start, 0) / c.calm_steps, 1.0)
-        return c.warm(step) * (1 - calm) + c.final_share * calm
+        own = self.config
+        calm = min(max(step - own.calm_start, 0) / own.calm_steps, 1.0)
+        return own.warm(step) * (1 - calm) + own.final_share * calm
 
     def tangent(self, f: Tensor, at: Point, r: float) -> Tensor:
         """g (B, ...) where the student says f, not normalised: cos(t) df/dt at r = 1."""

@@ -291,7 +291,7 @@ def _denoising() -> Iterator[Check]:
             method.denoising(_batch())
         handle.remove()
         yield equal(
-            f"half at {low}, half at {high}", torch.tensor([low] * 8 + [high] * 8).double(), seen[0].double(), 1e-12
+            f"half at {low}, half at {high}", torch.tensor([low] * 8 + [high] * 8, dtype=torch.float64), seen[0], 1e-12
         )
 
 
