@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ from diffdistill.players.adaptive_weight import AdaptiveWeight
 from diffdistill.players.scale_input import scale_player
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
-from diffdistill.scaffold.method import Batch, Need, Optimizer, Outcome, Turn
+from diffdistill.scaffold.method import Batch, Optimizer, Outcome, Turn
 from diffdistill.scaffold.tangent import Point, TangentMethod, normalised
 
 ABOUT = About(
@@ -79,7 +78,7 @@ class Config(ScaleRange, TangentOptions, TangentTarget, guidance_max=1.0, tangen
 class TBCM(TangentMethod):
     """f is the student's x0; players: student, and the adaptive weight."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
+    needs = frozenset()
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
         if config.mode != "distillation":

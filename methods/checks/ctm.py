@@ -305,7 +305,7 @@ def _balance() -> Iterator[Check]:
     }.items():
         network = AnyField()
         method = _method(network, _untold, **options)
-        last = network.layers[-1].weight
+        last: Any = network.layers[-1].weight
         parts[name] = gradient(method.turns(0)[0].loss(_batch()).loss, last)
         parts["denoising"] = gradient(method.denoising(_batch()), last)
     ratio = parts["first"].norm() / (parts["denoising"].norm() + 1e-4)

@@ -32,6 +32,7 @@ from diffdistill.scaffold.tangent import Point
 PLANE = {
     "no images": {
         "states": 8,
+        "route_shift": 1.0,
         "tangent_warmup": 300,
         "norm": "rms",
         "norm_c": 0.1,
@@ -41,7 +42,7 @@ PLANE = {
         "guidance_scale": 1.5,
         "student_lr": 0.001,
         "batch_size": 64,
-        "steps": 1000,
+        "steps": 1500,
     },
 }
 

@@ -12,6 +12,7 @@ from diffdistill.exact.checks import run_checks
 from diffdistill.methods import tbcm
 from diffdistill.methods.checks.tbcm import verify
 from diffdistill.methods.tbcm import TBCM, Config
+from diffdistill.scaffold.method import Need
 from diffdistill.scaffold.tangent import Point
 
 Teachers = Callable[[str], Path]
@@ -65,7 +66,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
         lambda d, x, t, cond, scale, f=tbcm.guide: f(d, x, t, cond, 1 + scale),
     ),
     "the sum of a sample": (tbcm, "per_sample_mean", lambda x: x.flatten(1).sum(1)),
-    "images are needed": (TBCM, "needs", frozenset({tbcm.Need.IMAGES})),
+    "images are needed": (TBCM, "needs", frozenset({Need.IMAGES})),
 }
 
 
