@@ -36,12 +36,11 @@ from diffdistill.core.distances import distance
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, heun_step, heun_x0_step
 from diffdistill.core.prediction import diffuse, expand
-from diffdistill.core.schedule import sampling_grid
-from diffdistill.core.times import grid_points_at, karras_grid, log_normal
+from diffdistill.core.times import grid_points_at, log_normal
 from diffdistill.errors import UserError
 from diffdistill.options import FollowingOptions, ImageDistance, TeacherGuidance, option
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.following import FollowingMethod
+from diffdistill.scaffold.following import FollowingMethod, trajectory_grid
 from diffdistill.scaffold.method import Batch, Outcome
 
 ABOUT = About(
@@ -126,13 +125,8 @@ class Consistency(FollowingMethod[Step]):
 
     def grid(self, step: int) -> Tensor:
         """(N,) the descending angles of that training step."""
-        n, level = self.points(step), self.config.student_level
-        karras = self.config.grid == "karras"
-        grid = karras_grid(self.schedule, n, self.top) if karras else sampling_grid(self.schedule, n - 1, level)
-        grid[0] = self.schedule.angle(self.sampler().levels[0])
-        if not bool((grid.diff() < 0).all()):
-            raise UserError(f"grid_points: {n} is more than the teacher's schedule has room for; give fewer")
-        return grid
+        c, first = self.config, self.sampler().levels[0]
+        return trajectory_grid(self.schedule, self.points(step), c.grid, first, c.student_level)
 
     def interval(self, step: int, batch: Batch) -> Step:
         c, draw = self.config, batch.generator("student/t")

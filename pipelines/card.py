@@ -13,7 +13,7 @@ from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import FILE
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.lora import LoraNetwork
-from diffdistill.players.sampler import Sampler
+from diffdistill.players.sampler import Gamma, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.training.recipe import Recipe
 
@@ -21,6 +21,8 @@ from diffdistill.training.recipe import Recipe
 def student_call(teacher: Teacher, sampler: Sampler) -> dict[str, Any]:
     """The arguments of the stock pipeline's call, besides the prompt, that make the student's images."""
     call = FAMILIES[teacher.family].arguments(len(sampler.levels)) | teacher.size
+    if isinstance(sampler.step, Gamma) and len(sampler.levels) > 1:
+        call["eta"] = sampler.step.gamma
     scale = sampler.denoiser.default_scale
     return call if scale is None else call | {"guidance_scale": scale}
 

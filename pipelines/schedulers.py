@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import SchedulerMixin
+from torch import Tensor
 
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, lcm_indices
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES
+from diffdistill.families import FAMILIES, diffusers_class
 from diffdistill.players.adapter_networks import AdaptedNetwork
-from diffdistill.players.sampler import Sampler
+from diffdistill.players.sampler import Gamma, Sampler
 from diffdistill.players.teacher import Teacher
 
 # What a student keeps of its teacher's discrete VP scheduler: the chain and the kind of output.
@@ -33,6 +35,8 @@ def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     Raises UserError where no stock scheduler can start at the student's level, or take its steps.
     """
     schedule, level = sampler.denoiser.schedule, sampler.levels[0]
+    if isinstance(sampler.step, Gamma) and len(sampler.levels) > 1:
+        return _gamma_steps(teacher, sampler)
     if isinstance(schedule, LinearFlow) and isinstance(sampler.denoiser.network, AdaptedNetwork):
         # Its own pipeline can drive the scheduler of flow matching, which takes any number of steps.
         return diffusers.FlowMatchEulerDiscreteScheduler(schedule.train_timesteps, schedule.shift)
@@ -78,10 +82,13 @@ def _kept(teacher: Teacher, sampler: Sampler) -> dict[str, Any]:
     if level == noisiest and kept.get("beta_schedule") != "sigmoid":  # which DDPM's scheduler has, and no student's
         return kept | {"num_train_timesteps": noisiest + 1} if kept.get("trained_betas") else kept
     # `steps_offset` would do for one step, but StableDiffusionPipeline sets it to 1.
-    alphas = schedule.alphas_cumprod[: int(level) + 1].double()
+    return _chain(schedule.alphas_cumprod[: int(level) + 1].double()) | {"prediction_type": kept["prediction_type"]}
+
+
+def _chain(alphas: Tensor) -> dict[str, Any]:
+    """A scheduler's betas in numbers."""
     betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
-    kind = kept["prediction_type"]
-    return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": kind}
+    return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist()}
 
 
 def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
@@ -112,6 +119,28 @@ def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
         f"export: no stock scheduler takes {steps} steps of the kind {sampler.step.name!r} on this teacher's "
         f"{type(schedule).__name__} schedule; use one step"
     )
+
+
+def _gamma_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
+    """TCDScheduler, whose steps a pipeline tells `eta`, which is gamma.
+
+    It ends at timestep 0, whose noise is taken off its chain: no step reads that timestep.
+    """
+    schedule, steps = sampler.denoiser.schedule, len(sampler.levels)
+    entry = FAMILIES.get(teacher.family)
+    call = None if entry is None or entry.autoencoder is None else diffusers_class(entry.pipelines[0]).__call__
+    if not isinstance(schedule, DiscreteVP) or call is None or "eta" not in inspect.signature(call).parameters:
+        raise UserError(
+            f"{sampler.step.name}: of the stock pipelines only those with discrete timesteps that take eta, such as "
+            "Stable Diffusion's, sample so; use gamma 0, or one step"
+        )
+    alphas = schedule.alphas_cumprod[: int(sampler.levels[0]) + 1].double().clone()
+    count = len(alphas)
+    if count % steps or sampler.levels != tuple(float(count - 1 - k * count // steps) for k in range(steps)):
+        raise UserError(f"export: {steps} steps do not divide {count} timesteps evenly; use 2, 4 or 8")
+    alphas[0] = 1.0
+    kind = sampler.denoiser.output.name
+    return diffusers.TCDScheduler(**_chain(alphas), prediction_type=kind, original_inference_steps=steps)
 
 
 def _latent_flow_scheduler(schedule: LinearFlow, sampler: Sampler, own_row: bool) -> SchedulerMixin:

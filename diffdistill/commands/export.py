@@ -113,7 +113,7 @@ def export_student(game: Game, folder: Path, step: int, dtype: str | None = None
     size = {"resolution": game.config.resolution, "frames": game.config.frames}
     size = size if game.encoded is None else game.encoded.size
     record = new_student_record(game.recipe.name, options, teacher, sampler, step, **size)
-    network = sampler.denoiser.network
+    network = sampler.network(teacher.shape, teacher.sample_cond(len(sampler.levels)))
     if game.family is None:
         return save_network(folder, teacher, network, record, own_card(game.recipe, options, teacher, sampler, step))
     described = partial(model_card, game.recipe, options, teacher, sampler, step, dtype, place=saving.push_to_hub)

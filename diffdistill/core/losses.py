@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.core.prediction import Prediction, expand
 
@@ -59,3 +59,13 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 def gan_generator_loss(fake: Tensor) -> Tensor:
     """-log sigmoid of the logits of generated samples, averaged."""
     return F.softplus(-fake).mean()
+
+
+def gradient_ratio(first: Tensor, other: Tensor, network: nn.Module) -> Tensor:
+    """|d first/dw| over |d other/dw|, without a gradient, for the last trained matrix w that the network lists.
+
+    What brings two losses to one size (Esser et al. 2021, arXiv:2012.09841, eq. 7).
+    """
+    w = [p for p in network.parameters() if p.ndim > 1 and p.requires_grad][-1]
+    one, two = (torch.autograd.grad(loss, w, retain_graph=True)[0].norm() for loss in (first, other))
+    return one / (two + 1e-4)

@@ -36,7 +36,7 @@ from diffdistill.families._parts import (
 from diffdistill.families._record import METADATA, Record, StudentRecord, TeacherRecord, read_record
 from diffdistill.families._registry import family_of
 from diffdistill.players.guidance_adapters import load_adapters
-from diffdistill.players.sampler import STEPS, Sampler
+from diffdistill.players.sampler import Sampler, step_named
 from diffdistill.players.teacher import Teacher
 
 
@@ -262,4 +262,6 @@ def load_student(
     adapters = folder / "adapter"
     if adapters.is_dir():
         described = replace(described, denoiser=load_adapters(adapters, described.denoiser))
-    return Sampler(described.denoiser, record.levels, STEPS[record.move]), described
+    step = step_named(record.move)
+    assert step is not None, "the record was read"
+    return Sampler(described.denoiser, record.levels, step), described

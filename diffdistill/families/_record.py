@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from diffdistill.errors import UserError, shown
 from diffdistill.files import json_of
-from diffdistill.players.sampler import STEPS
+from diffdistill.players.sampler import STEPS, step_named
 from diffdistill.version import __version__
 
 METADATA = "diffdistill.json"
@@ -55,7 +55,7 @@ class StudentRecord:
     kind: ClassVar[str] = "student"
 
     levels: tuple[float, ...]  #: timesteps or sigmas of the network's schedule, descending, one for each step
-    move: str  #: from a level to the next, a name of `players.sampler.STEPS`
+    move: str  #: from a level to the next, as `players.sampler.step_named` reads it
     teacher: str  #: a hub id, 'digits', or the name of a folder or class
     method: str = ""
     step: int = 0  #: of the training whose weights these are
@@ -140,8 +140,8 @@ def read_record(folder: Path) -> Record | None:
     record = _built(_KINDS[kind], values, str(path), "")
     if isinstance(record, StudentRecord) and record.form not in FORMS:
         raise UserError(f"record: {path}: 'form' is {record.form!r}, none of {', '.join(FORMS)}")
-    if isinstance(record, StudentRecord) and record.move not in STEPS:
-        raise UserError(f"record: {path}: 'move' is {record.move!r}, none of {', '.join(STEPS)}")
+    if isinstance(record, StudentRecord) and step_named(record.move) is None:
+        raise UserError(f"record: {path}: 'move' is {record.move!r}, none of {', '.join(STEPS)}, gamma and a number")
     return record
 
 

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser, Extra
-from diffdistill.core.prediction import Prediction, diffuse
-from diffdistill.players.two_times import second_times
+from diffdistill.core.prediction import Prediction, diffuse, expand
+from diffdistill.core.schedule import DiscreteVP, Schedule
+from diffdistill.players.two_times import second_times, with_one_time
 
 
 class Step(Protocol):
     """What follows a student's prediction, on the way to the next level."""
 
-    name: ClassVar[str]  #: in a student's record
     stock: ClassVar[Mapping[str, str]]  #: the class of diffusers that takes several such steps, by kind of schedule
 
-    def __call__(self, prediction: Prediction, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
-        """x_s (B, ...) at the angles s (B,); noise() (B, ...) is standard normal, and drawn if it is called."""
+    @property
+    def name(self) -> str:
+        """In a student's record."""
+
+    def leads(self, schedule: Schedule, level: float) -> Tensor:
+        """The angle () to which a prediction is followed on the way to a level; from there on noise is fresh."""
+
+    def __call__(self, prediction: Prediction, r: Tensor, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        """x_s (B, ...) at the angles s (B,), by way of `leads`, r (B,); noise() (B, ...) is drawn if it is called."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,11 @@ class Renoise:
     name: ClassVar[str] = "renoise"
     stock: ClassVar[Mapping[str, str]] = {"DiscreteVP": "LCMScheduler", "LinearFlow": "FlowMatchLCMScheduler"}
 
-    def __call__(self, prediction: Prediction, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+    def leads(self, schedule: Schedule, level: float) -> Tensor:
+        """0, which is clean data."""
+        return torch.zeros((), dtype=torch.float64)
+
+    def __call__(self, prediction: Prediction, r: Tensor, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
         """x at the angles s, of fresh noise on the predicted x0."""
         return diffuse(prediction.x0, s, noise())
 
@@ -48,12 +60,63 @@ class DDIM:
         "LinearFlow": "FlowMatchEulerDiscreteScheduler",
     }
 
-    def __call__(self, prediction: Prediction, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+    def leads(self, schedule: Schedule, level: float) -> Tensor:
+        """The level's own angle."""
+        return schedule.angle(level)
+
+    def __call__(self, prediction: Prediction, r: Tensor, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
         """x at the angles s, of the predicted x0 and the predicted noise; `noise` is not drawn."""
         return prediction.at(s)
 
 
+@dataclass(frozen=True)
+class Gamma:
+    """Past the level to less noise, and back to it by fresh noise.
+
+    It goes to sqrt(1 - gamma^2) times the level's sigma (Kim et al. 2023, arXiv:2310.02279, gamma-sampling), or on
+    discrete timesteps to (1 - gamma) times the timestep, rounded down, as a stock scheduler does (Zheng et al. 2024,
+    arXiv:2402.19159, Algorithm 4); timestep 0 is clean data then. With gamma 0 either is `DDIM`, with 1 `Renoise`.
+    """
+
+    gamma: float
+    stock: ClassVar[Mapping[str, str]] = {"DiscreteVP": "TCDScheduler"}
+
+    @property
+    def name(self) -> str:
+        """As `step_named` reads it."""
+        return f"gamma {self.gamma}"
+
+    def leads(self, schedule: Schedule, level: float) -> Tensor:
+        """The angle of the lesser noise."""
+        if isinstance(schedule, DiscreteVP):
+            time = torch.floor(
+                (1 - self.gamma) * torch.tensor(int(level))
+            )  # in the precision in which diffusers rounds
+            return schedule.angle(time) if time > 0 else torch.zeros((), dtype=torch.float64)
+        return torch.atan(math.sqrt(1 - self.gamma**2) * torch.tan(schedule.angle(level)))
+
+    def __call__(self, prediction: Prediction, r: Tensor, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        """x at the angles s, by the deterministic step to r; in sigma's coordinates the variances add."""
+        x_r = prediction.at(r)
+        kept = torch.cos(s) / torch.cos(r)
+        return expand(kept, x_r) * x_r + expand(torch.sqrt(1 - kept**2), x_r) * noise()
+
+
 STEPS: dict[str, Step] = {step.name: step for step in (Renoise(), DDIM())}
+
+
+def step_named(name: str) -> Step | None:
+    """The step of a student's record: one of `STEPS`, or "gamma" and its number; None where there is none such."""
+    kind, _, number = name.partition(" ")
+    try:
+        return STEPS.get(name) or (gamma_step(float(number)) if kind == "gamma" and 0 < float(number) < 1 else None)
+    except ValueError:
+        return None
+
+
+def gamma_step(gamma: float) -> Step:
+    """The step of that share of fresh noise, 0 to 1."""
+    return {0.0: STEPS["ddim"], 1.0: STEPS["renoise"]}.get(gamma) or Gamma(gamma)
 
 
 class Sampler:
@@ -72,9 +135,26 @@ class Sampler:
         """What the denoiser says at level k; one with two times is told where the step leads: the next level, or 0."""
         if not self.two_times:
             return self.denoiser(x_t, t, cond)
-        jumps = isinstance(self.step, DDIM) and k + 1 < len(self.levels)
-        r = self.denoiser.schedule.angle(self.levels[k + 1]).to(t).expand(len(t)) if jumps else torch.zeros_like(t)
-        return self.denoiser(x_t, t, cond, Extra(r=r))
+        return self.denoiser(x_t, t, cond, Extra(r=self.leads(k).to(t).expand(len(t))))
+
+    def leads(self, k: int) -> Tensor:
+        """The angle () to which level k's prediction is followed; 0 from the last level on."""
+        if k + 1 < len(self.levels):
+            return self.step.leads(self.denoiser.schedule, self.levels[k + 1])
+        return torch.zeros((), dtype=torch.float64)
+
+    def network(self, shape: Sequence[int], cond: Cond) -> nn.Module:
+        """The student's network; one of two times is one of a single time where its jumps are of several lengths.
+
+        A copy then, at this sampler's levels. `cond` (n, ...) are any conditions, one for each of the n levels.
+        """
+        network: nn.Module = self.denoiser.network
+        if not self.two_times or len(self.levels) == 1 or isinstance(self.step, DDIM):
+            return network
+        weight = next(network.parameters())
+        t = torch.stack([self.denoiser.schedule.angle(level) for level in self.levels]).to(weight.device)
+        r = torch.stack([self.leads(k) for k in range(len(self.levels))]).to(weight.device)
+        return with_one_time(self.denoiser, weight.new_zeros(len(t), *shape), t, r, cond)
 
     def start(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and t (B,) at the first level, for standard normal z (B, ...)."""
@@ -87,7 +167,8 @@ class Sampler:
         x, t = self.start(z)
         for j in range(1, k + 1):
             s = self.denoiser.schedule.angle(self.levels[j]).to(x.device).expand(len(x))
-            x = self.step(self.predict(x, t, j - 1, cond), s, lambda j=j: noise(j))  # type: ignore[misc]
+            r = self.leads(j - 1).to(s).expand(len(x))
+            x = self.step(self.predict(x, t, j - 1, cond), r, s, lambda j=j: noise(j))  # type: ignore[misc]
             t = s
         return x, t
 

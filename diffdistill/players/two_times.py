@@ -107,6 +107,37 @@ def time_input(denoiser: Denoiser, *, default: float) -> Denoiser:
     return twin
 
 
+@torch.no_grad()
+def with_one_time(denoiser: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: Cond) -> nn.Module:
+    """A copy of the network with one time, which gives at angles t (n,) what the network gives on the way to r (n,).
+
+    For jumps of several lengths, which no bias can say. What their gaps add goes into the last layer of each time
+    embedding, by the least change of its weights that is exact at these n times: a function of the time, as r is one.
+    x_t (n, ...) and `cond` are any that the network takes.
+    """
+    seen: dict[SecondTime, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: nn.Module, args: tuple[Tensor]) -> None:
+        assert isinstance(module, SecondTime) and module.gap is not None
+        seen[module] = args[0].expand(len(t), -1).double(), module.of_gap(module.gap).double()
+
+    handles = [module.register_forward_pre_hook(keep) for module in second_times(denoiser.network)]
+    denoiser(x_t, t, cond, Extra(r=r))
+    for handle in handles:
+        handle.remove()
+    plain = copy.deepcopy(denoiser.network)
+    for name, module in denoiser.network.named_modules():
+        if isinstance(module, SecondTime):
+            hidden, added = seen[module]
+            change = torch.linalg.pinv(torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)) @ added
+            layer = copy.deepcopy(module.layer)
+            layer.weight += change[:-1].T.to(layer.weight)
+            bias = change[-1].to(layer.weight)
+            layer.bias = nn.Parameter(bias if layer.bias is None else layer.bias + bias, requires_grad=False)
+            plain.set_submodule(name, layer)
+    return plain
+
+
 def without_second_time(network: nn.Module) -> nn.Module:
     """A copy with one time, which gives the same at the default gap; the network itself where it has no second time."""
     if not second_times(network):

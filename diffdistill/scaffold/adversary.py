@@ -20,7 +20,7 @@ from diffdistill.errors import UserError
 from diffdistill.options import LatentAdversarialOptions
 from diffdistill.players.discriminator import DiscriminatorHead
 from diffdistill.players.teacher import Teacher, frozen
-from diffdistill.scaffold.method import Batch
+from diffdistill.scaffold.method import Batch, Outcome
 
 
 class Adversary:
@@ -89,6 +89,11 @@ class LatentAdversary:
             fake = torch.cat([fake, other], 1)
         hinge = self.options.gan_loss == "hinge"
         return hinge_discriminator_loss(real, fake) if hinge else gan_discriminator_loss(real, fake)
+
+    def turn(self, x: Tensor, batch: Batch) -> Outcome:
+        """The heads' move, on samples x (B, ...) that have no gradient."""
+        gan = self.critic_loss(x, batch)
+        return Outcome(gan, {"gan": gan})
 
 
 def _head(fake_score: Denoiser, teacher: Teacher) -> nn.Module:

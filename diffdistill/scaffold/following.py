@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.prediction import OUTPUTS, diffuse
-from diffdistill.core.schedule import DiscreteVP, student_levels
+from diffdistill.core.schedule import DiscreteVP, Schedule, sampling_grid, student_levels
+from diffdistill.core.times import karras_grid
 from diffdistill.errors import UserError
 from diffdistill.options import TrajectoryOptions
 from diffdistill.players.sampler import Sampler
@@ -76,12 +77,20 @@ class FollowingMethod(Method, Generic[I]):
         """The decay of the target's moving average at a training step."""
         return self.config.target_ema
 
+    def whole_loss(self, followed: Outcome, batch: Batch) -> Outcome:
+        """The student's loss, to which a method may add terms beside that of `following`."""
+        return followed
+
+    def more_turns(self, step: int) -> Sequence[Turn]:
+        """Moves that follow the student's."""
+        return []
+
     # -- the game --------------------------------------------------------------------------------------------
 
     @final
     def turns(self, step: int) -> Sequence[Turn]:
         """The student moves in every step."""
-        return [Turn("student", partial(self.student_turn, step))]
+        return [Turn("student", partial(self.student_turn, step)), *self.more_turns(step)]
 
     @final
     def student_turn(self, step: int, batch: Batch) -> Outcome:
@@ -90,7 +99,8 @@ class FollowingMethod(Method, Generic[I]):
         x_t = diffuse(batch.images, interval.t, eps)
         with torch.no_grad():
             x_r = self.less_noisy(x_t, batch.images, eps, interval, batch.cond)
-        return self.following(x_t, x_r, interval, batch.cond, seed_for(*batch.key, "student/dropout"))
+        followed = self.following(x_t, x_r, interval, batch.cond, seed_for(*batch.key, "student/dropout"))
+        return self.whole_loss(followed, batch)
 
     @final
     def both(self, seed: int, x_t: Tensor, own: Callable[[], Tensor], target: Callable[[], Tensor]) -> list[Tensor]:
@@ -107,6 +117,20 @@ class FollowingMethod(Method, Generic[I]):
         if self.state:
             averages: list[Tensor] = list(self.target.parameters())
             torch._foreach_lerp_(averages, list(self.student.parameters()), 1 - self.target_decay(step))
+
+
+def trajectory_grid(schedule: Schedule, n: int, kind: str, first: float, level: float | None) -> Tensor:
+    """(n,) descending angles from the level `first` on, where the sampler starts.
+
+    `kind` native: those of the teacher's own steps, from `level` down (None: the noisiest), and zero; karras: from
+    `level` down to the schedule's cleanest. Raises UserError for more points than there is room for.
+    """
+    top = schedule.t_max if level is None else float(schedule.angle(level))
+    grid = sampling_grid(schedule, n - 1, level) if kind == "native" else karras_grid(schedule, n, top)
+    grid[0] = schedule.angle(first)
+    if not bool((grid.diff() < 0).all()):
+        raise UserError(f"grid_points: {n} is more than the teacher's schedule has room for; give fewer")
+    return grid
 
 
 def change_student(student: Denoiser, config: TrajectoryOptions) -> None:

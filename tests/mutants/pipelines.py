@@ -30,7 +30,7 @@ MUTANTS = {
          "schedule.alphas_cumprod[: int(level) + 1]", "schedule.alphas_cumprod[: max(int(level), 1)]"),
         ("betas are those of the steps after", "alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])", "alphas"),
         ("a shorter chain has the default output",
-         '"trained_betas": betas.tolist(), "prediction_type": kind}', '"trained_betas": betas.tolist()}'),
+         'double()) | {"prediction_type": kept["prediction_type"]}', "double())"),
         ("a shorter chain has the default length",
          '{"num_train_timesteps": len(betas), "trained_betas"', '{"trained_betas"'),
         ("one step clips",
@@ -104,7 +104,8 @@ MUTANTS = {
     ],
     f"diffdistill/commands/export.py | {_E}": [
         ("the network is the teacher's",
-         "network = sampler.denoiser.network\n", "network = teacher.denoiser.network\n"),
+         "network = sampler.network(teacher.shape, teacher.sample_cond(len(sampler.levels)))",
+         "network = teacher.denoiser.network"),
     ],
     f"diffdistill/families/_schedules.py | {_E}": [
         ("sigma_data is the default",

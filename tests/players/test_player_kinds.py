@@ -92,7 +92,7 @@ def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], train
 
     with torch.no_grad():
         x, t = sampler.input_at(len(sampler.levels) - 1, z, cond, noise)
-        x0 = sampler.denoiser(x, t, cond).x0
+        x0 = sampler.predict(x, t, len(sampler.levels), cond).x0
         if pipeline == "DiTPipeline":  # it gives images only
             return (decoder(teacher)(x0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return pack(x0) if packed else x0
@@ -219,6 +219,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_a_resumed_run_the_
 OTHERS: dict[str, dict[str, Any]] = {
     "adapter_guidance": {},
     "consistency": METHODS["consistency"],
+    "ctm": {"grid_points": 5, "student_steps": 2, "gamma": 0.3, "dsm_weight": 0.0, "guidance_scale": 2.0},
     "diff_instruct": {},
     "dmd": {},
     "dmd2": {"gan_weight": 0.01, "update_ratio": 1},
@@ -236,10 +237,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sid": {},
     "sim": {},
     "swiftbrush": {"guidance_scale": 2.0},
+    "tbcm": {"tangent_warmup": 1, "states": 3},
 }  # fmt: skip
 SAYS_SO = {
     ("adapter_guidance", "full"): "class-conditional teacher",
     ("adapter_guidance", "lora"): "class-conditional teacher",
+    ("ctm", "lora"): "a student with a second time",
     ("mean_flow", "lora"): "a student with a second time",
 }
 

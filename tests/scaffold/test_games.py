@@ -192,8 +192,8 @@ def test_a_step_is_its_formula() -> None:
     def never() -> Tensor:
         raise AssertionError("a deterministic step draws no noise")
 
-    assert torch.allclose(DDIM()(prediction, s, never), cos * x0 + sin * eps, rtol=0, atol=1e-12)
-    assert torch.allclose(Renoise()(prediction, s, lambda: fresh), cos * x0 + sin * fresh, rtol=0, atol=1e-12)
+    assert torch.allclose(DDIM()(prediction, s, s, never), cos * x0 + sin * eps, rtol=0, atol=1e-12)
+    assert torch.allclose(Renoise()(prediction, 0 * s, s, lambda: fresh), cos * x0 + sin * fresh, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("step", [Renoise(), DDIM()])

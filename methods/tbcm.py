@@ -1,0 +1,163 @@
+"""TBCM: Image-Free Timestep Distillation via Continuous-Time Consistency with Trajectory-Sampled Pairs.
+
+Tang, Zhang, Zhu, Xiang, Yang, Yu, Liu, Wang 2025, arXiv:2511.20410 (code: hustvl/TBCM).
+
+sCM (arXiv:2410.11081) needs images to place x_t. Here x_t are states of the teacher's own trajectories, from noise down
+by its guided steps: no image is needed, and the student learns where the teacher's samples pass. Each step of training
+walks one trajectory for each condition, through `states` times, one drawn in each cell of a shifted flow's row; all
+states but the noise make the batch. With F- the student's velocity without a gradient, v the teacher's, guided by the
+scale that is drawn and given to the student, which the walk has computed anyway,
+
+    g = -cos(t)^2 (F- - v) - r cos(t) sin(t) (x_t + dF-/dt),    g <- g/(|g| + c),
+    loss = e^(-w(t))/tan(t) |F - F- - g|^2 + w(t).
+
+r rises from 0 to 1, and in the authors' settings falls to 0.75 at last, where the minimum is another: at r = 1 it is
+the map of the teacher's ODE, at r = 0 the posterior mean, and between them samples spread less (for data of deviation
+0.5 by 17% at 0.75). `final_share` is 1 here.
+
+Deviations:
+- Each sample has times of its own. Scales are uniform between guidance_min and guidance_max, where theirs are 4, 4.5
+  and 5.
+- The angles are those of a flow of unit-variance data, whatever the teacher; those that it does not know, or above
+  where the student's sampler starts, are moved to the nearest that it does.
+- Samples that are nearly black are not left out. CAME is AdamW, and w is a small network of its own, as in `scm`.
+- A flow teacher needs no conversion: F is the velocity of the normal form of any network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffdistill.catalogue import About
+from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
+from diffdistill.core.guidance import guide, require_null
+from diffdistill.core.losses import per_sample_mean
+from diffdistill.core.prediction import Prediction, expand
+from diffdistill.core.schedule import LinearFlow
+from diffdistill.errors import UserError
+from diffdistill.options import ScaleRange, TangentOptions, TangentTarget, option
+from diffdistill.players.adaptive_weight import AdaptiveWeight
+from diffdistill.players.scale_input import scale_player
+from diffdistill.players.teacher import Teacher
+from diffdistill.rng import seed_for
+from diffdistill.scaffold.method import Batch, Optimizer, Outcome, Turn
+from diffdistill.scaffold.tangent import Point, TangentMethod, normalised
+
+ABOUT = About(
+    paper="Tang et al. 2025, arXiv:2511.20410",
+    data="nothing but the teacher's own trajectories",
+    kind="trajectory",
+    equations={
+        "states of the teacher's trajectories": "TBCM.walk, core.prediction.Prediction.at",
+        "their times": "TBCM.times, core.schedule.LinearFlow",
+        "sCM's g, warm-up and calm-down, normalisation": (
+            "TBCM.tangent, TBCM.share, options.TangentTarget.warm, scaffold.tangent.normalised"
+        ),
+        "sCM's loss with the adaptive weight": "TBCM.regression, players.adaptive_weight.AdaptiveWeight",
+        "the guidance scale as an input": "players.scale_input.guidance_input",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Config(ScaleRange, TangentOptions, TangentTarget, guidance_max=1.0, tangent_warmup=4000, norm="l2"):
+    """TBCM's options; the mode is distillation. A batch is of trajectories."""
+
+    states: int = option(16, "times of a trajectory, of which all but the first are trained", at_least=2)
+    route_shift: float = option(2.5, "the shift of the flow's row between whose times they are drawn", above=0)
+    final_share: float = option(1.0, "r at last; below 1 the student's samples spread less", at_least=0, at_most=1)
+    calm_start: int = option(15000, "the training step from which r goes to final_share", at_least=0)
+    calm_steps: int = option(2000, "training steps in which it does", at_least=1)
+    weight_lr: float = option(1e-3, "AdamW's learning rate for the adaptive weight", above=0)
+
+
+class TBCM(TangentMethod):
+    """f is the student's x0; players: student, and the adaptive weight."""
+
+    needs = frozenset()
+
+    def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
+        if config.mode != "distillation":
+            raise UserError("mode: tbcm follows its teacher's own trajectories; use distillation")
+        super().__init__(teacher, config, student or scale_player(teacher, config))
+        self.plain, self.guides = teacher.denoiser, config.takes_scale or config.scale != 1
+        if self.guides:
+            require_null(self.plain, "guidance")
+        self.players["weight"] = self.weight = AdaptiveWeight()
+        row = LinearFlow(shift=config.route_shift)
+        self.top = float(self.schedule.angle(self.levels[0]))
+        self.cells = row.angle(row.levels(config.states)).clamp(self.schedule.t_min, self.top)
+
+    def times(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Descending angles (states, B), the sampler's first and one in each cell; and 0."""
+        draw, cells = batch.generator("student/t"), self.cells.to(batch.device)[:, None]
+        u = torch.rand(len(cells) - 1, batch.size, generator=draw, device=draw.device, dtype=torch.float64)
+        t = torch.lerp(cells[1:], cells[:-1], u)
+        return torch.cat([torch.full_like(t[:1], self.top), t]), torch.zeros(len(cells), batch.size).to(t)
+
+    def scales(self, batch: Batch) -> Tensor:
+        """(B,) guidance scales, one of each trajectory."""
+        return self.config.drawn(batch.uniform("student/scale"))
+
+    def ahead(self, x_t: Tensor, t: Tensor, batch: Batch) -> Prediction:
+        """The teacher's prediction (B, ...), guided."""
+        cond = batch.cond
+        return guide(self.plain, x_t, t, cond, self.scales(batch)) if self.guides else self.plain(x_t, t, cond)
+
+    @torch.no_grad()
+    def walk(self, batch: Batch) -> Point:
+        """The states of all trajectories but their noise, (states - 1) B of them, and the teacher's direction there."""
+        (t, r), (x, _), states = self.times(batch), self.sampler().start(batch.randn("z")), []
+        prediction = self.ahead(x, t[0], batch)
+        for s in t[1:]:
+            x = prediction.at(s)
+            prediction = self.ahead(x, s, batch)
+            states.append((x, prediction.v))
+        n, seed = len(states), seed_for(*batch.key, "student/dropout")
+        cond: Cond = {name: torch.cat([value] * n) for name, value in batch.cond.items()}
+        extra = Extra(self.scales(batch).repeat(n)) if self.config.takes_scale else NONE
+        x_t, v = (torch.cat(part) for part in zip(*states, strict=True))
+        return Point(x_t, t[1:].flatten(), v, r[1:].flatten(), cond, seed, extra)
+
+    def student_turn(self, step: int, batch: Batch) -> Outcome:
+        """From noise along the teacher's trajectories to the loss."""
+        return self.regression(step, self.walk(batch))
+
+    def share(self, step: int) -> float:
+        """r at that training step."""
+        own = self.config
+        calm = min(max(step - own.calm_start, 0) / own.calm_steps, 1.0)
+        return own.warm(step) * (1 - calm) + own.final_share * calm
+
+    def tangent(self, f: Tensor, at: Point, r: float) -> Tensor:
+        """g (B, ...) where the student says f, not normalised: cos(t) df/dt at r = 1."""
+        cos, rate = torch.cos(at.t), torch.cos(at.t) * torch.sin(at.t)
+        along = expand(rate, f) * at.x_t + self.derivative(at, rate, at.extra)
+        return expand(cos.square(), f) * (at.v - f) - r * along
+
+    def regression(self, step: int, at: Point) -> Outcome:
+        """The squared error against F- + g, weighted by time and by what the adaptive weight says."""
+        f = self.velocity(at, at.extra)
+        g = normalised(self.tangent(f.detach(), at, self.share(step)), self.config.norm, self.config.norm_c)
+        error = per_sample_mean((f - (f.detach() + g)).square()) / torch.tan(at.t).to(f)
+        self.learned = error.detach(), at.t
+        return Outcome((error * torch.exp(-self.weight(at.t).detach())).mean(), {"error": error.mean()})
+
+    def more_turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("weight", lambda batch: self.weight_loss())]
+
+    def weight_loss(self) -> Outcome:
+        """Of the adaptive weight, on the errors of the student's turn: e^(-w) error + w."""
+        error, t = self.learned
+        return Outcome((error * torch.exp(-self.weight(t)) + self.weight(t)).mean())
+
+    def optimizer(self, player: str) -> Optimizer:
+        moves = super().optimizer(player)
+        return moves._replace(lr=self.config.weight_lr, weight_decay=0.0) if player == "weight" else moves
+
+
+METHOD = TBCM
