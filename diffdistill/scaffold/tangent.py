@@ -83,6 +83,10 @@ class TangentMethod(Method):
         """(B, ...) dx_t/dt for the direction v (B, ...) of the image and its noise. No gradient passes."""
         return self.teacher(x_t, t, cond).v if self.from_teacher else v
 
+    def second_term(self, batch: Batch) -> Outcome | None:
+        """What is added to the student's loss, of samples of its own say; None: nothing."""
+        return None
+
     def sampler(self) -> Sampler:
         """`student_steps` from `student_level` down, with fresh noise between."""
         return Sampler(self.student, self.levels)
@@ -106,7 +110,9 @@ class TangentMethod(Method):
         with torch.no_grad():
             v = self.direction(x_t, v, t, batch, cond)
         seed = seed_for(*batch.key, f"{self.stream}/dropout")
-        return self.regression(step, Point(x_t, t, v, torch.minimum(r, t), cond, seed, self.extra(batch)))
+        outcome = self.regression(step, Point(x_t, t, v, torch.minimum(r, t), cond, seed, self.extra(batch)))
+        more = self.second_term(batch)
+        return outcome if more is None else Outcome(outcome.loss + more.loss, {**outcome.shown, **more.shown})
 
     @final
     def velocity(self, at: Point, extra: Extra = NONE) -> Tensor:
