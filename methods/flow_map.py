@@ -74,7 +74,7 @@ class Config(TangentOptions, student_lr=1e-4, student_steps=4):
     spans: Literal["sorted", "length"] = option("sorted", "t and r; sorted: two uniform draws; length: t - r drawn "
                                                 "logit-normally, and then where it lies (AYF)")  # fmt: skip
     length_mean: float = option(-0.8, "mean of the logit of the length, whose deviation is 1")
-    equal_share: float = option(0.5, "share of samples with r = t, which teach the velocity", at_least=0, at_most=1)
+    equal_share: float = option(0.75, "share of samples with r = t, which teach the velocity", at_least=0, at_most=1)
     end_share: float = option(0.25, "share of samples with r = 0, of those that have r < t", at_least=0, at_most=1)
     weight_power: float = option(1.0, "p of a sample's weight 1/(error + c)^p; 0: none", at_least=0)
     weight_c: float = option(0.01, "c of a sample's weight", above=0)
@@ -105,16 +105,16 @@ class FlowMap(AverageMethod):
             self.players["fake_score"] = self.on_policy.fake_score
 
     def times(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        c, draw = self.config, batch.generator("student/t")
-        t, r = spans(self.schedule, batch.size, draw, c.length_mean if c.spans == "length" else None)
-        r = torch.where(batch.uniform("student/end") < c.end_share, 0.0, r)
-        return t, torch.where(batch.uniform("student/equal") < c.equal_share, t, r)
+        length = self.config.length_mean if self.config.spans == "length" else None
+        t, r = spans(self.schedule, batch.size, batch.generator("student/t"), length)
+        r = torch.where(batch.uniform("student/end") < self.config.end_share, 0.0, r)
+        return self.some_equal(t, r, batch)
 
+    @torch.no_grad()
     def own(self, x: Tensor, t: Tensor, at: Point) -> Tensor:
         """b(x, t) (B, ...) without a gradient: the teacher's velocity, or the student's at r = t."""
         t = t.clamp(self.schedule.t_min, self.schedule.t_max)
-        with torch.no_grad():
-            return self.teacher(x, t, at.cond).v if self.from_teacher else self.jump(x, t, t, at).v
+        return self.teacher(x, t, at.cond).v if self.from_teacher else self.jump(x, t, t, at).v
 
     def lagrangian(self, at: Point) -> Tensor:
         """(B, ...) dz/dr - u(z, r) of flow matching's z = X/rho(r), with the gradient of the derivative."""
@@ -134,33 +134,32 @@ class FlowMap(AverageMethod):
         whole = torch.sin(t - r).clamp_min(1e-12)
         return torch.sin(t - s) * torch.cos(s - r) / whole, torch.sin(s - r) / whole
 
+    @torch.no_grad()
     def progressive(self, f: Tensor, at: Point) -> Tensor:
-        """(B, ...) f - F of the two jumps over s."""
+        """(B, ...) f - F of the two jumps over s, without a gradient."""
         draw = generator(f.device, at.seed, "split")
         h = torch.rand(len(f), generator=draw, device=f.device, dtype=at.t.dtype)
         h = h if self.config.split == "uniform" else torch.full_like(h, 0.5)
         s = (at.r + h * (at.t - at.r)).clamp_min(self.schedule.t_min)
         first, second = (expand(part, f) for part in self.parts(at.t, s, at.r))
-        with torch.no_grad():
-            one = self.jump(at.x_t, at.t, s, at)
-            two = self.jump(one.at(s), s, at.r, at)
+        one = self.jump(at.x_t, at.t, s, at)
+        two = self.jump(one.at(s), s, at.r, at)
         both = first * one.v + second * (two.v - expand(torch.sin(at.t - s), f) * at.x_t)
         return f - torch.where(expand(at.t - at.r, f) > 0, both, at.v)
 
+    def toward_target(self, step: int, at: Point) -> Tensor:
+        """(B, ...) u - u_target of the objectives whose target gets no gradient."""
+        f, warmup = self.velocity(at, Extra(r=at.r)), self.config.tangent_warmup
+        held, share = f.detach(), self.config.tangent_share * (min(1.0, step / warmup) if warmup else 1.0)
+        eulerian = self.config.objective == "eulerian"
+        gap = self.eulerian(held, at, share) if eulerian else self.progressive(held, at)
+        return expand(self.rho(at.t), f) * (f - held + gap)
+
     def regression(self, step: int, at: Point) -> Outcome:
         """The square of the objective's error, over (itself + c)^p without a gradient."""
-        c = self.config
-        if c.objective == "lagrangian":
-            error = self.lagrangian(at)
-        else:
-            f = self.velocity(at, Extra(r=at.r))
-            share = c.tangent_share * (min(1.0, step / c.tangent_warmup) if c.tangent_warmup else 1.0)
-            gap = (
-                self.eulerian(f.detach(), at, share) if c.objective == "eulerian" else self.progressive(f.detach(), at)
-            )
-            error = expand(self.rho(at.t), f) * (f - f.detach() + gap)
+        error = self.lagrangian(at) if self.config.objective == "lagrangian" else self.toward_target(step, at)
         square = error.square().flatten(1).sum(1)
-        loss = (square * (square.detach() + c.weight_c).pow(-c.weight_power)).mean()
+        loss = (square * (square.detach() + self.config.weight_c).pow(-self.config.weight_power)).mean()
         return Outcome(loss, {"error": square.mean()})
 
     def second_term(self, batch: Batch) -> Outcome | None:

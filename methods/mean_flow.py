@@ -88,15 +88,22 @@ class MeanFlow(AverageMethod):
     """Training with guidance inside, distillation, and both restricted to short jumps."""
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        c = config
-        super().__init__(teacher, c, student, c.guidance_mix)
-        levels = self.schedule.angle(torch.tensor(self.levels))
+        super().__init__(teacher, config, student, config.guidance_mix)
+        self.check_jumps()
+
+    def check_jumps(self) -> None:
+        """UserError where the sampler's are longer than those that are trained."""
+        longest, levels = self.config.longest_jump, self.schedule.angle(torch.tensor(self.levels))
         jump = -float(torch.diff(self.flow_time(levels), append=torch.zeros(1).double()).min())
-        if jump > c.longest_jump + 1e-3:
+        if jump > longest + 1e-3:
             raise UserError(
-                f"student_steps: {c.student_steps} make a jump of {jump:.3g}, and jumps over more than "
-                f"{c.longest_jump:g} (longest_jump) are not trained; give more steps"
+                f"student_steps: {len(levels)} make a jump of {jump:.3g}, and jumps over more than "
+                f"{longest:g} (longest_jump) are not trained; give more steps"
             )
+
+    def in_steps(self, steps: int) -> None:
+        super().in_steps(steps)
+        self.check_jumps()
 
     def times(self, batch: Batch) -> tuple[Tensor, Tensor]:
         c = self.config
@@ -109,7 +116,7 @@ class MeanFlow(AverageMethod):
         if c.longest_jump < 1:
             time = self.flow_time(t) - c.longest_jump * batch.uniform("student/jump")
             r = torch.atan2(time.clamp_min(0), (1 - time.clamp_min(0)) * self.std)
-        return t, torch.where(batch.uniform("student/equal") < c.equal_share, t, r)
+        return self.some_equal(t, r, batch)
 
     def unguided(self, t: Tensor, batch: Batch) -> Tensor:
         return super().unguided(t, batch) | (self.flow_time(t) > self.config.guidance_until)

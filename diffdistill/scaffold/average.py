@@ -15,12 +15,13 @@ from diffdistill.core.prediction import Prediction, expand
 from diffdistill.core.times import native_uniform
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher, frozen
+from diffdistill.players.two_times import second_times
 from diffdistill.rng import seeded
 from diffdistill.scaffold.following import set_dropout
 from diffdistill.scaffold.matching import dmd_loss, fake_score_loss
 from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.scaffold.simulation import rolled_out
-from diffdistill.scaffold.tangent import Point, TangentMethod, two_time_player
+from diffdistill.scaffold.tangent import Point, TangentMethod, gap_of, two_time_player
 
 
 class AverageMethod(TangentMethod):
@@ -43,6 +44,16 @@ class AverageMethod(TangentMethod):
     def sampler(self) -> Sampler:
         """Deterministic jumps that divide the way from `student_level` down."""
         return Sampler(self.student, self.levels, DDIM())
+
+    def in_steps(self, steps: int) -> None:
+        """The same with so many jumps, whose length the student takes for its own."""
+        super().in_steps(steps)
+        for layer in second_times(self.student):
+            layer.default.fill_(gap_of(self.schedule, steps, self.config.student_level))
+
+    def some_equal(self, t: Tensor, r: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """t and r (B,), where r is t with the share `equal_share`."""
+        return t, torch.where(batch.uniform("student/equal") < self.config.equal_share, t, r)
 
     def rho(self, t: Tensor) -> Tensor:
         """(B,) by how much an error of F is one of u, at the angles t (B,)."""
