@@ -17,14 +17,15 @@ its second: samples of the student, made by at most three jumps with gradients, 
 
 Deviations:
 - AnyFlow's published guided first stage divides a guided output by the scale and moves along the unguided path; its
-  fixed point is not the guided flow map (`verify` shows both). Here the guided direction is that of both, as in
-  MeanFlow, with the student's own velocity without condition; the fixed point is the guided flow map.
+  fixed point is not the guided flow map (`verify` shows both). Here the direction is guided, as in MeanFlow, with the
+  student's own velocity without condition; the fixed point is the guided flow map.
+- The progressive targets are the student's own but at r = t, and an error that all jumps share comes back in them k
+  times, k > 1 where the map widens (`verify`); that grows unless (1 - equal_share) k < 1.
 - Errors are those of flow matching's u, and dz/dr, whatever the network predicts. `weight_power` 1 stands for the
   learned weight of Boffi et al. and for AnyFlow's division by each sample's loss (which it does for r < t alone, with
   a weight t sqrt(1 - t) for r = t); 0.5 for AYF's tangent normalisation.
 - The Lagrangian error has a gradient through the derivative as in the paper; the targets of the others have none.
-- AYF's `tangent_share` below 1 biases the map (`verify` shows it). Its autoguidance and its GAN are not here.
-- What the network sees of r is the gap to t, through an embedding that is nothing at r = t.
+- AYF's `tangent_share` below 1 biases the map (`verify`). Its autoguidance and GAN are not here.
 """
 
 from __future__ import annotations

@@ -45,6 +45,17 @@ PLANE = {
         "max_grad_norm": 1.0,
         "steps": 2000,
     },
+    "progressive": {
+        "objective": "progressive",
+        "equal_share": 0.75,
+        "end_share": 0.5,
+        "weight_power": 0.5,
+        "guidance_scale": 1.5,
+        "student_lr": 0.001,
+        "student_steps": 1,
+        "max_grad_norm": 1.0,
+        "steps": 2000,
+    },
 }
 
 MEAN, STD = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
@@ -57,6 +68,7 @@ def verify() -> Iterator[Check]:
     yield from _exact_maps()
     yield from _as_the_papers()
     yield from _central_difference()
+    yield from _error_of_all_jumps()
     yield from _guided_stage_one()
     yield from _share_below_one()
     yield from _rollouts()
@@ -219,6 +231,33 @@ def _central_difference() -> Iterator[Check]:
         yield equal(
             f"{objective}: half the step divides the {kind} error by {ratio:g}", ratio, sizes[0] / sizes[1], 0.05
         )
+
+
+def _error_of_all_jumps() -> Iterator[Check]:
+    """How many times an error that all jumps share comes back in the target; beyond 1 where the map widens."""
+    teacher = gaussian_teacher(MEAN.tolist(), STD)
+
+    class Off(GaussianJumps):
+        def forward(self, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            return super().forward(x_t, t, r) + 0.01
+
+    student = _student(Off(MEAN, STD), TrigFlow(), "v_prediction", "r")
+    x0, eps = two_points(2)
+    for start, end in ((math.pi / 2, 0.0), (1.1, 0.3)):
+        t, r = _at(start, end)
+        x_t = diffuse(MEAN + STD * x0, t, eps)
+        at, middle = Point(x_t, t, teacher.denoiser(x_t, t, {}).v, r, {}), (start + end) / 2
+        widths = [math.cos(angle) ** 2 * STD**2 + math.sin(angle) ** 2 for angle in (end, middle)]
+        rho = [math.cos(angle) + math.sin(angle) for angle in (start, end)]
+        back = {
+            "progressive": (1 + torch.sqrt(widths[0] / widths[1])) / (2 * math.cos((start - end) / 2)),
+            "eulerian": torch.full_like(STD, 1 - math.cos(start - end) * rho[0] / rho[1]),  # never beyond 1
+        }
+        for objective, times in back.items():
+            config = Config(objective=objective, derivative="exact", split="midpoint")  # type: ignore[arg-type]
+            got = 1 - _error(FlowMap(teacher, config, student=student), at).mean(0) / 0.01
+            where = f"{objective}, {start:.3g} to {end:.3g}"
+            yield equal(f"an error that all jumps share comes back so many times, {where}", times, got, 1e-9)
 
 
 # -- guided without a teacher: a class N(1, 0.4^2), no class N(0, 1), guidance 3 --------------------------------------
