@@ -60,6 +60,7 @@ PLANE = {
 
 MEAN, STD = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
 SPANS = ((0.3, 0.0), (0.9, 0.4), (1.5, 0.2), (math.pi / 2, 0.0), (1.2, 1.2))
+MODES: tuple[Any, ...] = ("distillation", "training")
 OBJECTIVES: tuple[Any, ...] = ("lagrangian", "eulerian", "progressive")
 
 
@@ -101,8 +102,8 @@ def _exact_maps() -> Iterator[Check]:
     student = _student(GaussianJumps(MEAN, STD), TrigFlow(), "v_prediction", "r")
     x0, eps = two_points(2)
     for objective in OBJECTIVES:
-        for mode in ("distillation", "training"):
-            method = FlowMap(teacher, Config(mode=mode, objective=objective, derivative="exact"), student=student)  # type: ignore[arg-type]
+        for mode in MODES:
+            method = FlowMap(teacher, Config(mode=mode, objective=objective, derivative="exact"), student=student)
             for span in SPANS:
                 t, r = _at(*span)
                 x_t = diffuse(MEAN + STD * x0, t, eps)
@@ -166,9 +167,9 @@ def _paper(objective: str, u: nn.Module, z: Tensor, v: Tensor, s: Tensor, q: Ten
         def leads_to(q: Tensor) -> Tensor:
             return z - (s - q)[:, None] * u(z, s, s - q)
 
-        z_q, change = jvp(leads_to, (q,), (torch.ones_like(q),))
-        aim = u(z_q, q, 0 * q) if float(far[0]) else v
-        return change - aim.detach()
+        moved = jvp(leads_to, (q,), (torch.ones_like(q),))
+        aim = u(moved[0], q, 0 * q) if float(far[0]) else v
+        return moved[1] - aim.detach()
     own = u(z, s, 0 * s).detach() if float(far[0]) else v
     if objective == "eulerian":
         change = jvp(lambda z, s: u(z, s, s - q), (z, s), (own, torch.ones_like(s)))[1]
