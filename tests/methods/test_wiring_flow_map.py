@@ -206,6 +206,17 @@ def test_a_turn_is_its_straight_line(options: dict[str, Any], plain: Plain, step
     assert [turn.player for turn in turns] == ["student", *(["fake_score"] if "matching_weight" in options else [])]
 
 
+@pytest.mark.parametrize("mode", ["distillation", "training"])
+@pytest.mark.parametrize("objective", ["lagrangian", "eulerian", "progressive"])
+def test_jumps_near_the_data(objective: str, mode: str) -> None:
+    """No network is asked nearer to the data than it knows, though the jumps end there."""
+    straight = Straight({**SHARED, "objective": objective, "mode": mode}, EPS)
+    t, r = torch.full((SIZE,), 1.3 * EPS.ends()[0]), torch.zeros(SIZE)
+    straight.method.times = lambda batch: (t, r)  # type: ignore[method-assign]
+    straight.spans = lambda: (t, r)  # type: ignore[method-assign]
+    agree(straight.method, straight.method.turns(4)[0], straight.batch, straight.turn)
+
+
 @pytest.mark.parametrize(("options", "plain"), CASES)
 def test_who_drops_and_who_is_trained(options: dict[str, Any], plain: Plain) -> None:
     straight = Straight(options, plain)

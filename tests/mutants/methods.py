@@ -141,7 +141,7 @@ MUTANTS = {
         ("the weight decays", "weight_lr, weight_decay=0.0)", "weight_lr)"),
     ],
     f"methods/mean_flow.py | {_T}": [
-        ("kappa is ignored", "student, c.guidance_mix)", "student, 0.0)"),
+        ("kappa is ignored", "student, config.guidance_mix)", "student, 0.0)"),
         ("t and r are one draw", 'batch.generator(f"student/{name}")', 'batch.generator("student/t")'),
         ("r has t's mean", "c.time_mean if c.r_mean is None else c.r_mean}", "c.time_mean}"),
         ("draws are not sorted", "torch.maximum(t, r) if c.r_mean is None else t,", "t,"),
