@@ -245,6 +245,11 @@ class ExportConfig(MachineConfig, SavingConfig):
 
     run: str = option(MISSING, "a run folder made by train")
     step: int | None = option(None, "the checkpoint's step; default: the last", at_least=0)
+    student_steps: int | None = option(
+        None,
+        "in how many steps it is sampled, if it is trained for any number; default: as many as in training",
+        at_least=1,
+    )
     out: str | None = option(None, "the folder to make; default: RUN/student")
     dtype: Literal["teacher", "float32", "bfloat16", "float16"] = option(
         "teacher", "the type of the network's weights in the folder; teacher: as in the teacher's own"

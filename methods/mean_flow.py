@@ -27,23 +27,21 @@ Deviations:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffdistill.catalogue import About
-from diffdistill.core.denoiser import Cond, Denoiser, Extra, choose
-from diffdistill.core.guidance import require_null
+from diffdistill.core.denoiser import Denoiser, Extra
 from diffdistill.core.prediction import expand
 from diffdistill.core.times import logit_normal
 from diffdistill.errors import UserError
 from diffdistill.options import TangentOptions, option
-from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher
+from diffdistill.scaffold.average import AverageMethod
 from diffdistill.scaffold.method import Batch, Outcome
-from diffdistill.scaffold.tangent import Point, TangentMethod, two_time_player
+from diffdistill.scaffold.tangent import Point
 
 ABOUT = About(
     paper="Geng et al. 2025, arXiv:2505.13447",
@@ -51,13 +49,13 @@ ABOUT = About(
     kind="trajectory",
     needs=("images",),
     equations={
-        "MeanFlow identity (eq. 6)": "MeanFlow.residual",
+        "MeanFlow identity (eq. 6)": "scaffold.average.AverageMethod.residual",
         "its total derivative by a JVP (eq. 8)": "scaffold.tangent.TangentMethod.derivative",
         "loss with the adaptive weight (eq. 9 and section 4.3)": "MeanFlow.regression",
-        "guidance inside (eq. 19-21)": "MeanFlow.direction",
+        "guidance inside (eq. 19-21)": "scaffold.average.AverageMethod.direction, MeanFlow.unguided",
         "times (section 4.3)": "MeanFlow.times, core.times.logit_normal",
         "two times as an input": "players.two_times.time_input",
-        "sampling (Algorithm 2)": "MeanFlow.sampler, players.sampler.DDIM",
+        "sampling (Algorithm 2)": "scaffold.average.AverageMethod.sampler, players.sampler.DDIM",
     },
 )
 
@@ -86,35 +84,26 @@ class Config(TangentOptions, mode="training", student_lr=1e-4):
                                  above=0, at_most=1)  # fmt: skip
 
 
-class MeanFlow(TangentMethod):
-    """The student takes the time to jump to."""
+class MeanFlow(AverageMethod):
+    """Training with guidance inside, distillation, and both restricted to short jumps."""
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        c = config
-        super().__init__(teacher, c, student or two_time_player(teacher, c.student_steps, c.student_level))
-        self.guided = not self.from_teacher and (c.guidance_scale != 1 or c.guidance_mix > 0)
-        if self.guided:
-            require_null(self.student, "guidance")
-        self.std = self.schedule.data_std
-        levels = self.schedule.angle(torch.tensor(self.levels)).tolist()
-        jumps = [self.flow_time(t) - self.flow_time(r) for t, r in zip(levels, [*levels[1:], 0.0], strict=True)]
-        if max(jumps) > c.longest_jump + 1e-3:
+        super().__init__(teacher, config, student, config.guidance_mix)
+        self.check_jumps()
+
+    def check_jumps(self) -> None:
+        """UserError where the sampler's are longer than those that are trained."""
+        longest, levels = self.config.longest_jump, self.schedule.angle(torch.tensor(self.levels))
+        jump = -float(torch.diff(self.flow_time(levels), append=torch.zeros(1).double()).min())
+        if jump > longest + 1e-3:
             raise UserError(
-                f"student_steps: {c.student_steps} make a jump of {max(jumps):.3g}, and jumps over more than "
-                f"{c.longest_jump:g} (longest_jump) are not trained; give more steps"
+                f"student_steps: {len(levels)} make a jump of {jump:.3g}, and jumps over more than "
+                f"{longest:g} (longest_jump) are not trained; give more steps"
             )
 
-    def sampler(self) -> Sampler:
-        """Deterministic jumps that divide the way from `student_level` down."""
-        return Sampler(self.student, self.levels, DDIM())
-
-    def flow_time(self, t: float) -> float:
-        """sigma/(alpha + sigma) at an angle."""
-        return math.sin(t) * self.std / (math.sin(t) * self.std + math.cos(t))
-
-    def rho(self, t: Tensor) -> Tensor:
-        """(B,) by how much an error of F is one of u, at the angles t (B,)."""
-        return self.std * torch.sin(t) + torch.cos(t)
+    def in_steps(self, steps: int) -> None:
+        super().in_steps(steps)
+        self.check_jumps()
 
     def times(self, batch: Batch) -> tuple[Tensor, Tensor]:
         c = self.config
@@ -125,37 +114,12 @@ class MeanFlow(TangentMethod):
         )
         t, r = torch.maximum(t, r) if c.r_mean is None else t, torch.minimum(t, r)
         if c.longest_jump < 1:
-            time = self.std * torch.sin(t) / self.rho(t) - c.longest_jump * batch.uniform("student/jump")
+            time = self.flow_time(t) - c.longest_jump * batch.uniform("student/jump")
             r = torch.atan2(time.clamp_min(0), (1 - time.clamp_min(0)) * self.std)
-        return t, torch.where(batch.uniform("student/equal") < c.equal_share, t, r)
+        return self.some_equal(t, r, batch)
 
-    def dropped(self, batch: Batch) -> Tensor:
-        """(B,) whose condition is left out."""
-        return batch.uniform("student/dropped") < self.config.label_dropout
-
-    def conditions(self, batch: Batch) -> Cond:
-        if not self.guided:
-            return super().conditions(batch)
-        assert self.student.null is not None
-        return choose(self.dropped(batch), self.student.null(batch.cond), batch.cond)
-
-    def direction(self, x_t: Tensor, v: Tensor, t: Tensor, batch: Batch, cond: Cond) -> Tensor:
-        if not self.guided:
-            return super().direction(x_t, v, t, batch, cond)
-        assert self.student.null is not None
-        null, twice = self.student.null(cond), Extra(r=torch.cat([t, t]))
-        both = {name: torch.cat([cond[name], null[name]]) for name in cond}
-        own, none = self.student(torch.cat([x_t, x_t]), torch.cat([t, t]), both, twice).v.chunk(2)
-        kappa = self.config.guidance_mix
-        omega = self.config.guidance_scale * (1 - kappa)
-        plain = self.dropped(batch) | (self.std * torch.sin(t) / self.rho(t) > self.config.guidance_until)
-        return torch.where(expand(plain, v) > 0, v, omega * v + (1 - omega - kappa) * none + kappa * own)
-
-    def residual(self, f: Tensor, at: Point) -> Tensor:
-        """(B, ...) what is zero for the exact average velocity, where the student says f; u - u_target over rho(t)."""
-        apart, k = at.t - at.r, self.rho(at.t) / self.rho(at.r)
-        along = expand(torch.cos(apart), f) * (f - at.v) + expand(torch.sin(apart), f) * at.x_t
-        return expand(k, f) * along + self.derivative(at, k * torch.sin(apart), Extra(r=at.r))
+    def unguided(self, t: Tensor, batch: Batch) -> Tensor:
+        return super().unguided(t, batch) | (self.flow_time(t) > self.config.guidance_until)
 
     def regression(self, step: int, at: Point) -> Outcome:
         """|u - sg u_target|^2 of each sample, over (itself + c)^p without a gradient."""

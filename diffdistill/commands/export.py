@@ -39,6 +39,7 @@ def export(
     run: str | PathLike[str],
     *,
     step: int | None = None,
+    student_steps: int | None = None,
     out: str | PathLike[str] | None = None,
     dtype: Literal["teacher", "float32", "bfloat16", "float16"] = "teacher",
     allow_change: bool = False,
@@ -48,12 +49,14 @@ def export(
 ) -> Path:
     """Save a run's student from its checkpoint at `step` (default: the last); returns the folder.
 
-    `out` is the folder to make, by default RUN/student; `dtype` is the type of the network's weights in it, by default
-    that of the teacher's folder. `saving` are the options of how it is saved (`diffdistill export --help`): `export`,
-    `parts`, `max_shard_size`, and `push_to_hub` with `hub_private`, which uploads the folder. `teacher` and `method`
-    are given again where the run began with objects. Raises UserError for a folder that is no run, a step without
-    checkpoint, a student that cannot be saved so, an upload that fails, after which the folder is there, and, unless
-    `allow_change`, for a run whose options, teacher or method are not those that it began with.
+    `student_steps` is in how many steps it is sampled, of a student that is trained for any number (default: that of
+    the training). `out` is the folder to make, by default RUN/student; `dtype` is the type of the network's weights in
+    it, by default that of the teacher's folder. `saving` are the options of how it is saved (`diffdistill export
+    --help`): `export`, `parts`, `max_shard_size`, and `push_to_hub` with `hub_private`, which uploads the folder.
+    `teacher` and `method` are given again where the run began with objects. Raises UserError for a folder that is no
+    run, a step without checkpoint, a number of steps that the student is not trained for, a student that cannot be
+    saved so, an upload that fails, after which the folder is there, and, unless `allow_change`, for a run whose
+    options, teacher or method are not those that it began with.
     """
     config: SavingConfig = build(SavingConfig, saving)
     _, objects = Objects.split({"teacher": teacher, "method": method}, None)
@@ -62,6 +65,8 @@ def export(
     note = check_inputs(Path(run), now, allow_change, "export", _READ)
     if note:
         print(note, file=sys.stderr)
+    if student_steps is not None:
+        game.method.in_steps(student_steps)
     check_exportable(game, config)
     folder = Path(out) if out else Path(run) / "student"
     export_student(game, folder, step, None if dtype == "teacher" else dtype, config)
@@ -73,8 +78,8 @@ def run(config: ExportConfig) -> None:
     """The command."""
     use_machine(config.device, config.threads)
     saving = {name: getattr(config, name) for name in SAVING}
-    options = {"step": config.step, "out": config.out, "allow_change": config.allow_change, **saving}
-    print(f"saved {export(config.run, dtype=config.dtype, **options)}")
+    own = {name: getattr(config, name) for name in ("step", "student_steps", "out", "dtype", "allow_change")}
+    print(f"saved {export(config.run, **own, **saving)}")
     if config.push_to_hub is not None:
         print(f"uploaded to {config.push_to_hub}")
 

@@ -67,6 +67,21 @@ def logit_normal(schedule: Schedule, n: int, generator: torch.Generator, mean: f
     return torch.atan2(sigma, (1 - sigma) * schedule.data_std)
 
 
+def spans(schedule: Schedule, n: int, generator: torch.Generator, length: float | None = None) -> tuple[Tensor, Tensor]:
+    """t and r <= t (n,), uniform in the schedule's own time on the triangle r < t (Boffi et al. 2025).
+
+    With `length`, the logit of t - r is N(length, 1), and then r is uniform where it fits (Sabour et al. 2025,
+    arXiv:2506.14603).
+    """
+    one, other = _uniform(n, generator), _uniform(n, generator)
+    low, high = torch.minimum(one, other), torch.maximum(one, other)
+    if length is not None:
+        apart = torch.sigmoid(length + _normal(n, generator))
+        low = (1 - apart) * one
+        high = low + apart
+    return schedule.at_fraction(high), schedule.at_fraction(low)
+
+
 def karras_grid(schedule: Schedule, n: int, top: float, rho: float = 7.0) -> Tensor:
     """Descending, evenly spaced in tan(t)^(1/rho): the grid of consistency models (Karras et al. 2022, eq. 5).
 

@@ -299,3 +299,21 @@ class AffinePerAngle(nn.Module):
         centred = x_t - x_t.mean(0)
         self.slope[node] = (centred * (x0 - x0.mean(0))).mean(0) / centred.square().mean(0)
         self.offset[node] = x0.mean(0) - self.slope[node] * x_t.mean(0)
+
+
+class GaussianJumps(nn.Module):
+    """F of the exact map of N(mean, std^2) from t to r, per dimension, as a network of two angles for TrigFlow."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.mean, self.std = mean.double(), std.double()
+
+    def forward(self, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """(B, d) (cos(t - r) x_t - x_r)/sin(t - r), and the velocity at r = t."""
+        cos, sin, gap = torch.cos(t)[:, None], torch.sin(t)[:, None], (t - r)[:, None]
+        start, end = (torch.cos(a)[:, None] ** 2 * self.std**2 + torch.sin(a)[:, None] ** 2 for a in (t, r))
+        x_r = torch.cos(r)[:, None] * self.mean + (x_t - cos * self.mean) * torch.sqrt(end / start)
+        still = gap == 0
+        jump = (torch.cos(gap) * x_t - x_r) / torch.sin(torch.where(still, 1.0, gap))
+        velocity = cos * sin * (1 - self.std**2) / start * (x_t - cos * self.mean) - sin * self.mean
+        return torch.where(still, velocity, jump)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond
+from diffdistill.errors import UserError
 from diffdistill.options import StudentOptions
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
@@ -137,3 +138,11 @@ class Method(ABC):
     @abstractmethod
     def sampler(self) -> Sampler:
         """How the student is sampled as it stands."""
+
+    def in_steps(self, steps: int) -> None:
+        """The sampler takes so many steps from here on, of a student that is trained at all times.
+
+        Raises UserError where it is not, or where its jumps would be longer than those that are trained.
+        """
+        own = len(self.sampler().levels)
+        raise UserError(f"student_steps: this student is trained for {own} steps and no others; leave it out")

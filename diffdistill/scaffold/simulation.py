@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffdistill.core.denoiser import Denoiser, Extra
 from diffdistill.core.prediction import diffuse
+from diffdistill.core.schedule import student_levels
 from diffdistill.players.sampler import Sampler
 from diffdistill.rng import generator
 from diffdistill.scaffold.method import Batch
@@ -38,3 +40,21 @@ def simulated_through(sampler: Sampler, times: Sequence[Tensor], batch: Batch) -
     for j, s in enumerate(times, 1):
         x, t = diffuse(sampler.denoiser(x, t, batch.cond).x0, s, batch.randn(f"z {j}")), s
     return x, t
+
+
+def rolled_out(student: Denoiser, steps: Sequence[int], level: float | None, batch: Batch) -> Tensor:
+    """Samples x0 (B, ...) of a student with two times, by at most three jumps, all with gradients (AnyFlow, stage 2).
+
+    One of the step's grids, of N levels, and k in it are drawn, the same in all processes: from the first level to the
+    k-th, to the next, and to the end.
+    """
+    draw = generator("cpu", *batch.key[:2], "student/rollout")  # without the rank
+    n = steps[int(torch.randint(len(steps), (), generator=draw))]
+    k = int(torch.randint(n, (), generator=draw))
+    levels = student_levels(student.schedule, n, level)
+    x, t = Sampler(student, levels.tolist()).start(batch.randn("z"))
+    angles = [*student.schedule.angle(levels).tolist(), 0.0]
+    for angle in sorted({angles[k], angles[k + 1], 0.0} - {angles[0]}, reverse=True):
+        r = torch.full_like(t, angle)
+        x, t = student(x, t, batch.cond, Extra(r=r)).at(r), r
+    return x

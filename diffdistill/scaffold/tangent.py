@@ -16,7 +16,7 @@ from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
 from diffdistill.core.guidance import guided
 from diffdistill.core.jvp import Derivative, derivative, jvp, nearer_derivative
 from diffdistill.core.prediction import diffuse, expand
-from diffdistill.core.schedule import student_levels
+from diffdistill.core.schedule import Schedule, student_levels
 from diffdistill.errors import UserError
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher, frozen
@@ -83,9 +83,17 @@ class TangentMethod(Method):
         """(B, ...) dx_t/dt for the direction v (B, ...) of the image and its noise. No gradient passes."""
         return self.teacher(x_t, t, cond).v if self.from_teacher else v
 
+    def second_term(self, batch: Batch) -> Outcome | None:
+        """What is added to the student's loss, of samples of its own say; None: nothing."""
+        return None
+
     def sampler(self) -> Sampler:
         """`student_steps` from `student_level` down, with fresh noise between."""
         return Sampler(self.student, self.levels)
+
+    def in_steps(self, steps: int) -> None:
+        """The sampler takes so many steps from here on."""
+        self.levels = student_levels(self.schedule, steps, self.config.student_level).tolist()
 
     def more_turns(self, step: int) -> Sequence[Turn]:
         """Moves that follow the student's."""
@@ -106,7 +114,9 @@ class TangentMethod(Method):
         with torch.no_grad():
             v = self.direction(x_t, v, t, batch, cond)
         seed = seed_for(*batch.key, f"{self.stream}/dropout")
-        return self.regression(step, Point(x_t, t, v, torch.minimum(r, t), cond, seed, self.extra(batch)))
+        outcome = self.regression(step, Point(x_t, t, v, torch.minimum(r, t), cond, seed, self.extra(batch)))
+        more = self.second_term(batch)
+        return outcome if more is None else Outcome(outcome.loss + more.loss, {**outcome.shown, **more.shown})
 
     @final
     def velocity(self, at: Point, extra: Extra = NONE) -> Tensor:
@@ -176,9 +186,13 @@ def two_time_player(teacher: Teacher, steps: int, level: float | None) -> Denois
     """
     if "student" in teacher.lora:
         raise UserError("lora: a student with a second time has layers of its own and cannot be LoRA; leave it out")
-    schedule = teacher.denoiser.schedule
+    return time_input(teacher.player("student"), default=gap_of(teacher.denoiser.schedule, steps, level))
+
+
+def gap_of(schedule: Schedule, steps: int, level: float | None) -> float:
+    """What each of so many jumps from `level` (None: the noisiest) down is of the schedule's own time."""
     first = schedule.angle(student_levels(schedule, steps, level)[0])
-    return time_input(teacher.player("student"), default=float(schedule.fraction(first)) / steps)
+    return float(schedule.fraction(first)) / steps
 
 
 def moving(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

@@ -192,6 +192,8 @@ def _student_lr(s: Situation) -> Derived | None:
 
 
 def _fake_score_lr(s: Situation) -> Derived | None:
+    if not s.matches:  # a stage beside another objective, whose rates are the authors'
+        return None
     rate = _rate(s, "fake_score")
     if s.given("update_ratio") > 1:
         return Derived(rate.value, f"{rate.reason}; it takes {s.given('update_ratio')} steps for one of the student")

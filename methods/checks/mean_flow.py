@@ -14,7 +14,7 @@ from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.core.prediction import OUTPUTS, diffuse
 from diffdistill.core.schedule import LinearFlow, Schedule, TrigFlow
 from diffdistill.errors import UserError
-from diffdistill.exact.analytic import ClassGaussians, GaussianMixture, gaussian_teacher
+from diffdistill.exact.analytic import ClassGaussians, GaussianJumps, GaussianMixture, gaussian_teacher
 from diffdistill.exact.checks import Check, differs, equal, gauss_hermite, gradient, mistake, two_points
 from diffdistill.methods.mean_flow import Config, MeanFlow
 from diffdistill.players.teacher import Teacher
@@ -38,19 +38,6 @@ PLANE = {
 
 MEAN, STD = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
 SPANS = ((0.3, 0.0), (0.9, 0.4), (1.5, 0.2), (math.pi / 2, 0.0), (1.2, 1.2))
-
-
-class ExactJumps(nn.Module):
-    """F of the exact map of N(MEAN, STD^2) from t to r, for TrigFlow."""
-
-    def forward(self, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """(B, 2) (cos(t - r) x_t - x_r)/sin(t - r), and the velocity at r = t."""
-        cos, sin, gap = torch.cos(t)[:, None], torch.sin(t)[:, None], (t - r)[:, None]
-        start, end = (torch.cos(a)[:, None] ** 2 * STD**2 + torch.sin(a)[:, None] ** 2 for a in (t, r))
-        x_r = torch.cos(r)[:, None] * MEAN + (x_t - cos * MEAN) * torch.sqrt(end / start)
-        still = gap == 0
-        jump = (torch.cos(gap) * x_t - x_r) / torch.sin(torch.where(still, 1.0, gap))
-        return torch.where(still, cos * sin * (1 - STD**2) / start * (x_t - cos * MEAN) - sin * MEAN, jump)
 
 
 class AnyJumps(nn.Module):
@@ -93,7 +80,7 @@ def _exact_jumps() -> Iterator[Check]:
     """The exact average velocity: residual, loss and its gradient are zero, whatever the interval."""
     exact = GaussianMixture(MEAN[None], STD[None])
     teacher = gaussian_teacher(MEAN.tolist(), STD)
-    student = _student(ExactJumps(), TrigFlow(), "v_prediction", "r")
+    student = _student(GaussianJumps(MEAN, STD), TrigFlow(), "v_prediction", "r")
     method = MeanFlow(teacher, Config(mode="distillation", derivative="exact"), student=student)
     x0, eps = two_points(2)
     for span in SPANS:
@@ -221,7 +208,7 @@ def _guidance() -> Iterator[Check]:
 def _restricted() -> Iterator[Check]:
     """DisCa: intervals are at most R long, and a sampler with longer jumps is refused."""
     teacher = gaussian_teacher(MEAN.tolist(), STD)
-    student = _student(ExactJumps(), TrigFlow(), "v_prediction", "r")
+    student = _student(GaussianJumps(MEAN, STD), TrigFlow(), "v_prediction", "r")
     method = MeanFlow(teacher, Config(longest_jump=0.3, student_steps=8, equal_share=0.0), student=student)
     batch = Batch(512, (2,), {}, torch.zeros(512, 2).double(), torch.device("cpu"), (0, 0, 0))
     t, r = method.times(batch)

@@ -92,6 +92,8 @@ def test_refusals(tiny_teacher: Teachers) -> None:
     teacher = load_teacher(tiny_teacher("vp"))
     with pytest.raises(UserError, match=r"student_steps: 2 make a jump of 0\.\d+, and jumps over more than 0\.2"):
         MeanFlow(teacher, Config(longest_jump=0.2, student_steps=2))
+    with pytest.raises(UserError, match=r"student_steps: 3 make a jump of 0\.\d+, and jumps over more than 0\.2"):
+        MeanFlow(teacher, Config(longest_jump=0.2, student_steps=50)).in_steps(3)
     adapted = Teacher(teacher.denoiser, teacher.shape, teacher.num_classes, lora={"student": LoraSettings(2)})
     with pytest.raises(UserError, match="lora: a student with a second time"):
         MeanFlow(adapted, Config())

@@ -171,20 +171,24 @@ class Straight:
         t = angle(late).clamp(*self.plain.ends())
         return t, torch.minimum(angle(early), t)
 
+    def guided_by_itself(self, x_t: Tensor, t: Tensor, late: Tensor, kappa: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The data's velocity as the student guides it, and the labels, some of which are left out."""
+        c, v = self.c, self.data_velocity(t)
+        lost = uniform("student/dropped", self.key) < c.label_dropout
+        labels = torch.where(lost, CLASSES, self.labels)
+        twice = (torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, torch.full_like(labels, CLASSES)]))
+        with torch.no_grad():
+            own, none = self.jump(twice[0], twice[1], twice[1], twice[2]).chunk(2)
+        omega = c.guidance_scale * (1 - kappa)
+        return torch.where(fold(lost | late), v, omega * v + (1 - omega - kappa) * none + kappa * own), labels
+
     def _mean_flow(self) -> Values:
         c, std, (t, r) = self.c, self.plain.std, self.spans()
         x_t, labels = noised(self.image, t, self.eps), self.labels
-        guides = c.mode == "training" and (c.guidance_scale != 1 or c.guidance_mix > 0)
         v = self.teachers_velocity(x_t, t) if c.mode == "distillation" else self.data_velocity(t)
-        if guides:
-            lost = uniform("student/dropped", self.key) < c.label_dropout
-            labels = torch.where(lost, CLASSES, labels)
-            twice = (torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, torch.full_like(labels, CLASSES)]))
-            with torch.no_grad():
-                own, none = self.jump(twice[0], twice[1], twice[1], twice[2]).chunk(2)
-            kappa, omega = c.guidance_mix, c.guidance_scale * (1 - c.guidance_mix)
+        if c.mode == "training" and (c.guidance_scale != 1 or c.guidance_mix > 0):
             late = std * torch.sin(t) / (std * torch.sin(t) + torch.cos(t)) > c.guidance_until
-            v = torch.where(fold(lost | late), v, omega * v + (1 - omega - kappa) * none + kappa * own)
+            v, labels = self.guided_by_itself(x_t, t, late, c.guidance_mix)
 
         def field(x: Tensor, t: Tensor) -> Tensor:
             self.dropped()

@@ -1,6 +1,7 @@
-"""Mistakes in the methods that join two games, and in what is theirs of the scaffold."""
+"""Mistakes in the methods that join two games or are written on the game of average velocities, and in that game."""
 
 _R, _A = "tests/methods/test_wiring_rcm.py", "tests/methods/test_wiring_adversarial.py"
+_T, _M = "tests/methods/test_wiring_tangent.py", "tests/methods/test_wiring_flow_map.py"
 
 MUTANTS = {
     f"diffdistill/scaffold/adversary.py | {_A}": [
@@ -47,11 +48,131 @@ MUTANTS = {
         ("heads: misaligned with the same noise", 'self._noise("discriminator/misaligned", batch)', "noise"),
         ("heads: misaligned in place of samples", "torch.cat([fake, other], 1)", "other"),
     ],
+    f"diffdistill/scaffold/average.py | {_T}": [
+        ("the sampler renoises", "self.levels, DDIM())", "self.levels)"),
+        ("one step's gap", "two_time_player(teacher, config.student_steps,", "two_time_player(teacher, 1,"),
+        (
+            "the level is ignored in the gap",
+            "config.student_steps, config.student_level)",
+            "config.student_steps, None)",
+        ),
+        ("kappa alone is no guidance", "(config.guidance_scale != 1 or mix > 0)", "(config.guidance_scale != 1)"),
+        ("the data's deviation is ignored", "mix, self.schedule.data_std", "mix, 1.0"),
+        ("r is t where it should not be", "< self.config.equal_share, t, r)", "< self.config.equal_share, r, t)"),
+        ("the share of r = t is ignored", "< self.config.equal_share, t, r)", "< 0.75, t, r)"),
+        (
+            "the share of dropped conditions is ignored",
+            'batch.uniform("student/dropped") < self.config.label_dropout',
+            'batch.uniform("student/dropped") < 0.1',
+        ),
+        (
+            "all conditions are kept",
+            "choose(self.dropped(batch), self.student.null",
+            "choose(self.dropped(batch) & False, self.student.null",
+        ),
+        ("guidance by w", "omega = self.config.guidance_scale * (1 - self.mix)", "omega = self.config.guidance_scale"),
+        ("the student is asked for a jump", "Extra(r=torch.cat([t, t]))", "Extra(r=torch.cat([0 * t, 0 * t]))"),
+        ("the two passes are swapped", "own, none = self.student(", "none, own = self.student("),
+        (
+            "k is left out",
+            "apart, k = at.t - at.r, self.rho(at.t) / self.rho(at.r)",
+            "apart, k = at.t - at.r, self.rho(at.t) ** 0",
+        ),
+        (
+            "the derivative is that of the velocity",
+            "k * torch.sin(apart), Extra(r=at.r))",
+            "k * torch.sin(apart), Extra(r=at.t))",
+        ),
+    ],
+    f"diffdistill/scaffold/average.py | {_M}": [
+        ("passes drop different units", "with seeded(at.seed, x.device):", "if True:"),
+        ("the derivative in r is not exact", 'if self.kind == "exact":', "if False:"),
+        ("the step of a difference", "h, here = self.config.derivative_step,", "h, here = 0.05,"),
+        ("a difference looks beyond t", "torch.minimum(at.r + h, at.t)", "at.r + h"),
+        ("a difference looks below 0", "(at.r - h).clamp_min(0)", "(at.r - h)"),
+        ("a difference at r = t", "torch.where(expand(at.t - at.r, change) > 0, change, here.v)", "change"),
+        ("the judge is not guided", "guided(frozen(teacher.denoiser), scale)", "guided(frozen(teacher.denoiser), 1.0)"),
+        ("the fake score drops units", "set_dropout(self.fake_score, 0.0)", "set_dropout(self.fake_score, 0.3)"),
+        (
+            "the level is ignored in the jumps",
+            "self.rollout_steps, self.level, batch)",
+            "self.rollout_steps, None, batch)",
+        ),
+        ("the samples have no gradient", "self.level, batch)\n", "self.level, batch).detach().requires_grad_()\n"),
+        ("matching: times have another stream", 'batch.generator("matching/t")', 'batch.generator("student/t")'),
+        ("matching: noise has another stream", 'batch.randn("matching/eps")', 'batch.randn("student/eps")'),
+        (
+            "matching: the scores are swapped",
+            "self.judge, self.fake_score, True)",
+            "self.fake_score, self.judge, True)",
+        ),
+        ("the fake score's times are uniform", "dtype=torch.float64).sigmoid()", "dtype=torch.float64).abs() % 1"),
+        ("the fake score's noise is another's", 'batch.randn("fake_score/eps")', 'batch.randn("matching/eps")'),
+    ],
     f"diffdistill/scaffold/simulation.py | {_R}": [
         ("drawn times: one noise for all steps", 's, batch.randn(f"z {j}")), s', 's, batch.randn("z")), s'),
         ("drawn times: the time before", 'batch.randn(f"z {j}")), s\n', 'batch.randn(f"z {j}")), t\n'),
         ("drawn times: gradients", "@torch.no_grad()\n", ""),
-        ("drawn times: other noise at first", 'sampler.start(batch.randn("z"))', 'sampler.start(batch.randn("z 1"))'),
+        (
+            "drawn times: other noise at first",
+            'x, t = sampler.start(batch.randn("z"))',
+            'x, t = sampler.start(batch.randn("z 1"))',
+        ),
+    ],
+    f"diffdistill/scaffold/simulation.py | {_M}": [
+        ("each rank its own jumps", '*batch.key[:2], "student/rollout"', '*batch.key, "student/rollout"'),
+        ("always the first grid", "n = steps[int(torch", "n = steps[0 * int(torch"),
+        (
+            "the noisiest level first",
+            "student_levels(student.schedule, n, level)",
+            "student_levels(student.schedule, n)",
+        ),
+        ("two jumps alone", "{angles[k], angles[k + 1], 0.0}", "{angles[k + 1], 0.0}"),
+        ("the jumps are told the end", "Extra(r=r)).at(r), r", "Extra(r=0 * r)).at(r), r"),
+        ("jumps have no gradient", "x, t = student(x, t,", "x, t = student(x.detach(), t,"),
+    ],
+    f"methods/flow_map.py | {_M}": [
+        ("the length is ignored", 'if self.config.spans == "length" else None', "if False else None"),
+        ("the length has another mean", "length = self.config.length_mean if", "length = -0.8 if"),
+        ("the share of r = 0 is ignored", "< self.config.end_share, 0.0, r)", "< 0.25, 0.0, r)"),
+        ("b beyond what the network knows", "t = t.clamp(self.schedule.t_min, self.schedule.t_max)", "t = t"),
+        ("b is a jump", "self.jump(x, t, t, at).v", "self.jump(x, t, at.r, at).v"),
+        ("lagrangian: b where the jump starts", "self.own(x_r.detach(), at.r, at)", "self.own(at.x_t, at.t, at)"),
+        ("lagrangian: b where r = t too", "change - torch.where(expand(at.t - at.r, b) > 0, b, at.v)", "change - b"),
+        ("lagrangian: an error of F", "expand(self.rho(at.r), b) * gap -", "gap -"),
+        ("lagrangian: the gradient of X is left out", "* (x_r - x_r.detach())", "* (x_r - x_r)"),
+        ("eulerian: always the data's path", 'self.config.path == "own" and not', "False and not"),
+        (
+            "eulerian: the student's own direction at r = t",
+            "> 0, self.own(at.x_t, at.t, at), at.v))",
+            ">= 0, self.own(at.x_t, at.t, at), at.v))",
+        ),
+        (
+            "eulerian: the share is the rest's",
+            "(1 - share) * (f - at.v) + share *",
+            "share * (f - at.v) + (1 - share) *",
+        ),
+        ("progressive: the parts are swapped", "first, second = (expand", "second, first = (expand"),
+        ("progressive: always two halves", 'if self.config.split == "uniform" else', "if False else"),
+        ("progressive: a time that is not known", ".clamp_min(self.schedule.t_min)", ""),
+        (
+            "progressive: one point for both jumps",
+            "self.jump(one.at(s), s, at.r, at)",
+            "self.jump(at.x_t, s, at.r, at)",
+        ),
+        ("progressive: where the second starts", "expand(torch.sin(at.t - s), f) * at.x_t", "0 * at.x_t"),
+        ("the warm-up is ignored", "(min(1.0, step / warmup) if warmup else 1.0)", "1.0"),
+        ("the target gets a gradient", "held, share = f.detach(),", "held, share = f,"),
+        ("an error of F", "expand(self.rho(at.t), f) * (f - held + gap)", "(f - held + gap)"),
+        ("the weight has a gradient", "(square.detach() + self.config.weight_c)", "(square + self.config.weight_c)"),
+        ("p is ignored", ".pow(-self.config.weight_power)", ".pow(-1.0)"),
+        ("the matching has the weight 1", "self.config.matching_weight * matched.loss", "matched.loss"),
+        (
+            "the matching is guided as the path",
+            "if c.matching_guidance is None else c.matching_guidance",
+            "if True else 1.0",
+        ),
+        ("the fake score has the student's rate", "own._replace(lr=self.config.fake_score_lr)", "own"),
     ],
     f"methods/ladd.py | {_A}": [
         ("the heads are not trained", '"discriminator": self.adversary.heads}', '"discriminator": self.student}'),

@@ -136,7 +136,7 @@ MUTANTS = {
         ("fake ones are images", "fake = self.logits(x,", "fake = self.logits(batch.images,"),
     ],
     f"diffdistill/scaffold/simulation.py | {_M}": [
-        ("each rank its own level", "*batch.key[:2], ", "*batch.key, "),
+        ("each rank its own level", '*batch.key[:2], "student/level"', '*batch.key, "student/level"'),
         ("the level is another stream's", '"student/level"', '"level"'),
         ("never the last level", "torch.randint(levels, ()", "torch.randint(levels - 1, ()"),
         ("always the first level", "sampler.input_at(k,", "sampler.input_at(0,"),

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffdistill import UserError, distill, export, load_student, load_teacher
+from diffdistill.core.schedule import student_levels
 from diffdistill.families import METADATA, local_folder
 from diffdistill.pipelines.schedulers import student_scheduler
-from diffdistill.players.sampler import Sampler
+from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.rng import image_generators
+from diffdistill.training.assemble import load_run
 
 Teachers = Callable[[str], Path]
 
@@ -87,23 +89,59 @@ def test_a_student_gives_the_same_images_in_stock_diffusers(
         device="cpu",
         out=str(tmp_path / "run"),
     ).student
-    script = tmp_path / "stock.py"
+    stock = in_stock(folder, number, tmp_path)
+    sampler, student = load_student(folder)
+    ours = sampler(student.shape, {"class_labels": torch.arange(8)}, image_generators(0, range(8)))
+    assert float(stock.std()) > 0.05, "not all black, white or grey"
+    assert torch.allclose(ours.clamp(-1, 1), stock, rtol=0, atol=1e-4)
+
+
+def in_stock(folder: Path, number: int, place: Path) -> torch.Tensor:
+    """The eight images of a process without diffdistill, whose call is the card's."""
+    script = place / "stock.py"
     script.write_text(STOCK)
     done = subprocess.run(
-        [sys.executable, script, folder, tmp_path / "images.safetensors", str(number)],
+        [sys.executable, script, folder, place / "images.safetensors", str(number)],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=place,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(number), "the call of the card makes so many steps"
     assert number == 1 or f"num_inference_steps={number}" in (folder / "README.md").read_text()
     assert "Warning" not in done.stderr and "Expected types" not in done.stderr, done.stderr
-    stock = load_file(tmp_path / "images.safetensors")["images"] * 2 - 1
-    sampler, student = load_student(folder)
-    ours = sampler(student.shape, {"class_labels": torch.arange(8)}, image_generators(0, range(8)))
-    assert float(stock.std()) > 0.05, "not all black, white or grey"
-    assert torch.allclose(ours.clamp(-1, 1), stock, rtol=0, atol=1e-4)
+    return load_file(place / "images.safetensors")["images"] * 2 - 1
+
+
+@pytest.mark.parametrize(("parameterization", "numbers"), [("vp", (1, 2, 4, 8)), ("edm", (2,))])
+def test_one_student_is_exported_in_any_number_of_steps(
+    parameterization: str, numbers: tuple[int, ...], tiny_teacher: Teachers, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    distill(
+        method="flow_map", teacher=str(tiny_teacher(parameterization)), data="digits", steps=3, batch_size=4,
+        student_lr=3e-2, ema=0.5, sample_every=0, device="cpu", out=str(run),
+    )  # fmt: skip
+    cond = {"class_labels": torch.arange(8)}
+    for number in numbers:
+        folder = export(run, student_steps=number, out=tmp_path / str(number))
+        method = load_run(run)[0].method
+        denoiser = method.sampler().denoiser
+        levels = student_levels(denoiser.schedule, number).tolist()
+        trained = Sampler(denoiser, levels, DDIM())((1, 8, 8), cond, image_generators(0, range(8))).clamp(-1, 1)
+        assert torch.allclose(trained, in_stock(folder, number, tmp_path), rtol=0, atol=1e-4), number
+        # In a call of another number of steps the same network would be told the wrong length of its jumps.
+        another = load_student(folder)[0].denoiser
+        t = torch.full((8,), 0.7, dtype=torch.float64)
+        jump = denoiser(torch.ones(8, 1, 8, 8), t, cond).v - another(torch.ones(8, 1, 8, 8), t, cond).v
+        assert (float(jump.abs().max()) > 1e-4) == (number != 4), "the training's own number is 4"
+
+
+def test_a_student_of_its_own_steps_is_exported_in_no_others(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    distill(teacher=str(tiny_teacher("vp")), steps=1, batch_size=4, sample_every=0, device="cpu", out=str(run))
+    with pytest.raises(UserError, match="student_steps: this student is trained for 1 steps and no others"):
+        export(run, student_steps=2)
 
 
 def test_the_training_time_sampler_is_what_is_exported(tiny_teacher: Teachers, tmp_path: Path) -> None:
