@@ -24,7 +24,14 @@ from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import DiscreteVP, LinearFlow
 from diffdistill.core.times import edm_karras_angle
-from diffdistill.options import EDMTimes, HalvingOptions, MatchingOptions, MatchingTimes, TrajectoryOptions
+from diffdistill.options import (
+    EDMTimes,
+    FollowingOptions,
+    HalvingOptions,
+    MatchingOptions,
+    MatchingTimes,
+    TrajectoryOptions,
+)
 from diffdistill.players.teacher import Teacher
 
 # By how much an error of the teacher's output may count in x0, and noise over data (tan t), at most:
@@ -180,7 +187,8 @@ def _student_level(s: Situation) -> Derived | None:
 
 
 def _rate(s: Situation, role: str) -> Derived:
-    factor = (0.2 if s.matches else 0.8) if s.steps < LONG else (0.075 if s.matches else 0.2)
+    short, long = (0.2, 0.075) if s.matches else (0.4 if issubclass(s.options, FollowingOptions) else 0.8, 0.2)
+    factor = short if s.steps < LONG else long
     why = f"{factor}/sqrt({_count(s.parameters)} parameters) in {s.steps} steps"
     if role in s.teacher.lora:
         factor, why = 10 * factor, f"{why}, times 10 for LoRA"
@@ -205,6 +213,12 @@ def _update_ratio(s: Situation) -> Derived | None:
     if usual == 1 or s.steps >= LONG:
         return None
     return Derived(1, f"{s.steps} steps are few; {usual} from {LONG} steps on")
+
+
+def _regression_weight(s: Situation) -> Derived | None:
+    if s.given("distance") != "l2":
+        return None
+    return Derived(0.1, "the paper's 0.25 goes with LPIPS; the mean square draws harder to blurred means")
 
 
 def _beta1(s: Situation) -> Derived | None:
@@ -260,6 +274,7 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "time_high": _time_high,
     "fake_score_loss": _fake_score_loss,
     "update_ratio": _update_ratio,
+    "regression_weight": _regression_weight,
     "student_lr": _student_lr,
     "fake_score_lr": _fake_score_lr,
     "beta1": _beta1,

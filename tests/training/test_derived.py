@@ -13,7 +13,7 @@ from diffdistill.commands.cli import main
 from diffdistill.config import DERIVED
 from diffdistill.core.prediction import OUTPUTS, Output
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule
-from diffdistill.methods import consistency, dmd2, lcm, progressive, scm, sid, sim
+from diffdistill.methods import consistency, dmd, dmd2, lcm, progressive, scm, sid, sim
 from diffdistill.players.lora import LoraSettings
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
@@ -95,6 +95,18 @@ def test_rates_fall_with_size_and_a_fake_score_keeps_up() -> None:
     long = derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], 56_000_000), dmd2.Config, steps=100_000)
     assert 5e-6 < long["student_lr"].value < 2e-5  # SiD's CIFAR-10 network: 1e-5
     assert "update_ratio" not in long and long["fake_score_lr"].value == long["student_lr"].value
+
+
+def test_a_student_that_follows_its_own_copy_takes_half_the_rate() -> None:
+    teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], 1_000_000)
+    copied, tangent = (derived_for(teacher, config)["student_lr"].value for config in (consistency.Config, scm.Config))
+    assert copied == tangent / 2 and 3e-4 <= copied <= 5e-4  # 4e-4 was the best of four at 1.1 million
+
+
+def test_the_weight_of_dmds_regression_is_for_its_distance() -> None:
+    teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"])
+    assert derived_for(teacher, dmd.Config)["regression_weight"].value < dmd.Config().regression_weight
+    assert "regression_weight" not in derived_for(teacher, dmd.Config, distance="lpips")
 
 
 def test_a_method_of_stages_keeps_its_own_schedule() -> None:
