@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffdistill.methods.flow_map import FlowMap
 from diffdistill.players.sampler import DDIM
+from diffdistill.scaffold.simulation import rolled_out
 from tests.methods.test_wiring_tangent import Straight as OneGame
 from tests.scaffold.straight import (
     EDM_,
@@ -208,13 +209,23 @@ def test_a_turn_is_its_straight_line(options: dict[str, Any], plain: Plain, step
 
 @pytest.mark.parametrize("mode", ["distillation", "training"])
 @pytest.mark.parametrize("objective", ["lagrangian", "eulerian", "progressive"])
-def test_jumps_near_the_data(objective: str, mode: str) -> None:
-    """No network is asked nearer to the data than it knows, though the jumps end there."""
-    straight = Straight({**SHARED, "objective": objective, "mode": mode}, EPS)
+@pytest.mark.parametrize("derivative", ["exact", "central"])
+def test_jumps_near_the_data(objective: str, mode: str, derivative: str) -> None:
+    """No network is asked nearer to the data than it knows, though the jumps end there, nor a jump that leads back."""
+    options = {"objective": objective, "mode": mode, "derivative": derivative, "derivative_step": 0.3}
+    straight = Straight({**SHARED, **options}, EPS)
     t, r = torch.full((SIZE,), 1.3 * EPS.ends()[0]), torch.zeros(SIZE)
     straight.method.times = lambda batch: (t, r)  # type: ignore[method-assign]
     straight.spans = lambda: (t, r)  # type: ignore[method-assign]
     agree(straight.method, straight.method.turns(4)[0], straight.batch, straight.turn)
+
+
+def test_the_jumps_of_the_matched_samples_are_drawn_for_the_step() -> None:
+    for step in range(8):
+        straight = Straight({**LAGRANGIAN, **MATCHED}, EDM_, step)
+        straight.method.student.eval()
+        drawn = rolled_out(straight.method.student, straight.c.rollout_steps, None, straight.batch)
+        assert torch.allclose(drawn, straight.rollout(), rtol=1e-9), step
 
 
 @pytest.mark.parametrize(("options", "plain"), CASES)
