@@ -159,11 +159,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 6
-        return *_gradients(*ctx.saved_tensors, *ctx.settings, grad), None, None, None
+        return *_gradients(grad, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
 def _gradients(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, grad: Tensor
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> list[Tensor]:
     """Those of query, key and value, from that of the output."""
     masking = _Masking(mask, causal, scale)
@@ -257,7 +257,7 @@ def _fits_kernels(*parts: Tensor) -> bool:
     first, changes = parts[0], [forward_ad.unpack_dual(x).tangent for x in parts]
     if first.device.type not in KERNELS_ON or torch.compiler.is_compiling():
         return False
-    if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+    if torch._C._are_functorch_transforms_active():
         return False
     moved = [x for x in changes if x is not None]
     if moved and torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, *moved)):
@@ -304,7 +304,7 @@ class _Fused(torch.autograd.Function):
         *inputs, out, lse = ctx.saved_tensors
         # What is derived once more must be made of torch's operations.
         if torch.is_grad_enabled() or forward_ad.unpack_dual(grad).tangent is not None:
-            return *_gradients(*inputs, *ctx.settings, grad), None, None, None
+            return *_gradients(grad, *inputs, *ctx.settings), None, None, None
         return *_kernels().gradients(*inputs, *ctx.settings, out, lse, grad), None, None, None
 
 
