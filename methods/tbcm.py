@@ -78,7 +78,7 @@ class Config(ScaleRange, TangentOptions, TangentTarget, guidance_max=1.0, tangen
 class TBCM(TangentMethod):
     """f is the student's x0; players: student, and the adaptive weight."""
 
-    needs = frozenset()
+    needs = frozenset()  # type: ignore[misc]
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
         if config.mode != "distillation":
