@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
-        lengths = _lengths(args.lengths)
+        lengths = whole_numbers("lengths", args.lengths)
         for name in ("heads", "width", "pairs"):
             if getattr(args, name) < 1:
                 raise UserError(f"{name}: {getattr(args, name)} is not at least 1")
@@ -175,14 +175,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _lengths(text: str) -> list[int]:
+def whole_numbers(name: str, text: str) -> list[int]:
+    """Those of an option, in ascending order; UserError where it has others."""
     try:
-        lengths = sorted({int(word) for word in text.split(",")})
+        numbers = sorted({int(word) for word in text.split(",")})
     except ValueError:
-        lengths = []
-    if not lengths or lengths[0] < 1:
-        raise UserError(f"lengths: {text!r} is no list of whole numbers from 1; use 1024,2048 say")
-    return lengths
+        numbers = []
+    if not numbers or numbers[0] < 1:
+        raise UserError(f"{name}: {text!r} is no list of whole numbers from 1; use 64,128 say")
+    return numbers
 
 
 if __name__ == "__main__":

@@ -76,6 +76,12 @@ BENCHMARKS = (
         "medians, with the middle half of the ratios. On a CPU: CUDA is not measured.", cpu=True,
     ),
     Benchmark(
+        "attention-gpu", "Attention with a forward derivative on a GPU",
+        ("diffdistill.eval.benchmarks.attention_gpu",),
+        "Output and tangent of attention in bf16 (batch 1, 16 heads, seed 0) by our kernel over the plain pass of "
+        "torch's own, and an iteration of sCM on a network of DiT-XL/2's shape.", gpu=True,
+    ),
+    Benchmark(
         "throughput", "Evaluation throughput", ("diffdistill.eval.benchmarks.throughput",),
         "Against torchmetrics' FrechetInceptionDistance with the same network (random weights), interleaved in one "
         "run: images through the feature network, and two sets of 50,000 x 2048 features, in batches of 64, up to the "
