@@ -22,6 +22,7 @@ from tests.scaffold.straight import (
     VP,
     Plain,
     agree,
+    batch_of,
     copies,
     draw,
     fold,
@@ -165,6 +166,17 @@ def test_a_turn_is_its_straight_line(options: dict[str, Any], plain: Plain, step
     agree(straight.method, turns[0], straight.batch, straight.turn)
     for turn in turns[1:]:
         agree(straight.method, turn, straight.batch, straight.discriminator_turn)
+
+
+def test_the_spans_of_many_steps() -> None:
+    straight = Straight(PLAIN, EDM_)
+    for step in range(20):
+        straight.key = (KEY[0], step, KEY[2])
+        path, s = straight.span()
+        got = straight.method.interval(step, batch_of(straight.key))
+        assert got.path.shape == (len(path), SIZE), "the solver's steps"
+        assert torch.allclose(got.path, torch.stack(path)) and torch.allclose(got.s, s)
+        assert torch.equal(got.t, got.path[0])
 
 
 def test_the_gan_waits() -> None:

@@ -123,6 +123,15 @@ def test_the_turns_are_their_straight_lines(options: dict[str, Any], plain: Plai
     agree(straight.method, weight, straight.batch, straight.weight_turn)
 
 
+def test_student_and_adaptive_weight_do_not_move_each_other() -> None:
+    straight = Straight(SHORT, TRIG)
+    student, weight = straight.method.turns(4)
+    learned, own = (list(straight.method.players[name].parameters()) for name in ("weight", "student"))
+    passed = torch.autograd.grad(student.loss(straight.batch).loss, learned, allow_unused=True, retain_graph=True)
+    passed += torch.autograd.grad(weight.loss(straight.batch).loss, own, allow_unused=True)
+    assert all(gradient is None for gradient in passed)
+
+
 @pytest.mark.parametrize(("options", "plain"), CASES[:3])
 def test_who_is_asked_and_who_drops(options: dict[str, Any], plain: Plain) -> None:
     """The teacher once at each state and at the noise, the student twice at all of them; the teacher never drops."""
