@@ -199,17 +199,24 @@ def _student_lr(s: Situation) -> Derived | None:
     return _rate(s, "student")
 
 
+def _fake_scores(s: Situation) -> int:
+    """How many fake scores take turns."""
+    return int(s.given("student_steps")) if s.values.get("fake_scores") == "per_level" else 1
+
+
 def _fake_score_lr(s: Situation) -> Derived | None:
     if not s.matches:  # a stage beside another objective, whose rates are the authors'
         return None
     rate = _rate(s, "fake_score")
-    if s.given("update_ratio") > 1:
+    if s.given("update_ratio") > _fake_scores(s):
         return Derived(rate.value, f"{rate.reason}; it takes {s.given('update_ratio')} steps for one of the student")
     return Derived(float(f"{3 * rate.value:.2g}"), "three times the student's, which it is to keep up with")
 
 
 def _update_ratio(s: Situation) -> Derived | None:
-    usual = s.given("update_ratio")
+    usual, taking_turns = s.given("update_ratio"), _fake_scores(s)
+    if usual < taking_turns or (taking_turns > 1 and s.steps < LONG):
+        return Derived(taking_turns, f"{taking_turns} fake scores take turns, and each is to keep up with the student")
     if usual == 1 or s.steps >= LONG:
         return None
     return Derived(1, f"{s.steps} steps are few; {usual} from {LONG} steps on")

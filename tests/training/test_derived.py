@@ -97,6 +97,15 @@ def test_rates_fall_with_size_and_a_fake_score_keeps_up() -> None:
     assert "update_ratio" not in long and long["fake_score_lr"].value == long["student_lr"].value
 
 
+def test_each_of_several_fake_scores_keeps_up_with_the_student() -> None:
+    """As many steps for one of the student as there are levels, at the rate of one that has one."""
+    teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"])
+    one = derived_for(teacher, dmd2.Config)
+    four = derived_for(teacher, dmd2.Config, student_steps=4, fake_scores="per_level")
+    assert (one["update_ratio"].value, four["update_ratio"].value) == (1, 4)
+    assert four["fake_score_lr"].value == one["fake_score_lr"].value
+
+
 def test_a_student_that_follows_its_own_copy_takes_half_the_rate() -> None:
     teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], 1_000_000)
     copied, tangent = (derived_for(teacher, config)["student_lr"].value for config in (consistency.Config, scm.Config))
