@@ -116,6 +116,18 @@ def test_a_row_that_sees_nothing_is_zero(mask: Tensor) -> None:
     assert not any(x.any() for x in results)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 1, 5, 1), (1, 3, 1, 7), (3, 1, 7), (2, 1, 1, 7)])
+@pytest.mark.parametrize("boolean", [False, True])
+def test_masks_of_each_sample_and_head(shape: tuple[int, ...], boolean: bool) -> None:
+    torch.manual_seed(0)
+    parts, changes = ([torch.randn(2, 3, n, 16) for n in (5, 7, 7)] for _ in range(2))
+    mask = torch.rand(shape) > 0.4 if boolean else torch.randn(shape)
+    wide, call = [[x.double() for x in group] for group in (parts, changes)], {"attn_mask": mask}
+    exact = call if boolean else {"attn_mask": mask.double()}
+    check(tangent(parts, list(changes), call), tangent(wide[0], list(wide[1]), exact), 3e-6, 0.4)
+    check(gradients(parts, parts[0], call), gradients(wide[0], wide[0][0], exact), 3e-6, 1.0)
+
+
 def test_inputs_that_are_not_contiguous() -> None:
     """As networks hand them over: heads after positions in memory."""
     torch.manual_seed(0)
