@@ -74,6 +74,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) 
     stored = max(widths) * q.element_size()
     rows = 64 if stored <= 256 else 32 if stored <= 512 else 16
     constants = {"MASK": kind, "CAUSAL": causal, "R": rows, "K": min(rows, 32), "CE": widths[0], "CV": widths[1]}
+    constants["num_stages"] = 2 if stored <= 256 else 1  # what is loaded ahead fills the shared memory
     return [q.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], *strides], constants
 
 
@@ -92,8 +93,13 @@ def _on(x: Tensor) -> Any:
 # -- the kernels -----------------------------------------------------------------------------------------------
 
 
+# Triton's compiler reads the annotations too, and knows none but its own; its interpreter takes any.
+
+
 @triton.jit
-def _tile(start: Any, rows: Any, width: Any, first: Any, R: tl.constexpr, C: tl.constexpr) -> Any:
+def _tile(
+    start: tl.tensor, rows: tl.tensor, width: tl.tensor, first: tl.tensor, R: tl.constexpr, C: tl.constexpr
+) -> tl.tensor:
     """(R, C) from row `first` on of a matrix (rows, width), and zeros beyond it."""
     row = first + tl.arange(0, R)[:, None]
     column = tl.arange(0, C)[None, :]
@@ -101,7 +107,15 @@ def _tile(start: Any, rows: Any, width: Any, first: Any, R: tl.constexpr, C: tl.
 
 
 @triton.jit
-def _put(start: Any, rows: Any, width: Any, first: Any, x: Any, R: tl.constexpr, C: tl.constexpr) -> None:
+def _put(
+    start: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    first: tl.tensor,
+    x: tl.tensor,
+    R: tl.constexpr,
+    C: tl.constexpr,
+) -> None:
     """The reverse of `_tile`."""
     row = first + tl.arange(0, R)[:, None]
     column = tl.arange(0, C)[None, :]
@@ -109,16 +123,16 @@ def _put(start: Any, rows: Any, width: Any, first: Any, x: Any, R: tl.constexpr,
 
 
 @triton.jit
-def _dot(a: Any, b: Any) -> Any:
+def _dot(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
 def _logits(
-    q: Any, k: Any, scale: Any, first_row: Any, first_key: Any, rows: Any, keys: Any,
-    mask: Any, mask_row: Any, mask_key: Any, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    R: tl.constexpr, K: tl.constexpr,
-) -> Any:  # fmt: skip
+    q: tl.tensor, k: tl.tensor, scale: tl.tensor, first_row: tl.tensor, first_key: tl.tensor, rows: tl.tensor,
+    keys: tl.tensor, mask: tl.tensor, mask_row: tl.tensor, mask_key: tl.tensor, MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """(R, K) of a block of queries and one of keys; -inf where a key is not seen or there is none."""
     row = first_row + tl.arange(0, R)[:, None]
     key = first_key + tl.arange(0, K)[None, :]
@@ -138,11 +152,12 @@ def _logits(
 
 @triton.jit
 def _output(
-    q: Any, k: Any, v: Any, dq: Any, dk: Any, dv: Any, mask: Any, out: Any, tangent: Any, lse: Any, scale: Any,
-    heads: Any, rows: Any, keys: Any, width: Any, out_width: Any,
-    mask_batch: Any, mask_head: Any, mask_row: Any, mask_key: Any,
-    DQ: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, TANGENT: tl.constexpr, MASK: tl.constexpr,
-    CAUSAL: tl.constexpr, R: tl.constexpr, K: tl.constexpr, CE: tl.constexpr, CV: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, dq: tl.tensor, dk: tl.tensor, dv: tl.tensor, mask: tl.tensor,
+    out: tl.tensor, tangent: tl.tensor, lse: tl.tensor, scale: tl.tensor, heads: tl.tensor, rows: tl.tensor,
+    keys: tl.tensor, width: tl.tensor, out_width: tl.tensor, mask_batch: tl.tensor, mask_head: tl.tensor,
+    mask_row: tl.tensor, mask_key: tl.tensor, DQ: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    TANGENT: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    CE: tl.constexpr, CV: tl.constexpr,
 ) -> None:  # fmt: skip
     """Output, tangent and log sum exp of R queries of one head."""
     blocks = (rows + R - 1) // R
@@ -195,7 +210,16 @@ def _output(
 
 
 @triton.jit
-def _weights(s: Any, values: Any, grads: Any, lse: Any, delta: Any, rows: Any, first: Any, R: tl.constexpr) -> Any:
+def _weights(
+    s: tl.tensor,
+    values: tl.tensor,
+    grads: tl.tensor,
+    lse: tl.tensor,
+    delta: tl.tensor,
+    rows: tl.tensor,
+    first: tl.tensor,
+    R: tl.constexpr,
+) -> tl.tensor:
     """P, and the gradient of the logits, of a block."""
     row = first + tl.arange(0, R)
     p = tl.exp(s - tl.load(lse + row, mask=row < rows, other=float("inf"))[:, None])
@@ -205,9 +229,9 @@ def _weights(s: Any, values: Any, grads: Any, lse: Any, delta: Any, rows: Any, f
 
 @triton.jit
 def _of_queries(
-    q: Any, k: Any, v: Any, grad: Any, lse: Any, delta: Any, mask: Any, of_q: Any, scale: Any,
-    heads: Any, rows: Any, keys: Any, width: Any, out_width: Any,
-    mask_batch: Any, mask_head: Any, mask_row: Any, mask_key: Any,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, grad: tl.tensor, lse: tl.tensor, delta: tl.tensor, mask: tl.tensor,
+    of_q: tl.tensor, scale: tl.tensor, heads: tl.tensor, rows: tl.tensor, keys: tl.tensor, width: tl.tensor,
+    out_width: tl.tensor, mask_batch: tl.tensor, mask_head: tl.tensor, mask_row: tl.tensor, mask_key: tl.tensor,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, R: tl.constexpr, K: tl.constexpr, CE: tl.constexpr, CV: tl.constexpr,
 ) -> None:  # fmt: skip
     """The gradients of R queries of one head."""
@@ -234,10 +258,11 @@ def _of_queries(
 
 @triton.jit
 def _of_keys(
-    q: Any, k: Any, v: Any, grad: Any, lse: Any, delta: Any, mask: Any, of_k: Any, of_v: Any, scale: Any,
-    heads: Any, rows: Any, keys: Any, width: Any, out_width: Any,
-    mask_batch: Any, mask_head: Any, mask_row: Any, mask_key: Any,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, R: tl.constexpr, K: tl.constexpr, CE: tl.constexpr, CV: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, grad: tl.tensor, lse: tl.tensor, delta: tl.tensor, mask: tl.tensor,
+    of_k: tl.tensor, of_v: tl.tensor, scale: tl.tensor, heads: tl.tensor, rows: tl.tensor, keys: tl.tensor,
+    width: tl.tensor, out_width: tl.tensor, mask_batch: tl.tensor, mask_head: tl.tensor, mask_row: tl.tensor,
+    mask_key: tl.tensor, MASK: tl.constexpr, CAUSAL: tl.constexpr, R: tl.constexpr, K: tl.constexpr, CE: tl.constexpr,
+    CV: tl.constexpr,
 ) -> None:  # fmt: skip
     """The gradients of K keys and values of one head."""
     blocks = (keys + K - 1) // K

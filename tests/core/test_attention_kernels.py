@@ -1,4 +1,4 @@
-"""Our CUDA kernels of attention, without a GPU: in triton's interpreter; and what is done without triton."""
+"""Our CUDA kernels of attention, without a GPU: in triton's interpreter, and as machine code that is not run."""
 
 import os
 import subprocess
@@ -25,6 +25,46 @@ def test_the_kernels_in_tritons_interpreter() -> None:
     done = subprocess.run(command, env=plain | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["_output", "_of_queries", "_of_keys"])
+@pytest.mark.parametrize(
+    ("dtype", "width", "kind", "causal"),
+    [
+        (torch.bfloat16, 64, 0, True),
+        (torch.float16, 256, 1, False),
+        (torch.float32, 128, 0, False),
+        (torch.float32, 256, 2, True),
+    ],
+)
+def test_the_kernels_are_compiled_for_cuda(
+    name: str, dtype: torch.dtype, width: int, kind: int, causal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter takes what the compiler does not; none needs more than the 99 KB that small cards share."""
+    pytest.importorskip("triton", reason="triton is not installed here")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from diffdistill.core import attention_kernels as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    x = torch.empty(1, 1, 64, width, dtype=dtype)
+    mask = [None, torch.ones(1, 1, 64, 64, dtype=torch.bool), torch.ones(1, 1, 64, 64, dtype=dtype)][kind]
+    _, constants = kernels._launch(x, x, x, mask, causal)
+    options = {"num_stages": constants.pop("num_stages")}
+    if name == "_output":
+        constants |= {"DQ": True, "DK": True, "DV": True, "TANGENT": True}
+    kernel, stored = getattr(kernels, name), {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+    integers = ("heads", "rows", "keys", "width", "out_width", "mask_batch", "mask_head", "mask_row", "mask_key")
+    kinds = dict.fromkeys(kernel.arg_names, stored[dtype]) | dict.fromkeys(integers, "i32") | {"scale": "fp32"}
+    kinds |= {"mask": "*u8" if kind == 1 else stored[dtype], **{n: "*fp32" for n in ("lse", "delta") if n in kinds}}
+    kinds |= dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    made = compile(
+        ASTSource(fn=kernel, signature=kinds, constexprs=places), target=GPUTarget("cuda", 80, 32), options=options
+    )
+    assert made.asm["cubin"] and made.metadata.shared <= 99 * 1024
 
 
 @pytest.fixture
