@@ -44,8 +44,9 @@ from diffdistill.players.adaptive_weight import AdaptiveWeight
 from diffdistill.players.scale_input import scale_player
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.adversary import LatentAdversary
+from diffdistill.scaffold.continuous import ContinuousMethod
 from diffdistill.scaffold.method import Batch, Optimizer, Outcome, Turn
-from diffdistill.scaffold.tangent import Point, TangentMethod, normalised
+from diffdistill.scaffold.tangent import Point
 
 ABOUT = About(
     paper="Chen et al. 2025, arXiv:2503.09641",
@@ -55,9 +56,13 @@ ABOUT = About(
     equations={
         "flow to TrigFlow (section 3.1)": "core.prediction.Prediction",
         "sCM's g, its warm-up and normalisation": (
-            "SanaSprint.tangent, options.TangentTarget.warm, scaffold.tangent.normalised"
+            "scaffold.continuous.ContinuousMethod.target, scaffold.continuous.ContinuousMethod.tangent, "
+            "options.TangentTarget.warm, scaffold.tangent.normalised"
         ),
-        "sCM's loss with the adaptive weight": "SanaSprint.regression, SanaSprint.weight_turn",
+        "sCM's loss with the adaptive weight": (
+            "SanaSprint.regression, scaffold.continuous.ContinuousMethod.weighed, "
+            "scaffold.continuous.ContinuousMethod.weight_turn"
+        ),
         "LADD's losses": "scaffold.adversary.LatentAdversary",
         "samples at the largest time": "SanaSprint.generate",
         "the guidance scale as an input": "players.scale_input.guidance_input",
@@ -75,7 +80,7 @@ class Config(ScaleRange, TangentOptions, TangentTarget, LatentAdversarialOptions
     weight_lr: float = option(1e-3, "AdamW's learning rate for the adaptive weight", above=0)
 
 
-class SanaSprint(TangentMethod):
+class SanaSprint(ContinuousMethod):
     """f is the student's x0; players: student, discriminator, which is the heads, and the adaptive weight."""
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
@@ -110,19 +115,11 @@ class SanaSprint(TangentMethod):
             return self.unguided(x_t, t, cond).v
         return guide(self.unguided, x_t, t, cond, self.scales(batch)).v
 
-    def tangent(self, f: Tensor, at: Point, r: float) -> Tensor:
-        """g (B, ...) where the student says f, not normalised: cos(t) df/dt at r = 1."""
-        speed = torch.cos(at.t) * torch.sin(at.t)
-        moving = expand(speed, f) * at.x_t + self.derivative(at, speed, at.extra)
-        return -expand(torch.cos(at.t) ** 2, f) * (f - at.v) - r * moving
-
     def regression(self, step: int, at: Point) -> Outcome:
         """The squared error against F- + g, weighted by time and by what the adaptive weight says."""
-        c, f = self.config, self.velocity(at, at.extra)
-        g = normalised(self.tangent(f.detach(), at, c.warm(step)), c.norm, c.norm_c)
-        error = (1 / torch.tan(at.t)).to(f) * per_sample_mean((f - (f + g).detach()).square())
-        self.seen = error.detach(), at.t
-        return Outcome((torch.exp(-self.weight(at.t)).detach() * error).mean(), {"error": error.mean()})
+        f = self.velocity(at, at.extra)
+        error = per_sample_mean((f - self.target(f, at, self.config.warm(step))).square())
+        return self.weighed((1 / torch.tan(at.t)).to(f) * error, at.t)
 
     def generate(self, batch: Batch) -> Tensor:
         """x0 (B, ...) of noised images, of which a share is noise at the sampler's first level."""
@@ -140,25 +137,16 @@ class SanaSprint(TangentMethod):
         return Outcome(consistency.loss + self.config.gan_weight * gan, {**consistency.shown, "gan": gan})
 
     def more_turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("discriminator", self.discriminator_turn), Turn("weight", self.weight_turn)]
+        return [Turn("discriminator", self.discriminator_turn), *super().more_turns(step)]
 
     def discriminator_turn(self, batch: Batch) -> Outcome:
         """The heads on the samples of the student's turn."""
         gan = self.adversary.critic_loss(self.x, batch)
         return Outcome(gan, {"gan": gan})
 
-    def weight_turn(self, batch: Batch) -> Outcome:
-        """The adaptive weight on the errors of the student's turn: e^(-w) error + w."""
-        w = self.weight(self.seen[1])
-        return Outcome((torch.exp(-w) * self.seen[0] + w).mean())
-
     def optimizer(self, player: str) -> Optimizer:
-        own, c = super().optimizer(player), self.config
-        return {
-            "student": own,
-            "discriminator": own._replace(lr=c.discriminator_lr),
-            "weight": own._replace(lr=c.weight_lr, weight_decay=0.0),
-        }[player]
+        own = super().optimizer(player)
+        return own._replace(lr=self.config.discriminator_lr) if player == "discriminator" else own
 
 
 METHOD = SanaSprint

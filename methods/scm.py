@@ -27,7 +27,6 @@ Deviations:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +41,9 @@ from diffdistill.errors import UserError
 from diffdistill.options import TangentOptions, TangentTarget, option
 from diffdistill.players.adaptive_weight import AdaptiveWeight
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.method import Batch, Optimizer, Outcome, Turn
-from diffdistill.scaffold.tangent import Point, TangentMethod, normalised, refuse_unused_guidance
+from diffdistill.scaffold.continuous import ContinuousMethod
+from diffdistill.scaffold.method import Batch, Outcome
+from diffdistill.scaffold.tangent import Point, refuse_unused_guidance
 
 ABOUT = About(
     paper="Lu & Song 2024, arXiv:2410.11081",
@@ -53,10 +53,13 @@ ABOUT = About(
     equations={
         "f = cos(t) x - sin(t) F (section 3)": "core.prediction.Prediction",
         "tangent with the factor cos(t) sin(t) inside (section 4.2)": "scaffold.tangent.TangentMethod.derivative",
-        "g and its warm-up (Algorithm 1)": "SCM.tangent, options.TangentTarget.warm",
-        "tangent normalisation (section 4.2)": "scaffold.tangent.normalised",
+        "g and its warm-up (Algorithm 1)": ("scaffold.continuous.ContinuousMethod.tangent, options.TangentTarget.warm"),
+        "tangent normalisation (section 4.2)": (
+            "scaffold.continuous.ContinuousMethod.target, scaffold.tangent.normalised"
+        ),
         "loss with the adaptive weight (eq. 8)": (
-            "SCM.regression, SCM.weight_turn, players.adaptive_weight.AdaptiveWeight"
+            "SCM.regression, scaffold.continuous.ContinuousMethod.weighed, "
+            "scaffold.continuous.ContinuousMethod.weight_turn, players.adaptive_weight.AdaptiveWeight"
         ),
         "times (section 4)": "SCM.times, core.times.edm_log_normal",
         "multistep sampling": "scaffold.tangent.TangentMethod.sampler, players.sampler.Renoise",
@@ -76,7 +79,7 @@ class Config(TangentOptions, TangentTarget, student_lr=1e-4):
     boundary_weight: float = option(0.1, "TCM: the weight of the samples at truncate_at", at_least=0)
 
 
-class SCM(TangentMethod):
+class SCM(ContinuousMethod):
     """f is the student's x0; without a second time."""
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
@@ -97,39 +100,16 @@ class SCM(TangentMethod):
         t = edm_log_normal(self.schedule, batch.size, batch.generator("student/t"), *normal)
         return t.clamp_min(self.least), torch.zeros_like(t)
 
-    def tangent(self, f: Tensor, at: Point, r: float) -> Tensor:
-        """g (B, ...) where the student says f, not normalised: cos(t) df/dt at r = 1."""
-        cos, sin = torch.cos(at.t), torch.sin(at.t)
-        rising = expand(cos * sin, f) * at.x_t + self.derivative(at, cos * sin)
-        return -expand(cos**2, f) * (f - at.v) - r * rising
-
     def regression(self, step: int, at: Point) -> Outcome:
         """The squared error against F- + g, weighted by time."""
         c, f = self.config, self.velocity(at)
-        target = f.detach() + normalised(self.tangent(f.detach(), at, c.warm(step)), c.norm, c.norm_c)
-        weight = 1 / torch.tan(at.t)
+        target, weight = self.target(f, at, c.warm(step)), 1 / torch.tan(at.t)
         if self.least:
             held = at.t <= self.least
             first_stage = self.teacher(at.x_t, at.t, at.cond).v.detach()
             target = torch.where(expand(held, f) > 0, first_stage, target)
             weight = torch.where(held, c.boundary_weight, 1.0) * weight
-        error = weight.to(f) * per_sample_mean((f - target).square())
-        self.errors = error.detach(), at.t
-        learned = torch.exp(-self.weight(at.t)).detach() if c.adaptive else 1.0
-        return Outcome((learned * error).mean(), {"error": error.mean()})
-
-    def more_turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("weight", self.weight_turn)] if self.config.adaptive else []
-
-    def weight_turn(self, batch: Batch) -> Outcome:
-        """The adaptive weight on the errors of the student's turn: e^(-w) error + w."""
-        error, t = self.errors
-        w = self.weight(t)
-        return Outcome((torch.exp(-w) * error + w).mean())
-
-    def optimizer(self, player: str) -> Optimizer:
-        own = super().optimizer(player)
-        return own if player == "student" else own._replace(lr=self.config.weight_lr, weight_decay=0.0)
+        return self.weighed(weight.to(f) * per_sample_mean((f - target).square()), at.t)
 
 
 METHOD = SCM

@@ -26,7 +26,6 @@ Deviations:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +35,7 @@ from diffdistill.catalogue import About
 from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
 from diffdistill.core.guidance import guide, require_null
 from diffdistill.core.losses import per_sample_mean
-from diffdistill.core.prediction import Prediction, expand
+from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import LinearFlow
 from diffdistill.errors import UserError
 from diffdistill.options import ScaleRange, TangentOptions, TangentTarget, option
@@ -44,8 +43,9 @@ from diffdistill.players.adaptive_weight import AdaptiveWeight
 from diffdistill.players.scale_input import scale_player
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
-from diffdistill.scaffold.method import Batch, Optimizer, Outcome, Turn
-from diffdistill.scaffold.tangent import Point, TangentMethod, normalised
+from diffdistill.scaffold.continuous import ContinuousMethod
+from diffdistill.scaffold.method import Batch, Outcome
+from diffdistill.scaffold.tangent import Point
 
 ABOUT = About(
     paper="Tang et al. 2025, arXiv:2511.20410",
@@ -55,9 +55,12 @@ ABOUT = About(
         "states of the teacher's trajectories": "TBCM.walk, core.prediction.Prediction.at",
         "their times": "TBCM.times, core.schedule.LinearFlow",
         "sCM's g, warm-up and calm-down, normalisation": (
-            "TBCM.tangent, TBCM.share, options.TangentTarget.warm, scaffold.tangent.normalised"
+            "scaffold.continuous.ContinuousMethod.target, scaffold.continuous.ContinuousMethod.tangent, TBCM.share, "
+            "options.TangentTarget.warm, scaffold.tangent.normalised"
         ),
-        "sCM's loss with the adaptive weight": "TBCM.regression, players.adaptive_weight.AdaptiveWeight",
+        "sCM's loss with the adaptive weight": (
+            "TBCM.regression, scaffold.continuous.ContinuousMethod.weighed, players.adaptive_weight.AdaptiveWeight"
+        ),
         "the guidance scale as an input": "players.scale_input.guidance_input",
     },
 )
@@ -75,7 +78,7 @@ class Config(ScaleRange, TangentOptions, TangentTarget, guidance_max=1.0, tangen
     weight_lr: float = option(1e-3, "AdamW's learning rate for the adaptive weight", above=0)
 
 
-class TBCM(TangentMethod):
+class TBCM(ContinuousMethod):
     """f is the student's x0; players: student, and the adaptive weight."""
 
     needs = frozenset()  # type: ignore[misc]
@@ -133,31 +136,16 @@ class TBCM(TangentMethod):
         calm = min(max(step - own.calm_start, 0) / own.calm_steps, 1.0)
         return own.warm(step) * (1 - calm) + own.final_share * calm
 
-    def tangent(self, f: Tensor, at: Point, r: float) -> Tensor:
-        """g (B, ...) where the student says f, not normalised: cos(t) df/dt at r = 1."""
-        cos, rate = torch.cos(at.t), torch.cos(at.t) * torch.sin(at.t)
-        along = expand(rate, f) * at.x_t + self.derivative(at, rate, at.extra)
-        return expand(cos.square(), f) * (at.v - f) - r * along
-
     def regression(self, step: int, at: Point) -> Outcome:
         """The squared error against F- + g, weighted by time and by what the adaptive weight says."""
         f = self.velocity(at, at.extra)
-        g = normalised(self.tangent(f.detach(), at, self.share(step)), self.config.norm, self.config.norm_c)
-        error = per_sample_mean((f - (f.detach() + g)).square()) / torch.tan(at.t).to(f)
-        self.learned = error.detach(), at.t
-        return Outcome((error * torch.exp(-self.weight(at.t).detach())).mean(), {"error": error.mean()})
+        error = per_sample_mean((f - self.target(f, at, self.share(step))).square())
+        return self.weighed(error / torch.tan(at.t).to(f), at.t)
 
-    def more_turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("weight", lambda batch: self.weight_loss())]
-
-    def weight_loss(self) -> Outcome:
-        """Of the adaptive weight, on the errors of the student's turn: e^(-w) error + w."""
-        error, t = self.learned
-        return Outcome((error * torch.exp(-self.weight(t)) + self.weight(t)).mean())
-
-    def optimizer(self, player: str) -> Optimizer:
-        moves = super().optimizer(player)
-        return moves._replace(lr=self.config.weight_lr, weight_decay=0.0) if player == "weight" else moves
+    def weight_turn(self, batch: Batch) -> Outcome:
+        """The same loss with w asked twice: one pass rounds the gradient otherwise, and changes a run."""
+        error, t = self.errors
+        return Outcome((torch.exp(-self.weight(t)) * error + self.weight(t)).mean())
 
 
 METHOD = TBCM

@@ -12,9 +12,9 @@ from torch import Tensor
 from diffdistill import UserError, distill, load_teacher
 from diffdistill.core.prediction import expand
 from diffdistill.exact.checks import run_checks
-from diffdistill.methods import scm
 from diffdistill.methods.checks.scm import verify
 from diffdistill.methods.scm import SCM, Config
+from diffdistill.scaffold import continuous
 from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.scaffold.tangent import Point, normalised
 
@@ -49,15 +49,19 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the derivative is that in t alone": (
         SCM,
         "derivative",
-        lambda self, at, speed: REAL["derivative"](self, at._replace(v=0 * at.v), speed),
+        lambda self, at, *rest: REAL["derivative"](self, at._replace(v=0 * at.v), *rest),
     ),
     "the derivative is not along the path": (
         SCM,
         "derivative",
-        lambda self, at, speed: REAL["derivative"](self, at._replace(v=at.v.flip(0)), speed),
+        lambda self, at, *rest: REAL["derivative"](self, at._replace(v=at.v.flip(0)), *rest),
     ),
-    "the speed counts twice": (SCM, "derivative", lambda self, at, speed: REAL["derivative"](self, at, speed * speed)),
-    "c counts twice": (scm, "normalised", lambda g, *norm: g / (1 + 1 / normalised(g, *norm).norm())),
+    "the speed counts twice": (
+        SCM,
+        "derivative",
+        lambda self, at, speed, extra: REAL["derivative"](self, at, speed * speed, extra),
+    ),
+    "c counts twice": (continuous, "normalised", lambda g, *norm: g / (1 + 1 / normalised(g, *norm).norm())),
     "no warm-up": (Config, "warm", lambda self, step: 1.0),
     "the target gets a gradient": (SCM, "regression", with_gradient),
     "the weight's loss lacks w": (

@@ -1,7 +1,7 @@
 """Mistakes in the games that methods are written on."""
 
 _M, _F = "tests/methods/test_wiring_matching.py", "tests/methods/test_wiring_following.py"
-_T = "tests/methods/test_wiring_tangent.py"
+_T, _A = "tests/methods/test_wiring_tangent.py", "tests/methods/test_wiring_adversarial.py"
 _H, _I = "tests/methods/test_wiring_halving.py", "tests/methods/test_wiring_imitating.py"
 
 MUTANTS = {
@@ -184,6 +184,28 @@ MUTANTS = {
         ("differences beyond r",
          "at.r.clamp(self.schedule.t_min, self.schedule.t_max - step)", "0 * at.r + self.schedule.t_min"),
         ("the speed is left out of differences", "return expand(speed, change) * change", "return change"),
+    ],
+    f"diffdistill/scaffold/continuous.py | {_T} {_A}": [
+        ("cos(t) once", "expand(cos**2, f)", "expand(cos, f)"),
+        ("x_t does not move", "expand(speed, f) * at.x_t + self", "self"),
+        ("the derivative has no scale", "at, speed, at.extra)", "at, speed)"),
+        ("the warm-up is ignored", "- r * rising", "- rising"),
+        ("the norm is always rms", "self.config.norm, self.config.norm_c)", '"rms", self.config.norm_c)'),
+        ("not normalised", "self.config.norm, self.config.norm_c)", '"none", self.config.norm_c)'),
+        ("c of the norm is ignored", "self.config.norm, self.config.norm_c)", "self.config.norm, 0.1)"),
+        ("the target gets a gradient", "held = f.detach()", "held = f"),
+        ("the adaptive weight's sign", "torch.exp(-self.weight(t)).detach()", "torch.exp(self.weight(t)).detach()"),
+        ("the adaptive weight gets the student's gradient",
+         "torch.exp(-self.weight(t)).detach()", "torch.exp(-self.weight(t))"),
+        ("the adaptive weight is ignored",
+         'torch.exp(-self.weight(t)).detach() if "weight" in self.players else 1.0', "1.0"),
+        ("the adaptive weight does not move", '[Turn("weight", self.weight_turn)] if', "[] if"),
+        ("the adaptive weight always moves",
+         'self.weight_turn)] if "weight" in self.players else []', "self.weight_turn)]"),
+        ("the adaptive weight's w is left out", "(torch.exp(-w) * error + w)", "(torch.exp(-w) * error)"),
+        ("the adaptive weight's errors have a gradient", "error.detach(), t", "error, t"),
+        ("the weight has the student's rate", "_replace(lr=self.config.weight_lr, weight", "_replace(weight"),
+        ("the weight decays", "weight_lr, weight_decay=0.0)", "weight_lr)"),
     ],
     f"diffdistill/scaffold/following.py | {_F}": [
         ("the sampler's steps are ignored", "student_levels(self.schedule, c.student_steps, c.student_level)",
