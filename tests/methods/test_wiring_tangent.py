@@ -241,8 +241,9 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
 @pytest.mark.parametrize(("name", "options", "plain"), CASES)
 def test_a_turn_is_its_straight_line(name: str, options: dict[str, Any], plain: Plain, step: int) -> None:
     straight = Straight(name, options, plain, step)
-    turn, *_ = straight.method.turns(step)
+    turn, *others = straight.method.turns(step)
     assert (turn.player, turn.lr_factor, turn.restart) == ("student", 1.0, False)
+    assert [other.player for other in others] == ["weight"] * getattr(straight.c, "adaptive", False)
     agree(straight.method, turn, straight.batch, straight.turn)
 
 
