@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from diffdistill.catalogue import About
-from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
+from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.core.guidance import guide, require_null
 from diffdistill.core.ode import Denoise
 from diffdistill.core.prediction import diffuse
 from diffdistill.core.times import native_uniform
 from diffdistill.options import HalvingOptions, ScaleRange, option
-from diffdistill.players.scale_input import scale_player
+from diffdistill.players.scale_input import scale_player, scale_taken
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.halving import HalvingMethod, weighted_x0_loss
 from diffdistill.scaffold.method import Batch, Outcome
@@ -79,7 +79,7 @@ class GuidedDistillation(HalvingMethod):
 
     def input_of(self, scale: Tensor) -> Extra:
         """What the student and its former self take besides, for scales (B,)."""
-        return Extra(scale) if self.config.takes_scale else NONE
+        return scale_taken(self.config, scale)
 
     def first_turn(self, batch: Batch) -> Outcome:
         t = native_uniform(self.schedule, batch.size, batch.generator("student/t"))

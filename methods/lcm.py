@@ -29,13 +29,12 @@ from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
-from diffdistill.core.guidance import guide, require_null
 from diffdistill.core.prediction import expand
 from diffdistill.core.schedule import lcm_indices, student_levels
 from diffdistill.errors import UserError
 from diffdistill.options import FollowingOptions, ScaleRange, option
 from diffdistill.players.sampler import Sampler
-from diffdistill.players.scale_input import scale_player
+from diffdistill.players.scale_input import DrawnGuidance, scale_player, scale_taken
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.following import FollowingMethod
 from diffdistill.scaffold.method import Batch, Outcome
@@ -47,10 +46,10 @@ ABOUT = About(
     needs=("images",),
     equations={
         "consistency distillation loss with guidance and skipping (section 4.3)": "LCM.following",
-        "guided probability-flow ODE, one DDIM step (section 4.2)": "LCM.less_noisy, core.guidance.guide",
+        "guided probability-flow ODE, one DDIM step (section 4.2)": "LCM.less_noisy, players.scale_input.DrawnGuidance",
         "c_skip and c_out (section 4.1)": "LCM.scalings, LCM.f",
         "the scale drawn for each sample, and as an input (section 4.2)": (
-            "LCM.scales, players.scale_input.guidance_input"
+            "options.ScaleRange.drawn, players.scale_input.guidance_input"
         ),
         "target's moving average (Algorithm 1)": "scaffold.following.FollowingMethod.after_step",
         "elementwise Huber distance": "LCM.distance",
@@ -89,9 +88,7 @@ class LCM(FollowingMethod[Skip]):
         if c.takes_scale and lora:
             raise UserError("guidance_max: a LoRA student has one guidance scale; give guidance_min the same value")
         super().__init__(teacher, c, student or scale_player(teacher, c), slow_target=not lora)
-        self.guides = c.takes_scale or c.guidance_scale != 1
-        if self.guides:
-            require_null(self.teacher, "a guidance scale")
+        self.guidance = DrawnGuidance(self.teacher, c)
         levels = student_levels(self.schedule, c.ddim_steps, c.student_level)
         self.levels = levels.tolist()
         least = torch.tensor([self.schedule.t_min]).double()  # that the network knows
@@ -104,21 +101,16 @@ class LCM(FollowingMethod[Skip]):
 
     def interval(self, step: int, batch: Batch) -> Skip:
         i = batch.integers(self.config.ddim_steps, "student/step")
-        return Skip(self.grid.to(i.device)[i], i, self.scales(batch.uniform("student/scale")))
-
-    def scales(self, u: Tensor) -> Tensor:
-        """(B,) guidance scales for u (B,) uniform in [0, 1)."""
-        return self.config.drawn(u)
+        return Skip(self.grid.to(i.device)[i], i, self.config.drawn(batch.uniform("student/scale")))
 
     def less_noisy(self, x_t: Tensor, x0: Tensor, eps: Tensor, interval: Skip, cond: Cond) -> Tensor:
         """One DDIM step of the guided teacher down the grid; x0 and eps are guided alike."""
         t, i, scale = interval
-        pred = guide(self.teacher, x_t, t, cond, scale) if self.guides else self.teacher(x_t, t, cond)
-        return pred.at(self.grid.to(i.device)[i + 1])
+        return self.guidance(x_t, t, cond, scale).at(self.grid.to(i.device)[i + 1])
 
     def following(self, x_t: Tensor, x_r: Tensor, interval: Skip, cond: Cond, seed: int = 0) -> Outcome:
         """Only f at the noisier point, x_t, gets a gradient."""
-        i, extra = interval.i, Extra(interval.scale) if self.config.takes_scale else NONE
+        i, extra = interval.i, scale_taken(self.config, interval.scale)
         f, target = self.both(
             seed,
             x_t,

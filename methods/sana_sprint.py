@@ -33,15 +33,14 @@ import torch
 from torch import Tensor
 
 from diffdistill.catalogue import About
-from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
-from diffdistill.core.guidance import guide, require_null
+from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.times import edm_log_normal
 from diffdistill.errors import UserError
 from diffdistill.options import LatentAdversarialOptions, ScaleRange, TangentOptions, TangentTarget, option
 from diffdistill.players.adaptive_weight import AdaptiveWeight
-from diffdistill.players.scale_input import scale_player
+from diffdistill.players.scale_input import DrawnGuidance, scale_player, scale_taken
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.adversary import LatentAdversary
 from diffdistill.scaffold.continuous import ContinuousMethod
@@ -87,10 +86,7 @@ class SanaSprint(ContinuousMethod):
         if config.mode != "distillation":
             raise UserError("mode: sana_sprint follows its teacher; use distillation")
         super().__init__(teacher, config, student or scale_player(teacher, config))
-        self.unguided = teacher.denoiser
-        self.guides = config.takes_scale or config.scale != 1
-        if self.guides:
-            require_null(self.unguided, "a guidance scale")
+        self.guidance = DrawnGuidance(teacher.denoiser, config)
         self.adversary, self.weight = LatentAdversary(teacher, config), AdaptiveWeight()
         self.players |= {"discriminator": self.adversary.heads, "weight": self.weight}
 
@@ -108,12 +104,10 @@ class SanaSprint(ContinuousMethod):
         return self.config.drawn(batch.uniform("student/scale"))
 
     def extra(self, batch: Batch) -> Extra:
-        return Extra(self.scales(batch)) if self.config.takes_scale else NONE
+        return scale_taken(self.config, self.scales(batch))
 
     def direction(self, x_t: Tensor, v: Tensor, t: Tensor, batch: Batch, cond: Cond) -> Tensor:
-        if not self.guides:
-            return self.unguided(x_t, t, cond).v
-        return guide(self.unguided, x_t, t, cond, self.scales(batch)).v
+        return self.guidance(x_t, t, cond, self.scales(batch)).v
 
     def regression(self, step: int, at: Point) -> Outcome:
         """The squared error against F- + g, weighted by time and by what the adaptive weight says."""

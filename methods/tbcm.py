@@ -32,15 +32,13 @@ import torch
 from torch import Tensor
 
 from diffdistill.catalogue import About
-from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
-from diffdistill.core.guidance import guide, require_null
+from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.losses import per_sample_mean
-from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import LinearFlow
 from diffdistill.errors import UserError
 from diffdistill.options import ScaleRange, TangentOptions, TangentTarget, option
 from diffdistill.players.adaptive_weight import AdaptiveWeight
-from diffdistill.players.scale_input import scale_player
+from diffdistill.players.scale_input import DrawnGuidance, scale_player, scale_taken
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
 from diffdistill.scaffold.continuous import ContinuousMethod
@@ -87,9 +85,7 @@ class TBCM(ContinuousMethod):
         if config.mode != "distillation":
             raise UserError("mode: tbcm follows its teacher's own trajectories; use distillation")
         super().__init__(teacher, config, student or scale_player(teacher, config))
-        self.plain, self.guides = teacher.denoiser, config.takes_scale or config.scale != 1
-        if self.guides:
-            require_null(self.plain, "guidance")
+        self.guidance = DrawnGuidance(teacher.denoiser, config, "guidance")
         self.players["weight"] = self.weight = AdaptiveWeight()
         row = LinearFlow(shift=config.route_shift)
         self.top = float(self.schedule.angle(self.levels[0]))
@@ -102,29 +98,20 @@ class TBCM(ContinuousMethod):
         t = torch.lerp(cells[1:], cells[:-1], u)
         return torch.cat([torch.full_like(t[:1], self.top), t]), torch.zeros(len(cells), batch.size).to(t)
 
-    def scales(self, batch: Batch) -> Tensor:
-        """(B,) guidance scales, one of each trajectory."""
-        return self.config.drawn(batch.uniform("student/scale"))
-
-    def ahead(self, x_t: Tensor, t: Tensor, batch: Batch) -> Prediction:
-        """The teacher's prediction (B, ...), guided."""
-        cond = batch.cond
-        return guide(self.plain, x_t, t, cond, self.scales(batch)) if self.guides else self.plain(x_t, t, cond)
-
     @torch.no_grad()
     def walk(self, batch: Batch) -> Point:
         """The states of all trajectories but their noise, (states - 1) B of them, and the teacher's direction there."""
         (t, r), (x, _), states = self.times(batch), self.sampler().start(batch.randn("z")), []
-        prediction = self.ahead(x, t[0], batch)
+        scales = self.config.drawn(batch.uniform("student/scale"))  # one for each trajectory
+        prediction = self.guidance(x, t[0], batch.cond, scales)
         for s in t[1:]:
             x = prediction.at(s)
-            prediction = self.ahead(x, s, batch)
+            prediction = self.guidance(x, s, batch.cond, scales)
             states.append((x, prediction.v))
         n, seed = len(states), seed_for(*batch.key, "student/dropout")
         cond: Cond = {name: torch.cat([value] * n) for name, value in batch.cond.items()}
-        extra = Extra(self.scales(batch).repeat(n)) if self.config.takes_scale else NONE
         x_t, v = (torch.cat(part) for part in zip(*states, strict=True))
-        return Point(x_t, t[1:].flatten(), v, r[1:].flatten(), cond, seed, extra)
+        return Point(x_t, t[1:].flatten(), v, r[1:].flatten(), cond, seed, scale_taken(self.config, scales.repeat(n)))
 
     def student_turn(self, step: int, batch: Batch) -> Outcome:
         """From noise along the teacher's trajectories to the loss."""

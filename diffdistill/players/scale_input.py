@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Cond, Denoiser, Extra
+from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
+from diffdistill.core.guidance import guide, require_null
+from diffdistill.core.prediction import Prediction
 from diffdistill.errors import UserError
 from diffdistill.options import ScaleRange
 from diffdistill.players.lora import LoraNetwork, merged
@@ -129,6 +131,28 @@ def scale_player(teacher: Teacher, scales: ScaleRange) -> Denoiser:
     """A student that takes the guidance scale as an input, where there is more than one."""
     student = teacher.player("student")
     return guidance_input(student, default=scales.scale) if scales.takes_scale else student
+
+
+def scale_taken(scales: ScaleRange, scale: Tensor) -> Extra:
+    """What a student takes of the guidance scales (B,): nothing where there is one for all."""
+    return Extra(scale) if scales.takes_scale else NONE
+
+
+class DrawnGuidance:
+    """A teacher that is guided by the scales that are drawn; itself where 1 is the only one.
+
+    Raises UserError where it cannot be guided, of which `what` is in need.
+    """
+
+    def __init__(self, teacher: Denoiser, scales: ScaleRange, what: str = "a guidance scale"):
+        self.teacher = teacher
+        self.guides = scales.takes_scale or scales.scale != 1
+        if self.guides:
+            require_null(teacher, what)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Prediction:
+        """The prediction at x_t (B, ...) and the angles t (B,), each sample by its scale (B,)."""
+        return guide(self.teacher, x_t, t, cond, scale) if self.guides else self.teacher(x_t, t, cond)
 
 
 def plain_network(network: nn.Module) -> nn.Module:

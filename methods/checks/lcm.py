@@ -15,8 +15,8 @@ from diffdistill.core.ode import ddim_step, solve
 from diffdistill.core.prediction import OUTPUTS, Prediction, diffuse
 from diffdistill.exact.analytic import class_gaussians_teacher
 from diffdistill.exact.checks import Check, differs, equal, gradient, mistake, two_points
-from diffdistill.methods import lcm
 from diffdistill.methods.lcm import LCM, Config, Skip
+from diffdistill.players import scale_input
 
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
 PLANE = {
@@ -126,7 +126,7 @@ def verify() -> Iterator[Check]:
     for k in (0, 4, plane.K - 1):
         for distance in ("huber", "l2"):
             yield from _loss(plane, k, distance)
-        with mistake(lcm, "guide", _one_more):
+        with mistake(scale_input, "guide", _one_more):
             wrong = plane.loss(plane.method(), k)
         yield differs(f"1 + scale in the teacher is caught, point {k}", 0.0, wrong, 1e-3, scale=1.0)
     yield from _scalings(plane)
@@ -195,15 +195,15 @@ def _target_and_scales(plane: _Plane) -> Iterator[Check]:
     lcm.after_step(0)
     followed = plane.beside + plane.base + 0.05
     yield equal("the target follows by 1 - 0.95", followed, _base_of(lcm.target), 1e-12)
-    ends = lcm.scales(torch.tensor([0.0, 0.25, 1.0]).double())
+    ends = lcm.config.drawn(torch.tensor([0.0, 0.25, 1.0]).double())
     yield equal("scales from guidance_min to guidance_max", torch.tensor([1.0, 3.0, 9.0]), ends, 1e-12)
     plain = LCM(plane.teacher, Config(), student=plane.teacher.denoiser)
     i = torch.full((plane.size,), 3)
     skip = Skip(plain.grid[i], i, torch.ones(plane.size).double())
     x_t = diffuse(plane.z, skip.t, plane.eps)
-    plain.guides = True
+    plain.guidance.guides = True
     expected = plain.less_noisy(x_t, plane.z, plane.eps, skip, plane.cond)
-    plain.guides = False
+    plain.guidance.guides = False
     got = plain.less_noisy(x_t, plane.z, plane.eps, skip, plane.cond)
     yield equal("scale 1 is the unguided step", expected, got, 1e-12)
 

@@ -90,7 +90,7 @@ def _point(method: SanaSprint, t: float) -> Point:
     x0, eps = two_points(2)
     angle = torch.full((len(eps),), t, dtype=torch.float64)
     x_t = diffuse(MEAN + STD * x0, angle, eps)
-    return Point(x_t, angle, method.unguided(x_t, angle, {}).v, torch.zeros_like(angle), {})
+    return Point(x_t, angle, method.guidance.teacher(x_t, angle, {}).v, torch.zeros_like(angle), {})
 
 
 def _g(method: SanaSprint, at: Point, r: float = 1.0) -> Tensor:

@@ -22,8 +22,8 @@ from diffdistill.exact.analytic import (
     gaussian_teacher,
 )
 from diffdistill.exact.checks import AnyField, Check, differs, equal, gradient, mistake, two_points
-from diffdistill.methods import tbcm
 from diffdistill.methods.tbcm import TBCM, Config
+from diffdistill.players.scale_input import DrawnGuidance
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Batch
 from diffdistill.scaffold.tangent import Point
@@ -47,7 +47,7 @@ PLANE = {
 }
 
 MEAN, STD = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
-REAL: dict[str, Any] = {name: getattr(TBCM, name) for name in ("derivative", "ahead")}
+REAL: dict[str, Any] = {"derivative": TBCM.derivative, "__call__": DrawnGuidance.__call__}
 
 
 class _Drawn(Batch):
@@ -92,7 +92,7 @@ def _states() -> Iterator[Check]:
     yield equal("its time is the one drawn", t[1:].flatten(), at.t, 0.0)
     exact = GaussianMixture(MEAN[None], STD[None])
     yield equal("its direction is the teacher's there", exact(at.x_t, at.t), at.v, 1e-12)
-    with mistake(TBCM, "ahead", lambda self, x, t, batch: REAL["ahead"](self, x, 0.9 * t, batch)):
+    with mistake(DrawnGuidance, "__call__", lambda self, x, t, *rest: REAL["__call__"](self, x, 0.9 * t, *rest)):
         yield differs("... which it is not at another time", closed, method.walk(batch).x_t, 1e-2)
     gaps = []
     for states_ in (65, 257):
@@ -221,7 +221,7 @@ def _guided() -> Iterator[Check]:
     method = _method(ClassGaussians(means, STD), teacher, guidance_min=2.0, guidance_max=5.0)
     labels = torch.tensor([0, 1]).repeat(8)
     batch = _batch(class_labels=labels)
-    scales, at = method.scales(batch), method.walk(batch)
+    scales, at = method.config.drawn(batch.uniform("student/scale")), method.walk(batch)
     yield equal("scales lie between the two", 1.0, float(((scales >= 2) & (scales <= 5)).all()), 0.0)
     moved = (means[2] + scales[:, None] * (means[labels] - means[2])).repeat(8, 1)
     cos, sin = torch.cos(at.t)[:, None], torch.sin(at.t)[:, None]
@@ -230,5 +230,5 @@ def _guided() -> Iterator[Check]:
     yield equal("the conditions are those of the trajectories", labels.repeat(8), at.cond["class_labels"], 0.0)
     told = at.extra.scale
     yield equal("the student is told the scales", scales.repeat(8), 0 * at.t if told is None else told, 0.0)
-    with mistake(tbcm, "guide", lambda d, x, t, cond, scale, f=tbcm.guide: f(d, x, t, cond, 1 + scale)):
+    with mistake(DrawnGuidance, "__call__", lambda self, *at: REAL["__call__"](self, *at[:-1], 1 + at[-1])):
         yield differs("... and guided by 1 + a it is another", v, method.walk(batch).v, 1e-2)

@@ -20,14 +20,14 @@ from diffdistill.core.prediction import expand
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.families import load_student
-from diffdistill.methods import lcm
 from diffdistill.methods.checks.lcm import verify
 from diffdistill.methods.lcm import LCM, Config, Skip
+from diffdistill.players import scale_input
 from diffdistill.players.lora import LoraSettings
 from diffdistill.scaffold import following
 from diffdistill.scaffold.method import Batch, Outcome
 
-REAL_GUIDE, REAL_F, REAL_LOSS, REAL_STEP = lcm.guide, LCM.f, LCM.following, LCM.less_noisy
+REAL_GUIDE, REAL_F, REAL_LOSS, REAL_STEP = scale_input.guide, LCM.f, LCM.following, LCM.less_noisy
 
 
 def test_every_exact_check_holds() -> None:
@@ -85,11 +85,11 @@ def scalings_with_sigma_data(self: LCM, i: Tensor) -> tuple[Tensor, Tensor]:
 
 REAL_SCALINGS = LCM.scalings
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "1 + scale": (lcm, "guide", lambda d, x, t, c, scale: REAL_GUIDE(d, x, t, c, scale + 1)),
-    "w in place of the scale": (lcm, "guide", lambda d, x, t, c, scale: REAL_GUIDE(d, x, t, c, scale - 1)),
-    "one scale for the batch": (lcm, "guide", one_scale_for_all),
-    "x0 alone is guided": (lcm, "guide", half_guided),
-    "no guidance": (lcm, "guide", lambda d, x, t, c, scale: d(x, t, c)),
+    "1 + scale": (scale_input, "guide", lambda d, x, t, c, scale: REAL_GUIDE(d, x, t, c, scale + 1)),
+    "w in place of the scale": (scale_input, "guide", lambda d, x, t, c, scale: REAL_GUIDE(d, x, t, c, scale - 1)),
+    "one scale for the batch": (scale_input, "guide", one_scale_for_all),
+    "x0 alone is guided": (scale_input, "guide", half_guided),
+    "no guidance": (scale_input, "guide", lambda d, x, t, c, scale: d(x, t, c)),
     "the gradient at the less noisy point": (LCM, "following", roles_swapped),
     "the student is its own target": (LCM, "following", its_own_target),
     "the target follows fast": (LCM, "after_step", fast_target),

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from diffdistill import UserError, distill, load_teacher
 from diffdistill.commands.cli import main
+from diffdistill.core.denoiser import NONE
 from diffdistill.core.prediction import expand
 from diffdistill.exact.checks import run_checks
-from diffdistill.methods import sana_sprint
 from diffdistill.methods.checks.sana_sprint import verify
 from diffdistill.methods.sana_sprint import Config, SanaSprint
+from diffdistill.players.scale_input import DrawnGuidance
 from diffdistill.scaffold.method import Outcome
 from diffdistill.scaffold.tangent import Point, TangentMethod
 
@@ -48,11 +49,11 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
         "generate",
         lambda self, batch: REAL["generate"](self, batch).detach().requires_grad_(),
     ),
-    "the scale is kept from the student": (SanaSprint, "extra", lambda self, batch: sana_sprint.NONE),
+    "the scale is kept from the student": (SanaSprint, "extra", lambda self, batch: NONE),
     "guidance by 1 + a": (
-        sana_sprint,
-        "guide",
-        lambda d, x, t, cond, scale, f=sana_sprint.guide: f(d, x, t, cond, 1 + scale),
+        DrawnGuidance,
+        "__call__",
+        lambda self, *at, real=DrawnGuidance.__call__: real(self, *at[:-1], 1 + at[-1]),
     ),
     "no warm-up": (Config, "warm", lambda self, step: 1.0),
 }

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from diffdistill import UserError, distill, load_teacher
+from diffdistill.core.denoiser import NONE
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import tbcm
 from diffdistill.methods.checks.tbcm import verify
 from diffdistill.methods.tbcm import TBCM, Config
+from diffdistill.players.scale_input import DrawnGuidance
 from diffdistill.scaffold.method import Need
 from diffdistill.scaffold.tangent import Point
 
 Teachers = Callable[[str], Path]
-REAL: dict[str, Any] = {name: getattr(TBCM, name) for name in ("tangent", "walk", "ahead", "times", "derivative")}
+REAL: dict[str, Any] = {name: getattr(TBCM, name) for name in ("tangent", "walk", "times", "derivative")}
 
 
 def test_every_exact_check_holds() -> None:
@@ -26,7 +28,7 @@ def test_every_exact_check_holds() -> None:
 def with_the_noise(self: TBCM, batch: Any) -> Point:
     at = REAL["walk"](self, batch)
     z, t = batch.randn("z"), torch.full_like(at.t[: batch.size], self.top)
-    v = self.ahead(z, t, batch).v
+    v = self.guidance(z, t, batch.cond, self.config.drawn(batch.uniform("student/scale"))).v
     return at._replace(x_t=torch.cat([z, at.x_t[: -batch.size]]), t=torch.cat([t, at.t[: -batch.size]]),
                        v=torch.cat([v, at.v[: -batch.size]]))  # fmt: skip
 
@@ -58,12 +60,12 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the student is not told the scale": (
         TBCM,
         "walk",
-        lambda self, batch: REAL["walk"](self, batch)._replace(extra=tbcm.NONE),
+        lambda self, batch: REAL["walk"](self, batch)._replace(extra=NONE),
     ),
     "guidance by 1 + a": (
-        tbcm,
-        "guide",
-        lambda d, x, t, cond, scale, f=tbcm.guide: f(d, x, t, cond, 1 + scale),
+        DrawnGuidance,
+        "__call__",
+        lambda self, *at, real=DrawnGuidance.__call__: real(self, *at[:-1], 1 + at[-1]),
     ),
     "the sum of a sample": (tbcm, "per_sample_mean", lambda x: x.flatten(1).sum(1)),
     "images are needed": (TBCM, "needs", frozenset({Need.IMAGES})),
