@@ -121,8 +121,7 @@ class LADD(Method):
         """The discriminator on the samples that `drawn` holds, or on new ones."""
         with torch.no_grad():
             x = drawn[0] if drawn else self.student(*self.read(batch), batch.cond).x0
-        loss = self.adversary.critic_loss(x, batch)
-        return Outcome(loss, {"gan": loss})
+        return self.adversary.turn(x, batch)
 
 
 METHOD = LADD

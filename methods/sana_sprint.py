@@ -131,12 +131,8 @@ class SanaSprint(ContinuousMethod):
         return Outcome(consistency.loss + self.config.gan_weight * gan, {**consistency.shown, "gan": gan})
 
     def more_turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("discriminator", self.discriminator_turn), *super().more_turns(step)]
-
-    def discriminator_turn(self, batch: Batch) -> Outcome:
-        """The heads on the samples of the student's turn."""
-        gan = self.adversary.critic_loss(self.x, batch)
-        return Outcome(gan, {"gan": gan})
+        """The discriminator's, on the samples of the student's turn, and the adaptive weight's."""
+        return [Turn("discriminator", lambda batch: self.adversary.turn(self.x, batch)), *super().more_turns(step)]
 
     def optimizer(self, player: str) -> Optimizer:
         own = super().optimizer(player)

@@ -199,8 +199,8 @@ MUTANTS = {
         ),
         (
             "images are judged twice",
-            "self.adversary.critic_loss(x, batch)",
-            "self.adversary.critic_loss(batch.images, batch)",
+            "self.adversary.turn(x, batch)",
+            "self.adversary.turn(batch.images, batch)",
         ),
         ("images are not needed", "needs = frozenset({Need.IMAGES})", "needs = frozenset()"),
     ],
@@ -264,8 +264,8 @@ MUTANTS = {
         ("the GAN's samples have no scale", "batch.cond, self.extra(batch)).x0", "batch.cond).x0"),
         (
             "the discriminator judges images twice",
-            "self.adversary.critic_loss(self.x, batch)",
-            "self.adversary.critic_loss(batch.images, batch)",
+            "self.adversary.turn(self.x, batch)",
+            "self.adversary.turn(batch.images, batch)",
         ),
         ("the GAN's sign", "consistency.loss + self.config.gan_weight", "consistency.loss - self.config.gan_weight"),
         ("the GAN's weight is ignored", "self.config.gan_weight * gan", "gan"),
