@@ -159,9 +159,7 @@ class FlowMap(AverageMethod):
     def regression(self, step: int, at: Point) -> Outcome:
         """The square of the objective's error, over (itself + c)^p without a gradient."""
         error = self.lagrangian(at) if self.config.objective == "lagrangian" else self.toward_target(step, at)
-        square = error.square().flatten(1).sum(1)
-        loss = (square * (square.detach() + self.config.weight_c).pow(-self.config.weight_power)).mean()
-        return Outcome(loss, {"error": square.mean()})
+        return self.loss_of(error)
 
     def second_term(self, batch: Batch) -> Outcome | None:
         if self.on_policy is None:

@@ -51,7 +51,9 @@ ABOUT = About(
     equations={
         "MeanFlow identity (eq. 6)": "scaffold.average.AverageMethod.residual",
         "its total derivative by a JVP (eq. 8)": "scaffold.tangent.TangentMethod.derivative",
-        "loss with the adaptive weight (eq. 9 and section 4.3)": "MeanFlow.regression",
+        "loss with the adaptive weight (eq. 9 and section 4.3)": (
+            "MeanFlow.regression, scaffold.average.AverageMethod.loss_of"
+        ),
         "guidance inside (eq. 19-21)": "scaffold.average.AverageMethod.direction, MeanFlow.unguided",
         "times (section 4.3)": "MeanFlow.times, core.times.logit_normal",
         "two times as an input": "players.two_times.time_input",
@@ -123,11 +125,9 @@ class MeanFlow(AverageMethod):
 
     def regression(self, step: int, at: Point) -> Outcome:
         """|u - sg u_target|^2 of each sample, over (itself + c)^p without a gradient."""
-        c, f = self.config, self.velocity(at, Extra(r=at.r))
+        f = self.velocity(at, Extra(r=at.r))
         target = f.detach() - self.residual(f.detach(), at)
-        error = (expand(self.rho(at.t), f) * (f - target)).square().flatten(1).sum(1)
-        weight = (error.detach() + c.weight_c) ** -c.weight_power
-        return Outcome((weight * error).mean(), {"error": error.mean()})
+        return self.loss_of(expand(self.rho(at.t), f) * (f - target))
 
 
 METHOD = MeanFlow

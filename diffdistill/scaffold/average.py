@@ -100,6 +100,12 @@ class AverageMethod(TangentMethod):
         along = expand(torch.cos(apart), f) * (f - at.v) + expand(torch.sin(apart), f) * at.x_t
         return expand(k, f) * along + self.derivative(at, k * torch.sin(apart), Extra(r=at.r))
 
+    def loss_of(self, error: Tensor) -> Outcome:
+        """The squares of the samples' errors (B, ...), each over (itself + c)^p without a gradient."""
+        square = error.square().flatten(1).sum(1)
+        weight = (square.detach() + self.config.weight_c) ** -self.config.weight_power
+        return Outcome((weight * square).mean(), {"error": square.mean()})
+
     def jump(self, x: Tensor, t: Tensor, r: Tensor, at: Point) -> Prediction:
         """The student's prediction at x (B, ...) and t (B,) for r (B,), under the conditions of that point."""
         with seeded(at.seed, x.device):

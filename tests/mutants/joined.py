@@ -50,6 +50,10 @@ MUTANTS = {
     ],
     f"diffdistill/scaffold/average.py | {_T}": [
         ("the sampler renoises", "self.levels, DDIM())", "self.levels)"),
+        ("a mean over elements", "error.square().flatten(1).sum(1)", "error.square().flatten(1).mean(1)"),
+        ("the weight has a gradient", "(square.detach() + self.config.weight_c)", "(square + self.config.weight_c)"),
+        ("p is ignored", "** -self.config.weight_power", "** -1.0"),
+        ("c of the weight is ignored", "square.detach() + self.config.weight_c", "square.detach() + 0.01"),
         ("one step's gap", "two_time_player(teacher, config.student_steps,", "two_time_player(teacher, 1,"),
         (
             "the level is ignored in the gap",
@@ -164,8 +168,6 @@ MUTANTS = {
         ("the warm-up is ignored", "(min(1.0, step / warmup) if warmup else 1.0)", "1.0"),
         ("the target gets a gradient", "held, share = f.detach(),", "held, share = f,"),
         ("an error of F", "expand(self.rho(at.t), f) * (f - held + gap)", "(f - held + gap)"),
-        ("the weight has a gradient", "(square.detach() + self.config.weight_c)", "(square + self.config.weight_c)"),
-        ("p is ignored", ".pow(-self.config.weight_power)", ".pow(-1.0)"),
         ("the matching has the weight 1", "self.config.matching_weight * matched.loss", "matched.loss"),
         (
             "the matching is guided as the path",
