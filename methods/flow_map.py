@@ -42,7 +42,7 @@ from diffdistill.core.denoiser import Denoiser, Extra
 from diffdistill.core.prediction import expand
 from diffdistill.core.times import spans
 from diffdistill.errors import UserError
-from diffdistill.options import TangentOptions, option
+from diffdistill.options import TangentOptions, TangentTarget, option
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator
 from diffdistill.scaffold.average import AverageMethod, OnPolicy
@@ -87,6 +87,8 @@ class Config(TangentOptions, student_lr=1e-4, student_steps=4):
     matching_guidance: float | None = option(None, "its teacher's guidance; none: guidance_scale", at_least=0)
     rollout_steps: tuple[int, ...] = option((2, 4, 8, 16), "the N of the matched samples' jumps", at_least=1)
     fake_score_lr: float = option(1e-5, "AdamW's learning rate for the matching's fake score", above=0)
+
+    warm = TangentTarget.warm
 
 
 class FlowMap(AverageMethod):
@@ -150,8 +152,8 @@ class FlowMap(AverageMethod):
 
     def toward_target(self, step: int, at: Point) -> Tensor:
         """(B, ...) u - u_target of the objectives whose target gets no gradient."""
-        f, warmup = self.velocity(at, Extra(r=at.r)), self.config.tangent_warmup
-        held, share = f.detach(), self.config.tangent_share * (min(1.0, step / warmup) if warmup else 1.0)
+        f, share = self.velocity(at, Extra(r=at.r)), self.config.tangent_share * self.config.warm(step)
+        held = f.detach()
         eulerian = self.config.objective == "eulerian"
         gap = self.eulerian(held, at, share) if eulerian else self.progressive(held, at)
         return expand(self.rho(at.t), f) * (f - held + gap)

@@ -165,8 +165,8 @@ MUTANTS = {
             "self.jump(at.x_t, s, at.r, at)",
         ),
         ("progressive: where the second starts", "expand(torch.sin(at.t - s), f) * at.x_t", "0 * at.x_t"),
-        ("the warm-up is ignored", "(min(1.0, step / warmup) if warmup else 1.0)", "1.0"),
-        ("the target gets a gradient", "held, share = f.detach(),", "held, share = f,"),
+        ("the warm-up is ignored", " * self.config.warm(step)", ""),
+        ("the target gets a gradient", "held = f.detach()", "held = f"),
         ("an error of F", "expand(self.rho(at.t), f) * (f - held + gap)", "(f - held + gap)"),
         ("the matching has the weight 1", "self.config.matching_weight * matched.loss", "matched.loss"),
         (
