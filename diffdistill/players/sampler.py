@@ -89,9 +89,8 @@ class Gamma:
     def leads(self, schedule: Schedule, level: float) -> Tensor:
         """The angle of the lesser noise."""
         if isinstance(schedule, DiscreteVP):
-            time = torch.floor(
-                (1 - self.gamma) * torch.tensor(int(level))
-            )  # in the precision in which diffusers rounds
+            # In the precision in which diffusers rounds.
+            time = torch.floor((1 - self.gamma) * torch.tensor(int(level)))
             return schedule.angle(time) if time > 0 else torch.zeros((), dtype=torch.float64)
         return torch.atan(math.sqrt(1 - self.gamma**2) * torch.tan(schedule.angle(level)))
 
