@@ -12,8 +12,8 @@ Guidance scales here are diffusers' a, 1 being none: a = 1 + w with the paper's 
 y_c + w (y_c - y_u) while their help text calls --w_min a scale; w in [5, 15] is a in [6, 16].)
 
 Formulas were read in those scripts. Deviations: the scale enters beside the class embedding with frequencies of
-at most 2, not beside the time with sinusoids of 1000 w. With a LoRA student the scale is fixed, since that student
-has no input for it; the script draws it all the same. The timesteps of c_skip and c_out are counted on the
+at most 2, not beside the time with sinusoids of 1000 w. A LoRA student has that input beside its matrices; the script's
+has none, and the script draws the scale all the same. The timesteps of c_skip and c_out are counted on the
 scripts' grid of K steps up to 1000, for any schedule. Samplers take the network's x0 for f, whose c_skip is below
 1e-5 on the grid. Dropout, which Stable Diffusion has none of, drops the same units in both passes of the student.
 """
@@ -85,8 +85,6 @@ class LCM(FollowingMethod[Skip]):
         if c.student_steps > c.ddim_steps:
             raise UserError(f"student_steps: {c.student_steps} must be at most ddim_steps ({c.ddim_steps})")
         lora = "student" in teacher.lora
-        if c.takes_scale and lora:
-            raise UserError("guidance_max: a LoRA student has one guidance scale; give guidance_min the same value")
         super().__init__(teacher, c, student or scale_player(teacher, c), slow_target=not lora)
         self.guidance = DrawnGuidance(self.teacher, c)
         levels = student_levels(self.schedule, c.ddim_steps, c.student_level)

@@ -85,9 +85,9 @@ def save_pipeline(
     """Write a diffusers folder with its model card, whole or not at all.
 
     A latent family's other parts are those of the pipeline `source`: copied, linked, or (`saving.parts`) left out. A
-    LoRA student is saved merged, with its LoRA in the sub-folder `lora` where the stock pipeline has
-    `load_lora_weights`, or (`saving.export`) as one of the two alone. `dtype` names the type of the network's weights;
-    None: that of the source's.
+    LoRA student is saved merged, with its LoRA in the sub-folder `lora` where that can be loaded alone by the stock
+    pipeline's `load_lora_weights`, or (`saving.export`) as one of the two alone. `dtype` names the type of the
+    network's weights; None: that of the source's.
     """
     entry = FAMILIES[family]
     teacher = None if source is None else local_folder(source)
@@ -104,7 +104,7 @@ def save_pipeline(
         if isinstance(network, AdaptedNetwork):
             assert isinstance(record, StudentRecord)
             _add_adapters(made, network, len(record.levels))
-        if isinstance(network, LoraNetwork) and entry.loads_lora and saving.export == "both":
+        if isinstance(network, LoraNetwork) and network.alone and entry.loads_lora and saving.export == "both":
             alone = replace(kept, form="lora") if isinstance(kept, StudentRecord) else kept
             (made / "lora").mkdir()
             _write_lora(made / "lora", entry, network, scheduler, alone, dtype)
@@ -132,6 +132,10 @@ def check_saving(entry: Family | None, network: nn.Module, saving: SavingConfig)
         if entry is None or not entry.loads_lora:
             what = "a network that is not in diffusers" if entry is None else entry.class_names[0]
             raise UserError(f"export: stock diffusers loads no LoRA on {what}; give merged, which is a whole student")
+        if not network.alone:
+            raise UserError(
+                "export: the LoRA alone cannot say what a guidance scale adds, which is a layer of its own; give merged"
+            )
     if saving.parts == "reference" and isinstance(network, AdaptedNetwork):
         raise UserError("parts: a student with guidance adapters is saved as a whole; give copy or link")
 

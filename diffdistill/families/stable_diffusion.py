@@ -46,7 +46,7 @@ def unet_teacher(family: str, call: Call, addition: str | None = None) -> Callab
         schedule = schedule_of(source.scheduler)
         made = latent_teacher(family, network, source, shape, schedule, call, feature_layer=layer)
         if config.time_cond_proj_dim is not None and source.guidance_scale is not None:
-            take_scale(made.denoiser, source.guidance_scale)
+            take_scale(made.denoiser, source.guidance_scale, config.time_cond_proj_dim)
         return made
 
     return teacher

@@ -10,18 +10,16 @@ import copy
 import difflib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Denoiser
-from diffdistill.core.recompute import recomputed
 from diffdistill.errors import UserError
-from diffdistill.players.two_times import jumping, second_times
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -60,8 +58,20 @@ def foreign_lora(network: nn.Module) -> str | None:
     return None
 
 
+class Input(Protocol):
+    """An input that a player has besides those of its base: a module with weights of its own."""
+
+    alone: ClassVar[bool]  #: whether LoRA matrices can stand for it, at the levels of a sampler
+
+    def attach(self, base: nn.Module) -> Callable[[], None]:
+        """The base takes it from now on, until what is returned is called."""
+
+    def fold(self, plain: nn.Module) -> None:
+        """Put it into a copy of the base, which is a stock network after it."""
+
+
 class LoraNetwork(nn.Module):
-    """The shared base with one adapter, whose matrices alone are this module's parameters.
+    """The shared base with one adapter, whose matrices are this module's parameters, with those of added inputs.
 
     The base belongs to the teacher: this module neither moves, nor saves, nor trains it. Its copy is another adapter
     on the same base.
@@ -71,6 +81,10 @@ class LoraNetwork(nn.Module):
         super().__init__()
         self._base = (base,)  # in a tuple: not registered
         self.adapter = adapter
+        self.inputs = nn.ModuleDict()
+        # Of an export: A (k, in) and B (out, k) by layer, which stand for the inputs where they cannot be folded.
+        self.changes: dict[str, tuple[Tensor, Tensor]] = {}
+        self.folds_inputs = True
         matrices: dict[str, nn.Module] = {}
         for name, layer in _layers(base):
             if adapter in layer.lora_A:
@@ -82,6 +96,22 @@ class LoraNetwork(nn.Module):
     def base(self) -> Any:
         """The network that the LoRA matrices are laid on, shared with the other players."""
         return self._base[0]
+
+    @property
+    def alone(self) -> bool:
+        """Whether the LoRA can be exported without its base."""
+        return all(bool(part.alone) for part in self.inputs.values())
+
+    def add_input(self, name: str, part: nn.Module) -> None:
+        """The player takes that `Input` from now on, which is trained whole."""
+        self.inputs[name.replace(".", "|")] = part
+        vars(self.base).setdefault("_inputs", {}).setdefault(self.adapter, []).append(part)
+
+    def with_changes(self, changes: dict[str, tuple[Tensor, Tensor]], *, folds_inputs: bool) -> LoraNetwork:
+        """The same player, which is exported with those changes; `folds_inputs`: a whole network needs none."""
+        twin = copy.copy(self)
+        twin.changes, twin.folds_inputs = changes, folds_inputs
+        return twin
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output with these LoRA matrices active, and no others."""
@@ -95,11 +125,18 @@ class LoraNetwork(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> LoraNetwork:
         config = copy.deepcopy(self.base.peft_config[self.adapter])
         twin = LoraNetwork(self.base, _inject(self.base, config))
+        for name, part in self.inputs.items():
+            twin.add_input(name, copy.deepcopy(part, memo))
         twin.load_state_dict(self.state_dict())
         for mine, theirs in zip(self.parameters(), twin.parameters(), strict=True):
             theirs.requires_grad_(mine.requires_grad)
         memo[id(self)] = twin
         return twin.train(self.training)
+
+
+def trained_like(weight: Tensor) -> Tensor:
+    """The weight for its type; float32 for half precision, where it would not move by a learning rate's worth."""
+    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
 
 
 def lora_view(denoiser: Denoiser, settings: LoraSettings) -> Denoiser:
@@ -160,9 +197,7 @@ def _inject(base: nn.Module, config: LoraConfig) -> str:
     for _, layer in _layers(base):
         if name in layer.lora_A:
             for matrix in (layer.lora_A[name], layer.lora_B[name]):
-                # A bf16 weight does not move by a learning rate's worth.
-                half = matrix.weight.dtype in (torch.float16, torch.bfloat16)
-                matrix.to(torch.float32 if half else matrix.weight.dtype).requires_grad_(True)
+                matrix.to(trained_like(matrix.weight).dtype).requires_grad_(True)
     _switch(base, None)
     return name
 
@@ -176,9 +211,19 @@ def _switch(base: nn.Module, adapter: str | None) -> None:
     for _, layer in _layers(base):
         layer._disable_adapters = adapter is None
         layer._active_adapter = [] if adapter is None else [adapter]
+    for detach in vars(base).pop("_detach", []):
+        detach()
+    if adapter is not None:
+        vars(base)["_detach"] = [part.attach(base) for part in inputs_of(base, adapter)]
 
 
-def _active(base: nn.Module) -> str | None:
+def inputs_of(base: nn.Module, adapter: str | None) -> list[Any]:
+    """The inputs that a player on that base has besides."""
+    return [] if adapter is None else vars(base).get("_inputs", {}).get(adapter, [])
+
+
+def active_adapter(base: nn.Module) -> str | None:
+    """The adapter that a base carries now."""
     layer = next((layer for _, layer in _layers(base)), None)
     return layer._active_adapter[0] if layer is not None and layer._active_adapter else None
 
@@ -186,7 +231,7 @@ def _active(base: nn.Module) -> str | None:
 @contextmanager
 def active(base: nn.Module, adapter: str | None) -> Iterator[None]:
     """The base carries that adapter inside the block, and after it what it carried before."""
-    before = _active(base)
+    before = active_adapter(base)
     _switch(base, adapter)
     try:
         yield
@@ -201,60 +246,63 @@ def without_lora(network: nn.Module) -> nn.Module:
     for name, layer in _layers(network):
         if hasattr(layer, "get_base_layer"):
             network.set_submodule(name, layer.get_base_layer())
-    for kept in ("peft_config", "_lora_layers"):
+    for kept in ("peft_config", "_lora_layers", "_inputs", "_detach"):
         vars(network).pop(kept, None)
     return network
 
 
 def merged(network: LoraNetwork) -> nn.Module:
-    """A plain copy of the base with that adapter in its weights, on the CPU; the base stays as it is.
+    """A plain copy of the base with adapter and inputs in its weights, on the CPU; the base stays as it is.
 
     Adapted layers become float32 where the base is in half precision, which would round the adapter away.
     """
-    memo: dict[int, Any] = {}  # what deepcopy is to take for each part: neither adapters nor device are copied
+    # What deepcopy is to take for each part: neither adapters nor device are copied.
+    memo: dict[int, Any] = {id(kept): {} for name, kept in vars(network.base).items() if name == "_inputs"}
     for _, layer in _layers(network.base):
         plain = copy.deepcopy(layer.get_base_layer()).cpu()
         if network.adapter in layer.lora_A:
-            delta = layer.get_delta_weight(network.adapter).detach().cpu()
-            wide = torch.promote_types(plain.weight.dtype, torch.float32)
-            plain = plain.to(wide)
-            with torch.no_grad():
-                plain.weight += delta.to(wide)
+            _add(plain, layer.get_delta_weight(network.adapter))
         memo[id(layer)] = plain
     for value in (*network.base.parameters(), *network.base.buffers()):
         kept = value.detach().cpu().clone()
         memo.setdefault(id(value), nn.Parameter(kept, False) if isinstance(value, nn.Parameter) else kept)
-    return without_lora(copy.deepcopy(network.base, memo))
+    whole = without_lora(copy.deepcopy(network.base, memo))
+    for part in network.inputs.values() if network.folds_inputs else ():
+        part.fold(whole)  # type: ignore[operator]
+    for name, (down, up) in {} if network.folds_inputs else network.changes.items():
+        _add(whole.get_submodule(name), up @ down)
+    return whole
+
+
+@torch.no_grad()
+def _add(layer: Any, change: Tensor) -> None:
+    """To a layer's weight, in float32 at least."""
+    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+    layer.to(wide).weight += change.to(layer.weight)
 
 
 def lora_weights(network: LoraNetwork) -> dict[str, Tensor]:
-    """The adapter as diffusers' `load_lora_weights` reads it; alpha / rank, which that takes for 1, is in B."""
+    """The adapter as diffusers' `load_lora_weights` reads it; alpha / rank, which that takes for 1, is in B.
+
+    Of one rank: where changes make a layer's greater, all others have zeros.
+    """
     from peft import get_peft_model_state_dict
 
     config = network.base.peft_config[network.adapter]
-    weights = get_peft_model_state_dict(network.base, adapter_name=network.adapter)
     scale = config.lora_alpha / config.r
-    return {k: (v * scale if ".lora_B." in k else v).detach().cpu().contiguous() for k, v in weights.items()}
-
-
-def checkpoint_activations(network: nn.Module) -> None:
-    """Recompute the network's activations in the backward pass, each with adapter and gap of its forward pass."""
-    base: Any = network.base if isinstance(network, LoraNetwork) else network
-    if not getattr(base, "_supports_gradient_checkpointing", False):
-        raise UserError(f"gradient_checkpointing: {type(base).__name__} has none; use false")
-
-    layers = second_times(base)
-
-    def call(module: Any, *args: Any) -> Any:
-        adapter, gap = _active(base), layers[0].gap if layers else None
-
-        def run(gap: Tensor | None, *inputs: Any) -> Any:
-            with active(base, adapter), jumping(layers, gap):
-                return module(*inputs)
-
-        return recomputed(run, (gap, *args), (module if isinstance(module, nn.Module) else base).parameters())
-
-    base.enable_gradient_checkpointing(call)
+    weights = {
+        name: (value * scale if ".lora_B." in name else value).detach().cpu()
+        for name, value in get_peft_model_state_dict(network.base, adapter_name=network.adapter).items()
+    }
+    for layer, (down, up) in network.changes.items():
+        for name, value, axis in ((f"{layer}.lora_A.weight", down, 0), (f"{layer}.lora_B.weight", up, 1)):
+            weights[name] = torch.cat([weights[name], value], axis) if name in weights else value
+    rank = max(value.shape[0] for name, value in weights.items() if ".lora_A." in name)
+    for name, value in weights.items() if network.changes else ():
+        axis = 0 if ".lora_A." in name else 1
+        shape = [rank - size if place == axis else size for place, size in enumerate(value.shape)]
+        weights[name] = torch.cat([value, value.new_zeros(shape)], axis)
+    return {name: value.contiguous() for name, value in weights.items()}
 
 
 def lora(denoiser: Denoiser, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None) -> Denoiser:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.core.prediction import Prediction, diffuse, expand
 from diffdistill.core.schedule import DiscreteVP, Schedule
-from diffdistill.players.two_times import second_times, with_one_time
+from diffdistill.players.lora import LoraNetwork
+from diffdistill.players.two_times import low_rank_changes, second_times, with_one_time
 
 
 class Step(Protocol):
@@ -145,15 +146,21 @@ class Sampler:
     def network(self, shape: Sequence[int], cond: Cond) -> nn.Module:
         """The student's network; one of two times is one of a single time where its jumps are of several lengths.
 
-        A copy then, at this sampler's levels. `cond` (n, ...) are any conditions, one for each of the n levels.
+        A copy then, at this sampler's levels; of a LoRA player always one that can be exported alone. `cond` (n, ...)
+        are any conditions, one for each of the n levels.
         """
         network: nn.Module = self.denoiser.network
-        if not self.two_times or len(self.levels) == 1 or isinstance(self.step, DDIM):
+        lora = isinstance(network, LoraNetwork)
+        equal = len(self.levels) == 1 or isinstance(self.step, DDIM)
+        if not self.two_times or (equal and not lora):
             return network
         weight = next(network.parameters())
         t = torch.stack([self.denoiser.schedule.angle(level) for level in self.levels]).to(weight.device)
         r = torch.stack([self.leads(k) for k in range(len(self.levels))]).to(weight.device)
-        return with_one_time(self.denoiser, weight.new_zeros(len(t), *shape), t, r, cond)
+        at = weight.new_zeros(len(t), *shape), t, r, cond
+        if isinstance(network, LoraNetwork):
+            return network.with_changes(low_rank_changes(self.denoiser, *at), folds_inputs=equal)
+        return with_one_time(self.denoiser, *at)
 
     def start(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and t (B,) at the first level, for standard normal z (B, ...)."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,13 @@ from diffdistill.core.guidance import guide, require_null
 from diffdistill.core.prediction import Prediction
 from diffdistill.errors import UserError
 from diffdistill.options import ScaleRange
-from diffdistill.players.lora import LoraNetwork, merged
+from diffdistill.players.lora import LoraNetwork, merged, trained_like
 from diffdistill.players.teacher import Teacher
-from diffdistill.players.two_times import without_second_time
+from diffdistill.players.two_times import linear_at, without_second_time
 
 
-class GuidanceEmbedding(nn.Module):
-    """A class embedding that also takes the guidance scale: table(label) + MLP(features(scale)).
+class ScaleFeatures(nn.Module):
+    """What a guidance scale adds to a class's row: MLP(features(scale)).
 
     The MLP's last layer begins at zero, so that the network begins as it was for every scale. `default` is the
     scale where none is given (`guidance_input`) and the one `plain_network` keeps.
@@ -30,13 +31,12 @@ class GuidanceEmbedding(nn.Module):
     frequencies: Tensor
     default: Tensor
 
-    def __init__(self, table: nn.Embedding, default: float):
-        super().__init__()
-        self.table = table
+    def begin(self, like: Tensor, default: float) -> None:
+        """Makes the layers for rows (n, width) like these."""
         # Periods from 3 to 100 for scales of 1 to 15. Frequencies of 1000 would turn the scale into a
         # lookup key, which generalises to no scale in between.
         frequencies = torch.exp2(torch.linspace(-4, 1, 16))
-        width, like = table.embedding_dim, table.weight
+        width = like.shape[1]
         last = nn.Linear(width, width)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -49,10 +49,71 @@ class GuidanceEmbedding(nn.Module):
         phase = scale[:, None].to(self.frequencies) * self.frequencies
         return self.mlp(torch.cat([phase.sin(), phase.cos()], 1))
 
+
+class GuidanceEmbedding(ScaleFeatures):
+    """A class embedding that also takes the guidance scale: table(label) + MLP(features(scale))."""
+
+    def __init__(self, table: nn.Embedding, default: float):
+        super().__init__()
+        self.table = table
+        self.begin(table.weight, default)
+
     def forward(self, label_and_scale: Tensor) -> Tensor:
         """(B, 2) floats, the label and the guidance scale -> (B, width)."""
         label, scale = label_and_scale.unbind(1)
         return self.table(label.long()) + self.of_scale(scale)
+
+
+class AddedScale(ScaleFeatures):
+    """The same beside a class embedding that others share, for LoRA players; `scale` (B,) is set for one call."""
+
+    alone: ClassVar[bool] = False
+
+    def __init__(self, like: Tensor, default: float, name: str):
+        super().__init__()
+        self.begin(like, default)
+        self.name = name
+        self.scale: Tensor | None = None
+
+    def attach(self, base: nn.Module) -> Callable[[], None]:
+        """From now on the embedding's output has what the scale adds, until what is returned is called."""
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output + self.of_scale(self.default[None] if self.scale is None else self.scale).to(output.dtype)
+
+        return base.get_submodule(self.name).register_forward_hook(hook).remove
+
+    @torch.no_grad()
+    def fold(self, plain: nn.Module) -> None:
+        """Into the table, at the default scale."""
+        table: Any = plain.get_submodule(self.name)
+        added = self.of_scale(self.default[None])
+        table.to(torch.promote_types(table.weight.dtype, added.dtype)).weight += added.to(table.weight)
+
+
+class AddedProjection(nn.Module):
+    """The `cond_proj` of Stable Diffusion's UNets beside one that others share, for LoRA players."""
+
+    alone: ClassVar[bool] = False
+
+    def __init__(self, cond_proj: nn.Linear):
+        super().__init__()
+        self.cond_proj = cond_proj
+
+    def attach(self, base: Any) -> Callable[[], None]:
+        """From now on the base has it, until what is returned is called."""
+        table, before = base.time_embedding, base.time_embedding.cond_proj
+        table.cond_proj = self.cond_proj
+
+        def detach() -> None:
+            table.cond_proj = before
+
+        return detach
+
+    def fold(self, plain: Any) -> None:
+        """As the stock network has it."""
+        plain.time_embedding.cond_proj = copy.deepcopy(self.cond_proj).cpu().requires_grad_(False)
+        plain.register_to_config(time_cond_proj_dim=self.cond_proj.in_features)
 
 
 def scale_embedding(scale: Tensor, width: int) -> Tensor:
@@ -66,10 +127,9 @@ def scale_embedding(scale: Tensor, width: int) -> Tensor:
     return torch.cat([phase.sin(), phase.cos()], 1)
 
 
-def take_scale(denoiser: Denoiser, default: float) -> None:
-    """From now on this UNet, which has a `time_cond_proj_dim`, takes `Extra.scale` (B,), or `default`."""
-    network: Any = denoiser.network
-    inner_call, width = denoiser.call, network.config.time_cond_proj_dim
+def take_scale(denoiser: Denoiser, default: float, width: int) -> None:
+    """From now on this UNet, which has a `time_cond_proj_dim` of that width, takes `Extra.scale` (B,), or `default`."""
+    inner_call = denoiser.call
 
     def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
         scale = x.new_full((len(x),), default) if extra.scale is None else extra.scale
@@ -80,14 +140,27 @@ def take_scale(denoiser: Denoiser, default: float) -> None:
 
 def _condition_input(denoiser: Denoiser, default: float) -> Denoiser:
     """`guidance_input` for Stable Diffusion's UNets, as LCM has it; its projection begins at zero."""
-    twin = copy.deepcopy(denoiser)
-    network: Any = twin.network
+    twin = _own(denoiser)
+    lora = isinstance(twin.network, LoraNetwork)
+    network: Any = twin.network.base if lora else twin.network
     table = network.time_embedding
-    table.cond_proj = nn.Linear(256, table.linear_1.in_features, bias=False).to(table.linear_1.weight)
-    nn.init.zeros_(table.cond_proj.weight)
-    network.register_to_config(time_cond_proj_dim=256)
-    take_scale(twin, default)
+    linear = linear_at(table, "linear_1")
+    cond_proj = nn.Linear(256, linear.in_features, bias=False).to(trained_like(linear.weight))
+    nn.init.zeros_(cond_proj.weight)
+    if isinstance(twin.network, LoraNetwork):
+        twin.network.add_input("time_embedding", AddedProjection(cond_proj))
+    else:
+        table.cond_proj = cond_proj
+        network.register_to_config(time_cond_proj_dim=256)
+    take_scale(twin, default, 256)
     return twin
+
+
+def _own(denoiser: Denoiser) -> Denoiser:
+    """A copy; of a LoRA player the same network, whose new input is its own."""
+    if isinstance(denoiser.network, LoraNetwork):
+        return denoiser.with_network(denoiser.network, denoiser.feature_layer)
+    return copy.deepcopy(denoiser)
 
 
 def guidance_input(denoiser: Denoiser, layer: str = "class_embedding", *, default: float = 1.0) -> Denoiser:
@@ -96,24 +169,36 @@ def guidance_input(denoiser: Denoiser, layer: str = "class_embedding", *, defaul
     Stable Diffusion's UNets take it as their stock pipelines give it (`take_scale`). Of others, `layer` is the
     network's embedding of class labels, which becomes a `GuidanceEmbedding`: diffusers' networks
     hand their `class_labels` to that layer untouched, so both numbers travel in that one argument. Which
-    parameters are trained stays as it was; those of the new part are. Where none is given it is
-    `default`. Raises UserError where `layer` is not an embedding.
+    parameters are trained stays as it was; those of the new part are. A LoRA player is no copy: the new part is its
+    own, beside its matrices. Where no scale is given it is `default`. Raises UserError where `layer` is not an
+    embedding.
     """
-    if isinstance(denoiser.network, LoraNetwork):
-        raise UserError(
-            "guidance_input: a LoRA student has one guidance scale; give the least and the greatest the same"
-        )
-    if "timestep_cond" in inspect.signature(denoiser.network.forward).parameters:
+    network: Any = denoiser.network.base if isinstance(denoiser.network, LoraNetwork) else denoiser.network
+    if "timestep_cond" in inspect.signature(network.forward).parameters:
         return _condition_input(denoiser, default)
-    twin = copy.deepcopy(denoiser)
-    table = dict(twin.network.named_modules()).get(layer)
+    table = dict(network.named_modules()).get(layer)
     if not isinstance(table, nn.Embedding):
         raise UserError(
             f"guidance_input: this teacher's network has no class embedding ({layer}) to add the guidance scale to; "
             "use a class-conditional teacher or a fixed scale"
         )
-    twin.network.set_submodule(layer, GuidanceEmbedding(table, default))
+    twin = _own(denoiser)
     inner_call = denoiser.call
+    if isinstance(twin.network, LoraNetwork):
+        twin.network.add_input(layer, AddedScale(trained_like(table.weight), default, layer))
+
+        def beside(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
+            assert isinstance(network, LoraNetwork)
+            part: Any = network.inputs[layer]
+            before, part.scale = part.scale, extra.scale
+            try:
+                return inner_call(network, x, time, cond)
+            finally:
+                part.scale = before
+
+        twin.extra_call = beside
+        return twin
+    twin.network.set_submodule(layer, GuidanceEmbedding(twin.network.get_submodule(layer), default))  # type: ignore[arg-type]
 
     def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
         labels, scale = cond["class_labels"], extra.scale

@@ -10,34 +10,40 @@ the export a student takes any number.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.errors import UserError
+from diffdistill.players.lora import LoraNetwork, trained_like
 
 TIME_LAYERS = ("time_embedding", "timestep_embedder", "time_embedder", "t_embedder")
 """What diffusers' networks call the layers that embed the time, and each block of DiT its own."""
 
 
-class SecondTime(nn.Module):
-    """The last linear layer of a time embedding, which also takes the gap between the two times: W h + b + MLP(gap).
+class TimeGap(nn.Module):
+    """What the gap between the two times adds to a network's embedding of the time: MLP(gap).
 
     The MLP has no biases and its features are 0 at the gap 0, so that the network at r = t is always its plain self;
     its last layer begins at zero, so that the network begins as it was for every r. Frequencies are low: a derivative
     with respect to the time is taken. `gap` (B,) is set for one call (`jumping`); without it, it is `default`.
+    `like` (width, ...) says the width of the embedding, type and device.
     """
 
     default: Tensor
     frequencies: Tensor
 
-    def __init__(self, layer: nn.Linear, default: float):
+    def __init__(self, like: Tensor, default: float):
         super().__init__()
-        self.layer = layer
-        width, like = layer.out_features, layer.weight
+        self.begin(like, default)
+
+    def begin(self, like: Tensor, default: float) -> None:
+        """Makes the layers."""
+        width = len(like)
         last = nn.Linear(width, width, bias=False)
         nn.init.zeros_(last.weight)
         self.mlp = nn.Sequential(nn.Linear(17, width, bias=False), nn.SiLU(), last).to(like)
@@ -52,14 +58,69 @@ class SecondTime(nn.Module):
         phase = gap * self.frequencies
         return self.mlp(torch.cat([gap, phase.sin(), 1 - phase.cos()], 1))
 
+    def added(self, embedding: Tensor) -> Tensor:
+        """The embedding (B, width), or of one row where the whole batch has one time, with what the gap adds."""
+        return embedding + self.of_gap(self.default if self.gap is None else self.gap).to(embedding.dtype)
+
+
+class SecondTime(TimeGap):
+    """The last linear layer of a time embedding, which also takes the gap: W h + b + MLP(gap)."""
+
+    def __init__(self, layer: nn.Linear, default: float):
+        nn.Module.__init__(self)
+        self.layer = layer
+        self.begin(layer.weight, default)
+
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, in) -> (B, out), or of one row where the whole batch has one time."""
-        return self.layer(hidden) + self.of_gap(self.default if self.gap is None else self.gap).to(hidden.dtype)
+        return self.added(self.layer(hidden))
 
 
-def second_times(network: nn.Module) -> list[SecondTime]:
-    """The layers of a network that take the gap; none of one that has one time."""
-    return [module for module in network.modules() if isinstance(module, SecondTime)]
+class AddedTime(TimeGap):
+    """The same beside a network that others share: it is there while a LoRA player plays (`players.lora.active`)."""
+
+    alone: ClassVar[bool] = True
+
+    def __init__(self, like: Tensor, default: float, name: str):
+        super().__init__(like, default)
+        self.name = name  # of the embedding's last linear layer
+
+    def attach(self, base: nn.Module) -> Callable[[], None]:
+        """From now on the layer's output has what the gap adds, until what is returned is called."""
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return self.added(output)
+
+        return linear_at(base, self.name).register_forward_hook(hook).remove
+
+    def fold(self, plain: nn.Module) -> None:
+        """Into a layer's bias, at the default gap."""
+        layer = linear_at(plain, self.name)
+        layer.to(torch.promote_types(layer.weight.dtype, self.default.dtype))
+        added = self.of_gap(self.default)[0].detach().to(layer.weight)
+        layer.bias = nn.Parameter(added if layer.bias is None else layer.bias + added, requires_grad=False)
+
+
+def linear_at(network: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name, or the one that LoRA is laid on."""
+    layer: Any = network.get_submodule(name)
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def time_layers(network: nn.Module) -> list[str]:
+    """The names of the last linear layers of a network's embeddings of the time."""
+    names = []
+    for name, module in network.named_modules():
+        if name.rpartition(".")[2] in TIME_LAYERS:
+            inside = [part for part, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+            last = [part for part in inside if ".lora_" not in f".{part}"][-1:]
+            names += [f"{name}.{part}".removesuffix(".").removesuffix(".base_layer") for part in last]
+    return names
+
+
+def second_times(network: nn.Module) -> list[TimeGap]:
+    """The parts of a network that take the gap; none of one that has one time."""
+    return [module for module in network.modules() if isinstance(module, TimeGap)]
 
 
 @contextmanager
@@ -79,22 +140,24 @@ def time_input(denoiser: Denoiser, *, default: float) -> Denoiser:
     """A copy that takes `Extra.r` (B,), and gives what the denoiser gave for any r until it is trained.
 
     Without r the gap is `default`, a fraction of the schedule: that of the jumps of the student's sampler. Which
-    parameters are trained stays as it was; those of the new part are. Not for LoRA, whose layers are its teacher's too.
-    Raises UserError where no layer has one of the names `TIME_LAYERS`.
+    parameters are trained stays as it was; those of the new part are. A LoRA player is no copy: the new part is its
+    own, beside its matrices, and its base does not change. Raises UserError where no layer has one of the names
+    `TIME_LAYERS`.
     """
-    twin = copy.deepcopy(denoiser)
-    for name, module in list(twin.network.named_modules()):
-        if name.rpartition(".")[2] in TIME_LAYERS:
-            linear = [(part, layer) for part, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-            if linear:
-                part, layer = linear[-1]
-                twin.network.set_submodule(f"{name}.{part}" if part else name, SecondTime(layer, default))
-    layers = second_times(twin.network)
-    if not layers:
+    lora = isinstance(denoiser.network, LoraNetwork)
+    network: Any = denoiser.network.base if lora else denoiser.network
+    names = time_layers(network)
+    if not names:
         raise UserError(
-            f"time_input: {type(denoiser.network).__name__} has no layer to which a second time could be added; "
+            f"time_input: {type(network).__name__} has no layer to which a second time could be added; "
             f"those that embed the time are called {', '.join(TIME_LAYERS)}"
         )
+    twin = denoiser.with_network(denoiser.network, denoiser.feature_layer) if lora else copy.deepcopy(denoiser)
+    for name in names:
+        if isinstance(twin.network, LoraNetwork):
+            twin.network.add_input(name, AddedTime(trained_like(linear_at(network, name).weight), default, name))
+        else:
+            twin.network.set_submodule(name, SecondTime(linear_at(twin.network, name), default))
     inner_call, inner_extra = denoiser.call, denoiser.extra_call
 
     def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
@@ -108,6 +171,34 @@ def time_input(denoiser: Denoiser, *, default: float) -> Denoiser:
 
 
 @torch.no_grad()
+def heard(denoiser: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: Cond) -> dict[str, tuple[Tensor, Tensor]]:
+    """By the name of each layer that takes the gap: its inputs (n, in) at angles t (n,) and what r (n,) adds (n, out).
+
+    In float64. x_t (n, ...) and `cond` are any that the network takes.
+    """
+    network = denoiser.network
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    parts = {name: part for name, part in network.named_modules() if isinstance(part, SecondTime)}
+    layers: dict[str, tuple[nn.Module, TimeGap]] = {name: (part, part) for name, part in parts.items()}
+    if isinstance(network, LoraNetwork):
+        added = [part for part in network.inputs.values() if isinstance(part, AddedTime)]
+        layers = {part.name: (linear_at(network.base, part.name), part) for part in added}
+
+    def watch(name: str, layer: nn.Module, part: TimeGap) -> Callable[[], None]:
+        def keep(module: nn.Module, args: tuple[Tensor]) -> None:
+            assert part.gap is not None
+            seen[name] = args[0].expand(len(t), -1).double(), part.of_gap(part.gap).double()
+
+        return layer.register_forward_pre_hook(keep).remove
+
+    undo = [watch(name, *both) for name, both in layers.items()]
+    denoiser(x_t, t, cond, Extra(r=r))
+    for remove in undo:
+        remove()
+    return seen
+
+
+@torch.no_grad()
 def with_one_time(denoiser: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: Cond) -> nn.Module:
     """A copy of the network with one time, which gives at angles t (n,) what the network gives on the way to r (n,).
 
@@ -115,27 +206,32 @@ def with_one_time(denoiser: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: C
     embedding, by the least change of its weights that is exact at these n times: a function of the time, as r is one.
     x_t (n, ...) and `cond` are any that the network takes.
     """
-    seen: dict[SecondTime, tuple[Tensor, Tensor]] = {}
-
-    def keep(module: nn.Module, args: tuple[Tensor]) -> None:
-        assert isinstance(module, SecondTime) and module.gap is not None
-        seen[module] = args[0].expand(len(t), -1).double(), module.of_gap(module.gap).double()
-
-    handles = [module.register_forward_pre_hook(keep) for module in second_times(denoiser.network)]
-    denoiser(x_t, t, cond, Extra(r=r))
-    for handle in handles:
-        handle.remove()
     plain = copy.deepcopy(denoiser.network)
-    for name, module in denoiser.network.named_modules():
-        if isinstance(module, SecondTime):
-            hidden, added = seen[module]
-            change = torch.linalg.pinv(torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)) @ added
-            layer = copy.deepcopy(module.layer)
-            layer.weight += change[:-1].T.to(layer.weight)
-            bias = change[-1].to(layer.weight)
-            layer.bias = nn.Parameter(bias if layer.bias is None else layer.bias + bias, requires_grad=False)
-            plain.set_submodule(name, layer)
+    for name, (hidden, added) in heard(denoiser, x_t, t, r, cond).items():
+        change = torch.linalg.pinv(torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)) @ added
+        layer = copy.deepcopy(denoiser.network.get_submodule(f"{name}.layer"))
+        assert isinstance(layer, nn.Linear)
+        layer.weight += change[:-1].T.to(layer.weight)
+        bias = change[-1].to(layer.weight)
+        layer.bias = nn.Parameter(bias if layer.bias is None else layer.bias + bias, requires_grad=False)
+        plain.set_submodule(name, layer)
     return plain
+
+
+@torch.no_grad()
+def low_rank_changes(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: Cond
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`with_one_time` as LoRA has it: A (k, in) and B (out, k) of each layer, k <= n, B A being the change of weights.
+
+    Equal jumps have k = 1, since all their gaps add is the same.
+    """
+    changes = {}
+    for name, (hidden, added) in heard(denoiser, x_t, t, r, cond).items():
+        u, s, v = torch.linalg.svd(added, full_matrices=False)
+        k = int((s > 1e-9 * s[0]).sum()) or 1
+        changes[name] = u[:, :k].T @ torch.linalg.pinv(hidden).T, v[:k].T * s[:k]
+    return {name: (down.float().cpu(), up.float().cpu()) for name, (down, up) in changes.items()}
 
 
 def without_second_time(network: nn.Module) -> nn.Module:

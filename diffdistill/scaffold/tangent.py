@@ -182,10 +182,8 @@ def own_path(teacher: Teacher, count: int = 16) -> tuple[Callable[[Tensor, Tenso
 def two_time_player(teacher: Teacher, steps: int, level: float | None) -> Denoiser:
     """A student that takes the time to jump to, sampled in so many equal jumps from `level` (None: the noisiest) down.
 
-    Raises UserError where it was to be LoRA.
+    One that is LoRA has the layers of that input beside its matrices.
     """
-    if "student" in teacher.lora:
-        raise UserError("lora: a student with a second time has layers of its own and cannot be LoRA; leave it out")
     return time_input(teacher.player("student"), default=gap_of(teacher.denoiser.schedule, steps, level))
 
 

@@ -30,7 +30,8 @@ from diffdistill.families import (
     record_of,
 )
 from diffdistill.options import build, split
-from diffdistill.players.lora import LoraSettings, checkpoint_activations, is_lora
+from diffdistill.players.lora import LoraSettings, is_lora
+from diffdistill.players.recomputing import checkpoint_activations
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
 from diffdistill.scaffold.method import Method, Need

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Denoiser, Extra
 from diffdistill.core.jvp import jvp
-from diffdistill.players.lora import checkpoint_activations
+from diffdistill.players.recomputing import checkpoint_activations
 from diffdistill.players.scale_input import plain_network
 from diffdistill.players.two_times import second_times
 from diffdistill.scaffold.tangent import two_time_player

@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.jvp import jvp
-from diffdistill.players.lora import LoraSettings, checkpoint_activations, lora_view
+from diffdistill.players.lora import LoraSettings, lora_view
+from diffdistill.players.recomputing import checkpoint_activations
 from tests.families import test_families
 from tests.families.test_families import CALLS, Case, middle
 

@@ -243,9 +243,6 @@ OTHERS: dict[str, dict[str, Any]] = {
 SAYS_SO = {
     ("adapter_guidance", "full"): "class-conditional teacher",
     ("adapter_guidance", "lora"): "class-conditional teacher",
-    ("ctm", "lora"): "a student with a second time",
-    ("flow_map", "lora"): "a student with a second time",
-    ("mean_flow", "lora"): "a student with a second time",
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from diffdistill import UserError, load_teacher
 from diffdistill.core.denoiser import Denoiser, Extra
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule, TrigFlow, student_levels
-from diffdistill.players.lora import LoraSettings, checkpoint_activations
+from diffdistill.players.recomputing import checkpoint_activations
 from diffdistill.players.sampler import DDIM, Renoise, Sampler
 from diffdistill.players.scale_input import plain_network
 from diffdistill.players.teacher import Teacher
@@ -109,9 +109,6 @@ def test_recomputed_activations_see_the_gap_of_their_pass(tiny_teacher: Teachers
 
 def test_refusals(tiny_teacher: Teachers) -> None:
     teacher = load_teacher(tiny_teacher("vp"))
-    adapted = Teacher(teacher.denoiser, teacher.shape, teacher.num_classes, lora={"student": LoraSettings(2)})
-    with pytest.raises(UserError, match="lora: a student with a second time"):
-        two_time_player(adapted, 1, None)
     other = Denoiser(torch.nn.Linear(2, 2), teacher.denoiser.schedule, teacher.denoiser.output)
     with pytest.raises(UserError, match=r"Linear has no layer to which a second time could be added; .*time_embedding"):
         time_input(other, default=1.0)
