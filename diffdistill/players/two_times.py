@@ -124,7 +124,7 @@ def second_times(network: nn.Module) -> list[TimeGap]:
 
 
 @contextmanager
-def jumping(layers: list[SecondTime], gap: Tensor | None) -> Iterator[None]:
+def jumping(layers: list[TimeGap], gap: Tensor | None) -> Iterator[None]:
     """The layers see that gap inside the block, and after it what they saw before."""
     before = [layer.gap for layer in layers]
     for layer in layers:
