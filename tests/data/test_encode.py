@@ -24,6 +24,7 @@ from diffdistill.families import family_of, load_teacher
 from diffdistill.training import assemble
 from tests import tiny_a
 from tests.data.encoding import PROMPTS, contents, options, png
+from tests.methods.resumed import same_when_resumed
 
 
 def training(teacher: Path, prompts: Path, out: Path, **more: Any) -> dict[str, Any]:
@@ -82,11 +83,7 @@ def test_training_loads_neither_vae_nor_text_encoder_and_resumes_to_the_same_bit
 ) -> None:
     folder = encode(**options(teacher, prompts, tmp_path / "out"))
     monkeypatch.setattr(encoding, "load_pipeline", lambda *a, **k: pytest.fail("a model was loaded"))
-    whole = distill(**training(teacher, folder, tmp_path / "whole", steps=3, lr_schedule="constant")).student
-    distill(**training(teacher, folder, tmp_path / "run", steps=1, lr_schedule="constant"))
-    resumed = distill(resume=tmp_path / "run", steps=3).student
-    a, b = (load_file(student / "unet/diffusion_pytorch_model.safetensors") for student in (whole, resumed))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    same_when_resumed(tmp_path, stop=1, end=3, **training(teacher, folder, tmp_path))
 
 
 def test_a_moved_run_whose_prompts_are_gone_still_exports(teacher: Path, prompts: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from diffdistill.methods.consistency import Config, Consistency, Step
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.scaffold import following
 from diffdistill.scaffold.method import Batch
+from tests.methods.resumed import same_when_resumed
 
 Teachers = Callable[[str], Path]
 
@@ -252,18 +253,4 @@ def test_it_trains_every_parameterisation(
 
 @pytest.mark.parametrize("options", [{"target_ema": 0.5}, {"mode": "training", "ramp_steps": 4}])
 def test_a_resumed_run_has_the_same_bits(options: dict[str, Any], tiny_teacher: Teachers, tmp_path: Path) -> None:
-    shared = {
-        "teacher": str(tiny_teacher("vp")),
-        "checkpoint_every": 2,
-        "student_lr": 1e-2,
-        "lr_schedule": "constant",
-        **RUN,
-        **options,
-    }
-    whole = distill(out=str(tmp_path / "whole"), steps=4, **shared).student
-    distill(out=str(tmp_path / "run"), steps=2, **shared)
-    resumed = distill(resume=tmp_path / "run", steps=4).student
-    name = "unet/diffusion_pytorch_model.safetensors"
-    assert (whole / name).read_bytes() == (resumed / name).read_bytes()
-    target = "checkpoints/step-00000004/state.target.safetensors"
-    assert (tmp_path / "whole" / target).read_bytes() == (tmp_path / "run" / target).read_bytes()
+    same_when_resumed(tmp_path, teacher=str(tiny_teacher("vp")), student_lr=1e-2, **RUN, **options)

@@ -21,6 +21,7 @@ from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 from diffdistill.scaffold.method import Outcome
 from diffdistill.training.assemble import load_run
+from tests.methods.resumed import same_when_resumed
 
 Teachers = Callable[[str], Path]
 REAL: dict[str, Any] = {
@@ -129,10 +130,4 @@ def test_it_trains_every_parameterisation_and_exports_a_stock_network(
 
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
-    shared = {"teacher": str(tiny_teacher("vp")), "checkpoint_every": 2, "lr_schedule": "constant", "gan_weight": 1.0}
-    shared |= RUN
-    whole = distill(out=str(tmp_path / "whole"), steps=4, **shared).student
-    distill(out=str(tmp_path / "run"), steps=2, **shared)
-    resumed = distill(resume=tmp_path / "run", steps=4).student
-    name = "unet/diffusion_pytorch_model.safetensors"
-    assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+    same_when_resumed(tmp_path, teacher=str(tiny_teacher("vp")), gan_weight=1.0, **RUN)

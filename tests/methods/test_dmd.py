@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffdistill import UserError, distill, load_teacher
@@ -25,6 +24,7 @@ from diffdistill.methods.dmd import DMD, Config
 from diffdistill.scaffold import matching
 from diffdistill.scaffold.method import Batch, Outcome, Pair
 from diffdistill.training.trainer import Trainer, accelerator_for
+from tests.methods.resumed import same_when_resumed
 
 Teachers = Callable[[str], Path]
 
@@ -145,9 +145,11 @@ def pairs_of(tiny_teacher: Teachers, tmp_path_factory: pytest.TempPathFactory) -
     return make
 
 
+RUN = {"method": "dmd", "batch_size": 4, "ema": 0.5, "sample_every": 0, "device": "cpu", "student_lr": 1e-3}
+
+
 def run(teacher: Path, out: Path, **options: Any) -> Path:
-    shared = {"batch_size": 4, "ema": 0.5, "sample_every": 0, "device": "cpu", "student_lr": 1e-3}
-    return distill(**(shared | {"method": "dmd", "teacher": str(teacher), "out": str(out)} | options)).student
+    return distill(**RUN | {"teacher": str(teacher), "out": str(out)} | options).student
 
 
 @pytest.mark.parametrize("parameterization", ["vp", "edm", "flow"])
@@ -163,13 +165,7 @@ def test_it_trains_every_parameterisation(
 def test_a_resumed_run_has_the_same_bits(
     tiny_teacher: Teachers, pairs_of: Callable[[str], str], tmp_path: Path
 ) -> None:
-    options = {"pairs": pairs_of("vp"), "distance": "huber", "lr_schedule": "constant"}
-    whole = run(tiny_teacher("vp"), tmp_path / "whole", steps=4, **options)
-    run(tiny_teacher("vp"), tmp_path / "parts", steps=2, **options)
-    parts = distill(resume=tmp_path / "parts", steps=4).student
-    name = "unet/diffusion_pytorch_model.safetensors"
-    one, two = load_file(whole / name), load_file(parts / name)
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    same_when_resumed(tmp_path, teacher=str(tiny_teacher("vp")), pairs=pairs_of("vp"), distance="huber", **RUN)
 
 
 def test_pairs_are_needed_for_the_regression_alone(

@@ -21,6 +21,7 @@ from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.scaffold.simulation import rolled_out
 from diffdistill.scaffold.tangent import Point, two_time_player
 from diffdistill.training.assemble import load_run
+from tests.methods.resumed import same_when_resumed
 
 Teachers = Callable[[str], Path]
 REAL: dict[str, Any] = {
@@ -138,13 +139,7 @@ def test_it_trains_every_parameterisation_and_exports_a_stock_network(
 
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
-    shared = {"teacher": str(tiny_teacher("vp")), "checkpoint_every": 2, "lr_schedule": "constant", **RUN}
-    shared |= {"matching_weight": 1.0, "objective": "progressive"}
-    whole = distill(out=str(tmp_path / "whole"), steps=4, **shared).student
-    distill(out=str(tmp_path / "run"), steps=2, **shared)
-    resumed = distill(resume=tmp_path / "run", steps=4).student
-    name = "unet/diffusion_pytorch_model.safetensors"
-    assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+    same_when_resumed(tmp_path, teacher=str(tiny_teacher("vp")), matching_weight=1.0, objective="progressive", **RUN)
 
 
 def test_processes_share_the_jumps_of_a_step(tiny_teacher: Teachers) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DModel
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffdistill import UserError, distill, load_student, load_teacher
@@ -26,6 +25,7 @@ from diffdistill.rng import image_generators
 from diffdistill.scaffold import halving
 from diffdistill.scaffold.halving import Halving, HalvingMethod
 from diffdistill.scaffold.method import Batch, Turn
+from tests.methods.resumed import same_when_resumed
 
 Teachers = Callable[[str], Path]
 
@@ -122,12 +122,8 @@ def test_stage_one_alone_a_fixed_scale_and_early_ends(
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
     """Stopped inside a halving: its teacher and its optimizer are in the checkpoint."""
-    shared: dict[str, Any] = {"guidance_steps": 2, "stage_steps": 3}
-    whole = distill(**options(tiny_teacher("vp"), tmp_path / "whole", steps=8, **shared)).student
-    distill(**options(tiny_teacher("vp"), tmp_path / "run", steps=6, **shared))
-    resumed = distill(resume=tmp_path / "run", steps=8).student
-    a, b = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (whole, resumed))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    shared = options(tiny_teacher("vp"), tmp_path, guidance_steps=2, stage_steps=3)
+    same_when_resumed(tmp_path, stop=6, end=8, **shared)
 
 
 def test_three_passes_in_either_stage(tiny_teacher: Teachers) -> None:

@@ -17,6 +17,7 @@ from diffdistill.players.teacher import Teacher, only_trains, trainable
 from diffdistill.scaffold import adversary
 from diffdistill.scaffold.adversary import LatentAdversary
 from diffdistill.scaffold.method import Batch
+from tests.methods.resumed import same_when_resumed
 
 Teachers = Callable[[str], Path]
 REAL: dict[str, Any] = {"critic": LatentAdversary.critic_loss, "student": LatentAdversary.student_loss}
@@ -136,13 +137,7 @@ def test_it_trains_every_parameterisation(
 
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
-    shared = {"teacher": str(tiny_teacher("vp")), "checkpoint_every": 2, "student_lr": 1e-2, **RUN}
-    shared["lr_schedule"] = "constant"
-    whole = distill(out=str(tmp_path / "whole"), steps=4, **shared).student
-    distill(out=str(tmp_path / "run"), steps=2, **shared)
-    resumed = distill(resume=tmp_path / "run", steps=4).student
-    name = "unet/diffusion_pytorch_model.safetensors"
-    assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+    same_when_resumed(tmp_path, teacher=str(tiny_teacher("vp")), student_lr=1e-2, **RUN)
 
 
 def test_a_network_of_ones_own_has_one_layer() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DModel
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffdistill import UserError, distill, load_student, load_teacher
@@ -26,6 +25,7 @@ from diffdistill.rng import image_generators
 from diffdistill.scaffold import imitating
 from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Batch
+from tests.methods.resumed import same_when_resumed
 
 Teachers = Callable[[str], Path]
 
@@ -113,12 +113,8 @@ def test_only_lora_is_trained(tiny_teacher: Teachers) -> None:
 
 
 def test_a_resumed_run_on_trajectories_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
-    shared: dict[str, Any] = {"data": None, "trajectories": True, "trajectory_steps": 4, "lr_schedule": "constant"}
-    whole = distill(**options(tiny_teacher("vp"), tmp_path / "whole", steps=6, **shared)).student
-    distill(**options(tiny_teacher("vp"), tmp_path / "run", steps=3, **shared))
-    resumed = distill(resume=tmp_path / "run", steps=6).student
-    a, b = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (whole, resumed))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    shared = options(tiny_teacher("vp"), tmp_path, data=None, trajectories=True, trajectory_steps=4)
+    same_when_resumed(tmp_path, stop=3, end=6, **shared)
 
 
 def test_one_guided_call_and_one_pass_a_step(tiny_teacher: Teachers) -> None:

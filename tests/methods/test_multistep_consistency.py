@@ -20,6 +20,7 @@ from diffdistill.methods.multistep_consistency import Config, MultistepConsisten
 from diffdistill.players.sampler import Sampler
 from diffdistill.scaffold import following
 from diffdistill.scaffold.method import Batch
+from tests.methods.resumed import same_when_resumed
 
 Teachers = Callable[[str], Path]
 
@@ -163,10 +164,4 @@ def test_it_trains_every_parameterisation(
 
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
-    shared = {"teacher": str(tiny_teacher("vp")), "checkpoint_every": 2, "anneal_steps": 4, "segments": 2, **RUN}
-    shared |= {"lr_schedule": "constant"}
-    whole = distill(out=str(tmp_path / "whole"), steps=4, **shared).student
-    distill(out=str(tmp_path / "run"), steps=2, **shared)
-    resumed = distill(resume=tmp_path / "run", steps=4).student
-    name = "unet/diffusion_pytorch_model.safetensors"
-    assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+    same_when_resumed(tmp_path, teacher=str(tiny_teacher("vp")), anneal_steps=4, segments=2, **RUN)

@@ -17,6 +17,7 @@ from diffdistill.methods.rcm import RCM, Config, Consistency
 from diffdistill.scaffold.matching import MatchingMethod
 from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.scaffold.tangent import Point
+from tests.methods.resumed import same_when_resumed
 
 Teachers = Callable[[str], Path]
 REAL: dict[str, Any] = {name: getattr(Consistency, name) for name in ("tangent", "derivative")}
@@ -131,10 +132,4 @@ def test_it_needs_images(tiny_teacher: Teachers, tmp_path: Path) -> None:
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
     """Stopped while r rises, and judged after it."""
-    shared = {"teacher": str(tiny_teacher("vp")), "checkpoint_every": 2, "student_lr": 1e-2, "tangent_warmup": 3, **RUN}
-    shared["lr_schedule"] = "constant"
-    whole = distill(out=str(tmp_path / "whole"), steps=5, **shared).student
-    distill(out=str(tmp_path / "run"), steps=2, **shared)
-    resumed = distill(resume=tmp_path / "run", steps=5).student
-    name = "unet/diffusion_pytorch_model.safetensors"
-    assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+    same_when_resumed(tmp_path, teacher=str(tiny_teacher("vp")), end=5, student_lr=1e-2, tangent_warmup=3, **RUN)

@@ -18,6 +18,7 @@ from diffdistill.methods.sana_sprint import Config, SanaSprint
 from diffdistill.players.scale_input import DrawnGuidance
 from diffdistill.scaffold.method import Outcome
 from diffdistill.scaffold.tangent import Point, TangentMethod
+from tests.methods.resumed import same_when_resumed
 
 Teachers = Callable[[str], Path]
 REAL: dict[str, Any] = {name: getattr(SanaSprint, name) for name in ("tangent", "derivative", "generate", "extra")}
@@ -105,10 +106,4 @@ def test_it_trains_every_parameterisation(
 
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
-    shared = {"teacher": str(tiny_teacher("vp")), "checkpoint_every": 2, "student_lr": 1e-2, "tangent_warmup": 3, **RUN}
-    shared["lr_schedule"] = "constant"
-    whole = distill(out=str(tmp_path / "whole"), steps=4, **shared).student
-    distill(out=str(tmp_path / "run"), steps=2, **shared)
-    resumed = distill(resume=tmp_path / "run", steps=4).student
-    name = "unet/diffusion_pytorch_model.safetensors"
-    assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+    same_when_resumed(tmp_path, teacher=str(tiny_teacher("vp")), student_lr=1e-2, tangent_warmup=3, **RUN)

@@ -17,6 +17,7 @@ from diffdistill.methods.scm import SCM, Config
 from diffdistill.scaffold import continuous
 from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.scaffold.tangent import Point, normalised
+from tests.methods.resumed import same_when_resumed
 
 Teachers = Callable[[str], Path]
 REAL: dict[str, Any] = {name: getattr(SCM, name) for name in ("tangent", "derivative", "regression", "weight_turn")}
@@ -122,12 +123,4 @@ def test_it_trains_every_parameterisation(
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
     """Warm-up and adaptive weight go on where they were."""
-    shared = {"teacher": str(tiny_teacher("vp")), "checkpoint_every": 2, "student_lr": 1e-2, "tangent_warmup": 4, **RUN}
-    shared["lr_schedule"] = "constant"
-    whole = distill(out=str(tmp_path / "whole"), steps=4, **shared).student
-    distill(out=str(tmp_path / "run"), steps=2, **shared)
-    resumed = distill(resume=tmp_path / "run", steps=4).student
-    name = "unet/diffusion_pytorch_model.safetensors"
-    assert (whole / name).read_bytes() == (resumed / name).read_bytes()
-    weight = "checkpoints/step-00000004/weight.safetensors"
-    assert (tmp_path / "whole" / weight).read_bytes() == (tmp_path / "run" / weight).read_bytes()
+    same_when_resumed(tmp_path, teacher=str(tiny_teacher("vp")), student_lr=1e-2, tangent_warmup=4, **RUN)

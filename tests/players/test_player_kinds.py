@@ -27,6 +27,7 @@ from diffdistill.players.scale_input import plain_network
 from diffdistill.training.assemble import load_run, make_game
 from diffdistill.training.trainer import Trainer, accelerator_for
 from tests import tiny_a
+from tests.methods.resumed import same_when_resumed
 from tests.players.tiny import PROMPTS, SIZES
 
 LATENT = [name for name, family in FAMILIES.items() if family.autoencoder is not None]
@@ -302,16 +303,12 @@ def test_moments_in_eight_bits_resume_to_the_same_bits(
 ) -> None:
     folder, prompts = encoded("sd_v")
     options = options_for(folder, prompts, "sd_v", "dmd2", "full")
-    options |= {"optimizer": "adamw8bit", "steps": 3, "lr_schedule": "constant"}
+    options |= {"optimizer": "adamw8bit"}
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(UserError, match="optimizer: adamw8bit needs the package bitsandbytes"):
             distill(**options, out=str(tmp_path / "run"))
         return
-    whole = distill(**options, out=str(tmp_path / "whole")).student
-    distill(**(options | {"steps": 1}), out=str(tmp_path / "run"))
-    resumed = distill(resume=tmp_path / "run", steps=3).student
-    a, b = (load_file(s / "unet/diffusion_pytorch_model.safetensors") for s in (whole, resumed))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    same_when_resumed(tmp_path, stop=1, end=3, **options)
 
 
 def test_a_bf16_teacher_that_keeps_some_weights_in_float32(
