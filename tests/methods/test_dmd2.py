@@ -19,6 +19,7 @@ from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.scaffold import adversary, matching
 from diffdistill.scaffold.method import Batch
 from diffdistill.training.checkpoint import load_checkpoint
+from tests.methods.resumed import same_when_resumed
 
 
 def test_every_exact_check_holds() -> None:
@@ -208,15 +209,9 @@ def test_a_resumed_run_with_a_fake_score_for_each_level_has_the_same_bits(
     shared = FOUR | {
         "teacher": str(tiny_teacher("vp")), "data": "digits", "gan_weight": 0.1, "lora": lora, "lora_rank": 2,
         "batch_size": 4, "student_lr": 1e-3, "fake_score_lr": 1e-2, "sample_every": 0, "device": "cpu",
-        "lr_schedule": "constant",
     }  # fmt: skip
-    distill(**shared, steps=12, out=str(tmp_path / "whole"))
-    distill(**shared, steps=7, out=str(tmp_path / "run"))
-    distill(resume=tmp_path / "run", steps=12)
-    last = [load_checkpoint(tmp_path / run / "checkpoints" / "step-00000012")[0] for run in ("whole", "run")]
-    assert last[0].keys() == last[1].keys() and "fake_score_4.optimizer" in last[0]
-    for name, tensors in last[0].items():
-        assert tensors.keys() == last[1][name].keys()
-        assert all(torch.equal(value, last[1][name][key]) for key, value in tensors.items()), name
-    weights = [torch.cat([v.flatten() for v in last[0][f"fake_score{k}"].values()]) for k in ("", "_2", "_3", "_4")]
+    same_when_resumed(tmp_path, stop=7, end=12, **shared)
+    last = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000012")[0]
+    assert "fake_score_4.optimizer" in last
+    weights = [torch.cat([v.flatten() for v in last[f"fake_score{k}"].values()]) for k in ("", "_2", "_3", "_4")]
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(weights)), "each learns its own level"

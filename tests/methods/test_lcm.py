@@ -24,6 +24,7 @@ from diffdistill.methods.lcm import LCM, Config, Skip
 from diffdistill.players import scale_input
 from diffdistill.scaffold import following
 from diffdistill.scaffold.method import Batch, Outcome
+from tests.methods.resumed import same_when_resumed
 
 REAL_GUIDE, REAL_F, REAL_LOSS, REAL_STEP = scale_input.guide, LCM.f, LCM.following, LCM.less_noisy
 
@@ -252,22 +253,13 @@ def test_the_exported_student_is_the_one_at_its_scale(tiny_teacher: Callable[[st
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     variant: dict[str, Any], tiny_teacher: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    options = {**shared(tiny_teacher("vp")), **variant, "ema": 0.9, "lr_schedule": "constant"}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    distill(**options, steps=4, out=str(whole))
-    distill(**options, steps=2, out=str(parts))
-    distill(resume=parts, steps=4)
-    last = "checkpoints/step-00000004"
-    names = sorted(path.name for path in (whole / last).glob("*.safetensors"))
-    assert ("state.target.safetensors" in names) == ("lora" not in variant)
-    for name in names:
-        a, b = load_file(whole / last / name), load_file(parts / last / name)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a), name
-    file = "unet/diffusion_pytorch_model.safetensors"
-    a, b = load_file(export(parts, out=tmp_path / "again") / file), load_file(parts / "student" / file)
+    same_when_resumed(tmp_path, **shared(tiny_teacher("vp")), **variant, ema=0.9)
+    run, file = tmp_path / "run", "unet/diffusion_pytorch_model.safetensors"
+    last = run / "checkpoints/step-00000004"
+    assert (last / "state.target.safetensors").is_file() == ("lora" not in variant)
+    a, b = load_file(export(run, out=tmp_path / "again") / file), load_file(run / "student" / file)
     assert all(torch.equal(a[key], b[key]) for key in a)
     if "lora" in variant:
         base = load_file(tiny_teacher("vp") / file)
-        assert all("lora_" in name or ".inputs." in name for name in load_file(parts / last / "student.safetensors"))
+        assert all("lora_" in name or ".inputs." in name for name in load_file(last / "student.safetensors"))
         assert any(not torch.equal(a[k], base[k]) for k in base)

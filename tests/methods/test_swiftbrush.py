@@ -22,6 +22,7 @@ from diffdistill.methods.swiftbrush import Config, SwiftBrush
 from diffdistill.players.teacher import Teacher, trainable
 from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.training.assemble import lora_settings
+from tests.methods.resumed import same_when_resumed
 
 REAL_INJECTION, REAL_GUIDED, REAL_TURNS = swiftbrush.gradient_injection, guidance.Guided, SwiftBrush.turns
 REAL_DENOISING, REAL_EXPAND = SwiftBrush.denoising, swiftbrush.expand
@@ -167,23 +168,15 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
 ) -> None:
     shared = {
         "method": "swiftbrush", "teacher": str(tiny_teacher("vp")), "batch_size": 4, "guidance_scale": 2.0,
-        "lora_rank": 2, "student_lr": 1e-3, "ema": 0.9, "lr_schedule": "constant", "sample_every": 0, "device": "cpu",
+        "lora_rank": 2, "student_lr": 1e-3, "ema": 0.9, "sample_every": 0, "device": "cpu",
     }  # fmt: skip
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    distill(**shared, steps=4, out=str(whole))
-    distill(**shared, steps=2, out=str(parts))
-    first = load_file(parts / "checkpoints/step-00000002/fake_score.safetensors")
-    distill(resume=parts, steps=4)
-    for name in ("student", "fake_score", "average", "fake_score.optimizer"):
-        file = f"checkpoints/step-00000004/{name}.safetensors"
-        a, b = load_file(whole / file), load_file(parts / file)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a), name
-    last = load_file(parts / "checkpoints/step-00000004/fake_score.safetensors")
+    same_when_resumed(tmp_path, **shared)
+    run = tmp_path / "run"
+    first, last = (load_file(run / f"checkpoints/step-0000000{k}/fake_score.safetensors") for k in (2, 4))
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     assert moved
     assert all("lora_" in name for name in moved)
-    again = export(parts, out=tmp_path / "again")
+    again = export(run, out=tmp_path / "again")
     name = "unet/diffusion_pytorch_model.safetensors"
-    a, b = load_file(again / name), load_file(parts / "student" / name)
+    a, b = load_file(again / name), load_file(run / "student" / name)
     assert all(torch.equal(a[key], b[key]) for key in a)
