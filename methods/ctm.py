@@ -52,7 +52,7 @@ from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator
 from diffdistill.scaffold.adversary import LatentAdversary
 from diffdistill.scaffold.following import FollowingMethod, trajectory_grid
-from diffdistill.scaffold.method import Batch, Optimizer, Outcome, Turn
+from diffdistill.scaffold.method import Batch, Outcome, Turn
 from diffdistill.scaffold.tangent import two_time_player
 
 ABOUT = About(
@@ -167,10 +167,6 @@ class CTM(FollowingMethod[Span]):
         """The discriminator's, on the samples of the student's turn."""
         gan = self.config.gan_weight and step >= self.config.gan_start
         return [Turn("discriminator", lambda batch: self.adversary.turn(self.x, batch))] if gan else []
-
-    def optimizer(self, player: str) -> Optimizer:
-        moves = super().optimizer(player)
-        return moves._replace(lr=self.config.discriminator_lr) if player == "discriminator" else moves
 
 
 METHOD = CTM

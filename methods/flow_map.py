@@ -46,7 +46,7 @@ from diffdistill.options import TangentOptions, TangentTarget, option
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator
 from diffdistill.scaffold.average import AverageMethod, OnPolicy
-from diffdistill.scaffold.method import Batch, Optimizer, Outcome, Turn
+from diffdistill.scaffold.method import Batch, Outcome, Turn
 from diffdistill.scaffold.tangent import Point
 
 ABOUT = About(
@@ -171,10 +171,6 @@ class FlowMap(AverageMethod):
 
     def more_turns(self, step: int) -> Sequence[Turn]:
         return [] if self.on_policy is None else [Turn("fake_score", self.on_policy.fake_score_loss)]
-
-    def optimizer(self, player: str) -> Optimizer:
-        own = super().optimizer(player)
-        return own if player == "student" else own._replace(lr=self.config.fake_score_lr)
 
 
 METHOD = FlowMap

@@ -42,7 +42,7 @@ from diffdistill.options import LatentAdversarialOptions, StudentLevel, StudentO
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.adversary import LatentAdversary
-from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
+from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
 
 ABOUT = About(
     paper="Sauer et al. 2024, arXiv:2403.12015",
@@ -87,10 +87,6 @@ class LADD(Method):
     def sampler(self) -> Sampler:
         """`student_steps` from `student_level` down, with fresh noise between."""
         return Sampler(self.student, self.levels.tolist())
-
-    def optimizer(self, player: str) -> Optimizer:
-        own = super().optimizer(player)
-        return own if player == "student" else own._replace(lr=self.config.discriminator_lr)
 
     def turns(self, step: int) -> Sequence[Turn]:
         """The student in every `update_ratio`-th step, and then the discriminator."""

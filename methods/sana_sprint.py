@@ -44,7 +44,7 @@ from diffdistill.players.scale_input import DrawnGuidance, scale_player, scale_t
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.adversary import LatentAdversary
 from diffdistill.scaffold.continuous import ContinuousMethod
-from diffdistill.scaffold.method import Batch, Optimizer, Outcome, Turn
+from diffdistill.scaffold.method import Batch, Outcome, Turn
 from diffdistill.scaffold.tangent import Point
 
 ABOUT = About(
@@ -133,10 +133,6 @@ class SanaSprint(ContinuousMethod):
     def more_turns(self, step: int) -> Sequence[Turn]:
         """The discriminator's, on the samples of the student's turn, and the adaptive weight's."""
         return [Turn("discriminator", lambda batch: self.adversary.turn(self.x, batch)), *super().more_turns(step)]
-
-    def optimizer(self, player: str) -> Optimizer:
-        own = super().optimizer(player)
-        return own._replace(lr=self.config.discriminator_lr) if player == "discriminator" else own
 
 
 METHOD = SanaSprint

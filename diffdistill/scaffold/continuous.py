@@ -54,6 +54,6 @@ class ContinuousMethod(TangentMethod):
         return Outcome((torch.exp(-w) * error + w).mean())
 
     def optimizer(self, player: str) -> Optimizer:
-        """The adaptive weight has a rate of its own, and does not decay."""
+        """The adaptive weight does not decay."""
         own = super().optimizer(player)
-        return own._replace(lr=self.config.weight_lr, weight_decay=0.0) if player == "weight" else own
+        return own._replace(weight_decay=0.0) if player == "weight" else own

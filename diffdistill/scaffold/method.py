@@ -123,9 +123,10 @@ class Method(ABC):
         return next(iter(self.players))
 
     def optimizer(self, player: str) -> Optimizer:
-        """A player's AdamW: the student's options, unless the method says otherwise."""
+        """A player's AdamW: the student's options, with the player's own rate where there is an option NAME_lr."""
         options: StudentOptions = self.config
-        return Optimizer(options.student_lr, (options.beta1, 0.999), options.weight_decay)
+        rate = getattr(options, f"{player}_lr", options.student_lr)
+        return Optimizer(rate, (options.beta1, 0.999), options.weight_decay)
 
     @abstractmethod
     def turns(self, step: int) -> Sequence[Turn]:

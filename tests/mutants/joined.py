@@ -174,7 +174,6 @@ MUTANTS = {
             "if c.matching_guidance is None else c.matching_guidance",
             "if True else 1.0",
         ),
-        ("the fake score has the student's rate", "own._replace(lr=self.config.fake_score_lr)", "own"),
     ],
     f"methods/ladd.py | {_A}": [
         ("the heads are not trained", '"discriminator": self.adversary.heads}', '"discriminator": self.student}'),
@@ -184,7 +183,6 @@ MUTANTS = {
             "student_levels(self.schedule, config.student_steps,",
             "student_levels(self.schedule, 1,",
         ),
-        ("the discriminator has the student's rate", "lr=self.config.discriminator_lr", "lr=self.config.student_lr"),
         ("the student moves in each step", "[discriminator] if step % self.config.update_ratio else", ""),
         ("the ratio is one more", "step % self.config.update_ratio else", "step % (self.config.update_ratio + 1) else"),
         ("the share is ignored", "if share is not None and len(self.levels) > 1:", "if False:"),
@@ -276,7 +274,6 @@ MUTANTS = {
             "self.adversary.student_loss(x, batch)",
             "self.adversary.student_loss(x.detach(), batch)",
         ),
-        ("the discriminator has the student's rate", "lr=self.config.discriminator_lr", "lr=self.config.student_lr"),
     ],
     "methods/tbcm.py | tests/methods/test_wiring_tbcm.py": [
         ("the weight is not trained", 'self.players["weight"] = self.weight', "self.weight"),

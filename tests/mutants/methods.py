@@ -182,7 +182,6 @@ MUTANTS = {
         ("always balanced", "if c.adaptive else loss", "if True else loss"),
         ("lambda has no limits", "ratio.clamp(least, most)", "ratio"),
         ("the discriminator judges images twice", "adversary.turn(self.x,", "adversary.turn(batch.images,"),
-        ("the discriminator has the student's rate", "_replace(lr=self.config.discriminator_lr)", "_replace()"),
     ],
     f"methods/consistency.py | {_F}": [
         ("a slow target in mode easy", 'slow_target=c.mode != "easy"', "slow_target=True"),

@@ -204,8 +204,7 @@ MUTANTS = {
          'self.weight_turn)] if "weight" in self.players else []', "self.weight_turn)]"),
         ("the adaptive weight's w is left out", "(torch.exp(-w) * error + w)", "(torch.exp(-w) * error)"),
         ("the adaptive weight's errors have a gradient", "error.detach(), t", "error, t"),
-        ("the weight has the student's rate", "_replace(lr=self.config.weight_lr, weight", "_replace(weight"),
-        ("the weight decays", "weight_lr, weight_decay=0.0)", "weight_lr)"),
+        ("the weight decays", "own._replace(weight_decay=0.0) if", "own if"),
     ],
     f"diffdistill/scaffold/following.py | {_F}": [
         ("the sampler's steps are ignored", "student_levels(self.schedule, c.student_steps, c.student_level)",
@@ -342,6 +341,10 @@ MUTANTS = {
         ("the teacher is not frozen",
          "self.teacher = frozen(teacher.denoiser)", "self.teacher = teacher.denoiser.train()"),
         ("no data are needed", "self.needs = frozenset({Need.IMAGES})", "self.needs = frozenset()"),
+    ],
+    f"diffdistill/scaffold/method.py | {_A}": [
+        ("all players have the student's rate", 'getattr(options, f"{player}_lr", options.student_lr)',
+         "options.student_lr"),
     ],
     f"diffdistill/scaffold/method.py | {_M} {_H}": [
         ("noise is the same in every step",
