@@ -24,7 +24,7 @@ from diffdistill.families import family_of, load_teacher
 from diffdistill.training import assemble
 from tests import tiny_a
 from tests.data.encoding import PROMPTS, contents, options, png
-from tests.methods.resumed import same_when_resumed
+from tests.methods.short_runs import same_when_resumed
 
 
 def training(teacher: Path, prompts: Path, out: Path, **more: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from diffdistill.rng import image_generators
 from diffdistill.scaffold import imitating
 from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Batch
-from tests.methods.resumed import same_when_resumed
+from tests.methods.short_runs import same_when_resumed
 
 Teachers = Callable[[str], Path]
 SMALL = {"adapter_width": 8, "trajectory_steps": 5, "sampling_steps": 4, "student_lr": 1e-2}

@@ -21,7 +21,7 @@ from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 from diffdistill.scaffold.method import Outcome
 from diffdistill.training.assemble import load_run
-from tests.methods.resumed import same_when_resumed
+from tests.methods.short_runs import same_when_resumed
 
 Teachers = Callable[[str], Path]
 REAL: dict[str, Any] = {

@@ -24,7 +24,7 @@ from diffdistill.methods.dmd import DMD, Config
 from diffdistill.scaffold import matching
 from diffdistill.scaffold.method import Batch, Outcome, Pair
 from diffdistill.training.trainer import Trainer, accelerator_for
-from tests.methods.resumed import same_when_resumed
+from tests.methods.short_runs import same_when_resumed
 
 Teachers = Callable[[str], Path]
 

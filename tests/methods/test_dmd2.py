@@ -19,7 +19,7 @@ from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.scaffold import adversary, matching
 from diffdistill.scaffold.method import Batch
 from diffdistill.training.checkpoint import load_checkpoint
-from tests.methods.resumed import same_when_resumed
+from tests.methods.short_runs import same_when_resumed, trains
 
 
 def test_every_exact_check_holds() -> None:
@@ -140,18 +140,8 @@ def test_gan_needs_data_and_matching_does_not(tiny_teacher: Callable[[str], Path
 def test_it_trains_every_parameterisation(
     parameterization: str, tiny_teacher: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = distill(
-        teacher=str(tiny_teacher(parameterization)),
-        data="digits",
-        steps=2,
-        batch_size=4,
-        update_ratio=1,
-        gan_weight=0.1,
-        out=str(tmp_path / "run"),
-        sample_every=0,
-        device="cpu",
-    ).student
-    assert (folder / "model_index.json").is_file()
+    run = {"data": "digits", "batch_size": 4, "update_ratio": 1, "gan_weight": 0.1, "sample_every": 0, "device": "cpu"}
+    trains(tmp_path, teacher=str(tiny_teacher(parameterization)), **run)
 
 
 def test_the_matching_gradient_is_that_of_images_so_that_the_gan_weight_means_the_authors(

@@ -21,7 +21,7 @@ from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.scaffold.simulation import rolled_out
 from diffdistill.scaffold.tangent import Point, two_time_player
 from diffdistill.training.assemble import load_run
-from tests.methods.resumed import same_when_resumed
+from tests.methods.short_runs import same_when_resumed
 
 Teachers = Callable[[str], Path]
 REAL: dict[str, Any] = {

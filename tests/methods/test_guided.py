@@ -25,7 +25,7 @@ from diffdistill.rng import image_generators
 from diffdistill.scaffold import halving
 from diffdistill.scaffold.halving import Halving, HalvingMethod
 from diffdistill.scaffold.method import Batch, Turn
-from tests.methods.resumed import same_when_resumed
+from tests.methods.short_runs import same_when_resumed
 
 Teachers = Callable[[str], Path]
 

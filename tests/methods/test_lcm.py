@@ -24,7 +24,7 @@ from diffdistill.methods.lcm import LCM, Config, Skip
 from diffdistill.players import scale_input
 from diffdistill.scaffold import following
 from diffdistill.scaffold.method import Batch, Outcome
-from tests.methods.resumed import same_when_resumed
+from tests.methods.short_runs import same_when_resumed
 
 REAL_GUIDE, REAL_F, REAL_LOSS, REAL_STEP = scale_input.guide, LCM.f, LCM.following, LCM.less_noisy
 

@@ -22,7 +22,7 @@ from diffdistill.rng import image_generators
 from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.scaffold.tangent import Point
 from diffdistill.training.assemble import load_run
-from tests.methods.resumed import same_when_resumed
+from tests.methods.short_runs import same_when_resumed
 
 Teachers = Callable[[str], Path]
 REAL: dict[str, Any] = {

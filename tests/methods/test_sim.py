@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffdistill import UserError, distill, load_teacher
+from diffdistill import UserError, load_teacher
 from diffdistill.core.losses import denoising_loss
 from diffdistill.core.prediction import Prediction
 from diffdistill.exact.checks import run_checks
@@ -18,6 +18,7 @@ from diffdistill.methods.sim import SIM, Config
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.scaffold import matching
 from diffdistill.scaffold.method import Batch
+from tests.methods.short_runs import trains
 
 
 def test_every_exact_check_holds() -> None:
@@ -124,14 +125,5 @@ def test_the_range_of_times_is_checked(tiny_teacher: Callable[[str], Path]) -> N
 def test_it_trains_every_parameterisation(
     parameterization: str, options: dict[str, Any], tiny_teacher: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = distill(
-        method="sim",
-        teacher=str(tiny_teacher(parameterization)),
-        steps=2,
-        batch_size=4,
-        out=str(tmp_path / "run"),
-        sample_every=0,
-        device="cpu",
-        **options,
-    ).student
-    assert (folder / "model_index.json").is_file()
+    run = {"method": "sim", "batch_size": 4, "sample_every": 0, "device": "cpu", **options}
+    trains(tmp_path, teacher=str(tiny_teacher(parameterization)), **run)

@@ -22,7 +22,7 @@ from diffdistill.methods.swiftbrush import Config, SwiftBrush
 from diffdistill.players.teacher import Teacher, trainable
 from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.training.assemble import lora_settings
-from tests.methods.resumed import same_when_resumed
+from tests.methods.short_runs import same_when_resumed
 
 REAL_INJECTION, REAL_GUIDED, REAL_TURNS = swiftbrush.gradient_injection, guidance.Guided, SwiftBrush.turns
 REAL_DENOISING, REAL_EXPAND = SwiftBrush.denoising, swiftbrush.expand

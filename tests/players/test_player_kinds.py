@@ -27,7 +27,7 @@ from diffdistill.players.scale_input import plain_network
 from diffdistill.training.assemble import load_run, make_game
 from diffdistill.training.trainer import Trainer, accelerator_for
 from tests import tiny_a
-from tests.methods.resumed import same_when_resumed
+from tests.methods.short_runs import same_when_resumed
 from tests.players.tiny import PROMPTS, SIZES
 
 LATENT = [name for name, family in FAMILIES.items() if family.autoencoder is not None]

@@ -1,9 +1,15 @@
-"""A run that is stopped and resumed, beside one that is not."""
+"""Short runs of a method: one that ends with a student, and one that is stopped and resumed."""
 
 from pathlib import Path
 from typing import Any
 
 from diffdistill import distill
+
+
+def trains(folder: Path, **options: Any) -> None:
+    """Two steps leave a student in the layout of diffusers."""
+    student = distill(**{"steps": 2, "out": str(folder / "run"), **options}).student
+    assert (student / "model_index.json").is_file()
 
 
 def same_when_resumed(folder: Path, stop: int = 2, end: int = 4, **options: Any) -> None:
