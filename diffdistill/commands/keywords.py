@@ -1,6 +1,6 @@
 """The options of the Python functions as keyword arguments, for editors and type checkers.
 
-They repeat the dataclasses of config.py, field by field, since no type checker derives one from the other; a test holds
+They repeat the dataclasses of config, field by field, since no type checker derives one from the other; a test holds
 them equal. A path may be given wherever a text names a file or folder.
 """
 

@@ -1,0 +1,42 @@
+"""The options of every command but those that check; no torch is imported here."""
+
+from diffdistill.config.judging import BenchConfig, CompareConfig, DrawConfig, EvalConfig, JudgeConfig, SpeedConfig
+from diffdistill.config.machine import AttentionConfig, MachineConfig
+from diffdistill.config.making import EncodeConfig, PairsConfig
+from diffdistill.config.models import DiversityConfig, ExportConfig, ListConfig, MethodsConfig, SampleConfig
+from diffdistill.config.training import (
+    DERIVED,
+    INPUTS,
+    SAVING,
+    FitConfig,
+    SavingConfig,
+    TeacherConfig,
+    TrainConfig,
+    run_options,
+)
+
+__all__ = [
+    "DERIVED",
+    "INPUTS",
+    "SAVING",
+    "AttentionConfig",
+    "BenchConfig",
+    "CompareConfig",
+    "DiversityConfig",
+    "DrawConfig",
+    "EncodeConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "FitConfig",
+    "JudgeConfig",
+    "ListConfig",
+    "MachineConfig",
+    "MethodsConfig",
+    "PairsConfig",
+    "SampleConfig",
+    "SavingConfig",
+    "SpeedConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "run_options",
+]

@@ -1,0 +1,75 @@
+"""The options of the commands that export a run, draw with a model, or list what there is."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from typing import Literal
+
+from diffdistill.config.machine import AttentionConfig, MachineConfig
+from diffdistill.config.training import SavingConfig
+from diffdistill.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(MachineConfig, SavingConfig):
+    """Which student."""
+
+    run: str = option(MISSING, "a run folder made by train")
+    step: int | None = option(None, "the checkpoint's step; default: the last", at_least=0)
+    student_steps: int | None = option(
+        None,
+        "in how many steps it is sampled, if it is trained for any number; default: as many as in training",
+        at_least=1,
+    )
+    out: str | None = option(None, "the folder to make; default: RUN/student")
+    dtype: Literal["teacher", "float32", "bfloat16", "float16"] = option(
+        "teacher", "the type of the network's weights in the folder; teacher: as in the teacher's own"
+    )
+    allow_change: bool = option(
+        False, "go on although the teacher, options or method are not those that the run began with"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiversityConfig(MachineConfig):
+    """Which student, and how its teacher begins."""
+
+    student: str = option(MISSING, "a run, or the folder of a Stable Diffusion student of two steps or more")
+    teacher: str | None = option(None, "a diffusers folder or hub id; default: the one the student was distilled from")
+    base_steps: int = option(20, "the teacher's steps from noise to image; 0: none", at_least=0)
+    base_guidance: float = option(7.0, "the teacher's guidance scale", at_least=0)
+    out: str = option("runs/diversity", "the folder to make")
+
+
+@dataclass(frozen=True)
+class MethodsConfig:
+    """Which method."""
+
+    method: str | None = option(None, "a method's name or file; default: list all of them")
+
+
+@dataclass(frozen=True)
+class ListConfig:
+    """A list has no options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(MachineConfig, AttentionConfig):
+    """What is drawn."""
+
+    model: str = option(MISSING, "a run, a student's or teacher's folder or hub id, or 'digits'")
+    prompt: tuple[str, ...] = option((), "a prompt for a text-to-image model; may be repeated", repeated=True)
+    count: int | None = option(None, "number of images; default: 64, of latent models 4", at_least=1)
+    classes: tuple[int, ...] = option(
+        (), "class labels of the images, repeated as needed; default: all in turn", at_least=0
+    )
+    steps: int | None = option(
+        None, "sampling steps of a teacher; a student has its own; default: 16, latent models 20", at_least=1
+    )
+    guidance_scale: float | None = option(None, "classifier-free guidance of a teacher; default: off", at_least=0)
+    negative_prompt: str | None = option(
+        None, "the prompt that a guided teacher is led away from; default: what the family has"
+    )
+    seed: int = option(0, "image i is drawn from seed 1000000 * SEED + i", at_least=0)
+    trace: bool = option(False, "draw the image that a latent model expects after each step, a row for each image")
+    out: str = option("samples.png", "the picture's file")

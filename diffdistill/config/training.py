@@ -1,0 +1,170 @@
+"""The options of the commands that train, and the files of a run that hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from diffdistill.config.machine import AttentionConfig, MachineConfig
+from diffdistill.errors import UserError
+from diffdistill.options import option, read_yaml
+
+
+@dataclass(frozen=True)
+class FitConfig(MachineConfig):
+    """How long, how much at a time, and what is kept."""
+
+    steps: int = option(1000, "training steps; the turns of all players together are one step", at_least=1)
+    batch_size: int = option(64, "samples of a training step in each process", at_least=1)
+    seed: int = option(
+        0, "all randomness and the order of the data are functions of this seed and the step", at_least=0
+    )
+    ema: float = option(0.0, "decay of the moving average that is evaluated and exported; 0: none", at_least=0, below=1)
+    max_grad_norm: float = option(10.0, "gradients are clipped to this norm; 0: never", at_least=0)
+    warmup_steps: int = option(0, "steps over which the learning rate rises linearly at the start", at_least=0)
+    lr_schedule: Literal["constant", "cosine"] = option(
+        "constant", "the learning rate after the warm-up; cosine: it falls to zero by the end"
+    )
+    mixed_precision: Literal["no", "bf16"] = option(
+        "no", "type of autocast in the networks; trained weights stay float32"
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = option(
+        "adamw", "adamw: torch's fused AdamW; adamw8bit: moments in 8 bits, by the package bitsandbytes"
+    )
+    log_every: int = option(20, "steps between two lines of metrics.jsonl", at_least=1)
+    sample_every: int = option(200, "steps between two sample grids; 0: none", at_least=0)
+    checkpoint_every: int = option(500, "steps between two checkpoints; 0: only at the end", at_least=0)
+    keep_checkpoints: int = option(2, "checkpoints kept; older ones are removed", at_least=1)
+    tracker: Literal["none", "tensorboard", "wandb"] = option(
+        "none", "a tracker that gets the metrics too, through accelerate"
+    )
+
+
+@dataclass(frozen=True)
+class SavingConfig:
+    """How the student is saved."""
+
+    export: Literal["both", "lora", "merged"] = option(
+        "both",
+        "of a LoRA student: lora (the LoRA alone, for load_lora_weights on the teacher), merged (a whole pipeline), or "
+        "both (the pipeline, with the LoRA in its sub-folder lora); other students are whole pipelines",
+    )
+    parts: Literal["copy", "link", "reference"] = option(
+        "copy",
+        "the teacher's text encoders, VAE and tokenizers in the student's folder; copy: copied; link: hard links to "
+        "their weights, where the file system has them; reference: left out, and loaded from the teacher",
+    )
+    max_shard_size: str = option(
+        "10GB", "the most bytes of a file of the network's weights, with KB, MB, GB or TB; larger ones are parted"
+    )
+    push_to_hub: str | None = option(None, "OWNER/NAME of a repository of the Hugging Face hub to upload the folder to")
+    hub_private: bool = option(True, "a repository that --push-to-hub makes is private")
+
+
+SAVING = frozenset(SavingConfig.__dataclass_fields__)
+"""Options that a training does not depend on: they are of the folder that it ends with."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(SavingConfig, FitConfig, AttentionConfig):
+    """Method, teacher, data and players."""
+
+    method: str = option("dmd2", "a method's name (see `diffdistill methods`) or a file of your own, ./my_method.py")
+    teacher: str = option("digits", "a diffusers folder, a hub id, or 'digits', the embedded one")
+    null_class: int | None = option(None, "the class label that means 'no class', if the teacher has one", at_least=0)
+    data: str | None = option(
+        None,
+        "real images: digits, a folder, .npz, .npy, .safetensors, Hugging Face datasets; a method says if it needs any",
+    )
+    pairs: str | None = option(None, "a folder made by `diffdistill pairs`; a method says if it needs one")
+    prompts: str | None = option(
+        None,
+        "for a latent teacher: a folder made by `diffdistill encode`, or a .txt, .jsonl, .json, .csv, "
+        "encoded at the start",
+    )
+    negative_prompt: str | None = option(
+        None,
+        "the prompt that guidance leads away from, which stands wherever there is no prompt; "
+        "default: that of the folder of prompts, or what the family has",
+    )
+    resolution: int | None = option(None, "pixels a side, for a latent teacher; default: its own", at_least=1)
+    frames: int | None = option(None, "frames of a video; default: the teacher's own", at_least=1)
+    teacher_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "type of the teacher's weights; weights that are trained are float32"
+    )
+    lora: str | None = option(
+        None,
+        "roles that are LoRA on the teacher's weights, separated by commas: student, fake_score; "
+        "default: none, or what the method says",
+    )
+    lora_rank: int = option(64, "rank of LoRA players", at_least=1)
+    lora_alpha: float | None = option(None, "LoRA's scale times lora_rank; default: lora_rank, a scale of 1", above=0)
+    lora_targets: str | None = option(
+        None, "names of the layers with LoRA, separated by commas, or all; default: the family's usual ones"
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    out: str = option("runs/train", "the run folder")
+
+
+DERIVED = (
+    *("batch_size", "ema", "lr_schedule", "warmup_steps", "student_output", "student_level", "time_high"),
+    *("fake_score_loss", "ddim_steps", "grid", "grid_points", "update_ratio", "student_lr"),
+    *("regression_weight", "fake_score_lr", "beta1"),
+)
+"""Options of a training without a preset that are derived from the teacher and the number of steps where there is a
+rule (`training.derived`), the method's and these defaults where there is none."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig(FitConfig):
+    """Network and data."""
+
+    architecture: Literal["unet2d", "stable-diffusion"] = option(
+        "unet2d",
+        "unet2d: a pixel model of classes; stable-diffusion: a latent model of captions, its autoencoder trained first",
+    )
+    steps: int = option(10000, "iterations", at_least=1)
+    batch_size: int = option(128, "samples of a training step in each process", at_least=1)
+    ema: float = option(0.999, "decay of the moving average that is saved; 0: none", at_least=0, below=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", at_least=0)
+    warmup_steps: int = option(200, "steps over which the learning rate rises linearly at the start", at_least=0)
+    checkpoint_every: int = option(2000, "steps between two checkpoints; 0: only at the end", at_least=0)
+    sample_every: int = option(2000, "steps between two sample grids; 0: none", at_least=0)
+    lr_schedule: Literal["constant", "cosine"] = option(
+        "cosine", "the learning rate after the warm-up; cosine: it falls to zero by the end"
+    )
+    lr: float = option(1e-3, "AdamW's learning rate", above=0)
+    weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
+    data: str = option(
+        "digits", "digits, shapes, a folder, .npz, .npy, .safetensors, a Hugging Face dataset id or folder"
+    )
+    resolution: int | None = option(None, "resize images to this many pixels; default: as they are", at_least=1)
+    channels: Literal[1, 3] | None = option(None, "1: grey, 3: colour; default: as the data are")
+    parameterization: Literal["vp", "flow", "edm"] = option(
+        "vp",
+        "vp: cosine schedule with zero terminal SNR and v; flow: linear flow matching; edm: Karras et al.",
+    )
+    label_dropout: float = option(0.1, "share of labels replaced by 'no class', for guidance", at_least=0, below=1)
+    widths: str = option("32,64", "channels of the UNet's levels, separated by commas")
+    layers: int = option(2, "residual blocks of a level", at_least=1)
+    attention: str = option(
+        "1", "levels with self-attention, from 0 (full resolution), separated by commas; '' for none"
+    )
+    dropout: float = option(0.0, "dropout of the UNet", at_least=0, below=1)
+    vae_steps: int = option(1000, "stable-diffusion: training steps of the autoencoder", at_least=1)
+    vae_batch_size: int = option(32, "stable-diffusion: images of a training step of the autoencoder", at_least=1)
+    vae_widths: str = option("16,32,32", "stable-diffusion: channels of the autoencoder's levels")
+    text_width: int = option(64, "stable-diffusion: width of the text encoder, a multiple of 16", at_least=16)
+    out: str = option("runs/teacher", "the run folder; the diffusers folder is its sub-folder 'teacher'")
+
+
+INPUTS = "inputs.json"
+"""The file of a run that says what it reads, and where its teacher is."""
+
+
+def run_options(run: Path) -> dict[str, Any]:
+    """The resolved options of a run folder; UserError if it is none."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"run: {str(run)!r} is not a run folder; it has no config.yaml")
+    return read_yaml(str(run / "config.yaml"))
