@@ -1,7 +1,8 @@
 """Randomness as a function of what it is for.
 
-Every random number is drawn from a generator seeded by (seed, step, rank, purpose). A resumed run draws
-what the uninterrupted run would have drawn, and a checkpoint needs no generator state.
+Every random number of a training is drawn from a generator seeded by (seed, step, purpose), for all samples of the
+step at once, of which a process or a part of a batch takes its own. A resumed run draws what the uninterrupted run
+would have drawn, and a checkpoint needs no generator state.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -129,9 +130,9 @@ class Consistency(FollowingMethod[Step]):
         return trajectory_grid(self.schedule, self.points(step), c.grid, first, c.student_level)
 
     def interval(self, step: int, batch: Batch) -> Step:
-        c, draw = self.config, batch.generator("student/t")
-        if c.mode == "easy":
-            t = log_normal(self.schedule, batch.size, draw, c.time_mean, c.time_std)
+        if self.config.mode == "easy":
+            normal = partial(log_normal, self.schedule, mean=self.config.time_mean, std=self.config.time_std)
+            t = batch.draw("student/t", normal)
             t = t.clamp(self.schedule.t_min, self.top)
             return Step(t, self.easy_partner(t, step))
         grid = self.grid(step).to(batch.device)

@@ -15,8 +15,7 @@ compared at the end, to which a slow copy G- brings both, so that a distance of 
 
 The gradient passes through the outer G-, whose weights stay. Each lambda makes the gradient of its term in the last
 layer as long as that of the first (`adaptive`). With n = 1 and s = 0 it is a consistency model. A sampling step jumps
-to sqrt(1 - gamma^2) times the next level's sigma, and noise of gamma times that sigma brings it back: `gamma` 0 is
-deterministic, 1 a consistency model's sampler.
+to sqrt(1 - gamma^2) times the next level's sigma, and noise of gamma times that sigma brings it back: none at 0.
 
 Deviations:
 - The grid ends at 0, where the authors' ends at sigma = 0.002. Outside EDM the "karras" grid spans sigma 80 to 0 (at
@@ -142,11 +141,14 @@ class CTM(FollowingMethod[Span]):
         d = self.distance(self.x, other).mean()
         return Outcome(d, {"consistency": d})
 
+    def angles(self, n: int, draw: torch.Generator) -> Tensor:
+        # Half at EDM's own times, half uniform in the noisier 70% of its grid.
+        low = edm_log_normal(self.schedule, n // 2, draw, -1.2, 1.2)
+        return torch.cat([low, edm_karras(self.schedule, n - n // 2, draw, 0.3, 1.0)])
+
     def denoising(self, batch: Batch) -> Tensor:
-        """EDM's loss of g(x_t, t, t): half at its own times, half uniform in the noisier 70% of its grid."""
-        n, draw, eps = batch.size // 2, batch.generator("student/dsm t"), batch.randn("student/dsm eps")
-        low = edm_log_normal(self.schedule, n, draw, -1.2, 1.2)
-        t = torch.cat([low, edm_karras(self.schedule, batch.size - n, draw, 0.3, 1.0)])
+        """EDM's loss of g(x_t, t, t) at those angles."""
+        t, eps = batch.draw("student/dsm t", self.angles), batch.randn("student/dsm eps")
         pred = self.student(diffuse(batch.images, t, eps), t, batch.cond, Extra(r=t))
         return denoising_loss(pred, batch.images, eps)
 
@@ -166,7 +168,7 @@ class CTM(FollowingMethod[Span]):
     def more_turns(self, step: int) -> Sequence[Turn]:
         """The discriminator's, on the samples of the student's turn."""
         gan = self.config.gan_weight and step >= self.config.gan_start
-        return [Turn("discriminator", lambda batch: self.adversary.turn(self.x, batch))] if gan else []
+        return [Turn("discriminator", self.adversary.turn)] if gan else []
 
 
 METHOD = CTM

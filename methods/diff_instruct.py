@@ -60,7 +60,7 @@ class DiffInstruct(MatchingMethod):
 
     def times(self, player: str, batch: Batch) -> Tensor:
         mean, std = self.config.time_mean, self.config.time_std
-        return edm_log_normal(self.schedule, batch.size, batch.generator(f"{player}/t"), mean, std)
+        return batch.draw(f"{player}/t", lambda n, draw: edm_log_normal(self.schedule, n, draw, mean, std))
 
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         """A loss whose gradient in x (B, ...) is D_fake - D_teacher at angles t (B,), as a mean."""

@@ -44,7 +44,6 @@ from diffdistill.core.times import spans
 from diffdistill.errors import UserError
 from diffdistill.options import TangentOptions, TangentTarget, option
 from diffdistill.players.teacher import Teacher
-from diffdistill.rng import generator
 from diffdistill.scaffold.average import AverageMethod, OnPolicy
 from diffdistill.scaffold.method import Batch, Outcome, Turn
 from diffdistill.scaffold.tangent import Point
@@ -109,7 +108,7 @@ class FlowMap(AverageMethod):
 
     def times(self, batch: Batch) -> tuple[Tensor, Tensor]:
         length = self.config.length_mean if self.config.spans == "length" else None
-        t, r = spans(self.schedule, batch.size, batch.generator("student/t"), length)
+        t, r = batch.draw("student/t", lambda n, draw: torch.stack(spans(self.schedule, n, draw, length), 1)).unbind(1)
         r = torch.where(batch.uniform("student/end") < self.config.end_share, 0.0, r)
         return self.some_equal(t, r, batch)
 
@@ -140,9 +139,7 @@ class FlowMap(AverageMethod):
     @torch.no_grad()
     def progressive(self, f: Tensor, at: Point) -> Tensor:
         """(B, ...) f - F of the two jumps over s, without a gradient."""
-        draw = generator(f.device, at.seed, "split")
-        h = torch.rand(len(f), generator=draw, device=f.device, dtype=at.t.dtype)
-        h = h if self.config.split == "uniform" else torch.full_like(h, 0.5)
+        h = at.uniform("split") if self.config.split == "uniform" else torch.full_like(at.t, 0.5)
         s = (at.r + h * (at.t - at.r)).clamp_min(self.schedule.t_min)
         first, second = (expand(part, f) for part in self.parts(at.t, s, at.r))
         one = self.jump(at.x_t, at.t, s, at)

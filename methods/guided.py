@@ -82,7 +82,7 @@ class GuidedDistillation(HalvingMethod):
         return scale_taken(self.config, scale)
 
     def first_turn(self, batch: Batch) -> Outcome:
-        t = native_uniform(self.schedule, batch.size, batch.generator("student/t"))
+        t = batch.draw("student/t", lambda n, draw: native_uniform(self.schedule, n, draw))
         x_t = diffuse(batch.images, t, batch.randn("student/eps"))
         return self.one_pass(x_t, t, batch.cond, self.scales(batch))
 

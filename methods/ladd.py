@@ -90,7 +90,7 @@ class LADD(Method):
 
     def turns(self, step: int) -> Sequence[Turn]:
         """The student in every `update_ratio`-th step, and then the discriminator."""
-        drawn: list[Tensor] = []
+        drawn: dict[int, Tensor] = {}
         student = Turn("student", partial(self.student_turn, drawn))
         discriminator = Turn("discriminator", partial(self.discriminator_turn, drawn))
         return [discriminator] if step % self.config.update_ratio else [student, discriminator]
@@ -106,18 +106,18 @@ class LADD(Method):
         t = self.schedule.angle(self.levels).to(k.device)[k]
         return torch.where(expand(k == 0, z) > 0, noise, diffuse(batch.images, t, z)), t
 
-    def student_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
+    def student_turn(self, drawn: dict[int, Tensor], batch: Batch) -> Outcome:
         """The student's samples, which `drawn` keeps, are to be taken for real."""
         x = self.student(*self.read(batch), batch.cond).x0
-        drawn.append(x.detach())
+        drawn[batch.first] = x.detach()
         loss = self.adversary.student_loss(x, batch)
         return Outcome(loss, {"gan": loss})
 
-    def discriminator_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
+    def discriminator_turn(self, drawn: dict[int, Tensor], batch: Batch) -> Outcome:
         """The discriminator on the samples that `drawn` holds, or on new ones."""
         with torch.no_grad():
-            x = drawn[0] if drawn else self.student(*self.read(batch), batch.cond).x0
-        return self.adversary.turn(x, batch)
+            x = drawn[batch.first] if drawn else self.student(*self.read(batch), batch.cond).x0
+        return self.adversary.turn(batch, x)
 
 
 METHOD = LADD

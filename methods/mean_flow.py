@@ -28,6 +28,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -110,15 +111,15 @@ class MeanFlow(AverageMethod):
     def times(self, batch: Batch) -> tuple[Tensor, Tensor]:
         c = self.config
         means = {"t": c.time_mean, "r": c.time_mean if c.r_mean is None else c.r_mean}
-        t, r = (
-            logit_normal(self.schedule, batch.size, batch.generator(f"student/{name}"), mean, c.time_std)
-            for name, mean in means.items()
-        )
+        t, r = (batch.draw(f"student/{name}", partial(self.logit_normal, mean)) for name, mean in means.items())
         t, r = torch.maximum(t, r) if c.r_mean is None else t, torch.minimum(t, r)
         if c.longest_jump < 1:
             time = self.flow_time(t) - c.longest_jump * batch.uniform("student/jump")
             r = torch.atan2(time.clamp_min(0), (1 - time.clamp_min(0)) * self.std)
         return self.some_equal(t, r, batch)
+
+    def logit_normal(self, mean: float, n: int, draw: torch.Generator) -> Tensor:
+        return logit_normal(self.schedule, n, draw, mean, self.config.time_std)
 
     def unguided(self, t: Tensor, batch: Batch) -> Tensor:
         return super().unguided(t, batch) | (self.flow_time(t) > self.config.guidance_until)

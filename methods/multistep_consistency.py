@@ -115,10 +115,14 @@ class MultistepConsistency(FollowingMethod[Segment]):
         return grid
 
     def interval(self, step: int, batch: Batch) -> Segment:
-        draw = batch.generator("student/t")
-        grid = self.grid(step).to(draw.device)
-        row = torch.randint(len(grid), (batch.size,), generator=draw, device=draw.device)
-        i = torch.randint(grid.shape[1] - 1, (batch.size,), generator=draw, device=draw.device)
+        grid = self.grid(step)
+
+        def cells(n: int, draw: torch.Generator) -> Tensor:
+            row = torch.randint(len(grid), (n,), generator=draw, device=draw.device)
+            return torch.stack([row, torch.randint(grid.shape[1] - 1, (n,), generator=draw, device=draw.device)], 1)
+
+        row, i = batch.draw("student/t", cells).unbind(1)
+        grid = grid.to(row.device)
         return Segment(grid[row, i], grid[row, i + 1], grid[row, -1])
 
     def less_noisy(self, x_t: Tensor, x0: Tensor, eps: Tensor, interval: Segment, cond: Cond) -> Tensor:

@@ -28,6 +28,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -98,8 +99,8 @@ class Consistency(TangentMethod):
         super().__init__(teacher, path, student)
 
     def times(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        c, draw = self.own, batch.generator("path/t")
-        t = edm_log_normal(self.schedule, batch.size, draw, c.time_mean, c.time_std)
+        normal = self.own.time_mean, self.own.time_std
+        t = batch.draw("path/t", lambda n, draw: edm_log_normal(self.schedule, n, draw, *normal))
         return t, torch.zeros_like(t)
 
     def tangent(self, f: Tensor, at: Point, r: float) -> Tensor:
@@ -134,7 +135,8 @@ class RCM(MatchingMethod):
         """After k steps; times that are drawn descend, each the least of a draw and the one before."""
         if self.config.simulated_times == "levels":
             return super().simulated(k, batch)
-        draws = [native_uniform(self.schedule, batch.size, batch.generator(f"z {j}/t")) for j in range(1, k + 1)]
+        angles = partial(native_uniform, self.schedule)
+        draws = [batch.draw(f"z {j}/t", angles) for j in range(1, k + 1)]
         times = list(torch.stack(draws).cummin(0).values) if draws else []
         return simulated_through(self.sampler(), times, batch)
 

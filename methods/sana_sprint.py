@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -96,8 +97,8 @@ class SanaSprint(ContinuousMethod):
 
     def drawn(self, stream: str, batch: Batch) -> Tensor:
         """(B,) angles of sCM's distribution."""
-        c, draw = self.config, batch.generator(stream)
-        return edm_log_normal(self.schedule, batch.size, draw, c.time_mean, c.time_std)
+        normal = {"mean": self.config.time_mean, "std": self.config.time_std}
+        return batch.draw(stream, partial(edm_log_normal, self.schedule, **normal))
 
     def scales(self, batch: Batch) -> Tensor:
         """(B,) guidance scales."""
@@ -113,7 +114,7 @@ class SanaSprint(ContinuousMethod):
         """The squared error against F- + g, weighted by time and by what the adaptive weight says."""
         f = self.velocity(at, at.extra)
         error = per_sample_mean((f - self.target(f, at, self.config.warm(step))).square())
-        return self.weighed((1 / torch.tan(at.t)).to(f) * error, at.t)
+        return self.weighed((1 / torch.tan(at.t)).to(f) * error, at)
 
     def generate(self, batch: Batch) -> Tensor:
         """x0 (B, ...) of noised images, of which a share is noise at the sampler's first level."""
@@ -126,13 +127,12 @@ class SanaSprint(ContinuousMethod):
     def student_turn(self, step: int, batch: Batch) -> Outcome:
         """sCM's loss, and the GAN's on other samples, which the discriminator's turn reads too."""
         consistency, x = super().student_turn(step, batch), self.generate(batch)
-        self.x = x.detach()
         gan = self.adversary.student_loss(x, batch)
         return Outcome(consistency.loss + self.config.gan_weight * gan, {**consistency.shown, "gan": gan})
 
     def more_turns(self, step: int) -> Sequence[Turn]:
         """The discriminator's, on the samples of the student's turn, and the adaptive weight's."""
-        return [Turn("discriminator", lambda batch: self.adversary.turn(self.x, batch)), *super().more_turns(step)]
+        return [Turn("discriminator", self.adversary.turn), *super().more_turns(step)]
 
 
 METHOD = SanaSprint

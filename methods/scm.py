@@ -97,7 +97,7 @@ class SCM(ContinuousMethod):
     def times(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Draws below `truncate_at` are set to it, where the student is held."""
         normal = self.config.time_mean, self.config.time_std
-        t = edm_log_normal(self.schedule, batch.size, batch.generator("student/t"), *normal)
+        t = batch.draw("student/t", lambda n, draw: edm_log_normal(self.schedule, n, draw, *normal))
         return t.clamp_min(self.least), torch.zeros_like(t)
 
     def regression(self, step: int, at: Point) -> Outcome:
@@ -109,7 +109,7 @@ class SCM(ContinuousMethod):
             first_stage = self.teacher(at.x_t, at.t, at.cond).v.detach()
             target = torch.where(expand(held, f) > 0, first_stage, target)
             weight = torch.where(held, c.boundary_weight, 1.0) * weight
-        return self.weighed(weight.to(f) * per_sample_mean((f - target).square()), at.t)
+        return self.weighed(weight.to(f) * per_sample_mean((f - target).square()), at)
 
 
 METHOD = SCM

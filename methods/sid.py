@@ -84,20 +84,23 @@ class SiD(MatchingMethod):
         self.trained = guided(self.fake_score, config.fake_score_training_guidance)
 
     def times(self, player: str, batch: Batch) -> Tensor:
-        c, draw = self.config, batch.generator(f"{player}/t")
-        if c.times == "native":
-            return native_uniform(self.schedule, batch.size, draw, c.time_low, c.time_high)
-        if player == "fake_score":
-            return edm_log_normal(self.schedule, batch.size, draw, -1.2, 1.2)
-        return edm_karras(self.schedule, batch.size, draw, c.time_low, c.time_high)
+        low, high = self.config.time_low, self.config.time_high
+
+        def angles(n: int, draw: torch.Generator) -> Tensor:
+            if self.config.times == "native":
+                return native_uniform(self.schedule, n, draw, low, high)
+            if player == "fake_score":
+                return edm_log_normal(self.schedule, n, draw, -1.2, 1.2)
+            return edm_karras(self.schedule, n, draw, low, high)
+
+        return batch.draw(f"{player}/t", angles)
 
     def fake_score_cond(self, batch: Batch) -> Cond:
         """Where the fake score is guided some are the null condition, with which its samples are made too."""
         if self.config.fake_score_guidance == 1 and self.config.fake_score_training_guidance == 1:
             return batch.cond
         assert self.fake_score.null is not None
-        draw = batch.generator("fake_score/labels")
-        drop = torch.rand(batch.size, generator=draw, device=draw.device) < self.config.label_dropout
+        drop = batch.uniform("fake_score/labels", torch.get_default_dtype()) < self.config.label_dropout
         return choose(drop, self.fake_score.null(batch.cond), batch.cond)
 
     def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:

@@ -68,10 +68,10 @@ class SIM(MatchingMethod):
     dropout = "own"
 
     def times(self, player: str, batch: Batch) -> Tensor:
-        n, draw = batch.size, batch.generator(f"{player}/t")
+        span = self.config.time_low, self.config.time_high
         if player == "student":
-            return edm_karras(self.schedule, n, draw, self.config.time_low, self.config.time_high)
-        return edm_log_normal(self.schedule, n, draw, -1.2, 1.2)
+            return batch.draw("student/t", lambda n, draw: edm_karras(self.schedule, n, draw, *span))
+        return batch.draw(f"{player}/t", lambda n, draw: edm_log_normal(self.schedule, n, draw, -1.2, 1.2))
 
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         loss, y = self.divergence(x, t, eps, cond)

@@ -61,8 +61,7 @@ class SwiftBrush(MatchingMethod):
         self.guided_fake_score = guided(self.fake_score, config.guidance_scale)
 
     def fake_score_cond(self, batch: Batch) -> Cond:
-        draw = batch.generator("lora/drop")
-        return self.dropped(batch.cond, torch.rand(batch.size, generator=draw, device=draw.device))
+        return self.dropped(batch.cond, batch.uniform("lora/drop", torch.get_default_dtype()))
 
     def dropped(self, cond: Cond, u: Tensor) -> Cond:
         """The conditions, or the null ones where u (B,), uniform in [0, 1), is below `label_dropout`."""

@@ -93,9 +93,13 @@ class TBCM(ContinuousMethod):
 
     def times(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Descending angles (states, B), the sampler's first and one in each cell; and 0."""
-        draw, cells = batch.generator("student/t"), self.cells.to(batch.device)[:, None]
-        u = torch.rand(len(cells) - 1, batch.size, generator=draw, device=draw.device, dtype=torch.float64)
-        t = torch.lerp(cells[1:], cells[:-1], u)
+        cells = self.cells.to(batch.device)[:, None]
+
+        def angles(n: int, draw: torch.Generator) -> Tensor:
+            u = torch.rand(len(cells) - 1, n, generator=draw, device=draw.device, dtype=torch.float64)
+            return torch.lerp(cells[1:], cells[:-1], u).T
+
+        t = batch.draw("student/t", angles).T
         return torch.cat([torch.full_like(t[:1], self.top), t]), torch.zeros(len(cells), batch.size).to(t)
 
     @torch.no_grad()
@@ -111,7 +115,8 @@ class TBCM(ContinuousMethod):
         n, seed = len(states), seed_for(*batch.key, "student/dropout")
         cond: Cond = {name: torch.cat([value] * n) for name, value in batch.cond.items()}
         x_t, v = (torch.cat(part) for part in zip(*states, strict=True))
-        return Point(x_t, t[1:].flatten(), v, r[1:].flatten(), cond, seed, scale_taken(self.config, scales.repeat(n)))
+        extra = scale_taken(self.config, scales.repeat(n))
+        return Point(x_t, t[1:].flatten(), v, r[1:].flatten(), cond, seed, extra, batch)
 
     def student_turn(self, step: int, batch: Batch) -> Outcome:
         """From noise along the teacher's trajectories to the loss."""
@@ -127,11 +132,11 @@ class TBCM(ContinuousMethod):
         """The squared error against F- + g, weighted by time and by what the adaptive weight says."""
         f = self.velocity(at, at.extra)
         error = per_sample_mean((f - self.target(f, at, self.share(step))).square())
-        return self.weighed(error / torch.tan(at.t).to(f), at.t)
+        return self.weighed(error / torch.tan(at.t).to(f), at)
 
     def weight_turn(self, batch: Batch) -> Outcome:
         """The same loss with w asked twice: one pass rounds the gradient otherwise, and changes a run."""
-        error, t = self.errors
+        error, t = self.errors[batch.first]
         return Outcome((torch.exp(-self.weight(t)) * error + self.weight(t)).mean())
 
 

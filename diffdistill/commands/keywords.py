@@ -29,6 +29,7 @@ class FitOptions(MachineOptions, total=False):
 
     steps: int
     batch_size: int
+    accumulate: int
     seed: int
     ema: float
     max_grad_norm: float

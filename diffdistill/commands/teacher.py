@@ -69,12 +69,12 @@ class Denoising(Method):
         return Outcome(denoising_loss(self.denoiser(x_t, t, batch.cond), batch.images, eps))
 
     def _times(self, batch: Batch) -> Tensor:
-        schedule, draw = self.denoiser.schedule, batch.generator("t")
+        schedule = self.denoiser.schedule
         if isinstance(schedule, EDM):
-            return log_normal(schedule, batch.size, draw, -1.2, 1.2)
+            return batch.draw("t", lambda n, draw: log_normal(schedule, n, draw, -1.2, 1.2))
         if isinstance(schedule, LinearFlow):
-            return logit_normal(schedule, batch.size, draw, 0.0, 1.0)
-        return native_uniform(schedule, batch.size, draw)
+            return batch.draw("t", lambda n, draw: logit_normal(schedule, n, draw, 0.0, 1.0))
+        return batch.draw("t", lambda n, draw: native_uniform(schedule, n, draw))
 
     def sampler(self) -> Sampler:
         """The teacher with 16 DDIM steps, for the sample grids."""

@@ -63,7 +63,9 @@ class Autoencoding(Method):
     def loss(self, batch: Batch) -> Outcome:
         """Squared and absolute error of the reconstructed images plus the KL term, a scalar; both parts are logged."""
         posterior = self.vae.encode(batch.images).latent_dist
-        z = posterior.mean + posterior.std * torch.randn_like(posterior.mean)  # the trainer has seeded it
+        shape = posterior.mean.shape[1:]
+        noise = batch.draw("vae/global", lambda n, g: torch.randn(n, *shape, generator=g, device=g.device))
+        z = posterior.mean + posterior.std * noise.to(posterior.mean)
         error = self.vae.decode(z).sample - batch.images
         reconstruction = 5 * error.square().mean() + 0.3 * error.abs().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()

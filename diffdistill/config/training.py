@@ -17,6 +17,12 @@ class FitConfig(MachineConfig):
 
     steps: int = option(1000, "training steps; the turns of all players together are one step", at_least=1)
     batch_size: int = option(64, "samples of a training step in each process", at_least=1)
+    accumulate: int = option(
+        1,
+        "passes in which a process computes its batch, batch_size / accumulate samples in each, for less memory; their "
+        "gradients are added up, so that the step is the same to rounding",
+        at_least=1,
+    )
     seed: int = option(
         0, "all randomness and the order of the data are functions of this seed and the step", at_least=0
     )

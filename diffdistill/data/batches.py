@@ -1,8 +1,9 @@
-"""What a training step gets: conditions, data, pairs and noise, each a function of seed, step and rank."""
+"""What a training step gets: conditions, data, pairs and noise, a function of seed, step and place in the step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,9 @@ def batches(
     label_dropout: float = 0.0,
     pairs: Examples | None = None,
 ) -> Callable[[int], Batch]:
-    """step -> Batch: a function of (seed, step, rank) alone.
+    """step -> Batch, the samples of this process: a function of (seed, step, place of the samples in the step) alone.
+
+    R processes see what one sees with R times the batch.
 
     Examples come in shuffled epochs; without any, class labels are drawn uniformly. `pairs` are further examples with
     an order of their own, of which the batch takes the noise-image pairs. `label_dropout`: the share of samples whose
@@ -73,9 +76,9 @@ def batches(
         return to_device(source.get(indices), device)
 
     def batch(step: int) -> Batch:
-        key = (config.seed, step, rank)
+        samples = Batch(size, teacher.shape, {}, None, device, (config.seed, step, rank * size), total=size * world)
         if examples is None:
-            example = labels.draw(size, generator(device, *key, "condition"))
+            example = labels.get(samples.integers(len(labels), "condition"))
         else:
             example = in_order(examples, step, config.seed)
         pair = example.pair
@@ -85,8 +88,8 @@ def batches(
         x0 = None if example.x0 is None else example.x0 / teacher.denoiser.schedule.data_std
         cond = _known(teacher, example.cond)
         if label_dropout:
-            cond = _dropped(teacher, cond, label_dropout, generator(device, *key, "label dropout"))
-        return Batch(size, teacher.shape, cond, x0, device, key, pair)
+            cond = _dropped(teacher, cond, samples.uniform("label dropout", torch.get_default_dtype()) < label_dropout)
+        return replace(samples, cond=cond, x0=x0, pair=pair)
 
     return batch
 
@@ -98,13 +101,12 @@ def _known(teacher: Teacher, cond: Cond) -> Cond:
     return {name: value for name, value in cond.items() if name != "class_labels"}
 
 
-def _dropped(teacher: Teacher, cond: Cond, share: float, draw: torch.Generator) -> Cond:
-    """The conditions (B, ...) with those of that share of the samples replaced by the teacher's "no condition"."""
+def _dropped(teacher: Teacher, cond: Cond, drop: Tensor) -> Cond:
+    """The conditions (B, ...) with those where `drop` (B,) is set replaced by the teacher's "no condition"."""
     null = teacher.denoiser.null
     if null is None or not cond:
         return cond
-    drop = torch.rand(len(next(iter(cond.values()))), generator=draw, device=draw.device)
-    return cond | choose(drop < share, null(cond), cond)
+    return cond | choose(drop, null(cond), cond)
 
 
 def check_data(teacher: Teacher, examples: Examples) -> None:

@@ -35,7 +35,7 @@ class Adversary:
         return self.head(self.fake_score.features(diffuse(x, t, eps), t, cond))
 
     def _times(self, player: str, batch: Batch) -> Tensor:
-        return native_uniform(self.fake_score.schedule, batch.size, batch.generator(f"{player}/gan t"))
+        return batch.draw(f"{player}/gan t", lambda n, draw: native_uniform(self.fake_score.schedule, n, draw))
 
     def student_loss(self, x: Tensor, batch: Batch) -> Tensor:
         """The student's samples x (B, ...) are to be taken for real."""
@@ -58,6 +58,7 @@ class LatentAdversary:
 
     def __init__(self, teacher: Teacher, options: LatentAdversarialOptions):
         self.teacher, self.options = frozen(teacher.start or teacher.denoiser), options
+        self.samples: dict[int, Tensor] = {}  # of the student's turn, by their place in the step
         self.layers = self.teacher.layers_at(options.depths)
         if not self.layers:
             raise UserError("depths: this teacher's network has no layer for a discriminator")
@@ -71,11 +72,12 @@ class LatentAdversary:
     def _noise(self, stream: str, batch: Batch) -> tuple[Tensor, Tensor]:
         """t (B,) and eps (B, ...)."""
         normal = self.options.gan_time_mean, self.options.gan_time_std
-        t = edm_log_normal(self.teacher.schedule, batch.size, batch.generator(f"{stream} t"), *normal)
+        t = batch.draw(f"{stream} t", lambda n, draw: edm_log_normal(self.teacher.schedule, n, draw, *normal))
         return t, batch.randn(f"{stream} eps")
 
     def student_loss(self, x: Tensor, batch: Batch) -> Tensor:
-        """The student's samples x (B, ...) are to be taken for real."""
+        """The student's samples x (B, ...) are to be taken for real; `turn` reads them too."""
+        self.samples[batch.first] = x.detach()
         logits = self.logits(x, *self._noise("student/gan", batch), batch.cond)
         return -logits.mean() if self.options.gan_loss == "hinge" else gan_generator_loss(logits)
 
@@ -90,9 +92,9 @@ class LatentAdversary:
         hinge = self.options.gan_loss == "hinge"
         return hinge_discriminator_loss(real, fake) if hinge else gan_discriminator_loss(real, fake)
 
-    def turn(self, x: Tensor, batch: Batch) -> Outcome:
-        """The heads' move, on samples x (B, ...) that have no gradient."""
-        gan = self.critic_loss(x, batch)
+    def turn(self, batch: Batch, x: Tensor | None = None) -> Outcome:
+        """The heads' move, on samples x (B, ...) that have no gradient, or those of the student's turn."""
+        gan = self.critic_loss(self.samples[batch.first] if x is None else x, batch)
         return Outcome(gan, {"gan": gan})
 
 

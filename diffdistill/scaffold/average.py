@@ -144,19 +144,21 @@ class OnPolicy:
         self.fake_score = fake_score or teacher.player("fake_score")
         set_dropout(self.fake_score, 0.0)
         self.rollout_steps, self.level = tuple(rollout_steps), level
-        self.drawn = torch.empty(0)  # the samples of the student's last turn
+        self.drawn: dict[int, Tensor] = {}  # the samples of the student's last turn, by their place
 
     def student_loss(self, student: Denoiser, batch: Batch) -> Outcome:
         """DMD's loss of samples that are made by jumps with gradients; the fake score learns them in its turn."""
         x = rolled_out(student, self.rollout_steps, self.level, batch)
-        self.drawn = x.detach()
-        t = native_uniform(student.schedule, batch.size, batch.generator("matching/t"))
+        self.drawn[batch.first] = x.detach()
+        t = batch.draw("matching/t", lambda n, draw: native_uniform(student.schedule, n, draw))
         return dmd_loss(x, t, batch.randn("matching/eps"), batch.cond, self.judge, self.fake_score, True)
 
     def fake_score_loss(self, batch: Batch) -> Outcome:
         """The fake score's loss on the samples of the student's turn, at logit-normal fractions of the times."""
-        draw = batch.generator("fake_score/t")
-        u = torch.randn(batch.size, generator=draw, device=draw.device, dtype=torch.float64).sigmoid()
-        t = self.fake_score.schedule.at_fraction(u)
-        loss = fake_score_loss(self.fake_score, self.drawn, t, batch.randn("fake_score/eps"), batch.cond)
+
+        def fractions(n: int, draw: torch.Generator) -> Tensor:
+            return torch.randn(n, generator=draw, device=draw.device, dtype=torch.float64).sigmoid()
+
+        t = self.fake_score.schedule.at_fraction(batch.draw("fake_score/t", fractions))
+        loss = fake_score_loss(self.fake_score, self.drawn[batch.first], t, batch.randn("fake_score/eps"), batch.cond)
         return Outcome(loss, {"denoising": loss})

@@ -29,14 +29,14 @@ class GuidedChains(nn.Module):
     """B DDIM chains of the guided teacher, each with its own condition and scale, at staggered steps.
 
     Every batch so covers all times. A chain moves by the guided prediction that the caller computes at its
-    present point anyway; one that has made its last step begins anew from noise. A checkpoint holds the
-    chains of the main process; those of another rank begin anew on a resume.
+    present point anyway; one that has made its last step begins anew from noise. A process holds the chains of
+    its own samples. A checkpoint holds those of the main process; those of another begin anew on a resume.
     """
 
     x_t: Tensor
     step: Tensor
     scale: Tensor
-    rank: Tensor
+    first: Tensor
     grid: Tensor
 
     def __init__(self, teacher: Teacher, steps: int, low: float, high: float):
@@ -55,18 +55,18 @@ class GuidedChains(nn.Module):
         self.register_buffer("x_t", torch.empty(0, *teacher.shape, dtype=wide))
         self.register_buffer("step", torch.empty(0, dtype=torch.int64))
         self.register_buffer("scale", torch.empty(0, dtype=torch.float64))
-        self.register_buffer("rank", torch.tensor(-1))
+        self.register_buffer("first", torch.tensor(-1))
         self.keys = tuple(cond)
         for key in self.keys:
             self.register_buffer(f"cond_{key}", cond[key][:0])
-        self.owner = -1  # `rank`, readable without waiting for the device
+        self.begin = -1  # `first`, the place of the first chain in a step, readable without waiting for the device
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name, buffer in self._buffers.items():
             if buffer is not None and f"{prefix}{name}" in state_dict:  # their number is the checkpoint's
                 self._buffers[name] = buffer.new_empty(state_dict[f"{prefix}{name}"].shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self.owner = int(self.rank)
+        self.begin = int(self.first)
 
     @property
     def cond(self) -> Cond:
@@ -75,33 +75,45 @@ class GuidedChains(nn.Module):
 
     def points(self, batch: Batch, teacher: Denoiser) -> Points:
         """Where the chains stand; before the first step they are led to where they begin."""
-        if len(self.step) != batch.size or self.owner != batch.key[2]:
+        if not (0 <= self.begin <= batch.first and self._rows(batch).stop <= len(self.step)):
             self._start(batch, teacher)
-        return Points(self.x_t, self.grid[self.step], self.cond, self.scale)
+        rows = self._rows(batch)
+        cond = {key: value[rows] for key, value in self.cond.items()}
+        return Points(self.x_t[rows], self.grid[self.step[rows]], cond, self.scale[rows])
+
+    def _rows(self, batch: Batch) -> slice:
+        first = batch.first - self.begin
+        return slice(first, first + batch.size)
 
     @torch.no_grad()
     def advance(self, batch: Batch, guided: Prediction) -> None:
         """One DDIM step each, by the guided prediction at `points`; chains at the end begin anew."""
-        moved = guided.at(self.grid[self.step + 1])
-        ended = self.step + 1 == len(self.grid) - 1
+        rows = self._rows(batch)
+        step = self.step[rows] + 1
+        moved, ended = guided.at(self.grid[step]), step == len(self.grid) - 1
         x_t, cond, scale = self._fresh(batch, "chains")
-        self.x_t = torch.where(ended.reshape(-1, *[1] * (moved.ndim - 1)), x_t, moved)
-        self.step = torch.where(ended, 0, self.step + 1)
-        self.scale = torch.where(ended, scale, self.scale)
-        for key, value in choose(ended, cond, self.cond).items():
-            setattr(self, f"cond_{key}", value)
+        x_t = torch.where(ended.reshape(-1, *[1] * (moved.ndim - 1)), x_t, moved)
+        before = {key: value[rows] for key, value in self.cond.items()}
+        scale = torch.where(ended, scale, self.scale[rows])
+        self._put(rows, x_t, torch.where(ended, 0, step), scale, choose(ended, cond, before))
+
+    def _put(self, rows: slice, x_t: Tensor, step: Tensor, scale: Tensor, cond: Cond) -> None:
+        """In place of those rows, or after the last; not in place in memory, where a graph may hold what is there."""
+        new = {"x_t": x_t, "step": step, "scale": scale, **{f"cond_{key}": cond[key] for key in self.keys}}
+        for name, value in new.items():
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old[: rows.start].to(value), value, old[rows.stop :].to(value)]))
 
     def _fresh(self, batch: Batch, purpose: str) -> tuple[Tensor, Cond, Tensor]:
-        draw = batch.generator(f"{purpose}/scale")
-        u = torch.rand(batch.size, generator=draw, device=draw.device, dtype=torch.float64)
+        u = batch.uniform(f"{purpose}/scale")
         x_t = batch.randn(f"{purpose}/z").to(self.x_t) * self.init_scale
         return x_t, batch.cond, self.low + (self.high - self.low) * u
 
     @torch.no_grad()
     def _start(self, batch: Batch, teacher: Denoiser) -> None:
-        """Chain i goes to step i n / B with as many guided steps: once in a training."""
+        """Chain i of the step's B goes to step i n / B with as many guided steps: once in a training."""
         n, size = len(self.grid) - 1, batch.size
-        starts = [i * n // size for i in range(size)]
+        starts = [i * n // batch.whole for i in range(batch.first, batch.first + size)]
         x_t, cond, scale = self._fresh(batch, "chains/start")
         for k in range(starts[-1]):
             first = next(i for i in range(size) if starts[i] > k)  # those before it have arrived
@@ -109,8 +121,10 @@ class GuidedChains(nn.Module):
             rest = {key: value[first:] for key, value in cond.items()}
             moved = guide(teacher, x_t[first:], t, rest, scale[first:]).at(s)
             x_t = torch.cat([x_t[:first], moved])
-        self.x_t, self.scale, self.owner = x_t, scale, batch.key[2]
-        self.step = torch.tensor(starts, device=x_t.device)
-        self.rank = torch.tensor(self.owner, device=x_t.device)
-        for key in self.keys:
-            setattr(self, f"cond_{key}", cond[key])
+        held = len(self.step)
+        if self.begin < 0 or self.begin + held != batch.first:  # those that are there are not of the samples before
+            self.begin = batch.first
+            for name in ("x_t", "step", "scale", *(f"cond_{key}" for key in self.keys)):
+                setattr(self, name, getattr(self, name)[:0])
+        self._put(slice(len(self.step), len(self.step)), x_t, torch.tensor(starts, device=x_t.device), scale, cond)
+        self.first = torch.tensor(self.begin, device=x_t.device)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.prediction import expand
 from diffdistill.players.adaptive_weight import AdaptiveWeight
+from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Batch, Optimizer, Outcome, Turn
 from diffdistill.scaffold.tangent import Point, TangentMethod, normalised
 
@@ -24,7 +27,11 @@ class ContinuousMethod(TangentMethod):
     """
 
     weight: AdaptiveWeight
-    errors: tuple[Tensor, Tensor]  #: (B,) of the student's last turn, without a gradient, and their angles
+
+    def __init__(self, teacher: Teacher, config: Any, student: Denoiser):
+        super().__init__(teacher, config, student)
+        # Those (B,) of the student's last turn, without a gradient, and their angles, by their place in the step.
+        self.errors: dict[int, tuple[Tensor, Tensor]] = {}
 
     def tangent(self, f: Tensor, at: Point, r: float) -> Tensor:
         """g (B, ...) where the student says f, not normalised: cos(t) df/dt at r = 1."""
@@ -37,10 +44,10 @@ class ContinuousMethod(TangentMethod):
         held = f.detach()
         return held + normalised(self.tangent(held, at, r), self.config.norm, self.config.norm_c)
 
-    def weighed(self, error: Tensor, t: Tensor) -> Outcome:
-        """The mean of e^(-w) error, for errors (B,) at the angles t (B,), which the weight's turn learns from."""
-        self.errors = error.detach(), t
-        learned = torch.exp(-self.weight(t)).detach() if "weight" in self.players else 1.0
+    def weighed(self, error: Tensor, at: Point) -> Outcome:
+        """The mean of e^(-w) error, for errors (B,) there, which the weight's turn learns from."""
+        self.errors[at.place] = error.detach(), at.t
+        learned = torch.exp(-self.weight(at.t)).detach() if "weight" in self.players else 1.0
         return Outcome((learned * error).mean(), {"error": error.mean()})
 
     def more_turns(self, step: int) -> Sequence[Turn]:
@@ -49,7 +56,7 @@ class ContinuousMethod(TangentMethod):
 
     def weight_turn(self, batch: Batch) -> Outcome:
         """The adaptive weight on the errors of the student's turn: e^(-w) error + w."""
-        error, t = self.errors
+        error, t = self.errors[batch.first]
         w = self.weight(t)
         return Outcome((torch.exp(-w) * error + w).mean())
 

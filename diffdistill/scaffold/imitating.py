@@ -48,7 +48,7 @@ class ImitatingMethod(Method):
     @final
     def on_data(self, batch: Batch) -> Outcome:
         """The loss on noised images."""
-        t = native_uniform(self.schedule, batch.size, batch.generator("student/t"))
+        t = batch.draw("student/t", lambda n, draw: native_uniform(self.schedule, n, draw))
         return Outcome(self.imitation(diffuse(batch.images, t, batch.randn("student/eps")), t, batch.cond)[0])
 
     @final

@@ -91,7 +91,7 @@ class MatchingMethod(Method):
         stream, span = self.fake_score_stream, (0.0, 1.0)
         if player == "student":
             stream, span = player, (self.config.time_low, self.config.time_high)
-        return native_uniform(self.schedule, batch.size, batch.generator(f"{stream}/t"), *span)
+        return batch.draw(f"{stream}/t", lambda n, draw: native_uniform(self.schedule, n, draw, *span))
 
     def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
         """The fake score's loss on the student's samples x (B, ...), which get no gradient."""
@@ -121,7 +121,7 @@ class MatchingMethod(Method):
     @final
     def turns(self, step: int) -> Sequence[Turn]:
         """Who moves in a training step, and in which order."""
-        drawn: list[Tensor] = []
+        drawn: dict[int, Tensor] = {}
         student = Turn("student", partial(self.student_turn, drawn))
         fake_score = Turn(_fake_score_role(self._mine(step)), partial(self.fake_score_turn, drawn))
         if step % self.config.update_ratio:
@@ -150,24 +150,25 @@ class MatchingMethod(Method):
         return sampler.one_step(batch.randn("z" if self.shares_samples else f"{player}/z"), batch.cond)
 
     @final
-    def student_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
-        """The student's loss, with the discriminator's if there is one; `drawn` keeps its samples."""
+    def student_turn(self, drawn: dict[int, Tensor], batch: Batch) -> Outcome:
+        """The student's loss, with the discriminator's if there is one; `drawn` keeps its samples by their place."""
         adversary = self._turn_of("student", batch)
         x, outcome = self.student_loss(batch)
         if self.shares_samples:
-            drawn.append(x.detach())
+            drawn[batch.first] = x.detach()
         if adversary is None:
             return outcome
         gan = adversary.student_loss(x, batch)
         return Outcome(outcome.loss + self.gan_weight * gan, {**outcome.shown, "gan": gan})
 
     @final
-    def fake_score_turn(self, drawn: list[Tensor], batch: Batch) -> Outcome:
+    def fake_score_turn(self, drawn: dict[int, Tensor], batch: Batch) -> Outcome:
         """The fake score's loss on the samples that `drawn` holds, or on new ones."""
         adversary, cond = self._turn_of("fake_score", batch), self.fake_score_cond(batch)
         with torch.no_grad():
             # Samples that are drawn for this turn alone have its conditions; those of the student's turn had theirs.
-            x = drawn[0] if drawn else self.generate(batch, "fake_score", None if self.shares_samples else cond)
+            own = None if self.shares_samples else cond
+            x = drawn[batch.first] if drawn else self.generate(batch, "fake_score", own)
         t = self.times("fake_score", batch)
         loss = self.denoising(x, t, batch.randn(f"{self.fake_score_stream}/eps"), cond)
         if adversary is None:

@@ -36,15 +36,20 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's conditions, its data if there are any, and its randomness."""
+    """Conditions, data if there are any, and randomness of the samples of a step, or of some of them.
+
+    A step's samples are divided over processes, and in a process over passes (`parts`). What `draw` and its kin give to
+    a sample depends on its index in the step, not on how they are divided.
+    """
 
     size: int
     shape: tuple[int, ...]  #: of one sample
     cond: Cond
     x0: Tensor | None  #: (B, *shape) real data of unit variance, or None in data-free training
     device: torch.device
-    key: tuple[int, ...]  #: (seed, step, rank)
+    key: tuple[int, ...]  #: (seed, step, index of the first of these samples in the step)
     pair: Pair | None = None  #: where the method needs pairs
+    total: int | None = None  #: samples of the step in all processes; None: these are all
 
     @property
     def images(self) -> Tensor:
@@ -52,23 +57,53 @@ class Batch:
         assert self.x0 is not None, "the method does not say that it needs images"
         return self.x0
 
-    def generator(self, purpose: str) -> torch.Generator:
-        """A generator that is a function of (seed, step, rank, purpose)."""
-        return generator(self.device, *self.key, purpose)
+    @property
+    def first(self) -> int:
+        """The index of the first of these samples among those of the step."""
+        return self.key[2]
+
+    @property
+    def rows(self) -> slice:
+        """Where these samples lie among those of the step."""
+        return slice(self.first, self.first + self.size)
+
+    @property
+    def whole(self) -> int:
+        """The samples of the step in all processes."""
+        return self.size if self.total is None else self.total
+
+    def parts(self, n: int) -> list[Batch]:
+        """The same samples as n batches of one size, in their order; the number of samples is a multiple of n."""
+        size, parts = self.size // n, []
+        for k in range(n):
+            rows = slice(k * size, (k + 1) * size)
+
+            def cut(cond: Cond, rows: slice = rows) -> Cond:
+                return {name: value[rows] for name, value in cond.items()}
+
+            pair = None if self.pair is None else Pair(self.pair.z[rows], self.pair.x0[rows], cut(self.pair.cond))
+            x0, key = None if self.x0 is None else self.x0[rows], (*self.key[:2], self.first + k * size)
+            parts.append(Batch(size, self.shape, cut(self.cond), x0, self.device, key, pair, self.whole))
+        return [self] if n == 1 else parts
+
+    def draw(self, purpose: str, of: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+        """(B, ...) these samples' rows of `of(n, generator)` (n, ...), which draws for all n samples of the step.
+
+        The generator is a function of (seed, step, purpose).
+        """
+        return of(self.whole, generator(self.device, *self.key[:2], 0, purpose))[self.rows]
 
     def randn(self, purpose: str) -> Tensor:
         """(B, *shape) standard normal noise for that purpose."""
-        return torch.randn(self.size, *self.shape, generator=self.generator(purpose), device=self.device)
+        return self.draw(purpose, lambda n, draw: torch.randn(n, *self.shape, generator=draw, device=draw.device))
 
-    def uniform(self, purpose: str) -> Tensor:
-        """(B,) float64 in [0, 1) for that purpose."""
-        draw = self.generator(purpose)
-        return torch.rand(self.size, generator=draw, device=draw.device, dtype=torch.float64)
+    def uniform(self, purpose: str, dtype: torch.dtype = torch.float64) -> Tensor:
+        """(B,) in [0, 1) for that purpose."""
+        return self.draw(purpose, lambda n, draw: torch.rand(n, generator=draw, device=draw.device, dtype=dtype))
 
     def integers(self, n: int, purpose: str) -> Tensor:
         """(B,) int64 from 0 to n - 1 for that purpose."""
-        draw = self.generator(purpose)
-        return torch.randint(n, (self.size,), generator=draw, device=draw.device)
+        return self.draw(purpose, lambda size, draw: torch.randint(n, (size,), generator=draw, device=draw.device))
 
 
 class Optimizer(NamedTuple):

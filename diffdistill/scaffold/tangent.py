@@ -36,6 +36,19 @@ class Point(NamedTuple):
     cond: Cond
     seed: int = 0  #: of the units that the student drops, in all its passes
     extra: Extra = NONE  #: what the student takes besides
+    batch: Batch | None = None  #: of which these are the samples
+    step_seed: int = 0  #: the same for all samples of the step
+
+    @property
+    def place(self) -> int:
+        """The index of the first of these samples in the step."""
+        return 0 if self.batch is None else self.batch.first
+
+    def uniform(self, purpose: str) -> Tensor:
+        """(B,) in [0, 1) for that purpose, by the samples' places in the step."""
+        n, rows = (len(self.t), slice(None)) if self.batch is None else (self.batch.whole, self.batch.rows)
+        draw = generator(self.t.device, self.step_seed, purpose)
+        return torch.rand(n, generator=draw, device=draw.device, dtype=self.t.dtype)[rows]
 
 
 class TangentMethod(Method):
@@ -114,7 +127,9 @@ class TangentMethod(Method):
         with torch.no_grad():
             v = self.direction(x_t, v, t, batch, cond)
         seed = seed_for(*batch.key, f"{self.stream}/dropout")
-        outcome = self.regression(step, Point(x_t, t, v, torch.minimum(r, t), cond, seed, self.extra(batch)))
+        step_seed = seed_for(*batch.key[:2], 0, f"{self.stream}/dropout")
+        at = Point(x_t, t, v, torch.minimum(r, t), cond, seed, self.extra(batch), batch, step_seed)
+        outcome = self.regression(step, at)
         more = self.second_term(batch)
         return outcome if more is None else Outcome(outcome.loss + more.loss, {**outcome.shown, **more.shown})
 

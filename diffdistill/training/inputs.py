@@ -30,6 +30,7 @@ MAY_CHANGE = {
     "steps",
     "device",
     "threads",
+    "accumulate",
     "log_every",
     "sample_every",
     "checkpoint_every",
@@ -37,7 +38,7 @@ MAY_CHANGE = {
     "tracker",
     *SAVING,
 }
-"""Options that may be others when a run goes on."""
+"""Options that may be others when a run goes on; `accumulate` changes the last bits."""
 
 _BY_CONTENT = {"out", "teacher", "data", "pairs", "prompts"}  # where they lie does not matter
 

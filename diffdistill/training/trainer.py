@@ -53,7 +53,8 @@ class Interrupted(Exception):
 class Trainer:
     """Trains a method's players on `batches(step)` and keeps the run folder `out`.
 
-    For each turn: unfreeze that player, compute, backward, average gradients over processes, clip, step.
+    For each turn: unfreeze that player, compute and backward in `accumulate` parts of the batch, average gradients over
+    processes, clip, step.
     One value is read on the host a turn (are loss and gradient finite?), none a parameter.
     """
 
@@ -104,22 +105,21 @@ class Trainer:
     # -- one step ----------------------------------------------------------------------------------------
 
     def take(self, turn: Turn, batch: Batch) -> dict[str, Tensor]:
-        """One player's move; returns its detached losses and 'grad_norm'."""
+        """One player's move, in one pass or several over parts of the batch; its losses and 'grad_norm', detached."""
         only_trains(turn.player, self.parameters)
         if turn.restart:
             self.optimizers[turn.player] = self._optimizer(turn.player)
-        # Dropout draws from the global generator; seeding it makes the masks a function of the step too.
-        torch.manual_seed(seed_for(*batch.key, turn.player, "global"))
-        with self.accelerator.autocast():
-            outcome = turn.loss(batch)
-        loss = outcome.loss
-        self.accelerator.backward(loss)
+        logs: dict[str, Tensor] = {}
+        for part in batch.parts(self.config.accumulate):
+            for name, value in self._backward(turn, part).items():
+                logs[name] = logs[name] + value if name in logs else value
+        loss = logs["loss"]
         grads = [p.grad for p in self.parameters[turn.player] if p.grad is not None]
         if self.accelerator.num_processes > 1:
             grads = self._averaged_over_processes(turn.player)
         norm = torch.nn.utils.get_total_norm(grads)
-        if self.anywhere(not bool(torch.isfinite(loss.detach() + norm))):
-            what = f"loss {float(loss.detach())}, gradient norm {float(norm)}; it was not updated"
+        if self.anywhere(not bool(torch.isfinite(loss + norm))):
+            what = f"loss {float(loss)}, gradient norm {float(norm)}; it was not updated"
             raise self._non_finite(turn.player, what)
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters[turn.player], self.config.max_grad_norm, norm)
@@ -128,8 +128,17 @@ class Trainer:
             group["lr"] = self._learning_rate(turn.player) * turn.lr_factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        logs = {"loss": loss, **outcome.shown, "grad_norm": norm}
-        return {name: value.detach() for name, value in logs.items()}
+        return {**logs, "grad_norm": norm}
+
+    def _backward(self, turn: Turn, part: Batch) -> dict[str, Tensor]:
+        """Add a part's share of the gradient; returns its share of what is logged."""
+        # Dropout draws from the global generator; seeding it makes the masks a function of the step too.
+        torch.manual_seed(seed_for(*part.key, turn.player, "global"))
+        with self.accelerator.autocast():
+            outcome = turn.loss(part)
+        n = self.config.accumulate
+        self.accelerator.backward(outcome.loss / n)
+        return {name: value.detach() / n for name, value in {"loss": outcome.loss, **outcome.shown}.items()}
 
     def _learning_rate(self, player: str) -> float:
         c = self.config
@@ -399,6 +408,12 @@ def accelerator_for(config: FitConfig, out: Path) -> Accelerator:
     if not torch.distributed.is_initialized():
         # Accelerate keeps its first settings for the whole process; a second run here may have others.
         AcceleratorState._reset_state(reset_partial_state=True)
+    if config.batch_size % config.accumulate:
+        fits = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+        raise UserError(
+            f"accumulate: a batch of {config.batch_size} is not {config.accumulate} equal parts; use one of "
+            f"{', '.join(map(str, fits))}, or another batch_size"
+        )
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=config.mixed_precision,

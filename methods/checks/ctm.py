@@ -83,6 +83,7 @@ class _Linear(LatentAdversary):
 
     def __init__(self, teacher: Teacher, options: Any):
         self.teacher, self.options, self.heads = teacher.denoiser, options, nn.ModuleList()
+        self.samples = {}
 
     def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Any) -> Tensor:
         return (diffuse(x, t, eps) @ SLOPE)[None]

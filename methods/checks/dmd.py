@@ -104,7 +104,7 @@ def _regression_checks() -> Iterator[Check]:
         """The gradient of all that the student's turn minimises, for one batch's noise."""
         parts = affine_game(mu, s, mean, scale)
         method = _dmd(parts, Config(normalise=False, regression_weight=weight))
-        return gradient(method.student_turn([], batch).loss, parts.generator.mean, parts.generator.scale)
+        return gradient(method.student_turn({}, batch).loss, parts.generator.mean, parts.generator.scale)
 
     for weight in (0.25, 0.5):
         added = whole(2 * weight, m, b) - whole(weight, m, b)

@@ -55,7 +55,7 @@ class _Known(LatentAdversary):
     """The method's own adversary with a discriminator that is a function of the noised image, at one time."""
 
     def __init__(self, teacher: Teacher, options: Any, function: Callable[[Tensor], Tensor] | None = None):
-        self.teacher, self.options = teacher.denoiser, options
+        self.teacher, self.options, self.samples = teacher.denoiser, options, {}
         self.heads, self.function = nn.ModuleList(), function or (lambda x_t: x_t @ SLOPE)
 
     def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:

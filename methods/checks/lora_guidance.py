@@ -102,7 +102,7 @@ def _turns(x0: Tensor, labels: Cond) -> Iterator[Check]:
         return (SCALE - 1) ** 2 * apart.square().mean()
 
     method = _method(MEANS)
-    times = math.pi / 2 * torch.rand(16, generator=batch.generator("student/t"), dtype=torch.float64)
+    times = math.pi / 2 * batch.uniform("student/t")
     yield equal("a turn on noised data", closed_at(times), method.on_data(batch).loss, 1e-9)
     method = _method(MEANS, trajectories=True, trajectory_steps=4)
     turn, times = method.on_trajectories(batch).loss, sampling_grid(method.schedule, 4)[torch.arange(16) // 4]

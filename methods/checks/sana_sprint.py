@@ -58,6 +58,9 @@ SLOPE = torch.tensor([0.4, -1.1]).double()
 REAL: dict[str, Any] = {"derivative": SanaSprint.derivative}
 
 
+SOME = Batch(1, (2,), {}, None, torch.device("cpu"), (0, 0, 0))
+
+
 def verify() -> Iterator[Check]:
     """Section 2.3's sanity items, and the mistakes that they must catch."""
     yield from _tangent()
@@ -72,6 +75,7 @@ class _Linear(LatentAdversary):
 
     def __init__(self, teacher: Teacher, options: Any):
         self.teacher, self.options, self.heads = teacher.denoiser, options, nn.ModuleList()
+        self.samples = {}
 
     def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Any) -> Tensor:
         return (diffuse(x, t, eps) @ SLOPE)[None]
@@ -129,7 +133,7 @@ def _start_of_warmup() -> Iterator[Check]:
     nn.init.constant_(method.weight.double().linear.bias, 0.7)
     expected = math.exp(-0.7) / math.tan(0.7) * g.square().mean()
     yield equal("the loss is the weighted |g/(|g| + c)|^2", expected, method.regression(0, at).loss, 1e-9)
-    yield equal("the adaptive weight's loss", expected + 0.7, method.weight_turn(None).loss, 1e-6)  # type: ignore[arg-type]
+    yield equal("the adaptive weight's loss", expected + 0.7, method.weight_turn(SOME).loss, 1e-6)
 
 
 def _guided() -> Iterator[Check]:
@@ -157,7 +161,7 @@ def _guided() -> Iterator[Check]:
 
 def _both_terms() -> Iterator[Check]:
     """The student's gradient is that of the consistency, and the weighted one of a linear discriminator."""
-    t, angle = 0.8, lambda schedule, n, *rest: torch.full((n,), 0.8, dtype=torch.float64)
+    t, angle = 0.8, lambda schedule, n, *rest, **more: torch.full((n,), 0.8, dtype=torch.float64)
     draw = torch.Generator().manual_seed(1)
     images = MEAN + STD * torch.randn(64, 2, generator=draw, dtype=torch.float64)
     batch = Batch(64, (2,), {}, images, images.device, (0, 0, 0))

@@ -16,6 +16,7 @@ from diffdistill.exact.analytic import FlowToData, GaussianMixture, gaussian_tea
 from diffdistill.exact.checks import AnyField, Check, differs, equal, gauss_hermite, gradient, mistake, two_points
 from diffdistill.methods.scm import SCM, Config
 from diffdistill.players.teacher import Teacher
+from diffdistill.scaffold.method import Batch
 from diffdistill.scaffold.tangent import Point, TangentMethod, normalised
 
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
@@ -46,6 +47,9 @@ PLANE = {
 }
 
 MEAN, STD = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
+
+
+SOME = Batch(1, (2,), {}, None, torch.device("cpu"), (0, 0, 0))
 
 
 def verify() -> Iterator[Check]:
@@ -211,7 +215,7 @@ def _loss() -> Iterator[Check]:
         with mistake(torch.Tensor, "detach", lambda self: self):
             wrong = gradient(method.regression(10**9, at).loss, *network.parameters())
         yield differs(f"... which a target with a gradient has not, {norm}", closed, wrong, 1e-3)
-        loss = method.weight_turn(None).loss  # type: ignore[arg-type]
+        loss = method.weight_turn(SOME).loss
         yield equal(f"the adaptive weight's loss, {norm}", expected + 0.7, loss, 1e-6)
         rest = gradient(loss, method.weight.linear.bias)
         yield equal(f"... and its gradient, 1 - e^(-w) error, {norm}", 1 - expected, rest[0], 1e-6)

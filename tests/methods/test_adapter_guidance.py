@@ -264,12 +264,13 @@ def test_one_guided_call_and_one_pass_a_step(tiny_teacher: Teachers) -> None:
     assert calls == [12, 8, 4] + [16, 8] * 6
 
 
-def test_the_chains_of_another_rank_begin_anew() -> None:
+def test_the_chains_of_other_samples_begin_anew() -> None:
     teacher = class_teacher()
     chains = GuidedChains(teacher, 4, 1.0, 3.0)
 
     def batch(step: int, rank: int) -> Batch:
-        return Batch(4, (2,), {"class_labels": torch.zeros(4).long()}, None, torch.device("cpu"), (0, step, rank))
+        key = (0, step, 4 * rank)
+        return Batch(4, (2,), {"class_labels": torch.zeros(4).long()}, None, torch.device("cpu"), key, total=8)
 
     first = chains.points(batch(0, 0), teacher.denoiser)
     resumed = GuidedChains(teacher, 4, 1.0, 3.0)

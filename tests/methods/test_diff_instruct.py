@@ -100,7 +100,7 @@ def test_the_students_gradient_leaves_the_fake_score_alone(tiny_teacher: Callabl
     method = DiffInstruct(load_teacher(tiny_teacher("vp")), Config())
     only_trains("student", trainable(method.players))
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 0, 0))
-    outcome = method.student_turn([], batch)
+    outcome = method.student_turn({}, batch)
     assert float(outcome.shown["gap"]) == 0  # at the start both networks are one; dropout in either would show
     outcome.loss.backward()
     assert all(p.grad is None for p in method.fake_score.parameters())

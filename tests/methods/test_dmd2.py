@@ -116,7 +116,7 @@ def test_the_gap_begins_at_zero(tiny_teacher: Callable[[str], Path]) -> None:
     """Teacher and fake score are the same network then; dropout in one of them would show."""
     method = DMD2(load_teacher(tiny_teacher("vp")), Config())
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 0, 0))
-    assert float(method.student_turn([], batch).shown["gap"]) == 0
+    assert float(method.student_turn({}, batch).shown["gap"]) == 0
 
 
 def test_the_students_gan_gradient_leaves_the_critic_alone(tiny_teacher: Callable[[str], Path]) -> None:
@@ -124,7 +124,7 @@ def test_the_students_gan_gradient_leaves_the_critic_alone(tiny_teacher: Callabl
     only_trains("student", trainable(method.players))
     data = torch.randn(4, 1, 8, 8)
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, data, torch.device("cpu"), (0, 0, 0))
-    method.student_turn([], batch).shown["gan"].backward()
+    method.student_turn({}, batch).shown["gan"].backward()
     assert all(p.grad is None for p in method.players["fake_score"].parameters())
     assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in method.student.parameters())
 

@@ -68,7 +68,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the weight's loss lacks w": (
         SCM,
         "weight_turn",
-        lambda self, batch: Outcome((torch.exp(-self.weight(self.errors[1])) * self.errors[0]).mean()),
+        lambda self, batch: Outcome((torch.exp(-self.weight(self.errors[0][1])) * self.errors[0][0]).mean()),
     ),
 }
 

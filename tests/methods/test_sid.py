@@ -78,14 +78,14 @@ def test_the_students_gradient_leaves_the_fake_score_alone(
     parameters = trainable(method.players)
     only_trains("student", parameters)
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 0, 0))
-    outcome = method.student_turn([], batch)
+    outcome = method.student_turn({}, batch)
     assert float(outcome.shown["gap"]) == 0  # at the start both networks are one; dropout in either would show
     outcome.loss.backward()
     assert all(p.grad is None for p in method.fake_score.parameters())
     assert all(p.grad is None for p in method.teacher.parameters())
     assert method.student.training and not method.fake_score.training
     only_trains("fake_score", parameters)
-    method.fake_score_turn([], batch).loss.backward()
+    method.fake_score_turn({}, batch).loss.backward()
     assert method.fake_score.training and not method.student.training
     assert any(bool(p.grad.any()) for p in method.fake_score.parameters() if p.grad is not None)
 
@@ -97,10 +97,10 @@ def test_guidance_is_one_batched_call_each(tiny_teacher: Callable[[str], Path]) 
     for name, denoiser in (("fake", method.fake_score), ("teacher", method.teacher.denoiser)):
         denoiser.network.register_forward_hook(lambda module, args, out, n=name: seen.append((n, len(args[0]))))
     batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, None, torch.device("cpu"), (0, 0, 0))
-    method.student_turn([], batch)
+    method.student_turn({}, batch)
     assert sorted(seen) == [("fake", 8), ("teacher", 8)]
     seen.clear()
-    method.fake_score_turn([], batch)
+    method.fake_score_turn({}, batch)
     assert seen == [("fake", 8)]
 
 
@@ -123,8 +123,8 @@ def test_what_a_guided_fake_score_learns_without_a_class_is_made_without_one(
     method.student.network.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["class_labels"]), with_kwargs=True
     )
-    method.fake_score_turn([], batch)
-    method.student_turn([], batch)
+    method.fake_score_turn({}, batch)
+    method.student_turn({}, batch)
     dropped, kept = seen
     assert torch.equal(dropped, method.fake_score_cond(batch)["class_labels"]) and bool((dropped == 10).any())
     assert torch.equal(kept, batch.cond["class_labels"])  # the student's own turn drops none

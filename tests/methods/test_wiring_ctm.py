@@ -20,6 +20,7 @@ from tests.scaffold.straight import (
     SIZE,
     TRIG,
     VP,
+    WHOLE,
     Plain,
     agree,
     batch_of,
@@ -28,10 +29,12 @@ from tests.scaffold.straight import (
     fold,
     gaussian,
     in_double,
+    mine,
     modes,
     noised,
     normal,
     scatter,
+    step_draw,
     uniform,
     whole,
 )
@@ -99,9 +102,9 @@ class Straight(OneGame):
         return torch.sqrt(gap.square().sum(1) + c**2) - c
 
     def denoising(self) -> Tensor:
-        made, n = draw(*self.key, "student/dsm t"), SIZE // 2
+        made, n = step_draw("student/dsm t", self.key), WHOLE // 2
         low = self.plain.log_normal(torch.randn(n, generator=made), -1.2, 1.2)
-        t = torch.cat([low, self.plain.karras(0.3 + 0.7 * torch.rand(SIZE - n, generator=made))])
+        t = mine(torch.cat([low, self.plain.karras(0.3 + 0.7 * torch.rand(WHOLE - n, generator=made))]), self.key)
         eps = normal("student/dsm eps", self.key)
         f = self.jump(noised(self.image, t, eps), t, t, self.labels)
         return (f - fold(torch.cos(t)) * eps + fold(torch.sin(t)) * self.image).square().mean()

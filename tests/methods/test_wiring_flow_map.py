@@ -18,15 +18,19 @@ from tests.scaffold.straight import (
     SIZE,
     TRIG,
     VP,
+    WHOLE,
     Plain,
     agree,
     draw,
     fold,
+    gaussian,
     in_double,
+    mine,
     modes,
     noised,
     normal,
     scatter,
+    step_draw,
     uniform,
 )
 
@@ -49,11 +53,11 @@ class Straight(OneGame):
         return self.plain.std * torch.sin(t) + torch.cos(t)
 
     def spans(self) -> tuple[Tensor, Tensor]:
-        c, made = self.c, draw(*self.key, "student/t")
-        first, second = (torch.rand(SIZE, generator=made) for _ in range(2))
+        c, made = self.c, step_draw("student/t", self.key)
+        first, second = (mine(torch.rand(WHOLE, generator=made), self.key) for _ in range(2))
         late, early = torch.maximum(first, second), torch.minimum(first, second)
         if c.spans == "length":
-            length = torch.sigmoid(c.length_mean + torch.randn(SIZE, generator=made))
+            length = torch.sigmoid(c.length_mean + mine(torch.randn(WHOLE, generator=made), self.key))
             early = (1 - length) * first
             late = early + length
         t, r = self.plain.at(late), self.plain.at(early)
@@ -106,8 +110,8 @@ class Straight(OneGame):
         return fold(self.rate(t)) * (f - (f - share * gap - (1 - share) * (f - v)).detach())
 
     def progressive(self, x: Tensor, t: Tensor, r: Tensor, v: Tensor, labels: Tensor) -> Tensor:
-        seed = draw(*self.key, "student/dropout").initial_seed()
-        h = torch.rand(SIZE, generator=draw(seed, "split")) if self.c.split == "uniform" else 0.5
+        seed = step_draw("student/dropout", self.key).initial_seed()
+        h = mine(torch.rand(WHOLE, generator=draw(seed, "split")), self.key) if self.c.split == "uniform" else 0.5
         s = (r + h * (t - r)).clamp(min=self.plain.ends()[0])
         end = self.lead(self.lead(x, t, s, labels), s, r, labels)
         whole = torch.where(t > r, torch.sin(t - r), 1.0)
@@ -164,7 +168,7 @@ class Straight(OneGame):
         return values | more | {"loss": values["loss"] + more["loss"]}
 
     def fake_turn(self) -> Values:
-        u = torch.sigmoid(torch.randn(SIZE, generator=draw(*self.key, "fake_score/t")))
+        u = torch.sigmoid(gaussian("fake_score/t", self.key))
         t, eps = self.plain.at(u), normal("fake_score/eps", self.key)
         x0, noise = self.plain.x0_eps(self.fake, noised(self.x, t, eps), t, class_labels=self.labels)
         cos, sin = fold(torch.cos(t)), fold(torch.sin(t))

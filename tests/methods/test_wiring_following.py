@@ -18,9 +18,9 @@ from tests.scaffold.straight import (
     EPS,
     FLOW,
     KEY,
-    SIZE,
     TRIG,
     VP,
+    WHOLE,
     Plain,
     agree,
     batch_of,
@@ -29,11 +29,13 @@ from tests.scaffold.straight import (
     fold,
     gaussian,
     in_double,
+    mine,
     modes,
     nets,
     noised,
     normal,
     scatter,
+    step_draw,
     uniform,
     whole,
 )
@@ -192,8 +194,8 @@ class Straight:
         ends = [*tops[1:], 0.0]
         done = min(self.step / c.anneal_steps, 1)
         parts = max(1, round(c.teacher_steps_start ** (1 - done) * c.teacher_steps_end**done / c.segments))
-        made = draw(*self.key, "student/t")
-        row, i = (torch.randint(n, (SIZE,), generator=made) for n in (c.segments, parts))
+        made = step_draw("student/t", self.key)
+        row, i = (mine(torch.randint(n, (WHOLE,), generator=made), self.key) for n in (c.segments, parts))
         top, e = torch.tensor(tops)[row], torch.tensor(ends)[row]
         t, r = (torch.lerp(top, e, k / parts).clamp_min(plain.ends()[0]) for k in (i, i + 1))
         r = torch.where(i + 1 == parts, e, r)

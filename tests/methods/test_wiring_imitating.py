@@ -16,6 +16,7 @@ from tests.scaffold.straight import (
     SIZE,
     TRIG,
     VP,
+    WHOLE,
     Plain,
     agree,
     batch_of,
@@ -36,7 +37,7 @@ def batch_at(key: tuple[int, ...]) -> Batch:
     """Other classes in every step."""
     batch = batch_of(key)
     labels = (batch.cond["class_labels"] + key[1]) % 3
-    return Batch(SIZE, batch.shape, {"class_labels": labels}, batch.x0, batch.device, key)
+    return Batch(SIZE, batch.shape, {"class_labels": labels}, batch.x0, batch.device, key, total=WHOLE)
 
 
 class Straight:
@@ -95,7 +96,7 @@ class Straight:
         with torch.no_grad():
             if not self.chains:
                 self.chains = self.fresh("chains/start", batch)
-                starts = torch.tensor([i * n // SIZE for i in range(SIZE)])
+                starts = torch.tensor([i * n // WHOLE for i in range(batch.key[2], batch.key[2] + SIZE)])
                 for k in range(n):
                     self.chains[0] = torch.where(fold(starts) > k, self.moved(), self.chains[0])
                     self.chains[1] = torch.where(starts > k, k + 1, self.chains[1]).clamp_max(n - 1)
@@ -184,7 +185,7 @@ def test_the_sampler_is_ddim_at_the_options_steps(plain: Plain) -> None:
     assert angles == pytest.approx(grid[:-1].tolist(), rel=1e-9)
 
 
-def test_chains_begin_anew_for_another_rank_or_size() -> None:
+def test_chains_begin_anew_for_other_samples() -> None:
     straight = Straight("adapter_guidance", {**RANGE, "trajectory_steps": 4}, VP)
     chains: Any = straight.method.chains
 
@@ -193,11 +194,15 @@ def test_chains_begin_anew_for_another_rank_or_size() -> None:
 
     first = points((5, 1, 0))
     assert torch.equal(points((5, 2, 0)), first), "nothing moves them but a step"
-    assert not torch.equal(points((5, 2, 1)), first) and int(chains.rank) == 1
+    assert not torch.equal(points((5, 2, 1)), first) and int(chains.first) == 1
+    assert len(chains.step) == SIZE, "of those samples alone"
+    later = points((5, 2, 7))  # those after the last, as the next part of a batch
+    assert torch.equal(chains.x_t[SIZE:], later) and not torch.equal(points((5, 2, 1)), later)
     again = Straight("adapter_guidance", {**RANGE, "trajectory_steps": 4}, VP)
     kept: Any = again.method.chains
     kept.load_state_dict(chains.state_dict())
-    assert torch.equal(kept.points(batch_at((5, 3, 1)), again.method.teacher).x_t, chains.x_t)
+    assert torch.equal(kept.points(batch_at((5, 3, 7)), again.method.teacher).x_t, later)
+    assert torch.equal(kept.x_t, chains.x_t)
     assert torch.equal(kept.cond["class_labels"], chains.cond["class_labels"])
     assert torch.equal(kept.scale, chains.scale) and torch.equal(kept.step, chains.step)
 

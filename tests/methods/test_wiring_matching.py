@@ -20,6 +20,7 @@ from tests.scaffold.straight import (
     SIZE,
     TRIG,
     VP,
+    WHOLE,
     Plain,
     agree,
     batch_of,
@@ -300,7 +301,7 @@ def test_the_student_moves_in_every_so_manieth_step() -> None:
 def test_each_level_of_a_student_of_several_steps_is_trained_on_its_own_input(plain: Plain) -> None:
     seen = set()
     for step in range(0, 12):
-        key = (5, step, 1)
+        key = (5, step, 4)
         straight = Straight("dmd2", {"student_steps": 3, "update_ratio": 1, "guidance_scale": 1.6}, plain, key)
         seen.add(int(torch.randint(3, (), generator=draw(5, step, "student/level"))))
         assert play(straight) == ["student", "fake_score"]
@@ -390,13 +391,13 @@ def test_whose_dropout_is_on(name: str, ratio: int, step: int) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_only_the_batch_says_what_is_drawn(name: str) -> None:
-    """Another step, rank or seed draws everything anew, and the global generator takes no part."""
+    """Another step, place in it or seed draws everything anew, and the global generator takes no part."""
     losses = []
     for key in ((5, 4, 1), (5, 4, 0), (5, 6, 1), (3, 4, 1), (5, 4, 1)):
         torch.manual_seed(0)  # of the weights
         straight = Straight(name, {"update_ratio": 1}, TRIG, key)
         batch = batch_of(pairs=True)
-        batch = Batch(SIZE, batch.shape, batch.cond, batch.x0, batch.device, key, batch.pair)
+        batch = Batch(SIZE, batch.shape, batch.cond, batch.x0, batch.device, key, batch.pair, WHOLE)
         torch.manual_seed(len(losses))
         losses.append([float(turn.loss(batch).loss.detach()) for turn in straight.method.turns(0)])
     assert losses[0] == losses[-1]

@@ -14,18 +14,19 @@ from tests.scaffold.straight import (
     EPS,
     FLOW,
     KEY,
-    SIZE,
     TRIG,
     VP,
+    WHOLE,
     Plain,
     agree,
     batch_of,
-    draw,
     fold,
     in_double,
+    mine,
     modes,
     normal,
     scatter,
+    step_draw,
     uniform,
 )
 
@@ -55,7 +56,7 @@ class Straight(OneGame):
         row = torch.tensor([1 + (least - 1) * k / (c.states - 1) for k in range(c.states)])
         row = s * row / (1 + (s - 1) * row)
         cells = torch.atan2(row, 1 - row).clamp(plain.ends()[0], float(top[0]))
-        u = torch.rand(c.states - 1, SIZE, generator=draw(*self.key, "student/t"))
+        u = mine(torch.rand(c.states - 1, WHOLE, generator=step_draw("student/t", self.key)).T, self.key).T
         t, states = top, []
         for k in range(c.states - 1):
             x0, eps = plain.guided(self.teacher, x, t, self.labels, self.scales)

@@ -22,8 +22,9 @@ from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule, Tri
 from diffdistill.players.teacher import Teacher, only_trains, trainable
 from diffdistill.scaffold.method import Batch, Method, Pair, Turn
 
-SHAPE, CLASSES, SIZE, KEY = (1, 3, 3), 3, 6, (5, 4, 1)
-"""Of a sample; without the null class, which is the last label; of a batch; seed, step and rank."""
+SHAPE, CLASSES, SIZE, WHOLE, KEY = (1, 3, 3), 3, 6, 13, (5, 4, 4)
+"""Of a sample; without the null class, which is the last label; of a batch, and of the step, of which it is a part;
+seed, step and the place of its first sample."""
 
 
 # -- noise, from the names of what it is for ---------------------------------------------------------------------------
@@ -34,21 +35,31 @@ def draw(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+def step_draw(purpose: str, key: tuple[int, ...] = KEY) -> torch.Generator:
+    """Of all samples of a step."""
+    return draw(*key[:2], 0, purpose)
+
+
+def mine(of_the_step: Tensor, key: tuple[int, ...] = KEY) -> Tensor:
+    """The batch's rows."""
+    return of_the_step[key[2] : key[2] + SIZE]
+
+
 def normal(purpose: str, key: tuple[int, ...] = KEY) -> Tensor:
-    return torch.randn(SIZE, *SHAPE, generator=draw(*key, purpose))
+    return mine(torch.randn(WHOLE, *SHAPE, generator=step_draw(purpose, key)), key)
 
 
 def uniform(purpose: str, key: tuple[int, ...] = KEY) -> Tensor:
-    return torch.rand(SIZE, generator=draw(*key, purpose), dtype=torch.float64)
+    return mine(torch.rand(WHOLE, generator=step_draw(purpose, key), dtype=torch.float64), key)
 
 
 def whole(n: int, purpose: str, key: tuple[int, ...] = KEY) -> Tensor:
-    return torch.randint(n, (SIZE,), generator=draw(*key, purpose))
+    return mine(torch.randint(n, (WHOLE,), generator=step_draw(purpose, key)), key)
 
 
 def gaussian(purpose: str, key: tuple[int, ...] = KEY) -> Tensor:
     """(B,) standard normal."""
-    return torch.randn(SIZE, generator=draw(*key, purpose), dtype=torch.float64)
+    return mine(torch.randn(WHOLE, generator=step_draw(purpose, key), dtype=torch.float64), key)
 
 
 def fold(t: Tensor) -> Tensor:
@@ -277,7 +288,7 @@ def batch_of(key: tuple[int, ...] = KEY, *, images: bool = True, pairs: bool = F
     x0, z, pair_x0 = (torch.randn(SIZE, *SHAPE, generator=made, dtype=torch.float64) for _ in range(3))
     pair = Pair(z, pair_x0, {"class_labels": torch.tensor([1, 1, 0, 2, 2, 0])}) if pairs else None
     x0_or_none = x0 if images else None
-    return Batch(SIZE, SHAPE, {"class_labels": labels}, x0_or_none, torch.device("cpu"), key, pair)
+    return Batch(SIZE, SHAPE, {"class_labels": labels}, x0_or_none, torch.device("cpu"), key, pair, WHOLE)
 
 
 def trained(method: Method) -> dict[str, list[nn.Parameter]]:

@@ -331,16 +331,16 @@ def test_batches_are_their_straight_line(rank: int, world: int, dropout: float, 
     get = batches(config, teacher, data, machine(rank, world), label_dropout=dropout, pairs=Pairs())
     free = batches(config, teacher, None, machine(rank, world), label_dropout=dropout)
     for step in (0, 1, 5, 9):
-        batch, key = get(step), (seed, step, rank)
+        batch, key, mine = get(step), (seed, step, rank * size), slice(rank * size, (rank + 1) * size)
         assert (batch.size, batch.shape, batch.key) == (size, SHAPE, key)
         i = order(n, size, step, seed, rank, world)
         assert torch.allclose(batch.images, images[i] / 0.5, rtol=1e-12)
-        drop = torch.rand(size, generator=draw(*key, "label dropout")) < dropout
+        drop = torch.rand(size * world, generator=draw(seed, step, 0, "label dropout"))[mine] < dropout
         assert torch.equal(batch.cond["class_labels"], torch.where(drop, CLASSES, labels[i]))
         j = order(n, size, step, draw(seed, "pairs").initial_seed(), rank, world)
         assert batch.pair is not None and torch.equal(batch.pair.z, made[j])
         assert torch.equal(batch.pair.x0, ends[j]) and torch.equal(batch.pair.cond["class_labels"], theirs[j])
-        drawn = torch.randint(CLASSES, (size,), generator=draw(*key, "condition"))
+        drawn = torch.randint(CLASSES, (size * world,), generator=draw(seed, step, 0, "condition"))[mine]
         alone = free(step)
         assert torch.equal(alone.cond["class_labels"], torch.where(drop, CLASSES, drawn))
         assert alone.x0 is None and alone.pair is None and alone.key == key
