@@ -29,7 +29,7 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -52,7 +52,7 @@ from diffdistill.rng import generator
 from diffdistill.scaffold.adversary import LatentAdversary
 from diffdistill.scaffold.following import FollowingMethod, trajectory_grid
 from diffdistill.scaffold.method import Batch, Outcome, Turn
-from diffdistill.scaffold.tangent import two_time_player
+from diffdistill.scaffold.tangent import jumps_by_default, two_time_player
 
 ABOUT = About(
     paper="Kim et al. 2023, arXiv:2310.02279",
@@ -112,6 +112,10 @@ class CTM(FollowingMethod[Span]):
 
     def sampler(self) -> Sampler:
         return Sampler(self.student, super().sampler().levels, gamma_step(self.config.gamma))
+
+    def in_steps(self, steps: int) -> None:
+        self.config = replace(self.config, student_steps=steps)
+        jumps_by_default(self.student, steps, self.config.student_level)
 
     def interval(self, step: int, batch: Batch) -> Span:
         """n is the same for all samples and processes; t and s are uniform on what it leaves of the grid."""

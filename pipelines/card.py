@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,12 @@ def model_card(
     form: str = "pipeline",
     folder: Path | None = None,
     place: str | None = None,
+    others: Collection[int] = (),
 ) -> str:
     """README.md of a student: teacher, method, settings, license, and the lines that load it in stock diffusers.
 
     `form` is what the folder holds, as in its record; `folder` the folder itself, by which the card says what files
-    there are; `place` the hub id that it is uploaded to.
+    there are; `place` the hub id that it is uploaded to; `others` the other numbers of steps that the folder serves.
     """
     levels = ", ".join(f"{level:g}" for level in sampler.levels)
     steps, network = len(sampler.levels), sampler.denoiser.network
@@ -81,7 +83,7 @@ def model_card(
     both = form == "pipeline" and isinstance(network, LoraNetwork) and entry.loads_lora
     lora = both and (folder is None or (folder / "lora").is_dir())
     file = entry.single_file and form == "pipeline" and not adapted and _is_one_file(folder, entry)
-    own = entry.autoencoder is not None and not adapted
+    own = (entry.autoencoder is not None or others) and not adapted
     values = metadata(teacher.source, entry, info.name, theirs, relation="adapter" if form == "lora" else "finetune")
     what = "The LoRA is" if form == "lora" else "The network's weights are"
     return f"""{head(values)}# A {steps}-step student of {public_name(teacher.source)}
@@ -90,8 +92,8 @@ Distilled with diffdistill by {info.name} ({info.about.paper}), {step} steps.
 
 {where.code(form)}
 {where.lora() if lora else ""}{where.single_file() if file else ""}
-{where.own_pipeline(form, subject) if own else ""}The call makes {steps} step{"s" if steps > 1 else ""}, with the \
-student's own scheduler in `scheduler/`; the levels
+{where.own_pipeline(form, subject, others) if own else ""}The call makes {steps} step{"s" if steps > 1 else ""}, \
+with the student's own scheduler in `scheduler/`; the levels
 (timestep or sigma) are {levels}. {what} stored in {_lora_type(dtype) if form == "lora" else kind}. diffdistill need \
 not be installed. Image i
 of `diffdistill sample --seed S` is that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
@@ -223,13 +225,17 @@ network = {network}.from_single_file("{file}", config="{self.place}", subfolder=
 ```
 """
 
-    def own_pipeline(self, form: str, subject: str) -> str:
-        """How the file that gives the stock pipeline the student's own call is used."""
+    def own_pipeline(self, form: str, subject: str, others: Collection[int]) -> str:
+        """How the file that gives the stock pipeline the student's own call, and other numbers of steps, is used."""
         use = f'custom_pipeline="{self.place}", trust_remote_code=True'
         text = f"These arguments are in `{FILE}` too, where `generator` seeds the noise of every step in any family:\n"
         if form != "pipeline":
             return f"{text}add `{use}` to `DiffusionPipeline.from_pretrained(..)`, and call `pipeline({subject})`.\n\n"
-        return f'{text}`DiffusionPipeline.from_pretrained("{self.place}", {use})({subject})`.\n\n'
+        more = ""
+        if others:
+            known = ", ".join(str(n) for n in sorted([*others, len(self.sampler.levels)]))
+            more = f"\nSo loaded, it draws in other numbers of steps too, `num_inference_steps=` one of {known}.\n"
+        return f'{text}`DiffusionPipeline.from_pretrained("{self.place}", {use})({subject})`.\n{more}\n'
 
 
 def _name(kind: str | type) -> str:

@@ -39,6 +39,7 @@ from diffdistill.files import atomic_folder
 from diffdistill.pipelines.origin import copy_licenses, remove_paths
 from diffdistill.pipelines.shipped import adapted_pipeline
 from diffdistill.pipelines.shipped.student_pipeline import FILE, pipeline_file
+from diffdistill.pipelines.steps import OtherSteps
 from diffdistill.players import adapter_networks
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.guidance_adapters import write_adapters
@@ -49,6 +50,7 @@ from diffdistill.players.teacher import Teacher
 Card = str | Callable[[str, Path], str]
 """A model card's text, or a function of what the folder holds (a record's `form`) and of the folder."""
 SAVED = SavingConfig()
+OWN_STEPS = OtherSteps()
 
 
 @contextmanager
@@ -81,13 +83,14 @@ def save_pipeline(
     source: str | None = None,
     dtype: str | None = None,
     saving: SavingConfig = SAVED,
+    others: OtherSteps = OWN_STEPS,
 ) -> Path:
     """Write a diffusers folder with its model card, whole or not at all.
 
     A latent family's other parts are those of the pipeline `source`: copied, linked, or (`saving.parts`) left out. A
     LoRA student is saved merged, with its LoRA in the sub-folder `lora` where that can be loaded alone by the stock
     pipeline's `load_lora_weights`, or (`saving.export`) as one of the two alone. `dtype` names the type of the
-    network's weights; None: that of the source's.
+    network's weights; None: that of the source's. `others` are the other numbers of steps that a whole pipeline serves.
     """
     entry = FAMILIES[family]
     teacher = None if source is None else local_folder(source)
@@ -99,7 +102,7 @@ def save_pipeline(
             _write_lora(made, entry, network, scheduler, kept, dtype)
         else:
             _write_network(made, entry, network, scheduler, teacher, dtype, saving)
-            _write_call(made, entry, kept)
+            _write_call(made, entry, kept, others if form == "pipeline" else OWN_STEPS)
         copy_licenses(teacher, made)
         if isinstance(network, AdaptedNetwork):
             assert isinstance(record, StudentRecord)
@@ -184,10 +187,15 @@ def _write_lora(
     _write_call(folder, entry, record)
 
 
-def _write_call(folder: Path, entry: Family, record: Record) -> None:
-    """The file that gives the stock pipeline the student's own call."""
-    if isinstance(record, StudentRecord) and record.call is not None:
-        (folder / FILE).write_text(pipeline_file(entry.class_names[0], record.call), encoding="utf-8")
+def _write_call(folder: Path, entry: Family, record: Record, others: OtherSteps = OWN_STEPS) -> None:
+    """The file that gives the stock pipeline the student's own call, and other numbers of steps."""
+    if not isinstance(record, StudentRecord) or (record.call is None and not others.schedulers):
+        return
+    if others.schedulers:
+        others.write(folder)
+    call = record.call or {"num_inference_steps": len(record.levels)}
+    source = pipeline_file(entry.class_names[0], entry.component, call, others.schedulers)
+    (folder / FILE).write_text(source, encoding="utf-8")
 
 
 def save_network(folder: Path, teacher: Teacher, network: nn.Module, record: StudentRecord, card: str) -> Path:

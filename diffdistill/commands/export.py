@@ -20,6 +20,7 @@ from diffdistill.pipelines.export import SAVED, check_saving, other_parts, save_
 from diffdistill.pipelines.hub import check_upload, upload
 from diffdistill.pipelines.record import new_student_record
 from diffdistill.pipelines.schedulers import student_scheduler
+from diffdistill.pipelines.steps import other_steps
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.training.assemble import Game, load_run
 from diffdistill.training.inputs import check_inputs, inputs_of
@@ -123,8 +124,10 @@ def export_student(game: Game, folder: Path, step: int, dtype: str | None = None
         return save_network(folder, teacher, network, record, own_card(game.recipe, options, teacher, sampler, step))
     described = partial(model_card, game.recipe, options, teacher, sampler, step, dtype, place=saving.push_to_hub)
 
-    def card(form: str, made: Path) -> str:
-        return described(form=form, folder=made)
+    scheduler, others = student_scheduler(teacher, sampler), other_steps(game.method, teacher)
 
-    scheduler = student_scheduler(teacher, sampler)
-    return save_pipeline(folder, teacher.family, network, scheduler, record, card, teacher.source, dtype, saving)
+    def card(form: str, made: Path) -> str:
+        return described(form=form, folder=made, others=others.schedulers if form == "pipeline" else ())
+
+    source = teacher.source
+    return save_pipeline(folder, teacher.family, network, scheduler, record, card, source, dtype, saving, others)

@@ -15,7 +15,13 @@ from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.core.prediction import Prediction, diffuse, expand
 from diffdistill.core.schedule import DiscreteVP, Schedule
 from diffdistill.players.lora import LoraNetwork
-from diffdistill.players.two_times import low_rank_changes, second_times, with_one_time
+from diffdistill.players.two_times import (
+    Change,
+    changes_to_one_time,
+    low_rank_changes,
+    second_times,
+    with_one_time,
+)
 
 
 class Step(Protocol):
@@ -150,17 +156,27 @@ class Sampler:
         are any conditions, one for each of the n levels.
         """
         network: nn.Module = self.denoiser.network
-        lora = isinstance(network, LoraNetwork)
-        equal = len(self.levels) == 1 or isinstance(self.step, DDIM)
-        if not self.two_times or (equal and not lora):
+        if not self.two_times or (self.equal_jumps and not isinstance(network, LoraNetwork)):
             return network
-        weight = next(network.parameters())
+        at = self._jumps(shape, cond)
+        if isinstance(network, LoraNetwork):
+            return network.with_changes(low_rank_changes(self.denoiser, *at), folds_inputs=self.equal_jumps)
+        return with_one_time(self.denoiser, *at)
+
+    @property
+    def equal_jumps(self) -> bool:
+        """Whether all steps jump equally far in the schedule's own time."""
+        return len(self.levels) == 1 or isinstance(self.step, DDIM)
+
+    def changes(self, shape: Sequence[int], cond: Cond) -> dict[str, Change]:
+        """By layer, what `network` of a student of two times has changed where its embedding takes the gap."""
+        return changes_to_one_time(self.denoiser, *self._jumps(shape, cond), self.equal_jumps)
+
+    def _jumps(self, shape: Sequence[int], cond: Cond) -> tuple[Tensor, Tensor, Tensor, Cond]:
+        weight = next(self.denoiser.network.parameters())
         t = torch.stack([self.denoiser.schedule.angle(level) for level in self.levels]).to(weight.device)
         r = torch.stack([self.leads(k) for k in range(len(self.levels))]).to(weight.device)
-        at = weight.new_zeros(len(t), *shape), t, r, cond
-        if isinstance(network, LoraNetwork):
-            return network.with_changes(low_rank_changes(self.denoiser, *at), folds_inputs=equal)
-        return with_one_time(self.denoiser, *at)
+        return weight.new_zeros(len(t), *shape), t, r, cond
 
     def start(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and t (B,) at the first level, for standard normal z (B, ...)."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -232,6 +232,49 @@ def low_rank_changes(
         k = int((s > 1e-9 * s[0]).sum()) or 1
         changes[name] = u[:, :k].T @ torch.linalg.pinv(hidden).T, v[:k].T * s[:k]
     return {name: (down.float().cpu(), up.float().cpu()) for name, (down, up) in changes.items()}
+
+
+class Change(NamedTuple):
+    """Of a linear layer W h + b: B A is added to W and `bias` to b."""
+
+    down: Tensor  #: A (k, in)
+    up: Tensor  #: B (out, k)
+    bias: Tensor  #: (out,)
+
+    def after(self, other: Change) -> Change:
+        """What is to be added to a layer that has the other change, for it to have this one."""
+        down, up = torch.cat([self.down, other.down]), torch.cat([self.up, -other.up], 1)
+        return Change(down, up, self.bias - other.bias)
+
+
+@torch.no_grad()
+def changes_to_one_time(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: Cond, equal: bool
+) -> dict[str, Change]:
+    """By the name of each layer that takes the gap, the change with which the network of one time has it.
+
+    As `with_one_time` and `low_rank_changes` make it, or for `equal` jumps `without_second_time`. In float32.
+    """
+    changes = {}
+    for name, (hidden, added) in heard(denoiser, x_t, t, r, cond).items():
+        if equal:
+            part = _part(denoiser.network, name)
+            bias = part.of_gap(part.default)[0]
+            changes[name] = Change(hidden[:0], added[:0].T, bias)
+        elif isinstance(denoiser.network, LoraNetwork):
+            changes[name] = Change(torch.linalg.pinv(hidden).T, added.T, torch.zeros_like(added[0]))
+        else:
+            inverse = torch.linalg.pinv(torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1))
+            changes[name] = Change(inverse[:-1].T, added.T, inverse[-1] @ added)
+    return {name: Change(*(value.float().cpu() for value in change)) for name, change in changes.items()}
+
+
+def _part(network: Any, name: str) -> TimeGap:
+    """What takes the gap at that layer."""
+    if isinstance(network, LoraNetwork):
+        return next(part for part in network.inputs.values() if isinstance(part, AddedTime) and part.name == name)
+    part: Any = network.get_submodule(name)
+    return part
 
 
 def without_second_time(network: nn.Module) -> nn.Module:

@@ -15,13 +15,12 @@ from diffdistill.core.prediction import Prediction, expand
 from diffdistill.core.times import native_uniform
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher, frozen
-from diffdistill.players.two_times import second_times
 from diffdistill.rng import seeded
 from diffdistill.scaffold.following import set_dropout
 from diffdistill.scaffold.matching import dmd_loss, fake_score_loss
 from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.scaffold.simulation import rolled_out
-from diffdistill.scaffold.tangent import Point, TangentMethod, gap_of, two_time_player
+from diffdistill.scaffold.tangent import Point, TangentMethod, jumps_by_default, two_time_player
 
 
 class AverageMethod(TangentMethod):
@@ -48,8 +47,7 @@ class AverageMethod(TangentMethod):
     def in_steps(self, steps: int) -> None:
         """The same with so many jumps, whose length the student takes for its own."""
         super().in_steps(steps)
-        for layer in second_times(self.student):
-            layer.default.fill_(gap_of(self.schedule, steps, self.config.student_level))
+        jumps_by_default(self.student, steps, self.config.student_level)
 
     def some_equal(self, t: Tensor, r: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """t and r (B,), where r is t with the share `equal_share`."""

@@ -20,7 +20,7 @@ from diffdistill.core.schedule import Schedule, student_levels
 from diffdistill.errors import UserError
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher, frozen
-from diffdistill.players.two_times import time_input
+from diffdistill.players.two_times import second_times, time_input
 from diffdistill.rng import generator, seed_for, seeded
 from diffdistill.scaffold.following import change_student
 from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
@@ -200,6 +200,12 @@ def two_time_player(teacher: Teacher, steps: int, level: float | None) -> Denois
     One that is LoRA has the layers of that input beside its matrices.
     """
     return time_input(teacher.player("student"), default=gap_of(teacher.denoiser.schedule, steps, level))
+
+
+def jumps_by_default(student: Denoiser, steps: int, level: float | None) -> None:
+    """From now on the student takes the length of so many equal jumps for its own."""
+    for layer in second_times(student):
+        layer.default.fill_(gap_of(student.schedule, steps, level))
 
 
 def gap_of(schedule: Schedule, steps: int, level: float | None) -> float:
