@@ -136,10 +136,9 @@ class StudentPipeline({base}):
         if twice := sorted(named.keys() & given.keys()):
             raise TypeError(f"the call got {{twice[0]}} twice")
         call = {{**CALL, **named, **given}}
-        steps = call["num_inference_steps"]
-        with in_steps(self, {component!r}, CALL["num_inference_steps"], OTHERS, steps):
-            with seeded_steps(self, call.get("generator")):
-                return super().__call__(**call)
+        steps = in_steps(self, {component!r}, CALL["num_inference_steps"], OTHERS, call["num_inference_steps"])
+        with steps, seeded_steps(self, call.get("generator")):
+            return super().__call__(**call)
 
     def save_config(self, save_directory, *args, **kwargs):
         # What save_pretrained and push_to_hub write: {base} as diffusers has it, and this file beside it.
@@ -150,7 +149,6 @@ class StudentPipeline({base}):
         index.write_text(json.dumps(values, indent=2) + "\\n", encoding="utf-8")
         (Path(save_directory) / "{FILE}").write_bytes(Path(__file__).read_bytes())
         if OTHERS:
-            source, copy = steps_file(self), Path(save_directory) / STEPS_FILE
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(source.read_bytes())
+            (Path(save_directory) / "scheduler").mkdir(exist_ok=True)
+            (Path(save_directory) / STEPS_FILE).write_bytes(steps_file(self).read_bytes())
 '''
