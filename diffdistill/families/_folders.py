@@ -24,10 +24,10 @@ _EMBEDDED = {"digits": Path(__file__).parent / "assets" / "digits-teacher"}
 _CACHED = re.compile(r"(?:models|datasets)--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")
 
 
-def local_folder(name: str) -> Path:
+def local_folder(name: str, weights: bool = True) -> Path:
     """The folder of a model: of a path, a hub id or 'digits'. UserError where there is none.
 
-    A student that leaves parts to its teacher is a folder of links to its own files and the teacher's.
+    Without `weights` no file of weights is fetched from the hub. A student that leaves parts to its teacher is a folder of links to its own files and the teacher's.
     """
     if name in _EMBEDDED:
         return _EMBEDDED[name]
@@ -39,8 +39,8 @@ def local_folder(name: str) -> Path:
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.exists()
     if not looks_like_hub_id:
         raise UserError(f"teacher: {name!r} is not a folder; give a diffusers folder, a hub id or 'digits'")
-    folder = _fetched(name, NOT_LOADED)
-    if (folder / "model_index.json").is_file() and _has_variants_alone(folder):
+    folder = _fetched(name, NOT_LOADED if weights else [*NOT_LOADED, "*.safetensors"])
+    if weights and (folder / "model_index.json").is_file() and _has_variants_alone(folder):
         folder = _fetched(name, [pattern for pattern in NOT_LOADED if "fp16" not in pattern])
     return _whole(folder)
 

@@ -24,12 +24,12 @@ from diffdistill.families._parts import (
     LOADING,
     LORA,
     Config,
+    empty_part,
     load_part,
     null_parts,
     part_class,
     parts_of,
     read_json,
-    sized,
     weight_files,
     whole_index,
 )
@@ -47,14 +47,16 @@ def load_teacher(
     resolution: int | None = None,
     frames: int | None = None,
     dtype: torch.dtype = torch.float32,
+    weights: bool = True,
 ) -> Teacher:
     """A teacher from a diffusers folder, a hub id, or 'digits', the one embedded in this package.
 
     `null_class` is the class label that the teacher learned as "no class"; a folder made by diffdistill
     says it itself. `resolution` and `frames` choose the samples' size where the family has more than one. Only the
-    network is loaded, and only safetensors are read. Raises UserError for whatever cannot be used.
+    network is loaded, and only safetensors are read; without `weights` configs alone, and the network lies on the meta
+    device. Raises UserError for whatever cannot be used.
     """
-    folder = local_folder(fspath(path_or_hub_id))
+    folder = local_folder(fspath(path_or_hub_id), weights)
     family, index = family_of(folder)
     record = read_record(folder)
     scale = None
@@ -67,7 +69,10 @@ def load_teacher(
     made = read_json(part / "config.json").get("_class_name")
     if made not in (None, model.__name__):
         raise UserError(f"teacher: {part} holds a {made}; {model.__name__} is expected")
-    network = _with_lora(load_part(model, part, dtype), folder, family.component)
+    if weights:
+        network = _with_lora(load_part(model, part, dtype), folder, family.component)
+    else:
+        network = empty_part(model, part, dtype)
     source = Source(folder, index, scheduler, null_class, scale, resolution, frames)
     teacher = replace(_checked(family, network, source), family=family.name, source=fspath(path_or_hub_id))
     if family.conditions == "text":
@@ -135,12 +140,13 @@ def _with_defaults(config: Config) -> Config:
 
 def load_pipeline(
     folder: Path, *, leave_out: Sequence[str] = (), only: Sequence[str] | None = None, device: Any = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, weights: bool = True,
 ) -> Any:  # fmt: skip
     """The stock pipeline of a folder, in evaluation mode, without the parts in `leave_out`, or with `only` those.
 
     All weights are of the type `dtype`, whatever the files hold. What no image needs, such as a safety checker, is not
-    loaded. Raises UserError for a part that is missing, or whose files do not hold all of its weights.
+    loaded. Without `weights` all networks are made of their configs, on the meta device. Raises UserError for a part
+    that is missing, or whose files do not hold all of its weights.
     """
     family, index = family_of(folder)
     kind = diffusers_class(family.pipelines[0])
@@ -158,8 +164,8 @@ def load_pipeline(
                 + (f', or write "{name}": [null, null] in its model_index.json' if _optional(family, name) else "")
             )
         elif isinstance(own := part_class(index[name]), type) and issubclass(own, nn.Module):
-            parts[name] = load_part(own, folder / name, dtype)
-            if name == family.component:
+            parts[name] = (load_part if weights else empty_part)(own, folder / name, dtype)
+            if weights and name == family.component:
                 parts[name] = _with_lora(parts[name], folder, name)
     settings = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     try:
@@ -169,7 +175,7 @@ def load_pipeline(
         raise UserError(f"teacher: the pipeline in {folder} does not load ({first_line(error)})") from error
     pipeline.register_to_config(_name_or_path=str(folder))
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline.to(device) if weights else pipeline
 
 
 def _optional(family: Family, name: str) -> bool:
@@ -203,16 +209,7 @@ def _without_nulls(folder: Path, kind: Any, index: Config) -> Iterator[Path]:
 
 def describe(folder: Path, resolution: int | None = None, frames: int | None = None) -> Teacher:
     """The teacher of a folder from its configs alone: samples and classes are those of it, weights there are none."""
-    family, index = family_of(folder)
-    scheduler = _with_defaults(read_json(folder / "scheduler" / "scheduler_config.json"))
-    config = {k: v for k, v in sized(read_json(folder / family.component / "config.json")).items() if k[:1] != "_"}
-    try:
-        with torch.device("meta"):
-            network = diffusers_class(family.network).from_config(config)
-    except Exception as error:  # as for its teacher
-        part = folder / family.component / "config.json"
-        raise UserError(f"teacher: {part} is no config of {family.network} ({first_line(error)})") from error
-    return _checked(family, network, Source(folder, index, scheduler, resolution=resolution, frames=frames))
+    return load_teacher(folder, resolution=resolution, frames=frames, weights=False)
 
 
 def check_weights(name: str) -> None:

@@ -174,6 +174,22 @@ def stored_dtypes(folder: Path) -> tuple[dict[str, torch.dtype], torch.dtype]:
     return types, sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
+def empty_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The network of a part's config, on the meta device: no file of weights is read. UserError for another config."""
+    path = folder / "config.json"
+    try:
+        with torch.device("meta"):
+            if kind.__module__.startswith("transformers"):
+                network = kind(kind.config_class.from_pretrained(folder))
+            else:
+                network = kind.from_config({k: v for k, v in sized(read_json(path)).items() if k[:1] != "_"})
+    except UserError:
+        raise
+    except Exception as error:  # a config may hold anything
+        raise UserError(f"teacher: {path} is no config of {kind.__name__} ({first_line(error)})") from error
+    return network.to(dtype).eval()
+
+
 def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """A network of diffusers or transformers in this type; UserError unless the files hold every weight of it."""
     _, variant = weight_files(folder)

@@ -1,0 +1,103 @@
+"""Networks whose tensors have shapes and no values: what a call would hold in memory and compute, without doing it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+_ATEN = torch.ops.aten
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **named: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **named: Any
+) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+_FLOPS: dict[Any, Callable[..., int]] = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""Of torch's operators that its own counter does not know."""
+
+
+class Weightless(TorchDispatchMode):
+    """Inside the block, whatever is computed with a tensor without values has none either; all else is as ever.
+
+    `bare(module)` takes the values from a module. Then `held` is the number of bytes that the tensors made inside the
+    block take now, `most` the highest it has been since `restart`, and `flops` the floating-point operations since
+    then (two for a multiplication and an addition), of products, convolutions and attention.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.held = self.most = self.flops = 0
+        self._bytes: dict[int, int] = {}
+
+    def restart(self) -> None:
+        """Counts anew from here."""
+        self.most, self.flops = self.held, 0
+
+    def bare(self, module: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+        """The module, whose parameters and buffers have no values from here on; one that is shared stays shared."""
+        made: dict[int, Any] = {}
+
+        def without(tensor: Tensor) -> Any:
+            empty = tensor.detach().to("meta")
+            fake = FakeTensor(self.fake, empty, torch.device(device))
+            return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+        for part in module.modules():
+            for tensors in (part._parameters, part._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None or isinstance(tensor, FakeTensor):
+                        continue
+                    if id(tensor) not in made:
+                        made[id(tensor)] = without(tensor)
+                    tensors[name] = made[id(tensor)]
+        return module
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+            return operator(*args, **kwargs)  # of schedules, say, whose values decide what is done
+        args, kwargs = tree_map_only(Tensor, self._without_values, (args, kwargs))
+        with self.fake:
+            result = operator(*args, **kwargs)
+        count = _FLOPS.get(operator._overloadpacket) or flop_registry.get(operator._overloadpacket)
+        if count is not None:
+            self.flops += int(count(*args, **kwargs, out_val=result))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, FakeTensor):
+                self._hold(leaf.untyped_storage())
+        return result
+
+    def _without_values(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._bytes:
+            return
+        self._bytes[key] = storage.nbytes()
+        self.held += storage.nbytes()
+        self.most = max(self.most, self.held)
+        weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        self.held -= self._bytes.pop(key)
