@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffdistill.commands.evaluate import evaluate
     from diffdistill.commands.export import export
     from diffdistill.commands.jvp_check import jvp_check
+    from diffdistill.commands.plan import plan
     from diffdistill.commands.run import Run
     from diffdistill.commands.sample import sample
     from diffdistill.commands.shards import encode, make_pairs
@@ -48,6 +49,7 @@ _MODULES = {
     "bench": "commands.bench",
     "verify": "commands.verify",
     "jvp_check": "commands.jvp_check",
+    "plan": "commands.plan",
     "export": "commands.export",
     "Run": "commands.run",
     "Teacher": "players.teacher",

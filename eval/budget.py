@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from diffdistill.catalogue import MethodInfo, describe_method, method_names
 from diffdistill.core.denoiser import Denoiser
@@ -70,41 +71,53 @@ def preset_options(info: MethodInfo, preset: str) -> Mapping[str, Any]:
     return info.presets[preset].options
 
 
-def passes_per_step(game: Game, steps: int = 12) -> tuple[float, float]:
-    """Network passes of a training step, each counted once for a batch, and the same with backward passes."""
-    method, teacher, size = game.method, game.teacher, game.config.batch_size
-    denoisers: dict[int, nn.Module] = {}
-    for module in (teacher.denoiser, *method.players.values(), *method.state.values()):
-        # Denoisers, not their networks: two of them may share one.
-        denoisers |= {id(m): m for m in module.modules() if isinstance(m, Denoiser)}
-    forward = backward = 0.0
+PAST_WARM_UP = 50 * 27720
+"""A training step that warm-ups lie before, and that every ratio of turns up to 12 divides."""
 
-    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal forward, backward
-        share = len(args[0]) / size
-        forward += share
+
+class PassCounter:
+    """Counts the network passes of a game inside the block; a batch of the training is one pass."""
+
+    def __init__(self, game: Game):
+        self.forward = self.backward = 0.0
+        self.size = game.config.batch_size
+        # Denoisers, not their networks: two of them may share one.
+        players = (game.teacher.denoiser, *game.method.players.values(), *game.method.state.values())
+        self.denoisers = {id(m): m for player in players for m in player.modules() if isinstance(m, Denoiser)}
+        self.handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> PassCounter:
+        self.handles = [m.register_forward_pre_hook(self._count) for m in self.denoisers.values()]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        share = len(args[0]) / self.size
+        self.forward += share
         if torch.is_grad_enabled():
             weights = any(p.requires_grad for p in module.parameters())
-            backward += share * (2.0 if weights else 1.0 if args[0].requires_grad else 0.0)
+            self.backward += share * (2.0 if weights else 1.0 if args[0].requires_grad else 0.0)
 
-    handles = [m.register_forward_pre_hook(count) for m in denoisers.values()]
-    owned = trainable(method.players)
-    # A warm-up may need less than what follows it. Every ratio of turns up to 12 divides this step.
-    first = 0 if method.whole else 50 * 27720
-    try:
+
+def passes_per_step(game: Game, steps: int = 12) -> tuple[float, float]:
+    """Network passes of a training step, each counted once for a batch, and the same with backward passes."""
+    method, owned = game.method, trainable(game.method.players)
+    first = 0 if method.whole else PAST_WARM_UP  # a warm-up may need less than what follows it
+    with PassCounter(game) as count:
         for step in range(first, first + steps + 1):
             if step == first + 1:  # the first step may hold what is done once
-                forward = backward = 0.0
+                count.forward = count.backward = 0.0
             for turn in method.turns(step):
                 only_trains(turn.player, owned)
-                turn.loss(_any_batch(method, teacher, size, step))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return forward / steps, (forward + backward) / steps
+                turn.loss(any_batch(method, game.teacher, game.config.batch_size, step))
+    return count.forward / steps, (count.forward + count.backward) / steps
 
 
-def _any_batch(method: Method, teacher: Teacher, size: int, step: int) -> Batch:
+def any_batch(method: Method, teacher: Teacher, size: int, step: int) -> Batch:
+    """A batch of noise in place of data, as the method needs it."""
     draw = torch.Generator().manual_seed(step)
     cond = ClassLabels(teacher.num_classes).draw(size, draw).cond or teacher.sample_cond(size)
     x = torch.randn(size, *teacher.shape, generator=draw)

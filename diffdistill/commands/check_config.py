@@ -1,11 +1,11 @@
-"""The options of the commands that check; no torch is imported here."""
+"""The options of the commands that check and plan; no torch is imported here."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 from typing import Literal
 
-from diffdistill.config import AttentionConfig, MachineConfig
+from diffdistill.config import AttentionConfig, MachineConfig, TrainConfig
 from diffdistill.options import option
 
 
@@ -34,3 +34,17 @@ class JvpCheckConfig(MachineConfig, AttentionConfig):
     prompt: str = option("a red fox in the snow", "the prompt that a text-to-image teacher is given")
     seed: int = option(0, "of the samples and the directions", at_least=0)
     all: bool = option(False, "list every module, not only those that disagree and the whole network")
+
+
+@dataclass(frozen=True)
+class RateConfig:
+    """How fast the machine is."""
+
+    tflops: float | None = option(None, "10^12 operations a second that the machine sustains in training", above=0)
+    seconds_per_step: float | None = option(None, "of a short run, as its metrics.jsonl has it", above=0)
+    json: str | None = option(None, "a file that the plan is written into, as JSON")
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig, RateConfig):
+    """What is to be trained, as for `train`."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from diffdistill.catalogue import describe_method
-from diffdistill.commands.check_config import JvpCheckConfig, VerifyConfig
+from diffdistill.commands.check_config import JvpCheckConfig, PlanConfig, VerifyConfig
 from diffdistill.config import (
     DERIVED,
     BenchConfig,
@@ -45,7 +45,8 @@ class Command:
     """What a command does, its options, and the function below `diffdistill.commands` that runs it.
 
     The function takes the options as their dataclass and returns the exit code, None for 0. That of a command that
-    `resumes` takes the values that were given, as a dict: those that were not come from the run or from a preset.
+    `resumes`, or has the options of a training, takes the values that were given, as a dict: those that were not come
+    from the run or from a preset.
     """
 
     help: str
@@ -54,10 +55,18 @@ class Command:
     positional: tuple[str, ...] = ()  #: options that are given by their place; one whose type is a tuple takes several
     resumes: bool = False
 
+    @property
+    def distills(self) -> bool:
+        """Whether it has the options of a training, and those of a method."""
+        return issubclass(self.options, TrainConfig)
+
 
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "distill a teacher into a few-step student, and export it", TrainConfig, "distill:run", resumes=True
+    ),
+    "plan": Command(
+        "say what a training would take in memory, operations and hours, from configs alone", PlanConfig, "plan:run"
     ),
     "sample": Command("draw images from a teacher or a student as one PNG", SampleConfig, "sample:run", ("model",)),
     "eval": Command(
@@ -177,9 +186,9 @@ def _run(argv: list[str]) -> int:
     command = COMMANDS[name]
     classes: list[type] = [command.options]
     usual: dict[str, Any] = {}
-    if command.options is TrainConfig:
+    if command.distills:
         method = describe_method(_method_of(argv[1:]))
-        classes = [TrainConfig, method.config]
+        classes = [command.options, method.config]
         usual = {name: "from the teacher" for name in DERIVED} | dict(method.about.defaults)
     parser = _parser(name, command, classes, usual)
     parsed, unknown = parser.parse_known_args(_with_true(argv[1:], classes) if command.positional else argv[1:])
@@ -193,7 +202,7 @@ def _run(argv: list[str]) -> int:
     module, _, function = command.function.partition(":")
     call = getattr(importlib.import_module(f"diffdistill.commands.{module}"), function)
     if not command.resumes:
-        return call(build(command.options, values)) or 0
+        return call(values if command.distills else build(command.options, values)) or 0
     for option in ("resume", "allow_change"):
         if option in values:
             raise UserError(f"{option}: give it on the command line, not in a config file")
@@ -242,7 +251,7 @@ def _parser(name: str, command: Command, classes: Sequence[type], usual: Mapping
             "with --resume: go on although the teacher, data, options or method are not those that the run began with"
         )
         add("--allow-change", action="store_true", help=text)
-    if command.options is TrainConfig:
+    if command.distills:
         text = "the method's named settings, e.g. its paper's; see `diffdistill methods METHOD`"
         add("--preset", metavar="NAME", dest="option.preset", default=argparse.SUPPRESS, help=text)
     for title, cls, fields in _groups(classes):
@@ -327,7 +336,7 @@ def _with_true(argv: Sequence[str], classes: Sequence[type]) -> list[str]:
 
 
 def _method_of(argv: Sequence[str]) -> str:
-    """The method that a `train` command line means, needed before its options are known."""
+    """The method that a command line of `train` or `plan` means, needed before its options are known."""
     first = _Parser(add_help=False, allow_abbrev=False)
     for name in ("--method", "--config", "--resume"):
         first.add_argument(name)

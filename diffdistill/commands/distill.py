@@ -89,7 +89,7 @@ def distill_values(
         raise UserError("allow_change: it is for a run that is resumed; give --resume RUN")
     else:
         whole = values.get("preset") is not None
-        values = _with_preset(values, objects) | dict(objects.named)
+        values = with_preset(values, objects) | dict(objects.named)
     out = Path(str(values.get("out", TrainConfig.out)))
     if resume is None:  # before anything is loaded
         if objects.teacher is None:
@@ -104,7 +104,8 @@ def distill_values(
     return Run(out, objects.teacher)
 
 
-def _with_preset(values: dict[str, Any], objects: Objects) -> dict[str, Any]:
+def with_preset(values: dict[str, Any], objects: Objects) -> dict[str, Any]:
+    """The options with those of the preset that they name; UserError for one that is not known or has no `steps`."""
     if "preset" not in values:
         return values
     values = dict(values)

@@ -33,10 +33,15 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 """Of torch's operators that its own counter does not know."""
 
 
+def _scalar(tensor: Tensor) -> bool | float:
+    """A number for one that has none: true, so that what is tested is in order, and 1."""
+    return True if tensor.dtype == torch.bool else 1.0
+
+
 class Weightless(TorchDispatchMode):
     """Inside the block, whatever is computed with a tensor without values has none either; all else is as ever.
 
-    `bare(module)` takes the values from a module. Then `held` is the number of bytes that the tensors made inside the
+    `bare(modules)` takes the values from modules. Then `held` is the number of bytes that the tensors made inside the
     block take now, `most` the highest it has been since `restart`, and `flops` the floating-point operations since
     then (two for a multiplication and an addition), of products, convolutions and attention.
     """
@@ -45,35 +50,33 @@ class Weightless(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.held = self.most = self.flops = 0
-        self._bytes: dict[int, int] = {}
+        self._bytes: dict[int, int] = {}  # by storage
+        self._bared: dict[int, tuple[Tensor, Any]] = {}  # what had values, and what stands for it
 
-    def restart(self) -> None:
-        """Counts anew from here."""
+    def restart(self) -> int:
+        """Counts anew from here; what is held now."""
         self.most, self.flops = self.held, 0
+        return self.held
 
-    def bare(self, module: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
-        """The module, whose parameters and buffers have no values from here on; one that is shared stays shared."""
-        made: dict[int, Any] = {}
-
-        def without(tensor: Tensor) -> Any:
-            empty = tensor.detach().to("meta")
-            fake = FakeTensor(self.fake, empty, torch.device(device))
-            return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-
-        for part in module.modules():
+    def bare(self, modules: Iterable[nn.Module]) -> None:
+        """The parameters and buffers of the modules have no values from here on; what they share stays shared."""
+        for part in (part for module in modules for part in module.modules()):
             for tensors in (part._parameters, part._buffers):
                 for name, tensor in tensors.items():
-                    if tensor is None or isinstance(tensor, FakeTensor):
-                        continue
-                    if id(tensor) not in made:
-                        made[id(tensor)] = without(tensor)
-                    tensors[name] = made[id(tensor)]
-        return module
+                    if tensor is not None and not isinstance(tensor, FakeTensor):
+                        tensors[name] = self._bared.setdefault(id(tensor), (tensor, self._without(tensor)))[1]
+
+    def _without(self, tensor: Tensor) -> Any:
+        # As on a CPU, where everything else is: kernels are chosen as there.
+        fake = FakeTensor(self.fake, tensor.detach().to("meta"), torch.device("cpu"))
+        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
     def __torch_dispatch__(
         self, operator: Any, types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if operator is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return _scalar(args[0])
         if not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
             return operator(*args, **kwargs)  # of schedules, say, whose values decide what is done
         args, kwargs = tree_map_only(Tensor, self._without_values, (args, kwargs))

@@ -187,7 +187,7 @@ def empty_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
         raise
     except Exception as error:  # a config may hold anything
         raise UserError(f"teacher: {path} is no config of {kind.__name__} ({first_line(error)})") from error
-    return network.to(dtype).eval()
+    return nn.Module.to(network, dtype).eval()
 
 
 def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:

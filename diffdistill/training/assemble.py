@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.config import TrainConfig, run_options
 from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.weightless import Weightless
 from diffdistill.data.batches import check_data
 from diffdistill.data.encoded import Encoded, check_encoded, check_negative, encode, open_encoded, with_prompts
 from diffdistill.data.examples import Examples, TensorExamples, as_examples
@@ -23,8 +24,10 @@ from diffdistill.errors import UserError
 from diffdistill.families import (
     FAMILIES,
     Family,
+    Prompt,
     StudentRecord,
     family_of,
+    load_pipeline,
     load_teacher,
     local_folder,
     record_of,
@@ -40,6 +43,7 @@ from diffdistill.training.derived import Derived, Situation, derive
 from diffdistill.training.recipe import Objects, Recipe, recorded, shallow
 
 NO_OBJECTS = Objects()
+_PROMPT = "a photograph of a red fox that stands in deep snow between birches, with the low sun of the evening behind it"
 _FEW_STEPS = 8  # of a student that is no denoiser between its own levels
 
 
@@ -66,18 +70,24 @@ class Game:
         return FAMILIES.get(self.teacher.family)
 
 
-def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS, *, deriving: bool = False) -> Game:
+def make_game(
+    values: Mapping[str, Any], objects: Objects = NO_OBJECTS, *, deriving: bool = False, weights: bool = True
+) -> Game:
     """Teacher and method from the options of `diffdistill train`, nothing trained yet.
 
     Where `steps` is not among the options, a method with stages takes all of them. With `deriving`, options that are
-    not there are derived from the teacher where there is a rule (`training.derived`).
+    not there are derived from the teacher where there is a rule (`training.derived`). Without `weights` the teacher is
+    made of its configs, on the meta device, and prompts need not be encoded.
     """
     recipe = objects.method_of(values, TrainConfig.method)
     values = {**recipe.about.defaults, **values}
     shared, own = split(values, TrainConfig, recipe.config)
     config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
     objects.require_objects({name: value for name, value in values.items() if name not in ("data", "pairs")})
-    teacher, encoded = _teacher(config) if objects.teacher is None else (_own_teacher(config, objects.teacher), None)
+    if objects.teacher is None:
+        teacher, encoded = _teacher(config, weights)
+    else:
+        teacher, encoded = _own_teacher(config, objects.teacher), None
     derived: dict[str, Derived] = {}
     if deriving:
         chosen = shallow(config) | shallow(method_config)
@@ -99,15 +109,16 @@ def make_game(values: Mapping[str, Any], objects: Objects = NO_OBJECTS, *, deriv
     return Game(config, recipe, method_config, teacher, method, encoded, objects, derived)
 
 
-def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
+def _teacher(config: TrainConfig, weights: bool) -> tuple[Teacher, Encoded | None]:
     """The teacher with the settings of its LoRA players, and its encoded prompts if it has any."""
-    folder = local_folder(config.teacher)
+    folder = local_folder(config.teacher, weights)
     family, _ = family_of(folder)
     dtype = getattr(torch, config.teacher_dtype)
     size = {"resolution": config.resolution, "frames": config.frames}
     encoded: Encoded | None = None
     if family.autoencoder is not None:
-        encoded = _encoded(config) if config.prompts is not None or family.conditions == "text" else None
+        needed = family.conditions == "text" and weights
+        encoded = _encoded(config) if config.prompts is not None or needed else None
     elif config.prompts is not None or config.resolution is not None:
         option = "prompts" if config.prompts is not None else "resolution"
         raise UserError(f"{option}: {config.teacher!r} is a model of pixels, which takes no {option}; leave it out")
@@ -115,7 +126,7 @@ def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
         raise UserError(f"negative_prompt: {config.teacher!r} takes no prompts; leave it out")
     if encoded is not None:  # which say the size where nothing else does
         size = {name: encoded.size[name] if value is None else value for name, value in size.items()}
-    teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, **size)
+    teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, weights=weights, **size)
     record = record_of(config.teacher)
     if isinstance(record, StudentRecord) and len(record.levels) <= _FEW_STEPS:
         of = f"'{record.teacher}', which it was distilled from"
@@ -133,7 +144,22 @@ def _teacher(config: TrainConfig) -> tuple[Teacher, Encoded | None]:
         if "guidance" in encoded.shards[0]:  # the student is to be called with what it was trained with
             guidance = {"guidance_scale": encoded.settings["embedded_guidance"]}
             teacher = dataclasses.replace(teacher, size=teacher.size | guidance)
+    elif family.text is not None:
+        teacher = _with_a_prompt(teacher, folder, family)
     return dataclasses.replace(teacher, lora=lora_settings(config, family.lora_targets)), encoded
+
+
+def _with_a_prompt(teacher: Teacher, folder: Path, family: Family) -> Teacher:
+    """The teacher with conditions of the shapes that a prompt's have, by text encoders without weights."""
+    assert family.text is not None
+    encoders, empty = load_pipeline(folder, leave_out=(family.component, "vae"), weights=False), Weightless()
+    empty.bare(part for part in encoders.components.values() if isinstance(part, nn.Module))
+    prompt = Prompt(family.pixels(folder, teacher.shape))
+    with empty, torch.no_grad():
+        made = family.text.encode(encoders, [_PROMPT], prompt), family.text.null(encoders, prompt)
+    cond, null = ({k: torch.zeros(v.shape, dtype=v.dtype) for k, v in part.items()} for part in made)
+    with_null(teacher.denoiser, null)
+    return dataclasses.replace(teacher, example_cond=cond)
 
 
 def _own_teacher(config: TrainConfig, teacher: Teacher) -> Teacher:

@@ -1,0 +1,192 @@
+"""What a distillation would take, from configs alone: memory of each player and turn, passes and operations of a step.
+
+The method's own turns run with networks without weights (`core.weightless`), so that what is counted is what they
+would hold. Memory is that of tensors: what a CUDA context, kernels' scratch and fragmentation take comes on top, for
+which `fits` leaves room.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.errors import UserError
+from diffdistill.eval.budget import PAST_WARM_UP, PassCounter, any_batch
+from diffdistill.families import attention_of
+from diffdistill.core.weightless import Weightless
+from diffdistill.players.teacher import only_trains, trainable
+from diffdistill.training.assemble import NO_OBJECTS, Game, make_game
+from diffdistill.training.recipe import Objects
+
+GIB = 2**30
+CARDS = (16, 24, 40, 80, 141)  # GiB
+_CONTEXT, _FRAGMENTS = 0.7 * GIB, 1.08  # of CUDA and its libraries; what an allocator cannot use, to what is held
+_STEPS = 12  # every ratio of turns up to 4, and 6, divides it
+_OCCURRENCES = 4  # of a turn that are counted: a turn may take a random number of steps
+
+
+@dataclass(frozen=True)
+class Player:
+    """What one of the networks takes, in bytes; weights that two share count for the first alone."""
+
+    name: str
+    parameters: int
+    trained: int
+    weights: int
+    optimizer: int = 0
+    average: int = 0
+    gradients: int = 0  #: in its own turn alone
+    activations: int = 0  #: the most that its turn holds beyond all weights, states and its gradients
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training takes."""
+
+    players: tuple[Player, ...]
+    turn: str  #: the player in whose turn memory is highest
+    kept: int  #: bytes between turns
+    peak: int  #: bytes in that turn
+    passes: float  #: network passes of a step, each counted once for a batch
+    passes_with_backward: float  #: the same with a pass back as 1 more through the input, 2 with the weights
+    flops: float  #: of a step: two for a multiplication and an addition
+    steps: int
+    batch_size: int
+
+    @property
+    def samples(self) -> int:
+        """Of the whole training, in one process."""
+        return self.steps * self.batch_size
+
+    def hours(self, tflops: float | None = None, seconds_per_step: float | None = None) -> float | None:
+        """Of the whole training, at so many 10^12 operations or so many seconds; None where neither is known."""
+        if seconds_per_step is None and tflops is not None:
+            seconds_per_step = self.flops / (1e12 * tflops)
+        return None if seconds_per_step is None else self.steps * seconds_per_step / 3600
+
+    def fits(self, card: float) -> bool:
+        """Whether a card of so many GiB has the memory, with room for CUDA's own and for fragments."""
+        return self.peak * _FRAGMENTS + _CONTEXT <= card * GIB
+
+    def values(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"samples": self.samples}
+
+
+def plan_of(game: Game) -> Plan:
+    """The plan of a game, whose networks have no values after it."""
+    method, config, teacher = game.method, game.config, game.teacher
+    named: dict[str, nn.Module] = {"teacher": teacher.denoiser, **method.players}
+    named |= {name: module for name, module in method.state.items() if name not in named}
+    empty = Weightless()
+    empty.bare(named.values())
+    owned = trainable(method.players)
+    averaged = method.exported if config.ema else None
+    first = 0 if method.whole else PAST_WARM_UP
+    happened: Counter[str] = Counter()
+    counts: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    most: Counter[str] = Counter()
+    networks = nn.ModuleList(named.values())
+    attention = config.attention if config.attention in ("math", "jvp") else "auto"
+    half = torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16")
+    with attention_of(networks, attention), PassCounter(game) as count, empty:
+        for step in range(first, first + _STEPS + 1):
+            if step == first + 1:  # the first may hold what is done once
+                happened.clear()
+                counts.clear()
+            for turn in method.turns(step):
+                happened[turn.player] += 1
+                if len(counts[turn.player]) == _OCCURRENCES:
+                    continue
+                only_trains(turn.player, owned)
+                before, count.forward, count.backward = empty.restart(), 0.0, 0.0
+                with half:
+                    loss = turn.loss(any_batch(method, teacher, config.batch_size, step)).loss
+                loss.backward()
+                counts[turn.player].append((empty.flops, count.forward, count.forward + count.backward))
+                most[turn.player] = max(most[turn.player], empty.most - before)
+                for p in owned[turn.player]:
+                    p.grad = None
+                del loss
+    costs = torch.zeros(3, dtype=torch.float64)
+    for name, times in happened.items():
+        costs += times / _STEPS * torch.tensor(counts[name], dtype=torch.float64).mean(0)
+    states = 2 if config.optimizer == "adamw" else 0.5  # to the trained weights in float32
+    players, seen = [], set[int]()
+    for name, module in named.items():
+        trained = owned.get(name, [])
+        size = _bytes(trained)
+        weights = _bytes([t for t in _tensors(module) if id(t) not in seen])
+        seen |= {id(t) for t in _tensors(module)}
+        players.append(
+            Player(
+                name,
+                sum(p.numel() for p in module.parameters()),
+                sum(p.numel() for p in trained),
+                weights,
+                optimizer=int(states * size),
+                average=size if name == averaged else 0,
+                gradients=size,
+                activations=max(0, most[name] - size),
+            )
+        )
+    kept = sum(p.weights + p.optimizer + p.average for p in players)
+    turn_of = max(most, key=most.__getitem__)
+    flops, passes, whole = costs.tolist()
+    return Plan(
+        tuple(players), turn_of, kept, kept + most[turn_of], passes, whole, flops, config.steps, config.batch_size
+    )
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, each once."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# -- what fits -----------------------------------------------------------------------------------------------
+
+def switches(game: Game) -> list[dict[str, Any]]:
+    """Options that take less memory, each list with those before it; the last trains other weights than was meant."""
+    config = game.config
+    rungs: list[dict[str, Any]] = []
+    if not config.gradient_checkpointing:
+        rungs.append({"gradient_checkpointing": True})
+    if config.mixed_precision == "no" or config.teacher_dtype == "float32":
+        rungs.append({"mixed_precision": "bf16", "teacher_dtype": "bfloat16"})
+    if config.batch_size > 1:
+        rungs.append({"batch_size": 1})
+    if config.lora is None:
+        roles = [role for role in ("student", "fake_score") if role in game.method.players]
+        rungs.append({"lora": ",".join(roles)})
+    whole: dict[str, Any] = {}
+    return [whole := whole | rung for rung in rungs]
+
+
+def plans(
+    values: Mapping[str, Any], objects: Objects = NO_OBJECTS, *, deriving: bool = False
+) -> tuple[Game, list[tuple[dict[str, Any], Plan]]]:
+    """The game of a training's options, and its plan without and with switches, until one fits the smallest card.
+
+    Switches that the method or the network does not take are left out.
+    """
+    game = make_game(values, objects, deriving=deriving, weights=False)
+    known = values | {name: derived.value for name, derived in game.derived.items()}
+    found: list[tuple[dict[str, Any], Plan]] = [({}, plan_of(game))]
+    for more in switches(game):
+        if found[-1][1].fits(CARDS[0]):
+            break
+        try:
+            other = make_game(known | more, objects, weights=False)
+        except UserError:
+            continue
+        found.append((more, plan_of(other)))
+    return game, found
