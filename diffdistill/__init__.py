@@ -94,6 +94,7 @@ __all__ = [
     "load_teacher",
     "make_pairs",
     "open_data",
+    "plan",
     "register_family",
     "sample",
     "speed",

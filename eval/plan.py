@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.errors import UserError
+from diffdistill.core.weightless import Weightless
+from diffdistill.errors import UserError, first_line
 from diffdistill.eval.budget import PAST_WARM_UP, PassCounter, any_batch
 from diffdistill.families import attention_of
-from diffdistill.core.weightless import Weightless
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.training.assemble import NO_OBJECTS, Game, make_game
 from diffdistill.training.recipe import Objects
@@ -27,7 +27,7 @@ GIB = 2**30
 CARDS = (16, 24, 40, 80, 141)  # GiB
 _CONTEXT, _FRAGMENTS = 0.7 * GIB, 1.08  # of CUDA and its libraries; what an allocator cannot use, to what is held
 _STEPS = 12  # every ratio of turns up to 4, and 6, divides it
-_OCCURRENCES = 4  # of a turn that are counted: a turn may take a random number of steps
+_OCCURRENCES = 4  # of a turn that are counted, or two that are alike: a turn may take a random number of steps
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,15 @@ def plan_of(game: Game) -> Plan:
                 counts.clear()
             for turn in method.turns(step):
                 happened[turn.player] += 1
-                if len(counts[turn.player]) == _OCCURRENCES:
+                known = counts[turn.player]
+                if len(known) == _OCCURRENCES or (len(known) > 1 and len(set(known)) == 1):
                     continue
                 only_trains(turn.player, owned)
                 before, count.forward, count.backward = empty.restart(), 0.0, 0.0
                 with half:
                     loss = turn.loss(any_batch(method, teacher, config.batch_size, step)).loss
                 loss.backward()
-                counts[turn.player].append((empty.flops, count.forward, count.forward + count.backward))
+                known.append((empty.flops, count.forward, count.forward + count.backward))
                 most[turn.player] = max(most[turn.player], empty.most - before)
                 for p in owned[turn.player]:
                     p.grad = None
@@ -154,6 +155,7 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 # -- what fits -----------------------------------------------------------------------------------------------
 
+
 def switches(game: Game) -> list[dict[str, Any]]:
     """Options that take less memory, each list with those before it; the last trains other weights than was meant."""
     config = game.config
@@ -179,8 +181,16 @@ def plans(
     Switches that the method or the network does not take are left out.
     """
     game = make_game(values, objects, deriving=deriving, weights=False)
-    known = values | {name: derived.value for name, derived in game.derived.items()}
-    found: list[tuple[dict[str, Any], Plan]] = [({}, plan_of(game))]
+    known = {**values} | {name: derived.value for name, derived in game.derived.items()}
+    try:
+        found: list[tuple[dict[str, Any], Plan]] = [({}, plan_of(game))]
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of a network that its config does not fit
+        raise UserError(
+            f"teacher: a training step of {game.config.teacher!r} cannot be done ({first_line(error)}); give a folder "
+            "whose configs fit the installed diffusers, and a resolution that it takes"
+        ) from error
     for more in switches(game):
         if found[-1][1].fits(CARDS[0]):
             break

@@ -62,8 +62,8 @@ def run(values: dict[str, Any]) -> int:
     print(
         f"\nkept between turns {_gib(made.kept)}; the most {_gib(made.peak)}, in the turn of {made.turn}\n"
         f"a step: {made.passes:.3g} network passes ({made.passes_with_backward:.3g} with those back), "
-        f"{made.flops / 1e12:.3g} TFLOP\n{made.steps} steps: {made.samples} samples, {made.steps * made.flops / 1e15:.3g} "
-        f"PFLOP{_hours(made, rate)}\n"
+        f"{made.flops / 1e12:.3g} TFLOP\n{made.steps} steps: {made.samples} samples, "
+        f"{made.steps * made.flops / 1e15:.3g} PFLOP{_hours(made, rate)}\n"
     )
     for card in CARDS:
         fitting = next(((more, each) for more, each in found if each.fits(card)), None)

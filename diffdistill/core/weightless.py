@@ -69,6 +69,7 @@ class Weightless(TorchDispatchMode):
     def _without(self, tensor: Tensor) -> Any:
         # As on a CPU, where everything else is: kernels are chosen as there.
         fake = FakeTensor(self.fake, tensor.detach().to("meta"), torch.device("cpu"))
+        self._bytes[fake.untyped_storage()._cdata] = 0  # views of it hold nothing more
         return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
     def __torch_dispatch__(

@@ -27,7 +27,8 @@ _CACHED = re.compile(r"(?:models|datasets)--([^/\\]+?)--([^/\\]+)[/\\]snapshots[
 def local_folder(name: str, weights: bool = True) -> Path:
     """The folder of a model: of a path, a hub id or 'digits'. UserError where there is none.
 
-    Without `weights` no file of weights is fetched from the hub. A student that leaves parts to its teacher is a folder of links to its own files and the teacher's.
+    Without `weights` no file of weights is fetched from the hub. A student that leaves parts to its teacher is a folder
+    of links to its own files and the teacher's.
     """
     if name in _EMBEDDED:
         return _EMBEDDED[name]

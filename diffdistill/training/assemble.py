@@ -31,6 +31,7 @@ from diffdistill.families import (
     load_teacher,
     local_folder,
     record_of,
+    with_null,
 )
 from diffdistill.options import build, split
 from diffdistill.players.lora import LoraSettings, is_lora
@@ -43,7 +44,7 @@ from diffdistill.training.derived import Derived, Situation, derive
 from diffdistill.training.recipe import Objects, Recipe, recorded, shallow
 
 NO_OBJECTS = Objects()
-_PROMPT = "a photograph of a red fox that stands in deep snow between birches, with the low sun of the evening behind it"
+_PROMPT = "a photograph of a red fox that stands in deep snow, with the low sun of the evening behind it"
 _FEW_STEPS = 8  # of a student that is no denoiser between its own levels
 
 
