@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffdistill.config import FitConfig
 from diffdistill.core.weightless import Weightless
 from diffdistill.errors import UserError, first_line
 from diffdistill.eval.budget import PAST_WARM_UP, PassCounter, any_batch
@@ -86,7 +87,6 @@ def plan_of(game: Game) -> Plan:
     empty = Weightless()
     empty.bare(named.values())
     owned = trainable(method.players)
-    averaged = method.exported if config.ema else None
     first = 0 if method.whole else PAST_WARM_UP
     happened: Counter[str] = Counter()
     counts: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
@@ -117,8 +117,22 @@ def plan_of(game: Game) -> Plan:
     costs = torch.zeros(3, dtype=torch.float64)
     for name, times in happened.items():
         costs += times / _STEPS * torch.tensor(counts[name], dtype=torch.float64).mean(0)
+    players = _players(named, owned, most, method.exported, config)
+    kept = sum(p.weights + p.optimizer + p.average for p in players)
+    turn_of = max(most, key=most.__getitem__)
+    flops, passes, whole = costs.tolist()
+    return Plan(players, turn_of, kept, kept + most[turn_of], passes, whole, flops, config.steps, config.batch_size)
+
+
+def _players(
+    named: Mapping[str, nn.Module],
+    owned: Mapping[str, Sequence[nn.Parameter]],
+    most: Mapping[str, int],
+    exported: str,
+    config: FitConfig,
+) -> tuple[Player, ...]:
     states = 2 if config.optimizer == "adamw" else 0.5  # to the trained weights in float32
-    players, seen = [], set[int]()
+    players, seen = list[Player](), set[int]()
     for name, module in named.items():
         trained = owned.get(name, [])
         size = _bytes(trained)
@@ -131,17 +145,12 @@ def plan_of(game: Game) -> Plan:
                 sum(p.numel() for p in trained),
                 weights,
                 optimizer=int(states * size),
-                average=size if name == averaged else 0,
+                average=size if config.ema and name == exported else 0,
                 gradients=size,
-                activations=max(0, most[name] - size),
+                activations=max(0, most.get(name, 0) - size),
             )
         )
-    kept = sum(p.weights + p.optimizer + p.average for p in players)
-    turn_of = max(most, key=most.__getitem__)
-    flops, passes, whole = costs.tolist()
-    return Plan(
-        tuple(players), turn_of, kept, kept + most[turn_of], passes, whole, flops, config.steps, config.batch_size
-    )
+    return tuple(players)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
