@@ -78,9 +78,11 @@ class Weightless(TorchDispatchMode):
         kwargs = kwargs or {}
         if operator is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _scalar(args[0])
-        if not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+        bare = [isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not any(bare):
             return operator(*args, **kwargs)  # of schedules, say, whose values decide what is done
-        args, kwargs = tree_map_only(Tensor, self._without_values, (args, kwargs))
+        if not all(bare):
+            args, kwargs = tree_map_only(Tensor, self._without_values, (args, kwargs))
         with self.fake:
             result = operator(*args, **kwargs)
         count = _FLOPS.get(operator._overloadpacket) or flop_registry.get(operator._overloadpacket)

@@ -62,7 +62,8 @@ def test_lora_players_count_their_base_once(tiny: dict[str, Any]) -> None:
     assert fake.trained == student.trained
 
 
-@pytest.mark.parametrize("name", ["scm", "progressive", "sid", "ladd"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scm", "ladd"])
 def test_a_methods_own_turns_are_counted(name: str, tiny: dict[str, Any]) -> None:
     preset = describe_method(name).presets["digits"].options
     values = dict(preset) | {"method": name, "batch_size": 2, "teacher": tiny["teacher"]}
@@ -101,6 +102,7 @@ def test_hours_are_those_of_the_rate() -> None:
     assert plan.hours(tflops=1) == pytest.approx(300 / 3600) and plan.hours(seconds_per_step=36) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_switches_are_tried_until_the_smallest_card_has_the_memory(tmp_path: Path) -> None:
     network = diffusers.UNet2DModel(
         sample_size=128, in_channels=1, out_channels=1, block_out_channels=(32, 32), norm_num_groups=8,
