@@ -89,7 +89,7 @@ def plan_of(game: Game) -> Plan:
     owned = trainable(method.players)
     first = 0 if method.whole else PAST_WARM_UP
     happened: Counter[str] = Counter()
-    counts: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    counts: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     most: Counter[str] = Counter()
     networks = nn.ModuleList(named.values())
     attention = config.attention if config.attention in ("math", "jvp") else "auto"
@@ -106,14 +106,18 @@ def plan_of(game: Game) -> Plan:
                     continue
                 only_trains(turn.player, owned)
                 before, count.forward, count.backward = empty.restart(), 0.0, 0.0
-                with half:
-                    loss = turn.loss(any_batch(method, teacher, config.batch_size, step)).loss
-                loss.backward()
-                known.append((empty.flops, count.forward, count.forward + count.backward))
+                parts = any_batch(method, teacher, config.batch_size, step).parts(config.accumulate)
+                for part in parts[:2]:  # of a second one the gradients are there already
+                    with half:
+                        loss = turn.loss(part).loss
+                    loss.backward()
+                    del loss
+                share = len(parts) / len(parts[:2])
+                sums = (empty.flops, count.forward, count.forward + count.backward)
+                known.append(tuple(share * value for value in sums))
                 most[turn.player] = max(most[turn.player], empty.most - before)
                 for p in owned[turn.player]:
                     p.grad = None
-                del loss
     costs = torch.zeros(3, dtype=torch.float64)
     for name, times in happened.items():
         costs += times / _STEPS * torch.tensor(counts[name], dtype=torch.float64).mean(0)
@@ -166,15 +170,15 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def switches(game: Game) -> list[dict[str, Any]]:
-    """Options that take less memory, each list with those before it; the last trains other weights than was meant."""
+    """Options that take less memory, each with those before it; the last, LoRA, trains other weights than was meant."""
     config = game.config
     rungs: list[dict[str, Any]] = []
     if not config.gradient_checkpointing:
         rungs.append({"gradient_checkpointing": True})
     if config.mixed_precision == "no" or config.teacher_dtype == "float32":
         rungs.append({"mixed_precision": "bf16", "teacher_dtype": "bfloat16"})
-    if config.batch_size > 1:
-        rungs.append({"batch_size": 1})
+    if config.accumulate < config.batch_size:
+        rungs.append({"accumulate": config.batch_size})
     if config.lora is None:
         roles = [role for role in ("student", "fake_score") if role in game.method.players]
         rungs.append({"lora": ",".join(roles)})

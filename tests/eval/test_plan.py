@@ -49,6 +49,8 @@ def test_memory_and_operations_grow_with_the_batch_and_less_memory_with_checkpoi
 
     (held, flops), (twice, more) = of(batch_size=128), of(batch_size=256)
     assert twice == pytest.approx(2 * held, rel=0.1) and more == pytest.approx(2 * flops, rel=0.1)
+    in_parts, same = of(batch_size=256, accumulate=4)
+    assert in_parts < 0.4 * twice and same == pytest.approx(more, rel=0.05)
     checkpointed, again = of(batch_size=256, gradient_checkpointing=True)
     assert checkpointed < 0.6 * twice and more < again < 1.5 * more
 
