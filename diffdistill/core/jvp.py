@@ -1,7 +1,7 @@
 """Jacobian-vector products of whole networks, as they come from diffusers.
 
 What torch's forward mode lacks is put right while a product is computed, and nowhere else: attention
-(`core.attention`), and norms, which fail on channels_last samples, under autocast and in a compiled function.
+(`core.attention`), norms, which fail on channels_last samples and under autocast, and compiled code, which has none.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from diffdistill.rng import seeded
 INSTEAD = "take --derivative central"
 
 
+@torch.compiler.disable
 def jvp(
     function: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor | None], check: bool = True
 ) -> tuple[Any, Any]:
@@ -34,16 +35,12 @@ def jvp(
 
     The function gives a tensor or a tuple of tensors; the result is (output, tangent) of the same kind. With gradients
     enabled both have a graph, of memory like that of two passes; under `torch.no_grad()` neither has. Autocast is off
-    inside, so that the tangent is in the type of the weights. Not for nested use.
+    inside, so that the tangent is in the type of the weights. What torch.compile has compiled runs uncompiled inside:
+    compiled code loses tangents without a word. Not for nested use.
 
     Raises UserError where a layer has no forward derivative, and, unless `check` is false, where the tangent is not
     finite; both name the module.
     """
-    if torch.compiler.is_compiling():
-        with forward_derivatives():
-            zeros = [torch.zeros_like(p) if t is None else t.to(p) for p, t in zip(primals, tangents, strict=True)]
-            both = torch.func.jvp(function, tuple(primals), tuple(zeros))
-            return both[0], both[1]
     try:
         output, tangent = _dual(function, primals, tangents)
     except (RuntimeError, UserError) as error:
@@ -82,12 +79,14 @@ def _tuple(output: Any) -> tuple[Tensor, ...]:
 def forward_derivatives(choice: str | None = None) -> Iterator[None]:
     """Attention and norms have forward derivatives inside the block, in whichever network; autocast is off.
 
+    Nothing that is compiled is used, since torch's compiled functions give tangents that are zero.
     Attention is our own, or torch's plain products where these are chosen: `choice`, by default that of
     `core.attention_choice` around the block.
     """
     by = plain_attention if (choice or attention_choice()) == "math" else attention
     replaced = Replaced({**_REPLACED, F.scaled_dot_product_attention: by})
-    with replaced, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, replaced, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 
