@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,6 +40,7 @@ from diffdistill.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from diffdistill.training.launchers import check_launcher
 from diffdistill.training.unread import read_batch
 
 
@@ -217,7 +219,7 @@ class Trainer:
                     self.totals[key] = (total + value, count + 1)
                 bar.update()
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    means = {k: float(total) / count for k, (total, count) in self.totals.items()}
+                    means = {k: total / count for k, (total, count) in self._totals().items()}
                     seconds = (time.perf_counter() - started) / (self.step - since)
                     self.totals = {}
                     self._log(writer, means, seconds, bar)
@@ -231,6 +233,14 @@ class Trainer:
                 if stop and not last:
                     raise Interrupted(self.out)
         self._sample()
+
+    def _totals(self) -> dict[str, tuple[float, int]]:
+        """The sums since the last line of metrics.jsonl and their counts, averaged over processes."""
+        sums = torch.tensor([float(total) for total, _ in self.totals.values()], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.accelerator.device), "mean")
+        counts = [count for _, count in self.totals.values()]
+        return dict(zip(self.totals, zip(sums.tolist(), counts, strict=True), strict=True))
 
     def _log(self, writer: MetricsFile | None, means: dict[str, float], seconds: float, bar: tqdm) -> None:
         self.accelerator.log(means, step=self.step)
@@ -290,6 +300,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint; only the main process does."""
         self._check_parameters()
+        totals = self._totals()
         if self.accelerator.is_main_process:
             tensors: dict[str, dict[str, Tensor]] = {}
             for name, module in self.method.players.items():
@@ -299,7 +310,6 @@ class Trainer:
                 tensors[f"state.{name}"] = module.state_dict()
             if self.average:
                 tensors["average"] = self.average.state()
-            totals = {key: (float(total), count) for key, (total, count) in self.totals.items()}
             state = {"world_size": self.accelerator.num_processes, "totals": totals}
             save_checkpoint(self.out / "checkpoints", self.step, tensors, state)
             remove_old(self.out / "checkpoints", self.config.keep_checkpoints)
@@ -400,7 +410,8 @@ def signals() -> Iterator[threading.Event]:
 
 
 def accelerator_for(config: FitConfig, out: Path) -> Accelerator:
-    """The accelerator of a run: device, precision and trackers."""
+    """The accelerator of a run: device, precision, trackers; UserError for what a launcher asks and we do not do."""
+    check_launcher(config)
     device = use_machine(config.device, config.threads)
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and not _installed(tracker):
@@ -417,6 +428,7 @@ def accelerator_for(config: FitConfig, out: Path) -> Accelerator:
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=config.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `Trainer.take` divides the loss itself
         log_with=tracker,
         project_dir=str(out / "logs"),
     )
