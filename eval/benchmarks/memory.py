@@ -144,9 +144,8 @@ def resident_mb() -> float:
 
 
 def measure(folder: Path, kind: str, dtype: str, steps: int, device: str) -> dict[str, Any]:
-    """A few steps in this process, which has done nothing else. On a GPU without the memory, no peak."""
+    """A few steps in this process, which has done nothing else."""
     torch.set_num_threads(1)
-    on_gpu = use_machine(device).type == "cuda"
     half = dtype == "bf16"
     options = {
         "method": "dmd2", "teacher": str(folder / "teacher"), "prompts": str(folder / "prompts"),
@@ -154,6 +153,12 @@ def measure(folder: Path, kind: str, dtype: str, steps: int, device: str) -> dic
         "device": device, **KINDS[kind],
         "teacher_dtype": "bfloat16" if half else "float32", "mixed_precision": "bf16" if half else "no",
     }  # fmt: skip
+    return {"players": kind} | measured(options, folder, steps, device)
+
+
+def measured(options: dict[str, Any], folder: Path, steps: int, device: str) -> dict[str, Any]:
+    """Weights, peak and time a step of a few steps in this process; on a GPU without the memory, no peak."""
+    on_gpu = use_machine(device).type == "cuda"
     load_teacher("digits")  # what is imported late
     before = 0.0 if on_gpu else resident_mb()
     game = make_game(options)
@@ -161,7 +166,7 @@ def measure(folder: Path, kind: str, dtype: str, steps: int, device: str) -> dic
     game.teacher.denoiser.to(accelerator.device)
     draw = batches(game.config, game.teacher, data_for(game), accelerator)
     parts = [game.teacher.denoiser, *game.method.players.values()]
-    row: dict[str, Any] = {"players": kind}
+    row: dict[str, Any] = {}
     try:
         trainer = Trainer(game.method, draw, game.config, folder, accelerator)
         row |= {"weights MB": stored_mb(parts), "trained MB": stored_mb(parts, trained=True)}

@@ -1,0 +1,119 @@
+"""Benchmark: what `diffdistill plan` says of memory, and what the training then takes.
+
+    python -m diffdistill.eval.benchmarks.plan --out plan.md
+
+Each training runs for four steps in a process of its own, on a UNet of text and a DiT of classes with random weights,
+on a CPU. The peak is what the process holds resident above what it held once everything was imported, and above
+what the same training of the embedded digits takes: packages that are imported late, and threads. A plan counts
+tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from diffdistill.environment import environment
+from diffdistill.errors import UserError
+from diffdistill.eval.benchmarks.memory import NETWORKS, measured, prepare
+from diffdistill.eval.plan import plan_of
+from diffdistill.eval.report import markdown_table, write_text
+from diffdistill.training.assemble import make_game
+
+COLUMNS = ("training", "plan MB", "measured MB", "plan over measured")
+LORA: dict[str, Any] = {"lora": "student,fake_score"}
+SMALL: dict[str, Any] = {"teacher": "digits", "batch_size": 1}
+DIT: dict[str, Any] = {"batch_size": 16}
+TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "UNet, DMD2": ("unet", {"batch_size": 4}),
+    "UNet, DMD2, recomputed": ("unet", {"batch_size": 8, "gradient_checkpointing": True}),
+    "UNet, DMD2, LoRA players": ("unet", {"batch_size": 8} | LORA),
+    "DiT, DMD2": ("dit", DIT),
+    "DiT, DMD2, in parts": ("dit", DIT | {"accumulate": 4}),
+    "DiT, SiD": ("dit", DIT | {"method": "sid"}),
+}
+"""The network of each training, and its options."""
+
+
+def prepare_dit(folder: Path) -> None:
+    """A DiT pipeline of random weights, in `teacher`."""
+    torch.manual_seed(0)
+    network = DiTTransformer2DModel(
+        num_attention_heads=8, attention_head_dim=48, in_channels=4, out_channels=4, num_layers=8, sample_size=16
+    )
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    scheduler = DDIMScheduler(clip_sample=False)
+    DiTPipeline(network, vae, scheduler, id2label=None).save_pretrained(folder / "teacher")
+
+
+def options_of(name: str, root: Path) -> dict[str, Any]:
+    """The options of a training, whose network lies below `root`."""
+    network, own = TRAININGS[name]
+    prompts = {"prompts": str(root / network / "prompts")} if network == "unet" else {}
+    shared = {"method": "dmd2", "teacher": str(root / network / "teacher"), "update_ratio": 1, "sample_every": 0}
+    return {**shared, **prompts, **own}
+
+
+def peak(name: str, root: Path, steps: int) -> float:
+    """MB of a training in a process of its own."""
+    command = [sys.executable, "-m", "diffdistill.eval.benchmarks.plan", "--one", name, "--folder", str(root)]
+    done = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"plan: {name} failed: {done.stderr.strip()[-500:]}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def compare(steps: int) -> list[dict[str, Any]]:
+    """A row for each training."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        prepare(root / "unet", NETWORKS["mid"], 128, torch.float32)
+        prepare_dit(root / "dit")
+        before = {lora: peak(lora, root, steps) for lora in ("", "lora")}
+        for name, (_, own) in TRAININGS.items():
+            planned = plan_of(make_game(options_of(name, root), weights=False)).peak / 2**20
+            taken = peak(name, root, steps) - before["lora" if "lora" in own else ""]
+            values = (name, planned, taken, planned / taken)
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+            print(*values, flush=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code, 2 for a mistake of the user's."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=4, help="training steps that are measured (default: 4)")
+    parser.add_argument("--out", help="a file that the table is written into, as Markdown")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    try:
+        if args.one is not None:
+            torch.set_num_threads(1)
+            small = SMALL | {"method": "dmd2", "update_ratio": 1} | (LORA if args.one == "lora" else {})
+            options = small if args.one in ("", "lora") else options_of(args.one, Path(args.folder))
+            print(json.dumps(measured(options, Path(args.folder), args.steps, "cpu")["peak MB"]))
+            return 0
+        table = markdown_table(compare(args.steps), COLUMNS)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    machine = environment()
+    print(f"{table}\n{machine['platform']}, torch {machine['torch']}, {machine['commit']}")
+    if args.out:
+        write_text(table, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
