@@ -15,9 +15,7 @@ from diffdistill.exact.checks import run_checks
 from diffdistill.methods import ctm
 from diffdistill.methods.checks.ctm import verify
 from diffdistill.methods.ctm import CTM, Config, Span
-from diffdistill.players.lora import LoraSettings
 from diffdistill.players.sampler import DDIM, Gamma, Renoise, step_named
-from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 from diffdistill.scaffold.method import Outcome
 from diffdistill.training.assemble import load_run
@@ -88,9 +86,6 @@ def test_refusals(tiny_teacher: Teachers, tmp_path: Path) -> None:
     teacher = load_teacher(tiny_teacher("vp"))
     with pytest.raises(UserError, match=r"dsm_weight: 1\.0 is for data that a guided teacher does not draw; use 0"):
         CTM(teacher, Config(guidance_scale=2.0, grid_points=5))
-    adapted = Teacher(teacher.denoiser, teacher.shape, teacher.num_classes, lora={"student": LoraSettings(2)})
-    with pytest.raises(UserError, match="lora: a student with a second time"):
-        CTM(adapted, Config())
     with pytest.raises(UserError, match=r"gamma 0\.3: of the stock pipelines only those .* use gamma 0, or one step"):
         distill(teacher=str(tiny_teacher("vp")), steps=1, out=str(tmp_path), student_steps=2, gamma=0.3, **RUN)
 

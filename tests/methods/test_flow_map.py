@@ -147,7 +147,9 @@ def test_processes_share_the_jumps_of_a_step(tiny_teacher: Teachers) -> None:
     student = two_time_player(load_teacher(tiny_teacher("flow")), 1, None)
     times: dict[int, list[float]] = {0: [], 1: []}
     for rank, seen in times.items():
-        batch = Batch(2, (1, 8, 8), {"class_labels": torch.arange(2)}, None, torch.device("cpu"), (0, 5, rank))
+        batch = Batch(
+            2, (1, 8, 8), {"class_labels": torch.arange(2)}, None, torch.device("cpu"), (0, 5, 2 * rank), total=4
+        )
         note = student.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(float(args[1][0])))
         rolled_out(student, (2, 4, 8), None, batch)
         note.remove()
