@@ -35,8 +35,8 @@ SMALL: dict[str, Any] = {"teacher": "digits", "batch_size": 1}
 DIT: dict[str, Any] = {"batch_size": 16}
 TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "UNet, DMD2": ("unet", {"batch_size": 4}),
-    "UNet, DMD2, recomputed": ("unet", {"batch_size": 8, "gradient_checkpointing": True}),
-    "UNet, DMD2, LoRA players": ("unet", {"batch_size": 8} | LORA),
+    "UNet, DMD2, recomputed": ("unet", {"batch_size": 4, "gradient_checkpointing": True}),
+    "UNet, DMD2, LoRA players": ("unet", {"batch_size": 4} | LORA),
     "DiT, DMD2": ("dit", DIT),
     "DiT, DMD2, in parts": ("dit", DIT | {"accumulate": 4}),
     "DiT, SiD": ("dit", DIT | {"method": "sid"}),
