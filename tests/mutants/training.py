@@ -3,6 +3,11 @@
 _T = "tests/training/test_wiring_trainer.py"
 
 MUTANTS = {
+    "diffdistill/training/trainer.py | tests/training/test_accumulate.py": [
+        ("parts count whole", "self.accelerator.backward(outcome.loss / n)", "self.accelerator.backward(outcome.loss)"),
+        ("the first part alone", "batch.parts(self.config.accumulate):", "batch.parts(self.config.accumulate)[:1]:"),
+        ("the last part is logged", "logs[name] + value if name in logs else value", "value"),
+    ],
     f"diffdistill/training/trainer.py | {_T}": [
         ("another player is averaged",
          "self.averaged = method.exported if", "self.averaged = list(method.players)[-1] if"),
@@ -24,9 +29,6 @@ MUTANTS = {
         ("dropout is the same for all players",
          'seed_for(*part.key, turn.player, "global")', 'seed_for(*part.key, "global")'),
         ("dropout is not seeded", 'torch.manual_seed(seed_for(*part.key, turn.player, "global"))', "pass"),
-        ("parts count whole", "self.accelerator.backward(outcome.loss / n)", "self.accelerator.backward(outcome.loss)"),
-        ("the first part alone", "batch.parts(self.config.accumulate):", "batch.parts(self.config.accumulate)[:1]:"),
-        ("the last part is logged", "logs[name] + value if name in logs else value", "value"),
         ("processes are not averaged",
          "if self.accelerator.num_processes > 1:\n            grads", "if False:\n            grads"),
         ("the norm is that of one process",
