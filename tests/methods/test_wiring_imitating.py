@@ -198,6 +198,9 @@ def test_chains_begin_anew_for_other_samples() -> None:
     assert len(chains.step) == SIZE, "of those samples alone"
     later = points((5, 2, 7))  # those after the last, as the next part of a batch
     assert torch.equal(chains.x_t[SIZE:], later) and not torch.equal(points((5, 2, 1)), later)
+    state = {key: value.clone() for key, value in chains.state_dict().items()}
+    assert torch.equal(points((5, 1, 0)), first), "those before the first are not held either"
+    chains.load_state_dict(state)
     again = Straight("adapter_guidance", {**RANGE, "trajectory_steps": 4}, VP)
     kept: Any = again.method.chains
     kept.load_state_dict(chains.state_dict())
