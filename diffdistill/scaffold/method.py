@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -74,17 +74,25 @@ class Batch:
 
     def parts(self, n: int) -> list[Batch]:
         """The same samples as n batches of one size, in their order; the number of samples is a multiple of n."""
-        size, parts = self.size // n, []
-        for k in range(n):
-            rows = slice(k * size, (k + 1) * size)
+        if n == 1:
+            return [self]
+        return [self._part(slice(start, start + self.size // n)) for start in range(0, self.size, self.size // n)]
 
-            def cut(cond: Cond, rows: slice = rows) -> Cond:
-                return {name: value[rows] for name, value in cond.items()}
+    def _part(self, rows: slice) -> Batch:
+        """Those of the samples here."""
 
-            pair = None if self.pair is None else Pair(self.pair.z[rows], self.pair.x0[rows], cut(self.pair.cond))
-            x0, key = None if self.x0 is None else self.x0[rows], (*self.key[:2], self.first + k * size)
-            parts.append(Batch(size, self.shape, cut(self.cond), x0, self.device, key, pair, self.whole))
-        return [self] if n == 1 else parts
+        def cut(cond: Cond) -> Cond:
+            return {name: value[rows] for name, value in cond.items()}
+
+        return replace(
+            self,
+            size=rows.stop - rows.start,
+            cond=cut(self.cond),
+            x0=None if self.x0 is None else self.x0[rows],
+            key=(*self.key[:2], self.first + rows.start),
+            pair=None if self.pair is None else Pair(self.pair.z[rows], self.pair.x0[rows], cut(self.pair.cond)),
+            total=self.whole,
+        )
 
     def draw(self, purpose: str, of: Callable[[int, torch.Generator], Tensor]) -> Tensor:
         """(B, ...) these samples' rows of `of(n, generator)` (n, ...), which draws for all n samples of the step.
