@@ -8,7 +8,7 @@ which `fits` leaves room.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -188,15 +188,32 @@ def switches(game: Game) -> list[dict[str, Any]]:
 
 def plans(
     values: Mapping[str, Any], objects: Objects = NO_OBJECTS, *, deriving: bool = False
-) -> tuple[Game, list[tuple[dict[str, Any], Plan]]]:
+) -> tuple[Game, Iterator[tuple[dict[str, Any], Plan]]]:
     """The game of a training's options, and its plan without and with switches, until one fits the smallest card.
 
-    Switches that the method or the network does not take are left out.
+    Each plan is made when it is asked for. Switches that the method or the network does not take are left out.
     """
     game = make_game(values, objects, deriving=deriving, weights=False)
     known = {**values} | {name: derived.value for name, derived in game.derived.items()}
+
+    def made() -> Iterator[tuple[dict[str, Any], Plan]]:
+        yield {}, (plan := _first_plan(game))
+        for more in switches(game):
+            if plan.fits(CARDS[0]):
+                return
+            try:
+                other = make_game(known | more, objects, weights=False)
+            except UserError:
+                continue
+            yield more, (plan := plan_of(other))
+
+    return game, made()
+
+
+def _first_plan(game: Game) -> Plan:
+    """The plan of a game; UserError where its network cannot be called."""
     try:
-        found: list[tuple[dict[str, Any], Plan]] = [({}, plan_of(game))]
+        return plan_of(game)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # of a network that its config does not fit
@@ -204,12 +221,3 @@ def plans(
             f"teacher: a training step of {game.config.teacher!r} cannot be done ({first_line(error)}); give a folder "
             "whose configs fit the installed diffusers, and a resolution that it takes"
         ) from error
-    for more in switches(game):
-        if found[-1][1].fits(CARDS[0]):
-            break
-        try:
-            other = make_game(known | more, objects, weights=False)
-        except UserError:
-            continue
-        found.append((more, plan_of(other)))
-    return game, found

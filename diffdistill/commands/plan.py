@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from os import PathLike
 from types import ModuleType
@@ -13,7 +13,7 @@ from diffdistill.commands.distill import with_preset
 from diffdistill.environment import use_machine
 from diffdistill.eval.plan import CARDS, GIB, Plan, plans
 from diffdistill.eval.report import write_json
-from diffdistill.options import build
+from diffdistill.options import build, coerce
 from diffdistill.scaffold.method import Method
 from diffdistill.training.assemble import Game
 from diffdistill.training.recipe import Objects
@@ -39,10 +39,10 @@ def plan(
     of usual length. Raises UserError for whatever `distill` would refuse of them.
     """
     values, objects = Objects.split({"method": method, "preset": preset, "teacher": teacher} | dict(training), options)
-    return _planned(values, objects)[1][0][1]
+    return next(_planned(values, objects)[1])[1]
 
 
-def _planned(values: dict[str, Any], objects: Objects) -> tuple[Game, list[tuple[dict[str, Any], Plan]]]:
+def _planned(values: dict[str, Any], objects: Objects) -> tuple[Game, Iterator[tuple[dict[str, Any], Plan]]]:
     deriving = values.get("preset") is None
     return plans(with_preset(values, objects) | dict(objects.named), objects, deriving=deriving)
 
@@ -52,8 +52,9 @@ def run(values: dict[str, Any]) -> int:
     names = {f.name for f in fields(RateConfig)}
     rate = build(RateConfig, {name: value for name, value in values.items() if name in names})
     values = {name: value for name, value in values.items() if name not in names}
-    use_machine("cpu", int(values.get("threads", 0) or 0))
-    game, found = _planned(values, Objects())
+    use_machine("cpu", coerce("threads", values.get("threads", 0), int, {"at_least": 0}))
+    game, more_plans = _planned(values, Objects())
+    found = [next(more_plans)]
     made = found[0][1]
     for name, (value, reason) in game.derived.items():
         print(f"{name}: {value} ({reason})")
@@ -63,8 +64,10 @@ def run(values: dict[str, Any]) -> int:
         f"\nkept between turns {_gib(made.kept)}; the most {_gib(made.peak)}, in the turn of {made.turn}\n"
         f"a step: {made.passes:.3g} network passes ({made.passes_with_backward:.3g} with those back), "
         f"{made.flops / 1e12:.3g} TFLOP\n{made.steps} steps: {made.samples} samples, "
-        f"{made.steps * made.flops / 1e15:.3g} PFLOP{_hours(made, rate)}\n"
+        f"{made.steps * made.flops / 1e15:.3g} PFLOP{_hours(made, rate)}\n",
+        flush=True,
     )
+    found += more_plans
     for card in CARDS:
         fitting = next(((more, each) for more, each in found if each.fits(card)), None)
         print(f"{card:4} GiB  {'does not fit' if fitting is None else _fitting(*fitting)}")

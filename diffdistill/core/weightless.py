@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -60,11 +61,14 @@ class Weightless(TorchDispatchMode):
 
     def bare(self, modules: Iterable[nn.Module]) -> None:
         """The parameters and buffers of the modules have no values from here on; what they share stays shared."""
-        for part in (part for module in modules for part in module.modules()):
+        for part in itertools.chain.from_iterable(module.modules() for module in modules):
             for tensors in (part._parameters, part._buffers):
                 for name, tensor in tensors.items():
-                    if tensor is not None and not isinstance(tensor, FakeTensor):
-                        tensors[name] = self._bared.setdefault(id(tensor), (tensor, self._without(tensor)))[1]
+                    if tensor is None or isinstance(tensor, FakeTensor):
+                        continue
+                    if id(tensor) not in self._bared:
+                        self._bared[id(tensor)] = tensor, self._without(tensor)
+                    tensors[name] = self._bared[id(tensor)][1]
 
     def _without(self, tensor: Tensor) -> Any:
         # As on a CPU, where everything else is: kernels are chosen as there.

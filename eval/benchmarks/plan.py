@@ -31,7 +31,8 @@ from diffdistill.training.assemble import make_game
 
 COLUMNS = ("training", "plan MB", "measured MB", "plan over measured")
 LORA: dict[str, Any] = {"lora": "student,fake_score"}
-SMALL: dict[str, Any] = {"teacher": "digits", "batch_size": 1}
+SMALL: dict[str, Any] = {"method": "dmd2", "teacher": "digits", "update_ratio": 1, "batch_size": 1}
+WITHOUT: dict[str, dict[str, Any]] = {"": SMALL, "lora": SMALL | LORA}  # what is not the network's
 DIT: dict[str, Any] = {"batch_size": 16}
 TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "UNet, DMD2": ("unet", {"batch_size": 4}),
@@ -79,7 +80,7 @@ def compare(steps: int) -> list[dict[str, Any]]:
         root = Path(folder)
         prepare(root / "unet", NETWORKS["mid"], 128, torch.float32)
         prepare_dit(root / "dit")
-        before = {lora: peak(lora, root, steps) for lora in ("", "lora")}
+        before = {lora: peak(lora, root, steps) for lora in WITHOUT}
         for name, (_, own) in TRAININGS.items():
             planned = plan_of(make_game(options_of(name, root), weights=False)).peak / 2**20
             taken = peak(name, root, steps) - before["lora" if "lora" in own else ""]
@@ -100,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.one is not None:
             torch.set_num_threads(1)
-            small = SMALL | {"method": "dmd2", "update_ratio": 1} | (LORA if args.one == "lora" else {})
-            options = small if args.one in ("", "lora") else options_of(args.one, Path(args.folder))
+            options = WITHOUT.get(args.one) or options_of(args.one, Path(args.folder))
             print(json.dumps(measured(options, Path(args.folder), args.steps, "cpu")["peak MB"]))
             return 0
         table = markdown_table(compare(args.steps), COLUMNS)

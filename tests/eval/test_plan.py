@@ -111,7 +111,7 @@ def test_switches_are_tried_until_the_smallest_card_has_the_memory(tmp_path: Pat
         layers_per_block=1, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
     diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "large")
     options = {"method": "consistency", "teacher": str(tmp_path / "large"), "batch_size": 512}
-    _, found = plans(options)
+    found = list(plans(options)[1])
     assert [list(more) for more, _ in found][:2] == [[], ["gradient_checkpointing"]]
     peaks = [plan.peak for _, plan in found]
     assert peaks == sorted(peaks, reverse=True) and found[-1][1].fits(16) and not found[-2][1].fits(16)
@@ -127,6 +127,8 @@ def test_the_command_prints_hours_and_writes_json(
     assert json.loads(out.read_text())["plans"][0]["samples"] == 1440
     assert main(["plan", "--teacher", tiny["teacher"], "--tflops", "0"]) == 2
     assert "tflops" in capsys.readouterr().err
+    assert main(["plan", "--teacher", tiny["teacher"], "--threads", "x"]) == 2
+    assert "threads" in capsys.readouterr().err
 
 
 @pytest.mark.slow
