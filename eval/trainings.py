@@ -21,7 +21,7 @@ from diffdistill.eval.suites import Suite
 from diffdistill.players.sampler import Sampler
 from diffdistill.training.assemble import load_run
 from diffdistill.training.checkpoint import checkpoints
-from diffdistill.training.trainer import metrics_lines
+from diffdistill.training.metrics import metrics_lines
 
 SHOWN_STEPS = (1, 2, 4)
 

@@ -42,7 +42,7 @@ from diffdistill.families import StudentRecord, load_teacher, local_folder, read
 from diffdistill.options import build, split
 from diffdistill.training.checkpoint import load_newest, save_checkpoint
 from diffdistill.training.inputs import check_inputs, inputs_of, write_inputs
-from diffdistill.training.trainer import MetricsFile
+from diffdistill.training.metrics import MetricsFile
 
 LIMIT, LONGEST = 10, 300
 ODD: list[Any] = [

@@ -133,8 +133,19 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+EXIT_CODES = {
+    0: "it is done",
+    1: "verify has failed, or a fault of diffdistill with its traceback",
+    2: "bad input, a full disk or too little memory; one line says what",
+    75: "train, teacher: --max-hours are over; a checkpoint is written, and --resume goes on",
+    130: "SIGINT or Ctrl-C; train and teacher have written a checkpoint, and --resume goes on",
+    143: "SIGTERM, the same",
+}
+"""What each exit code means."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (verify failed), 2 (bad input), 130 (interrupted)."""
+    """Run one command; returns the exit code, one of `EXIT_CODES`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are no UTF-8, as on standard error
@@ -233,7 +244,8 @@ def _top_parser() -> argparse.ArgumentParser:
         description="Distill a pretrained diffusion model into a generator that needs one to four steps.",
         epilog="commands:\n"
         + "\n".join(f"  {name:{width}}{command.help}" for name, command in COMMANDS.items())
-        + "\n\n`diffdistill COMMAND --help` lists a command's options.",
+        + "\n\n`diffdistill COMMAND --help` lists a command's options.\n\nexit codes:\n"
+        + "\n".join(f"  {code:<{width}}{meaning}" for code, meaning in EXIT_CODES.items()),
     )
     parser.add_argument("--version", action="version", version=f"diffdistill {__version__}")
     return parser

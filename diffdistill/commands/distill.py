@@ -28,9 +28,11 @@ from diffdistill.training.assemble import Game, data_for, make_game, pairs_for
 from diffdistill.training.folder import check_prompts, refuse_a_run, resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
 from diffdistill.training.inputs import check_inputs, inputs_of
+from diffdistill.training.lock import only_trainer
 from diffdistill.training.looks import Look, watch
 from diffdistill.training.recipe import Objects, recorded
-from diffdistill.training.trainer import Interrupted, Trainer, accelerator_for
+from diffdistill.training.stopping import Interrupted
+from diffdistill.training.trainer import Trainer, accelerator_for
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -82,24 +84,27 @@ def distill_values(
     values: dict[str, Any], objects: Objects, resume: Path | None = None, allow_change: bool = False
 ) -> Run:
     """`distill` with the options as the command line and YAML have them: all in one mapping."""
+    whole = values.get("preset") is not None
     if resume is not None:
         values = resumed_options(resume, values, objects.named, allow_change)
-        check_prompts(resume, values.get("prompts"), allow_change)
     elif allow_change:
         raise UserError("allow_change: it is for a run that is resumed; give --resume RUN")
     else:
-        whole = values.get("preset") is not None
         values = with_preset(values, objects) | dict(objects.named)
     out = Path(str(values.get("out", TrainConfig.out)))
     if resume is None:  # before anything is loaded
         if objects.teacher is None:
             check_weights(str(values.get("teacher", TrainConfig.teacher)))
         refuse_a_run(out)
-    game = make_game(values, objects, deriving=resume is None and not whole)
-    _check_options(game, values, resumed=resume is not None)
-    check_exportable(game, game.config)  # a student that cannot be saved is refused now
-    _note_on_stages(game)
-    if _train(game, out, resume is not None, allow_change):
+    with only_trainer(out, "out" if resume is None else "resume"):
+        if resume is not None:
+            check_prompts(resume, values.get("prompts"), allow_change)
+        game = make_game(values, objects, deriving=resume is None and not whole)
+        _check_options(game, values, resumed=resume is not None)
+        check_exportable(game, game.config)  # a student that cannot be saved is refused now
+        _note_on_stages(game)
+        saved = _train(game, out, resume is not None, allow_change)
+    if saved:
         upload(out / "student", game.config)
     return Run(out, objects.teacher)
 
@@ -199,8 +204,8 @@ def run(values: dict[str, Any]) -> int:
     try:
         result = distill_values(values, Objects(), None if resume is None else Path(resume), allow_change)
     except Interrupted as stopped:
-        print(f"stopped; resume with: diffdistill train --resume {stopped}", file=sys.stderr)
-        return 130
+        print(stopped.line("train"), file=sys.stderr)
+        return stopped.code
     from diffdistill.eval.choice import suggestion
 
     print(f"saved {result.student}\n{suggestion(result.folder)}")

@@ -41,6 +41,7 @@ class FitOptions(MachineOptions, total=False):
     sample_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    max_hours: float
     tracker: Literal["none", "tensorboard", "wandb"]
 
 

@@ -12,7 +12,7 @@ from diffdistill.errors import UserError
 from diffdistill.families import METADATA, load_student
 from diffdistill.families._own import WEIGHTS
 from diffdistill.files import atomic_folder
-from diffdistill.training.trainer import metrics_lines
+from diffdistill.training.metrics import metrics_lines
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -35,7 +35,9 @@ from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome,
 from diffdistill.training.folder import resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
 from diffdistill.training.inputs import check_inputs, inputs_of
-from diffdistill.training.trainer import Interrupted, Trainer, accelerator_for
+from diffdistill.training.lock import only_trainer
+from diffdistill.training.stopping import Interrupted
+from diffdistill.training.trainer import Trainer, accelerator_for
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -115,11 +117,16 @@ def train_teacher(
     elif allow_change:
         raise UserError("allow_change: it is for a run that is resumed; give --resume RUN")
     config = build(TeacherConfig, values)
+    with only_trainer(Path(config.out), "out" if resume is None else "resume"):
+        return _train(config, resume is not None, allow_change)
+
+
+def _train(config: TeacherConfig, resumed: bool, allow_change: bool) -> Path:
     out = Path(config.out)
     accelerator = accelerator_for(config, out)
     data = open_data(config.data, resolution=config.resolution, channels=config.channels)
     inputs = inputs_of(dataclasses.asdict(config), data=data)
-    note = check_inputs(out, inputs, allow_change) if resume is not None else None
+    note = check_inputs(out, inputs, allow_change) if resumed else None
     if note and accelerator.is_main_process:
         print(note, file=sys.stderr)
     text = _text_teacher(config, data) if config.architecture == "stable-diffusion" else None
@@ -132,12 +139,12 @@ def train_teacher(
         draw = batches(config, teacher, data, accelerator, config.label_dropout)
         grids = grid_writer(out, method.sampler, teacher)
     trainer = Trainer(method, draw, config, out, accelerator, grids)
-    if resume is not None:
+    if resumed:
         trainer.resume(allow_change)
     parameter_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters())
-    start_folder(out, dataclasses.asdict(config), parameter_bytes, accelerator, inputs, resume=resume is not None)
+    start_folder(out, dataclasses.asdict(config), parameter_bytes, accelerator, inputs, resume=resumed)
     if text:
-        text.prepare(out / "vae", accelerator, allow_change)
+        text.prepare(out / "vae", accelerator, allow_change, trainer.began)
     trainer.fit()
     if accelerator.is_main_process:
         with trainer.evaluating():
@@ -158,8 +165,8 @@ def run(values: dict[str, Any]) -> int:
     try:
         print(f"saved {train_teacher(**values)}")
     except Interrupted as stopped:
-        print(f"stopped; resume with: diffdistill teacher --resume {stopped}", file=sys.stderr)
-        return 130
+        print(stopped.line("teacher"), file=sys.stderr)
+        return stopped.code
     return 0
 
 

@@ -30,7 +30,8 @@ from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
-from diffdistill.training.trainer import Accelerator, Interrupted, Trainer
+from diffdistill.training.stopping import Interrupted
+from diffdistill.training.trainer import Accelerator, Trainer
 from diffdistill.training.unread import Unread
 
 FAMILY = "stable_diffusion"
@@ -141,19 +142,23 @@ class TextTeacher:
         settings = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
         return tokenizer(list(texts), return_tensors="pt", **settings).input_ids
 
-    def prepare(self, out: Path, accelerator: Accelerator, allow_change: bool = False) -> None:
-        """Train the autoencoder, or what is left of it, and encode all images; `allow_change` is `resume`'s."""
+    def prepare(self, out: Path, accelerator: Accelerator, allow_change: bool, began: float) -> None:
+        """Train the autoencoder, or what is left of it, and encode all images.
+
+        `allow_change` is `resume`'s, and `began` from where `max_hours` count.
+        """
         c, vae, data = self.config, self.pipeline.vae, self.data
         fit = dataclasses.replace(c, steps=c.vae_steps, batch_size=c.vae_batch_size, ema=0.99, sample_every=0)
         draw = batches(fit, dataclasses.replace(self.teacher, shape=data.shape), data, accelerator)
         out.mkdir(exist_ok=True)
         trainer = Trainer(Autoencoding(vae.train()), draw, fit, out, accelerator)
+        trainer.began = began
         trainer.resume(allow_change)
         try:
             if trainer.step < fit.steps:
                 trainer.fit()
-        except Interrupted:
-            raise Interrupted(out.parent) from None  # the run to resume
+        except Interrupted as stopped:
+            raise stopped.of(out.parent) from None  # the run to resume
         except Unread as error:
             raise error.of(out.parent) from None
         if trainer.average:

@@ -42,6 +42,12 @@ class FitConfig(MachineConfig):
     sample_every: int = option(200, "steps between two sample grids; 0: none", at_least=0)
     checkpoint_every: int = option(500, "steps between two checkpoints; 0: only at the end", at_least=0)
     keep_checkpoints: int = option(2, "checkpoints kept; older ones are removed", at_least=1)
+    max_hours: float = option(
+        0.0,
+        "hours of this process's training, after which it writes a checkpoint and ends with exit code 75, to be "
+        "resumed; 0: no end",
+        at_least=0,
+    )
     tracker: Literal["none", "tensorboard", "wandb"] = option(
         "none", "a tracker that gets the metrics too, through accelerate"
     )

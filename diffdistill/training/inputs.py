@@ -35,6 +35,7 @@ MAY_CHANGE = {
     "sample_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "max_hours",
     "tracker",
     *SAVING,
 }

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +21,6 @@ from tqdm import tqdm
 from diffdistill.config import FitConfig
 from diffdistill.environment import peak_memory_mb, use_machine
 from diffdistill.errors import UserError
-from diffdistill.files import atomic_write, json_of
 from diffdistill.players.average import MovingAverage
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.rng import seed_for
@@ -41,15 +37,13 @@ from diffdistill.training.checkpoint import (
     set_aside,
 )
 from diffdistill.training.launchers import check_launcher
+from diffdistill.training.metrics import MetricsFile
+from diffdistill.training.stopping import Interrupted, stopping
 from diffdistill.training.unread import read_batch
 
 
 class NonFinite(UserError):
     """A loss or gradient is nan or infinite; no parameter was changed by it."""
-
-
-class Interrupted(Exception):
-    """Training was stopped by a signal after a checkpoint was written."""
 
 
 class Trainer:
@@ -76,6 +70,7 @@ class Trainer:
         self.accelerator = accelerator
         self.on_sample = on_sample
         self.on_look: Callable[[int], None] | None = None  # which is made once the run folder is there
+        self.began = time.monotonic()  #: from where --max-hours count
         self.step, self.saved = 0, 0  #: the steps that are done, and those in the newest checkpoint
         self.totals: dict[str, tuple[Tensor | float, int]] = {}  # sums since the last line of metrics.jsonl
         self.averaged = method.exported if config.ema else None
@@ -176,6 +171,13 @@ class Trainer:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
 
+    def _most(self, number: int) -> int:
+        """The largest of the numbers that the processes have."""
+        if self.accelerator.num_processes == 1:
+            return number
+        numbers = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
+        return int(numbers.max())
+
     def iteration(self, batch: Batch | None = None) -> dict[str, Tensor]:
         """All turns of one step, the moving average and the method's after_step; logs by '<player>/<name>'."""
         batch = self.batches(self.step) if batch is None else batch
@@ -194,7 +196,8 @@ class Trainer:
     def fit(self) -> None:
         """Train up to config.steps.
 
-        Raises Interrupted after a signal, and Unread for data that cannot be read, once a checkpoint has been written.
+        Raises Interrupted after a signal or `max_hours`, and Unread for data that cannot be read, once a checkpoint
+        has been written.
         """
         config, writer = self.config, None
         if self.accelerator.is_main_process:
@@ -209,7 +212,7 @@ class Trainer:
             disable=not (sys.stderr.isatty() and self.accelerator.is_main_process),
             dynamic_ncols=True,
         )
-        with bar, signals() as stopped:
+        with bar, stopping(config.max_hours, self.began) as stop:
             started, since = time.perf_counter(), self.step
             if self.step == 0:
                 self._sample()
@@ -227,11 +230,11 @@ class Trainer:
                     self._sample()
                 if self.step in (max(1, config.steps // 10), config.steps):
                     self._evaluated(self.on_look)
-                last, stop = self.step == config.steps, self.anywhere(stopped.is_set())
-                if last or stop or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                last, reason = self.step == config.steps, self._most(stop.reason)
+                if last or reason or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
                     self.save()
-                if stop and not last:
-                    raise Interrupted(self.out)
+                if reason and not last:
+                    raise Interrupted(self.out, self.step, config.steps, reason - 1)
         self._sample()
 
     def _totals(self) -> dict[str, tuple[float, int]]:
@@ -361,52 +364,6 @@ def eight_bit() -> Any:
         needs = "needs the package bitsandbytes; pip install 'diffdistill[eight_bit]', or use adamw"
         raise UserError(f"optimizer: adamw8bit {needs}") from None
     return AdamW8bit
-
-
-class MetricsFile:
-    """metrics.jsonl, one object a line. On a resume, lines after the checkpoint are dropped first."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        if path.exists():
-            kept = [line for line, values in metrics_lines(path) if values["step"] <= step]
-            atomic_write(path, b"".join(line + b"\n" for line in kept))
-
-    def write(self, values: dict[str, Any]) -> None:
-        """Append one line of JSON."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-
-
-def metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a metrics.jsonl with their values; what a crash or an editor has made of a line is left out."""
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            values = json_of(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            yield line, values
-
-
-@contextmanager
-def signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that the step in progress ends first; a second one kills."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped  # handlers can only be set there
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        stopped.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def accelerator_for(config: FitConfig, out: Path) -> Accelerator:

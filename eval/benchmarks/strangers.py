@@ -47,7 +47,7 @@ from diffdistill.eval.report import markdown_table, text_table, write_json, writ
 from diffdistill.files import atomic_folder
 from diffdistill.options import nearest
 from diffdistill.pictures import save_png, side_by_side
-from diffdistill.training.trainer import metrics_lines
+from diffdistill.training.metrics import metrics_lines
 
 TEACHER_STEPS = (8, 50)
 METHODS = ("dmd2", "consistency", "sid", "dmd", "lcm")

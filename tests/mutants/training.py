@@ -73,7 +73,7 @@ MUTANTS = {
         ("no sample at the start",
          "if self.step == 0:\n                self._sample()", "if False:\n                self._sample()"),
         ("no sample at the end",
-         "raise Interrupted(self.out)\n        self._sample()", "raise Interrupted(self.out)"),
+         "steps, reason - 1)\n        self._sample()", "steps, reason - 1)"),
         ("totals are not emptied", "                    self.totals = {}\n", ""),
         ("totals are not counted",
          "self.totals[key] = (total + value, count + 1)", "self.totals[key] = (total + value, 1)"),

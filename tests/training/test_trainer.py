@@ -17,7 +17,8 @@ from diffdistill.config import FitConfig
 from diffdistill.players.sampler import Sampler
 from diffdistill.scaffold.method import Batch, Method, Optimizer, Outcome, Turn
 from diffdistill.training.checkpoint import checkpoints, load_checkpoint
-from diffdistill.training.trainer import Interrupted, NonFinite, Trainer, accelerator_for
+from diffdistill.training.stopping import Interrupted
+from diffdistill.training.trainer import NonFinite, Trainer, accelerator_for
 
 Teachers = Callable[[str], Path]
 
