@@ -46,7 +46,8 @@ def only_trainer(run: Path, field: str) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            (run / FILE).unlink(missing_ok=True)  # while it is locked
+            with suppress(OSError):
+                (run / FILE).unlink(missing_ok=True)  # while it is locked
             _held.discard(descriptor)
             os.close(descriptor)
         with suppress(OSError):
@@ -80,8 +81,9 @@ def _locked(run: Path, field: str) -> int | None:
             break
         os.close(descriptor)  # its holder has just removed it
     _held.add(descriptor)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n", 0)
+    with suppress(OSError):  # a full disk, which holds nobody's lock up
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n", 0)
     return descriptor
 
 
