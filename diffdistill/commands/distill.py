@@ -25,6 +25,7 @@ from diffdistill.pipelines.record import imitated_guidance
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Method
 from diffdistill.training.assemble import Game, data_for, make_game, pairs_for
+from diffdistill.training.checkpoint import full_disk_said
 from diffdistill.training.folder import check_prompts, refuse_a_run, resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
 from diffdistill.training.inputs import check_inputs, inputs_of
@@ -33,6 +34,7 @@ from diffdistill.training.looks import Look, watch
 from diffdistill.training.recipe import Objects, recorded
 from diffdistill.training.stopping import Interrupted
 from diffdistill.training.trainer import Trainer, accelerator_for
+from diffdistill.training.underneath import teacher_check
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -162,6 +164,7 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
         shown = data if game.family is None and teacher.num_classes is None else game.encoded
         grids = grid_writer(out, method.sampler, teacher, shown)
         trainer = Trainer(method, draw, config, out, accelerator, grids)
+        trainer.before_save = teacher_check(teacher, inputs["fingerprints"]["teacher's weights"])
         if resumed:
             trainer.resume(allow_change)
         looks = accelerator.is_main_process and trainer.step < config.steps
@@ -175,7 +178,7 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
             trainer.on_look = watch(out, look, method.sampler, config.steps, drawing=config.sample_every > 0)
         trainer.fit()
         if accelerator.is_main_process:
-            with trainer.evaluating():
+            with trainer.evaluating(), full_disk_said(out):
                 export_student(game, out / "student", trainer.step, saving=config)
     accelerator.end_training()
     return accelerator.is_main_process

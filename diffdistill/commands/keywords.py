@@ -42,6 +42,8 @@ class FitOptions(MachineOptions, total=False):
     checkpoint_every: int
     keep_checkpoints: int
     max_hours: float
+    skip_nonfinite: int
+    skip_unreadable: int
     tracker: Literal["none", "tensorboard", "wandb"]
 
 

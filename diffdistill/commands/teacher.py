@@ -21,6 +21,7 @@ from diffdistill.core.schedule import EDM, LinearFlow
 from diffdistill.core.times import log_normal, logit_normal, native_uniform
 from diffdistill.data.batches import batches
 from diffdistill.data.images import Data, open_data
+from diffdistill.data.unreadable import skipping
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.families import TeacherRecord, new_unet2d
@@ -125,6 +126,7 @@ def _train(config: TeacherConfig, resumed: bool, allow_change: bool) -> Path:
     out = Path(config.out)
     accelerator = accelerator_for(config, out)
     data = open_data(config.data, resolution=config.resolution, channels=config.channels)
+    data = skipping(data, config.skip_unreadable)
     inputs = inputs_of(dataclasses.asdict(config), data=data)
     note = check_inputs(out, inputs, allow_change) if resumed else None
     if note and accelerator.is_main_process:

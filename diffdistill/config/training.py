@@ -48,6 +48,18 @@ class FitConfig(MachineConfig):
         "resumed; 0: no end",
         at_least=0,
     )
+    skip_nonfinite: int = option(
+        0,
+        "updates of a run that are skipped, each with a warning, since their loss or gradient is not finite; with one "
+        "more, or with 0 at the first, training stops",
+        at_least=0,
+    )
+    skip_unreadable: int = option(
+        0,
+        "images of the data that are skipped, each named in a warning, since they cannot be read: the next one stands "
+        "for each; with one more, or with 0 at the first, training stops",
+        at_least=0,
+    )
     tracker: Literal["none", "tensorboard", "wandb"] = option(
         "none", "a tracker that gets the metrics too, through accelerate"
     )

@@ -20,6 +20,7 @@ from diffdistill.data.encoded import Encoded, check_encoded, check_negative, enc
 from diffdistill.data.examples import Examples, TensorExamples, as_examples
 from diffdistill.data.images import Data, open_data
 from diffdistill.data.pairs import check_pairs, open_pairs
+from diffdistill.data.unreadable import skipping
 from diffdistill.errors import UserError
 from diffdistill.families import (
     FAMILIES,
@@ -244,7 +245,7 @@ def data_for(game: Game) -> Examples | None:
             f"data: the teacher's samples {tuple(game.teacher.shape)} are no images; give data as an object"
         )
     channels, size = game.teacher.shape[0], game.teacher.shape[1]
-    data = open_data(game.config.data, resolution=size, channels=channels)
+    data = skipping(open_data(game.config.data, resolution=size, channels=channels), game.config.skip_unreadable)
     check_data(game.teacher, data)
     return data
 

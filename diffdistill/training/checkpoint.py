@@ -8,13 +8,15 @@ function of (seed, step).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from diffdistill.files import atomic_folder, file_digest, json_object
 
 FORMAT = 1
 """Of the records that are written. Those without a number are from before there were checksums."""
+
+_LATER = {"skipped": 0}  # what records had not from the start, and what it is where it is not there
 
 _NAME = re.compile(r"step-(\d{8,})$")
 _LEFT = re.compile(r"(\.step-\d{8,}\.(partial|replaced|removed)|step-\d{8,}\.damaged)$")
@@ -64,7 +68,8 @@ def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     """Write `<folder>/step-<step>` whole: one safetensors file for each key of `tensors`, and state.json.
 
-    `state` has `world_size` and `totals`. The record holds a checksum of every other file, and one of itself.
+    `state` has `world_size`, `totals` and `skipped`. The record holds a checksum of every other file, and one of
+    itself.
     """
     with atomic_folder(folder / f"step-{step:08d}", _STATE) as partial:
         files = {}
@@ -120,6 +125,25 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _NAME.match(p.name) and (p / _STATE).is_file())
 
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+@contextmanager
+def full_disk_said(run: Path) -> Iterator[None]:
+    """A run folder that cannot be written to any more becomes a UserError that says what is kept, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL and not isinstance(error.__cause__, SafetensorError):
+            raise
+        kept = checkpoints(run / "checkpoints")
+        last = f"the last good checkpoint is {kept[-1].name}" if kept else "no checkpoint had been written yet"
+        raise UserError(
+            f"out: {shown(str(run))} cannot be written to ({error.strerror or first_line(error)}); {last}: free some "
+            f"space, and go on with --resume {run}"
+        ) from error
+
+
 class Damaged(UserError):
     """A checkpoint does not hold what was saved."""
 
@@ -153,13 +177,14 @@ def _check_record(record: dict[str, Any], path: Path) -> None:
         "step": (lambda v: whole(v) and path.name == f"step-{v:08d}", "must be the step of the folder's name"),
         "world_size": (lambda v: whole(v) and v >= 1, "must be a number of processes"),
         "totals": (lambda v: isinstance(v, dict) and all(map(total, v.values())), "must be sums and their counts"),
+        "skipped": (whole, "must be a number of updates"),
         "files": (lambda v: isinstance(v, dict) and all(map(_is_file_sum, v.items())), "must be files and checksums"),
         "checksum": (lambda v: v == _own_checksum(record), "does not belong to it: the record was changed"),
     }
     for name, (holds, rule) in rules.items():
-        if name not in record:
+        if name not in record and name not in _LATER:
             raise ValueError(f"{_STATE} has no {name!r}")
-        if not holds(record[name]):
+        if not holds(record.get(name, _LATER.get(name))):
             raise ValueError(f"{_STATE}: {name!r} is {shown(record[name])}, and {rule}")
 
 

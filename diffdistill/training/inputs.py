@@ -36,6 +36,8 @@ MAY_CHANGE = {
     "checkpoint_every",
     "keep_checkpoints",
     "max_hours",
+    "skip_nonfinite",
+    "skip_unreadable",
     "tracker",
     *SAVING,
 }

@@ -27,6 +27,7 @@ from diffdistill.rng import seed_for
 from diffdistill.scaffold.method import Batch, Method, Optimizer, Turn
 from diffdistill.training.checkpoint import (
     checkpoints,
+    full_disk_said,
     load_into,
     load_newest,
     load_optimizer_state,
@@ -70,8 +71,10 @@ class Trainer:
         self.accelerator = accelerator
         self.on_sample = on_sample
         self.on_look: Callable[[int], None] | None = None  # which is made once the run folder is there
+        self.before_save: Callable[[], None] | None = None
         self.began = time.monotonic()  #: from where --max-hours count
         self.step, self.saved = 0, 0  #: the steps that are done, and those in the newest checkpoint
+        self.skipped = 0  #: updates that were left out since they were not finite
         self.totals: dict[str, tuple[Tensor | float, int]] = {}  # sums since the last line of metrics.jsonl
         self.averaged = method.exported if config.ema else None
         self._start_players()
@@ -102,7 +105,10 @@ class Trainer:
     # -- one step ----------------------------------------------------------------------------------------
 
     def take(self, turn: Turn, batch: Batch) -> dict[str, Tensor]:
-        """One player's move, in one pass or several over parts of the batch; its losses and 'grad_norm', detached."""
+        """One player's move, in one pass or several over parts of the batch; its losses and 'grad_norm', detached.
+
+        None of them where the update was skipped.
+        """
         only_trains(turn.player, self.parameters)
         if turn.restart:
             self.optimizers[turn.player] = self._optimizer(turn.player)
@@ -116,8 +122,8 @@ class Trainer:
             grads = self._averaged_over_processes(turn.player)
         norm = torch.nn.utils.get_total_norm(grads)
         if self.anywhere(not bool(torch.isfinite(loss + norm))):
-            what = f"loss {float(loss)}, gradient norm {float(norm)}; it was not updated"
-            raise self._non_finite(turn.player, what)
+            self._skip(turn.player, f"loss {float(loss)}, gradient norm {float(norm)}")
+            return {}
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters[turn.player], self.config.max_grad_norm, norm)
         optimizer = self.optimizers[turn.player]
@@ -154,6 +160,21 @@ class Trainer:
             p.grad = grad.copy_(part.view_as(p))
         return grads
 
+    def _skip(self, player: str, what: str) -> None:
+        """Leave an update out and say so; NonFinite for one more than `skip_nonfinite`."""
+        most = self.config.skip_nonfinite
+        if self.skipped == most:
+            before = f"; {most} updates were skipped before, as many as --skip-nonfinite allows" if most else ""
+            raise self._non_finite(player, f"{what}; it was not updated{before}")
+        self.skipped += 1
+        self.optimizers[player].zero_grad(set_to_none=True)
+        if self.accelerator.is_main_process:
+            count = f"{self.skipped} of at most {most}"
+            print(
+                f"warning: step {self.step}, player {player!r}: {what}; the update is skipped ({count})",
+                file=sys.stderr,
+            )
+
     def _non_finite(self, player: str, what: str) -> NonFinite:
         kept = checkpoints(self.out / "checkpoints")
         last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
@@ -182,10 +203,12 @@ class Trainer:
         """All turns of one step, the moving average and the method's after_step; logs by '<player>/<name>'."""
         batch = self.batches(self.step) if batch is None else batch
         logs: dict[str, Tensor] = {}
-        turns = self.method.turns(self.step)
-        for turn in turns:
-            logs |= {f"{turn.player}/{key}": value for key, value in self.take(turn, batch).items()}
-        if self.average and self.averaged in [turn.player for turn in turns]:
+        moved = set()
+        for turn in self.method.turns(self.step):
+            taken = self.take(turn, batch)
+            logs |= {f"{turn.player}/{key}": value for key, value in taken.items()}
+            moved |= {turn.player} if taken else set()
+        if self.average and self.averaged in moved:
             self.average.update(self.step)
         self.method.after_step(self.step)
         self.step += 1
@@ -212,7 +235,7 @@ class Trainer:
             disable=not (sys.stderr.isatty() and self.accelerator.is_main_process),
             dynamic_ncols=True,
         )
-        with bar, stopping(config.max_hours, self.began) as stop:
+        with bar, full_disk_said(self.out), stopping(config.max_hours, self.began) as stop:
             started, since = time.perf_counter(), self.step
             if self.step == 0:
                 self._sample()
@@ -249,6 +272,8 @@ class Trainer:
         self.accelerator.log(means, step=self.step)
         if writer is None:
             return
+        if self.skipped:
+            means = {**means, "skipped_updates": float(self.skipped)}
         measured = {"seconds_per_step": round(seconds, 5), "peak_memory_mb": round(peak_memory_mb(), 1)}
         writer.write({"step": self.step, **measured, **means})
         # What is minimised says little (the gradient injection has no meaning as a number) where a method
@@ -303,6 +328,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint; only the main process does."""
         self._check_parameters()
+        if self.before_save:
+            self.before_save()
         totals = self._totals()
         if self.accelerator.is_main_process:
             tensors: dict[str, dict[str, Tensor]] = {}
@@ -313,7 +340,7 @@ class Trainer:
                 tensors[f"state.{name}"] = module.state_dict()
             if self.average:
                 tensors["average"] = self.average.state()
-            state = {"world_size": self.accelerator.num_processes, "totals": totals}
+            state = {"world_size": self.accelerator.num_processes, "totals": totals, "skipped": self.skipped}
             save_checkpoint(self.out / "checkpoints", self.step, tensors, state)
             remove_old(self.out / "checkpoints", self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
@@ -335,6 +362,7 @@ class Trainer:
                 f"{self.accelerator.num_processes}, which changes the order of the data; use as many, or --allow-change"
             )
         self.step = self.saved = record["step"]
+        self.skipped = record.get("skipped", 0)
         if self.step > self.config.steps:
             raise UserError(
                 f"steps: {self.config.steps} is fewer than the {self.step} that are done already; give more"

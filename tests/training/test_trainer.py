@@ -115,7 +115,7 @@ def test_an_interrupted_write_costs_no_checkpoint(
         save_file(tensors, path)
 
     monkeypatch.setattr(diffdistill.training.checkpoint, "save_file", fails_in_the_second_checkpoint)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"No space left on device\); the last good checkpoint is step-00000002: free"):
         distill(**options(tiny_teacher("vp"), tmp_path / "run"))
     kept = checkpoints(tmp_path / "run" / "checkpoints")
     assert [p.name for p in kept] == ["step-00000002"]
