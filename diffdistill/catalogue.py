@@ -19,10 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from diffdistill import options as option_groups
 from diffdistill.config import TrainConfig
 from diffdistill.errors import UserError
-from diffdistill.options import nearest
+from diffdistill.options import groups as option_groups
+from diffdistill.options import nearest, read_mapping
 
 Scalar = str | int | float | bool | None
 
@@ -65,7 +65,7 @@ class MethodInfo:
         path = self.path.parent / "presets" / f"{self.name}.yaml"
         if not path.is_file():
             return {}
-        entries = option_groups.read_mapping(str(path), "presets")
+        entries = read_mapping(str(path), "presets")
         return {name: _preset(path, name, entry) for name, entry in entries.items()}
 
     def load(self) -> types.ModuleType:
