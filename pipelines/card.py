@@ -10,7 +10,7 @@ from typing import Any
 from diffdistill.families import FAMILIES, Family, diffusers_class, local_folder, public_name, read_json
 from diffdistill.families._parts import LORA, null_parts, stored_dtypes
 from diffdistill.pipelines.origin import card_of, head, license_note, metadata, public_options, teacher_folder
-from diffdistill.pipelines.schedulers import student_scheduler
+from diffdistill.pipelines.schedulers import student_rows, student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import FILE
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.lora import LoraNetwork
@@ -79,11 +79,12 @@ def model_card(
     theirs = card_of(base)
     adapted = isinstance(network, AdaptedNetwork)
     kind = (dtype if form != "lora" else None) or _stored(entry, teacher)
-    where = _Lines(entry, teacher, sampler, call, kind, place or "FOLDER", adapted)
+    coded = adapted or student_rows(teacher, sampler) is not None
+    where = _Lines(entry, teacher, sampler, call, kind, place or "FOLDER", coded)
     both = form == "pipeline" and isinstance(network, LoraNetwork) and entry.loads_lora
     lora = both and (folder is None or (folder / "lora").is_dir())
     file = entry.single_file and form == "pipeline" and not adapted and _is_one_file(folder, entry)
-    own = (entry.autoencoder is not None or others) and not adapted
+    own = (entry.autoencoder is not None or others or coded) and not adapted
     values = metadata(teacher.source, entry, info.name, theirs, relation="adapter" if form == "lora" else "finetune")
     what = "The LoRA is" if form == "lora" else "The network's weights are"
     return f"""{head(values)}# A {steps}-step student of {public_name(teacher.source)}
@@ -139,7 +140,7 @@ class _Lines:
     call: str  #: the arguments of the pipeline's call
     dtype: str  #: of the pipeline
     place: str  #: where the student is
-    adapted: bool
+    coded: bool  #: the folder's index names a pipeline of its own, whose code loads with the folder
 
     @property
     def _base(self) -> str:
@@ -162,7 +163,7 @@ class _Lines:
 
     def _loaded(self, place: str, more: str = "") -> str:
         """The arguments of `from_pretrained` that load a whole pipeline."""
-        source = f'"{place}"' + (", trust_remote_code=True" if self.adapted else "") + more
+        source = f'"{place}"' + (", trust_remote_code=True" if self.coded else "") + more
         if self.entry.autoencoder is not None:  # the parts that the teacher has not
             index = read_json(local_folder(self.teacher.source) / "model_index.json")
             nulls = null_parts(diffusers_class(self.entry.pipelines[0]), index)
@@ -227,15 +228,17 @@ network = {network}.from_single_file("{file}", config="{self.place}", subfolder=
 
     def own_pipeline(self, form: str, subject: str, others: Collection[int]) -> str:
         """How the file that gives the stock pipeline the student's own call, and other numbers of steps, is used."""
+        known = ", ".join(str(n) for n in sorted([*others, len(self.sampler.levels)]))
+        more = f"\nSo loaded, it draws in other numbers of steps too, `num_inference_steps=` one of {known}.\n"
+        if self.coded:
+            text = f"The levels are handed to the scheduler by `{FILE}`, without which the folder does not load."
+            return f"{text}\n{more if others else ''}\n"
         use = f'custom_pipeline="{self.place}", trust_remote_code=True'
         text = f"These arguments are in `{FILE}` too, where `generator` seeds the noise of every step in any family:\n"
         if form != "pipeline":
             return f"{text}add `{use}` to `DiffusionPipeline.from_pretrained(..)`, and call `pipeline({subject})`.\n\n"
-        more = ""
-        if others:
-            known = ", ".join(str(n) for n in sorted([*others, len(self.sampler.levels)]))
-            more = f"\nSo loaded, it draws in other numbers of steps too, `num_inference_steps=` one of {known}.\n"
-        return f'{text}`DiffusionPipeline.from_pretrained("{self.place}", {use})({subject})`.\n{more}\n'
+        loaded = f'`DiffusionPipeline.from_pretrained("{self.place}", {use})({subject})`.'
+        return f"{text}{loaded}\n{more if others else ''}\n"
 
 
 def _name(kind: str | type) -> str:

@@ -38,7 +38,7 @@ from diffdistill.families._parts import copy_part, stored_dtypes, student_index,
 from diffdistill.files import atomic_folder
 from diffdistill.pipelines.origin import copy_licenses, remove_paths
 from diffdistill.pipelines.shipped import adapted_pipeline
-from diffdistill.pipelines.shipped.student_pipeline import FILE, pipeline_file
+from diffdistill.pipelines.shipped.student_pipeline import FILE, pipeline_class, pipeline_file
 from diffdistill.pipelines.steps import OtherSteps
 from diffdistill.players import adapter_networks
 from diffdistill.players.adapter_networks import AdaptedNetwork
@@ -189,13 +189,17 @@ def _write_lora(
 
 def _write_call(folder: Path, entry: Family, record: Record, others: OtherSteps = OWN_STEPS) -> None:
     """The file that gives the stock pipeline the student's own call, and other numbers of steps."""
-    if not isinstance(record, StudentRecord) or (record.call is None and not others.schedulers):
+    if not isinstance(record, StudentRecord) or (record.call is None and not others.schedulers and not others.rows):
         return
     if others.schedulers:
         others.write(folder)
-    call = record.call or {"num_inference_steps": len(record.levels)}
-    source = pipeline_file(entry.class_names[0], entry.component, call, others.schedulers)
+    call, base = record.call or {"num_inference_steps": len(record.levels)}, entry.class_names[0]
+    source = pipeline_file(base, entry.component, call, others.schedulers, others.rows)
     (folder / FILE).write_text(source, encoding="utf-8")
+    if len(record.levels) in others.rows:  # the folder does not work without
+        index = read_json(folder / "model_index.json")
+        index["_class_name"] = [FILE.removesuffix(".py"), pipeline_class(base)]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def save_network(folder: Path, teacher: Teacher, network: nn.Module, record: StudentRecord, card: str) -> Path:

@@ -1,8 +1,9 @@
-"""The stock scheduler that repeats a sampler's levels."""
+"""The stock scheduler that repeats a sampler's levels, and what a folder's own pipeline hands it where it does not."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +30,75 @@ _VP_KEYS = (
 )
 
 
+Row = tuple[float, float, float, float]
+"""Of a step: its level, and the parts that the sample, the clean sample in it and fresh noise have in the next one."""
+
+
 def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     """The stock scheduler that repeats the sampler exactly when it is given the student's number of steps.
 
-    Raises UserError where no stock scheduler can start at the student's level, or take its steps.
+    Where there are `student_rows`, it does so by the folder's own pipeline. Raises UserError where no stock scheduler
+    can start at the student's level, or take its steps.
     """
+    if student_rows(teacher, sampler) is None:
+        return _stock_scheduler(teacher, sampler)
+    schedule = sampler.denoiser.schedule
+    if isinstance(schedule, LinearFlow):
+        return diffusers.FlowMatchEulerDiscreteScheduler(schedule.train_timesteps)
+    return _stock_scheduler(teacher, Sampler(sampler.denoiser, sampler.levels[:1]))
+
+
+def student_rows(teacher: Teacher, sampler: Sampler) -> list[Row] | None:
+    """What the folder's own pipeline tells `LevelScheduler`; None where a stock pipeline takes the steps by itself.
+
+    In pixels alone. Raises UserError for a level that the schedule has not.
+    """
+    entry = FAMILIES.get(teacher.family)
+    in_pixels = entry is not None and entry.autoencoder is None and isinstance(entry.pipelines[0], str)
+    if len(sampler.levels) == 1 or not in_pixels or isinstance(sampler.denoiser.network, AdaptedNetwork):
+        return None
+    try:
+        _stock_scheduler(teacher, sampler)
+    except UserError:
+        _check_levels(sampler)
+        return [_row(sampler, k) for k in range(len(sampler.levels))]
+    return None
+
+
+def _row(sampler: Sampler, k: int) -> Row:
+    """In the units of the network's own samples, which are those of the normal form times `size`."""
+    schedule, level = sampler.denoiser.schedule, sampler.levels[k]
+    if k + 1 == len(sampler.levels):
+        return level, 0.0, 1.0, 0.0
+    t, r, s = (
+        float(angle) for angle in (schedule.angle(level), sampler.leads(k), schedule.angle(sampler.levels[k + 1]))
+    )
+
+    def size(angle: float) -> float:
+        return float(schedule.native(torch.tensor(angle, dtype=torch.float64)).sigma) / math.sin(angle)
+
+    kept = math.cos(s) / math.cos(r)
+    own = kept * math.sin(r) / math.sin(t)
+    clean, fresh = math.cos(s) - own * math.cos(t), math.sqrt(max(1 - kept**2, 0.0))
+    return level, own * size(s) / size(t), clean * size(s) / schedule.data_std, fresh * size(s)
+
+
+def _check_levels(sampler: Sampler) -> None:
+    schedule = sampler.denoiser.schedule
+    for level in sampler.levels:
+        if isinstance(schedule, DiscreteVP):
+            noisiest = len(schedule.alphas_cumprod) - 1
+            right, what = level == int(level) and 0 <= level <= noisiest, f"a whole timestep from 0 to {noisiest}"
+        elif isinstance(schedule, EDM):
+            low, high = schedule.sigma_min, schedule.sigma_max
+            right, what = low < level <= high, f"a sigma from {low} to {high}"
+        else:
+            right, what = 0 < level <= 1, "a flow time above 0, up to 1"
+        if not right:
+            raise UserError(f"student_level: {level} is not {what}")
+
+
+def _stock_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     schedule, level = sampler.denoiser.schedule, sampler.levels[0]
     if isinstance(sampler.step, Gamma) and len(sampler.levels) > 1:
         return _gamma_steps(teacher, sampler)
@@ -113,7 +178,7 @@ def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     if isinstance(schedule, EDM) and schedule.unit_init and stock == "EDMEulerScheduler":
         low, high = sampler.levels[-1], sampler.levels[0]
         if torch.allclose(replace(schedule, sigma_min=low, sigma_max=high).levels(steps), own):
-            scheduler = student_scheduler(teacher, Sampler(sampler.denoiser, [high]))
+            scheduler = _stock_scheduler(teacher, Sampler(sampler.denoiser, [high]))
             return type(scheduler).from_config({**scheduler.config, "sigma_min": low})
     raise UserError(
         f"export: no stock scheduler takes {steps} steps of the kind {sampler.step.name!r} on this teacher's "

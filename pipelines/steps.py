@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffdistill.errors import UserError
-from diffdistill.pipelines.schedulers import scheduler_config, student_scheduler
+from diffdistill.pipelines.schedulers import Row, scheduler_config, student_rows, student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import STEPS_FILE
-from diffdistill.players.sampler import DDIM, Sampler
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Method
 
@@ -28,6 +28,7 @@ class OtherSteps:
 
     schedulers: dict[int, dict[str, Any]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[int, list[Row]] = field(default_factory=dict)  #: of `student_rows`, of the student's own number too
 
     def write(self, folder: Path) -> None:
         """The tensors, into a folder that is always loaded whole."""
@@ -41,6 +42,8 @@ def other_steps(method: Method, teacher: Teacher) -> OtherSteps:
     """
     sampler = method.sampler()
     own, others = len(sampler.levels), OtherSteps()
+    if rows := student_rows(teacher, sampler):
+        others.rows[own] = rows
     if not sampler.two_times:
         return others
     config = scheduler_config(student_scheduler(teacher, sampler))
@@ -49,15 +52,21 @@ def other_steps(method: Method, teacher: Teacher) -> OtherSteps:
         return sampler.changes(teacher.shape, teacher.sample_cond(len(sampler.levels)))
 
     here = changes(sampler)
-    for steps in EQUAL if isinstance(sampler.step, DDIM) else UNEQUAL:
+    for steps in EQUAL:
         if steps == own:
             continue
         try:
             method.in_steps(steps)
             there = method.sampler()
-            scheduler = scheduler_config(student_scheduler(teacher, there))
+            scheduler, rows = scheduler_config(student_scheduler(teacher, there)), student_rows(teacher, there)
+            if own in others.rows and steps == 1:  # by the same scheduler
+                scheduler, rows = config, [(there.levels[0], 0.0, 1.0, 0.0)]
         except UserError:  # not trained, or no scheduler takes so many
             continue
+        if not there.equal_jumps and steps not in UNEQUAL:
+            continue
+        if rows:
+            others.rows[steps] = rows
         same_class = scheduler["_class_name"] == config["_class_name"]
         kept = config if same_class else {}
         others.schedulers[steps] = {

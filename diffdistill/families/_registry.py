@@ -71,6 +71,7 @@ def family_of(folder: Path) -> tuple[Family, Config]:
     name, own = index.get("_class_name"), None
     if isinstance(name, list) and len(name) == 2:  # of a file in the folder, [file, class]
         own, name = name
+        name = str(name).removeprefix("Student")  # of a folder of ours
     family = next((f for f in FAMILIES.values() if name in f.class_names), None)
     if family is None and own is not None:
         raise UserError(

@@ -172,7 +172,7 @@ def _student_level(s: Situation) -> Derived | None:
     schedule = s.denoiser.schedule
     several = s.values.get("student_steps", 1) != 1
     if getattr(schedule, "starts_at_one", False) or (several and not isinstance(schedule, DiscreteVP)):
-        return None  # their stock schedulers start at pure noise
+        return None  # they start at pure noise, as their stock schedulers do
     level = noisiest(s.denoiser, *(MATCHED if s.matches else FOLLOWING))
     t = schedule.angle(torch.tensor([level, schedule.init_level])).clamp(max=schedule.t_max)
     here, there = amplification(s.denoiser, t).tolist()

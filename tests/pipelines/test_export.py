@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,14 +230,29 @@ def test_an_unconditional_student_of_a_folder_that_is_not_ours(kind: str, tmp_pa
 
 
 def test_levels_that_no_stock_scheduler_has_are_refused(tiny_teacher: Teachers) -> None:
-    teacher = load_teacher(tiny_teacher("vp"))
+    teacher, flow = (replace(load_teacher(tiny_teacher(kind)), family="another") for kind in ("vp", "flow"))
     with pytest.raises(UserError, match=r"student_level: 399.5 is not a whole timestep from 0 to 999"):
         student_scheduler(teacher, Sampler(teacher.denoiser, [399.5]))
     with pytest.raises(UserError, match="3 steps do not divide the teacher's 1000 timesteps"):
         student_scheduler(teacher, Sampler(teacher.denoiser, [999, 665, 332]))
-    flow = load_teacher(tiny_teacher("flow"))
     with pytest.raises(UserError, match="no stock scheduler takes 2 steps of the kind 'renoise'"):
         student_scheduler(flow, Sampler(flow.denoiser, [0.999, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "levels", "message"),
+    [
+        ("vp", [999, 665.5], "665.5 is not a whole timestep from 0 to 999"),
+        ("edm", [80, 0.001], "0.001 is not a sigma from 0.002 to 80.0"),
+        ("flow", [1.5, 0.5], "1.5 is not a flow time above 0, up to 1"),
+    ],
+)
+def test_levels_that_the_schedule_has_not_are_refused(
+    kind: str, levels: list[float], message: str, tiny_teacher: Teachers
+) -> None:
+    teacher = load_teacher(tiny_teacher(kind))
+    with pytest.raises(UserError, match=f"student_level: {message}"):
+        student_scheduler(teacher, Sampler(teacher.denoiser, levels))
 
 
 def test_a_failed_export_leaves_the_last_one(

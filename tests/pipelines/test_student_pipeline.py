@@ -32,7 +32,7 @@ folder, out = sys.argv[1:]
 call = json.load(open(f"{folder}/diffdistill.json"))["call"]
 own = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 stock = DiffusionPipeline.from_pretrained(folder)
-assert type(own).__name__ == "StudentPipeline" and type(own).__mro__[1] is type(stock), type(own).__mro__
+assert type(own).__name__ == f"Student{type(stock).__name__}" and type(own).__mro__[1] is type(stock)
 
 
 def draw(pipeline, seeds, prompts="a red square", **more):
