@@ -166,6 +166,24 @@ def pipeline_class(base: str) -> str:
     return f"Student{base}"
 
 
+_IMPORTS = """
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+"""
+
+
 def pipeline_file(
     base: str,
     component: str,
@@ -179,38 +197,15 @@ def pipeline_file(
     steps. With rows of the call's own number the folder's index names the class, as the folder does not work without.
     """
     named = [FILE.removesuffix(".py"), pipeline_class(base)] if call["num_inference_steps"] in rows else base
+    parts = "\n\n".join(inspect.getsource(p) for p in (seeded_steps, LevelScheduler, at_levels, steps_file, in_steps))
     return f'''"""{base} as this student is called: its steps, guidance and size unless the call says otherwise."""
-
-import inspect
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import wraps
-from pathlib import Path
-from typing import Any
-
-import diffusers
-import torch
-from diffusers import {base}
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
-
+{_IMPORTS}
 STEPS_FILE = {STEPS_FILE!r}
 
 
-{inspect.getsource(seeded_steps)}
+{parts}
 
-{inspect.getsource(LevelScheduler)}
-
-{inspect.getsource(at_levels)}
-
-{inspect.getsource(steps_file)}
-
-{inspect.getsource(in_steps)}
-
-class {pipeline_class(base)}({base}):
+class {pipeline_class(base)}(diffusers.{base}):
     """The noise of every step follows `generator`, also where {base} leaves that to torch's global state."""
 
     # In the class: of the folders that a process loads, diffusers runs the files in one and the same module.
@@ -219,9 +214,9 @@ class {pipeline_class(base)}({base}):
     _rows = {rows!r}
     _source = Path(__file__).read_bytes()
 
-    @wraps({base}.__call__)
+    @wraps(diffusers.{base}.__call__)
     def __call__(self, *args, **given):
-        names = list(inspect.signature({base}.__call__).parameters)[1:]  # after self
+        names = list(inspect.signature(diffusers.{base}.__call__).parameters)[1:]  # after self
         if len(args) > len(names):
             raise TypeError(f"the call takes {{len(names)}} arguments and was given {{len(args)}}")
         named = dict(zip(names, args))
