@@ -197,7 +197,7 @@ def _gamma_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     if not isinstance(schedule, DiscreteVP) or call is None or "eta" not in inspect.signature(call).parameters:
         raise UserError(
             f"{sampler.step.name}: of the stock pipelines only those with discrete timesteps that take eta, such as "
-            "Stable Diffusion's, sample so; use gamma 0, or one step"
+            "Stable Diffusion's, sample so; use gamma 0 or 1, or one step"
         )
     alphas = schedule.alphas_cumprod[: int(sampler.levels[0]) + 1].double().clone()
     count = len(alphas)
