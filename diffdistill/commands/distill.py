@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.commands.export import check_exportable, export_student, parts_bytes
+from diffdistill.commands.in_training import JudgedInTraining, check_judged
 from diffdistill.commands.run import Run
 from diffdistill.config import TrainConfig
 from diffdistill.data.batches import batches
@@ -24,8 +25,8 @@ from diffdistill.pipelines.hub import upload
 from diffdistill.pipelines.record import imitated_guidance
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Method
-from diffdistill.training.assemble import Game, data_for, make_game, pairs_for
-from diffdistill.training.checkpoint import full_disk_said
+from diffdistill.training.assemble import Game, data_for, load_student_into, make_game, pairs_for
+from diffdistill.training.checkpoint import full_disk_said, load_checkpoint
 from diffdistill.training.folder import check_prompts, refuse_a_run, resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
 from diffdistill.training.inputs import check_inputs, inputs_of
@@ -104,6 +105,7 @@ def distill_values(
         game = make_game(values, objects, deriving=resume is None and not whole)
         _check_options(game, values, resumed=resume is not None)
         check_exportable(game, game.config)  # a student that cannot be saved is refused now
+        check_judged(game)
         _note_on_stages(game)
         saved = _train(game, out, resume is not None, allow_change)
     if saved:
@@ -176,12 +178,31 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
             for name, (value, reason) in game.derived.items():
                 print(f"{name}: {value} ({reason})")
             trainer.on_look = watch(out, look, method.sampler, config.steps, drawing=config.sample_every > 0)
+        if config.judge_every:
+            trainer.judge = JudgedInTraining(game, out, accelerator)
         trainer.fit()
         if accelerator.is_main_process:
-            with trainer.evaluating(), full_disk_said(out):
-                export_student(game, out / "student", trainer.step, saving=config)
+            _export(game, trainer)
     accelerator.end_training()
     return accelerator.is_main_process
+
+
+def _export(game: Game, trainer: Trainer) -> None:
+    """Save the student as it stands, or as it was at its best judging."""
+    config, out, step = game.config, trainer.out, trainer.step
+    if config.export_best and trainer.best is not None and trainer.best[0] != step:
+        step, value = trainer.best
+        path = out / "checkpoints" / f"step-{step:08d}"
+        tensors, _ = load_checkpoint(path)
+        load_student_into(game.method, tensors, path)
+        print(
+            f"the student is that of step {step}, the best that was judged ({value:.4g}); --export-best false: the last"
+        )
+        with full_disk_said(out):
+            export_student(game, out / "student", step, saving=config)
+        return
+    with trainer.evaluating(), full_disk_said(out):
+        export_student(game, out / "student", step, saving=config)
 
 
 def _look(game: Game, shown: Examples | None) -> Look:

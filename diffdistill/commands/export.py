@@ -23,6 +23,7 @@ from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.pipelines.steps import other_steps
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.training.assemble import Game, load_run
+from diffdistill.training.checkpoint import best_step
 from diffdistill.training.inputs import check_inputs, inputs_of
 from diffdistill.training.recipe import Objects
 
@@ -40,6 +41,7 @@ def export(
     run: str | PathLike[str],
     *,
     step: int | None = None,
+    best: bool = False,
     student_steps: int | None = None,
     out: str | PathLike[str] | None = None,
     dtype: Literal["teacher", "float32", "bfloat16", "float16"] = "teacher",
@@ -50,6 +52,7 @@ def export(
 ) -> Path:
     """Save a run's student from its checkpoint at `step` (default: the last); returns the folder.
 
+    With `best` it is the best checkpoint by the judgings of the training.
     `student_steps` is in how many steps it is sampled, of a student that is trained for any number (default: that of
     the training). `out` is the folder to make, by default RUN/student; `dtype` is the type of the network's weights in
     it, by default that of the teacher's folder. `saving` are the options of how it is saved (`diffdistill export
@@ -60,6 +63,10 @@ def export(
     options, teacher or method are not those that it began with.
     """
     config: SavingConfig = build(SavingConfig, saving)
+    if best:
+        if step is not None:
+            raise UserError(f"best: --step {step} names another checkpoint; give one of them")
+        step = best_step(Path(run))
     _, objects = Objects.split({"teacher": teacher, "method": method}, None)
     game, step = load_run(Path(run), step, objects)
     now = inputs_of(game.options(), teacher=game.teacher, method=game.recipe.source)
@@ -79,7 +86,7 @@ def run(config: ExportConfig) -> None:
     """The command."""
     use_machine(config.device, config.threads)
     saving = {name: getattr(config, name) for name in SAVING}
-    own = {name: getattr(config, name) for name in ("step", "student_steps", "out", "dtype", "allow_change")}
+    own = {name: getattr(config, name) for name in ("step", "best", "student_steps", "out", "dtype", "allow_change")}
     print(f"saved {export(config.run, **own, **saving)}")
     if config.push_to_hub is not None:
         print(f"uploaded to {config.push_to_hub}")

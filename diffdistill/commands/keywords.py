@@ -60,6 +60,12 @@ class SavingOptions(TypedDict, total=False):
 class TrainOptions(SavingOptions, FitOptions, AttentionOptions, total=False):
     """The options of `TrainConfig` but for method, teacher, data and pairs, which `distill` takes by themselves."""
 
+    judge_every: int
+    judge_protocol: str | Path | None
+    judge_count: int | None
+    judge_by: str | None
+    export_best: bool
+
     null_class: int | None
     prompts: str | Path | None
     negative_prompt: str | None

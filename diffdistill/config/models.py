@@ -16,6 +16,7 @@ class ExportConfig(MachineConfig, SavingConfig):
 
     run: str = option(MISSING, "a run folder made by train")
     step: int | None = option(None, "the checkpoint's step; default: the last", at_least=0)
+    best: bool = option(False, "the best checkpoint by the judgings of the training")
     student_steps: int | None = option(
         None,
         "in how many steps it is sampled, if it is trained for any number; default: as many as in training",

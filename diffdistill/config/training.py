@@ -91,7 +91,30 @@ SAVING = frozenset(SavingConfig.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
-class TrainConfig(SavingConfig, FitConfig, AttentionConfig):
+class InTrainingConfig:
+    """How the student is judged while it is trained."""
+
+    judge_every: int = option(
+        0, "steps between two judgings of the student as `diffdistill eval` judges it; 0: none", at_least=0
+    )
+    judge_protocol: str | None = option(
+        None, "a protocol (see `diffdistill protocols`) or a .yaml file; default: the one that fits the student"
+    )
+    judge_count: int | None = option(
+        None, "images of each judging, always of the same noise; default: the protocol's, at most 500", at_least=2
+    )
+    judge_by: str | None = option(
+        None,
+        "the metric by which one student is better than another; default: the protocol's first distance, or its first "
+        "metric",
+    )
+    export_best: bool = option(
+        True, "of a training that judges, export the student of the best checkpoint; false: of the last"
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(SavingConfig, InTrainingConfig, FitConfig, AttentionConfig):
     """Method, teacher, data and players."""
 
     method: str = option("dmd2", "a method's name (see `diffdistill methods`) or a file of your own, ./my_method.py")

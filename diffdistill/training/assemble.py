@@ -40,7 +40,7 @@ from diffdistill.players.recomputing import checkpoint_activations
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
 from diffdistill.scaffold.method import Method, Need
-from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into, load_newest
+from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into, load_newest, step_of
 from diffdistill.training.derived import Derived, Situation, derive
 from diffdistill.training.recipe import Objects, Recipe, recorded, shallow
 
@@ -317,7 +317,7 @@ def load_run(run: str | Path, step: int | None = None, objects: Objects = NO_OBJ
     stored = {"prompts": str(run / "encoded")} if (run / "encoded").is_dir() else {}
     game = make_game(values | stored, objects)  # the prompts' file may be another, or gone
     game.config = dataclasses.replace(game.config, prompts=values.get("prompts"))
-    by_step = {int(path.name.split("-")[1]): path for path in checkpoints(run / "checkpoints")}
+    by_step = {step_of(path): path for path in checkpoints(run / "checkpoints")}
     if not by_step:
         raise UserError(f"run: {str(run)!r} has no checkpoint yet; train it until its first one")
     if step is None:
@@ -329,11 +329,16 @@ def load_run(run: str | Path, step: int | None = None, objects: Objects = NO_OBJ
         tensors, record = load_checkpoint(path)
     else:
         raise UserError(f"step: no checkpoint at {step}; there are {', '.join(map(str, sorted(by_step)))}")
+    load_student_into(game.method, tensors, path)
+    return game, record["step"]
+
+
+def load_student_into(method: Method, tensors: Mapping[str, dict[str, Tensor]], path: Path) -> None:
+    """What is exported, as the checkpoint at `path` with these tensors has it: averaged, in evaluation mode."""
     try:
-        for name, module in game.method.state.items():
+        for name, module in method.state.items():
             load_into(module, tensors[f"state.{name}"], path)
-        name = game.method.exported
-        load_into(game.method.players[name].eval(), tensors[name] | tensors.get("average", {}), path)
+        name = method.exported
+        load_into(method.players[name].eval(), tensors[name] | tensors.get("average", {}), path)
     except KeyError as error:
         raise UserError(f"checkpoint: {path} is of other players ({error} is not in it)") from None
-    return game, record["step"]

@@ -31,7 +31,10 @@ from diffdistill.files import atomic_folder, file_digest, json_object
 FORMAT = 1
 """Of the records that are written. Those without a number are from before there were checksums."""
 
-_LATER = {"skipped": 0}  # what records had not from the start, and what it is where it is not there
+_LATER: dict[str, Any] = {
+    "skipped": 0,
+    "best": None,
+}  # what records had not from the start, and what it is where it is not there
 
 _NAME = re.compile(r"step-(\d{8,})$")
 _LEFT = re.compile(r"(\.step-\d{8,}\.(partial|replaced|removed)|step-\d{8,}\.damaged)$")
@@ -68,8 +71,8 @@ def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     """Write `<folder>/step-<step>` whole: one safetensors file for each key of `tensors`, and state.json.
 
-    `state` has `world_size`, `totals` and `skipped`. The record holds a checksum of every other file, and one of
-    itself.
+    `state` has `world_size`, `totals`, `skipped` and `best`, the step and the value of the best judging. The record
+    holds a checksum of every other file, and one of itself.
     """
     with atomic_folder(folder / f"step-{step:08d}", _STATE) as partial:
         files = {}
@@ -89,9 +92,14 @@ def _own_checksum(record: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Delete all complete checkpoints of a run but the newest `keep`, at least 1, and what is left of others."""
+def remove_old(folder: Path, keep: int, best: int | None = None) -> None:
+    """Delete all complete checkpoints of a run but the newest `keep`, at least 1, and that of the step `best`.
+
+    With them goes what is left of others.
+    """
     for path in checkpoints(folder)[:-keep]:
+        if step_of(path) == best:
+            continue
         # Renamed first: a removal that is interrupted leaves no checkpoint that lacks files.
         hidden = path.rename(folder / f".{path.name}.removed")
         shutil.rmtree(hidden)
@@ -112,7 +120,7 @@ def set_aside(folder: Path, step: int) -> None:
     They are deleted once the next whole checkpoint has been written, or when the run is resumed once more.
     """
     for path in checkpoints(folder):
-        if int(path.name.split("-")[1]) > step:
+        if step_of(path) > step:
             aside = folder / f"{path.name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -142,6 +150,11 @@ def full_disk_said(run: Path) -> Iterator[None]:
             f"out: {shown(str(run))} cannot be written to ({error.strerror or first_line(error)}); {last}: free some "
             f"space, and go on with --resume {run}"
         ) from error
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, which its name has."""
+    return int(checkpoint.name.split("-")[1])
 
 
 class Damaged(UserError):
@@ -177,6 +190,7 @@ def _check_record(record: dict[str, Any], path: Path) -> None:
         "step": (lambda v: whole(v) and path.name == f"step-{v:08d}", "must be the step of the folder's name"),
         "world_size": (lambda v: whole(v) and v >= 1, "must be a number of processes"),
         "totals": (lambda v: isinstance(v, dict) and all(map(total, v.values())), "must be sums and their counts"),
+        "best": (lambda v: v is None or _is_best(v), "must be a step and its value"),
         "skipped": (whole, "must be a number of updates"),
         "files": (lambda v: isinstance(v, dict) and all(map(_is_file_sum, v.items())), "must be files and checksums"),
         "checksum": (lambda v: v == _own_checksum(record), "does not belong to it: the record was changed"),
@@ -188,10 +202,28 @@ def _check_record(record: dict[str, Any], path: Path) -> None:
             raise ValueError(f"{_STATE}: {name!r} is {shown(record[name])}, and {rule}")
 
 
+def _is_best(value: Any) -> bool:
+    return isinstance(value, list) and [type(part) for part in value] == [int, float]
+
+
 def _is_file_sum(item: tuple[str, Any]) -> bool:
     name, checksum = item
     plain = name.endswith(_TENSORS) and name == Path(name).name
     return plain and isinstance(checksum, str) and re.fullmatch("[0-9a-f]{64}", checksum) is not None
+
+
+def best_step(run: Path) -> int:
+    """The step of the best checkpoint by the judgings of a run; UserError where there were none, or it is gone."""
+    kept = checkpoints(run / "checkpoints")
+    try:
+        best = json_object(kept[-1] / _STATE).get("best") if kept else None
+    except (OSError, ValueError) as error:
+        raise Damaged(f"checkpoint: {kept[-1]} is damaged: {first_line(error)}") from None
+    if best is None or not _is_best(best):
+        raise UserError(f"best: {shown(str(run))} was not judged while it trained; leave --best out")
+    if best[0] not in map(step_of, kept):
+        raise UserError(f"best: the checkpoint of step {best[0]}, which was the best, is gone; give --step")
+    return int(best[0])
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:

@@ -46,7 +46,8 @@ def start_folder(
         if not resume:
             refuse_a_run(out)
         existing = next(p for p in (out, *out.absolute().parents) if p.exists())
-        need = (4 * player_bytes + kept_bytes) * (options["keep_checkpoints"] + 1) + export_bytes
+        kept = options["keep_checkpoints"] + 1 + bool(options.get("judge_every"))  # the best one too
+        need = (4 * player_bytes + kept_bytes) * kept + export_bytes
         free = shutil.disk_usage(existing).free
         if free < need:
             raise UserError(f"out: {str(out)!r} has {free >> 20} MiB free and this run needs {need >> 20} MiB")

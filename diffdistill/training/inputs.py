@@ -38,6 +38,8 @@ MAY_CHANGE = {
     "max_hours",
     "skip_nonfinite",
     "skip_unreadable",
+    "judge_every",
+    "export_best",
     "tracker",
     *SAVING,
 }

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from diffdistill.files import atomic_write, json_of
 
 
@@ -16,7 +18,8 @@ class MetricsFile:
     def __init__(self, path: Path, step: int):
         self.path = path
         if path.exists():
-            kept = [line for line, values in metrics_lines(path) if values["step"] <= step]
+            # Of step 0 there is only what is written once more.
+            kept = [line for line, values in metrics_lines(path) if 0 <= values["step"] <= step and step > 0]
             atomic_write(path, b"".join(line + b"\n" for line in kept))
 
     def write(self, values: dict[str, Any]) -> None:
@@ -34,3 +37,21 @@ def metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             continue
         if isinstance(values, dict) and isinstance(values.get("step"), int):
             yield line, values
+
+
+def show(bar: tqdm, means: dict[str, float], step: int, steps: int, every: int, seconds: float) -> None:
+    """The losses of a line on the bar; without a terminal there is no bar, and ten lines a run say where it is.
+
+    `every` is how many steps lie between two lines, and `seconds` those of a step.
+    """
+    # What is minimised says little (the gradient injection has no meaning as a number) where a method logs something
+    # that does.
+    named = {k.split("/")[0] for k in means if not k.endswith(("/loss", "/grad_norm"))}
+    hidden = {f"{player}/loss" for player in named}
+    shown = {k: f"{v:.3g}" for k, v in means.items() if not k.endswith("/grad_norm") and k not in hidden}
+    bar.set_postfix(shown)
+    if bar.disable and (step * 10 // steps) != ((step - every) * 10 // steps):
+        losses = "  ".join(f"{k} {v}" for k, v in shown.items())
+        print(
+            f"step {step}/{steps}  {1 / seconds:.2f} it/s  {seconds * (steps - step):.0f} s left  {losses}", flush=True
+        )

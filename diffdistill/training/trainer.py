@@ -37,8 +37,9 @@ from diffdistill.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from diffdistill.training.judging import Judging, judged
 from diffdistill.training.launchers import check_launcher
-from diffdistill.training.metrics import MetricsFile
+from diffdistill.training.metrics import MetricsFile, show
 from diffdistill.training.stopping import Interrupted, stopping
 from diffdistill.training.unread import read_batch
 
@@ -74,6 +75,8 @@ class Trainer:
         self.before_save: Callable[[], None] | None = None
         self.began = time.monotonic()  #: from where --max-hours count
         self.step, self.saved = 0, 0  #: the steps that are done, and those in the newest checkpoint
+        self.judge: Judging | None = None
+        self.best: tuple[int, float] | None = None  #: the step of the best judging and its value, in the main process
         self.skipped = 0  #: updates that were left out since they were not finite
         self.totals: dict[str, tuple[Tensor | float, int]] = {}  # sums since the last line of metrics.jsonl
         self.averaged = method.exported if config.ema else None
@@ -180,7 +183,7 @@ class Trainer:
         last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
         return NonFinite(f"step {self.step}, player {player!r}: {what}; {last}; try a lower learning rate")
 
-    def _check_parameters(self) -> None:
+    def check_parameters(self) -> None:
         """Before anything is drawn or written with them: no player has overflowed in its last step."""
         for player, parameters in self.parameters.items():
             if not bool(torch.isfinite(torch.nn.utils.get_total_norm(parameters))):
@@ -192,7 +195,7 @@ class Trainer:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
 
-    def _most(self, number: int) -> int:
+    def most(self, number: int) -> int:
         """The largest of the numbers that the processes have."""
         if self.accelerator.num_processes == 1:
             return number
@@ -239,6 +242,7 @@ class Trainer:
             started, since = time.perf_counter(), self.step
             if self.step == 0:
                 self._sample()
+                judged(self, writer)
             while self.step < config.steps:
                 for key, value in self.iteration(read_batch(self)).items():
                     total, count = self.totals.get(key, (0.0, 0))
@@ -251,10 +255,11 @@ class Trainer:
                     self._log(writer, means, seconds, bar)
                 if config.sample_every and self.step % config.sample_every == 0 and self.step < config.steps:
                     self._sample()
+                improved = judged(self, writer)
                 if self.step in (max(1, config.steps // 10), config.steps):
                     self._evaluated(self.on_look)
-                last, reason = self.step == config.steps, self._most(stop.reason)
-                if last or reason or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                last, reason = self.step == config.steps, self.most(stop.reason)
+                if last or reason or improved or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
                     self.save()
                 if reason and not last:
                     raise Interrupted(self.out, self.step, config.steps, reason - 1)
@@ -269,6 +274,7 @@ class Trainer:
         return dict(zip(self.totals, zip(sums.tolist(), counts, strict=True), strict=True))
 
     def _log(self, writer: MetricsFile | None, means: dict[str, float], seconds: float, bar: tqdm) -> None:
+        config = self.config
         self.accelerator.log(means, step=self.step)
         if writer is None:
             return
@@ -276,22 +282,7 @@ class Trainer:
             means = {**means, "skipped_updates": float(self.skipped)}
         measured = {"seconds_per_step": round(seconds, 5), "peak_memory_mb": round(peak_memory_mb(), 1)}
         writer.write({"step": self.step, **measured, **means})
-        # What is minimised says little (the gradient injection has no meaning as a number) where a method
-        # logs something that does.
-        named = {k.split("/")[0] for k in means if not k.endswith(("/loss", "/grad_norm"))}
-        hidden = {f"{player}/loss" for player in named}
-        shown = {k: f"{v:.3g}" for k, v in means.items() if not k.endswith("/grad_norm") and k not in hidden}
-        bar.set_postfix(shown)
-        # Without a terminal there is no bar: ten lines a run say where it is.
-        if bar.disable and (self.step * 10 // self.config.steps) != (
-            (self.step - self.config.log_every) * 10 // self.config.steps
-        ):
-            left = seconds * (self.config.steps - self.step)
-            losses = "  ".join(f"{k} {v}" for k, v in shown.items())
-            print(
-                f"step {self.step}/{self.config.steps}  {1 / seconds:.2f} it/s  {left:.0f} s left  {losses}",
-                flush=True,
-            )
+        show(bar, means, self.step, config.steps, config.log_every, seconds)
 
     def _sample(self) -> None:
         if self.config.sample_every:
@@ -301,7 +292,7 @@ class Trainer:
         """`show(step)` in the main process, with the players as they are exported."""
         if show is None:
             return
-        self._check_parameters()
+        self.check_parameters()
         if self.accelerator.is_main_process:
             with self.evaluating():
                 show(self.step)
@@ -327,7 +318,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; only the main process does."""
-        self._check_parameters()
+        self.check_parameters()
         if self.before_save:
             self.before_save()
         totals = self._totals()
@@ -341,8 +332,10 @@ class Trainer:
             if self.average:
                 tensors["average"] = self.average.state()
             state = {"world_size": self.accelerator.num_processes, "totals": totals, "skipped": self.skipped}
+            state["best"] = None if self.best is None else list(self.best)
             save_checkpoint(self.out / "checkpoints", self.step, tensors, state)
-            remove_old(self.out / "checkpoints", self.config.keep_checkpoints)
+            best = None if self.best is None else self.best[0]
+            remove_old(self.out / "checkpoints", self.config.keep_checkpoints, best)
         self.accelerator.wait_for_everyone()
         self.saved = self.step
 
@@ -363,6 +356,8 @@ class Trainer:
             )
         self.step = self.saved = record["step"]
         self.skipped = record.get("skipped", 0)
+        best = record.get("best")
+        self.best = None if best is None else (best[0], best[1])
         if self.step > self.config.steps:
             raise UserError(
                 f"steps: {self.config.steps} is fewer than the {self.step} that are done already; give more"
