@@ -27,6 +27,8 @@ from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Method
 from diffdistill.training.assemble import Game, data_for, load_student_into, make_game, pairs_for
 from diffdistill.training.checkpoint import full_disk_said, load_checkpoint
+from diffdistill.training.diagnosis import Diagnosis
+from diffdistill.training.figures import Figures, usual_interval
 from diffdistill.training.folder import check_prompts, refuse_a_run, resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
 from diffdistill.training.inputs import check_inputs, inputs_of
@@ -175,9 +177,7 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
         start_folder(out, game.options(), player_bytes, accelerator, inputs, resume=resumed, **sizes)
         trainer.on_look = lambda step: None
         if look is not None:
-            for name, (value, reason) in game.derived.items():
-                print(f"{name}: {value} ({reason})")
-            trainer.on_look = watch(out, look, method.sampler, config.steps, drawing=config.sample_every > 0)
+            _diagnose(game, trainer, look)
         if config.judge_every:
             trainer.judge = JudgedInTraining(game, out, accelerator)
         trainer.fit()
@@ -185,6 +185,19 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
             _export(game, trainer)
     accelerator.end_training()
     return accelerator.is_main_process
+
+
+def _diagnose(game: Game, trainer: Trainer, look: Look) -> None:
+    """Say what was derived and what the teacher gives; looks, figures and warnings from here on."""
+    config, method = game.config, game.method
+    for name, (value, reason) in game.derived.items():
+        print(f"{name}: {value} ({reason})")
+    trainer.on_look = watch(trainer.out, look, method.sampler, config.steps, drawing=config.sample_every > 0)
+    every = config.figures_every
+    if every is None:
+        every = usual_interval(look, method, config.batch_size, config.log_every)
+    trainer.figures = Figures(look, method, every)
+    trainer.warn = Diagnosis(config.steps, look.measures(look.before), look.relearns).add
 
 
 def _export(game: Game, trainer: Trainer) -> None:

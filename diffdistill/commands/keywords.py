@@ -60,6 +60,7 @@ class SavingOptions(TypedDict, total=False):
 class TrainOptions(SavingOptions, FitOptions, AttentionOptions, total=False):
     """The options of `TrainConfig` but for method, teacher, data and pairs, which `distill` takes by themselves."""
 
+    figures_every: int | None
     judge_every: int
     judge_protocol: str | Path | None
     judge_count: int | None

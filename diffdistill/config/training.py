@@ -92,8 +92,14 @@ SAVING = frozenset(SavingConfig.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class InTrainingConfig:
-    """How the student is judged while it is trained."""
+    """How the student is looked at and judged while it is trained."""
 
+    figures_every: int | None = option(
+        None,
+        "steps between two lines of metrics.jsonl with figures of samples of always the same noise, from which early "
+        "warnings come; 0: none; default: as many as keep them under 2% of the training",
+        at_least=0,
+    )
     judge_every: int = option(
         0, "steps between two judgings of the student as `diffdistill eval` judges it; 0: none", at_least=0
     )

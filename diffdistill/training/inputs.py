@@ -38,6 +38,7 @@ MAY_CHANGE = {
     "max_hours",
     "skip_nonfinite",
     "skip_unreadable",
+    "figures_every",
     "judge_every",
     "export_best",
     "tracker",

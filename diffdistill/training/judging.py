@@ -32,12 +32,13 @@ def judged(trainer: Trainer, writer: MetricsFile | None) -> bool:
     trainer.check_parameters()
     with trainer.evaluating():
         values, value = judge(step)
-    if writer is not None:
-        writer.write({"step": step, **values})
-        trainer.accelerator.log(values, step=step)
     better = False
     if value is not None and step > 0 and math.isfinite(value):
         before = None if trainer.best is None else trainer.best[1]
         better = before is None or (value < before if judge.lower else value > before)
         trainer.best = (step, value) if better else trainer.best
+    if writer is not None:
+        best = 0 if trainer.best is None else trainer.best[0]
+        writer.write({"step": step, **values, "judge/best step": best})
+        trainer.accelerator.log(values, step=step)
     return trainer.most(int(better)) > 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,28 @@ from diffdistill.files import atomic_write, json_of
 
 
 class MetricsFile:
-    """metrics.jsonl, one object a line. On a resume, lines after the checkpoint are dropped first."""
+    """metrics.jsonl, one object a line. On a resume, lines after the checkpoint are dropped first.
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
+    `warn` gives the warnings that a line is a reason for; it sees those that are there already first.
+    """
+
+    def __init__(self, path: Path, step: int, warn: Callable[[dict[str, Any]], list[str]] | None = None):
+        self.path, self.warn = path, warn
         if path.exists():
             # Of step 0 there is only what is written once more.
             kept = [line for line, values in metrics_lines(path) if 0 <= values["step"] <= step and step > 0]
             atomic_write(path, b"".join(line + b"\n" for line in kept))
+            for _, values in metrics_lines(path):
+                if warn:
+                    warn(values)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line of JSON."""
+        """Append one line of JSON, with its warnings, which are printed too."""
+        warnings = self.warn(values) if self.warn else []
+        for warning in warnings:
+            print(f"warning: step {values['step']}: {warning}", file=sys.stderr)
+        if warnings:
+            values = {**values, "warnings": warnings}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 

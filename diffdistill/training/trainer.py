@@ -37,6 +37,7 @@ from diffdistill.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from diffdistill.training.figures import Figures
 from diffdistill.training.judging import Judging, judged
 from diffdistill.training.launchers import check_launcher
 from diffdistill.training.metrics import MetricsFile, show
@@ -76,6 +77,8 @@ class Trainer:
         self.began = time.monotonic()  #: from where --max-hours count
         self.step, self.saved = 0, 0  #: the steps that are done, and those in the newest checkpoint
         self.judge: Judging | None = None
+        self.warn: Callable[[dict[str, Any]], list[str]] | None = None  # see MetricsFile
+        self.figures: Figures | None = None
         self.best: tuple[int, float] | None = None  #: the step of the best judging and its value, in the main process
         self.skipped = 0  #: updates that were left out since they were not finite
         self.totals: dict[str, tuple[Tensor | float, int]] = {}  # sums since the last line of metrics.jsonl
@@ -131,7 +134,7 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self.parameters[turn.player], self.config.max_grad_norm, norm)
         optimizer = self.optimizers[turn.player]
         for group in optimizer.param_groups:
-            group["lr"] = self._learning_rate(turn.player) * turn.lr_factor
+            group["lr"] = self.learning_rate(turn.player) * turn.lr_factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return {**logs, "grad_norm": norm}
@@ -146,7 +149,8 @@ class Trainer:
         self.accelerator.backward(outcome.loss / n)
         return {name: value.detach() / n for name, value in {"loss": outcome.loss, **outcome.shown}.items()}
 
-    def _learning_rate(self, player: str) -> float:
+    def learning_rate(self, player: str) -> float:
+        """That of a player at the trainer's step."""
         c = self.config
         factor = min(1.0, (self.step + 1) / c.warmup_steps) if c.warmup_steps else 1.0
         if c.lr_schedule == "cosine":
@@ -231,7 +235,7 @@ class Trainer:
                 self.out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"out: cannot make {str(self.out)!r} ({error.strerror}); choose another") from None
-            writer = MetricsFile(self.out / "metrics.jsonl", self.step)
+            writer = MetricsFile(self.out / "metrics.jsonl", self.step, self.warn)
         bar = tqdm(
             total=config.steps,
             initial=self.step,
@@ -281,6 +285,9 @@ class Trainer:
         if self.skipped:
             means = {**means, "skipped_updates": float(self.skipped)}
         measured = {"seconds_per_step": round(seconds, 5), "peak_memory_mb": round(peak_memory_mb(), 1)}
+        if self.figures and self.figures.due(self.step):
+            with self.evaluating():
+                means = means | self.figures(self)
         writer.write({"step": self.step, **measured, **means})
         show(bar, means, self.step, config.steps, config.log_every, seconds)
 

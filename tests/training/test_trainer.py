@@ -269,7 +269,7 @@ def test_warm_up_and_cosine(tmp_path: Path) -> None:
     rates = []
     for step in range(8):
         trainer.step = step
-        rates.append(trainer._learning_rate("a") / 1e-2)
+        rates.append(trainer.learning_rate("a") / 1e-2)
     assert rates[0] == pytest.approx(0.25) and max(rates) < 1
     assert rates[4] == pytest.approx(0.5) and rates[7] == pytest.approx(0.0381, abs=1e-4)
 
