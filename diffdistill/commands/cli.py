@@ -34,6 +34,7 @@ from diffdistill.config import (
     SpeedConfig,
     TeacherConfig,
     TrainConfig,
+    WatchConfig,
 )
 from diffdistill.errors import UserError, first_line, one_line
 from diffdistill.options import build, coerce, nearest, optional, read_yaml
@@ -68,6 +69,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "say what a training would take in memory, operations and hours, from configs alone", PlanConfig, "plan:run"
     ),
+    "watch": Command("show the curves and warnings of a run in the terminal", WatchConfig, "watch:run", ("run",)),
     "sample": Command("draw images from a teacher or a student as one PNG", SampleConfig, "sample:run", ("model",)),
     "eval": Command(
         "judge a student beside its teacher at several numbers of steps, or any model by a protocol",

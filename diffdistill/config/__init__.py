@@ -3,7 +3,14 @@
 from diffdistill.config.judging import BenchConfig, CompareConfig, DrawConfig, EvalConfig, JudgeConfig, SpeedConfig
 from diffdistill.config.machine import AttentionConfig, MachineConfig
 from diffdistill.config.making import EncodeConfig, PairsConfig
-from diffdistill.config.models import DiversityConfig, ExportConfig, ListConfig, MethodsConfig, SampleConfig
+from diffdistill.config.models import (
+    DiversityConfig,
+    ExportConfig,
+    ListConfig,
+    MethodsConfig,
+    SampleConfig,
+    WatchConfig,
+)
 from diffdistill.config.training import (
     DERIVED,
     INPUTS,
@@ -38,5 +45,6 @@ __all__ = [
     "SpeedConfig",
     "TeacherConfig",
     "TrainConfig",
+    "WatchConfig",
     "run_options",
 ]

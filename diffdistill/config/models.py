@@ -42,6 +42,20 @@ class DiversityConfig(MachineConfig):
     out: str = option("runs/diversity", "the folder to make")
 
 
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """Which run, and how it is drawn."""
+
+    run: str = option(MISSING, "a run folder of train or teacher")
+    once: bool = option(False, "draw it once and end; else until its training is done, or Ctrl-C")
+    refresh: float = option(2.0, "seconds between two drawings", at_least=0.1)
+    only: tuple[str, ...] = option(
+        (),
+        "the beginning of the names of curves that are drawn, as in look/; may be repeated; default: all",
+        repeated=True,
+    )
+
+
 @dataclass(frozen=True)
 class MethodsConfig:
     """Which method."""

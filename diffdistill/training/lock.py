@@ -101,3 +101,20 @@ def _holder(descriptor: int) -> str:
         return f"process {int(record['pid'])} on {shown(record['host'])}"
     except (ValueError, TypeError, KeyError):  # it has not yet been written
         return "another process"
+
+
+def trainer_of(run: Path) -> str | None:
+    """The process that trains a run, as its lock says; None where there is none, as far as can be seen from here."""
+    try:
+        record = json_of((run / FILE).read_bytes())
+        pid, host = int(record["pid"]), str(record["host"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if host == socket.gethostname():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:  # another user's
+            pass
+    return f"process {pid} on {one_line(host, 80)}"
