@@ -23,6 +23,7 @@ from diffdistill.families import attention_of, check_weights
 from diffdistill.options import coerce, nearest
 from diffdistill.pipelines.hub import upload
 from diffdistill.pipelines.record import imitated_guidance
+from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Method
 from diffdistill.training.assemble import Game, data_for, load_student_into, make_game, pairs_for
@@ -169,10 +170,11 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
         grids = grid_writer(out, method.sampler, teacher, shown)
         trainer = Trainer(method, draw, config, out, accelerator, grids)
         trainer.before_save = teacher_check(teacher, inputs["fingerprints"]["teacher's weights"])
+        first = method.sampler()  # a resumed stage takes other levels, and looks compare with the beginning
         if resumed:
             trainer.resume(allow_change)
         looks = accelerator.is_main_process and trainer.step < config.steps
-        look = _look(game, shown) if looks else None
+        look = _look(game, first, shown) if looks else None
         sizes = {"kept_bytes": kept_bytes, "export_bytes": export_bytes}
         start_folder(out, game.options(), player_bytes, accelerator, inputs, resume=resumed, **sizes)
         trainer.on_look = lambda step: None
@@ -192,7 +194,8 @@ def _diagnose(game: Game, trainer: Trainer, look: Look) -> None:
     config, method = game.config, game.method
     for name, (value, reason) in game.derived.items():
         print(f"{name}: {value} ({reason})")
-    trainer.on_look = watch(trainer.out, look, method.sampler, config.steps, drawing=config.sample_every > 0)
+    drawing, done = config.sample_every > 0, trainer.step
+    trainer.on_look = watch(trainer.out, look, method.sampler, config.steps, done=done, drawing=drawing)
     every = config.figures_every
     if every is None:
         every = usual_interval(look, method, config.batch_size, config.log_every)
@@ -218,9 +221,8 @@ def _export(game: Game, trainer: Trainer) -> None:
         export_student(game, out / "student", step, saving=config)
 
 
-def _look(game: Game, shown: Examples | None) -> Look:
-    """The first use of the teacher's network; UserError if that of a folder cannot be called."""
-    sampler = game.method.sampler()
+def _look(game: Game, sampler: Sampler, shown: Examples | None) -> Look:
+    """Of a student as it is sampled at first. The first use of the teacher's network; UserError where it fails."""
     scale = imitated_guidance(sampler.denoiser, game.options()).scale
     try:
         return Look(game.teacher, sampler, shown, scale)

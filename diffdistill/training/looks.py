@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from diffdistill.players.sampler import STEPS, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 from diffdistill.training.derived import COMPARED, MATCHED, amplified_at, noisiest
+from diffdistill.training.metrics import MetricsFile
 
 COUNT = 48  # samples that are looked at
 STEPS_OF_TEACHER = 8
@@ -164,21 +164,22 @@ def faults(m: Measures, before: Measures, *, first: bool, relearns: bool = False
 
 
 def watch(
-    out: Path, look: Look, sampler_now: Callable[[], Sampler], steps: int, *, drawing: bool = True
+    out: Path, look: Look, sampler_now: Callable[[], Sampler], steps: int, *, done: int = 0, drawing: bool = True
 ) -> Callable[[int], None]:
     """step -> looks at the student, prints what is wrong and adds a line to <out>/looks.jsonl.
+
+    Lines of steps after those that are `done` go first: they come once more.
 
     Before that it prints what one pass of the teacher gives at the student's level, and draws it above what several
     passes give, <out>/samples/teacher.png, if `drawing`.
     """
     _show_teacher(out, look, drawing)
-    before = look.measures(look.before)
+    before, file = look.measures(look.before), MetricsFile(out / "looks.jsonl", done)
 
     def now(step: int) -> None:
         m = look.measures(look.drawn(sampler_now()))
         wrong = faults(m, before, first=step < steps, relearns=look.relearns)
-        with open(out / "looks.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **m._asdict(), "faults": wrong}) + "\n")
+        file.write({"step": step, **m._asdict(), "faults": wrong})
         print(
             f"look at step {step}: {m.distance:.2f} as far from the teacher's {STEPS_OF_TEACHER} steps as its one pass"
         )
