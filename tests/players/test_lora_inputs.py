@@ -108,6 +108,7 @@ def test_a_guidance_scale_is_the_players_own(tiny_teacher: Teachers) -> None:
     scatter(student, 1)
     two, five = (student(x, t, cond, Extra(scale)).y for scale in scales)
     assert not torch.allclose(two, five, atol=1e-3)
+    assert all(part.scale is None for part in base_of(student).inputs.values()), "nothing of a call stays"
     for player in (student, copy.deepcopy(student)):
         assert torch.allclose(player(x, t, cond).y, two, atol=1e-5)
     assert torch.equal(teacher.denoiser(x, t, cond).y, same)
@@ -120,7 +121,8 @@ def test_inputs_beside_a_half_precision_base_are_float32(tiny_teacher: Teachers)
     teacher = lora_teacher(tiny_teacher("vp"))
     teacher.denoiser.bfloat16()
     student = two_time_player(teacher, 1, None)
-    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    scaled = guidance_input(teacher.player("student"), default=2.0)
+    assert {p.dtype for player in (student, scaled) for p in player.parameters()} == {torch.float32}
     x, t, cond = points(teacher)
     assert bool(student(x, t, cond, Extra(r=0 * t)).y.isfinite().all())
     assert plain_network(student.network).state_dict().keys()

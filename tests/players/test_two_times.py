@@ -11,7 +11,7 @@ from diffdistill import UserError, load_teacher
 from diffdistill.core.denoiser import Denoiser, Extra
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule, TrigFlow, student_levels
 from diffdistill.players.recomputing import checkpoint_activations
-from diffdistill.players.sampler import DDIM, Renoise, Sampler
+from diffdistill.players.sampler import DDIM, Renoise, Sampler, Step
 from diffdistill.players.scale_input import plain_network
 from diffdistill.players.teacher import Teacher
 from diffdistill.players.two_times import second_times, time_input
@@ -86,6 +86,23 @@ def test_the_exported_network_makes_the_samplers_jumps(
         told = student(x, t.expand(4), cond, Extra(r=r.expand(4))).y
         assert torch.allclose(student(x, t.expand(4), cond).y, told, atol=2e-2)  # to the rounding of a grid
         assert torch.allclose(plain(x, t.expand(4), cond).y, student(x, t.expand(4), cond).y, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [DDIM(), Renoise()])
+def test_jumps_of_several_lengths_are_exported_to_the_last_digits(step: Step, tiny_teacher: Teachers) -> None:
+    """A flow's first jump is a thousandth shorter than the others, and with fresh noise every step leads to data."""
+    teacher = load_teacher(tiny_teacher("flow"))
+    student = two_time_player(teacher, 3, None).eval()
+    for k, layer in enumerate(second_times(student.network)):
+        scatter(layer.mlp, k)
+    sampler = Sampler(student, student_levels(student.schedule, 3).tolist(), step)
+    assert not sampler.equal_jumps
+    plain = student.with_network(sampler.network(teacher.shape, teacher.sample_cond(3)), None)
+    assert not second_times(plain.network)
+    x, _, cond = points(teacher)
+    for k, level in enumerate(sampler.levels):
+        t = student.schedule.angle(level).expand(4)
+        assert torch.allclose(plain(x, t, cond).y, sampler.predict(x, t, k, cond).y, atol=1e-4)
 
 
 def test_recomputed_activations_see_the_gap_of_their_pass(tiny_teacher: Teachers) -> None:

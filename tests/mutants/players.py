@@ -1,0 +1,215 @@
+"""Mistakes in what a LoRA player takes besides, in jumps of one time, and in levels that a folder hands over."""
+
+_I, _T, _L = "tests/players/test_lora_inputs.py", "tests/players/test_two_times.py", "tests/pipelines/test_levels.py"
+
+MUTANTS = {
+    f"diffdistill/players/two_times.py | {_I}": [
+        (
+            "lora: the time is not folded",
+            "layer.bias = nn.Parameter(added if layer.bias is None else layer.bias + added",
+            "layer.bias = nn.Parameter(0 * added if layer.bias is None else layer.bias",
+        ),
+        (
+            "lora: another gap is folded",
+            "added = self.of_gap(self.default)[0].detach()",
+            "added = self.of_gap(0.7 * self.default)[0].detach()",
+        ),
+        (
+            "lora: nothing is added to the embedding",
+            "            return self.added(output)\n\n        return linear_at",
+            "            return output\n\n        return linear_at",
+        ),
+        ("lora: the gap is always its own", "self.default if self.gap is None else self.gap", "self.default"),
+        (
+            "lora: in the base's type",
+            "AddedTime(trained_like(linear_at(network, name).weight), default, name)",
+            "AddedTime(linear_at(network, name).weight, default, name)",
+        ),
+        (
+            "low rank: one component too few",
+            "k = int((s > 1e-9 * s[0]).sum()) or 1",
+            "k = max(int((s > 1e-9 * s[0]).sum()) - 1, 1)",
+        ),
+        ("low rank: without the singular values", "v[:k].T * s[:k]", "v[:k].T"),
+        (
+            "low rank: the inverse is turned",
+            "u[:, :k].T @ torch.linalg.pinv(hidden).T",
+            "u[:, :k].T @ torch.linalg.pinv(hidden.flip(0)).T",
+        ),
+        (
+            "a call leaves its gap",
+            "        for layer, value in zip(layers, before, strict=True):\n            layer.gap = value",
+            "        pass",
+        ),
+    ],
+    f"diffdistill/players/two_times.py | {_T}": [
+        ("one time: another bias", "bias = change[-1].to(layer.weight)", "bias = 0 * change[-1].to(layer.weight)"),
+        (
+            "one time: no weights",
+            "layer.weight += change[:-1].T.to(layer.weight)",
+            "layer.weight += 0 * change[:-1].T.to(layer.weight)",
+        ),
+        (
+            "one time: the default is not added",
+            "added = module.of_gap(module.default)[0]\n",
+            "added = 0 * module.of_gap(module.default)[0]\n",
+        ),
+    ],
+    f"diffdistill/players/lora.py | {_I}": [
+        (
+            "inputs are every player's",
+            ".setdefault(self.adapter, []).append(part)",
+            '.setdefault("player0", []).append(part)',
+        ),
+        ("inputs do not come and go", "for part in inputs_of(base, adapter)]", "for part in inputs_of(base, None)]"),
+        ("inputs stay", '    for detach in vars(base).pop("_detach", []):\n        detach()\n', ""),
+        (
+            "copies have no inputs",
+            "            twin.add_input(name, copy.deepcopy(part, memo))\n",
+            "            pass\n",
+        ),
+        ("copies share their inputs", "twin.add_input(name, copy.deepcopy(part, memo))", "twin.add_input(name, part)"),
+        ("the inputs are not merged", "        part.fold(whole)  # type", "        pass  # type"),
+        ("the inputs are merged twice", "{} if network.folds_inputs else network.changes", "network.changes"),
+        ("the changes are not merged", "{} if network.folds_inputs else network.changes", "{}"),
+        (
+            "the changes are not in the LoRA",
+            "for layer, (down, up) in network.changes.items():\n        for",
+            "for layer, (down, up) in {}.items():\n        for",
+        ),
+        ("ranks differ", "for name, value in weights.items() if network.changes else ():", "for name, value in ():"),
+        ("alpha is not in B", 'value * scale if ".lora_B." in name else value', "value"),
+        (
+            "inputs are as the base's type",
+            "return weight.float() if weight.dtype in",
+            "return weight if weight.dtype in",
+        ),
+        (
+            "an input that cannot stand alone does",
+            "return all(bool(part.alone) for part",
+            "return True or all(bool(part.alone) for part",
+        ),
+    ],
+    f"diffdistill/players/scale_input.py | {_I}": [
+        ("lora: the scale is not added", "return output + self.of_scale(", "return output + 0 * self.of_scale("),
+        (
+            "lora: the scale is always the default",
+            "self.default[None] if self.scale is None else self.scale",
+            "self.default[None]",
+        ),
+        ("lora: a call's scale stays", "                part.scale = before", "                pass"),
+        (
+            "lora: the default is not folded",
+            "added = self.of_scale(self.default[None])\n        table",
+            "added = 0 * self.of_scale(self.default[None])\n        table",
+        ),
+        (
+            "lora: another scale is the default",
+            "AddedScale(trained_like(table.weight), default, layer)",
+            "AddedScale(trained_like(table.weight), 1.0, layer)",
+        ),
+        (
+            "lora: the input is in the base's type",
+            "AddedScale(trained_like(table.weight), default",
+            "AddedScale(table.weight, default",
+        ),
+    ],
+    f"diffdistill/players/sampler.py | {_I}": [
+        (
+            "lora: jumps stay a second time",
+            "return network.with_changes(low_rank_changes(self.denoiser, *at),",
+            "return network.with_changes({},",
+        ),
+        ("lora: inputs are folded always", "folds_inputs=self.equal_jumps)", "folds_inputs=True)"),
+        (
+            "lora: a jump leads to the next but one",
+            "for k in range(len(self.levels))]).to(weight.device)\n        return",
+            "for k in range(1, len(self.levels) + 1)]).to(weight.device)\n        return",
+        ),
+    ],
+    f"diffdistill/players/sampler.py | {_T}": [
+        ("all jumps are equal", "return bool((gaps - gaps[0]).abs().max() < 1e-6)", "return True"),
+    ],
+    f"pipelines/schedulers.py | {_L}": [
+        (
+            "rows: another scheduler of a flow",
+            "return diffusers.FlowMatchEulerDiscreteScheduler(schedule.train_timesteps)",
+            "return diffusers.FlowMatchEulerDiscreteScheduler(500, schedule.shift)",
+        ),
+        (
+            "rows: a flow is shifted twice",
+            "return diffusers.FlowMatchEulerDiscreteScheduler(schedule.train_timesteps)",
+            "return diffusers.FlowMatchEulerDiscreteScheduler(schedule.train_timesteps, 3.0)",
+        ),
+        (
+            "rows: where there is a stock row",
+            "    try:\n        _stock_scheduler(teacher, sampler)\n    except UserError:\n",
+            "    if True:\n",
+        ),
+        ("rows: the last step goes on", "return level, 0.0, 1.0, 0.0", "return level, 0.0, 1.0, 0.1"),
+        (
+            "rows: the level is the next one",
+            "    return level, own * size(s)",
+            "    return sampler.levels[k + 1], own * size(s)",
+        ),
+        ("rows: the sample is not rescaled", "own * size(s) / size(t)", "own"),
+        ("rows: the clean sample has unit variance", "clean * size(s) / schedule.data_std", "clean * size(s)"),
+        ("rows: fresh noise of the normal form", "fresh * size(s)\n", "fresh\n"),
+        ("rows: no fresh noise", "math.sqrt(max(1 - kept**2, 0.0))", "0.0"),
+        (
+            "rows: gamma's own angle is the level's",
+            "(schedule.angle(level), sampler.leads(k),",
+            "(schedule.angle(level), schedule.angle(sampler.levels[k + 1]),",
+        ),
+        ("rows: the sample is not shrunk", "own = kept * math.sin(r)", "own = math.sin(r)"),
+        (
+            "rows: of the first level alone",
+            "_row(sampler, k) for k in range(len(sampler.levels))]",
+            "_row(sampler, 0) for k in range(len(sampler.levels))]",
+        ),
+    ],
+    f"pipelines/shipped/student_pipeline.py | {_L}": [
+        ("levels: the greatest sigma stays", '{"sigma_max": level} if "sigma_max" in config else {}', "{}"),
+        (
+            "levels: a flow's are its own",
+            '{"sigmas": [level]} if "shift" in config else {"num_inference_steps": 1}',
+            '{"num_inference_steps": 1}',
+        ),
+        ("levels: timesteps are the last one", "once.timesteps = torch.tensor([int(level)])", "pass"),
+        ("levels: the first noise has variance one", 'getattr(self._once[0], "init_noise_sigma", 1.0)', "1.0"),
+        ("levels: the first step's for all", "return int((self.timesteps - timestep).abs().argmin())", "return 0"),
+        (
+            "levels: the input is not scaled",
+            'if hasattr(once, "scale_model_input") else sample',
+            "if False else sample",
+        ),
+        ("levels: nothing of the sample is kept", "        if kept:\n", "        if False:\n"),
+        ("levels: no fresh noise is added", "        if fresh:\n", "        if False:\n"),
+        (
+            "levels: noise of nobody's generator",
+            "randn_tensor(sample.shape, generator=generator,",
+            "randn_tensor(sample.shape, generator=None,",
+        ),
+        ("levels: the scheduler stays", '        pipeline.__dict__["scheduler"] = before\n', "        pass\n"),
+        ("levels: any number is taken", "if steps == own or not (others or alone):", "if steps == own or not others:"),
+        (
+            "levels: are those of the call's number alone",
+            "at_levels(self, self._rows.get(steps)),",
+            "at_levels(self, self._rows.get(own)),",
+        ),
+        (
+            "levels: settings are the last folder's",
+            "call = {{**self._call, **named",
+            "call = {{**globals().setdefault('_c', self._call), **named",
+        ),
+        ("levels: a copy loads plainly", 'if call["num_inference_steps"] in rows else base', "if False else base"),
+    ],
+    f"pipelines/steps.py | {_L}": [
+        ("own rows are left out", "        others.rows[own] = rows\n", "        pass\n"),
+        ("others' rows are left out", "            others.rows[steps] = rows\n", "            pass\n"),
+        ("one step has another scheduler", "if own in others.rows and steps == 1:", "if False:"),
+    ],
+    f"pipelines/export.py | {_L}": [
+        ("the folder loads plainly", "if len(record.levels) in others.rows:", "if False:"),
+    ],
+}
