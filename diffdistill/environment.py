@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -43,6 +44,11 @@ def use_machine(device: str, threads: int = 0) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' was asked for and torch sees no GPU; use --device cpu or auto")
     return torch.device("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks for all that a launcher has started; also True without a launcher."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def peak_memory_mb() -> float:

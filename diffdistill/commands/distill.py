@@ -18,6 +18,7 @@ from diffdistill.commands.run import Run
 from diffdistill.config import TrainConfig
 from diffdistill.data.batches import batches
 from diffdistill.data.examples import Examples
+from diffdistill.environment import is_first_process
 from diffdistill.errors import UserError, first_line
 from diffdistill.families import attention_of, check_weights
 from diffdistill.options import coerce, nearest
@@ -185,6 +186,7 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
         trainer.fit()
         if accelerator.is_main_process:
             _export(game, trainer)
+    accelerator.wait_for_everyone()  # the student is there, in all processes
     accelerator.end_training()
     return accelerator.is_main_process
 
@@ -243,8 +245,11 @@ def run(values: dict[str, Any]) -> int:
     try:
         result = distill_values(values, Objects(), None if resume is None else Path(resume), allow_change)
     except Interrupted as stopped:
-        print(stopped.line("train"), file=sys.stderr)
+        if is_first_process():
+            print(stopped.line("train"), file=sys.stderr)
         return stopped.code
+    if not is_first_process():
+        return 0
     from diffdistill.eval.choice import suggestion
 
     print(f"saved {result.student}\n{suggestion(result.folder)}")

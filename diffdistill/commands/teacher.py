@@ -22,7 +22,7 @@ from diffdistill.core.times import log_normal, logit_normal, native_uniform
 from diffdistill.data.batches import batches
 from diffdistill.data.images import Data, open_data
 from diffdistill.data.unreadable import skipping
-from diffdistill.environment import environment
+from diffdistill.environment import environment, is_first_process
 from diffdistill.errors import UserError
 from diffdistill.families import TeacherRecord, new_unet2d
 from diffdistill.options import build
@@ -158,6 +158,7 @@ def _train(config: TeacherConfig, resumed: bool, allow_change: bool) -> Path:
                 text.save(out / "teacher", record, card)
             else:
                 save_pipeline(out / "teacher", "unet2d", teacher.denoiser.network, scheduler, record, card)
+    accelerator.wait_for_everyone()  # the teacher is there, in all processes
     accelerator.end_training()
     return out / "teacher"
 
@@ -165,10 +166,13 @@ def _train(config: TeacherConfig, resumed: bool, allow_change: bool) -> Path:
 def run(values: dict[str, Any]) -> int:
     """The command; `values` are those of the command line and of a YAML file."""
     try:
-        print(f"saved {train_teacher(**values)}")
+        folder = train_teacher(**values)
     except Interrupted as stopped:
-        print(stopped.line("teacher"), file=sys.stderr)
+        if is_first_process():
+            print(stopped.line("teacher"), file=sys.stderr)
         return stopped.code
+    if is_first_process():
+        print(f"saved {folder}")
     return 0
 
 

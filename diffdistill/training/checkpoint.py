@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffdistill.environment import is_first_process
 from diffdistill.errors import UserError, first_line, one_line, shown
 from diffdistill.files import atomic_folder, file_digest, json_object
 
@@ -239,7 +239,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[
             passed_over.append(error)
             continue
         for damaged in passed_over:
-            if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            if is_first_process():  # of several processes one says it
                 print(one_line(f"note: {damaged}; {path.name}, the one before, is used instead"), file=sys.stderr)
         return path, tensors, record
     if passed_over:

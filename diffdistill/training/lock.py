@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from diffdistill.environment import is_first_process
 from diffdistill.errors import UserError, one_line, shown
 from diffdistill.files import json_of
 
@@ -37,7 +38,7 @@ def only_trainer(run: Path, field: str) -> Iterator[None]:
     UserError of `field` where another process has it, or where it cannot be made. Of several processes that train
     together the first has the lock. Where a file system has no locks a note says so.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         yield
         return
     made = [folder for folder in (run, *run.parents) if not folder.exists()]

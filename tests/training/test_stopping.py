@@ -107,3 +107,16 @@ def test_the_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     text = capsys.readouterr().out
     assert all(f"\n  {code} " in text for code in (0, 1, 2, 75, 130, 143))
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_judge_and_end_together(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    argv = ["train", "--method", "dmd2", "--teacher", str(tiny_teacher("vp")), "--data", "digits", "--steps", "4"]
+    argv += ["--batch-size", "4", "--judge-every", "2", "--judge-count", "100", "--figures-every", "1"]
+    argv += ["--log-every", "1", "--sample-every", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "diffdistill"]
+    done = subprocess.run([sys.executable, *launch, *argv], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\nsaved ") == 1 and (tmp_path / "run" / "student").is_dir()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert lines.count('"judge/frechet distance"') == 3 and lines.count('"look/distance"') == 4
