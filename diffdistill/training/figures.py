@@ -65,11 +65,9 @@ def lag(look: Look, method: MatchingMethod, samples: Tensor) -> float:
     At the same times and noise for both, and always; below 1 of a fake score that knows them better than the teacher.
     """
     denoiser = look.teacher.denoiser
-    weight = next(denoiser.parameters())
-    n = len(samples)
-    x = samples.to(weight) / denoiser.schedule.data_std
-    draw = generator("cpu", "lag")
-    t = native_uniform(denoiser.schedule, n, draw, 0.0, 1.0).to(x.device)
+    draw, device = generator("cpu", "lag"), next(denoiser.parameters()).device
+    x = samples.to(device) / denoiser.schedule.data_std  # float32, whatever the teacher's type
+    t = native_uniform(denoiser.schedule, len(x), draw).to(device)
     eps = torch.randn(x.shape, generator=draw).to(x)
     x_t = diffuse(x, t, eps)
     losses = [denoising_loss(network(x_t, t, look.cond), x, eps) for network in (method.fake_score, denoiser)]

@@ -130,3 +130,9 @@ def test_figures_leave_the_bits_as_they_are_and_a_resumed_run_warns_as_the_whole
     distill(resume=tmp_path / "stopped")
     assert same(student(whole), student(tmp_path / "stopped"))
     assert json.dumps(metrics(whole)) == json.dumps(metrics(tmp_path / "stopped"))
+
+
+def test_figures_are_those_of_a_teacher_in_half_precision_too(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    own = options(tiny_teacher("vp"), tmp_path / "run", steps=2, sample_every=0, figures_every=2, log_every=2)
+    distill(**own, teacher_dtype="bfloat16")
+    assert 0.8 < metrics(tmp_path / "run")[0]["fake_score/lag"] < 1.2
