@@ -8,6 +8,17 @@ MUTANTS = {
         ("the first part alone", "batch.parts(self.config.accumulate):", "batch.parts(self.config.accumulate)[:1]:"),
         ("the last part is logged", "logs[name] + value if name in logs else value", "value"),
     ],
+    "diffdistill/training/trainer.py | tests/training/test_faults.py": [
+        ("gradients of a skipped update stay", "self.optimizers[player].zero_grad(set_to_none=True)", "pass"),
+        ("a skipped update moves the average", "moved |= {turn.player} if taken else set()", "moved |= {turn.player}"),
+        ("skipped updates are not counted", "        self.skipped += 1\n", ""),
+        ("skipped updates are not resumed", 'self.skipped = record.get("skipped", 0)', "self.skipped = 0"),
+        ("the teacher is not looked at", "            self.before_save()\n", "            pass\n"),
+    ],
+    "diffdistill/training/trainer.py | tests/training/test_judging.py": [
+        ("the best goes with the old ones", "best = None if self.best is None else self.best[0]", "best = None"),
+        ("the best is not resumed", "self.best = None if best is None else (best[0], best[1])", "self.best = None"),
+    ],
     f"diffdistill/training/trainer.py | {_T}": [
         ("another player is averaged",
          "self.averaged = method.exported if", "self.averaged = list(method.players)[-1] if"),

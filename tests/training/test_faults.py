@@ -57,6 +57,16 @@ def test_a_skipped_update_changes_nothing_of_its_player(tmp_path: Path) -> None:
     assert not trainer.optimizers["a"].state and trainer.optimizers["b"].state
 
 
+def test_the_average_stays_where_its_player_was_skipped(tmp_path: Path) -> None:
+    trainer = trainer_of(Poisoned({1}), tmp_path, steps=3, skip_nonfinite=1, ema=0.5)
+    assert trainer.average is not None
+    trainer.iteration()
+    before = trainer.average.averages[0].clone()
+    assert not torch.equal(before, next(iter(trainer.method.players["a"].parameters())))
+    trainer.iteration()
+    assert torch.equal(before, trainer.average.averages[0])
+
+
 @pytest.mark.parametrize("stopped_at", [None, 3])
 def test_one_more_than_the_limit_stops_also_after_a_resume(stopped_at: int | None, tmp_path: Path) -> None:
     def trainer(steps: int) -> Trainer:
