@@ -19,13 +19,15 @@ def _normal(n: int, generator: torch.Generator) -> Tensor:
 
 
 def native_uniform(
-    schedule: Schedule, n: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0
+    schedule: Schedule, n: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0, shift: float = 1.0
 ) -> Tensor:
     """Uniform in the schedule's own time between the fractions low and high of it.
 
-    Timesteps for DiscreteVP, the shifted sigma for LinearFlow, the index into the Karras grid for EDM.
+    Timesteps for DiscreteVP, the shifted sigma for LinearFlow, the index into the Karras grid for EDM. A shift s puts
+    s u/(1 + (s - 1) u) in the place of a uniform u (Esser et al. 2024, arXiv:2403.03206, eq. 23).
     """
-    return schedule.at_fraction(low + (high - low) * _uniform(n, generator))
+    u = _uniform(n, generator)
+    return schedule.at_fraction(low + (high - low) * (shift * u / (1 + (shift - 1) * u)))
 
 
 def log_normal(schedule: Schedule, n: int, generator: torch.Generator, mean: float, std: float) -> Tensor:

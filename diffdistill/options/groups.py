@@ -149,6 +149,15 @@ class MatchingTimes(Options):
 
 
 @dataclass(frozen=True)
+class ShiftedTimes(MatchingTimes):
+    """The same, as fractions of the teacher's own times, which may be shifted."""
+
+    time_shift: float = option(
+        1.0, "s, for the times of both players: a fraction u becomes s u/(1 + (s - 1) u); above 1: more noise", above=0
+    )
+
+
+@dataclass(frozen=True)
 class EDMTimes(MatchingTimes, time_low=0.0, time_high=0.8):
     """The same, as fractions of EDM's grid of sigma from 0.002 to 80, where 0.8 is sigma = 24.4."""
 

@@ -91,7 +91,8 @@ class MatchingMethod(Method):
         stream, span = self.fake_score_stream, (0.0, 1.0)
         if player == "student":
             stream, span = player, (self.config.time_low, self.config.time_high)
-        return batch.draw(f"{stream}/t", lambda n, draw: native_uniform(self.schedule, n, draw, *span))
+        shift = self.config.time_shift
+        return batch.draw(f"{stream}/t", lambda n, draw: native_uniform(self.schedule, n, draw, *span, shift))
 
     def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
         """The fake score's loss on the student's samples x (B, ...), which get no gradient."""

@@ -98,7 +98,7 @@ class Straight:
         c, plain = self.c, self.plain
         if self.name == "diff_instruct":
             return plain.log_normal(gaussian("student/t", self.key), c.time_mean, c.time_std)
-        u = c.time_low + (c.time_high - c.time_low) * uniform("student/t", self.key)
+        u = c.time_low + (c.time_high - c.time_low) * self.shifted(uniform("student/t", self.key))
         return plain.karras(u) if self.name == "sim" or getattr(c, "times", "") == "karras" else plain.at(u)
 
     def fake_t(self) -> Tensor:
@@ -109,7 +109,11 @@ class Straight:
             return plain.log_normal(gaussian("fake_score/t", self.key), -1.2, 1.2)
         if self.name == "sid":
             return plain.at(c.time_low + (c.time_high - c.time_low) * uniform("fake_score/t", self.key))
-        return plain.at(uniform("lora/t" if self.name == "swiftbrush" else "fake_score/t", self.key))
+        return plain.at(self.shifted(uniform("lora/t" if self.name == "swiftbrush" else "fake_score/t", self.key)))
+
+    def shifted(self, u: Tensor) -> Tensor:
+        s = getattr(self.c, "time_shift", 1.0)
+        return s * u / (1 - u + s * u)
 
     # -- the student's turn ------------------------------------------------------------------------------------------
 
@@ -242,10 +246,10 @@ GUIDED_FAKE = {"guidance_scale": 2.5, "fake_score_guidance": 1.7, "fake_score_tr
 RANGE = {"time_low": 0.2, "time_high": 0.7}
 GAN = {"gan_weight": 0.7, "discriminator_weight": 0.3, "update_ratio": 1}
 CASES: list[tuple[str, dict[str, Any], Plain]] = [
-    ("dmd2", {"guidance_scale": 2.5, "update_ratio": 2}, VP),
+    ("dmd2", {"guidance_scale": 2.5, "update_ratio": 2, "time_shift": 3.0}, VP),
     ("dmd2", {"normalise": False, **RANGE, "student_level": 9.0, "update_ratio": 1}, EPS),
     ("dmd2", {"fake_score_loss": "epsilon", **GAN}, EDM_),
-    ("dmd2", {**GAN, **RANGE, "student_level": 0.8}, FLOW),
+    ("dmd2", {**GAN, **RANGE, "student_level": 0.8, "time_shift": 0.4}, FLOW),
     ("dmd2", {**GAN, "update_ratio": 3}, VP),
     ("dmd2", {"update_ratio": 3, "student_level": 1.2}, TRIG),
     ("dmd", {"guidance_scale": 2.5, "regression_weight": 0.6, **RANGE}, EDM_),

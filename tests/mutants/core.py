@@ -33,7 +33,8 @@ MUTANTS = {
     ],
     f"diffdistill/core/times.py | {_M} {_F}": [
         ("the least fraction is ignored",
-         "schedule.at_fraction(low + (high - low) * _uniform", "schedule.at_fraction(high * _uniform"),
+         "schedule.at_fraction(low + (high - low) * (shift", "schedule.at_fraction(high * (shift"),
+        ("the shift goes the other way", "(shift * u / (1 + (shift - 1) * u))", "(u / (shift + (1 - shift) * u))"),
         ("karras: the least fraction is ignored",
          "edm_karras_angle(schedule, low + (high - low) *", "edm_karras_angle(schedule, high *"),
         ("log-normal: at data of 0.5",
