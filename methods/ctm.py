@@ -29,7 +29,7 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -114,7 +114,7 @@ class CTM(FollowingMethod[Span]):
         return Sampler(self.student, super().sampler().levels, gamma_step(self.config.gamma))
 
     def in_steps(self, steps: int) -> None:
-        self.config = replace(self.config, student_steps=steps)
+        self.steps = steps
         jumps_by_default(self.student, steps, self.config.student_level)
 
     def interval(self, step: int, batch: Batch) -> Span:

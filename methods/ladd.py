@@ -37,8 +37,7 @@ from torch import Tensor
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.prediction import diffuse, expand
-from diffdistill.core.schedule import student_levels
-from diffdistill.options import LatentAdversarialOptions, StudentLevel, StudentOptions, option
+from diffdistill.options import LatentAdversarialOptions, StudentLevels, StudentOptions, option
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.adversary import LatentAdversary
@@ -56,13 +55,13 @@ ABOUT = About(
             "scaffold.adversary.LatentAdversary.critic_loss"
         ),
         "noise of the discriminator": "core.times.edm_log_normal",
-        "the student's levels": "LADD.read, core.schedule.student_levels",
+        "the student's levels": "LADD.read, scaffold.method.Method.levels_in",
     },
 )
 
 
 @dataclass(frozen=True)
-class Config(StudentOptions, StudentLevel, LatentAdversarialOptions, beta1=0.0):
+class Config(StudentOptions, StudentLevels, LatentAdversarialOptions, beta1=0.0):
     """LADD's options."""
 
     student_steps: int = option(1, "the student's sampling steps, from student_level down", at_least=1)
@@ -82,7 +81,7 @@ class LADD(Method):
         self.student = student or teacher.player("student")
         self.adversary = LatentAdversary(teacher, config)
         self.players = {"student": self.student, "discriminator": self.adversary.heads}
-        self.levels = student_levels(self.schedule, config.student_steps, config.student_level)
+        self.levels = torch.tensor(self.levels_in(), dtype=torch.float64)
 
     def sampler(self) -> Sampler:
         """`student_steps` from `student_level` down, with fresh noise between."""

@@ -89,11 +89,19 @@ class LCM(FollowingMethod[Skip]):
         self.guidance = DrawnGuidance(self.teacher, c)
         levels = student_levels(self.schedule, c.ddim_steps, c.student_level)
         self.levels = levels.tolist()
+        for level in c.levels or ():
+            if level not in self.levels:
+                near = min(self.levels, key=lambda other: abs(other - level))
+                raise UserError(
+                    f"levels: {level:g} is none of the {c.ddim_steps} (ddim_steps) that are trained; {near:g} is near"
+                )
         least = torch.tensor([self.schedule.t_min]).double()  # that the network knows
         self.grid = torch.cat([self.schedule.angle(levels), least])
 
     def sampler(self) -> Sampler:
         """Levels among the K, as evenly as whole indices are, as in diffusers' LCMScheduler."""
+        if self.config.levels is not None:
+            return super().sampler()
         indices = lcm_indices(self.config.ddim_steps, self.config.student_steps)
         return Sampler(self.student, [self.levels[i] for i in indices])
 

@@ -10,11 +10,11 @@ from typing import Any
 from diffdistill.families import FAMILIES, Family, diffusers_class, local_folder, public_name, read_json
 from diffdistill.families._parts import LORA, null_parts, stored_dtypes
 from diffdistill.pipelines.origin import card_of, head, license_note, metadata, public_options, teacher_folder
-from diffdistill.pipelines.schedulers import student_rows, student_scheduler
+from diffdistill.pipelines.schedulers import level_arguments, student_rows, student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import FILE
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.lora import LoraNetwork
-from diffdistill.players.sampler import Gamma, Sampler
+from diffdistill.players.sampler import DDIM, Gamma, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.training.recipe import Recipe
 
@@ -24,6 +24,9 @@ def student_call(teacher: Teacher, sampler: Sampler) -> dict[str, Any]:
     call = FAMILIES[teacher.family].arguments(len(sampler.levels)) | teacher.size
     if isinstance(sampler.step, Gamma) and len(sampler.levels) > 1:
         call["eta"] = sampler.step.gamma
+    call |= (arguments := level_arguments(teacher, sampler))
+    if "timesteps" in arguments and isinstance(sampler.step, DDIM):
+        call["eta"] = 0.0  # of TCDScheduler, which takes a pipeline's word for it
     scale = sampler.denoiser.default_scale
     return call if scale is None else call | {"guidance_scale": scale}
 

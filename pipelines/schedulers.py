@@ -12,11 +12,11 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, lcm_indices
+from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, check_levels, lcm_indices
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, diffusers_class
 from diffdistill.players.adapter_networks import AdaptedNetwork
-from diffdistill.players.sampler import Gamma, Sampler
+from diffdistill.players.sampler import Gamma, Renoise, Sampler
 from diffdistill.players.teacher import Teacher
 
 # What a student keeps of its teacher's discrete VP scheduler: the chain and the kind of output.
@@ -60,7 +60,7 @@ def student_rows(teacher: Teacher, sampler: Sampler) -> list[Row] | None:
     try:
         _stock_scheduler(teacher, sampler)
     except UserError:
-        _check_levels(sampler)
+        check_levels(sampler.denoiser.schedule, sampler.levels, "student_level")
         return [_row(sampler, k) for k in range(len(sampler.levels))]
     return None
 
@@ -83,19 +83,49 @@ def _row(sampler: Sampler, k: int) -> Row:
     return level, own * size(s) / size(t), clean * size(s) / schedule.data_std, fresh * size(s)
 
 
-def _check_levels(sampler: Sampler) -> None:
+def level_arguments(teacher: Teacher, sampler: Sampler) -> dict[str, list[float]]:
+    """What a latent student's stock pipeline is told of its levels, where its scheduler has not these in a row."""
+    scheduler, levels = student_scheduler(teacher, sampler), list(sampler.levels)
+    entry = FAMILIES.get(teacher.family)
+    if len(levels) == 1 or entry is None or entry.autoencoder is None:
+        return {}
+    if isinstance(sampler.denoiser.schedule, LinearFlow):
+        own = torch.tensor(levels, dtype=torch.float64)
+        return {} if torch.allclose(sampler.denoiser.schedule.trailing(len(levels)), own) else {"sigmas": levels}
+    scheduler.set_timesteps(len(levels))
+    if scheduler.timesteps.tolist() == levels:
+        return {}
+    return {"timesteps": [int(level) for level in levels]}
+
+
+def _takes(teacher: Teacher, *names: str) -> bool:
+    """Whether the stock pipeline of a latent teacher takes arguments of these names in its call."""
+    entry = FAMILIES.get(teacher.family)
+    if entry is None or entry.autoencoder is None:
+        return False
+    return set(names) <= set(inspect.signature(diffusers_class(entry.pipelines[0]).__call__).parameters)
+
+
+def _any_timesteps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin | None:
+    """The stock scheduler to which a pipeline hands any timesteps; None where the pipeline does not."""
+    fresh = isinstance(sampler.step, Renoise)
+    if not _takes(teacher, "timesteps", *([] if fresh else ["eta"])):
+        return None
+    check_levels(sampler.denoiser.schedule, sampler.levels, "student_level")
+    kept = _kept(teacher, sampler)
+    if not fresh:
+        return _tcd(sampler)
+    return diffusers.LCMScheduler(**kept, original_inference_steps=len(sampler.levels), timestep_scaling=1e6)
+
+
+def _tcd(sampler: Sampler) -> SchedulerMixin:
+    """It ends at timestep 0, whose noise is taken off its chain: no step reads that timestep."""
     schedule = sampler.denoiser.schedule
-    for level in sampler.levels:
-        if isinstance(schedule, DiscreteVP):
-            noisiest = len(schedule.alphas_cumprod) - 1
-            right, what = level == int(level) and 0 <= level <= noisiest, f"a whole timestep from 0 to {noisiest}"
-        elif isinstance(schedule, EDM):
-            low, high = schedule.sigma_min, schedule.sigma_max
-            right, what = low < level <= high, f"a sigma from {low} to {high}"
-        else:
-            right, what = 0 < level <= 1, "a flow time above 0, up to 1"
-        if not right:
-            raise UserError(f"student_level: {level} is not {what}")
+    assert isinstance(schedule, DiscreteVP)
+    alphas = schedule.alphas_cumprod[: int(sampler.levels[0]) + 1].double().clone()
+    alphas[0] = 1.0
+    kind, steps = sampler.denoiser.output.name, len(sampler.levels)
+    return diffusers.TCDScheduler(**_chain(alphas), prediction_type=kind, original_inference_steps=steps)
 
 
 def _stock_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
@@ -107,6 +137,11 @@ def _stock_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
         return diffusers.FlowMatchEulerDiscreteScheduler(schedule.train_timesteps, schedule.shift)
     if isinstance(schedule, LinearFlow) and schedule.starts_at_one:
         entry = FAMILIES.get(teacher.family)
+        kind = sampler.step.stock["LinearFlow"]
+        own = torch.tensor(sampler.levels, dtype=torch.float64)
+        if _takes(teacher, "sigmas") and not torch.allclose(schedule.trailing(len(own)), own) and len(own) > 1:
+            check_levels(schedule, sampler.levels, "student_level")
+            return getattr(diffusers, kind)(schedule.train_timesteps)
         return _latent_flow_scheduler(schedule, sampler, entry is None or entry.flow_grid == "own")
     if len(sampler.levels) > 1:
         return _several_steps(teacher, sampler)
@@ -171,6 +206,8 @@ def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
                     # The scaling makes its c_skip less than 1e-12, so that it takes the network's x0 as it is.
                     return diffusers.LCMScheduler(**kept, original_inference_steps=points, timestep_scaling=1e6)
         if stock != "DDIMScheduler" or count % steps or not torch.equal(schedule.levels(steps), own):
+            if (scheduler := _any_timesteps(teacher, sampler)) is not None:
+                return scheduler
             raise UserError(
                 f"export: {steps} steps do not divide the teacher's {count} timesteps evenly; use 2, 4 or 8"
             )
@@ -187,25 +224,19 @@ def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
 
 
 def _gamma_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
-    """TCDScheduler, whose steps a pipeline tells `eta`, which is gamma.
-
-    It ends at timestep 0, whose noise is taken off its chain: no step reads that timestep.
-    """
+    """TCDScheduler, whose steps a pipeline tells `eta`, which is gamma."""
     schedule, steps = sampler.denoiser.schedule, len(sampler.levels)
-    entry = FAMILIES.get(teacher.family)
-    call = None if entry is None or entry.autoencoder is None else diffusers_class(entry.pipelines[0]).__call__
-    if not isinstance(schedule, DiscreteVP) or call is None or "eta" not in inspect.signature(call).parameters:
+    if not isinstance(schedule, DiscreteVP) or not _takes(teacher, "eta"):
         raise UserError(
             f"{sampler.step.name}: of the stock pipelines only those with discrete timesteps that take eta, such as "
             "Stable Diffusion's, sample so; use gamma 0 or 1, or one step"
         )
-    alphas = schedule.alphas_cumprod[: int(sampler.levels[0]) + 1].double().clone()
-    count = len(alphas)
+    count = int(sampler.levels[0]) + 1
     if count % steps or sampler.levels != tuple(float(count - 1 - k * count // steps) for k in range(steps)):
+        if (scheduler := _any_timesteps(teacher, sampler)) is not None:
+            return scheduler
         raise UserError(f"export: {steps} steps do not divide {count} timesteps evenly; use 2, 4 or 8")
-    alphas[0] = 1.0
-    kind = sampler.denoiser.output.name
-    return diffusers.TCDScheduler(**_chain(alphas), prediction_type=kind, original_inference_steps=steps)
+    return _tcd(sampler)
 
 
 def _latent_flow_scheduler(schedule: LinearFlow, sampler: Sampler, own_row: bool) -> SchedulerMixin:

@@ -11,6 +11,7 @@ that time and how its input is scaled. All tables and angles are float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -356,6 +357,22 @@ def student_levels(schedule: Schedule, steps: int, start: float | None = None) -
     else:
         levels = schedule.levels(steps + 1)[:-1] if isinstance(schedule, EDM) else schedule.levels(steps)
     return levels.clamp(max=schedule.init_level)
+
+
+def check_levels(schedule: Schedule, levels: Iterable[float], name: str) -> None:
+    """UserError, which begins with `name`, for a level that the schedule has not."""
+    for level in levels:
+        right, what = 0 < level <= schedule.init_level, f"above 0 and at most {schedule.init_level:g}"
+        if isinstance(schedule, DiscreteVP):
+            noisiest = len(schedule.alphas_cumprod) - 1
+            right, what = level == int(level) and 0 <= level <= noisiest, f"a whole timestep from 0 to {noisiest}"
+        elif isinstance(schedule, EDM):
+            low, high = schedule.sigma_min, schedule.sigma_max
+            right, what = low < level <= high, f"a sigma from {low} to {high}"
+        elif isinstance(schedule, LinearFlow):
+            right, what = 0 < level <= 1, "a flow time above 0, up to 1"
+        if not right:
+            raise UserError(f"{name}: {level:g} is not {what}")
 
 
 def _levels_from(schedule: Schedule, steps: int, start: float) -> Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Literal
 
 from diffdistill.errors import UserError
@@ -101,6 +102,34 @@ class StudentLevel(Options):
 
 
 @dataclass(frozen=True)
+class StudentLevels(StudentLevel):
+    """A student of several steps, whose levels may be the user's own; a subclass has the option `student_steps`."""
+
+    levels: tuple[float, ...] | None = option(
+        None,
+        "the student's own levels, descending, as 999,749,499,249: timesteps, or sigmas of EDM and flows; they say "
+        "student_steps and student_level too; none: evenly spaced",
+        at_least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.levels is None:
+            return
+        shown = ",".join(f"{level:g}" for level in self.levels)
+        if not self.levels or any(a <= b for a, b in pairwise(self.levels)):
+            raise UserError(f"levels: {shown or 'nothing'} do not descend; give the noisiest first, as 999,749,499,249")
+        own = {f.name: f.default for f in fields(self)}["student_steps"]
+        for name, value, unsaid in (
+            ("student_steps", len(self.levels), own),
+            ("student_level", self.levels[0], None),
+        ):
+            if (said := getattr(self, name)) not in (unsaid, value):
+                raise UserError(f"{name}: {said:g} was given, and levels {shown} make it {value:g}; leave {name} out")
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
 class DerivativeOptions(Options):
     """How the student's derivative along a trajectory is computed."""
 
@@ -170,7 +199,7 @@ class NormaliserOptions(Options):
 
 
 @dataclass(frozen=True)
-class SimulationOptions(Options):
+class SimulationOptions(StudentLevels):
     """A student of several steps, trained on inputs that its own sampler makes."""
 
     student_steps: int = option(
@@ -214,7 +243,7 @@ class FakeScoreGuidance(Options):
 
 
 @dataclass(frozen=True)
-class TrajectoryOptions(StudentOptions, StudentLevel):
+class TrajectoryOptions(StudentOptions, StudentLevels):
     """A student that learns trajectories."""
 
     student_output: Literal["teacher", "v_prediction", "sample"] = option(

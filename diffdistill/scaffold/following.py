@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.prediction import OUTPUTS, diffuse
-from diffdistill.core.schedule import DiscreteVP, Schedule, sampling_grid, student_levels
+from diffdistill.core.schedule import DiscreteVP, Schedule, sampling_grid
 from diffdistill.core.times import karras_grid
 from diffdistill.errors import UserError
 from diffdistill.options import TrajectoryOptions
@@ -48,6 +48,7 @@ class FollowingMethod(Method, Generic[I]):
         self.teacher: Any = frozen(teacher.denoiser)
         if isinstance(config, TrajectoryOptions):
             change_student(student, config)
+        self.steps: int | None = None  # of the sampler, where they are not those of the options
         self.student = self.target = student
         self.players = {"student": student}
         if slow_target:
@@ -70,8 +71,7 @@ class FollowingMethod(Method, Generic[I]):
 
     def sampler(self) -> Sampler:
         """`student_steps` from `student_level` down, with fresh noise between."""
-        c = self.config
-        return Sampler(self.student, student_levels(self.schedule, c.student_steps, c.student_level).tolist())
+        return Sampler(self.student, self.levels_in(self.steps))
 
     def target_decay(self, step: int) -> float:
         """The decay of the target's moving average at a training step."""

@@ -16,7 +16,6 @@ from diffdistill.core.guidance import guided
 from diffdistill.core.losses import denoising_loss, gradient_injection, l1_normaliser, per_sample_mean
 from diffdistill.core.ode import Denoise
 from diffdistill.core.prediction import diffuse, expand
-from diffdistill.core.schedule import student_levels
 from diffdistill.core.times import native_uniform
 from diffdistill.errors import UserError
 from diffdistill.options import AdversarialOptions, MatchingOptions, SimulationOptions
@@ -133,8 +132,7 @@ class MatchingMethod(Method):
     def sampler(self) -> Sampler:
         """One step from the level of the options, or several from there down with fresh noise between."""
         if self.steps > 1:
-            levels = student_levels(self.schedule, self.steps, self.config.student_level)
-            return Sampler(self.student, levels.tolist())
+            return Sampler(self.student, self.levels_in())
         return one_step_sampler(self.student, self.config.student_level)
 
     @final

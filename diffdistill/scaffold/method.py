@@ -6,12 +6,13 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond
+from diffdistill.core.schedule import check_levels, student_levels
 from diffdistill.errors import UserError
 from diffdistill.options import StudentOptions
 from diffdistill.players.sampler import Sampler
@@ -182,6 +183,18 @@ class Method(ABC):
     @abstractmethod
     def sampler(self) -> Sampler:
         """How the student is sampled as it stands."""
+
+    @final
+    def levels_in(self, steps: int | None = None) -> list[float]:
+        """So many levels (None: as the options say): those of the option `levels`, or evenly spaced from the first.
+
+        Raises UserError for one that the schedule has not.
+        """
+        own = self.config
+        if own.levels is not None and steps in (None, len(own.levels)):
+            check_levels(self.schedule, own.levels, "levels")
+            return list(own.levels)
+        return student_levels(self.schedule, steps or own.student_steps, own.student_level).tolist()
 
     def in_steps(self, steps: int) -> None:
         """The sampler takes so many steps from here on, of a student that is trained at all times.

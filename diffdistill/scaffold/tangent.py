@@ -72,7 +72,7 @@ class TangentMethod(Method):
         self._kind: Derivative | None = None
         self.student = student
         self.players = {"student": student}
-        self.levels = student_levels(self.schedule, config.student_steps, config.student_level).tolist()
+        self.levels = self.levels_in()
 
     # -- what a method says --------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ class TangentMethod(Method):
 
     def in_steps(self, steps: int) -> None:
         """The sampler takes so many steps from here on."""
-        self.levels = student_levels(self.schedule, steps, self.config.student_level).tolist()
+        self.levels = self.levels_in(steps)
 
     def more_turns(self, step: int) -> Sequence[Turn]:
         """Moves that follow the student's."""

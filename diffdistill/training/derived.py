@@ -170,6 +170,8 @@ def _student_output(s: Situation) -> Derived | None:
 
 def _student_level(s: Situation) -> Derived | None:
     schedule = s.denoiser.schedule
+    if s.values.get("levels") is not None:
+        return None  # which say it
     several = s.values.get("student_steps", 1) != 1
     if getattr(schedule, "starts_at_one", False) or (several and not isinstance(schedule, DiscreteVP)):
         return None  # they start at pure noise, as their stock schedulers do
@@ -201,7 +203,8 @@ def _student_lr(s: Situation) -> Derived | None:
 
 def _fake_scores(s: Situation) -> int:
     """How many fake scores take turns."""
-    return int(s.given("student_steps")) if s.values.get("fake_scores") == "per_level" else 1
+    steps = len(s.values.get("levels") or ()) or int(s.given("student_steps"))
+    return steps if s.values.get("fake_scores") == "per_level" else 1
 
 
 def _fake_score_lr(s: Situation) -> Derived | None:

@@ -224,6 +224,8 @@ class {pipeline_class(base)}(diffusers.{base}):
             raise TypeError(f"the call got {{twice[0]}} twice")
         call = {{**self._call, **named, **given}}
         own, steps = self._call["num_inference_steps"], call["num_inference_steps"]
+        if steps != own:  # whose levels these are
+            call = {{k: v for k, v in call.items() if k in given or k not in ("timesteps", "sigmas")}}
         with (
             in_steps(self, {component!r}, own, self._others, steps, own in self._rows),
             at_levels(self, self._rows.get(steps)),

@@ -182,12 +182,7 @@ MUTANTS = {
     ],
     f"methods/ladd.py | {_A}": [
         ("the heads are not trained", '"discriminator": self.adversary.heads}', '"discriminator": self.student}'),
-        ("the level is ignored", "config.student_steps, config.student_level)", "config.student_steps, None)"),
-        (
-            "the number of steps is ignored",
-            "student_levels(self.schedule, config.student_steps,",
-            "student_levels(self.schedule, 1,",
-        ),
+        ("the number of steps is ignored", "torch.tensor(self.levels_in(),", "torch.tensor(self.levels_in(1),"),
         ("the student moves in each step", "[discriminator] if step % self.config.update_ratio else", ""),
         ("the ratio is one more", "step % self.config.update_ratio else", "step % (self.config.update_ratio + 1) else"),
         ("the share is ignored", "if share is not None and len(self.levels) > 1:", "if False:"),

@@ -62,7 +62,7 @@ MUTANTS = {
         ("trained betas have the config's length", 'if kept.get("trained_betas") else kept', "if False else kept"),
         ("LCM: other points", "original_inference_steps=points, timestep_scaling=1e6",
          "original_inference_steps=steps, timestep_scaling=1e6"),
-        ("LCM: its own boundary", ", timestep_scaling=1e6)", ", timestep_scaling=0.01)"),
+        ("LCM: its own boundary", "=points, timestep_scaling=1e6)", "=points, timestep_scaling=0.01)"),
         ("LCM for DDIM's steps", 'if stock == "LCMScheduler":', "if True:"),
         ("several steps clip",
          'DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)\n    '
