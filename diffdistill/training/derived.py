@@ -203,8 +203,9 @@ def _student_lr(s: Situation) -> Derived | None:
 
 def _fake_scores(s: Situation) -> int:
     """How many fake scores take turns."""
-    steps = len(s.values.get("levels") or ()) or int(s.given("student_steps"))
-    return steps if s.values.get("fake_scores") == "per_level" else 1
+    if s.values.get("fake_scores") != "per_level":
+        return 1
+    return len(s.values.get("levels") or ()) or int(s.given("student_steps"))
 
 
 def _fake_score_lr(s: Situation) -> Derived | None:

@@ -193,8 +193,8 @@ def pipeline_file(
 ) -> str:
     """Source of a module with the stock pipeline class `base` under the arguments `call`.
 
-    `component` is the name of its network, `others` are those of `in_steps`, `rows` those of `at_levels` by number of
-    steps. With rows of the call's own number the folder's index names the class, as the folder does not work without.
+    `component` is its network's name, `others` are those of `in_steps`, `rows` those of `at_levels` by number of steps;
+    with the call's own number in them the folder does not work without the class, and its index names that.
     """
     named = [FILE.removesuffix(".py"), pipeline_class(base)] if call["num_inference_steps"] in rows else base
     parts = "\n\n".join(inspect.getsource(p) for p in (seeded_steps, LevelScheduler, at_levels, steps_file, in_steps))
@@ -216,7 +216,7 @@ class {pipeline_class(base)}(diffusers.{base}):
 
     @wraps(diffusers.{base}.__call__)
     def __call__(self, *args, **given):
-        names = list(inspect.signature(diffusers.{base}.__call__).parameters)[1:]  # after self
+        names = list(inspect.signature(super().__call__).parameters)
         if len(args) > len(names):
             raise TypeError(f"the call takes {{len(names)}} arguments and was given {{len(args)}}")
         named = dict(zip(names, args))
@@ -234,8 +234,7 @@ class {pipeline_class(base)}(diffusers.{base}):
             return super().__call__(**call)
 
     def save_config(self, save_directory, *args, **kwargs):
-        # What save_pretrained and push_to_hub write: the index as it was, and this file beside it.
-        super().save_config(save_directory, *args, **kwargs)
+        super().save_config(save_directory, *args, **kwargs)  # what save_pretrained and push_to_hub write
         index = Path(save_directory) / "model_index.json"
         values = json.loads(index.read_text(encoding="utf-8")) | {{"_class_name": {json.dumps(named)}}}
         values.pop("_module", None)

@@ -1,6 +1,7 @@
 """Mistakes in what a LoRA player takes besides, in jumps of one time, and in levels that a folder hands over."""
 
 _I, _T, _L = "tests/players/test_lora_inputs.py", "tests/players/test_two_times.py", "tests/pipelines/test_levels.py"
+_O = "tests/pipelines/test_own_levels.py"
 
 MUTANTS = {
     f"diffdistill/players/two_times.py | {_I}": [
@@ -211,5 +212,37 @@ MUTANTS = {
     ],
     f"pipelines/export.py | {_L}": [
         ("the folder loads plainly", "if len(record.levels) in others.rows:", "if False:"),
+    ],
+    f"pipelines/schedulers.py | {_O}": [
+        ("sigmas are not handed over", 'else {"sigmas": levels}', "else {}"),
+        ("timesteps are not handed over", 'return {"timesteps": [int(level) for level in levels]}', "return {}"),
+        ("timesteps are always handed over", "if scheduler.timesteps.tolist() == levels:", "if False:"),
+        (
+            "fresh noise is TCD's",
+            "    if not fresh:\n        return _tcd(sampler)",
+            "    if True:\n        return _tcd(sampler)",
+        ),
+        (
+            "a list of sigmas is shifted",
+            "getattr(diffusers, kind)(schedule.train_timesteps)",
+            "getattr(diffusers, kind)(schedule.train_timesteps, 3.0)",
+        ),
+    ],
+    f"pipelines/card.py | {_O}": [
+        ("TCD's own share of noise", 'call["eta"] = 0.0', "pass"),
+        ("the call has no levels", "call |= (arguments := level_arguments(teacher, sampler))", "arguments = {}"),
+    ],
+    f"diffdistill/scaffold/method.py | {_O}": [
+        ("the user's levels are not tried", 'check_levels(self.schedule, own.levels, "levels")', "pass"),
+        (
+            "the user's levels are ignored",
+            "if own.levels is not None and steps in (None, len(own.levels)):",
+            "if False:",
+        ),
+    ],
+    f"diffdistill/options/groups.py | {_O}": [
+        ("levels rise", "any(a <= b for a, b in pairwise(self.levels))", "False"),
+        ("levels come twice", "any(a <= b for", "any(a < b for"),
+        ("levels do not say the steps", "object.__setattr__(self, name, value)", "pass"),
     ],
 }
