@@ -42,7 +42,7 @@ PLANE = {
         "guidance_scale": 1.5,
         "student_lr": 0.001,
         "batch_size": 64,
-        "steps": 1500,
+        "steps": 2500,
     },
 }
 
