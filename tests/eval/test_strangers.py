@@ -29,6 +29,8 @@ def test_a_tiny_benchmark_goes_on_and_writes_its_page(tmp_path: Path, monkeypatc
     models = ["teacher, 8 steps", "teacher, 50 steps", "dmd"]
     assert [(row["teacher"], row["model"]) for row in rows] == [("edm", model) for model in models]
     assert all(row["frechet distance"] > 0 for row in rows)
+    low, high = map(float, rows[2]["95% of it"].split(" to "))
+    assert low < rows[2]["to 8 steps"] < high and low > 0
     assert {row["ahead"] for row in rows if row["model"] == "dmd"} <= {"yes", "no"}
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "nothing yet" not in text
