@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -27,16 +29,18 @@ from diffdistill.pipelines.record import imitated_guidance
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Method
-from diffdistill.training.assemble import Game, data_for, load_student_into, make_game, pairs_for
+from diffdistill.training.assemble import Game, data_for, load_run, load_student_into, make_game, pairs_for
 from diffdistill.training.checkpoint import full_disk_said, load_checkpoint
 from diffdistill.training.diagnosis import Diagnosis
 from diffdistill.training.figures import Figures, usual_interval
 from diffdistill.training.folder import check_prompts, refuse_a_run, resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
 from diffdistill.training.inputs import check_inputs, inputs_of
+from diffdistill.training.launchers import block_names, divides
 from diffdistill.training.lock import only_trainer
 from diffdistill.training.looks import Look, watch
 from diffdistill.training.recipe import Objects, recorded
+from diffdistill.training.sharding import shard
 from diffdistill.training.stopping import Interrupted
 from diffdistill.training.trainer import Trainer, accelerator_for
 from diffdistill.training.underneath import teacher_check
@@ -106,10 +110,13 @@ def distill_values(
     with only_trainer(out, "out" if resume is None else "resume"):
         if resume is not None:
             check_prompts(resume, values.get("prompts"), allow_change)
-        game = make_game(values, objects, deriving=resume is None and not whole)
+        # Networks are divided in place: one's own teacher stays whole.
+        parts = replace(objects, teacher=copy.deepcopy(objects.teacher)) if divides() else objects
+        game = make_game(values, parts, deriving=resume is None and not whole)
+        game.objects = objects
         _check_options(game, values, resumed=resume is not None)
         check_exportable(game, game.config)  # a student that cannot be saved is refused now
-        check_judged(game)
+        check_judged(game, divides())
         _note_on_stages(game)
         saved = _train(game, out, resume is not None, allow_change)
     if saved:
@@ -151,7 +158,8 @@ def _note_on_stages(game: Game) -> None:
 def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
     """Train and save the student; returns whether this is the process that saved it."""
     config, method, teacher = game.config, game.method, game.teacher
-    accelerator = accelerator_for(config, out)
+    accelerator = accelerator_for(config, out, may_divide=True)
+    main = accelerator.is_main_process
     data = data_for(game)
     pairs = pairs_for(game, config.batch_size * accelerator.num_processes)
     draw = batches(config, teacher, data, accelerator, pairs=pairs)
@@ -162,42 +170,45 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
         game.options(), data=data, teacher=teacher, prompts=game.encoded, noise_pairs=pairs, method=game.recipe.source
     )
     note = check_inputs(out, inputs, allow_change) if resumed else None
-    if note and accelerator.is_main_process:
+    if note and main:
         print(note, file=sys.stderr)
-    teacher.denoiser.to(accelerator.device)
     networks = nn.ModuleList([teacher.denoiser, *method.players.values(), *method.state.values()])
+    if divides():  # before they are moved, for which a whole network may be too large
+        shard([*networks, *([teacher.start] if teacher.start else [])], accelerator.device, block_names())
+    teacher.denoiser.to(accelerator.device)
     with attention_of(networks, config.attention):
         shown = data if game.family is None and teacher.num_classes is None else game.encoded
-        grids = grid_writer(out, method.sampler, teacher, shown)
+        grids = grid_writer(out, method.sampler, teacher, shown, saving=main)
         trainer = Trainer(method, draw, config, out, accelerator, grids)
-        trainer.before_save = teacher_check(teacher, inputs["fingerprints"]["teacher's weights"])
+        if not divides():  # which leaves nothing mapped to the files
+            trainer.before_save = teacher_check(teacher, inputs["fingerprints"]["teacher's weights"])
         first = method.sampler()  # a resumed stage takes other levels, and looks compare with the beginning
         if resumed:
             trainer.resume(allow_change)
-        looks = accelerator.is_main_process and trainer.step < config.steps
+        looks = (main or divides()) and trainer.step < config.steps
         look = _look(game, first, shown) if looks else None
         sizes = {"kept_bytes": kept_bytes, "export_bytes": export_bytes}
         start_folder(out, game.options(), player_bytes, accelerator, inputs, resume=resumed, **sizes)
         trainer.on_look = lambda step: None
         if look is not None:
-            _diagnose(game, trainer, look)
+            _diagnose(game, trainer, look, main)
         if config.judge_every:
             trainer.judge = JudgedInTraining(game, out, accelerator)
         trainer.fit()
-        if accelerator.is_main_process:
+        if main:
             _export(game, trainer)
     accelerator.wait_for_everyone()  # the student is there, in all processes
     accelerator.end_training()
-    return accelerator.is_main_process
+    return main
 
 
-def _diagnose(game: Game, trainer: Trainer, look: Look) -> None:
+def _diagnose(game: Game, trainer: Trainer, look: Look, main: bool) -> None:
     """Say what was derived and what the teacher gives; looks, figures and warnings from here on."""
     config, method = game.config, game.method
-    for name, (value, reason) in game.derived.items():
+    for name, (value, reason) in game.derived.items() if main else ():
         print(f"{name}: {value} ({reason})")
     drawing, done = config.sample_every > 0, trainer.step
-    trainer.on_look = watch(trainer.out, look, method.sampler, config.steps, done=done, drawing=drawing)
+    trainer.on_look = watch(trainer.out, look, method.sampler, config.steps, done=done, drawing=drawing, saving=main)
     every = config.figures_every
     if every is None:
         every = usual_interval(look, method, config.batch_size, config.log_every)
@@ -208,6 +219,11 @@ def _diagnose(game: Game, trainer: Trainer, look: Look) -> None:
 def _export(game: Game, trainer: Trainer) -> None:
     """Save the student as it stands, or as it was at its best judging."""
     config, out, step = game.config, trainer.out, trainer.step
+    if trainer.divided:  # of which this process has a share: the checkpoint has the whole
+        whole, _ = load_run(out, step, game.objects)
+        with full_disk_said(out):
+            export_student(whole, out / "student", step, saving=config)
+        return
     if config.export_best and trainer.best is not None and trainer.best[0] != step:
         step, value = trainer.best
         path = out / "checkpoints" / f"step-{step:08d}"

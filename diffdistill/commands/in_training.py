@@ -80,11 +80,19 @@ class JudgedInTraining:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_judged(game: Game) -> None:
-    """UserError for options of a judging that cannot be followed, before anything is trained."""
+def check_judged(game: Game, divided: bool = False) -> None:
+    """UserError for options of a judging that cannot be followed, before anything is trained.
+
+    `divided`: no process has the whole student.
+    """
     config = game.config
     if not config.judge_every:
         return
+    if divided:
+        raise UserError(
+            "judge_every: a student that FSDP divides is not judged while it trains; leave it out, and export and "
+            "eval its checkpoints"
+        )
     if game.family is None:
         raise UserError("judge_every: a student that is no diffusers pipeline is not judged; leave it out")
     if config.judge_protocol is not None:

@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from diffdistill.core.attention_choice import attention_choice
+from diffdistill.core.divided import is_divided
 from diffdistill.core.jvp import dual, forward_derivatives
+from diffdistill.errors import UserError
 
 
 def recomputed(function: Callable[..., Any], args: Sequence[Any], parameters: Iterable[Tensor]) -> Any:
@@ -30,6 +32,11 @@ def recomputed(function: Callable[..., Any], args: Sequence[Any], parameters: It
     if not torch.is_grad_enabled() or all(tangent is None for _, tangent in duals):
         return checkpoint(function, *args, use_reentrant=False)
     trained = [p for p in parameters if p.requires_grad]
+    if any(map(is_divided, trained)):  # torch gathers them where the function runs, and the gradients would be lost
+        raise UserError(
+            "gradient_checkpointing: networks that FSDP divides have no gradients of recomputed exact derivatives; "
+            "take --derivative central"
+        )
     call = _Call(function, spec, [tangent is not None for _, tangent in duals], len(trained))
     outputs = _Recomputed.apply(call, *(p for p, _ in duals), *(t for _, t in duals if t is not None), *trained)
     results = [

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from diffdistill.core.divided import divided_like, own_part
+
 
 class MovingAverage:
     """An exponential moving average of a module's trainable parameters, in their own precision, beside it."""
@@ -21,7 +23,8 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """After optimizer step `step` (0-based); the decay warms up as (1 + step)/(10 + step)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters.values()], 1 - decay)
+        averages = list(map(own_part, self.averages))
+        torch._foreach_lerp_(averages, [own_part(p.detach()) for p in self.parameters.values()], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -32,9 +35,14 @@ class MovingAverage:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        for index, p in enumerate(self.parameters.values()):
-            p.data, self.averages[index] = self.averages[index], p.data
+        # By value: the parameter of a divided network knows its share by where that lies.
+        for p, average in zip(self.parameters.values(), self.averages, strict=True):
+            here, there = own_part(p.detach()), own_part(average)
+            kept = here.clone()
+            here.copy_(there)
+            there.copy_(kept)
 
     def state(self) -> dict[str, Tensor]:
         """The averages by the names of their parameters; the tensors themselves, no copies."""
@@ -43,4 +51,4 @@ class MovingAverage:
     def load(self, state: dict[str, Tensor]) -> None:
         """Copy averages from what `state` returned; KeyError for a parameter that it lacks."""
         for name, average in self.state().items():
-            average.copy_(state[name])
+            average.copy_(divided_like(state[name], average))

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffdistill.core.divided import divided_like, put_together
 from diffdistill.environment import is_first_process
 from diffdistill.errors import UserError, first_line, one_line, shown
 from diffdistill.files import atomic_folder, file_digest, json_object
@@ -65,7 +66,7 @@ def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
     # moments; its step count must be on the device too.
     if value.shape != parameter.shape:
         return value.to(parameter.device)
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(divided_like(value, parameter))
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -78,7 +79,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
         files = {}
         for name, group in tensors.items():
             # clone(): tensors that share memory are refused by safetensors.
-            whole = {k: v.detach().cpu().contiguous().clone() for k, v in group.items()}
+            whole = {k: put_together(v.detach()).cpu().contiguous().clone() for k, v in group.items()}
             save_file(whole, partial / f"{name}.safetensors")
             files[f"{name}.safetensors"] = file_digest(partial / f"{name}.safetensors")
         record = {"format": FORMAT, "step": step, **state, "files": dict(sorted(files.items()))}
@@ -250,6 +251,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[
 def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """`load_state_dict` with the tensors of the checkpoint at `path`; UserError if the network is another."""
     try:
-        module.load_state_dict(state)
+        own = module.state_dict()
+        module.load_state_dict({name: divided_like(value, own.get(name)) for name, value in state.items()})
     except RuntimeError as error:
         raise UserError(f"checkpoint: {path} is of another network ({first_line(error)})") from None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffdistill.core.divided import total_norm
 from diffdistill.core.losses import denoising_loss
 from diffdistill.core.prediction import diffuse
 from diffdistill.core.times import native_uniform
@@ -82,6 +83,6 @@ def step_sizes(trainer: Trainer) -> dict[str, float]:
     sizes = {}
     for player, parameters in trainer.parameters.items():
         count = sum(p.numel() for p in parameters)
-        rms = float(torch.nn.utils.get_total_norm(parameters)) / max(count, 1) ** 0.5
+        rms = float(total_norm(parameters)) / max(count, 1) ** 0.5
         sizes[f"{player}/step_size"] = trainer.learning_rate(player) / max(rms, 1e-12)
     return sizes

@@ -164,15 +164,25 @@ def faults(m: Measures, before: Measures, *, first: bool, relearns: bool = False
 
 
 def watch(
-    out: Path, look: Look, sampler_now: Callable[[], Sampler], steps: int, *, done: int = 0, drawing: bool = True
+    out: Path,
+    look: Look,
+    sampler_now: Callable[[], Sampler],
+    steps: int,
+    *,
+    done: int = 0,
+    drawing: bool = True,
+    saving: bool = True,
 ) -> Callable[[int], None]:
     """step -> looks at the student, prints what is wrong and adds a line to <out>/looks.jsonl.
 
     Lines of steps after those that are `done` go first: they come once more.
 
     Before that it prints what one pass of the teacher gives at the student's level, and draws it above what several
-    passes give, <out>/samples/teacher.png, if `drawing`.
+    passes give, <out>/samples/teacher.png, if `drawing`. Without `saving` samples are drawn, for another process that
+    cannot do it alone, and that is all.
     """
+    if not saving:
+        return lambda step: _drawn(look, sampler_now())
     _show_teacher(out, look, drawing)
     before, file = look.measures(look.before), MetricsFile(out / "looks.jsonl", done)
 
@@ -187,6 +197,10 @@ def watch(
             print(f"warning: {fault}", file=sys.stderr)
 
     return now
+
+
+def _drawn(look: Look, sampler: Sampler) -> None:
+    look.drawn(sampler)
 
 
 def _show_teacher(out: Path, look: Look, drawing: bool) -> None:

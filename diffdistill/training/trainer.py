@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill.config import FitConfig
+from diffdistill.core.divided import in_kinds, is_divided, total_norm
 from diffdistill.environment import peak_memory_mb, use_machine
 from diffdistill.errors import UserError
 from diffdistill.players.average import MovingAverage
@@ -39,8 +40,9 @@ from diffdistill.training.checkpoint import (
 )
 from diffdistill.training.figures import Figures
 from diffdistill.training.judging import Judging, judged
-from diffdistill.training.launchers import check_launcher
+from diffdistill.training.launchers import check_launcher, without_plugin
 from diffdistill.training.metrics import MetricsFile, show
+from diffdistill.training.sharding import divided_networks, gather_later, take_part
 from diffdistill.training.stopping import Interrupted, stopping
 from diffdistill.training.unread import read_batch
 
@@ -89,6 +91,7 @@ class Trainer:
     def _start_players(self) -> None:
         for module in (*self.method.players.values(), *self.method.state.values()):
             module.to(self.accelerator.device)
+        self.divided = divided_networks([*self.method.players.values(), *self.method.state.values()])
         self.settings: dict[str, Optimizer] = {name: self.method.optimizer(name) for name in self.method.players}
         self.parameters = trainable(self.method.players)
         self.optimizers = {name: self._optimizer(name) for name in self.method.players}
@@ -101,7 +104,7 @@ class Trainer:
             )
         # fused: one kernel over all parameters, 3.6 ms against 13 ms for the loop on a mid-size network
         return torch.optim.AdamW(
-            self.parameters[player],
+            [{"params": kind} for kind in in_kinds(self.parameters[player])],
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -122,16 +125,18 @@ class Trainer:
         for part in batch.parts(self.config.accumulate):
             for name, value in self._backward(turn, part).items():
                 logs[name] = logs[name] + value if name in logs else value
+        gather_later(self.divided)
         loss = logs["loss"]
         grads = [p.grad for p in self.parameters[turn.player] if p.grad is not None]
         if self.accelerator.num_processes > 1:
             grads = self._averaged_over_processes(turn.player)
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = total_norm(grads)
         if self.anywhere(not bool(torch.isfinite(loss + norm))):
             self._skip(turn.player, f"loss {float(loss)}, gradient norm {float(norm)}")
             return {}
         if self.config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters[turn.player], self.config.max_grad_norm, norm)
+            for kind in in_kinds(self.parameters[turn.player]):
+                torch.nn.utils.clip_grads_with_norm_(kind, self.config.max_grad_norm, norm)
         optimizer = self.optimizers[turn.player]
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(turn.player) * turn.lr_factor
@@ -160,12 +165,14 @@ class Trainer:
     def _averaged_over_processes(self, player: str) -> list[Tensor]:
         # One flat reduction. Players take several passes a turn, which DistributedDataParallel does not
         # allow for; a parameter without a gradient on one rank counts as zero there.
-        parameters = self.parameters[player]
+        parameters = [p for p in self.parameters[player] if not is_divided(p)]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in grads]), "mean")
-        for p, grad, part in zip(parameters, grads, flat.split([g.numel() for g in grads]), strict=True):
-            p.grad = grad.copy_(part.view_as(p))
-        return grads
+        if grads:
+            flat = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in grads]), "mean")
+            for p, grad, part in zip(parameters, grads, flat.split([g.numel() for g in grads]), strict=True):
+                p.grad = grad.copy_(part.view_as(p))
+        # torch has averaged those of divided parameters.
+        return grads + [p.grad for p in self.parameters[player] if is_divided(p) and p.grad is not None]
 
     def _skip(self, player: str, what: str) -> None:
         """Leave an update out and say so; NonFinite for one more than `skip_nonfinite`."""
@@ -190,7 +197,7 @@ class Trainer:
     def check_parameters(self) -> None:
         """Before anything is drawn or written with them: no player has overflowed in its last step."""
         for player, parameters in self.parameters.items():
-            if not bool(torch.isfinite(torch.nn.utils.get_total_norm(parameters))):
+            if not bool(torch.isfinite(total_norm(parameters))):
                 raise self._non_finite(player, "its parameters are no longer finite")
 
     def anywhere(self, flag: bool) -> bool:
@@ -280,14 +287,16 @@ class Trainer:
     def _log(self, writer: MetricsFile | None, means: dict[str, float], seconds: float, bar: tqdm) -> None:
         config = self.config
         self.accelerator.log(means, step=self.step)
+        figures: dict[str, float] = {}
+        if self.figures and self.figures.due(self.step):  # in all processes where networks are divided
+            with self.evaluating():
+                figures = self.figures(self)
         if writer is None:
             return
         if self.skipped:
             means = {**means, "skipped_updates": float(self.skipped)}
         measured = {"seconds_per_step": round(seconds, 5), "peak_memory_mb": round(peak_memory_mb(), 1)}
-        if self.figures and self.figures.due(self.step):
-            with self.evaluating():
-                means = means | self.figures(self)
+        means = means | figures
         writer.write({"step": self.step, **measured, **means})
         show(bar, means, self.step, config.steps, config.log_every, seconds)
 
@@ -296,11 +305,11 @@ class Trainer:
             self._evaluated(self.on_sample)
 
     def _evaluated(self, show: Callable[[int], None] | None) -> None:
-        """`show(step)` in the main process, with the players as they are exported."""
+        """`show(step)` with the players as they are exported, in the main process or, of divided ones, in all."""
         if show is None:
             return
         self.check_parameters()
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.divided:
             with self.evaluating():
                 show(self.step)
 
@@ -318,6 +327,7 @@ class Trainer:
             else:
                 yield
         finally:
+            gather_later(self.divided)
             for part, mode in modes:
                 part.training = mode
 
@@ -329,20 +339,22 @@ class Trainer:
         if self.before_save:
             self.before_save()
         totals = self._totals()
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, module in self.method.players.items():
+            tensors[name] = module.state_dict()
+            tensors[f"{name}.optimizer"] = optimizer_state(module, self.optimizers[name])
+        for name, module in self.method.state.items():
+            tensors[f"state.{name}"] = module.state_dict()
+        if self.average:
+            tensors["average"] = self.average.state()
         if self.accelerator.is_main_process:
-            tensors: dict[str, dict[str, Tensor]] = {}
-            for name, module in self.method.players.items():
-                tensors[name] = module.state_dict()
-                tensors[f"{name}.optimizer"] = optimizer_state(module, self.optimizers[name])
-            for name, module in self.method.state.items():
-                tensors[f"state.{name}"] = module.state_dict()
-            if self.average:
-                tensors["average"] = self.average.state()
             state = {"world_size": self.accelerator.num_processes, "totals": totals, "skipped": self.skipped}
             state["best"] = None if self.best is None else list(self.best)
             save_checkpoint(self.out / "checkpoints", self.step, tensors, state)
             best = None if self.best is None else self.best[0]
             remove_old(self.out / "checkpoints", self.config.keep_checkpoints, best)
+        else:
+            take_part(tensors)
         self.accelerator.wait_for_everyone()
         self.saved = self.step
 
@@ -396,9 +408,9 @@ def eight_bit() -> Any:
     return AdamW8bit
 
 
-def accelerator_for(config: FitConfig, out: Path) -> Accelerator:
+def accelerator_for(config: FitConfig, out: Path, may_divide: bool = False) -> Accelerator:
     """The accelerator of a run: device, precision, trackers; UserError for what a launcher asks and we do not do."""
-    check_launcher(config)
+    check_launcher(config, may_divide)
     device = use_machine(config.device, config.threads)
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and not _installed(tracker):
@@ -412,14 +424,14 @@ def accelerator_for(config: FitConfig, out: Path) -> Accelerator:
             f"accumulate: a batch of {config.batch_size} is not {config.accumulate} equal parts; use one of "
             f"{', '.join(map(str, fits))}, or another batch_size"
         )
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `Trainer.take` divides the loss itself
-        log_with=tracker,
-        project_dir=str(out / "logs"),
-    )
-    return accelerator
+    with without_plugin():
+        return Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `take` divides the loss itself
+            log_with=tracker,
+            project_dir=str(out / "logs"),
+        )
 
 
 def _installed(package: str) -> bool:

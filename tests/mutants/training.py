@@ -124,7 +124,7 @@ MUTANTS = {
         ("a slower warm-up", "(1 + step) / (10 + step)", "(1 + step) / (20 + step)"),
         ("the decay is the other's", "self.parameters.values()], 1 - decay)", "self.parameters.values()], decay)"),
         ("it is not taken out", "        finally:\n            self._swap()", "        finally:\n            pass"),
-        ("it is loaded where it is not used", "average.copy_(state[name])", "average.clone().copy_(state[name])"),
+        ("it is loaded where it is not used", "average.copy_(divided", "average.clone().copy_(divided"),
     ],
     f"diffdistill/data/batches.py | {_T}": [
         ("ranks see the same", "(step * world_size + rank) * batch_size", "(step * world_size) * batch_size"),

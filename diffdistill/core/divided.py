@@ -1,0 +1,58 @@
+"""Tensors of which each process holds a share: the DTensors of torch's FSDP2, beside ordinary ones.
+
+Nothing of torch.distributed is imported here before there is one, which takes a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_divided(tensor: Any) -> bool:
+    """Whether each process holds a share of the tensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def own_part(tensor: Any) -> Tensor:
+    """What this process holds: its share of a divided tensor, any other itself; a change of it is one of the tensor."""
+    part: Tensor = tensor.to_local() if is_divided(tensor) else tensor
+    return part
+
+
+def put_together(tensor: Any) -> Tensor:
+    """A divided tensor as a whole one, for which all processes must ask; any other as it is."""
+    whole: Tensor = tensor.full_tensor() if is_divided(tensor) else tensor
+    return whole
+
+
+def divided_like(tensor: Tensor, like: Any) -> Tensor:
+    """A whole tensor that every process has, divided as the other one is, if that is."""
+    if not is_divided(like) or is_divided(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def in_kinds(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The divided tensors and the others, which torch's operators on lists take apart; without empty lists."""
+    kinds: dict[bool, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(is_divided(tensor), []).append(tensor)
+    return list(kinds.values())
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The norm () of all tensors together, of divided ones over all processes, which must all ask for it."""
+    tensors = list(tensors)
+    shares = [own_part(tensor) for tensor in tensors if is_divided(tensor)]
+    norm = torch.nn.utils.get_total_norm([tensor for tensor in tensors if not is_divided(tensor)])
+    if not shares:
+        return norm
+    square = torch.nn.utils.get_total_norm(shares).square()
+    torch.distributed.all_reduce(square)
+    return (square + norm.to(square).square()).sqrt()
