@@ -155,7 +155,7 @@ def _write_network(
     """The network with its scheduler, and with the teacher's other parts unless they are only referred to."""
     plain: Any = network.base if isinstance(network, AdaptedNetwork) else plain_network(network)
     if teacher is not None:
-        plain = _typed(plain, teacher / entry.component, dtype)
+        plain = as_stored(plain, teacher / entry.component, dtype)
     size = saving.max_shard_size
     if entry.autoencoder is None:
         parts = {entry.component: plain, "scheduler": scheduler}
@@ -238,7 +238,7 @@ def other_parts(source: Path, entry: Family) -> list[Path]:
     return parts
 
 
-def _typed(network: Any, teacher: Path, dtype: str | None) -> Any:
+def as_stored(network: Any, teacher: Path, dtype: str | None) -> Any:
     """The network with its weights in `dtype`, or (None) each in the type that the teacher's files have it in."""
     types, most = stored_dtypes(teacher) if dtype is None else ({}, getattr(torch, dtype))
     tensors = dict(itertools.chain(network.named_parameters(), network.named_buffers()))

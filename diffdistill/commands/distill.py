@@ -25,6 +25,7 @@ from diffdistill.errors import UserError, first_line
 from diffdistill.families import attention_of, check_weights
 from diffdistill.options import coerce, nearest
 from diffdistill.pipelines.hub import upload
+from diffdistill.pipelines.merged import loras_of, merged_name, merged_teacher
 from diffdistill.pipelines.record import imitated_guidance
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
@@ -110,6 +111,7 @@ def distill_values(
     with only_trainer(out, "out" if resume is None else "resume"):
         if resume is not None:
             check_prompts(resume, values.get("prompts"), allow_change)
+        values = _with_merged(values, objects, out)
         # Networks are divided in place: one's own teacher stays whole.
         parts = replace(objects, teacher=copy.deepcopy(objects.teacher)) if divides() else objects
         game = make_game(values, parts, deriving=resume is None and not whole)
@@ -122,6 +124,17 @@ def distill_values(
     if saved:
         upload(out / "student", game.config)
     return Run(out, objects.teacher)
+
+
+def _with_merged(values: dict[str, Any], objects: Objects, out: Path) -> dict[str, Any]:
+    """The options with the folder of base and LoRA for the teacher, which is made in the run's own."""
+    files = coerce("teacher_lora", list(values.pop("teacher_lora", ())), tuple[str, ...], {})
+    if not files:
+        return values
+    if objects.teacher is not None:
+        raise UserError("teacher_lora: it is for a teacher that is a folder or a hub id; merge it into yours")
+    base, loras = str(values.get("teacher", TrainConfig.teacher)), loras_of(files)
+    return values | {"teacher": str(merged_teacher(base, loras, out / merged_name(base, loras)))}
 
 
 def with_preset(values: dict[str, Any], objects: Objects) -> dict[str, Any]:

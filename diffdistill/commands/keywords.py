@@ -67,6 +67,7 @@ class TrainOptions(SavingOptions, FitOptions, AttentionOptions, total=False):
     judge_by: str | None
     export_best: bool
 
+    teacher_lora: Sequence[str]
     null_class: int | None
     prompts: str | Path | None
     negative_prompt: str | None

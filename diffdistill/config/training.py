@@ -125,6 +125,11 @@ class TrainConfig(SavingConfig, InTrainingConfig, FitConfig, AttentionConfig):
 
     method: str = option("dmd2", "a method's name (see `diffdistill methods`) or a file of your own, ./my_method.py")
     teacher: str = option("digits", "a diffusers folder, a hub id, or 'digits', the embedded one")
+    teacher_lora: tuple[str, ...] = option(
+        (),
+        "FILE or FILE:SCALE, a LoRA merged into the teacher first, in a folder inside the run's; may be repeated",
+        repeated=True,
+    )
     null_class: int | None = option(None, "the class label that means 'no class', if the teacher has one", at_least=0)
     data: str | None = option(
         None,
