@@ -22,7 +22,7 @@ from torch import Tensor
 from diffdistill.config import TrainConfig
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.prediction import OUTPUTS
-from diffdistill.core.schedule import DiscreteVP, LinearFlow
+from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow
 from diffdistill.core.times import edm_karras_angle
 from diffdistill.options import (
     EDMTimes,
@@ -36,6 +36,7 @@ from diffdistill.players.teacher import Teacher
 
 # By how much an error of the teacher's output may count in x0, and noise over data (tan t), at most:
 MATCHED = (2.5, 3.0)  # where a matched student starts
+MATCHED_EDM = (2.5, 5.0)  # sigma 2.5, as the authors'; images that are mostly black have twice EDM's deviation of 0.5
 FOLLOWING = (8.0, 20.0)  # where a follower starts, which is to look like pure noise too
 COMPARED = 15.0  # where distributions are compared; Stable Diffusion's noisiest timestep is at 14.6
 RELEARNS = 100_000_000  # parameters of a network that learns another output in a short training, at most
@@ -175,7 +176,8 @@ def _student_level(s: Situation) -> Derived | None:
     several = s.values.get("student_steps", 1) != 1
     if getattr(schedule, "starts_at_one", False) or (several and not isinstance(schedule, DiscreteVP)):
         return None  # they start at pure noise, as their stock schedulers do
-    level = noisiest(s.denoiser, *(MATCHED if s.matches else FOLLOWING))
+    matched = MATCHED_EDM if isinstance(schedule, EDM) else MATCHED
+    level = noisiest(s.denoiser, *(matched if s.matches else FOLLOWING))
     t = schedule.angle(torch.tensor([level, schedule.init_level])).clamp(max=schedule.t_max)
     here, there = amplification(s.denoiser, t).tolist()
     if level == schedule.init_level or ((several or not s.matches) and there <= COMPARED):

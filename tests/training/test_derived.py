@@ -17,7 +17,7 @@ from diffdistill.methods import consistency, dmd, dmd2, lcm, progressive, scm, s
 from diffdistill.players.lora import LoraSettings
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
-from diffdistill.training.derived import RULES, Derived, Situation, amplification, derive, noisiest
+from diffdistill.training.derived import RULES, Derived, Situation, amplification, derive
 
 
 class Network(torch.nn.Module):
@@ -63,10 +63,12 @@ def test_a_matched_student_of_an_epsilon_teacher_starts_where_papers_start_it(
 
 
 def test_each_kind_of_teacher_starts_at_the_same_noise() -> None:
-    """In sigma/alpha at data of unit variance, from 2 to EDM's 5."""
+    """In sigma/alpha at data of unit variance, from 2 to 5; an EDM teacher at its authors' sigma of 2.5."""
     for schedule, name in ((STOCK_DDPM, "v_prediction"), (LinearFlow(shift=3.0), "flow_prediction"), (EDM(), "edm")):
-        level = noisiest(teacher_of(schedule, OUTPUTS[name]).denoiser, 2.5, 3.0)
-        assert 2 <= float(torch.tan(schedule.angle(level))) <= 5
+        teacher = teacher_of(schedule, OUTPUTS[name])
+        levels = [derived_for(teacher, config)["student_level"].value for config in (dmd2.Config, sid.Config)]
+        assert levels[0] == levels[1] and 2 <= float(torch.tan(schedule.angle(levels[0]))) <= 5.01
+    assert levels[0] == pytest.approx(2.5, rel=1e-3)
 
 
 def test_the_fake_score_learns_as_the_teacher_was_trained() -> None:
