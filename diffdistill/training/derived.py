@@ -36,7 +36,7 @@ from diffdistill.players.teacher import Teacher
 
 # By how much an error of the teacher's output may count in x0, and noise over data (tan t), at most:
 MATCHED = (2.5, 3.0)  # where a matched student starts
-MATCHED_EDM = (2.5, 5.0)  # sigma 2.5, as the authors'; images that are mostly black have twice EDM's deviation of 0.5
+MATCHED_EDM = (2.5, 5.0)  # sigma 2.5 at a data_std of 0.5, as the authors'
 FOLLOWING = (8.0, 20.0)  # where a follower starts, which is to look like pure noise too
 COMPARED = 15.0  # where distributions are compared; Stable Diffusion's noisiest timestep is at 14.6
 RELEARNS = 100_000_000  # parameters of a network that learns another output in a short training, at most
