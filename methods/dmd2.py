@@ -36,8 +36,8 @@ from diffdistill.core.denoiser import Cond
 from diffdistill.options import (
     AdversarialOptions,
     MatchingOptions,
+    MatchingTimes,
     NormaliserOptions,
-    ShiftedTimes,
     SimulationOptions,
 )
 from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
@@ -64,7 +64,7 @@ ABOUT = About(
 @dataclass(frozen=True)
 class Config(
     MatchingOptions,
-    ShiftedTimes,
+    MatchingTimes,
     NormaliserOptions,
     SimulationOptions,
     AdversarialOptions,

@@ -42,8 +42,8 @@ from diffdistill.core.times import edm_log_normal, native_uniform
 from diffdistill.options import (
     DerivativeOptions,
     MatchingOptions,
+    MatchingTimes,
     NormaliserOptions,
-    ShiftedTimes,
     SimulationOptions,
     TangentOptions,
     TangentTarget,
@@ -75,7 +75,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(MatchingOptions, ShiftedTimes, NormaliserOptions, SimulationOptions, TangentTarget, DerivativeOptions,
+class Config(MatchingOptions, MatchingTimes, NormaliserOptions, SimulationOptions, TangentTarget, DerivativeOptions,
              student_lr=2e-6, fake_score_lr=4e-7, beta1=0.0, weight_decay=0.01, update_ratio=4, time_low=0.0,
              time_high=1.0, time_std=1.6, tangent_warmup=1000, norm="l2"):  # fmt: skip
     """rCM's options; the teacher's guidance is that of both terms."""

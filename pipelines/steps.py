@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffdistill.errors import UserError
-from diffdistill.pipelines.schedulers import Row, scheduler_config, student_rows, student_scheduler
+from diffdistill.pipelines.schedulers import Row, level_arguments, scheduler_config, student_rows, student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import STEPS_FILE
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
@@ -64,6 +64,8 @@ def other_steps(method: Method, teacher: Teacher) -> OtherSteps:
         except UserError:  # not trained, or no scheduler takes so many
             continue
         if not there.equal_jumps and steps not in UNEQUAL:
+            continue
+        if level_arguments(teacher, there):  # which the call would have to hand over
             continue
         if rows:
             others.rows[steps] = rows

@@ -15,7 +15,6 @@ from diffdistill.options.groups import (
     NormaliserOptions,
     Options,
     ScaleRange,
-    ShiftedTimes,
     SimulationOptions,
     StudentLevel,
     StudentLevels,
@@ -23,6 +22,7 @@ from diffdistill.options.groups import (
     TangentOptions,
     TangentTarget,
     TeacherGuidance,
+    TimeRange,
     TrajectoryOptions,
 )
 from diffdistill.options.values import (
@@ -51,7 +51,6 @@ __all__ = [
     "NormaliserOptions",
     "Options",
     "ScaleRange",
-    "ShiftedTimes",
     "SimulationOptions",
     "StudentLevel",
     "StudentLevels",
@@ -59,6 +58,7 @@ __all__ = [
     "TangentOptions",
     "TangentTarget",
     "TeacherGuidance",
+    "TimeRange",
     "TrajectoryOptions",
     "build",
     "coerce",

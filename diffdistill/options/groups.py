@@ -155,7 +155,7 @@ class MatchingOptions(StudentOptions, TeacherGuidance, StudentLevel):
 
 
 @dataclass(frozen=True)
-class MatchingTimes(Options):
+class TimeRange(Options):
     """The range of noise levels at which distributions are matched."""
 
     time_low: float = option(
@@ -178,7 +178,7 @@ class MatchingTimes(Options):
 
 
 @dataclass(frozen=True)
-class ShiftedTimes(MatchingTimes):
+class MatchingTimes(TimeRange):
     """The same, as fractions of the teacher's own times, which may be shifted."""
 
     time_shift: float = option(
@@ -187,8 +187,8 @@ class ShiftedTimes(MatchingTimes):
 
 
 @dataclass(frozen=True)
-class EDMTimes(MatchingTimes, time_low=0.0, time_high=0.8):
-    """The same, as fractions of EDM's grid of sigma from 0.002 to 80, where 0.8 is sigma = 24.4."""
+class EDMTimes(TimeRange, time_low=0.0, time_high=0.8):
+    """The range as fractions of EDM's grid of sigma from 0.002 to 80, where 0.8 is sigma = 24.4."""
 
 
 @dataclass(frozen=True)

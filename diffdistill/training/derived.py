@@ -29,7 +29,7 @@ from diffdistill.options import (
     FollowingOptions,
     HalvingOptions,
     MatchingOptions,
-    MatchingTimes,
+    TimeRange,
     TrajectoryOptions,
 )
 from diffdistill.players.teacher import Teacher
@@ -245,7 +245,7 @@ def _fake_score_loss(s: Situation) -> Derived | None:
 
 
 def _time_high(s: Situation) -> Derived | None:
-    if not issubclass(s.options, MatchingTimes):
+    if not issubclass(s.options, TimeRange):
         return None
     usual = s.given("time_high")
     karras = issubclass(s.options, EDMTimes) and s.values.get("times") != "native"

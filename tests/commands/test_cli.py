@@ -50,7 +50,7 @@ def test_help_explains_every_option_with_its_default(capsys: Capture) -> None:
         assert f"--{f.name.replace('_', '-')} " in text
         explained = " ".join(f.metadata["help"].split())
         default = "from the teacher" if f.name in DERIVED else f.default
-        assert (f"{explained} (default: {default}" if default is not None else explained) in text
+        assert (f"{explained} (default: {default}" if default not in (None, ()) else explained) in text
     assert "(default: 1000; at least 1)" in text, "and its range"
     for title in ("Method, teacher, data and players:", "Where it runs:", "How long, how much at a time"):
         assert title in text, "in groups"

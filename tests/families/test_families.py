@@ -348,12 +348,13 @@ def test_the_model_card_reads_the_network_as_a_single_file(
     teacher, network = case.teacher, copy.deepcopy(case.teacher.denoiser.network)
     for part in network.parameters():  # not what the source folder holds
         part.data.add_(1e-3)
-    card = model_card(describe_method("dmd2"), {}, teacher, Sampler(teacher.denoiser, [0.9]), 1)
+    level = float(teacher.denoiser.schedule.init_level)
+    card = model_card(describe_method("dmd2"), {}, teacher, Sampler(teacher.denoiser, [level]), 1)
     code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     if not case.family.single_file:
         assert len(code) == 1 and not hasattr(getattr(diffusers, case.family.network), "from_single_file")
         return
-    record = StudentRecord((0.9,), "ddim", str(case.folder))
+    record = StudentRecord((level,), "ddim", str(case.folder))
     folder = save_pipeline(tmp_path / "student", name, network, case.pipe.scheduler, record, card, str(case.folder))
     namespace: dict[str, Any] = {}
     exec(code[-1].replace("FOLDER", str(folder)), namespace)
