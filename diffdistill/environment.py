@@ -46,6 +46,11 @@ def use_machine(device: str, threads: int = 0) -> torch.device:
     return torch.device("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
+def process_count() -> int:
+    """How many processes a launcher has started together; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_first_process() -> bool:
     """Whether this process is the one that speaks for all that a launcher has started; also True without a launcher."""
     return os.environ.get("RANK", "0") == "0"

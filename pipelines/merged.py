@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from diffdistill.environment import process_count
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.families import diffusers_class, family_of, local_folder, public_name
 from diffdistill.families._parts import LOADING, copy_part, load_part
@@ -51,7 +51,7 @@ def merged_teacher(base: str, loras: Sequence[Lora], folder: Path) -> Path:
     Its other parts are links to the base's, or copies where the file system has none. Raises UserError for a base whose
     stock pipeline loads no LoRA, and for a file that has nothing for its network, or something for another part.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if process_count() > 1:
         raise UserError("teacher_lora: several processes would each merge it; merge it in one, and give that folder")
     source = local_folder(base)
     family, index = family_of(source)

@@ -46,6 +46,11 @@ def in_kinds(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return list(kinds.values())
 
 
+def approach(tensors: Iterable[Tensor], ends: Iterable[Tensor], share: float) -> None:
+    """Each tensor goes that share of the way to its end, in place; both are divided alike."""
+    torch._foreach_lerp_(list(map(own_part, tensors)), list(map(own_part, ends)), share)
+
+
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The norm () of all tensors together, of divided ones over all processes, which must all ask for it."""
     tensors = list(tensors)

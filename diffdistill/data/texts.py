@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from diffdistill.environment import is_first_process
 from diffdistill.errors import UserError, first_line
 
 #: What a caption is called, in small letters; of several the first that is not empty counts.
@@ -23,7 +24,7 @@ CAPTION_SUFFIXES = (".txt", ".caption", ".text", ".prompt")  #: of files that ar
 @lru_cache(maxsize=1024)
 def note(message: str) -> None:
     """Say on standard error what was done with an input that could be meant otherwise: once, and by one process."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(f"note: {message}", file=sys.stderr)
 
 

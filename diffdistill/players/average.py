@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from diffdistill.core.divided import divided_like, own_part
+from diffdistill.core.divided import approach, divided_like, own_part
 
 
 class MovingAverage:
@@ -23,8 +23,7 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """After optimizer step `step` (0-based); the decay warms up as (1 + step)/(10 + step)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages = list(map(own_part, self.averages))
-        torch._foreach_lerp_(averages, [own_part(p.detach()) for p in self.parameters.values()], 1 - decay)
+        approach(self.averages, (p.detach() for p in self.parameters.values()), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.divided import own_part
+from diffdistill.core.divided import approach
 from diffdistill.core.prediction import OUTPUTS, diffuse
 from diffdistill.core.schedule import DiscreteVP, Schedule, sampling_grid
 from diffdistill.core.times import karras_grid
@@ -116,8 +116,7 @@ class FollowingMethod(Method, Generic[I]):
     def after_step(self, step: int) -> None:
         """target <- mu target + (1 - mu) student."""
         if self.state:
-            averages, students = (list(map(own_part, n.parameters())) for n in (self.target, self.student))
-            torch._foreach_lerp_(averages, students, 1 - self.target_decay(step))
+            approach(self.target.parameters(), self.student.parameters(), 1 - self.target_decay(step))
 
 
 def trajectory_grid(schedule: Schedule, n: int, kind: str, first: float, level: float | None) -> Tensor:

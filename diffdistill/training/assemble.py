@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from diffdistill.data.examples import Examples, TensorExamples, as_examples
 from diffdistill.data.images import Data, open_data
 from diffdistill.data.pairs import check_pairs, open_pairs
 from diffdistill.data.unreadable import skipping
+from diffdistill.environment import process_count
 from diffdistill.errors import UserError
 from diffdistill.families import (
     FAMILIES,
@@ -207,7 +207,7 @@ def _encoded(config: TrainConfig) -> Encoded:
         )
     if Path(config.prompts).is_dir():
         return open_encoded(config.prompts)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if process_count() > 1:
         raise UserError(
             f"prompts: {config.prompts!r} cannot be encoded by several processes; give a folder made by "
             "`diffdistill encode`"

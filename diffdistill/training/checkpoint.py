@@ -32,10 +32,8 @@ from diffdistill.files import atomic_folder, file_digest, json_object
 FORMAT = 1
 """Of the records that are written. Those without a number are from before there were checksums."""
 
-_LATER: dict[str, Any] = {
-    "skipped": 0,
-    "best": None,
-}  # what records had not from the start, and what it is where it is not there
+_LATER: dict[str, Any] = {"skipped": 0, "best": None}
+"""What records had not from the start, and what it is where it is not there."""
 
 _NAME = re.compile(r"step-(\d{8,})$")
 _LEFT = re.compile(r"(\.step-\d{8,}\.(partial|replaced|removed)|step-\d{8,}\.damaged)$")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from diffdistill.config import FitConfig
+from diffdistill.environment import process_count
 from diffdistill.errors import UserError
 
 _OTHERS = {
@@ -89,7 +90,7 @@ def _check_fsdp(config: FitConfig, may_divide: bool) -> None:
         if _asked(name) not in done:
             value = _asked(name) or "1"
             raise UserError(f"launcher: accelerate is told to use FSDP with {name.lower()} {value}; {instead}")
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if process_count() < 2:
         raise UserError("launcher: FSDP divides networks over processes, and there is one; launch without it")
     if config.optimizer == "adamw8bit":
         raise UserError("optimizer: adamw8bit does not know the parameters that FSDP divides; use adamw")

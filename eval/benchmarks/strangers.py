@@ -275,9 +275,9 @@ def _row(kind: str, result: Score, teacher: Sequence[Score]) -> dict[str, Any]:
     few, many = (each.values for each in teacher)
     if few["frechet distance"]:
         ratio = row["to 8 steps"] = distance / few["frechet distance"]
-        resampled = [each.replicates["frechet distance"] for each in (result, teacher[0])]
         if result.model != teacher[0].model:
-            row["95% of it"] = "{:.2f} to {:.2f}".format(*interval(resampled[0] / resampled[1], ratio))
+            ratios = result.replicates["frechet distance"] / teacher[0].replicates["frechet distance"]
+            row["95% of it"] = "{:.2f} to {:.2f}".format(*interval(ratios, ratio))
     if recall is not None and many.get("recall"):
         row["to 50 steps"] = recall / (many["recall"] or 1.0)
     if not result.model.startswith("teacher"):

@@ -122,7 +122,7 @@ MUTANTS = {
     f"diffdistill/players/average.py | {_T}": [
         ("no warm-up", "min(self.decay, (1 + step) / (10 + step))", "self.decay"),
         ("a slower warm-up", "(1 + step) / (10 + step)", "(1 + step) / (20 + step)"),
-        ("the decay is the other's", "self.parameters.values()], 1 - decay)", "self.parameters.values()], decay)"),
+        ("the decay is the other's", "self.parameters.values()), 1 - decay)", "self.parameters.values()), decay)"),
         ("it is not taken out", "        finally:\n            self._swap()", "        finally:\n            pass"),
         ("it is loaded where it is not used", "average.copy_(divided", "average.clone().copy_(divided"),
     ],

@@ -21,7 +21,7 @@ from diffdistill.pipelines.schedulers import level_arguments, student_scheduler
 from diffdistill.players.sampler import Gamma, Sampler, step_named
 from diffdistill.training.assemble import load_run, make_game
 from tests.players.conftest import encoded
-from tests.players.test_player_kinds import STRANGER, apart, options_for, ours
+from tests.players.test_player_kinds import apart, drawn_by_a_stranger, options_for, ours
 from tests.players.tiny import PROMPTS
 
 __all__ = ["encoded"]
@@ -94,11 +94,8 @@ def test_latents_of_any_levels(
     assert arguments.items() <= json.loads((student / "diffdistill.json").read_text())["call"].items()
     image = ours(run, data.get(torch.tensor([1])).cond, tuple(data.settings["shape"]))
     job = {"student": str(student), "base": "", "what": {"prompt": PROMPTS[1]}, "type": "latent"}
-    (tmp_path / "jobs.json").write_text(json.dumps([job | {"out": str(tmp_path / "image.safetensors")}]))
-    command = [sys.executable, "-c", STRANGER, str(tmp_path / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert apart(load_file(tmp_path / "image.safetensors")["x"].reshape(image.shape), image) < 1e-3
+    (drawn,) = drawn_by_a_stranger([job], tmp_path)
+    assert apart(drawn.reshape(image.shape), image) < 1e-3
 
 
 @pytest.mark.parametrize("move", ["ddim", "gamma 0.4"])

@@ -1,14 +1,11 @@
 """A student of two times whose jumps are of several lengths: the same images by diffusers without diffdistill."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from diffdistill import UserError, distill
 from diffdistill.core.denoiser import Extra
@@ -16,7 +13,7 @@ from diffdistill.data.encoded import open_encoded
 from diffdistill.players.sampler import DDIM, Gamma, Renoise, Sampler
 from diffdistill.players.two_times import second_times
 from diffdistill.training.assemble import load_run
-from tests.players.test_player_kinds import STRANGER, apart, options_for, ours
+from tests.players.test_player_kinds import apart, drawn_by_a_stranger, options_for, ours
 from tests.players.tiny import PROMPTS
 
 JUMPS = {"method": "ctm", "grid_points": 5, "dsm_weight": 0.0, "student_steps": 4, "student_lr": 0.05, "steps": 3}
@@ -45,11 +42,8 @@ def test_a_stranger_draws_the_students_images(
     assert json.loads((student / "model_index.json").read_text())["scheduler"][1] == scheduler
     image = ours(run, data.get(torch.tensor([1])).cond, tuple(data.settings["shape"]))
     job = {"student": str(student), "base": "", "what": {"prompt": PROMPTS[1]}, "type": "latent"}
-    (tmp_path / "jobs.json").write_text(json.dumps([job | {"out": str(tmp_path / "image.safetensors")}]))
-    command = [sys.executable, "-c", STRANGER, str(tmp_path / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert apart(load_file(tmp_path / "image.safetensors")["x"].reshape(image.shape), image) < 1e-3
+    (drawn,) = drawn_by_a_stranger([job], tmp_path)
+    assert apart(drawn.reshape(image.shape), image) < 1e-3
     sampler = load_run(run)[0].method.sampler()
     assert sampler.step == {0.0: DDIM(), 1.0: Renoise()}.get(gamma, Gamma(gamma))
 

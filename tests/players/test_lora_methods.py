@@ -1,8 +1,5 @@
 """Methods whose LoRA players take a time or a scale besides, or a derivative: trained, exported, drawn by strangers."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from safetensors.torch import load_file
 
 from diffdistill import UserError, distill, export
 from diffdistill.data.encoded import open_encoded
-from tests.players.test_player_kinds import OTHERS, STRANGER, apart, options_for, ours
+from tests.players.test_player_kinds import OTHERS, apart, drawn_by_a_stranger, options_for, ours
 from tests.players.tiny import PROMPTS
 
 SCALES: dict[str, Any] = {"guidance_min": 1.0, "guidance_max": 3.0, "guidance_scale": 2.0}
@@ -42,19 +39,15 @@ def trained(
     """The runs, two steps each, and what a stranger draws with each folder and with each LoRA alone."""
     root = tmp_path_factory.mktemp("lora")
     folder, prompts = encoded("sd_v")
-    runs, jobs = {}, []
+    runs, jobs = {}, {}
     for kind, own in KINDS.items():
         runs[kind] = root / kind.replace(" ", "-")
         options = options_for(folder, prompts, "sd_v", "sid", "full") | {"method": kind.split()[0], "lora": "student"}
         student = distill(**options | {"student_lr": 0.1, "lora_alpha": 6.0} | own, out=str(runs[kind])).student
         for base in ["", *([str(folder)] if (student / "lora").exists() else [])]:
-            name = f"{kind}, {'alone' if base else 'whole'}"
             job = {"student": str(student), "base": base, "what": {"prompt": PROMPTS[1]}, "type": "latent"}
-            jobs.append(job | {"out": str(root / f"{name}.safetensors")})
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run([sys.executable, "-c", STRANGER, str(root / "jobs.json")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return runs, {Path(job["out"]).stem: load_file(job["out"])["x"] for job in jobs}
+            jobs[f"{kind}, {'alone' if base else 'whole'}"] = job
+    return runs, dict(zip(jobs, drawn_by_a_stranger(list(jobs.values()), root), strict=True))
 
 
 @pytest.mark.slow

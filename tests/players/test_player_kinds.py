@@ -4,7 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,16 @@ def apart(image: torch.Tensor, other: torch.Tensor) -> float:
     return float((image - other).abs().max()) / max(1, float(other.abs().max()))
 
 
+def drawn_by_a_stranger(jobs: Sequence[dict[str, Any]], folder: Path) -> list[torch.Tensor]:
+    """What STRANGER draws, in a process of its own; a job has student, base, what and type."""
+    jobs = [job | {"out": str(folder / f"{k}.safetensors")} for k, job in enumerate(jobs)]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-c", STRANGER, str(folder / "jobs.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [load_file(job["out"])["x"] for job in jobs]
+
+
 @pytest.mark.parametrize("name", LATENT)
 def test_the_stranger_gets_the_students_images(
     name: str, encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
@@ -137,18 +147,13 @@ def test_the_stranger_gets_the_students_images(
         alone = [str(folder)] if kind == "lora" and FAMILIES[name].loads_lora else []
         for base in ["", *alone]:
             what = {"class_labels": cond["class_labels"].tolist()} if name == "dit" else {"prompt": PROMPTS[1]}
-            job = {"student": str(student), "base": base, "what": what, "type": "np" if name == "dit" else "latent"}
-            jobs.append(job | {"out": str(tmp_path / f"{len(jobs)}.safetensors")})
+            kept = "np" if name == "dit" else "latent"
+            jobs.append({"student": str(student), "base": base, "what": what, "type": kept})
             expected.append(image)
     assert len(jobs) >= 4
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-c", STRANGER, str(tmp_path / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
     wrong = []
-    for job, image in zip(jobs, expected, strict=True):
-        got = load_file(job["out"])["x"].reshape(image.shape)
-        error = apart(got, image)
+    for job, got, image in zip(jobs, drawn_by_a_stranger(jobs, tmp_path), expected, strict=True):
+        error = apart(got.reshape(image.shape), image)
         if not error < 1e-3:
             wrong.append((job["student"], job["base"], error))
     assert not wrong, wrong
