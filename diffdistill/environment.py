@@ -51,9 +51,29 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched() -> bool:
+    """Whether this process is one of several that work together, as their launcher says to torch."""
+    return process_count() > 1 and "LOCAL_RANK" in os.environ
+
+
 def is_first_process() -> bool:
     """Whether this process is the one that speaks for all that a launcher has started; also True without a launcher."""
     return os.environ.get("RANK", "0") == "0"
+
+
+_LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "LOCAL_", "RANK", "WORLD_SIZE")
+
+
+def alone() -> dict[str, str]:
+    """The environment of a child process that is none of those a launcher started; it sees this one's GPU alone."""
+    import torch
+
+    own = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
+    if launched() and torch.cuda.is_available():
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpu = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+        own["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
+    return own
 
 
 def peak_memory_mb() -> float:

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from diffdistill.data.images import Data, open_data
 from diffdistill.data.pairs import make_pairs
+from diffdistill.data.processes import Processes
 from diffdistill.errors import UserError
 from diffdistill.eval.board import COLUMNS, write_board
 from diffdistill.eval.budget import PAIR_STEPS, PAIRS, Entry, TrainingPlan, entries, planned
@@ -111,6 +112,7 @@ class _Bench:
         if not source or not images:
             raise UserError(f"teacher, data: the suite {suite.name!r} has none of its own; give --teacher and --data")
         self.budget = options.budget or suite.budget
+        self.processes = Processes(options.device, options.threads)
         self.teacher = load_teacher(source)
         reference = options.reference or suite.reference or images
         shared = {
@@ -120,7 +122,8 @@ class _Bench:
         _same_board(out / "suite.json", shared)
         self.compared = f"Compared with the images of {reference}"
         self.compared += ", which training read too: none are held out." if reference == images else "."
-        self.judge = board_judge(suite, self.teacher, images, reference, options, out)
+        self.judge = board_judge(suite, self.teacher, images, reference, options, out, self.processes)
+        self.judge.processes = self.processes.alone()  # each process judges models of its own
         self.teacher.denoiser.to(self.judge.device)
         self.shared: dict[str, Any] = {
             "teacher": source, "data": images, "pairs": str(out / "pairs"), "threads": options.threads,
@@ -129,8 +132,8 @@ class _Bench:
         self.guided_teacher = Lock()
 
     def run(self) -> Board:
-        suite, options, out = self.suite, self.options, self.out
-        jobs = options.jobs or (1 if self.judge.device.type == "cuda" else _cores())
+        """The board; of several processes each does its share of the entries first, and all but the first have none."""
+        suite, options = self.suite, self.options
         chosen = entries(suite, options.methods, options.seeds)
         plans: dict[str, TrainingPlan] = {}
         for entry in chosen:
@@ -142,6 +145,21 @@ class _Bench:
                 teacher=source, out=pairs, count=PAIRS, sampling_steps=PAIR_STEPS,
                 device=options.device, attention=options.attention,
             )  # fmt: skip
+        if self.processes.count > 1:
+            self.share(chosen[self.processes.rank :: self.processes.count], plans)
+            self.processes.wait()
+            if self.processes.rank > 0:
+                return Board([], self.out)
+        return self.board(chosen, plans)
+
+    def share(self, chosen: Sequence[Entry], plans: Mapping[str, TrainingPlan]) -> None:
+        """Train and judge these entries; `board` finds all of it."""
+        with self.at_a_time() as pool:
+            for entry, _ in zip(chosen, pool.map(lambda e: list(self.work(e, plans[e.name])), chosen), strict=True):
+                print(f"{entry.folder} is done", flush=True)
+
+    def board(self, chosen: Sequence[Entry], plans: Mapping[str, TrainingPlan]) -> Board:
+        """Train and judge what is missing of these entries, and write the board after each."""
         results: list[dict[str, Any]] = []
         pictures: dict[str, Tensor] = {}
 
@@ -150,22 +168,31 @@ class _Bench:
                 results.extend(rows)
                 pictures.setdefault(label, shown)
 
-        with ThreadPoolExecutor(jobs) as pool:
+        with self.at_a_time() as pool:
             own = [
                 pool.submit(self.judged, "teacher", n, None, partial(teacher_images, self.teacher, n, 1.0))
-                for n in suite.teacher_steps
+                for n in self.suite.teacher_steps
             ]
             waiting = [pool.submit(lambda e: list(self.work(e, plans[e.name])), entry) for entry in chosen]
-            try:
-                collect(future.result() for future in own)
-                for entry, future in zip(chosen, waiting, strict=True):
-                    collect(future.result())
-                    self.write(results, pictures)
+            collect(future.result() for future in own)
+            for entry, future in zip(chosen, waiting, strict=True):
+                collect(future.result())
+                self.write(results, pictures)
+                if self.processes.count == 1:  # it was said before
                     print(f"{entry.folder} is done", flush=True)
+        return Board(self.write(results, pictures), self.out)
+
+    @contextmanager
+    def at_a_time(self) -> Iterator[ThreadPoolExecutor]:
+        """As many trainings as the options say, by default one a core or GPU; none begins after a failure."""
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes.count > 1 else 1
+        jobs = self.options.jobs or (1 if self.judge.device.type == "cuda" else max(1, _cores() // beside))
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                yield pool
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # what is running ends first
                 raise
-        return Board(self.write(results, pictures), out)
 
     def write(self, results: list[dict[str, Any]], pictures: dict[str, Tensor]) -> list[dict[str, Any]]:
         """The board of what is done so far; its rows."""
@@ -217,7 +244,9 @@ class _First:
         return self.data.get(indices)
 
 
-def board_judge(suite: Suite, teacher: Teacher, images: str, reference: str, options: BenchOptions, out: Path) -> Judge:
+def board_judge(
+    suite: Suite, teacher: Teacher, images: str, reference: str, options: BenchOptions, out: Path, processes: Processes
+) -> Judge:  # fmt: skip
     """The suite's protocol on the data: with the shipped classifier of 8x8 digits, else one trained on the data.
 
     As many images are drawn as there are in the data, or in the reference if it has more.
@@ -228,7 +257,7 @@ def board_judge(suite: Suite, teacher: Teacher, images: str, reference: str, opt
     count = min(max(len(data), len(real)), MOST_IMAGES)
     measures: dict[str, Measure] = {}
     device = torch.device("cpu")
-    network = _classifier(data, out)
+    network = _classifier(data, out, processes)
     if network is not None:
         key = protocol.measures[0]
         measures[key] = classifier_measure(key, device, network, f"classifier trained on {data.name}")
@@ -244,18 +273,19 @@ def board_judge(suite: Suite, teacher: Teacher, images: str, reference: str, opt
     return Judge(judge_options, data=shown, measures=measures)
 
 
-def _classifier(data: Data, out: Path) -> DigitClassifier | None:
+def _classifier(data: Data, out: Path, processes: Processes) -> DigitClassifier | None:
     """None for the digits, whose classifier is shipped; else one trained on the data, once."""
     if tuple(data.shape) == (1, 8, 8):
         return None
     if data.num_classes is None:
         raise UserError(f"data: {data.name!r} has no labels, by which the board's feature network is trained")
     file = out / "classifier.safetensors"
-    if not file.exists():
+    if processes.rank == 0 and not file.exists():
         real = data.get(torch.arange(len(data)))
         assert real.labels is not None
         trained = train_classifier(real.images, real.labels, 0, epochs=5, classes=data.num_classes)
         atomic_write(file, save(trained.state_dict()))
+    processes.wait()
     network = DigitClassifier(data.shape, data.num_classes)
     network.load_state_dict(load_file(file))
     return network.eval().requires_grad_(False)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.images import Data
+from diffdistill.data.processes import Processes
 from diffdistill.data.prompts import all_prompts
 from diffdistill.data.shapes import HELD_OUT, draw_many
 from diffdistill.errors import UserError, first_line
 from diffdistill.eval.features.measure import Measure, measure
-from diffdistill.eval.measurements import Measurements, Processes, make_measurements, measured, prepared
+from diffdistill.eval.measurements import Measurements, make_measurements, measured, prepared
 from diffdistill.eval.metrics.bootstrap import interval
 from diffdistill.eval.metrics.registry import Inputs
 from diffdistill.eval.models import Model, SamplingOptions

@@ -7,21 +7,18 @@ any number of interruptions, where each has the same number of threads.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
-from diffdistill.data.shards import Kind, make, open_shards, start
-from diffdistill.environment import use_machine
+from diffdistill.data.processes import Processes
+from diffdistill.data.shards import Kind, open_shards
 from diffdistill.errors import UserError
 from diffdistill.eval.features.measure import Measure
 from diffdistill.eval.features.preprocessing import middle
@@ -71,25 +68,6 @@ class ShardedColumn:
         return moments.statistics()
 
 
-class Processes:
-    """This process among those that `torchrun` started, or alone, and its device."""
-
-    def __init__(self, device: str, threads: int = 0) -> None:
-        self.rank, self.count, self.state = 0, 1, None
-        self.device = use_machine(device, threads)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
-            own_threads = torch.get_num_threads()
-            self.state = PartialState(cpu=self.device.type == "cpu", timeout=timedelta(days=7))
-            torch.set_num_threads(own_threads)  # accelerate chooses its own
-            self.rank, self.count = self.state.process_index, self.state.num_processes
-            self.device = self.state.device
-
-    def wait(self) -> None:
-        """For all processes."""
-        if self.state:
-            self.state.wait_for_everyone()
-
-
 def measured(
     images: Tensor, measures: Sequence[Measure], captions: Sequence[str] | None, labels: Tensor | None
 ) -> dict[str, Tensor]:
@@ -105,13 +83,9 @@ def make_measurements(
 
     UserError if the folder holds measurements made with other settings.
     """
-    if processes.rank == 0:
-        start(KIND, folder, settings, notes)
-    processes.wait()
-    index = start(KIND, folder, settings, notes)
+    index = processes.start(KIND, folder, settings, notes)
     with torch.inference_mode():
-        make(KIND, folder, index, batch, produce, processes.rank, processes.count, quiet=quiet)
-    processes.wait()
+        processes.make(KIND, folder, index, batch, produce, quiet=quiet)
     return Measurements(open_shards(KIND, folder)[1])
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.images import Data, Samples
+from diffdistill.data.processes import Processes
 from diffdistill.eval.choice import Choice
 from diffdistill.eval.ladder import ladder_models
-from diffdistill.eval.measurements import Processes, make_measurements, prepared
+from diffdistill.eval.measurements import make_measurements, prepared
 from diffdistill.eval.models import ModelLike, SamplingOptions
 from diffdistill.eval.protocol import digest
 from diffdistill.eval.reference import cache_folder

@@ -22,10 +22,11 @@ from torch import Tensor
 from diffdistill.data.arrays import check_expansion, holds_arrays
 from diffdistill.data.files import walk
 from diffdistill.data.images import Data, open_data
+from diffdistill.data.processes import Processes
 from diffdistill.data.texts import printable
 from diffdistill.errors import UserError
 from diffdistill.eval.features.measure import FittedMeasure, Measure
-from diffdistill.eval.measurements import Measurements, Processes, make_measurements, measured, prepared
+from diffdistill.eval.measurements import Measurements, make_measurements, measured, prepared
 from diffdistill.eval.metrics.moments import Statistics
 from diffdistill.eval.protocol import Protocol, ProtocolMetric, data_path, digest
 from diffdistill.files import atomic_write

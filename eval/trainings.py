@@ -14,6 +14,7 @@ import torch
 
 from diffdistill.config import run_options
 from diffdistill.core.schedule import student_levels
+from diffdistill.environment import alone
 from diffdistill.errors import UserError
 from diffdistill.eval.budget import Entry
 from diffdistill.eval.report import write_json
@@ -48,7 +49,7 @@ def train(entry: Entry, suite: Suite, values: dict[str, Any], out: Path) -> dict
         for name, value in (values | keep).items():
             command += [f"--{name.replace('_', '-')}", str(value)]
     started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=alone())
     assert child.stderr is not None
     errors = child.stderr.read()
     child.wait()

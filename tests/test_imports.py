@@ -16,7 +16,7 @@ FOLDERS = "GROUND core players scaffold families data training exact methods pip
 ONLY_IN = {
     "diffusers": {"families", "pipelines", "eval"},
     "peft": {"players"},
-    "accelerate": {"training", "eval"},
+    "accelerate": {"data", "training", "eval"},
     "datasets": {"data"},
 }
 HEAVY = {"torch", "diffusers", "numpy", "accelerate", "peft", "PIL", "transformers", "yaml"}

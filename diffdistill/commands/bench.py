@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffdistill.config import BenchConfig
+from diffdistill.environment import is_first_process
 from diffdistill.errors import UserError
 from diffdistill.eval.bench import SEEDS, BenchOptions, Board, make_board
 from diffdistill.eval.suites import load_suite
@@ -48,5 +49,7 @@ def _bench(config: BenchConfig) -> Board:
 def run(config: BenchConfig) -> None:
     """The command: prints the board, and where it and the pictures are."""
     board = _bench(config)
+    if not is_first_process():
+        return
     print(board)
     print("board: " + ", ".join(str(board.out / f) for f in ("board.md", "board.json", "quality.png", "samples.png")))

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from diffdistill.config import JudgeConfig
+from diffdistill.data.processes import Processes
 from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
 from diffdistill.eval.choice import Wishes, choose, facts_of
 from diffdistill.eval.judge import JudgeOptions
-from diffdistill.eval.measurements import Processes
 from diffdistill.eval.models import ModelLike, SamplingOptions
 from diffdistill.eval.own_samples import own_samples
 from diffdistill.eval.protocol import load

@@ -13,7 +13,7 @@ import diffdistill.data.encoded
 import diffdistill.data.pairs
 from diffdistill.config import EncodeConfig, MachineConfig, PairsConfig
 from diffdistill.data.examples import Examples
-from diffdistill.environment import use_machine
+from diffdistill.environment import is_first_process, use_machine
 from diffdistill.options import build
 from diffdistill.players.teacher import Teacher
 
@@ -75,7 +75,9 @@ def prompts(config: EncodeConfig) -> int:
 
 def _made(make: Callable[[], Path], use: str) -> int:
     try:
-        print(f"{use} {make()}")
+        made = make()
+        if is_first_process():
+            print(f"{use} {made}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last whole shard", file=sys.stderr)
         return 130

@@ -25,10 +25,10 @@ from diffdistill.core.denoiser import Cond
 from diffdistill.data.examples import Example, check_classes
 from diffdistill.data.hub import Ended, open_stream
 from diffdistill.data.images import Data, open_data, stream_data
+from diffdistill.data.processes import Processes
 from diffdistill.data.prompts import all_prompts
 from diffdistill.data.shards import (
     Kind,
-    device_for,
     hash_file,
     is_whole,
     make,
@@ -37,7 +37,6 @@ from diffdistill.data.shards import (
     read_index,
     row_shapes,
     rows,
-    start,
     without_padding,
 )
 from diffdistill.data.texts import looked_for
@@ -128,6 +127,7 @@ def encode(*, teacher: str | PathLike[str] | Teacher | None = None, **values: An
     named = {} if teacher is None else _named(teacher, values) if isinstance(teacher, Teacher) else {"teacher": teacher}
     config = build(EncodeConfig, values | named)
     folder, out = local_folder(config.teacher), Path(config.out)
+    processes = Processes(config.device)
     family, _ = family_of(folder)
     if family.autoencoder is None:
         raise UserError(
@@ -139,7 +139,7 @@ def encode(*, teacher: str | PathLike[str] | Teacher | None = None, **values: An
             f"resolution: samples of this size are {described.shape}, and the teacher's are {teacher.shape}; "
             "leave it out, to encode for the teacher"
         )
-    encoder = _Encoder(config, folder, family, described.shape, described.num_classes)
+    encoder = _Encoder(config, processes.device, folder, family, described)
     source = _open_source(config, encoder)
     settings = encoder.settings() | {
         "source": source.fingerprint,
@@ -152,24 +152,35 @@ def encode(*, teacher: str | PathLike[str] | Teacher | None = None, **values: An
             made = read_index(KIND, out)["settings"]
             settings["count"] = made["count"] if made.get("asked") == source.count else source.count
     named = {"teacher": config.teacher, "data": config.data, "prompts": config.prompts}  # for people, and for `eval`
-    index = start(KIND, out, settings, named)
+    index = processes.start(KIND, out, settings, named)
 
     def produce(indices: range) -> dict[str, Tensor]:
         return without_padding(encoder.columns(source, indices))
 
     with torch.no_grad():
-        if not is_whole(out / _NULL, index.get("null")):
+        if processes.rank == 0 and not is_whole(out / _NULL, index.get("null")):
             data = save(encoder.null())
             atomic_write(out / _NULL, data)
-            index["null"] = hashlib.sha256(data).hexdigest()
+            _note(out, index | {"null": hashlib.sha256(data).hexdigest()})
+        processes.wait()
+        index = read_index(KIND, out)
+        last = None
         try:
-            make(KIND, out, index, config.batch_size, produce)
+            make(KIND, out, index, config.batch_size, produce, processes.rank, processes.count)
         except Ended as end:
-            print(f"{config.data or config.prompts} has {end.rows} rows")
-            index["settings"]["count"] = end.rows
-            atomic_write(out / KIND.index, json.dumps(index, indent=2) + "\n")
-            make(KIND, out, index, config.batch_size, produce)
+            last = end.rows
+        last = processes.least(last)  # of several processes one meets the end itself, others begin behind it
+        if last is not None:
+            index["settings"]["count"] = last
+            if processes.rank == 0:
+                print(f"{config.data or config.prompts} has {last} rows")
+                _note(out, index)
+            processes.make(KIND, out, index, config.batch_size, produce)
     return out
+
+
+def _note(out: Path, index: dict[str, Any]) -> None:
+    atomic_write(out / KIND.index, json.dumps(index, indent=2) + "\n")
 
 
 def _named(teacher: Teacher, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,13 +199,11 @@ def _named(teacher: Teacher, values: Mapping[str, Any]) -> dict[str, Any]:
 class _Encoder:
     """A pipeline's encoders for samples of one size, which are loaded when something is encoded."""
 
-    def __init__(
-        self, config: EncodeConfig, folder: Path, family: Family, shape: tuple[int, ...], num_classes: int | None
-    ):
-        self.config, self.folder, self.family, self.shape = config, folder, family, shape
-        self.num_classes = num_classes
-        self.device, self.dtype = device_for(config.device), getattr(torch, config.teacher_dtype)
-        self.size = family.pixels(folder, shape)  #: height and width in pixels
+    def __init__(self, config: EncodeConfig, device: torch.device, folder: Path, family: Family, described: Teacher):
+        self.config, self.folder, self.family = config, folder, family
+        self.shape, self.num_classes = described.shape, described.num_classes
+        self.device, self.dtype = device, getattr(torch, config.teacher_dtype)
+        self.size = family.pixels(folder, self.shape)  #: height and width in pixels
         if family.text is None and (config.negative_prompt, config.prompt_dtype) != (None, None):
             name = "prompt_dtype" if config.negative_prompt is None else "negative_prompt"
             raise UserError(f"{name}: {config.teacher!r} takes class labels and no prompts; leave it out")

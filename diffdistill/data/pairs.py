@@ -32,7 +32,8 @@ from diffdistill.core.ode import ddim_step, heun_step, sample_ode
 from diffdistill.core.schedule import sampling_grid
 from diffdistill.data.encoded import Encoded, check_encoded, open_encoded, with_prompts
 from diffdistill.data.examples import ClassLabels, Example, Examples
-from diffdistill.data.shards import Kind, bytes_of, device_for, make, open_shards, rows, start, without_padding
+from diffdistill.data.processes import Processes
+from diffdistill.data.shards import Kind, bytes_of, open_shards, rows, without_padding
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, attention_of, family_of, load_teacher, local_folder
 from diffdistill.options import build
@@ -115,7 +116,7 @@ def make_pairs(
     """
     named = teacher is None or isinstance(teacher, str | PathLike)
     config = build(PairsConfig, values | ({"teacher": teacher} if named and teacher is not None else {}))
-    out, device = Path(config.out), device_for(config.device)
+    out, processes = Path(config.out), Processes(config.device)
     if isinstance(teacher, Teacher):
         own, conditions = _own_teacher(teacher, config, conditions)
     elif not named:
@@ -127,10 +128,10 @@ def make_pairs(
         raise UserError("conditions: they are for a teacher as an object; give prompts, a folder made by `encode`")
     else:
         own, conditions = _teacher(config)
-    own.denoiser.to(device)
+    own.denoiser.to(processes.device)
     denoise = guided(own.denoiser, config.guidance_scale)
     sampling_grid(own.denoiser.schedule, config.sampling_steps)  # refuses too many steps now
-    index = start(KIND, out, _settings(own, config, conditions), {"teacher": own.source})
+    index = processes.start(KIND, out, _settings(own, config, conditions), {"teacher": own.source})
 
     def produce(indices: range) -> dict[str, Tensor]:
         columns = draw_pairs(own, denoise, config, indices, conditions)
@@ -138,7 +139,7 @@ def make_pairs(
         return samples | without_padding(columns)
 
     with attention_of(own.denoiser, config.attention):
-        make(KIND, out, index, config.batch_size, produce)
+        processes.make(KIND, out, index, config.batch_size, produce)
     return out
 
 

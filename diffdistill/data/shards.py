@@ -48,13 +48,6 @@ class Kind:
         return f"`diffdistill {self.command or self.name}`"
 
 
-def device_for(name: str) -> torch.device:
-    """'auto', 'cpu' or 'cuda' as a device; UserError for a GPU that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: 'cuda' was asked for and torch sees no GPU; use --device cpu or auto")
-    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
-
-
 def start(kind: Kind, out: Path, settings: dict[str, Any], notes: dict[str, Any]) -> dict[str, Any]:
     """The folder's index: the one that is there if it is of the same settings, else a new one with `notes` besides.
 

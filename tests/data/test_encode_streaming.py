@@ -89,6 +89,10 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    return stand_in(monkeypatch)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Hub:
     """Seven prompts with images, as the set user/name."""
     features = {"image": FakeImage(), "caption": FakeValue("string"), "label": FakeClassLabel(["a", "b", "c"])}
     held = [
