@@ -69,6 +69,12 @@ BENCHMARKS = (
         "pass of its own cost.", cpu=True,
     ),
     Benchmark(
+        "running", "What a run takes beside its training", ("diffdistill.eval.benchmarks.running",),
+        "Figures as often as by default, over the steps between two of them; a checkpoint, with its checksums, over "
+        "the five minutes between two of them; and samples a second of two processes of one thread over those of one, "
+        "whose steps have half as many. A network of 128 and 256 channels on 8x8 images; medians.", cpu=True,
+    ),
+    Benchmark(
         "attention", "Attention with a forward derivative", ("diffdistill.eval.benchmarks.attention",),
         "Output and tangent of attention (batch 1, a head of 64, float32, seed 0) by ours and by torch's plain "
         "products (MATH), one thread, interleaved in one run; with gradients those of output and tangent, by ours. MB "
