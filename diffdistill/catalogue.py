@@ -1,7 +1,8 @@
-"""The methods that there are, and what a method's files say of it, read without importing it.
+"""The methods and recipes that there are, and what their files say of them, read without importing a method.
 
 A method is one file, `<name>.py`, with its presets beside it in presets/<name>.yaml and its exact checks in
-checks/<name>.py. Both are optional for a method of one's own.
+checks/<name>.py. Both are optional for a method of one's own. Recipes, settings published for one model, stand in
+recipes/<model>.yaml.
 """
 
 from __future__ import annotations
@@ -103,6 +104,75 @@ def _preset(path: Path, name: str, entry: Any) -> Preset:
     if "steps" not in options:
         raise UserError(f"presets: {path}, {name!r} says no steps; give a number, or null where the user is to say it")
     return Preset(str(entry["source"]), options)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The value of an option."""
+
+    value: Scalar
+    source: str  #: where it stands
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """How somebody distilled a model: a method with its options, as far as they are published."""
+
+    name: str
+    title: str  #: of the model
+    family: str  #: of its pipelines
+    known_by: tuple[str, ...]  #: parts of the names that the model goes by
+    makes: str  #: the student
+    method: str
+    data: str  #: what it learns from
+    other: str  #: what is otherwise than published; "" where nothing is known to be
+    settings: Mapping[str, Setting]  #: by option; `steps` among them, None where the source has no number
+
+    @property
+    def options(self) -> dict[str, Scalar]:
+        """What `train` takes, the method among it."""
+        return {"method": self.method} | {name: setting.value for name, setting in self.settings.items()}
+
+
+_MODEL_FIELDS = ("title", "family", "teacher", "known_by", "recipes")
+_RECIPE_FIELDS = ("makes", "method", "data", "parts")
+
+
+def recipes() -> dict[str, ModelRecipe]:
+    """All recipes by name, which begins with the name of the model's file; UserError for a file of another form."""
+    found = {}
+    for path in sorted((_methods_folder() / "recipes").glob("*.yaml")):
+        model = read_mapping(str(path), "recipe")
+        if tuple(model) != _MODEL_FIELDS:
+            raise UserError(f"recipe: {path} has not the fields {', '.join(_MODEL_FIELDS)}")
+        for key, entry in model["recipes"].items():
+            recipe = _recipe(f"{path.stem}-{key}", model, entry)
+            found[recipe.name] = recipe
+    return found
+
+
+def describe_recipe(name: str) -> ModelRecipe:
+    """The recipe of that name; UserError with those whose names are near, or that begin with it."""
+    known = recipes()
+    if name not in known:
+        raise UserError(f"recipe: {name!r} is not known; {nearest(name, known)}")
+    return known[name]
+
+
+def _recipe(name: str, model: Mapping[str, Any], entry: Mapping[str, Any]) -> ModelRecipe:
+    if set(entry) - {"other"} != set(_RECIPE_FIELDS):
+        raise UserError(f"recipe: {name} has not the fields {', '.join(_RECIPE_FIELDS)}")
+    settings = {"teacher": Setting(model["teacher"], "the model's own repository")}
+    for part in entry["parts"]:
+        if "preset" in part:
+            preset = describe_method(entry["method"]).presets[part["preset"]]
+            source = f"preset {part['preset']} of {entry['method']}: {preset.source}"
+        else:
+            preset, source = Preset(**part), part["source"]
+        settings |= {option: Setting(value, source) for option, value in preset.options.items()}
+    described = {field: entry[field] for field in ("makes", "method", "data")} | {"other": entry.get("other", "")}
+    known_by = tuple(model["known_by"])
+    return ModelRecipe(name, model["title"], model["family"], known_by, settings=settings, **described)
 
 
 def _methods_folder() -> Path:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from diffdistill.catalogue import describe_method
+from diffdistill.catalogue import describe_method, describe_recipe
 from diffdistill.commands.check_config import JvpCheckConfig, PlanConfig, VerifyConfig
 from diffdistill.config import (
     DERIVED,
@@ -30,6 +30,7 @@ from diffdistill.config import (
     ListConfig,
     MethodsConfig,
     PairsConfig,
+    RecipesConfig,
     SampleConfig,
     SpeedConfig,
     TeacherConfig,
@@ -116,6 +117,12 @@ COMMANDS: dict[str, Command] = {
         MethodsConfig,
         "lists:methods",
         ("method",),
+    ),
+    "recipes": Command(
+        "list the published settings of models, or print one with its sources",
+        RecipesConfig,
+        "lists:recipes",
+        ("recipe",),
     ),
     "bench": Command(
         "train and judge every method on the same teacher, budget, seeds and evaluation", BenchConfig, "bench:run"
@@ -268,6 +275,8 @@ def _parser(name: str, command: Command, classes: Sequence[type], usual: Mapping
     if command.distills:
         text = "the method's named settings, e.g. its paper's; see `diffdistill methods METHOD`"
         add("--preset", metavar="NAME", dest="option.preset", default=argparse.SUPPRESS, help=text)
+        text = "a model's published settings, which say the method and the teacher too; see `diffdistill recipes`"
+        add("--recipe", metavar="NAME", dest="option.recipe", default=argparse.SUPPRESS, help=text)
     for title, cls, fields in _groups(classes):
         hints = typing.get_type_hints(cls)
         group = parser.add_argument_group(title)
@@ -352,13 +361,16 @@ def _with_true(argv: Sequence[str], classes: Sequence[type]) -> list[str]:
 def _method_of(argv: Sequence[str]) -> str:
     """The method that a command line of `train` or `plan` means, needed before its options are known."""
     first = _Parser(add_help=False, allow_abbrev=False)
-    for name in ("--method", "--config", "--resume"):
+    for name in ("--method", "--recipe", "--config", "--resume"):
         first.add_argument(name)
     parsed, _ = first.parse_known_args(list(argv))
     if parsed.method:
         return parsed.method
     file = f"{parsed.resume}/config.yaml" if parsed.resume else parsed.config
     values = read_yaml(file) if file else {}
+    recipe = parsed.recipe or values.get("recipe")
+    if recipe is not None and "method" not in values:
+        return describe_recipe(coerce("recipe", recipe, str, {})).method
     return coerce("method", values.get("method", TrainConfig.method), str, {})
 
 

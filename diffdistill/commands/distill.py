@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from diffdistill.catalogue import describe_recipe, recipes
 from diffdistill.commands.export import check_exportable, export_student, parts_bytes
 from diffdistill.commands.in_training import JudgedInTraining, check_judged
 from diffdistill.commands.run import Run
@@ -21,8 +22,8 @@ from diffdistill.config import TrainConfig
 from diffdistill.data.batches import batches
 from diffdistill.data.examples import Examples
 from diffdistill.environment import is_first_process
-from diffdistill.errors import UserError, first_line
-from diffdistill.families import attention_of, check_weights
+from diffdistill.errors import UserError, first_line, shown
+from diffdistill.families import attention_of, check_weights, family_of, local_folder, public_name
 from diffdistill.options import coerce, nearest
 from diffdistill.pipelines.hub import upload
 from diffdistill.pipelines.merged import loras_of, merged_name, merged_teacher
@@ -57,6 +58,7 @@ def distill(
     method: str | PathLike[str] | ModuleType | Callable[..., Method] | None = None,
     *,
     preset: str | None = None,
+    recipe: str | None = None,
     resume: str | PathLike[str] | None = None,
     allow_change: bool = False,
     teacher: str | PathLike[str] | Teacher | None = None,
@@ -71,6 +73,8 @@ def distill(
         method: a name (`diffdistill methods` lists them), a .py file or module of your own, or a class with a `Config`;
             default: 'dmd2'.
         preset: the method's named settings, e.g. its paper's; what is given besides goes first.
+        recipe: in place of method and preset, a model's published settings (`diffdistill recipes` lists them), which
+            say the teacher too; what is given besides goes first.
         resume: a run folder to continue from its last checkpoint. Few options may change then, `steps` among them;
             objects that the run began with are given again. UserError if the run would read anything else than when it
             began: other options in its config.yaml, another teacher, other data, prompts or pairs, another method.
@@ -84,10 +88,10 @@ def distill(
         options: the method's own, by name, or an instance of its `Config`.
         training: the options of every training (`diffdistill train --help`): steps, batch_size, out, ...
 
-    Without `steps` and preset a method with stages takes all of them, any other 1000. Raises UserError for whatever
-    cannot be used.
+    Without `steps`, preset and recipe a method with stages takes all of them, any other 1000. Raises UserError for
+    whatever cannot be used.
     """
-    named = {"method": method, "preset": preset, "teacher": teacher, "data": data, "pairs": pairs}
+    named = {"method": method, "preset": preset, "recipe": recipe, "teacher": teacher, "data": data, "pairs": pairs}
     values, objects = Objects.split(named | dict(training), options)
     return distill_values(values, objects, None if resume is None else Path(resume), allow_change)
 
@@ -96,13 +100,13 @@ def distill_values(
     values: dict[str, Any], objects: Objects, resume: Path | None = None, allow_change: bool = False
 ) -> Run:
     """`distill` with the options as the command line and YAML have them: all in one mapping."""
-    whole = values.get("preset") is not None
+    whole = is_whole(values)
     if resume is not None:
         values = resumed_options(resume, values, objects.named, allow_change)
     elif allow_change:
         raise UserError("allow_change: it is for a run that is resumed; give --resume RUN")
     else:
-        values = with_preset(values, objects) | dict(objects.named)
+        values = with_settings(values, objects) | dict(objects.named)
     out = Path(str(values.get("out", TrainConfig.out)))
     if resume is None:  # before anything is loaded
         if objects.teacher is None:
@@ -120,6 +124,8 @@ def distill_values(
         check_exportable(game, game.config)  # a student that cannot be saved is refused now
         check_judged(game, divides())
         _note_on_stages(game)
+        if resume is None and not whole:
+            _note_on_recipes(game)
         saved = _train(game, out, resume is not None, allow_change)
     if saved:
         upload(out / "student", game.config)
@@ -137,11 +143,21 @@ def _with_merged(values: dict[str, Any], objects: Objects, out: Path) -> dict[st
     return values | {"teacher": str(merged_teacher(base, loras, out / merged_name(base, loras)))}
 
 
-def with_preset(values: dict[str, Any], objects: Objects) -> dict[str, Any]:
-    """The options with those of the preset that they name; UserError for one that is not known or has no `steps`."""
+def is_whole(values: Mapping[str, Any]) -> bool:
+    """Whether the options name a whole setting, with which nothing is derived from the teacher."""
+    return values.get("preset") is not None or values.get("recipe") is not None
+
+
+def with_settings(values: dict[str, Any], objects: Objects) -> dict[str, Any]:
+    """The options with those of the preset or recipe that they name.
+
+    UserError for one that is not known, has no `steps`, or is for another teacher or method.
+    """
+    values = dict(values)
+    if "recipe" in values:
+        return _with_recipe(values, coerce("recipe", values.pop("recipe"), str, {}), objects)
     if "preset" not in values:
         return values
-    values = dict(values)
     preset = coerce("preset", values.pop("preset"), str, {})
     presets = objects.method_of(values, TrainConfig.method).presets
     if preset not in presets:
@@ -150,6 +166,41 @@ def with_preset(values: dict[str, Any], objects: Objects) -> dict[str, Any]:
     if values["steps"] is None:
         raise UserError(f"steps: the source of the preset {preset!r} has no number of them; give steps")
     return values
+
+
+def _with_recipe(values: dict[str, Any], name: str, objects: Objects) -> dict[str, Any]:
+    recipe = describe_recipe(name)
+    if "preset" in values:
+        raise UserError(f"preset: the recipe {name!r} has all settings; leave --preset or --recipe out")
+    if objects.recipe is not None or values.get("method", recipe.method) != recipe.method:
+        raise UserError(f"method: the recipe {name!r} is of {recipe.method}; leave the method out, or the recipe")
+    values = recipe.options | values
+    if values["steps"] is None:
+        raise UserError(f"steps: the source of the recipe {name!r} has no number of them; give steps")
+    if objects.teacher is None:  # configs alone are read, also of a hub's
+        teacher = str(values["teacher"])
+        family, _ = family_of(local_folder(teacher, weights=False))
+        if family.name != recipe.family:
+            fitting = ", ".join(_recipes_for(family.name, teacher)[:4]) or "none"
+            raise UserError(
+                f"recipe: {name!r} is for teachers of {recipe.family}, and {shown(teacher)} is one of {family.name}, "
+                f"for which there are: {fitting}"
+            )
+    return values
+
+
+def _recipes_for(family: str, teacher: str) -> list[str]:
+    """The names of the recipes for a teacher: for its model where that is known by name, else for its family."""
+    name, fitting = public_name(teacher).lower(), [each for each in recipes().values() if each.family == family]
+    own = [each for each in fitting if any(part in name for part in each.known_by)]
+    return [each.name for each in own or fitting]
+
+
+def _note_on_recipes(game: Game) -> None:
+    names = [] if game.family is None else _recipes_for(game.family.name, game.config.teacher)
+    if names and is_first_process():
+        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        print(f"note: published settings for this kind of teacher, by --recipe: {listed}", file=sys.stderr)
 
 
 def _check_options(game: Game, values: Mapping[str, Any], resumed: bool) -> None:

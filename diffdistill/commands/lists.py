@@ -1,11 +1,12 @@
-"""`diffdistill methods`, `families` and `protocols`: what there is to choose from."""
+"""`diffdistill methods`, `recipes`, `families` and `protocols`: what there is to choose from."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from diffdistill.catalogue import describe_method, method_names
-from diffdistill.config import ListConfig, MethodsConfig
+from diffdistill.catalogue import describe_method, describe_recipe, method_names
+from diffdistill.catalogue import recipes as all_recipes
+from diffdistill.config import ListConfig, MethodsConfig, RecipesConfig
 
 
 def methods(config: MethodsConfig) -> None:
@@ -26,6 +27,23 @@ def methods(config: MethodsConfig) -> None:
     for name, preset in info.presets.items():
         print(f"  {name:22} {'  '.join(f'{k}={v}' for k, v in preset.options.items())}")
         print(f"  {'':22} source: {preset.source}")
+
+
+def recipes(config: RecipesConfig) -> None:
+    """Print all recipes, or one with the source of each value."""
+    if config.recipe is None:
+        for each in all_recipes().values():
+            print(f"{each.name:24} {each.title}, {each.method}: {each.makes}")
+        return
+    recipe = describe_recipe(config.recipe)
+    print(f"{recipe.name}: {recipe.title}", f"makes:  {recipe.makes}", f"data:   {recipe.data}", sep="\n")
+    if recipe.other:
+        print(f"other:  {recipe.other}")
+    print(f"\nmethod: {recipe.method}")
+    for name, setting in recipe.settings.items():
+        value = "(not published; give it)" if setting.value is None else repr(setting.value)
+        print(f"  --{name.replace('_', '-'):24} {value:28} {setting.source}")
+    print(f"\ndiffdistill train --recipe {recipe.name}  (options that you give go first)")
 
 
 def families(config: ListConfig) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from diffdistill.commands.check_config import RateConfig
-from diffdistill.commands.distill import with_preset
+from diffdistill.commands.distill import is_whole, with_settings
 from diffdistill.environment import use_machine
 from diffdistill.eval.plan import CARDS, GIB, Plan, plans
 from diffdistill.eval.report import write_json
@@ -29,6 +29,7 @@ def plan(
     method: str | PathLike[str] | ModuleType | Callable[..., Method] | None = None,
     *,
     preset: str | None = None,
+    recipe: str | None = None,
     teacher: str | PathLike[str] | None = None,
     options: Mapping[str, float | int | str | bool | None] | DataclassInstance | None = None,
     **training: Unpack[TrainOptions],
@@ -38,13 +39,14 @@ def plan(
     Only configs are read of the teacher, and fetched from the hub; its prompts, where none are given, are taken to be
     of usual length. Raises UserError for whatever `distill` would refuse of them.
     """
-    values, objects = Objects.split({"method": method, "preset": preset, "teacher": teacher} | dict(training), options)
+    named = {"method": method, "preset": preset, "recipe": recipe, "teacher": teacher}
+    values, objects = Objects.split(named | dict(training), options)
     return next(_planned(values, objects)[1])[1]
 
 
 def _planned(values: dict[str, Any], objects: Objects) -> tuple[Game, Iterator[tuple[dict[str, Any], Plan]]]:
-    deriving = values.get("preset") is None
-    return plans(with_preset(values, objects) | dict(objects.named), objects, deriving=deriving)
+    whole = with_settings(values, objects) | dict(objects.named)
+    return plans(whole, objects, deriving=not is_whole(values))
 
 
 def run(values: dict[str, Any]) -> int:

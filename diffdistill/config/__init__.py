@@ -8,6 +8,7 @@ from diffdistill.config.models import (
     ExportConfig,
     ListConfig,
     MethodsConfig,
+    RecipesConfig,
     SampleConfig,
     WatchConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "MachineConfig",
     "MethodsConfig",
     "PairsConfig",
+    "RecipesConfig",
     "SampleConfig",
     "SavingConfig",
     "SpeedConfig",

@@ -64,6 +64,13 @@ class MethodsConfig:
 
 
 @dataclass(frozen=True)
+class RecipesConfig:
+    """Which recipe."""
+
+    recipe: str | None = option(None, "a recipe's name; default: list all of them")
+
+
+@dataclass(frozen=True)
 class ListConfig:
     """A list has no options."""
 

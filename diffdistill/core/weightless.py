@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,20 @@ def _scalar(tensor: Tensor) -> bool | float:
     return True if tensor.dtype == torch.bool else 1.0
 
 
+def filled(tensor: Tensor) -> Tensor:
+    """The tensor itself where it has values, zeros like it where it has none."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if isinstance(tensor, FakeTensor) else tensor
+
+
+def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices with the places of a mask for the mask, whose values say how many there are."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        is_mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+        found += index.nonzero().unbind(1) if index is not None and is_mask else [index]
+    return found
+
+
 class Weightless(TorchDispatchMode):
     """Inside the block, whatever is computed with a tensor without values has none either; all else is as ever.
 
@@ -69,6 +83,9 @@ class Weightless(TorchDispatchMode):
                     if id(tensor) not in self._bared:
                         self._bared[id(tensor)] = tensor, self._without(tensor)
                     tensors[name] = self._bared[id(tensor)][1]
+            for name, value in vars(part).items():  # rotary tables, which some networks keep beside their buffers
+                if isinstance(value, Tensor) and value.is_meta and not isinstance(value, FakeTensor):
+                    vars(part)[name] = self._without(value)
 
     def _without(self, tensor: Tensor) -> Any:
         # As on a CPU, where everything else is: kernels are chosen as there.
@@ -85,6 +102,8 @@ class Weightless(TorchDispatchMode):
         bare = [isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not any(bare):
             return operator(*args, **kwargs)  # of schedules, say, whose values decide what is done
+        if operator is _ATEN.index.Tensor:
+            args = (args[0], _places(args[1]))
         if not all(bare):
             args, kwargs = tree_map_only(Tensor, self._without_values, (args, kwargs))
         with self.fake:

@@ -28,8 +28,8 @@ _WORDS = 512  #: tokens of a prompt at most, as the pipeline's own call
 
 def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     # The network takes captions of their own lengths, on which the image's positions depend: the one read of a tensor
-    # by the host that its interface leaves no way around.
-    lengths = cond["cap_lengths"].tolist()
+    # by the host that its interface leaves no way around. Without values, for a plan, they are as long as can be.
+    lengths = [_WORDS] * len(x) if cond["cap_lengths"].is_meta else cond["cap_lengths"].tolist()
     captions = [caption[:length] for caption, length in zip(cond["cap_feats"], lengths, strict=True)]
     # Its time runs from noise to data, and so does its velocity.
     output = network(list(x.unsqueeze(2)), 1 - time / 1000, captions, return_dict=False)[0]

@@ -6,6 +6,7 @@ arXiv:2403.12015, section 3.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 
@@ -110,5 +111,7 @@ def _heads(denoiser: Denoiser, teacher: Teacher, layers: Sequence[str]) -> list[
     weight = next(itertools.chain(denoiser.parameters(), denoiser.buffers()))
     t = torch.ones(1, dtype=torch.float64, device=weight.device)
     x = torch.zeros(1, *teacher.shape).to(weight)
+    if weight.is_meta:  # for a plan, in which the tables that some networks make in a call are to have values
+        denoiser = copy.deepcopy(denoiser)
     maps = denoiser.features_of(layers, x, t, teacher.sample_cond(1))
     return [DiscriminatorHead(each.shape[1], each.shape[2]).to(each) for each in maps]

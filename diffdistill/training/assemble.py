@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffdistill.config import TrainConfig, run_options
 from diffdistill.core.denoiser import Denoiser
-from diffdistill.core.weightless import Weightless
+from diffdistill.core.weightless import Weightless, filled
 from diffdistill.data.batches import check_data
 from diffdistill.data.encoded import Encoded, check_encoded, check_negative, encode, open_encoded, with_prompts
 from diffdistill.data.examples import Examples, TensorExamples, as_examples
@@ -159,7 +159,7 @@ def _with_a_prompt(teacher: Teacher, folder: Path, family: Family) -> Teacher:
     prompt = Prompt(family.pixels(folder, teacher.shape))
     with empty, torch.no_grad():
         made = family.text.encode(encoders, [_PROMPT], prompt), family.text.null(encoders, prompt)
-    cond, null = ({k: torch.zeros(v.shape, dtype=v.dtype) for k, v in part.items()} for part in made)
+    cond, null = ({name: filled(value) for name, value in part.items()} for part in made)
     with_null(teacher.denoiser, null)
     return dataclasses.replace(teacher, example_cond=cond)
 

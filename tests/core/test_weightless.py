@@ -50,3 +50,20 @@ def test_attention_is_counted_and_holds_no_square() -> None:
         functional.scaled_dot_product_attention(x, x, x).sum().backward()
     assert empty.flops > 4 * 2 * 512 * 512 * 16
     assert empty.most - before < 4 * 2 * 512 * 512
+
+
+def test_a_masks_values_say_how_many_there_are() -> None:
+    layer, empty = nn.Linear(3, 3), Weightless()
+    empty.bare([layer])
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    with empty:
+        assert layer(torch.randn(2, 3, 3))[mask].shape == (5, 3)
+        assert layer(torch.randn(2, 3, 3))[:, mask[0]].shape == (2, 2, 3)
+
+
+def test_a_table_beside_the_buffers_has_no_values_either() -> None:
+    layer, empty = nn.Linear(3, 3, device="meta"), Weightless()
+    layer.table = torch.ones(3, device="meta")
+    empty.bare([layer])
+    with empty:
+        assert (layer(torch.ones(2, 3)) + layer.table.to("cpu")).shape == (2, 3)
