@@ -63,10 +63,11 @@ BENCHMARKS = (
         "interleaved in one run; the middle half of the pairs beside it.", cpu=True,
     ),
     Benchmark(
-        "overhead-jvp", "What the trainer costs where a derivative along a path is learned",
-        ("diffdistill.eval.benchmarks.overhead", "--methods", "scm,mean_flow,rcm,sana_sprint", "--cycles", "7"),
+        "overhead-jvp", "What the trainer costs where a derivative or a jump along a path is learned",
+        ("diffdistill.eval.benchmarks.overhead", "--methods", "scm,mean_flow,flow_map,tbcm,rcm,sana_sprint,ctm,ladd",
+         "--cycles", "7"),
         "The same of methods that need a product with the Jacobian, which is computed exactly and counted as a bare "
-        "pass of its own cost.", cpu=True,
+        "pass of its own cost, and of two with a discriminator on features.", cpu=True,
     ),
     Benchmark(
         "running", "What a run takes beside its training", ("diffdistill.eval.benchmarks.running",),
