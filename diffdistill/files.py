@@ -81,6 +81,11 @@ def atomic_folder(final: Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def cache_folder() -> Path:
+    """Where references, and teachers that are single files, are kept: $DIFFDISTILL_CACHE, else ~/.cache/diffdistill."""
+    return Path(os.environ.get("DIFFDISTILL_CACHE", Path.home() / ".cache" / "diffdistill"))
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex; OSError where it cannot be read."""
     digest = hashlib.sha256()

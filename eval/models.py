@@ -35,6 +35,7 @@ from diffdistill.families import (
     diffusers_class,
     family_of,
     is_partial,
+    is_single_file,
     is_student,
     load_pipeline,
     load_student,
@@ -98,7 +99,7 @@ def open_model(model: ModelLike, sampling: SamplingOptions) -> Model:
     path = model_folder(model)
     if path.is_dir() and not _holds_model(path):
         return open_image_folder(path)
-    if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES:
+    if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES and not is_single_file(path):
         return open_image_file(path)
     folder = local_folder(str(path))
     name = model_name(model, path if path.is_dir() else folder)

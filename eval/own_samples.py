@@ -15,7 +15,7 @@ from diffdistill.eval.ladder import ladder_models
 from diffdistill.eval.measurements import make_measurements, prepared
 from diffdistill.eval.models import ModelLike, SamplingOptions
 from diffdistill.eval.protocol import digest
-from diffdistill.eval.reference import cache_folder
+from diffdistill.files import cache_folder
 from diffdistill.players.teacher import Teacher
 
 STEPS = 50

@@ -6,7 +6,6 @@ A reference is measured once and kept in a cache by what it depends on.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from diffdistill.eval.features.measure import FittedMeasure, Measure
 from diffdistill.eval.measurements import Measurements, make_measurements, measured, prepared
 from diffdistill.eval.metrics.moments import Statistics
 from diffdistill.eval.protocol import Protocol, ProtocolMetric, data_path, digest
-from diffdistill.files import atomic_write
+from diffdistill.files import atomic_write, cache_folder
 from diffdistill.pictures import as_bytes
 
 LEAST = 10
@@ -94,11 +93,6 @@ class ReferenceColumn:
     def statistics(self) -> Statistics:
         """Mean and covariance."""
         return self.reference.statistics(self.name)
-
-
-def cache_folder() -> Path:
-    """Where references are kept: $DIFFDISTILL_CACHE, else ~/.cache/diffdistill."""
-    return Path(os.environ.get("DIFFDISTILL_CACHE", Path.home() / ".cache" / "diffdistill"))
 
 
 def open_reference(

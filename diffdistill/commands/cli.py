@@ -219,6 +219,10 @@ def _run(argv: list[str]) -> int:
         from diffdistill.families import register_family
 
         register_family(parsed.family)
+    if parsed.teacher_config:
+        from diffdistill.families import read_files_with
+
+        read_files_with(parsed.teacher_config)
     module, _, function = command.function.partition(":")
     call = getattr(importlib.import_module(f"diffdistill.commands.{module}"), function)
     if not command.resumes:
@@ -265,6 +269,8 @@ def _parser(name: str, command: Command, classes: Sequence[type], usual: Mapping
     parser = _Parser(prog=f"diffdistill {name}", description=f"{command.help}.", allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="FILE", help="a YAML file of options; the command line overrides it")
+    text = "configs for models that are one .safetensors file; default: those that diffusers has on the hub for it"
+    add("--teacher-config", metavar="FOLDER_OR_ID", help=text)
     add("--family", metavar="FILE", help="a Python file that defines FAMILY, for pipelines that no family reads yet")
     if command.resumes:
         add("--resume", metavar="RUN", help="continue the run in this folder from its last checkpoint")

@@ -14,6 +14,7 @@ from diffdistill.families._folders import (
     public_name,
     teacher_of,
 )
+from diffdistill.families._hints import is_single_file
 from diffdistill.families._loading import (
     check_weights,
     describe,
@@ -37,6 +38,7 @@ from diffdistill.families._record import (
 )
 from diffdistill.families._registry import FAMILIES, family_of, register_family
 from diffdistill.families._schedules import schedule_of
+from diffdistill.families._single import read_files_with
 from diffdistill.families.unet2d import new_unet2d, unet2d_teacher
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "family_of",
     "is_partial",
     "is_path",
+    "is_single_file",
     "is_student",
     "load_pipeline",
     "load_student",
@@ -68,6 +71,7 @@ __all__ = [
     "new_unet2d",
     "parts_of",
     "public_name",
+    "read_files_with",
     "read_json",
     "read_record",
     "record_of",

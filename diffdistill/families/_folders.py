@@ -10,10 +10,11 @@ from tempfile import TemporaryDirectory
 from diffdistill.config import INPUTS
 from diffdistill.errors import UserError, first_line
 from diffdistill.families._family import diffusers_class
-from diffdistill.families._hints import CHECKPOINTS, hint_for_file
+from diffdistill.families._hints import CHECKPOINTS, hint_for_file, is_single_file
 from diffdistill.families._parts import LORA, PICKLED, parts_of, read_json, student_index
 from diffdistill.families._record import METADATA, StudentRecord, read_record
 from diffdistill.families._registry import family_of
+from diffdistill.families._single import single_file_folder
 from diffdistill.files import json_object
 
 NOT_LOADED = [*PICKLED, "*.fp16.*", "*.non_ema.*"]
@@ -27,7 +28,8 @@ _CACHED = re.compile(r"(?:models|datasets)--([^/\\]+?)--([^/\\]+)[/\\]snapshots[
 def local_folder(name: str, weights: bool = True) -> Path:
     """The folder of a model: of a path, a hub id or 'digits'. UserError where there is none.
 
-    Without `weights` no file of weights is fetched from the hub. A student that leaves parts to its teacher is a folder
+    Without `weights` no file of weights is fetched from the hub. A single safetensors file is a folder in the cache
+    (`_single`). A student that leaves parts to its teacher is a folder
     of links to its own files and the teacher's.
     """
     if name in _EMBEDDED:
@@ -35,6 +37,8 @@ def local_folder(name: str, weights: bool = True) -> Path:
     path = Path(name)
     if path.is_dir():
         return _whole(path)
+    if is_single_file(path):
+        return single_file_folder(path, weights, local_folder)
     if path.suffix in CHECKPOINTS:
         raise UserError(f"teacher: {path.name!r} is {hint_for_file(path)}")  # the name alone: the command must fit
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.exists()
@@ -98,7 +102,7 @@ def teacher_of(folder: Path, record: StudentRecord) -> str:
         source = None
     if isinstance(source, str) and public_name(source) == name:
         return source
-    if name in _EMBEDDED or name.count("/") == 1 or Path(name).is_dir():
+    if name in _EMBEDDED or name.count("/") == 1 or Path(name).exists():
         return name
     raise UserError(
         f"teacher: the student in {folder} was distilled from {name!r}, which is no folder here; give --teacher, or "

@@ -9,9 +9,10 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffdistill.errors import UserError
 from diffdistill.families._parts import read_json
 
+SINGLE = (".safetensors", ".sft")
+"""How single files that are read end."""
 CHECKPOINTS = (".safetensors", ".sft", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
 
 _LORA = "'); p.fuse_lora(); p.unload_lora_weights(); p.save_pretrained('FOLDER')\""
@@ -33,7 +34,7 @@ _KINDS = {
 def hint_for_file(path: Path) -> str:
     """What one file with weights is, and the command that makes a diffusers folder of it."""
     shapes = _shapes(path)
-    if any(".lora" in name or name.startswith("lora_") for name in shapes):
+    if is_lora(path):
         return f"a LoRA; {_with_lora('BASE', path.name)}"
     kind = _pipeline_of(shapes)
     if kind is None and shapes:
@@ -72,16 +73,39 @@ def _with_lora(base: str, lora: str) -> str:
     )
 
 
-def _shapes(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file, without their values; none of a file that is none."""
+def tensors_in(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Name -> (type as the file says it, shape) of a safetensors file's tensors; none of a file that is none."""
     try:
         with safe_open(path, "pt") as file:
-            return {
-                name: torch.empty(file.get_slice(name).get_shape(), device="meta")
-                for name in file.keys()  # noqa: SIM118, which is no mapping
-            }
-    except (SafetensorError, OSError, UserError):
+            rows = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, which is no mapping
+            return {name: (row.get_dtype(), row.get_shape()) for name, row in rows.items()}
+    except (SafetensorError, OSError):
         return {}
+
+
+def is_lora(path: Path) -> bool:
+    """Whether a file with weights is a LoRA's."""
+    return any(".lora" in name or name.startswith("lora_") for name in tensors_in(path))
+
+
+def is_single_file(path: Path) -> bool:
+    """Whether a file has the weights of a network, and so no images; not of a LoRA."""
+    return path.suffix in SINGLE and any("." in name for name in tensors_in(path)) and not is_lora(path)
+
+
+def default_repository(path: Path) -> str | None:
+    """The hub's repository whose configs diffusers takes for such a file; None where it does not know the file."""
+    shapes = _shapes(path)
+    if _pipeline_of(shapes) is None:
+        return None
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+    return str(fetch_diffusers_config(dict(shapes))["pretrained_model_name_or_path"])
+
+
+def _shapes(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, without their values; none of a file that is none."""
+    return {name: torch.empty(shape, device="meta") for name, (_, shape) in tensors_in(path).items()}
 
 
 def _pipeline_of(shapes: dict[str, Any]) -> str | None:

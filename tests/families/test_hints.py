@@ -19,8 +19,8 @@ FUSED = r"python -c .*load_lora_weights\('{}'\); p.fuse_lora\(\); p.unload_lora_
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        ([XL], r"python -c .*StableDiffusionXLPipeline as P; P.from_single_file\('m.safetensors'\).save_pretrained"),
-        (["model.diffusion_model.out.2.weight"], "import StableDiffusionPipeline as P"),
+        ([XL], "needs the configs of its pipeline, and stabilityai/stable-diffusion-xl-base-1.0 could not be had"),
+        (["model.diffusion_model.out.2.weight"], "give --teacher-config FOLDER_OR_ID, a diffusers folder of its kind"),
         (["blocks.0.weight"], "from_single_file of that pipeline's class"),
         (["unet.to_q.lora_A.weight", "unet.to_q.lora_B.weight"], f"a LoRA; fuse it: {FUSED.format('m.safetensors')}"),
         (["lora_unet_down.lora_down.weight"], "a LoRA; fuse it"),
