@@ -188,11 +188,11 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
     networks = nn.ModuleList([teacher.denoiser, *method.players.values(), *method.state.values()])
     if divides():  # before they are moved, for which a whole network may be too large
         shard([*networks, *([teacher.start] if teacher.start else [])], accelerator.device, block_names())
-    teacher.denoiser.to(accelerator.device)
     with attention_of(networks, config.attention):
         shown = data if game.family is None and teacher.num_classes is None else game.encoded
         grids = grid_writer(out, method.sampler, teacher, shown, saving=main)
-        trainer = Trainer(method, draw, config, out, accelerator, grids)
+        starts = [teacher.start] if teacher.start else []
+        trainer = Trainer(method, draw, config, out, accelerator, grids, [teacher.denoiser, *starts])
         if not divides():  # which leaves nothing mapped to the files
             trainer.before_save = teacher_check(teacher, inputs["fingerprints"]["teacher's weights"])
         first = method.sampler()  # a resumed stage takes other levels, and looks compare with the beginning
@@ -209,7 +209,8 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
             trainer.judge = JudgedInTraining(game, out, accelerator)
         trainer.fit()
         if main:
-            _export(game, trainer)
+            with trainer.offload.on_host():
+                _export(game, trainer)
     accelerator.wait_for_everyone()  # the student is there, in all processes
     accelerator.end_training()
     return main

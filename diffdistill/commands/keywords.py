@@ -37,6 +37,7 @@ class FitOptions(MachineOptions, total=False):
     lr_schedule: Literal["constant", "cosine"]
     mixed_precision: Literal["no", "bf16"]
     optimizer: Literal["adamw", "adamw8bit"]
+    offload: Literal["none", "optimizer", "model", "group"]
     log_every: int
     sample_every: int
     checkpoint_every: int
