@@ -75,6 +75,7 @@ class TrainOptions(SavingOptions, FitOptions, AttentionOptions, total=False):
     resolution: int | None
     frames: int | None
     teacher_dtype: Literal["float32", "bfloat16"]
+    teacher_bits: Literal[4, 8] | None
     lora: str | None
     lora_rank: int
     lora_alpha: float | None

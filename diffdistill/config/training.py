@@ -157,6 +157,11 @@ class TrainConfig(SavingConfig, InTrainingConfig, FitConfig, AttentionConfig):
     teacher_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "type of the teacher's weights; weights that are trained are float32"
     )
+    teacher_bits: Literal[4, 8] | None = option(
+        None,
+        "bits in which the teacher's linear layers are stored, under LoRA players too, by the package bitsandbytes; "
+        "default: as teacher_dtype says",
+    )
     lora: str | None = option(
         None,
         "roles that are LoRA on the teacher's weights, separated by commas: student, fake_score; "

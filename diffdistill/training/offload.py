@@ -154,10 +154,10 @@ class Offload:
             if stored.here and stored not in but:
                 stored.release()
 
-    def use_tensors(self, tensors: Iterable[Any]) -> None:
-        """The same of what holds these, as far as they are stored."""
+    def holding(self, tensors: Iterable[Any]) -> list[Stored]:
+        """What these are stored in, as far as they are."""
         found = (self._of.get(t.untyped_storage()._cdata) for t in tensors)
-        self.use(list({id(stored): stored for stored in found if stored is not None}.values()))
+        return list({id(stored): stored for stored in found if stored is not None}.values())
 
     def graph(self) -> AbstractContextManager[Any]:
         """A pass inside the block may be followed by a backward pass, for which weights come once more."""
@@ -216,7 +216,7 @@ class Offload:
         groups, pieces = optimizer.param_groups, self.states.setdefault(player, [])
         try:
             for k, group in enumerate(groups):
-                self.use_tensors(group["params"])
+                self.use(self.holding(group["params"]))
                 if k < len(pieces):
                     pieces[k].fetch()
                 optimizer.param_groups = [group]
@@ -252,7 +252,8 @@ class _OnUse(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.offload.use_tensors(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        read = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        self.offload.use(self.offload.holding(read))
         result = operator(*args, **(kwargs or {}))
         pairs = zip(operator._schema.arguments, args, strict=False)
         written = [arg for spec, arg in pairs if spec.alias_info is not None and spec.alias_info.is_write]

@@ -44,7 +44,7 @@ def compare(options: dict[str, Any], kind: str, folder: Path, **more: Any) -> No
         assert picture.read_bytes() == (moved / "samples" / picture.name).read_bytes(), picture.name
 
 
-@pytest.mark.parametrize(("name", "players"), zip(LATENT, itertools.cycle(["full", "lora"]), strict=False))
+@pytest.mark.parametrize(("name", "players"), list(zip(LATENT, itertools.cycle(["full", "lora"]), strict=False)))
 def test_blocks_of_every_family_come_and_go(name: str, players: str, encoded: Encoded, tmp_path: Path) -> None:
     options = options_for(*encoded(name), name, "dmd2", players)
     compare(options, "group", tmp_path, **({"gan_weight": 0.1} if name != "wan" else {}))

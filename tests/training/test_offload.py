@@ -148,6 +148,17 @@ def test_moments_and_averages_are_there_a_piece_at_a_time(kind: str, tmp_path: P
         assert at_rest == 0 and seen.most == 2 * largest and averages.most == largest
 
 
+def test_moments_of_a_new_optimizer_are_stored_as_those_before(tmp_path: Path) -> None:
+    trainer = trainer_of("progressive", VP.teacher(), OPTIONS["progressive"], tmp_path, offload="optimizer")
+    before = trainer.optimizers["student"]
+    for _ in range(STEPS):
+        trainer.iteration()
+    optimizer = trainer.optimizers["student"]
+    assert optimizer is not before and optimizer.state, "another stage has begun"
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    assert size(moments) == 0 < sum(moment.numel() for moment in moments)
+
+
 @pytest.mark.parametrize("kind", ["model", "group"])
 def test_a_run_is_looked_at_judged_stopped_and_resumed_as_without(
     kind: str, tiny_teacher: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
