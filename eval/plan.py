@@ -8,8 +8,9 @@ which `fits` leaves room.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from diffdistill.core.weightless import Weightless
 from diffdistill.errors import UserError, first_line
 from diffdistill.eval.budget import PAST_WARM_UP, PassCounter, any_batch
 from diffdistill.families import attention_of
+from diffdistill.players.quantized import saved
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.training.assemble import NO_OBJECTS, Game, make_game
+from diffdistill.training.offload import Offload, Stored
 from diffdistill.training.recipe import Objects
 
 GIB = 2**30
@@ -42,7 +45,8 @@ class Player:
     optimizer: int = 0
     average: int = 0
     gradients: int = 0  #: in its own turn alone
-    activations: int = 0  #: the most that its turn holds beyond all weights, states and its gradients
+    #: the most that its turn holds beyond its gradients and all that is on the device between turns
+    activations: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,14 @@ class Plan:
 
     players: tuple[Player, ...]
     turn: str  #: the player in whose turn memory is highest
-    kept: int  #: bytes between turns
+    kept: int  #: bytes between turns, on the device
     peak: int  #: bytes in that turn
     passes: float  #: network passes of a step, each counted once for a batch
     passes_with_backward: float  #: the same with a pass back as 1 more through the input, 2 with the weights
     flops: float  #: of a step: two for a multiplication and an addition
     steps: int
     batch_size: int
+    host: int = 0  #: bytes that lie in host memory while they are not used
 
     @property
     def samples(self) -> int:
@@ -87,6 +92,7 @@ def plan_of(game: Game) -> Plan:
     empty = Weightless()
     empty.bare(named.values())
     owned = trainable(method.players)
+    offload = Offload(config.offload, named.values(), torch.device("cpu"), partial(Counted, empty))
     first = 0 if method.whole else PAST_WARM_UP
     happened: Counter[str] = Counter()
     counts: dict[str, list[tuple[float, ...]]] = defaultdict(list)
@@ -105,10 +111,11 @@ def plan_of(game: Game) -> Plan:
                 if len(known) == _OCCURRENCES or (len(known) > 1 and len(set(known)) == 1):
                     continue
                 only_trains(turn.player, owned)
+                offload.release()
                 before, count.forward, count.backward = empty.restart(), 0.0, 0.0
                 parts = any_batch(method, teacher, config.batch_size, step).parts(config.accumulate)
                 for part in parts[:2]:  # of a second one the gradients are there already
-                    with half:
+                    with half, offload.graph():
                         loss = turn.loss(part).loss
                     loss.backward()
                     del loss
@@ -121,11 +128,47 @@ def plan_of(game: Game) -> Plan:
     costs = torch.zeros(3, dtype=torch.float64)
     for name, times in happened.items():
         costs += times / _STEPS * torch.tensor(counts[name], dtype=torch.float64).mean(0)
+    for name in most:
+        most[name] = max(most[name], _of_a_step(owned[name], offload, config))
     players = _players(named, owned, most, method.exported, config)
-    kept = sum(p.weights + p.optimizer + p.average for p in players)
+    if config.teacher_bits:
+        less = saved(teacher.denoiser.network, config.teacher_bits)
+        players = (replace(players[0], weights=players[0].weights - less), *players[1:])
+    host = offload.nbytes + (sum(p.optimizer + p.average for p in players) if config.offload != "none" else 0)
+    kept = sum(p.weights + p.optimizer + p.average for p in players) - host
     turn_of = max(most, key=most.__getitem__)
     flops, passes, whole = costs.tolist()
-    return Plan(players, turn_of, kept, kept + most[turn_of], passes, whole, flops, config.steps, config.batch_size)
+    peak = kept + most[turn_of]
+    return Plan(players, turn_of, kept, peak, passes, whole, flops, config.steps, config.batch_size, host)
+
+
+class Counted(Stored):
+    """What takes memory of a device where it is said to be there, and is not moved."""
+
+    def __init__(self, empty: Weightless, tensors: Iterable[Tensor], device: torch.device):
+        self.empty, self.tensors, self.here = empty, list(tensors), False
+
+    def fetch(self) -> None:
+        """It takes its memory."""
+        self.empty.take(self.nbytes)
+        self.here = True
+
+    def release(self) -> None:
+        """It takes none."""
+        self.empty.take(-self.nbytes)
+        self.here = False
+
+
+def _of_a_step(trained: Sequence[Tensor], offload: Offload, config: FitConfig) -> int:
+    """Bytes of an optimizer's step: all gradients, and a piece of what comes to the device for it."""
+    pieces = offload.groups(trained) if config.offload != "none" else []
+    coming = [sum(s.nbytes for s in offload.holding(p)) + int(_states(config) * _bytes(p)) for p in pieces]
+    return _bytes(trained) + max(coming, default=0)
+
+
+def _states(config: FitConfig) -> float:
+    """Bytes of moments for each byte of weights in float32."""
+    return 2 if config.optimizer == "adamw" else 0.5
 
 
 def _players(
@@ -135,7 +178,6 @@ def _players(
     exported: str,
     config: FitConfig,
 ) -> tuple[Player, ...]:
-    states = 2 if config.optimizer == "adamw" else 0.5  # to the trained weights in float32
     players, seen = list[Player](), set[int]()
     for name, module in named.items():
         trained = owned.get(name, [])
@@ -148,7 +190,7 @@ def _players(
                 sum(p.numel() for p in module.parameters()),
                 sum(p.numel() for p in trained),
                 weights,
-                optimizer=int(states * size),
+                optimizer=int(_states(config) * size),
                 average=size if config.ema and name == exported else 0,
                 gradients=size,
                 activations=max(0, most.get(name, 0) - size),
@@ -170,7 +212,7 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def switches(game: Game) -> list[dict[str, Any]]:
-    """Options that take less memory, each with those before it; the last, LoRA, trains other weights than was meant."""
+    """Options that take less memory, each with those before it; the last, LoRA, train other weights than was meant."""
     config = game.config
     rungs: list[dict[str, Any]] = []
     if not config.gradient_checkpointing:
@@ -179,11 +221,18 @@ def switches(game: Game) -> list[dict[str, Any]]:
         rungs.append({"mixed_precision": "bf16", "teacher_dtype": "bfloat16"})
     if config.accumulate < config.batch_size:
         rungs.append({"accumulate": config.batch_size})
+    kinds: list[dict[str, Any]] = [{"offload": kind} for kind in ("optimizer", "model", "group")]
+    moved = kinds[("none", "optimizer", "model", "group").index(config.offload) :]
+    whole: dict[str, Any] = {}
+    found = [whole := whole | rung for rung in rungs]
+    found += [whole | rung for rung in moved]
     if config.lora is None:
         roles = [role for role in ("student", "fake_score") if role in game.method.players]
-        rungs.append({"lora": ",".join(roles)})
-    whole: dict[str, Any] = {}
-    return [whole := whole | rung for rung in rungs]
+        whole = whole | {"lora": ",".join(roles)}
+        found += [whole]
+    if config.teacher_bits is None and config.offload == "none":  # networks of few bits stay where they are
+        found += [whole | {"teacher_bits": bits} for bits in (8, 4)]
+    return found + ([whole | rung for rung in moved[-1:]] if config.lora is None else [])
 
 
 def plans(

@@ -166,7 +166,7 @@ class CTM(FollowingMethod[Span]):
             if name in terms:
                 ratio = gradient_ratio(followed.loss, terms[name], self.student) if c.adaptive else loss.new_ones(())
                 loss = loss + weight * ratio.clamp(least, most) * terms[name]
-        self.x = self.x.detach()
+        del self.x  # and with it the graph
         return Outcome(loss, terms)
 
     def more_turns(self, step: int) -> Sequence[Turn]:

@@ -28,6 +28,7 @@ from diffdistill.options import coerce, nearest
 from diffdistill.pipelines.hub import upload
 from diffdistill.pipelines.merged import loras_of, merged_name, merged_teacher
 from diffdistill.pipelines.record import imitated_guidance
+from diffdistill.players.quantized import bitsandbytes, quantize
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Method
@@ -121,6 +122,10 @@ def distill_values(
         game = make_game(values, parts, deriving=resume is None and not whole)
         game.objects = objects
         _check_options(game, values, resumed=resume is not None)
+        if game.config.teacher_bits and divides():
+            raise UserError("teacher_bits: layers of few bits are not divided by FSDP; launch without it")
+        if game.config.teacher_bits:
+            bitsandbytes()  # which is missed now, and not later
         check_exportable(game, game.config)  # a student that cannot be saved is refused now
         check_judged(game, divides())
         _note_on_stages(game)
@@ -237,14 +242,16 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
     if note and main:
         print(note, file=sys.stderr)
     networks = nn.ModuleList([teacher.denoiser, *method.players.values(), *method.state.values()])
+    if config.teacher_bits:
+        quantize(teacher.denoiser.network, config.teacher_bits, getattr(torch, config.teacher_dtype))
     if divides():  # before they are moved, for which a whole network may be too large
         shard([*networks, *([teacher.start] if teacher.start else [])], accelerator.device, block_names())
-    teacher.denoiser.to(accelerator.device)
     with attention_of(networks, config.attention):
         shown = data if game.family is None and teacher.num_classes is None else game.encoded
         grids = grid_writer(out, method.sampler, teacher, shown, saving=main)
-        trainer = Trainer(method, draw, config, out, accelerator, grids)
-        if not divides():  # which leaves nothing mapped to the files
+        starts = [teacher.start] if teacher.start else []
+        trainer = Trainer(method, draw, config, out, accelerator, grids, [teacher.denoiser, *starts])
+        if not divides() and not config.teacher_bits:  # which leave nothing mapped to the files
             trainer.before_save = teacher_check(teacher, inputs["fingerprints"]["teacher's weights"])
         first = method.sampler()  # a resumed stage takes other levels, and looks compare with the beginning
         if resumed:
@@ -260,7 +267,8 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
             trainer.judge = JudgedInTraining(game, out, accelerator)
         trainer.fit()
         if main:
-            _export(game, trainer)
+            with trainer.offload.on_host():
+                _export(game, trainer)
     accelerator.wait_for_everyone()  # the student is there, in all processes
     accelerator.end_training()
     return main
@@ -283,7 +291,8 @@ def _diagnose(game: Game, trainer: Trainer, look: Look, main: bool) -> None:
 def _export(game: Game, trainer: Trainer) -> None:
     """Save the student as it stands, or as it was at its best judging."""
     config, out, step = game.config, trainer.out, trainer.step
-    if trainer.divided:  # of which this process has a share: the checkpoint has the whole
+    # Of divided players this process has a share, and a base of few bits takes no LoRA: a run from its files has both.
+    if trainer.divided or config.teacher_bits:
         whole, _ = load_run(out, step, game.objects)
         with full_disk_said(out):
             export_student(whole, out / "student", step, saving=config)

@@ -37,6 +37,7 @@ class FitOptions(MachineOptions, total=False):
     lr_schedule: Literal["constant", "cosine"]
     mixed_precision: Literal["no", "bf16"]
     optimizer: Literal["adamw", "adamw8bit"]
+    offload: Literal["none", "optimizer", "model", "group"]
     log_every: int
     sample_every: int
     checkpoint_every: int
@@ -74,6 +75,7 @@ class TrainOptions(SavingOptions, FitOptions, AttentionOptions, total=False):
     resolution: int | None
     frames: int | None
     teacher_dtype: Literal["float32", "bfloat16"]
+    teacher_bits: Literal[4, 8] | None
     lora: str | None
     lora_rank: int
     lora_alpha: float | None

@@ -63,7 +63,7 @@ def run(values: dict[str, Any]) -> int:
     print(f"\n{game.recipe.name} of {game.config.teacher}, batches of {made.batch_size}\n")
     _print_players(made)
     print(
-        f"\nkept between turns {_gib(made.kept)}; the most {_gib(made.peak)}, in the turn of {made.turn}\n"
+        f"\nkept between turns {_gib(made.kept)}{_host(made)}; the most {_gib(made.peak)}, in the turn of {made.turn}\n"
         f"a step: {made.passes:.3g} network passes ({made.passes_with_backward:.3g} with those back), "
         f"{made.flops / 1e12:.3g} TFLOP\n{made.steps} steps: {made.samples} samples, "
         f"{made.steps * made.flops / 1e15:.3g} PFLOP{_hours(made, rate)}\n",
@@ -77,6 +77,10 @@ def run(values: dict[str, Any]) -> int:
         rungs = [{"options": more, **each.values()} for more, each in found]
         write_json({"method": game.recipe.name, "teacher": game.config.teacher, "plans": rungs}, rate.json)
     return 0
+
+
+def _host(made: Plan) -> str:
+    return f", in host memory {_gib(made.host)}" if made.host else ""
 
 
 def _hours(made: Plan, rate: RateConfig) -> str:

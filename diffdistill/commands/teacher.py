@@ -149,7 +149,7 @@ def _train(config: TeacherConfig, resumed: bool, allow_change: bool) -> Path:
         text.prepare(out / "vae", accelerator, allow_change, trainer.began)
     trainer.fit()
     if accelerator.is_main_process:
-        with trainer.evaluating():
+        with trainer.evaluating(), trainer.offload.on_host():
             scheduler = teacher_scheduler(config.parameterization)
             recipe = public_options({**dataclasses.asdict(config), "data_fingerprint": data.fingerprint})
             record = TeacherRecord(None if text else data.num_classes, recipe, environment())

@@ -148,7 +148,9 @@ class TextTeacher:
         `allow_change` is `resume`'s, and `began` from where `max_hours` count.
         """
         c, vae, data = self.config, self.pipeline.vae, self.data
-        fit = dataclasses.replace(c, steps=c.vae_steps, batch_size=c.vae_batch_size, ema=0.99, sample_every=0)
+        fit = dataclasses.replace(
+            c, steps=c.vae_steps, batch_size=c.vae_batch_size, ema=0.99, sample_every=0, offload="none"
+        )
         draw = batches(fit, dataclasses.replace(self.teacher, shape=data.shape), data, accelerator)
         out.mkdir(exist_ok=True)
         trainer = Trainer(Autoencoding(vae.train()), draw, fit, out, accelerator)

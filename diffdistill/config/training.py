@@ -38,6 +38,12 @@ class FitConfig(MachineConfig):
     optimizer: Literal["adamw", "adamw8bit"] = option(
         "adamw", "adamw: torch's fused AdamW; adamw8bit: moments in 8 bits, by the package bitsandbytes"
     )
+    offload: Literal["none", "optimizer", "model", "group"] = option(
+        "none",
+        "what lies in host memory while it is not used, for less memory of the device and more time, to the same bits; "
+        "optimizer: moments and averages; model: networks too, of which one is on the device at a time; group: a block "
+        "of one",
+    )
     log_every: int = option(20, "steps between two lines of metrics.jsonl", at_least=1)
     sample_every: int = option(200, "steps between two sample grids; 0: none", at_least=0)
     checkpoint_every: int = option(500, "steps between two checkpoints; 0: only at the end", at_least=0)
@@ -150,6 +156,11 @@ class TrainConfig(SavingConfig, InTrainingConfig, FitConfig, AttentionConfig):
     frames: int | None = option(None, "frames of a video; default: the teacher's own", at_least=1)
     teacher_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "type of the teacher's weights; weights that are trained are float32"
+    )
+    teacher_bits: Literal[4, 8] | None = option(
+        None,
+        "bits in which the teacher's linear layers are stored, under LoRA players too, by the package bitsandbytes; "
+        "default: as teacher_dtype says",
     )
     lora: str | None = option(
         None,

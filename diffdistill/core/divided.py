@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PIECE = 2**26
+"""Bytes of the weights whose moments or averages are on the device together, where these are in host memory."""
+
 
 def is_divided(tensor: Any) -> bool:
     """Whether each process holds a share of the tensor."""
@@ -46,9 +49,24 @@ def in_kinds(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return list(kinds.values())
 
 
+def in_pieces(tensors: Iterable[Tensor]) -> list[list[Any]]:
+    """The tensors in their order, in lists of at most PIECE bytes or of one tensor."""
+    pieces, room = list[list[Any]](), -1
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if size > room:
+            pieces.append([])
+            room = PIECE
+        pieces[-1].append(tensor)
+        room -= size
+    return pieces
+
+
 def approach(tensors: Iterable[Tensor], ends: Iterable[Tensor], share: float) -> None:
     """Each tensor goes that share of the way to its end, in place; both are divided alike."""
-    torch._foreach_lerp_(list(map(own_part, tensors)), list(map(own_part, ends)), share)
+    moving, ends = list(map(own_part, tensors)), iter(map(own_part, ends))
+    for piece in in_pieces(moving):  # of what is in host memory, a piece is on the device at a time
+        torch._foreach_lerp_(piece, [next(ends) for _ in piece], share)
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:

@@ -73,6 +73,11 @@ class Weightless(TorchDispatchMode):
         self.most, self.flops = self.held, 0
         return self.held
 
+    def take(self, size: int) -> None:
+        """So many bytes more are held, besides tensors that are made in the block; or fewer."""
+        self.held += size
+        self.most = max(self.most, self.held)
+
     def bare(self, modules: Iterable[nn.Module]) -> None:
         """The parameters and buffers of the modules have no values from here on; what they share stays shared."""
         for part in itertools.chain.from_iterable(module.modules() for module in modules):
@@ -124,8 +129,7 @@ class Weightless(TorchDispatchMode):
         if key in self._bytes:
             return
         self._bytes[key] = storage.nbytes()
-        self.held += storage.nbytes()
-        self.most = max(self.most, self.held)
+        self.take(storage.nbytes())
         weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:

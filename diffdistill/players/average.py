@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,18 @@ class MovingAverage:
         approach(self.averages, (p.detach() for p in self.parameters.values()), 1 - decay)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The module carries the average inside the block and its own parameters after it."""
-        self._swap()
+    def applied(self, there: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+        """The module carries the average inside the block and its own parameters after it.
+
+        They change places inside `there()`, where both can be read.
+        """
+        with there():
+            self._swap()
         try:
             yield
         finally:
-            self._swap()
+            with there():
+                self._swap()
 
     @torch.no_grad()
     def _swap(self) -> None:

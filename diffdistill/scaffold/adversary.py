@@ -94,8 +94,14 @@ class LatentAdversary:
         return hinge_discriminator_loss(real, fake) if hinge else gan_discriminator_loss(real, fake)
 
     def turn(self, batch: Batch, x: Tensor | None = None) -> Outcome:
-        """The heads' move, on samples x (B, ...) that have no gradient, or those of the student's turn."""
-        gan = self.critic_loss(self.samples[batch.first] if x is None else x, batch)
+        """The heads' move, on samples x (B, ...) that have no gradient, or those of the student's turn.
+
+        These are not kept any longer.
+        """
+        own = self.samples.pop(batch.first, None)
+        x = own if x is None else x
+        assert x is not None, "the student's turn comes first"
+        gan = self.critic_loss(x, batch)
         return Outcome(gan, {"gan": gan})
 
 

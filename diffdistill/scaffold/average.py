@@ -158,5 +158,6 @@ class OnPolicy:
             return torch.randn(n, generator=draw, device=draw.device, dtype=torch.float64).sigmoid()
 
         t = self.fake_score.schedule.at_fraction(batch.draw("fake_score/t", fractions))
-        loss = fake_score_loss(self.fake_score, self.drawn[batch.first], t, batch.randn("fake_score/eps"), batch.cond)
+        x = self.drawn.pop(batch.first)
+        loss = fake_score_loss(self.fake_score, x, t, batch.randn("fake_score/eps"), batch.cond)
         return Outcome(loss, {"denoising": loss})

@@ -104,6 +104,7 @@ def make_game(
     if encoded is not None:  # which may say what the options do not
         config = dataclasses.replace(config, negative_prompt=encoded.settings.get("negative_prompt"))
     check_lora(teacher, method, recipe.name)
+    check_bits(config, method_config)
     if config.gradient_checkpointing:
         parts = [part for player in method.players.values() for part in player.modules()]
         for network in {part.network for part in parts if isinstance(part, Denoiser)}:
@@ -167,7 +168,7 @@ def _with_a_prompt(teacher: Teacher, folder: Path, family: Family) -> Teacher:
 def _own_teacher(config: TrainConfig, teacher: Teacher) -> Teacher:
     """A teacher that Python gave, with the settings of its LoRA players; UserError for options of teachers by name."""
     defaults = TrainConfig()
-    for name in ("prompts", "resolution", "frames", "null_class", "teacher_dtype", "negative_prompt"):
+    for name in ("prompts", "resolution", "frames", "null_class", "teacher_dtype", "teacher_bits", "negative_prompt"):
         if getattr(config, name) != getattr(defaults, name):
             raise UserError(
                 f"{name}: it is for a teacher that is given by name; leave it out with a teacher as an object"
@@ -196,6 +197,20 @@ def check_lora(teacher: Teacher, method: Method, name: str) -> None:
             raise UserError(
                 f"lora: {name} has no player {role!r} that can be LoRA; its players are {', '.join(players)}"
             )
+
+
+def check_bits(config: TrainConfig, own: Any) -> None:
+    """UserError for what does not go with layers of few bits."""
+    if config.teacher_bits is None:
+        return
+    if config.offload in ("model", "group"):
+        raise UserError(f"offload: {config.offload} does not move the layers of teacher_bits; use optimizer or none")
+    if config.judge_every:
+        raise UserError("judge_every: a training with teacher_bits is judged after it; export and eval its checkpoints")
+    if getattr(own, "derivative", "central") not in ("central", "backward"):
+        raise UserError(
+            f"derivative: {own.derivative} asks for one that layers of teacher_bits do not have; use central"
+        )
 
 
 def _encoded(config: TrainConfig) -> Encoded:

@@ -83,6 +83,8 @@ def step_sizes(trainer: Trainer) -> dict[str, float]:
     sizes = {}
     for player, parameters in trainer.parameters.items():
         count = sum(p.numel() for p in parameters)
-        rms = float(total_norm(parameters)) / max(count, 1) ** 0.5
+        with trainer.offload.on_host():
+            norm = float(total_norm(parameters))
+        rms = norm / max(count, 1) ** 0.5
         sizes[f"{player}/step_size"] = trainer.learning_rate(player) / max(rms, 1e-12)
     return sizes

@@ -31,6 +31,7 @@ MAY_CHANGE = {
     "device",
     "threads",
     "accumulate",
+    "offload",
     "log_every",
     "sample_every",
     "checkpoint_every",

@@ -30,7 +30,7 @@ def judged(trainer: Trainer, writer: MetricsFile | None) -> bool:
     if judge is None or (step % judge.every and step != trainer.config.steps):
         return False
     trainer.check_parameters()
-    with trainer.evaluating():
+    with trainer.evaluating(), trainer.offload.on_host():
         values, value = judge(step)
     better = False
     if value is not None and step > 0 and math.isfinite(value):

@@ -29,14 +29,14 @@ def shard(modules: Iterable[nn.Module], device: torch.device, blocks: frozenset[
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in [part for module in modules for part in module.modules()]:
         if isinstance(part, Denoiser):
-            network = _network(part)
+            network = network_of(part)
             layer = None if part.feature_layer is None else network.get_submodule(part.feature_layer)
             _shard(network, _blocks(network, layer, blocks), mesh)
         elif isinstance(part, DiscriminatorHead):
             _shard(part, [], mesh)
 
 
-def _network(denoiser: Denoiser) -> nn.Module:
+def network_of(denoiser: Denoiser) -> nn.Module:
     """Its network; of a LoRA player's or one with adapters that which it shares with others."""
     network: nn.Module = getattr(denoiser.network, "base", denoiser.network)
     return network
@@ -80,7 +80,7 @@ def divided_networks(modules: Iterable[nn.Module]) -> list[FSDPModule]:
     """The outermost divided modules in the modules, and of LoRA players their bases."""
     found: dict[int, FSDPModule] = {}
     for part in (part for module in modules for part in module.modules()):
-        root = _network(part) if isinstance(part, Denoiser) else part
+        root = network_of(part) if isinstance(part, Denoiser) else part
         if isinstance(part, Denoiser | DiscriminatorHead) and isinstance(root, FSDPModule):
             found[id(root)] = root
     return list(found.values())

@@ -35,6 +35,7 @@ from diffdistill.errors import UserError
 from diffdistill.eval.report import markdown_table, write_json, write_text
 from diffdistill.families import FAMILIES, load_teacher
 from diffdistill.files import atomic_write
+from diffdistill.players.quantized import quantize
 from diffdistill.training.assemble import data_for, make_game
 from diffdistill.training.trainer import Trainer, accelerator_for
 
@@ -157,18 +158,22 @@ def measure(folder: Path, kind: str, dtype: str, steps: int, device: str) -> dic
 
 
 def measured(options: dict[str, Any], folder: Path, steps: int, device: str) -> dict[str, Any]:
-    """Weights, peak and time a step of a few steps in this process; on a GPU without the memory, no peak."""
+    """Weights, peak and time a step of a few steps in this process; on a GPU without the memory, no peak.
+
+    On a CPU what is offloaded is not counted, though it lies in the same memory.
+    """
     on_gpu = use_machine(device).type == "cuda"
     load_teacher("digits")  # what is imported late
     before = 0.0 if on_gpu else resident_mb()
     game = make_game(options)
     accelerator = accelerator_for(game.config, folder)
-    game.teacher.denoiser.to(accelerator.device)
+    if game.config.teacher_bits:
+        quantize(game.teacher.denoiser.network, game.config.teacher_bits, torch.float32)
     draw = batches(game.config, game.teacher, data_for(game), accelerator)
     parts = [game.teacher.denoiser, *game.method.players.values()]
     row: dict[str, Any] = {}
     try:
-        trainer = Trainer(game.method, draw, game.config, folder, accelerator)
+        trainer = Trainer(game.method, draw, game.config, folder, accelerator, beside=parts[:1])
         row |= {"weights MB": stored_mb(parts), "trained MB": stored_mb(parts, trained=True)}
         started = time.perf_counter()
         for _ in range(steps):
@@ -178,7 +183,8 @@ def measured(options: dict[str, Any], folder: Path, steps: int, device: str) -> 
     except torch.cuda.OutOfMemoryError:
         return row | {"peak MB": None, "seconds a step": None}
     taken = (time.perf_counter() - started) / steps
-    return row | {"peak MB": peak_memory_mb() - before, "seconds a step": taken}
+    host = 0.0 if on_gpu else trainer.offload.nbytes / 2**20
+    return row | {"peak MB": peak_memory_mb() - before - host, "seconds a step": taken}
 
 
 def compare(network: str, resolution: int, dtype: str, steps: int, device: str) -> list[dict[str, Any]]:

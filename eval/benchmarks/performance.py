@@ -58,6 +58,14 @@ BENCHMARKS = (
         "The same with SDXL's shape and random weights, on a GPU.", gpu=True,
     ),
     Benchmark(
+        "switches", "Switches that take less memory", ("diffdistill.eval.benchmarks.switches",),
+        "DMD2 on the same UNet (81M parameters, random weights, 16x16 latents, batch 2, float32, AdamW, student and "
+        "fake score moving in every step), one thread, each row in a process of its own, as ratios to the row without. "
+        "The peak is what a process held resident beyond what one of the embedded digits does, and beyond what is "
+        "offloaded: on a CPU that lies in the same memory and is copied within it, and layers of few bits have no fast "
+        "kernels, so that times are not those of a GPU. plan is what `diffdistill plan` says.", cpu=True,
+    ),
+    Benchmark(
         "overhead", "What the trainer costs", ("diffdistill.eval.benchmarks.overhead",),
         "A cycle of training over its bare network passes, backward passes, optimizer and average, one thread, "
         "interleaved in one run; the middle half of the pairs beside it.", cpu=True,

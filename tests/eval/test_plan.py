@@ -64,6 +64,24 @@ def test_lora_players_count_their_base_once(tiny: dict[str, Any]) -> None:
     assert fake.trained == student.trained
 
 
+def test_what_is_offloaded_is_in_host_memory(tiny: dict[str, Any]) -> None:
+    """Networks are one size here, and there is room for whole ones in a piece of moments."""
+    plan, *others = (plan_of(make_game(tiny | {"offload": kind}, weights=False))
+                     for kind in ("none", "optimizer", "model", "group"))  # fmt: skip
+    size = plan.players[0].weights
+    moments, model, group = others
+    student = plan.players[1].activations
+    assert (plan.host, plan.kept) == (0, 8 * size)
+    assert (moments.host, moments.kept) == (5 * size, 3 * size)
+    assert moments.peak == 3 * size + max(size + student, 3 * size)
+    assert (model.host, model.kept) == (8 * size, 0)
+    assert model.peak == max(2 * size + student, 4 * size)  # a pass, and the step
+    assert group.kept < 0.01 * size and group.peak <= model.peak and group.host + group.kept == 8 * size
+    large = tiny | {"batch_size": 256}
+    peaks = [plan_of(make_game(large | {"offload": kind}, weights=False)).peak for kind in ("none", "model", "group")]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["scm", "ladd"])
 def test_a_methods_own_turns_are_counted(name: str, tiny: dict[str, Any]) -> None:

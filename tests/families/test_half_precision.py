@@ -119,6 +119,19 @@ def test_an_export_may_be_of_another_type(half: Callable[..., Path], tmp_path: P
     assert "torch_dtype" not in (wide / "README.md").read_text()
 
 
+def test_a_merged_student_in_shards_is_of_the_teachers_type(half: Callable[..., Path], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(WORDS))
+    student = distill(
+        method="dmd2", teacher=str(half("stable_diffusion", torch.bfloat16)), prompts=str(prompts), steps=1,
+        batch_size=2, update_ratio=1, sample_every=0, device="cpu", lora="student,fake_score", lora_rank=2,
+        max_shard_size="100KB", out=str(tmp_path / "run"),
+    ).student  # fmt: skip
+    shards = list((student / "unet").glob("diffusion_pytorch_model-*-of-*.safetensors"))
+    assert len(shards) > 1 and max(path.stat().st_size for path in shards[:-1]) < 200_000
+    assert {value.dtype for path in shards for value in load_file(path).values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_the_commands_of_the_readme_on_a_half_folder(
     dtype: torch.dtype, half: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,8 +26,8 @@ MUTANTS = {
         ("heads: times have another stream", 'batch.draw(f"{stream} t"', 'batch.draw("student/t"'),
         (
             "heads: images are judged twice",
-            "self.samples[batch.first] if x is None else x",
-            "batch.images",
+            "x = own if x is None else x",
+            "x = batch.images",
         ),
         ("heads: noise has another stream", 'batch.randn(f"{stream} eps")', 'batch.randn("z")'),
         (

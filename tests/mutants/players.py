@@ -4,6 +4,18 @@ _I, _T, _L = "tests/players/test_lora_inputs.py", "tests/players/test_two_times.
 _O = "tests/pipelines/test_own_levels.py"
 
 MUTANTS = {
+    "diffdistill/players/quantized.py | tests/players/test_quantized.py": [
+        ("8 bits are 4", "if bits == 8:", "if bits == 4:"),
+        ("all layers are packed as if for the CPU alone", "            made.support_avx512bf16_for_cpu = False\n", ""),
+        ("a plan forgets the scales", "size = bits / 8 + _STATISTICS[bits]", "size = bits / 4"),
+    ],
+    "diffdistill/commands/distill.py | tests/players/test_quantized.py": [
+        (
+            "the student is merged into what it was trained on",
+            "trainer.divided or config.teacher_bits:",
+            "trainer.divided:",
+        ),
+    ],
     f"diffdistill/players/two_times.py | {_I}": [
         (
             "lora: the time is not folded",

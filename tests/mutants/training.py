@@ -1,6 +1,7 @@
 """Mistakes in the training loop and in what a step gets."""
 
 _T = "tests/training/test_wiring_trainer.py"
+_O = "tests/training/test_offload.py"
 
 MUTANTS = {
     "diffdistill/training/trainer.py | tests/training/test_accumulate.py": [
@@ -19,17 +20,45 @@ MUTANTS = {
         ("the best goes with the old ones", "best = None if self.best is None else self.best[0]", "best = None"),
         ("the best is not resumed", "self.best = None if best is None else (best[0], best[1])", "self.best = None"),
     ],
+    f"diffdistill/training/optimizers.py | {_T}": [
+        ("betas are ignored", '"betas": settings.betas, ', ""),
+        ("weight decay is ignored", ', "weight_decay": settings.weight_decay}', "}"),
+    ],
+    f"diffdistill/training/trainer.py | {_O}": [
+        ("networks beside the method's stay", "[*beside, *method.players.values(),", "[*method.players.values(),"),
+        ("moments of a resumed run are not stored", "self.offload.loaded(name, self.optimizers[name])", "pass"),
+        ("the average stays", "self.offload.hold_average(self.average.averages)", "pass"),
+    ],
+    "diffdistill/training/trainer.py | tests/training/test_held.py": [
+        ("gradients stay", "optimizer.zero_grad(set_to_none=True)\n        return {**logs",
+         "optimizer.zero_grad(set_to_none=False)\n        return {**logs"),
+        ("graphs stay", "{name: value.detach() / n for", "{name: value / n for"),
+    ],
+    f"diffdistill/training/offload.py | {_O}": [
+        ("nothing goes", "            if stored.here and stored not in but:", "            if False:"),
+        ("what has changed is lost", "if tensor._version != version:", "if False:"),
+        ("what a fused step changes is lost",
+         "increment_version(t for p in group[\"params\"] for t in (p, *_moments(optimizer.state[p])))", "pass"),
+        ("what an operator changes is lost",
+         "increment_version(leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor))", "pass"),
+        ("weights do not come for the way back",
+         "            self.use([stored])\n        return tensor", "            pass\n        return tensor"),
+        ("blocks are whole networks", '_units(root) if kind == "group" else', "_units(root) if False else"),
+        ("moments stay after a step", "                    pieces[k].release()\n", "                    pass\n"),
+        ("averages stay", "        for stored in self.averages:\n            if stored.here:",
+         "        for stored in self.averages:\n            if False:"),
+        ("moments of a restart are the old ones", "        self.states.pop(player, None)\n", "        pass\n"),
+        ("a list is in one piece", "                yield list(child.modules())\n            elif",
+         "                yield list(module.modules())\n            elif"),
+    ],
     f"diffdistill/training/trainer.py | {_T}": [
         ("another player is averaged",
          "self.averaged = method.exported if", "self.averaged = list(method.players)[-1] if"),
         ("always an average", "method.exported if config.ema else None", "method.exported"),
-        ("the average's decay", "MovingAverage(method.players[self.averaged], config.ema)",
-         "MovingAverage(method.players[self.averaged], 0.5)"),
+        ("the average's decay", "MovingAverage(self.method.players[self.averaged], self.config.ema)",
+         "MovingAverage(self.method.players[self.averaged], 0.5)"),
         ("all players have one rate",
          "self.method.optimizer(name) for name", "self.method.optimizer(self.method.exported) for name"),
-        ("betas are ignored", "            betas=settings.betas,\n", ""),
-        ("weight decay is ignored",
-         "            weight_decay=settings.weight_decay,\n            fused", "            fused"),
         ("nobody's gradient is held back", "only_trains(turn.player, self.parameters)", "pass"),
         ("no restart", "if turn.restart:", "if False:"),
         ("a restart in every turn", "if turn.restart:", "if True:"),
@@ -54,7 +83,8 @@ MUTANTS = {
         ("the rate is squared", "self.learning_rate(turn.player) * turn.lr_factor",
          "self.learning_rate(turn.player) * turn.lr_factor ** 2"),
         ("gradients are summed over steps", "optimizer.zero_grad(set_to_none=True)", "pass"),
-        ("two steps", "        optimizer.step()\n", "        optimizer.step()\n        optimizer.step()\n"),
+        ("two steps", "        self.offload.step(turn.player, optimizer)\n",
+         "        self.offload.step(turn.player, optimizer)\n        self.offload.step(turn.player, optimizer)\n"),
         ("no warm-up", "if c.warmup_steps else 1.0", "if False else 1.0"),
         ("the warm-up begins at zero", "(self.step + 1) / c.warmup_steps", "self.step / c.warmup_steps"),
         ("no cosine", 'c.lr_schedule == "cosine"', "False"),
@@ -123,7 +153,8 @@ MUTANTS = {
         ("no warm-up", "min(self.decay, (1 + step) / (10 + step))", "self.decay"),
         ("a slower warm-up", "(1 + step) / (10 + step)", "(1 + step) / (20 + step)"),
         ("the decay is the other's", "self.parameters.values()), 1 - decay)", "self.parameters.values()), decay)"),
-        ("it is not taken out", "        finally:\n            self._swap()", "        finally:\n            pass"),
+        ("it is not taken out", "        finally:\n            with there():\n                self._swap()",
+         "        finally:\n            pass"),
         ("it is loaded where it is not used", "average.copy_(divided", "average.clone().copy_(divided"),
     ],
     f"diffdistill/data/batches.py | {_T}": [
