@@ -15,8 +15,9 @@ divide the way down from `student_level`, the noisiest unless given.
 Deviations: the normaliser is clamped at 1e-5 where the authors replace nan by 0. The discriminator reads the middle
 block (on EDM networks theirs stops at the encoder's end), and real and generated images share its times, and the
 classes of the real ones. Times are continuous fractions of EDM's grid, where theirs are its 1000 points. "sdxl-4step"
-holds the authors' settings for SDXL, which nobody has run here. With `normalise: false` the gradient is the exact one
-of the KL divergence, which `verify` compares with its closed form.
+holds the authors' settings for SDXL, which nobody has run here. `discriminator_depths`, heads on several layers with
+the mean of their losses, is FastGen's. With `normalise: false` the gradient is the exact one of the KL divergence,
+which `verify` compares with its closed form.
 
 `fake_scores: per_level` is ours. The authors' one fake score learns the samples of all levels together, so that their
 mixture is matched: a level that is right by itself is pushed away, to make up for the others (`verify` shows it on

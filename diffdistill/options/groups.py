@@ -218,6 +218,22 @@ class AdversarialOptions(Options):
 
     gan_weight: float = option(0.0, "weight of the GAN loss in the student's loss; above 0 needs data", at_least=0)
     discriminator_weight: float = option(0.01, "weight of the GAN loss in the fake score's loss", at_least=0)
+    discriminator_depths: tuple[float, ...] | None = option(
+        None,
+        "the fake score's layers that have a head each, as fractions of its depth, say 0.5,0.75,0.99; the loss is the "
+        "mean over the heads; none: one head, on the bottleneck",
+        at_least=0,
+        below=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.discriminator_depths is not None and self.gan_weight == 0:
+            raise UserError(
+                "discriminator_depths: there is no discriminator without a gan_weight; give one, or leave it out"
+            )
+        if self.discriminator_depths == ():
+            raise UserError("discriminator_depths: nothing is given; give fractions of the depth, as 0.5,0.75,0.99")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,25 @@ from diffdistill.scaffold.method import Batch, Outcome
 
 
 class Adversary:
-    """Images are noised to times that are uniform in the teacher's own; real ones have the classes of the batch."""
+    """Images are noised to times that are uniform in the teacher's own; real ones have the classes of the batch.
 
-    def __init__(self, fake_score: Denoiser, teacher: Teacher):
+    With `depths` there is a head on each of the layers there, and the loss is the mean over them, as LADD's.
+    """
+
+    def __init__(self, fake_score: Denoiser, teacher: Teacher, depths: Sequence[float] | None = None):
         self.fake_score = fake_score
-        self.head = _head(fake_score, teacher)
+        self.layers = None if depths is None else (teacher.start or teacher.denoiser).layers_at(depths)
+        self.head: Any = _head(fake_score, teacher, self.layers)
 
     def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
-        """(B,) the discriminator's logits of x (B, ...) noised to the angles t (B,) with eps (B, ...)."""
-        return self.head(self.fake_score.features(diffuse(x, t, eps), t, cond))
+        """(B,) the discriminator's logits of x (B, ...) noised to the angles t (B,) with eps (B, ...).
+
+        (heads, B) of several layers.
+        """
+        if self.layers is None:
+            return self.head(self.fake_score.features(diffuse(x, t, eps), t, cond))
+        x_t = diffuse(x, t, eps)
+        return _of_each(self.head, self.fake_score.features_of(self.layers, x_t, t, cond))
 
     def _times(self, player: str, batch: Batch) -> Tensor:
         return batch.draw(f"{player}/gan t", lambda n, draw: native_uniform(self.fake_score.schedule, n, draw))
@@ -68,7 +79,7 @@ class LatentAdversary:
     def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
         """(heads, B) logits of x (B, ...) noised to the angles t (B,) with eps (B, ...)."""
         features = self.teacher.features_of(self.layers, diffuse(x, t, eps), t, cond)
-        return torch.stack([head(each) for head, each in zip(self.heads, features, strict=True)])
+        return _of_each(self.heads, features)
 
     def _noise(self, stream: str, batch: Batch) -> tuple[Tensor, Tensor]:
         """t (B,) and eps (B, ...)."""
@@ -105,10 +116,17 @@ class LatentAdversary:
         return Outcome(gan, {"gan": gan})
 
 
-def _head(fake_score: Denoiser, teacher: Teacher) -> nn.Module:
+def _of_each(heads: Iterable[nn.Module], features: Sequence[Tensor]) -> Tensor:
+    """(heads, B) the logits of each head, of its layer's features (B, C, H, W)."""
+    return torch.stack([head(each) for head, each in zip(heads, features, strict=True)])
+
+
+def _head(fake_score: Denoiser, teacher: Teacher, layers: Sequence[str] | None) -> nn.Module:
+    """The head on the bottleneck, or the list of those on the layers."""
     if fake_score.feature_layer is None:
         raise UserError("gan_weight: this teacher's network has no bottleneck for a discriminator; use 0")
-    return _heads(fake_score, teacher, [fake_score.feature_layer])[0].to(next(fake_score.parameters()))
+    heads = _heads(fake_score, teacher, [fake_score.feature_layer] if layers is None else layers)
+    return (heads[0] if layers is None else nn.ModuleList(heads)).to(next(fake_score.parameters()))
 
 
 @torch.no_grad()

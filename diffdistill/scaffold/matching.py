@@ -70,7 +70,9 @@ class MatchingMethod(Method):
         self.adversaries: list[Adversary] = []
         if isinstance(config, AdversarialOptions) and config.gan_weight > 0:
             self.needs = frozenset({Need.IMAGES})
-            self.adversaries = [Adversary(fake_score, teacher) for fake_score in self.fake_scores]
+            self.adversaries = [
+                Adversary(fake_score, teacher, config.discriminator_depths) for fake_score in self.fake_scores
+            ]
             self.gan_weight, self.discriminator_weight = config.gan_weight, config.discriminator_weight
         for k, fake_score in enumerate(self.fake_scores):
             player: nn.Module = fake_score

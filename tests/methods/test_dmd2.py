@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill import UserError, distill, load_teacher
+from diffdistill.commands.cli import main
 from diffdistill.core.losses import denoising_loss
 from diffdistill.core.prediction import diffuse
+from diffdistill.core.times import native_uniform
+from diffdistill.eval.plan import plan_of
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods.checks.dmd2 import verify
 from diffdistill.methods.dmd2 import DMD2, Config
+from diffdistill.players.lora import LoraSettings
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.scaffold import adversary, matching
 from diffdistill.scaffold.method import Batch
-from diffdistill.training.checkpoint import load_checkpoint
+from diffdistill.training.assemble import make_game
+from diffdistill.training.checkpoint import load_checkpoint, load_newest
 from tests.methods.short_runs import same_when_resumed, trains
 
 
@@ -127,6 +133,70 @@ def test_the_students_gan_gradient_leaves_the_critic_alone(tiny_teacher: Callabl
     method.student_turn({}, batch).shown["gan"].backward()
     assert all(p.grad is None for p in method.players["fake_score"].parameters())
     assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in method.student.parameters())
+
+
+LAYERS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_each_head_reads_its_own_layer_and_the_loss_is_their_mean(
+    lora: bool, tiny_teacher: Callable[[str], Path]
+) -> None:
+    teacher = load_teacher(tiny_teacher("vp"))
+    if lora:
+        teacher = replace(teacher, lora={"fake_score": LoraSettings(2, None, None)})
+    method = DMD2(teacher, Config(gan_weight=1.0, discriminator_depths=(0.0, 0.5, 0.8), update_ratio=1))
+    player: Any = method.players["fake_score"]
+    network = player["denoiser"].network
+    network = network.base if lora else network
+    chosen, read = [LAYERS[0], LAYERS[2], LAYERS[4]], {}
+    for layer in chosen:
+        network.get_submodule(layer).register_forward_hook(
+            lambda module, args, out, layer=layer: read.update({layer: (out[0] if isinstance(out, tuple) else out)})
+        )
+    data = torch.randn(4, 1, 8, 8)
+    batch = Batch(4, (1, 8, 8), {"class_labels": torch.arange(4)}, data, torch.device("cpu"), (0, 0, 0))
+
+    def logits(x: torch.Tensor, player_name: str, eps: str) -> torch.Tensor:
+        t = batch.draw(f"{player_name}/gan t", lambda n, draw: native_uniform(method.schedule, n, draw))
+        player["denoiser"](diffuse(x, t, batch.randn(eps)), t, batch.cond)
+        return torch.stack([head(read[layer]) for head, layer in zip(player["head"], chosen, strict=True)])
+
+    drawn: dict[int, torch.Tensor] = {}
+    turn = method.student_turn(drawn, batch)
+    x = drawn[batch.first]
+    expected = nn.functional.softplus(-logits(x, "student", "student/gan eps")).mean()
+    assert turn.shown["gan"].item() == pytest.approx(expected.item(), rel=1e-5)
+    gan = method.fake_score_turn(drawn, batch).shown["gan"]
+    real = logits(data, "fake_score", "fake_score/gan eps real")
+    fake = logits(x, "fake_score", "fake_score/gan eps fake")
+    assert len({round(float(row.mean()), 6) for row in fake}) == 3
+    expected = nn.functional.softplus(-real).mean() + nn.functional.softplus(fake).mean()
+    assert gan.item() == pytest.approx(expected.item(), rel=1e-5)
+    gan.backward()
+    assert all(p.grad is not None for p in player["head"].parameters())
+
+
+def test_a_training_with_heads_on_layers_resumes_to_the_same_bits_and_is_planned(
+    tiny_teacher: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared: dict[str, Any] = {
+        "teacher": str(tiny_teacher("vp")), "data": "digits", "batch_size": 4, "update_ratio": 1, "gan_weight": 0.1,
+        "discriminator_depths": "0.2,0.5,0.8", "sample_every": 0, "device": "cpu", "lr_schedule": "constant",
+    }  # fmt: skip
+    distill(**shared, steps=2, out=tmp_path / "parted")
+    distill(resume=tmp_path / "parted", steps=4)
+    distill(**shared, steps=4, out=tmp_path / "whole")
+    parted, whole = (load_newest(tmp_path / name / "checkpoints") for name in ("parted", "whole"))
+    assert parted is not None and whole is not None
+    heads = {name: value for name, value in whole[1]["fake_score"].items() if name.startswith("head.")}
+    assert {name.split(".")[1] for name in heads} == {"0", "1", "2"}
+    assert all(torch.equal(value, parted[1]["fake_score"][name]) for name, value in heads.items())
+    plain = {name: value for name, value in shared.items() if name != "discriminator_depths"}
+    fewer, more = (plan_of(make_game(values, weights=False)).players[2].trained for values in (plain, shared))
+    assert more > fewer
+    assert main(["train", "--discriminator-depths", "0.5", "--out", str(tmp_path / "no")]) == 2
+    assert "there is no discriminator without a gan_weight" in capsys.readouterr().err
 
 
 def test_gan_needs_data_and_matching_does_not(tiny_teacher: Callable[[str], Path], tmp_path: Path) -> None:

@@ -114,6 +114,19 @@ MUTANTS = {
     "diffdistill/scaffold/matching.py | tests/scaffold/test_games.py": [
         ("samples are always shared", "if self.shares_samples:\n            drawn", "if True:\n            drawn"),
     ],
+    "diffdistill/scaffold/adversary.py | tests/methods/test_dmd2.py": [
+        ("several layers: images are not noised", "x_t = diffuse(x, t, eps)", "x_t = x"),
+        ("several layers: one of them", "features_of(self.layers, x_t", "features_of(self.layers[:1] * 3, x_t"),
+        ("several layers: each head has another's", "zip(heads, features,", "zip(heads, features[::-1],"),
+        ("several layers: the deepest alone",
+         "return _of_each(self.head, self", "return _of_each(self.head[-1:], self"),
+        ("several layers: other labels",
+         "features_of(self.layers, x_t, t, cond))",
+         "features_of(self.layers, x_t, t, {k: v.flip(0) for k, v in cond.items()}))"),
+    ],
+    "diffdistill/scaffold/matching.py | tests/methods/test_dmd2.py": [
+        ("the depths are ignored", "teacher, config.discriminator_depths)", "teacher)"),
+    ],
     f"diffdistill/scaffold/adversary.py | {_M}": [
         ("images are not noised", "features(diffuse(x, t, eps), t, cond)", "features(x, t, cond)"),
         ("another time for the network",

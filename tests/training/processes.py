@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "one player": ("consistency", {}),
     "two players": ("sid", {}),
     "GAN": ("dmd2", {"gan_weight": 0.1, "update_ratio": 2}),
+    "GAN of layers": ("dmd2", {"gan_weight": 0.1, "update_ratio": 2, "discriminator_depths": (0.5,)}),
     "stages": ("progressive", {"start_steps": 4, "final_steps": 1, "stage_steps": 2}),
     "LoRA": ("dmd2", {"gan_weight": 0.0}),
     "JVP": ("scm", {"tangent_warmup": 2, "derivative": "exact"}),
