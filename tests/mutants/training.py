@@ -32,7 +32,12 @@ MUTANTS = {
     "diffdistill/training/trainer.py | tests/training/test_held.py": [
         ("gradients stay", "optimizer.zero_grad(set_to_none=True)\n        return {**logs",
          "optimizer.zero_grad(set_to_none=False)\n        return {**logs"),
-        ("graphs stay", "{name: value.detach() / n for", "{name: value / n for"),
+    ],
+    "diffdistill/scaffold/adversary.py | tests/training/test_held.py": [
+        ("samples stay", "self.samples.pop(batch.first, None)", "self.samples.get(batch.first)"),
+    ],
+    "diffdistill/scaffold/average.py | tests/training/test_held.py": [
+        ("samples stay", "self.drawn.pop(batch.first)", "self.drawn[batch.first]"),
     ],
     f"diffdistill/training/offload.py | {_O}": [
         ("nothing goes", "            if stored.here and stored not in but:", "            if False:"),
