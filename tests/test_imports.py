@@ -18,6 +18,7 @@ ONLY_IN = {
     "peft": {"players"},
     "accelerate": {"data", "training", "eval"},
     "datasets": {"data"},
+    "bitsandbytes": {"players", "training"},
 }
 HEAVY = {"torch", "diffusers", "numpy", "accelerate", "peft", "PIL", "transformers", "yaml"}
 LIGHT = ("", "commands.cli", "catalogue", "config", "options", "errors", "version")

@@ -21,6 +21,7 @@ from diffdistill.catalogue import describe_method, describe_recipe
 from diffdistill.commands.check_config import JvpCheckConfig, PlanConfig, VerifyConfig
 from diffdistill.config import (
     DERIVED,
+    EVERYTHING,
     BenchConfig,
     CompareConfig,
     DiversityConfig,
@@ -233,7 +234,7 @@ def _run(argv: list[str]) -> int:
     if parsed.resume is not None:
         values["resume"] = parsed.resume
     if parsed.allow_change:
-        values["allow_change"] = True
+        values["allow_change"] = EVERYTHING in parsed.allow_change or parsed.allow_change
     return call(values) or 0
 
 
@@ -275,9 +276,10 @@ def _parser(name: str, command: Command, classes: Sequence[type], usual: Mapping
     if command.resumes:
         add("--resume", metavar="RUN", help="continue the run in this folder from its last checkpoint")
         text = (
-            "with --resume: go on although the teacher, data, options or method are not those that the run began with"
+            "with --resume: go on although what has this name in the line that refuses it (an option, teacher-weights, "
+            "data, method, ..) is another than when the run began; may be repeated; without a name: whatever it is"
         )
-        add("--allow-change", action="store_true", help=text)
+        add("--allow-change", action="append", nargs="?", const=EVERYTHING, metavar="NAME", help=text)
     if command.distills:
         text = "the method's named settings, e.g. its paper's; see `diffdistill methods METHOD`"
         add("--preset", metavar="NAME", dest="option.preset", default=argparse.SUPPRESS, help=text)
@@ -320,6 +322,8 @@ def _add_option(group: Any, f: dataclasses.Field[Any], hint: Any, default: Any, 
         return
     if several and f.metadata.get("repeated"):
         settings["action"] = "append"
+    if f.name == "allow_change":  # of export; as of train and teacher
+        settings |= {"nargs": "?", "const": EVERYTHING}
     if kind is bool:
         settings |= {"nargs": "?", "const": "true"}
     name = f"--{f.name.replace('_', '-')}"
@@ -359,7 +363,11 @@ def _with_true(argv: Sequence[str], classes: Sequence[type]) -> list[str]:
     following = [*argv[1:], ""][: len(argv)]
     truths = ("true", "false", "yes", "no")
     return [
-        f"{word}=true" if word in flags and after.lower() not in truths else word
+        f"{word}=true"
+        if word in flags and after.lower() not in truths
+        else f"{word}={EVERYTHING}"
+        if word == "--allow-change" and os.path.exists(after)  # a run, no name
+        else word
         for word, after in zip(argv, following, strict=True)
     ]
 

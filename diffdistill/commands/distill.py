@@ -38,7 +38,7 @@ from diffdistill.training.diagnosis import Diagnosis
 from diffdistill.training.figures import Figures, usual_interval
 from diffdistill.training.folder import check_prompts, refuse_a_run, resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
-from diffdistill.training.inputs import check_inputs, inputs_of
+from diffdistill.training.inputs import Allowed, check_inputs, inputs_of
 from diffdistill.training.launchers import block_names, divides
 from diffdistill.training.lock import only_trainer
 from diffdistill.training.looks import Look, watch
@@ -61,7 +61,7 @@ def distill(
     preset: str | None = None,
     recipe: str | None = None,
     resume: str | PathLike[str] | None = None,
-    allow_change: bool = False,
+    allow_change: Allowed = False,
     teacher: str | PathLike[str] | Teacher | None = None,
     data: str | PathLike[str] | Tensor | tuple[Tensor, Tensor] | Examples | None = None,
     pairs: str | PathLike[str] | Examples | None = None,
@@ -79,7 +79,8 @@ def distill(
         resume: a run folder to continue from its last checkpoint. Few options may change then, `steps` among them;
             objects that the run began with are given again. UserError if the run would read anything else than when it
             began: other options in its config.yaml, another teacher, other data, prompts or pairs, another method.
-        allow_change: go on with a changed run, and say in a note what has changed.
+        allow_change: go on with a changed run, and say in a note what has changed; or the names of what may be
+            another, as in the line that refuses it: options, 'teacher-weights', 'data', 'method', ..
         teacher: a diffusers folder, a hub id, 'digits' (the default, embedded in the package), or `Teacher.around` a
             network of your own.
         data: what `open_data` opens; or a tensor (N, *shape) in the units of the teacher's samples, images in [-1, 1]
@@ -98,7 +99,7 @@ def distill(
 
 
 def distill_values(
-    values: dict[str, Any], objects: Objects, resume: Path | None = None, allow_change: bool = False
+    values: dict[str, Any], objects: Objects, resume: Path | None = None, allow_change: Allowed = False
 ) -> Run:
     """`distill` with the options as the command line and YAML have them: all in one mapping."""
     whole = is_whole(values)
@@ -224,7 +225,7 @@ def _note_on_stages(game: Game) -> None:
         print(f"note: all stages of {name} take {whole} steps and steps is {steps}: {end}", file=sys.stderr)
 
 
-def _train(game: Game, out: Path, resumed: bool, allow_change: bool) -> bool:
+def _train(game: Game, out: Path, resumed: bool, allow_change: Allowed) -> bool:
     """Train and save the student; returns whether this is the process that saved it."""
     config, method, teacher = game.config, game.method, game.teacher
     accelerator = accelerator_for(config, out, may_divide=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
-from diffdistill.config import SAVING, ExportConfig, SavingConfig
+from diffdistill.config import EVERYTHING, SAVING, ExportConfig, SavingConfig
 from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
 from diffdistill.families import local_folder
@@ -24,7 +24,7 @@ from diffdistill.pipelines.steps import other_steps
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.training.assemble import Game, load_run
 from diffdistill.training.checkpoint import best_step
-from diffdistill.training.inputs import check_inputs, inputs_of
+from diffdistill.training.inputs import Allowed, check_inputs, inputs_of
 from diffdistill.training.recipe import Objects
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def export(
     student_steps: int | None = None,
     out: str | PathLike[str] | None = None,
     dtype: Literal["teacher", "float32", "bfloat16", "float16"] = "teacher",
-    allow_change: bool = False,
+    allow_change: Allowed = False,
     teacher: Teacher | None = None,
     method: ModuleType | Callable[..., Method] | None = None,
     **saving: Unpack[SavingOptions],
@@ -86,8 +86,9 @@ def run(config: ExportConfig) -> None:
     """The command."""
     use_machine(config.device, config.threads)
     saving = {name: getattr(config, name) for name in SAVING}
-    own = {name: getattr(config, name) for name in ("step", "best", "student_steps", "out", "dtype", "allow_change")}
-    print(f"saved {export(config.run, **own, **saving)}")
+    own = {name: getattr(config, name) for name in ("step", "best", "student_steps", "out", "dtype")}
+    allowed: Allowed = EVERYTHING in config.allow_change or config.allow_change
+    print(f"saved {export(config.run, **own, allow_change=allowed, **saving)}")
     if config.push_to_hub is not None:
         print(f"uploaded to {config.push_to_hub}")
 

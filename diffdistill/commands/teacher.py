@@ -35,7 +35,7 @@ from diffdistill.rng import seed_for
 from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
 from diffdistill.training.folder import resumed_options, start_folder
 from diffdistill.training.grids import grid_writer
-from diffdistill.training.inputs import check_inputs, inputs_of
+from diffdistill.training.inputs import Allowed, check_inputs, inputs_of
 from diffdistill.training.lock import only_trainer
 from diffdistill.training.stopping import Interrupted
 from diffdistill.training.trainer import Trainer, accelerator_for
@@ -104,7 +104,7 @@ def new_teacher(config: TeacherConfig, data: Data) -> Teacher:
 
 
 def train_teacher(
-    *, resume: str | PathLike[str] | None = None, allow_change: bool = False, **options: Unpack[TeacherOptions]
+    *, resume: str | PathLike[str] | None = None, allow_change: Allowed = False, **options: Unpack[TeacherOptions]
 ) -> Path:
     """Train and save a teacher; returns its diffusers folder, `<out>/teacher`.
 
@@ -122,7 +122,7 @@ def train_teacher(
         return _train(config, resume is not None, allow_change)
 
 
-def _train(config: TeacherConfig, resumed: bool, allow_change: bool) -> Path:
+def _train(config: TeacherConfig, resumed: bool, allow_change: Allowed) -> Path:
     out = Path(config.out)
     accelerator = accelerator_for(config, out)
     data = open_data(config.data, resolution=config.resolution, channels=config.channels)

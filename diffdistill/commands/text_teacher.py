@@ -30,6 +30,7 @@ from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
+from diffdistill.training.inputs import Allowed
 from diffdistill.training.stopping import Interrupted
 from diffdistill.training.trainer import Accelerator, Trainer
 from diffdistill.training.unread import Unread
@@ -142,7 +143,7 @@ class TextTeacher:
         settings = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
         return tokenizer(list(texts), return_tensors="pt", **settings).input_ids
 
-    def prepare(self, out: Path, accelerator: Accelerator, allow_change: bool, began: float) -> None:
+    def prepare(self, out: Path, accelerator: Accelerator, allow_change: Allowed, began: float) -> None:
         """Train the autoencoder, or what is left of it, and encode all images.
 
         `allow_change` is `resume`'s, and `began` from where `max_hours` count.

@@ -4,6 +4,7 @@ from diffdistill.config.judging import BenchConfig, CompareConfig, DrawConfig, E
 from diffdistill.config.machine import AttentionConfig, MachineConfig
 from diffdistill.config.making import EncodeConfig, PairsConfig
 from diffdistill.config.models import (
+    EVERYTHING,
     DiversityConfig,
     ExportConfig,
     ListConfig,
@@ -25,6 +26,7 @@ from diffdistill.config.training import (
 
 __all__ = [
     "DERIVED",
+    "EVERYTHING",
     "INPUTS",
     "SAVING",
     "AttentionConfig",

@@ -9,6 +9,9 @@ from diffdistill.config.machine import AttentionConfig, MachineConfig
 from diffdistill.config.training import SavingConfig
 from diffdistill.options import option
 
+EVERYTHING = "everything"
+"""What --allow-change allows without a name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(MachineConfig, SavingConfig):
@@ -26,8 +29,11 @@ class ExportConfig(MachineConfig, SavingConfig):
     dtype: Literal["teacher", "float32", "bfloat16", "float16"] = option(
         "teacher", "the type of the network's weights in the folder; teacher: as in the teacher's own"
     )
-    allow_change: bool = option(
-        False, "go on although the teacher, options or method are not those that the run began with"
+    allow_change: tuple[str, ...] = option(
+        (),
+        "go on although what has this name in the line that refuses it (an option, teacher-weights, method, ..) is "
+        "another than when the run began; may be repeated; everything: whatever it is",
+        repeated=True,
     )
 
 

@@ -13,7 +13,7 @@ from diffdistill.data import encoded
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.files import atomic_write
-from diffdistill.training.inputs import MAY_CHANGE, changed, write_inputs
+from diffdistill.training.inputs import MAY_CHANGE, Allowed, allows, changed, plain_name, write_inputs
 from diffdistill.training.trainer import Accelerator
 
 
@@ -62,11 +62,11 @@ def start_folder(
 
 
 def resumed_options(
-    run: Path, values: dict[str, Any], objects: Mapping[str, str] | None = None, allow_change: bool = False
+    run: Path, values: dict[str, Any], objects: Mapping[str, str] | None = None, allow_change: Allowed = False
 ) -> dict[str, Any]:
     """A run folder's options, updated by `values`; UserError for one that cannot change on the way.
 
-    With `allow_change` any can.
+    With `allow_change` it can.
 
     `objects` are the recorded options that stand for what Python has given as an object again.
     """
@@ -78,15 +78,15 @@ def resumed_options(
                 "give the first again"
             )
     for name in values:
-        if name not in MAY_CHANGE and not allow_change:
-            usual = ", ".join(sorted(MAY_CHANGE))
+        if name not in MAY_CHANGE and not allows(allow_change, name):
             raise UserError(
-                f"{name}: cannot change when a run is resumed, unless with --allow-change; what can is {usual}"
+                f"{name}: cannot change when a run is resumed, unless with --allow-change {plain_name(name)}; what can "
+                f"is {', '.join(sorted(MAY_CHANGE))}"
             )
     return saved | values | {"out": str(run)}
 
 
-def check_prompts(run: Path, prompts: str | None, allow_change: bool) -> None:
+def check_prompts(run: Path, prompts: str | None, allow_change: Allowed) -> None:
     """UserError if the file of prompts that a run has encoded is another now.
 
     With `allow_change` the old ones are removed, so that the new ones are encoded.
@@ -96,6 +96,6 @@ def check_prompts(run: Path, prompts: str | None, allow_change: bool) -> None:
         return
     if encoded.is_of_prompts(inside, prompts):
         return
-    if not allow_change:
-        raise changed("resume", f"the prompts of {prompts}")
+    if not allows(allow_change, "prompts"):
+        raise changed("resume", f"the prompts of {prompts}", "prompts")
     shutil.rmtree(inside)

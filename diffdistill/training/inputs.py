@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,9 +22,15 @@ from diffdistill.data.examples import Examples, TensorExamples
 from diffdistill.data.shards import Kind, bytes_of, read_index
 from diffdistill.errors import UserError, shown
 from diffdistill.files import atomic_write, json_object
+from diffdistill.options import nearest
 from diffdistill.players.teacher import Teacher
 
 FORMAT = 1
+PROCESSES = "processes"
+"""What their number is called in --allow-change."""
+
+Allowed = bool | Collection[str]
+"""What may be another than when the run began: all, nothing, or what is called so."""
 
 MAY_CHANGE = {
     "steps",
@@ -77,13 +83,27 @@ def inputs_of(
     return whole | {"fingerprints": fingerprints}
 
 
-def changes(run: Path, now: Mapping[str, Any], field: str = "resume", read: Container[str] | None = None) -> list[str]:
-    """What differs from what the run began with, in words; UserError, of `field`, where its record cannot be read.
+def allows(allow_change: Allowed, name: str) -> bool:
+    """Whether what is called so may be another than when the run began."""
+    return allow_change if isinstance(allow_change, bool) else plain_name(name) in map(plain_name, allow_change)
+
+
+def plain_name(name: str) -> str:
+    """The name of an option or fingerprint as --allow-change takes it: teacher-weights, guidance-scale."""
+    return name.replace("'s ", "-").replace("_", "-").lower()
+
+
+def changes(
+    run: Path, now: Mapping[str, Any], field: str = "resume", read: Container[str] | None = None
+) -> dict[str, str]:
+    """Name -> in words what differs from what the run began with.
+
+    UserError, of `field`, where its record cannot be read.
 
     `read` names the fingerprints that count; None: all.
     """
     path = run / FILE
-    hint = "so that what the run began with is not known; go on with --allow-change"
+    hint = f"so that what the run began with is not known; go on with --allow-change {FILE}"
     if not path.is_file():
         raise UserError(f"{field}: {shown(str(run))} has no {FILE}, {hint}")
     try:
@@ -93,42 +113,51 @@ def changes(run: Path, now: Mapping[str, Any], field: str = "resume", read: Cont
             raise ValueError("it has no options and fingerprints")
     except (OSError, ValueError) as error:
         raise UserError(f"{field}: {shown(str(path))} is damaged ({error}), {hint}") from None
-    differ = []
+    differ = {}
     for name, value in before["options"].items():  # others are of a later version, and had one value only
         if name in now["options"] and now["options"][name] != value:
-            differ.append(f"{name} ({shown(value)}, now {shown(now['options'][name])})")
+            differ[name] = f"{name} ({shown(value)}, now {shown(now['options'][name])})"
     for name, value in now["fingerprints"].items():
         if before["fingerprints"].get(name) != value and (read is None or name in read):
             was = before["fingerprints"].get(name)
-            differ.append(f"{name} ({_short(was)}, now {_short(value)})")
+            differ[name] = f"{name} ({_short(was)}, now {_short(value)})"
     return differ
 
 
 def check_inputs(
-    run: Path, now: Mapping[str, Any], allow_change: bool, field: str = "resume", read: Container[str] | None = None
+    run: Path, now: Mapping[str, Any], allow_change: Allowed, field: str = "resume", read: Container[str] | None = None
 ) -> str | None:
     """UserError of `field`, which names it, if the run reads anything else than when it began.
 
-    `read` names the fingerprints that count; None: all. With `allow_change` that is the text of a note instead; None if
-    all is the same.
+    `read` names the fingerprints that count; None: all. Of what `allow_change` allows there is the text of a note
+    instead; None if all is the same. UserError for a name in `allow_change` that nothing has.
     """
+    known = {plain_name(name) for name in (*now["options"], *now["fingerprints"], *MAY_CHANGE, *_BY_CONTENT)}
+    for name in () if isinstance(allow_change, bool) else allow_change:
+        if plain_name(name) not in known | {FILE, PROCESSES}:
+            raise UserError(f"allow_change: nothing here is called {name!r}; {nearest(name, sorted(known))}")
     try:
         differ = changes(run, now, field, read)
     except UserError as error:
-        if not allow_change:
+        if not allows(allow_change, FILE):
             raise
         return f"note: {error}"
-    if not differ:
-        return None
-    what = ", ".join(differ[:3]) + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
-    if not allow_change:
-        raise changed(field, what)
-    return f"note: changed since the run began: {what}"
+    refused = [name for name in differ if not allows(allow_change, name)]
+    if refused:
+        raise changed(field, _listed([differ[name] for name in refused]), *refused)
+    return f"note: changed since the run began: {_listed(list(differ.values()))}" if differ else None
 
 
-def changed(field: str, what: str) -> UserError:
-    """The refusal to go on where `what` is another than when the run began."""
-    return UserError(f"{field}: changed since the run began: {what}; undo that, or go on with --allow-change")
+def _listed(texts: list[str]) -> str:
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
+
+
+def changed(field: str, what: str, *names: str) -> UserError:
+    """The refusal to go on where `what`, which is called so, is another than when the run began."""
+    flags = (
+        " ".join(f"--allow-change {plain_name(name)}" for name in names[:3]) if len(names) <= 3 else "--allow-change"
+    )
+    return UserError(f"{field}: changed since the run began: {what}; undo that, or go on with {flags}")
 
 
 def write_inputs(run: Path, now: Mapping[str, Any]) -> None:

@@ -39,6 +39,7 @@ from diffdistill.training.checkpoint import (
     set_aside,
 )
 from diffdistill.training.figures import Figures
+from diffdistill.training.inputs import PROCESSES, Allowed, allows
 from diffdistill.training.judging import Judging, judged
 from diffdistill.training.launchers import check_launcher, without_plugin
 from diffdistill.training.metrics import MetricsFile, show
@@ -365,7 +366,7 @@ class Trainer:
         else:
             take_part(tensors)
 
-    def resume(self, allow_change: bool = False) -> None:
+    def resume(self, allow_change: Allowed = False) -> None:
         """Continue from the newest whole checkpoint of the run folder, if there is one.
 
         UserError if all are damaged, or if it was written by another number of processes, unless `allow_change`.
@@ -375,10 +376,11 @@ class Trainer:
         if newest is None:
             return
         path, tensors, record = newest
-        if record["world_size"] != self.accelerator.num_processes and not allow_change:
+        if record["world_size"] != self.accelerator.num_processes and not allows(allow_change, PROCESSES):
             raise UserError(
                 f"resume: {path} was written by {record['world_size']} processes and this run has "
-                f"{self.accelerator.num_processes}, which changes the order of the data; use as many, or --allow-change"
+                f"{self.accelerator.num_processes}, which changes the order of the data; use as many, or "
+                f"--allow-change {PROCESSES}"
             )
         self.step = self.saved = record["step"]
         self.skipped = record.get("skipped", 0)

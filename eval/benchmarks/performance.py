@@ -63,7 +63,9 @@ BENCHMARKS = (
         "fake score moving in every step), one thread, each row in a process of its own, as ratios to the row without. "
         "The peak is what a process held resident beyond what one of the embedded digits does, and beyond what is "
         "offloaded: on a CPU that lies in the same memory and is copied within it, and layers of few bits have no fast "
-        "kernels, so that times are not those of a GPU. plan is what `diffdistill plan` says.", cpu=True,
+        "kernels, so that times are not those of a GPU; the teacher's file stays mapped, of which pages that were "
+        "packed into few bits count too. plan is what `diffdistill plan` says; the last three rows took 80 to 130 MB "
+        "more.", cpu=True,
     ),
     Benchmark(
         "overhead", "What the trainer costs", ("diffdistill.eval.benchmarks.overhead",),

@@ -214,7 +214,46 @@ def test_options_are_changed_on_the_command_line_only_if_allowed(run: Path, caps
     argv = ["train", "--resume", str(run), "--steps", "5", "--batch-size", "2"]
     assert main(argv) == 2
     assert "batch_size: cannot change when a run is resumed, unless with --allow-change" in capsys.readouterr().err
-    assert main([*argv, "--allow-change"]) == 0
+    assert main([*argv, "--allow-change", "student-lr"]) == 2
+    assert "unless with --allow-change batch-size; what can" in capsys.readouterr().err
+    assert main([*argv, "--allow-change", "batch_sizes"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main([*argv, "--allow-change", "batch-size", "--allow-change", "bach-size"]) == 2
+    assert "allow_change: nothing here is called 'bach-size'; did you mean 'batch-size'?" in capsys.readouterr().err
+    assert main([*argv, "--allow-change", "batch-size"]) == 0
     assert yaml.safe_load((run / "config.yaml").read_text())["batch_size"] == 2
     assert main(["train", "--allow-change", "--out", str(run.parent / "new")]) == 2
     assert "allow_change: it is for a run that is resumed" in capsys.readouterr().err
+
+
+def test_of_two_changes_the_one_that_is_not_allowed_is_refused(run: Path, capsys: Capture) -> None:
+    option_edited(run, "student_lr", 0.002)
+    option_edited(run, "beta1", 0.4)
+    argv = ["train", "--resume", str(run), "--steps", "5"]
+    assert main(argv) == 2
+    assert "go on with --allow-change student-lr --allow-change beta1\n" in capsys.readouterr().err
+    assert main([*argv, "--allow-change", "student_lr"]) == 2
+    line = capsys.readouterr().err
+    assert "beta1 (0.0, now 0.4)" in line and "student_lr (" not in line
+    with pytest.raises(UserError, match="beta1"):
+        distill(resume=run, steps=5, allow_change=["student_lr"])
+    assert distill(resume=run, steps=5, allow_change=["student_lr", "beta1"]).folder == run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--lora", "student"],
+        ["--gan-weight", "0"],
+        ["--method", "sid"],
+        ["--discriminator-depths", "0.5"],
+    ],
+)
+def test_what_the_checkpoint_cannot_be_taken_to_is_refused_even_if_allowed(
+    change: list[str], run: Path, capsys: Capture
+) -> None:
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert main(["train", "--resume", str(run), "--steps", "5", *change, "--allow-change"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("diffdistill: ") and len(line) < 300, line
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}, "nothing is touched"

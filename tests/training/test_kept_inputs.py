@@ -32,7 +32,9 @@ def refused_then_allowed(run: Path, says: str, capsys: Capture) -> None:
     line = capsys.readouterr().err.splitlines()[-1]
     assert says in line and "undo that, or go on with --allow-change" in line and len(line) < 300
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}, "nothing is touched"
-    assert main([*argv, "--allow-change"]) == 0
+    other = [*argv, "--allow-change", "seed", "--allow-change=sample-every"]  # allowed, and the same
+    assert main(other) == 2 and capsys.readouterr().err.splitlines()[-1] == line
+    assert main([*argv, *line.partition("go on with ")[2].split()]) == 0  # the line says what to add
     assert f"note: changed since the run began: {says}" in capsys.readouterr().err
 
 
