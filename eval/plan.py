@@ -168,7 +168,7 @@ def _of_a_step(trained: Sequence[Tensor], offload: Offload, config: FitConfig) -
 
 def _states(config: FitConfig) -> float:
     """Bytes of moments for each byte of weights in float32."""
-    return 2 if config.optimizer == "adamw" else 0.5
+    return {"adamw": 2, "adamw8bit": 0.5, "muon": 1}[config.optimizer]
 
 
 def _players(

@@ -36,7 +36,7 @@ class FitOptions(MachineOptions, total=False):
     warmup_steps: int
     lr_schedule: Literal["constant", "cosine"]
     mixed_precision: Literal["no", "bf16"]
-    optimizer: Literal["adamw", "adamw8bit"]
+    optimizer: Literal["adamw", "adamw8bit", "muon"]
     offload: Literal["none", "optimizer", "model", "group"]
     log_every: int
     sample_every: int

@@ -35,8 +35,10 @@ class FitConfig(MachineConfig):
     mixed_precision: Literal["no", "bf16"] = option(
         "no", "type of autocast in the networks; trained weights stay float32"
     )
-    optimizer: Literal["adamw", "adamw8bit"] = option(
-        "adamw", "adamw: torch's fused AdamW; adamw8bit: moments in 8 bits, by the package bitsandbytes"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = option(
+        "adamw",
+        "adamw: torch's fused AdamW; adamw8bit: moments in 8 bits, by the package bitsandbytes; muon: torch's Muon for "
+        "matrices and convolutions, at AdamW's rates, and AdamW for the rest",
     )
     offload: Literal["none", "optimizer", "model", "group"] = option(
         "none",

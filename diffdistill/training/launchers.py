@@ -92,8 +92,8 @@ def _check_fsdp(config: FitConfig, may_divide: bool) -> None:
             raise UserError(f"launcher: accelerate is told to use FSDP with {name.lower()} {value}; {instead}")
     if process_count() < 2:
         raise UserError("launcher: FSDP divides networks over processes, and there is one; launch without it")
-    if config.optimizer == "adamw8bit":
-        raise UserError("optimizer: adamw8bit does not know the parameters that FSDP divides; use adamw")
+    if config.optimizer != "adamw":
+        raise UserError(f"optimizer: {config.optimizer} does not know the parameters that FSDP divides; use adamw")
     if config.offload != "none":
         raise UserError(f"offload: {config.offload} does not move what FSDP divides over processes; use none")
 

@@ -44,7 +44,7 @@ from diffdistill.training.judging import Judging, judged
 from diffdistill.training.launchers import check_launcher, without_plugin
 from diffdistill.training.metrics import MetricsFile, show
 from diffdistill.training.offload import Offload
-from diffdistill.training.optimizers import adamw
+from diffdistill.training.optimizers import optimizer
 from diffdistill.training.sharding import divided_networks, gather_later, take_part
 from diffdistill.training.stopping import Interrupted, stopping
 from diffdistill.training.unread import read_batch
@@ -110,7 +110,7 @@ class Trainer:
     def _optimizer(self, player: str) -> torch.optim.Optimizer:
         kinds = in_kinds(self.parameters[player])
         groups = [group for kind in kinds for group in self.offload.groups(kind)]
-        return adamw(self.config.optimizer, groups, self.settings[player])
+        return optimizer(self.config.optimizer, groups, self.settings[player], self.method.players[player])
 
     # -- one step ----------------------------------------------------------------------------------------
 
@@ -139,11 +139,11 @@ class Trainer:
         if self.config.max_grad_norm:
             for kind in in_kinds(self.parameters[turn.player]):
                 torch.nn.utils.clip_grads_with_norm_(kind, self.config.max_grad_norm, norm)
-        optimizer = self.optimizers[turn.player]
-        for group in optimizer.param_groups:
+        moving = self.optimizers[turn.player]
+        for group in moving.param_groups:
             group["lr"] = self.learning_rate(turn.player) * turn.lr_factor
-        self.offload.step(turn.player, optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        self.offload.step(turn.player, moving)
+        moving.zero_grad(set_to_none=True)
         return {**logs, "grad_norm": norm}
 
     def _backward(self, turn: Turn, part: Batch) -> dict[str, Tensor]:
@@ -426,6 +426,8 @@ def accelerator_for(config: FitConfig, out: Path, may_divide: bool = False) -> A
             f"accumulate: a batch of {config.batch_size} is not {config.accumulate} equal parts; use one of "
             f"{', '.join(map(str, fits))}, or another batch_size"
         )
+    if config.optimizer == "muon" and config.offload != "none":
+        raise UserError(f"offload: {config.offload} moves AdamW's moments, and not those of muon; use none")
     with without_plugin():
         return Accelerator(
             cpu=device.type == "cpu",
