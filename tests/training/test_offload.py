@@ -159,6 +159,17 @@ def test_moments_of_a_new_optimizer_are_stored_as_those_before(tmp_path: Path) -
     assert size(moments) == 0 < sum(moment.numel() for moment in moments)
 
 
+def test_moments_of_a_resumed_run_are_stored_before_its_first_step(tmp_path: Path) -> None:
+    before, _ = blocks_trainer("model", tmp_path)
+    before.iteration()
+    before.save()
+    trainer, _ = blocks_trainer("model", tmp_path)
+    trainer.resume()
+    states = [state for optimizer in trainer.optimizers.values() for state in optimizer.state.values()]
+    moments = [value for state in states for value in state.values() if value.ndim]
+    assert size(moments) == 0 < sum(moment.numel() for moment in moments)
+
+
 @pytest.mark.parametrize("kind", ["model", "group"])
 def test_a_run_is_looked_at_judged_stopped_and_resumed_as_without(
     kind: str, tiny_teacher: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
