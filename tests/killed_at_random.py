@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,12 @@ def started(argv: Sequence[str], log: Path) -> int:
     """The process of a fork that runs the command line, with everything heavy imported already."""
     process = os.fork()
     if process:
+        with suppress(OSError):  # both set it, whoever comes first, since it may be killed before it runs
+            os.setpgid(process, process)
         return process
     code = 3
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
