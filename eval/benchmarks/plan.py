@@ -1,6 +1,6 @@
 """Benchmark: what `diffdistill plan` says of memory, and what the training then takes.
 
-    python -m diffdistill.eval.benchmarks.plan --out plan.md
+    python -m diffdistill.eval.benchmarks.plan --json plan.json
 
 Each training runs for four steps in a process of its own, on a UNet of text and a DiT of classes with random weights,
 on a CPU. The peak is what the process holds resident above what it held once everything was imported, and above
@@ -28,7 +28,7 @@ from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.eval.benchmarks.memory import NETWORKS, measured, prepare
 from diffdistill.eval.plan import plan_of
-from diffdistill.eval.report import markdown_table, write_text
+from diffdistill.eval.report import markdown_table, write_json, write_text
 from diffdistill.training.assemble import make_game
 
 COLUMNS = ("training", "plan MB", "measured MB", "plan over measured")
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=4, help="training steps that are measured (default: 4)")
     parser.add_argument("--out", help="a file that the table is written into, as Markdown")
+    parser.add_argument("--json", help="a file that the rows are written into, as JSON")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -107,14 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = WITHOUT.get(args.one) or options_of(args.one, Path(args.folder))
             print(json.dumps(measured(options, Path(args.folder), args.steps, "cpu")["peak MB"]))
             return 0
-        table = markdown_table(compare(args.steps), COLUMNS)
+        rows = compare(args.steps)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    machine = environment()
+    table, machine = markdown_table(rows, COLUMNS), environment()
     print(f"{table}\n{machine['platform']}, torch {machine['torch']}, {machine['commit']}")
     if args.out:
         write_text(table, args.out)
+    if args.json:
+        write_json({"rows": rows, "columns": COLUMNS, "environment": machine}, args.json)
     return 0
 
 
