@@ -109,7 +109,7 @@ BENCHMARKS = (
         "What `diffdistill plan` says of memory, and the most that the training then held resident, less what the "
         "same training of the embedded digits holds: a UNet of 81 million parameters at 16x16 latents in batches of 4, "
         "a DiT of 27 million at 16x16 in batches of 16, random weights, four steps. The C library gives back at once "
-        "what is freed; by itself it kept up to a fifth of it for later. A plan counts tensors: an allocator that keeps "
+        "what is freed; by itself it kept up to a fifth of it. A plan counts tensors: an allocator that keeps "
         "what is freed, as that of a GPU does, holds more.", cpu=True,
     ),
     Benchmark(
