@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib
 import io
+import logging
 import os
 import sys
 import typing
@@ -159,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are no UTF-8, as on standard error
+    # Which peft imports where it is installed; on a CPU it warns of a kernel that it can do without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return _run(argv)
     except KeyboardInterrupt:

@@ -28,11 +28,13 @@ from diffdistill.options import (
     EDMTimes,
     FollowingOptions,
     HalvingOptions,
+    LatentAdversarialOptions,
     MatchingOptions,
     TimeRange,
     TrajectoryOptions,
 )
 from diffdistill.players.teacher import Teacher
+from diffdistill.training.launchers import divides
 
 # By how much an error of the teacher's output may count in x0, and noise over data (tan t), at most:
 MATCHED = (2.5, 3.0)  # where a matched student starts
@@ -196,7 +198,17 @@ def _rate(s: Situation, role: str) -> Derived:
     why = f"{factor}/sqrt({_count(s.parameters)} parameters) in {s.steps} steps"
     if role in s.teacher.lora:
         factor, why = 10 * factor, f"{why}, times 10 for LoRA"
+    if s.values.get("optimizer") == "muon":
+        factor, why = 2 * factor, f"{why}, times 2 for Muon"
     return Derived(float(f"{factor / math.sqrt(s.parameters):.2g}"), why)
+
+
+def _optimizer(s: Situation) -> Derived | None:
+    follows = issubclass(s.options, FollowingOptions) and not issubclass(s.options, LatentAdversarialOptions)
+    small = s.parameters <= RELEARNS and "student" not in s.teacher.lora
+    if not (follows and small) or s.steps >= LONG or s.values.get("offload", "none") != "none" or divides():
+        return None
+    return Derived("muon", f"{s.steps} steps are few, and a student that follows gets further in them than with AdamW")
 
 
 def _student_lr(s: Situation) -> Derived | None:
@@ -288,6 +300,7 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "fake_score_loss": _fake_score_loss,
     "update_ratio": _update_ratio,
     "regression_weight": _regression_weight,
+    "optimizer": _optimizer,
     "student_lr": _student_lr,
     "fake_score_lr": _fake_score_lr,
     "beta1": _beta1,

@@ -13,7 +13,7 @@ from diffdistill.commands.cli import main
 from diffdistill.config import DERIVED
 from diffdistill.core.prediction import OUTPUTS, Output
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule
-from diffdistill.methods import consistency, dmd, dmd2, lcm, progressive, scm, sid, sim
+from diffdistill.methods import consistency, ctm, dmd, dmd2, lcm, progressive, scm, sid, sim
 from diffdistill.players.lora import LoraSettings
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
@@ -110,8 +110,22 @@ def test_each_of_several_fake_scores_keeps_up_with_the_student() -> None:
 
 def test_a_student_that_follows_its_own_copy_takes_half_the_rate() -> None:
     teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], 1_000_000)
-    copied, tangent = (derived_for(teacher, config)["student_lr"].value for config in (consistency.Config, scm.Config))
+    configs = (consistency.Config, scm.Config)
+    copied, tangent = (derived_for(teacher, c, optimizer="adamw")["student_lr"].value for c in configs)
     assert copied == tangent / 2 and 3e-4 <= copied <= 5e-4  # 4e-4 was the best of four at 1.1 million
+
+
+def test_a_short_training_of_a_small_follower_takes_muon() -> None:
+    teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], 1_000_000)
+    for config in (consistency.Config, lcm.Config):
+        names, plain = derived_for(teacher, config), derived_for(teacher, config, optimizer="adamw")
+        assert names["optimizer"].value == "muon" and "optimizer" not in plain
+        assert names["student_lr"].value == pytest.approx(2 * plain["student_lr"].value, rel=0.05)
+        assert "optimizer" not in derived_for(teacher, config, steps=100_000)
+        assert "optimizer" not in derived_for(teacher, config, offload="model")
+    for config in (dmd2.Config, sid.Config, scm.Config, ctm.Config):  # of which none was measured
+        assert "optimizer" not in derived_for(teacher, config)
+    assert "optimizer" not in derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], 200_000_000), consistency.Config)
 
 
 def test_the_weight_of_dmds_regression_is_for_its_distance() -> None:
