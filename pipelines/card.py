@@ -9,6 +9,7 @@ from typing import Any
 
 from diffdistill.families import FAMILIES, Family, diffusers_class, local_folder, public_name, read_json
 from diffdistill.families._parts import LORA, null_parts, stored_dtypes
+from diffdistill.pipelines.comfyui import comfyui_note
 from diffdistill.pipelines.origin import card_of, head, license_note, metadata, public_options, teacher_folder
 from diffdistill.pipelines.schedulers import level_arguments, student_rows, student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import FILE
@@ -67,12 +68,14 @@ def model_card(
     form: str = "pipeline",
     folder: Path | None = None,
     place: str | None = None,
+    layout: str = "diffusers",
     others: Collection[int] = (),
 ) -> str:
     """README.md of a student: teacher, method, settings, license, and the lines that load it in stock diffusers.
 
     `form` is what the folder holds, as in its record; `folder` the folder itself, by which the card says what files
-    there are; `place` the hub id that it is uploaded to; `others` the other numbers of steps that the folder serves.
+    there are; `place` the hub id that it is uploaded to; `layout` "comfyui" where it is for ComfyUI too; `others` the
+    other numbers of steps that the folder serves.
     """
     levels = ", ".join(f"{level:g}" for level in sampler.levels)
     steps, network = len(sampler.levels), sampler.denoiser.network
@@ -89,13 +92,14 @@ def model_card(
     file = entry.single_file and form == "pipeline" and not adapted and _is_one_file(folder, entry)
     own = (entry.autoencoder is not None or others or coded) and not adapted
     values = metadata(teacher.source, entry, info.name, theirs, relation="adapter" if form == "lora" else "finetune")
+    comfy = "" if layout != "comfyui" or folder is None else comfyui_note(entry, teacher, sampler, folder, form)
     what = "The LoRA is" if form == "lora" else "The network's weights are"
     return f"""{head(values)}# A {steps}-step student of {public_name(teacher.source)}
 
 Distilled with diffdistill by {info.name} ({info.about.paper}), {step} steps.
 
 {where.code(form)}
-{where.lora() if lora else ""}{where.single_file() if file else ""}
+{where.lora() if lora else ""}{where.single_file() if file else ""}{comfy}
 {where.own_pipeline(form, subject, others) if own else ""}The call makes {steps} step{"s" if steps > 1 else ""}, \
 with the student's own scheduler in `scheduler/`; the levels
 (timestep or sigma) are {levels}. {what} stored in {_lora_type(dtype) if form == "lora" else kind}. diffdistill need \

@@ -36,6 +36,7 @@ from diffdistill.families import (
 from diffdistill.families._own import own_record, save_weights
 from diffdistill.families._parts import copy_part, stored_dtypes, student_index, weight_files
 from diffdistill.files import atomic_folder
+from diffdistill.pipelines.comfyui import check_comfyui, write_comfyui_lora
 from diffdistill.pipelines.origin import copy_licenses, remove_paths
 from diffdistill.pipelines.shipped import adapted_pipeline
 from diffdistill.pipelines.shipped.student_pipeline import FILE, pipeline_class, pipeline_file
@@ -104,6 +105,8 @@ def save_pipeline(
             _write_network(made, entry, network, scheduler, teacher, dtype, saving)
             _write_call(made, entry, kept, others if form == "pipeline" else OWN_STEPS)
         copy_licenses(teacher, made)
+        if saving.layout == "comfyui" and isinstance(network, LoraNetwork):
+            write_comfyui_lora(made, entry.name, _lora_in(network, dtype))
         if isinstance(network, AdaptedNetwork):
             assert isinstance(record, StudentRecord)
             _add_adapters(made, network, len(record.levels))
@@ -141,6 +144,8 @@ def check_saving(entry: Family | None, network: nn.Module, saving: SavingConfig)
             )
     if saving.parts == "reference" and isinstance(network, AdaptedNetwork):
         raise UserError("parts: a student with guidance adapters is saved as a whole; give copy or link")
+    if saving.layout == "comfyui":
+        check_comfyui(entry, network)
 
 
 def _write_network(
@@ -175,13 +180,17 @@ def _write_network(
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def _lora_in(network: LoraNetwork, dtype: str | None) -> dict[str, torch.Tensor]:
+    """The LoRA in that type; None: as it was trained."""
+    weights = lora_weights(network)
+    return weights if dtype is None else {name: value.to(getattr(torch, dtype)) for name, value in weights.items()}
+
+
 def _write_lora(
     folder: Path, entry: Family, network: LoraNetwork, scheduler: SchedulerMixin, record: Any, dtype: str | None
 ) -> None:
     """The LoRA as `load_lora_weights` reads it, and the scheduler and the call that go with it."""
-    weights = lora_weights(network)
-    if dtype is not None:
-        weights = {name: value.to(getattr(torch, dtype)) for name, value in weights.items()}
+    weights = _lora_in(network, dtype)
     diffusers_class(entry.pipelines[0]).save_lora_weights(folder, **{f"{entry.component}_lora_layers": weights})
     scheduler.save_pretrained(folder / "scheduler")
     _write_call(folder, entry, record)

@@ -56,10 +56,10 @@ def export(
     `student_steps` is in how many steps it is sampled, of a student that is trained for any number (default: that of
     the training). `out` is the folder to make, by default RUN/student; `dtype` is the type of the network's weights in
     it, by default that of the teacher's folder. `saving` are the options of how it is saved (`diffdistill export
-    --help`): `export`, `parts`, `max_shard_size`, and `push_to_hub` with `hub_private`, which uploads the folder.
-    `teacher` and `method` are given again where the run began with objects. Raises UserError for a folder that is no
-    run, a step without checkpoint, a number of steps that the student is not trained for, a student that cannot be
-    saved so, an upload that fails, after which the folder is there, and, unless `allow_change`, for a run whose
+    --help`): `export`, `parts`, `max_shard_size`, `layout`, and `push_to_hub` with `hub_private`, which uploads the
+    folder. `teacher` and `method` are given again where the run began with objects. Raises UserError for a folder that
+    is no run, a step without checkpoint, a number of steps that the student is not trained for, a student that cannot
+    be saved so, an upload that fails, after which the folder is there, and, unless `allow_change`, for a run whose
     options, teacher or method are not those that it began with.
     """
     config: SavingConfig = build(SavingConfig, saving)
@@ -130,7 +130,9 @@ def export_student(game: Game, folder: Path, step: int, dtype: str | None = None
     network = sampler.network(teacher.shape, teacher.sample_cond(len(sampler.levels)))
     if game.family is None:
         return save_network(folder, teacher, network, record, own_card(game.recipe, options, teacher, sampler, step))
-    described = partial(model_card, game.recipe, options, teacher, sampler, step, dtype, place=saving.push_to_hub)
+    described = partial(
+        model_card, game.recipe, options, teacher, sampler, step, dtype, place=saving.push_to_hub, layout=saving.layout
+    )
 
     scheduler, others = student_scheduler(teacher, sampler), other_steps(game.method, teacher)
 

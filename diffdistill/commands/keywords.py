@@ -54,6 +54,7 @@ class SavingOptions(TypedDict, total=False):
     export: Literal["both", "lora", "merged"]
     parts: Literal["copy", "link", "reference"]
     max_shard_size: str
+    layout: Literal["diffusers", "comfyui"]
     push_to_hub: str | None
     hub_private: bool
 

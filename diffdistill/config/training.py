@@ -90,6 +90,11 @@ class SavingConfig:
     max_shard_size: str = option(
         "10GB", "the most bytes of a file of the network's weights, with KB, MB, GB or TB; larger ones are parted"
     )
+    layout: Literal["diffusers", "comfyui"] = option(
+        "diffusers",
+        "comfyui: for ComfyUI too; of a LoRA student there is comfyui/lora.safetensors with its keys, of others the "
+        "model card says how it reads the network's file",
+    )
     push_to_hub: str | None = option(None, "OWNER/NAME of a repository of the Hugging Face hub to upload the folder to")
     hub_private: bool = option(True, "a repository that --push-to-hub makes is private")
 
