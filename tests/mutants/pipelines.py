@@ -1,8 +1,35 @@
 """Mistakes in what is exported."""
 
+_C = "tests/pipelines/test_comfyui.py"
 _E = "tests/pipelines/test_exported_schedulers.py"
 
 MUTANTS = {
+    f"pipelines/comfyui.py | {_C}": [
+        ("comfyui: a UNet's keys have no prefix", 'f"unet.{name}"', "name"),
+        ("comfyui: Wan's keys begin as FLUX's do", '"wan": "diffusion_model"', '"wan": "transformer"'),
+        ("comfyui: Wan's attentions are one", '".attn1.": ".self_attn."', '".attn1.": ".cross_attn."'),
+        ("comfyui: Wan's keys and values are exchanged", '".to_k.": ".k."', '".to_k.": ".v_."'),
+        ("comfyui: fresh noise is Euler", '"renoise": "lcm"', '"renoise": "euler"'),
+        ("comfyui: any chain is the usual one", '"epsilon" and same and fits', '"epsilon" and fits'),
+        ("comfyui: any timesteps are even", '"epsilon" and same and fits', '"epsilon" and same'),
+        ("comfyui: any chain is Stable Diffusion's", "known = family in _UNETS and ", "known = "),
+        ("comfyui: any output is noise", 'denoiser.output.name == "epsilon" and', ""),
+        ("comfyui: the student's output is the teacher's",
+         "or denoiser.output.name != teacher.denoiser.output.name", ""),
+        ("comfyui: a flow may begin anywhere", "or levels[0] != 1:", "or False:"),
+        ("comfyui: any levels are shifted ones", "if node and fits else", "if node else"),
+        ("comfyui: the folder of the LoRA alone has shards", 'elif form == "lora":', "elif False:"),
+        ("comfyui: a scale's input is read", ', "time_cond_proj_dim", None)', ', "nothing", None)'),
+    ],
+    f"pipelines/export.py | {_C}": [
+        ("comfyui: the LoRA has the type of the training", "entry.name, _lora_in(network, dtype))",
+         "entry.name, _lora_in(network, None))"),
+        ("comfyui: the LoRA is always there", 'if saving.layout == "comfyui" and isinstance', "if isinstance"),
+        ("comfyui: nothing is refused", 'if saving.layout == "comfyui":', "if False:"),
+    ],
+    f"diffdistill/commands/export.py | {_C}": [
+        ("comfyui: the card is not told", ", layout=saving.layout", ""),
+    ],
     f"pipelines/schedulers.py | {_E}": [
         ("the number of timesteps is the default", '    "num_train_timesteps",\n', ""),
         ("the first beta is the default", '    "beta_start",\n', ""),

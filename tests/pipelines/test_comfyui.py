@@ -14,7 +14,7 @@ from torch import Tensor
 from diffdistill import UserError, distill, export
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.prediction import OUTPUTS
-from diffdistill.core.schedule import LinearFlow
+from diffdistill.core.schedule import DiscreteVP, LinearFlow
 from diffdistill.families import FAMILIES
 from diffdistill.pipelines.comfyui import FILE, check_comfyui, comfyui_lora, comfyui_note, write_comfyui_lora
 from diffdistill.players.lora import LoraNetwork, LoraSettings, lora_view, lora_weights, merged
@@ -206,6 +206,34 @@ def test_ksampler_is_set_only_to_what_takes_the_students_levels(
     assert f"KSampler: {n} step{'s' if n > 1 else ''}, cfg 1, sampler {sampler}, scheduler simple" in note
     assert ("behind" not in note) if node is None else (f"behind {node} with shift {shift:g}." in note)
     assert (simple(shift, n) - torch.tensor(levels)).abs().max() < 2e-3
+
+
+USUAL = {**tiny_a.STABLE_DIFFUSION_BETAS, "num_train_timesteps": 1000}
+
+
+@pytest.mark.parametrize(
+    ("changed", "fits"),
+    [
+        ({}, True),
+        ({"family": "sdxl"}, True),
+        ({"family": "pixart_sigma"}, False),
+        ({"beta_schedule": "linear"}, False),
+        ({"num_train_timesteps": 1200}, False),
+        ({"levels": [999, 759, 499, 259]}, False),
+        ({"output": "v_prediction"}, False),
+        ({"teacher": "v_prediction"}, False),
+        ({"teacher": "v_prediction", "output": "v_prediction"}, False),
+    ],
+)
+def test_ksampler_has_the_noise_of_stable_diffusion(changed: dict[str, Any], fits: bool, tmp_path: Path) -> None:
+    case = {"family": "stable_diffusion", "levels": [999, 749, 499, 249], "output": "epsilon", "teacher": "epsilon"}
+    case |= USUAL | changed
+    schedule = DiscreteVP.from_config({name: case[name] for name in USUAL})
+    teacher, student = (Denoiser(torch.nn.Linear(1, 1), schedule, OUTPUTS[case[of]]) for of in ("teacher", "output"))
+    sampler = Sampler(student, case["levels"])
+    note = comfyui_note(FAMILIES[case["family"]], Teacher(teacher, (1, 8, 8)), sampler, tmp_path, "pipeline")
+    assert ("KSampler: 4 steps, cfg 1, sampler lcm, scheduler sgm_uniform." in note) == fits
+    assert ("KSampler" in note) == fits
 
 
 @pytest.mark.parametrize(
