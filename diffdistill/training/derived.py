@@ -208,6 +208,8 @@ def _optimizer(s: Situation) -> Derived | None:
     small = s.parameters <= RELEARNS and "student" not in s.teacher.lora
     if not (follows and small) or s.steps >= LONG or s.values.get("offload", "none") != "none" or divides():
         return None
+    if "student_lr" in s.values:  # which was chosen for AdamW, whose first steps are five times as large
+        return None
     return Derived("muon", f"{s.steps} steps are few, and a student that follows gets further in them than with AdamW")
 
 

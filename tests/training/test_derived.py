@@ -123,6 +123,7 @@ def test_a_short_training_of_a_small_follower_takes_muon() -> None:
         assert names["student_lr"].value == pytest.approx(2 * plain["student_lr"].value, rel=0.05)
         assert "optimizer" not in derived_for(teacher, config, steps=100_000)
         assert "optimizer" not in derived_for(teacher, config, offload="model")
+        assert "optimizer" not in derived_for(teacher, config, student_lr=1e-4)  # a rate that goes with AdamW
     for config in (dmd2.Config, sid.Config, scm.Config, ctm.Config):  # of which none was measured
         assert "optimizer" not in derived_for(teacher, config)
     assert "optimizer" not in derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], 200_000_000), consistency.Config)
