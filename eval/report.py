@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from diffdistill.environment import environment
 from diffdistill.files import atomic_write
 
 
@@ -35,6 +36,17 @@ def write_json(value: object, path: str | os.PathLike[str]) -> Path:
 def write_text(text: str, path: str | os.PathLike[str]) -> Path:
     """A text file, whole or not at all."""
     return atomic_write(path, text)
+
+
+def publish(rows: Sequence[Mapping[str, object]], columns: Sequence[str], out: str | None, data: str | None) -> None:
+    """Print a benchmark's rows and where they were measured; write them, as Markdown to `out` and as JSON to `data`."""
+    table, machine = markdown_table(rows, columns), environment()
+    versions = f"torch {machine['torch']}, diffusers {machine['diffusers']}, {machine['commit']}"
+    print(f"{table}\n{machine['gpu'] or machine['platform']}, {versions}")
+    if out:
+        write_text(table, out)
+    if data:
+        write_json({"rows": rows, "columns": columns, "environment": machine}, data)
 
 
 def check_writable(folder: Path) -> None:

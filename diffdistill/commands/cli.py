@@ -237,7 +237,7 @@ def _run(argv: list[str]) -> int:
     if parsed.resume is not None:
         values["resume"] = parsed.resume
     if parsed.allow_change:
-        values["allow_change"] = EVERYTHING in parsed.allow_change or parsed.allow_change
+        values["allow_change"] = parsed.allow_change
     return call(values) or 0
 
 
@@ -325,10 +325,9 @@ def _add_option(group: Any, f: dataclasses.Field[Any], hint: Any, default: Any, 
         return
     if several and f.metadata.get("repeated"):
         settings["action"] = "append"
-    if f.name == "allow_change":  # of export; as of train and teacher
-        settings |= {"nargs": "?", "const": EVERYTHING}
-    if kind is bool:
-        settings |= {"nargs": "?", "const": "true"}
+    bare = "true" if kind is bool else f.metadata.get("bare")
+    if bare is not None:
+        settings |= {"nargs": "?", "const": bare}
     name = f"--{f.name.replace('_', '-')}"
     group.add_argument(name, dest=f"option.{f.name}", metavar=_metavar(kind, f), **settings)
 
@@ -356,7 +355,10 @@ def _metavar(kind: Any, f: dataclasses.Field[Any]) -> str:
 
 
 def _with_true(argv: Sequence[str], classes: Sequence[type]) -> list[str]:
-    """The arguments with `--flag` as `--flag=true` unless true or false follows: argparse would take what follows."""
+    """The arguments with `--flag` as `--flag=true` unless true or false follows: argparse would take what follows.
+
+    And with `--allow-change` before a run as what it means without a name.
+    """
     flags = {
         f"--{f.name.replace('_', '-')}"
         for cls in classes
@@ -365,14 +367,15 @@ def _with_true(argv: Sequence[str], classes: Sequence[type]) -> list[str]:
     }
     following = [*argv[1:], ""][: len(argv)]
     truths = ("true", "false", "yes", "no")
-    return [
-        f"{word}=true"
-        if word in flags and after.lower() not in truths
-        else f"{word}={EVERYTHING}"
-        if word == "--allow-change" and os.path.exists(after)  # a run, no name
-        else word
-        for word, after in zip(argv, following, strict=True)
-    ]
+
+    def complete(word: str, after: str) -> str:
+        if word in flags and after.lower() not in truths:
+            return f"{word}=true"
+        if word == "--allow-change" and os.path.exists(after):
+            return f"{word}={EVERYTHING}"
+        return word
+
+    return [complete(word, after) for word, after in zip(argv, following, strict=True)]
 
 
 def _method_of(argv: Sequence[str]) -> str:

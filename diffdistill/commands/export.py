@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
-from diffdistill.config import EVERYTHING, SAVING, ExportConfig, SavingConfig
+from diffdistill.config import SAVING, ExportConfig, SavingConfig
 from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
 from diffdistill.families import local_folder
@@ -86,9 +86,8 @@ def run(config: ExportConfig) -> None:
     """The command."""
     use_machine(config.device, config.threads)
     saving = {name: getattr(config, name) for name in SAVING}
-    own = {name: getattr(config, name) for name in ("step", "best", "student_steps", "out", "dtype")}
-    allowed: Allowed = EVERYTHING in config.allow_change or config.allow_change
-    print(f"saved {export(config.run, **own, allow_change=allowed, **saving)}")
+    own = {name: getattr(config, name) for name in ("step", "best", "student_steps", "out", "dtype", "allow_change")}
+    print(f"saved {export(config.run, **own, **saving)}")
     if config.push_to_hub is not None:
         print(f"uploaded to {config.push_to_hub}")
 

@@ -34,6 +34,7 @@ class ExportConfig(MachineConfig, SavingConfig):
         "go on although what has this name in the line that refuses it (an option, teacher-weights, method, ..) is "
         "another than when the run began; may be repeated; everything: whatever it is",
         repeated=True,
+        bare=EVERYTHING,
     )
 
 

@@ -7,7 +7,6 @@ prompt"; and an index with every setting and a fingerprint of the encoders. Row 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -38,6 +37,7 @@ from diffdistill.data.shards import (
     row_shapes,
     rows,
     without_padding,
+    write_index,
 )
 from diffdistill.data.texts import looked_for
 from diffdistill.errors import UserError, shown
@@ -161,7 +161,7 @@ def encode(*, teacher: str | PathLike[str] | Teacher | None = None, **values: An
         if processes.rank == 0 and not is_whole(out / _NULL, index.get("null")):
             data = save(encoder.null())
             atomic_write(out / _NULL, data)
-            _note(out, index | {"null": hashlib.sha256(data).hexdigest()})
+            write_index(out / KIND.index, index | {"null": hashlib.sha256(data).hexdigest()})
         processes.wait()
         index = read_index(KIND, out)
         last = None
@@ -174,13 +174,9 @@ def encode(*, teacher: str | PathLike[str] | Teacher | None = None, **values: An
             index["settings"]["count"] = last
             if processes.rank == 0:
                 print(f"{config.data or config.prompts} has {last} rows")
-                _note(out, index)
+                write_index(out / KIND.index, index)
             processes.make(KIND, out, index, config.batch_size, produce)
     return out
-
-
-def _note(out: Path, index: dict[str, Any]) -> None:
-    atomic_write(out / KIND.index, json.dumps(index, indent=2) + "\n")
 
 
 def _named(teacher: Teacher, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,10 +48,9 @@ class Processes:
 
     def start(self, kind: Kind, out: Path, settings: dict[str, Any], notes: dict[str, Any]) -> dict[str, Any]:
         """`data.shards.start` by the first process, which the others read; the folder's index."""
-        if self.rank == 0:
-            start(kind, out, settings, notes)
+        index = start(kind, out, settings, notes) if self.rank == 0 else None
         self.wait()
-        return start(kind, out, settings, notes)
+        return start(kind, out, settings, notes) if index is None else index
 
     def make(
         self, kind: Kind, out: Path, index: dict[str, Any], batch_size: int,

@@ -68,7 +68,7 @@ def start(kind: Kind, out: Path, settings: dict[str, Any], notes: dict[str, Any]
         raise UserError(f"out: {str(out)!r} exists and is no folder of {kind.what}; choose another --out")
     index = {**notes, "settings": settings, "environment": environment(), "shards": {}}
     try:
-        atomic_write(out / kind.index, json.dumps(index, indent=2) + "\n")
+        write_index(out / kind.index, index)
     except OSError as error:
         raise UserError(f"out: cannot write to {str(out)!r} ({error.strerror}); choose another --out") from None
     return index
@@ -103,7 +103,7 @@ def make(
         index = json.loads(file.read_text()) if file.exists() else {"shards": {}}
     elif world_size == 1:
         index["shards"] = done
-        atomic_write(file, json.dumps(index, indent=2) + "\n")
+        write_index(file, index)
         for others in out.glob(f"{kind.name}.*.json"):  # whose shards are in ours now, and which may be made anew
             others.unlink()
     there = count - sum(len(ranges[k]) for k in missing)
@@ -125,7 +125,7 @@ def make(
             index["shards"] |= read_index(kind, out)["shards"]
         index["shards"][names[k]] = hashlib.sha256(data).hexdigest()
         index["shards"] = dict(sorted(index["shards"].items()))
-        atomic_write(file, json.dumps(index, indent=2) + "\n")
+        write_index(file, index)
 
 
 def _progress(unit: str, total: int, done: int, silent: bool = False) -> Callable[[int], None]:
@@ -227,6 +227,11 @@ def _row(shard: Mapping[str, Tensor], key: str, i: int) -> Tensor:
         return shard[key][i]
     first, (kept, whole) = int(counts[:i, 0].sum()), counts[i].tolist()
     return functional.pad(shard[key][first : first + kept], (0, 0, 0, whole - kept))
+
+
+def write_index(file: Path, index: Mapping[str, Any]) -> None:
+    """A folder's index, or that of one of the processes that made it, whole or not at all."""
+    atomic_write(file, json.dumps(index, indent=2) + "\n")
 
 
 def read_index(kind: Kind, folder: Path) -> dict[str, Any]:

@@ -20,15 +20,16 @@ from diffdistill.files import yaml_mapping
 
 
 def option(default: Any, help: str, *, above: float | None = None, at_least: float | None = None,
-           below: float | None = None, at_most: float | None = None, repeated: bool = False) -> Any:  # fmt: skip
+           below: float | None = None, at_most: float | None = None, repeated: bool = False,
+           bare: str | None = None) -> Any:  # fmt: skip
     """A dataclass field with a help text and, for numbers, its range.
 
     `default` may be `dataclasses.MISSING` for what must be given. `repeated`: on the command line a tuple is given by
-    repeating the option, where others are one text with commas.
+    repeating the option, where others are one text with commas. `bare`: what the option means there without a value.
     """
     bounds = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
-    metadata = {"help": help, "bounds": {k: v for k, v in bounds.items() if v is not None}, "repeated": repeated}
-    return field(default=default, metadata=metadata)
+    own = {k: v for k, v in bounds.items() if v is not None}
+    return field(default=default, metadata={"help": help, "bounds": own, "repeated": repeated, "bare": bare})
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -80,11 +80,11 @@ def step_sizes(trainer: Trainer) -> dict[str, float]:
 
     Adam moves a weight by about its rate: this is the share of itself that a typical weight moves by in a step.
     """
+    with trainer.offload.on_host():
+        norms = {player: float(total_norm(parameters)) for player, parameters in trainer.parameters.items()}
     sizes = {}
-    for player, parameters in trainer.parameters.items():
-        count = sum(p.numel() for p in parameters)
-        with trainer.offload.on_host():
-            norm = float(total_norm(parameters))
+    for player, norm in norms.items():
+        count = sum(p.numel() for p in trainer.parameters[player])
         rms = norm / max(count, 1) ** 0.5
         sizes[f"{player}/step_size"] = trainer.learning_rate(player) / max(rms, 1e-12)
     return sizes

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from diffdistill.config import EVERYTHING, SAVING
 from diffdistill.config import INPUTS as FILE
-from diffdistill.config import SAVING
 from diffdistill.data import encoded, pairs
 from diffdistill.data.examples import Examples, TensorExamples
 from diffdistill.data.shards import Kind, bytes_of, read_index
@@ -30,7 +30,7 @@ PROCESSES = "processes"
 """What their number is called in --allow-change."""
 
 Allowed = bool | Collection[str]
-"""What may be another than when the run began: all, nothing, or what is called so."""
+"""What may be another than when the run began: all, nothing, or what is called so, `EVERYTHING` among it."""
 
 MAY_CHANGE = {
     "steps",
@@ -85,7 +85,9 @@ def inputs_of(
 
 def allows(allow_change: Allowed, name: str) -> bool:
     """Whether what is called so may be another than when the run began."""
-    return allow_change if isinstance(allow_change, bool) else plain_name(name) in map(plain_name, allow_change)
+    if isinstance(allow_change, bool):
+        return allow_change
+    return EVERYTHING in allow_change or plain_name(name) in map(plain_name, allow_change)
 
 
 def plain_name(name: str) -> str:
@@ -133,7 +135,7 @@ def check_inputs(
     instead; None if all is the same. UserError for a name in `allow_change` that nothing has.
     """
     known = {plain_name(name) for name in (*now["options"], *now["fingerprints"], *MAY_CHANGE, *_BY_CONTENT)}
-    for name in () if isinstance(allow_change, bool) else allow_change:
+    for name in () if isinstance(allow_change, bool) or EVERYTHING in allow_change else allow_change:
         if plain_name(name) not in known | {FILE, PROCESSES}:
             raise UserError(f"allow_change: nothing here is called {name!r}; {nearest(name, sorted(known))}")
     try:

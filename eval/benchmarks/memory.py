@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,9 +31,9 @@ from torch import nn
 from diffdistill.data.batches import batches
 from diffdistill.data.encoded import KIND, fingerprint
 from diffdistill.data.shards import make, start
-from diffdistill.environment import environment, peak_memory_mb, use_machine
+from diffdistill.environment import peak_memory_mb, use_machine
 from diffdistill.errors import UserError
-from diffdistill.eval.report import markdown_table, write_json, write_text
+from diffdistill.eval.report import publish
 from diffdistill.families import FAMILIES, load_teacher
 from diffdistill.files import atomic_write
 from diffdistill.players.quantized import quantize
@@ -187,6 +188,15 @@ def measured(options: dict[str, Any], folder: Path, steps: int, device: str) -> 
     return row | {"peak MB": peak_memory_mb() - before - host, "seconds a step": taken}
 
 
+def in_a_process(benchmark: str, arguments: Sequence[str], what: str, **environment: str) -> Any:
+    """What one of the benchmarks here prints last as JSON, in a process of its own; UserError of `what` if it fails."""
+    command = [sys.executable, "-m", f"diffdistill.eval.benchmarks.{benchmark}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    if done.returncode:
+        raise UserError(f"{benchmark}: {what} failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def compare(network: str, resolution: int, dtype: str, steps: int, device: str) -> list[dict[str, Any]]:
     """A row for each kind of player; each is measured in its own process."""
     rows: list[dict[str, Any]] = []
@@ -195,20 +205,8 @@ def compare(network: str, resolution: int, dtype: str, steps: int, device: str) 
         arguments = [text for name, value in run_settings.items() for text in (f"--{name}", str(value))]
         prepare(Path(folder), NETWORKS[network], resolution, torch.bfloat16 if dtype == "bf16" else torch.float32)
         for kind in KINDS:
-            command = [
-                sys.executable,
-                "-m",
-                "diffdistill.eval.benchmarks.memory",
-                "--one",
-                kind,
-                "--folder",
-                folder,
-                *arguments,
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"memory: the {kind} players failed: {done.stderr.strip()[-500:]}")
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            own = ["--one", kind, "--folder", folder, *arguments]
+            rows.append(in_a_process("memory", own, f"the {kind} players"))
     whole = rows[0]["peak MB"]
     for row in rows:
         row["of full"] = row["peak MB"] / whole if whole and row["peak MB"] else None
@@ -252,15 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    table = markdown_table(rows, COLUMNS)
-    print(table)
-    machine = environment()
-    versions = f"torch {machine['torch']}, diffusers {machine['diffusers']}, {machine['commit']}"
-    print(f"{machine['gpu'] or machine['platform']}, {versions}")
-    if args.out:
-        write_text(table, args.out)
-    if args.json:
-        write_json({"rows": rows, "columns": COLUMNS, "environment": machine}, args.json)
+    publish(rows, COLUMNS, args.out, args.json)
     return 0
 
 

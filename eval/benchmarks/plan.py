@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,11 +22,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-from diffdistill.environment import environment
 from diffdistill.errors import UserError
-from diffdistill.eval.benchmarks.memory import NETWORKS, measured, prepare
+from diffdistill.eval.benchmarks.memory import NETWORKS, in_a_process, measured, prepare
 from diffdistill.eval.plan import plan_of
-from diffdistill.eval.report import markdown_table, write_json, write_text
+from diffdistill.eval.report import publish
 from diffdistill.training.assemble import make_game
 
 COLUMNS = ("training", "plan MB", "measured MB", "plan over measured")
@@ -68,12 +65,9 @@ def options_of(name: str, root: Path) -> dict[str, Any]:
 
 def peak(name: str, root: Path, steps: int) -> float:
     """MB of a training in a process of its own."""
-    command = [sys.executable, "-m", "diffdistill.eval.benchmarks.plan", "--one", name, "--folder", str(root)]
+    arguments = ["--one", name, "--folder", str(root), "--steps", str(steps)]
     at_once = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # glibc's
-    done = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True, env=os.environ | at_once)
-    if done.returncode:
-        raise UserError(f"plan: {name} failed: {done.stderr.strip()[-500:]}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    return float(in_a_process("plan", arguments, name, **at_once))
 
 
 def compare(steps: int) -> list[dict[str, Any]]:
@@ -112,12 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    table, machine = markdown_table(rows, COLUMNS), environment()
-    print(f"{table}\n{machine['platform']}, torch {machine['torch']}, {machine['commit']}")
-    if args.out:
-        write_text(table, args.out)
-    if args.json:
-        write_json({"rows": rows, "columns": COLUMNS, "environment": machine}, args.json)
+    publish(rows, COLUMNS, args.out, args.json)
     return 0
 
 

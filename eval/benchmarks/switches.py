@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,12 +20,11 @@ from typing import Any
 
 import torch
 
-from diffdistill.environment import environment
 from diffdistill.errors import UserError
-from diffdistill.eval.benchmarks.memory import NETWORKS, measured, prepare
+from diffdistill.eval.benchmarks.memory import NETWORKS, in_a_process, measured, prepare
 from diffdistill.eval.benchmarks.plan import LORA, SMALL
 from diffdistill.eval.plan import plan_of
-from diffdistill.eval.report import markdown_table, write_json, write_text
+from diffdistill.eval.report import publish
 from diffdistill.training.assemble import make_game
 
 COLUMNS = ("switches", "plan MB", "peak MB", "plan over peak", "peak to none", "time to none")
@@ -63,14 +60,10 @@ def options_of(switches: dict[str, Any], root: Path) -> dict[str, Any]:
 
 def taken(switches: dict[str, Any], root: Path, steps: int) -> dict[str, Any]:
     """What `measured` gives in a process of its own."""
-    module = "diffdistill.eval.benchmarks.switches"
-    command = [sys.executable, "-m", module, "--one", json.dumps(switches), "--folder", str(root)]
+    arguments = ["--one", json.dumps(switches), "--folder", str(root), "--steps", str(steps)]
     # What is freed goes back at once, as if it were not in the peak of what comes later.
-    free = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True, env=free)
-    if done.returncode:
-        raise UserError(f"switches: {written(switches)} failed: {done.stderr.strip()[-500:]}")
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    free = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    row: dict[str, Any] = in_a_process("switches", arguments, written(switches), **free)
     return row
 
 
@@ -111,12 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    table, machine = markdown_table(rows, COLUMNS), environment()
-    print(f"{table}\n{machine['platform']}, torch {machine['torch']}, {machine['commit']}")
-    if args.out:
-        write_text(table, args.out)
-    if args.json:
-        write_json({"rows": rows, "columns": COLUMNS, "environment": machine}, args.json)
+    publish(rows, COLUMNS, args.out, args.json)
     return 0
 
 

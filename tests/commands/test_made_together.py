@@ -1,8 +1,6 @@
 """Several processes make pairs, encoded prompts and a scoreboard as one does."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,27 +11,14 @@ from diffdistill import encode, make_pairs
 from diffdistill.data.encoded import open_encoded
 from tests import tiny_a
 from tests.data.encoding import PROMPTS, contents
+from tests.launched import ROOT, two_processes
 
-ROOT = Path(__file__).resolve().parents[2]
 MODULE = ["-m", "diffdistill"]
 
 
 def together(*argv: str) -> str:
     """What two processes print, the second after the first; both must end well."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, *argv],
-            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
+    started = two_processes(*argv, output=subprocess.PIPE)
     said = [process.communicate() for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     return "".join(out for out, _ in said)

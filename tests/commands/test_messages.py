@@ -1,9 +1,5 @@
 """YAML that PyYAML cannot construct or that never ends, and messages that stay one short line."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +7,7 @@ import pytest
 from diffdistill.commands.cli import main
 from diffdistill.errors import LONGEST, UserError, one_line, shown
 from diffdistill.options import read_yaml
+from tests.launched import two_processes
 
 Capture = pytest.CaptureFixture[str]
 
@@ -74,22 +71,9 @@ def test_a_value_is_shown_in_short() -> None:
 
 
 def test_every_process_says_what_ended_it(tmp_path: Path) -> None:
-    # Started without torchrun, which ends the others a tenth of a second after the first, often before they can say it.
     options = ["--method", "dmd2", "--batch-size", "4096", "--gan-weight", "1", "--data", "digits", "--device", "cpu"]
     argv = ["-m", "diffdistill", "train", *options, "--steps", "1", "--out", str(tmp_path / "run")]
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    group = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *argv],
-            env={**group, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
+    processes = two_processes(*argv)
     for rank, process in enumerate(processes):
         said = [line for line in process.communicate()[1].splitlines() if line.startswith("diffdistill: ")]
         assert process.returncode == 2 and len(said) == 1, said

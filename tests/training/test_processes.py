@@ -1,10 +1,6 @@
 """Several processes train as one does, and what a launcher asks for is done or refused."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +11,9 @@ from safetensors.torch import load_file
 from diffdistill import UserError
 from diffdistill.config import FitConfig
 from diffdistill.training.trainer import accelerator_for
+from tests.launched import two_processes
 from tests.training.processes import CASES, KINDS, RESUMED, main
 
-ROOT = Path(__file__).resolve().parents[2]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 
 
@@ -25,20 +21,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICI
 def trainings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of one process and of two, which stand for what they are started with."""
     out = tmp_path_factory.mktemp("processes")
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.processes", str(out / "two")],
-            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)},
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
+    started = two_processes("-m", "tests.training.processes", str(out / "two"), OMP_NUM_THREADS="1")
     try:
         main(1, out / "alone")
     finally:
