@@ -10,7 +10,7 @@ Guidance scales here are diffusers' a, 1 being none: a = 1 + w with the paper's 
 
 Deviations: from the formulas as they are known from the abstract and later papers; the paper's appendix was not at
 hand, so there is no preset of the paper, and the default range of w, [0, 4] as for ImageNet, is from memory. The
-scale enters beside the class embedding with frequencies of at most 2 (`adapters.GuidanceEmbedding`), not as
+scale enters beside the class embedding with frequencies of at most 2 (`players.scale_input.TakesScale`), not as
 Fourier features beside the time. The grid of stage two is the teacher's own timesteps with trailing spacing. The
 learning rate falls linearly to zero in stage one too, if stage two follows. The sampler is the deterministic one,
 not the paper's stochastic variant. With guidance_min = guidance_max the student takes no scale.

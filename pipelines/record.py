@@ -13,7 +13,7 @@ from diffdistill.pipelines.card import student_call
 from diffdistill.pipelines.origin import public_options
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.sampler import Sampler
-from diffdistill.players.scale_input import ScaleFeatures
+from diffdistill.players.scale_input import scale_inputs
 from diffdistill.players.teacher import Teacher
 
 
@@ -60,9 +60,9 @@ def imitated_guidance(student: Denoiser, options: Mapping[str, Any]) -> Guidance
     scale = float(network.guidance_scale) if isinstance(network, AdaptedNetwork) else student.default_scale
     if scale is not None:  # a student of one that took it has no range of its own
         return Guidance(scale, float(scale if least is None else least), float(scale if greatest is None else greatest))
-    # A class embedding is exported with its default scale for good.
-    tables = [part for part in network.modules() if isinstance(part, ScaleFeatures)]
-    scale = float(tables[0].default) if tables else options.get("guidance_scale")
+    # Else a scale that was an input is exported at its default for good.
+    parts = scale_inputs(network)
+    scale = float(parts[0].default) if parts else options.get("guidance_scale")
     if scale is None:  # of a range that is one scale
         scale = least
     return Guidance(1.0 if scale is None else float(scale))

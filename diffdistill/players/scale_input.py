@@ -18,77 +18,98 @@ from diffdistill.errors import UserError
 from diffdistill.options import ScaleRange
 from diffdistill.players.lora import LoraNetwork, merged, trained_like
 from diffdistill.players.teacher import Teacher
-from diffdistill.players.two_times import linear_at, without_second_time
+from diffdistill.players.two_times import TIME_LAYERS, add_to_bias, layer_at, taking, time_layers, without_second_time
+
+_CLASSES = "class_embedding"
+"""What diffusers' networks call their embedding of class labels."""
 
 
 class ScaleFeatures(nn.Module):
-    """What a guidance scale adds to a class's row: MLP(features(scale)).
+    """What a guidance scale adds to a layer's output (B, width): MLP(features(scale)).
 
-    The MLP's last layer begins at zero, so that the network begins as it was for every scale. `default` is the
-    scale where none is given (`guidance_input`) and the one `plain_network` keeps.
+    The MLP's last layer begins at zero, so that the network begins as it was for every scale. `given` (B,) are the
+    scales of one call (`taking`); without them it is `default`, which is also what `plain_network` keeps.
     """
 
     frequencies: Tensor
     default: Tensor
+    given: Tensor | None = None
 
-    def begin(self, like: Tensor, default: float) -> None:
-        """Makes the layers for rows (n, width) like these."""
+    def begin(self, layer: nn.Embedding | nn.Linear, dtype: torch.dtype, default: float) -> None:
+        """Makes the parts for the outputs of a layer."""
         # Periods from 3 to 100 for scales of 1 to 15. Frequencies of 1000 would turn the scale into a
         # lookup key, which generalises to no scale in between.
         frequencies = torch.exp2(torch.linspace(-4, 1, 16))
-        width = like.shape[1]
+        width = layer.embedding_dim if isinstance(layer, nn.Embedding) else layer.out_features
         last = nn.Linear(width, width)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
+        like = layer.weight.to(dtype)
         self.mlp = nn.Sequential(nn.Linear(2 * len(frequencies), width), nn.SiLU(), last).to(like)
         self.register_buffer("frequencies", frequencies.to(like))
         self.register_buffer("default", torch.tensor(float(default)).to(like))
 
     def of_scale(self, scale: Tensor) -> Tensor:
-        """(B,) -> (B, width), what the scale adds to the class's row."""
+        """(B,) -> (B, width), what the scale adds."""
         phase = scale[:, None].to(self.frequencies) * self.frequencies
         return self.mlp(torch.cat([phase.sin(), phase.cos()], 1))
 
+    def added(self, output: Tensor) -> Tensor:
+        """The layer's output (B, width), or of one row where the whole batch has one time, with what the scale adds."""
+        scale = self.default.expand(len(output)) if self.given is None else self.given
+        return output + self.of_scale(scale).to(output.dtype)
 
-class GuidanceEmbedding(ScaleFeatures):
-    """A class embedding that also takes the guidance scale: table(label) + MLP(features(scale))."""
+    @torch.no_grad()
+    def put_into(self, layer: nn.Embedding | nn.Linear) -> None:
+        """The layer gives from now on what it gives with the default scale."""
+        added = self.of_scale(self.default[None])
+        if isinstance(layer, nn.Linear):
+            add_to_bias(layer, added[0])
+        else:
+            layer.weight += added.to(layer.weight)
 
-    def __init__(self, table: nn.Embedding, default: float):
+
+class TakesScale(ScaleFeatures):
+    """A class embedding, or the last layer of an embedding of the time, which also takes the guidance scale."""
+
+    def __init__(self, layer: nn.Embedding | nn.Linear, default: float):
         super().__init__()
-        self.table = table
-        self.begin(table.weight, default)
+        self.layer = layer
+        self.begin(layer, layer.weight.dtype, default)
 
-    def forward(self, label_and_scale: Tensor) -> Tensor:
-        """(B, 2) floats, the label and the guidance scale -> (B, width)."""
-        label, scale = label_and_scale.unbind(1)
-        return self.table(label.long()) + self.of_scale(scale)
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The layer's output (B, width) with what the scale adds."""
+        return self.added(self.layer(inputs))
 
 
 class AddedScale(ScaleFeatures):
-    """The same beside a class embedding that others share, for LoRA players; `scale` (B,) is set for one call."""
+    """The same beside a network that others share: it is there while a LoRA player plays (`players.lora.active`)."""
 
     alone: ClassVar[bool] = False
 
-    def __init__(self, like: Tensor, default: float, name: str):
+    def __init__(self, layer: nn.Embedding | nn.Linear, default: float, name: str):
         super().__init__()
-        self.begin(like, default)
+        self.begin(layer, trained_like(layer.weight).dtype, default)
         self.name = name
-        self.scale: Tensor | None = None
 
     def attach(self, base: nn.Module) -> Callable[[], None]:
-        """From now on the embedding's output has what the scale adds, until what is returned is called."""
+        """From now on the layer's output has what the scale adds, until what is returned is called."""
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return output + self.of_scale(self.default[None] if self.scale is None else self.scale).to(output.dtype)
+            return self.added(output)
 
-        return base.get_submodule(self.name).register_forward_hook(hook).remove
+        return layer_at(base, self.name).register_forward_hook(hook).remove
 
-    @torch.no_grad()
     def fold(self, plain: nn.Module) -> None:
-        """Into the table, at the default scale."""
-        table: Any = plain.get_submodule(self.name)
-        added = self.of_scale(self.default[None])
-        table.to(torch.promote_types(table.weight.dtype, added.dtype)).weight += added.to(table.weight)
+        """Into the layer, at the default scale."""
+        layer = layer_at(plain, self.name)
+        layer.to(torch.promote_types(layer.weight.dtype, self.default.dtype))
+        self.put_into(layer)
+
+
+def scale_inputs(network: nn.Module) -> list[ScaleFeatures]:
+    """The parts of a network that take the guidance scale."""
+    return [module for module in network.modules() if isinstance(module, ScaleFeatures)]
 
 
 class AddedProjection(nn.Module):
@@ -144,7 +165,7 @@ def _condition_input(denoiser: Denoiser, default: float) -> Denoiser:
     lora = isinstance(twin.network, LoraNetwork)
     network: Any = twin.network.base if lora else twin.network
     table = network.time_embedding
-    linear = linear_at(table, "linear_1")
+    linear = layer_at(table, "linear_1")
     cond_proj = nn.Linear(256, linear.in_features, bias=False).to(trained_like(linear.weight))
     nn.init.zeros_(cond_proj.weight)
     if isinstance(twin.network, LoraNetwork):
@@ -163,50 +184,35 @@ def _own(denoiser: Denoiser) -> Denoiser:
     return copy.deepcopy(denoiser)
 
 
-def guidance_input(denoiser: Denoiser, layer: str = "class_embedding", *, default: float = 1.0) -> Denoiser:
+def guidance_input(denoiser: Denoiser, *, default: float = 1.0) -> Denoiser:
     """A copy that takes the guidance scale (B,) as `Extra.scale`, 1 being no guidance.
 
-    Stable Diffusion's UNets take it as their stock pipelines give it (`take_scale`). Of others, `layer` is the
-    network's embedding of class labels, which becomes a `GuidanceEmbedding`: diffusers' networks
-    hand their `class_labels` to that layer untouched, so both numbers travel in that one argument. Which
-    parameters are trained stays as it was; those of the new part are. A LoRA player is no copy: the new part is its
-    own, beside its matrices. Where no scale is given it is `default`. Raises UserError where `layer` is not an
-    embedding.
+    Stable Diffusion's UNets take it as their stock pipelines give it (`take_scale`). In others it is added to the
+    embedding of the class, or where there is none to that of the time. Which parameters are trained stays as it was;
+    those of the new part are. A LoRA player is no copy: the new part is its own, beside its matrices. Where no scale is
+    given it is `default`. Raises UserError where the network embeds neither.
     """
-    network: Any = denoiser.network.base if isinstance(denoiser.network, LoraNetwork) else denoiser.network
+    lora = isinstance(denoiser.network, LoraNetwork)
+    network: Any = denoiser.network.base if lora else denoiser.network
     if "timestep_cond" in inspect.signature(network.forward).parameters:
         return _condition_input(denoiser, default)
-    table = dict(network.named_modules()).get(layer)
-    if not isinstance(table, nn.Embedding):
+    names = [_CLASSES] if isinstance(getattr(network, _CLASSES, None), nn.Embedding) else time_layers(network)
+    if not names:
         raise UserError(
-            f"guidance_input: this teacher's network has no class embedding ({layer}) to add the guidance scale to; "
-            "use a class-conditional teacher or a fixed scale"
+            f"guidance_input: {type(network).__name__} has no layer to which the guidance scale could be added: no "
+            f"{_CLASSES}, and none that embeds the time ({', '.join(TIME_LAYERS)}); use a fixed scale"
         )
     twin = _own(denoiser)
+    for name in names:
+        if isinstance(twin.network, LoraNetwork):
+            twin.network.add_input(name, AddedScale(layer_at(network, name), default, name))
+        else:
+            twin.network.set_submodule(name, TakesScale(layer_at(twin.network, name), default))
     inner_call = denoiser.call
-    if isinstance(twin.network, LoraNetwork):
-        twin.network.add_input(layer, AddedScale(trained_like(table.weight), default, layer))
-
-        def beside(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
-            assert isinstance(network, LoraNetwork)
-            part: Any = network.inputs[layer]
-            before, part.scale = part.scale, extra.scale
-            try:
-                return inner_call(network, x, time, cond)
-            finally:
-                part.scale = before
-
-        twin.extra_call = beside
-        return twin
-    twin.network.set_submodule(layer, GuidanceEmbedding(twin.network.get_submodule(layer), default))  # type: ignore[arg-type]
 
     def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
-        labels, scale = cond["class_labels"], extra.scale
-        if scale is None:
-            scale = network.get_submodule(layer).default.expand(len(labels))  # type: ignore[operator]
-        # Labels are exact in float32, and would not be in half precision.
-        packed = torch.stack([labels.float(), scale.float()], 1)
-        return inner_call(network, x, time, cond | {"class_labels": packed})
+        with taking(scale_inputs(network), extra.scale):
+            return inner_call(network, x, time, cond)
 
     twin.extra_call = call
     return twin
@@ -243,15 +249,14 @@ class DrawnGuidance:
 def plain_network(network: nn.Module) -> nn.Module:
     """The stock network that computes the same, to float rounding: for export.
 
-    LoRA is merged into the weights, a guidance embedding at its default scale into the class table, and a second time
-    at its default gap into a bias. A copy, or the network itself where it has none of them.
+    LoRA is merged into the weights, and what a guidance scale or a second time adds at its default into a table or a
+    bias. A copy, or the network itself where it has none of them.
     """
     plain = merged(network) if isinstance(network, LoraNetwork) else without_second_time(network)
-    if any(isinstance(module, GuidanceEmbedding) for module in plain.modules()):
+    if any(isinstance(module, TakesScale) for module in plain.modules()):
         plain = copy.deepcopy(plain) if plain is network else plain
         for name, module in list(plain.named_modules()):
-            if isinstance(module, GuidanceEmbedding):
-                with torch.no_grad():
-                    module.table.weight += module.of_scale(module.default[None])
-                plain.set_submodule(name, module.table)
+            if isinstance(module, TakesScale):
+                module.put_into(module.layer)
+                plain.set_submodule(name, module.layer)
     return plain

@@ -10,7 +10,7 @@ the export a student takes any number.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,7 +30,7 @@ class TimeGap(nn.Module):
 
     The MLP has no biases and its features are 0 at the gap 0, so that the network at r = t is always its plain self;
     its last layer begins at zero, so that the network begins as it was for every r. Frequencies are low: a derivative
-    with respect to the time is taken. `gap` (B,) is set for one call (`jumping`); without it, it is `default`.
+    with respect to the time is taken. `given` (B,) is the gap of one call (`taking`); without it, it is `default`.
     `like` (width, ...) says the width of the embedding, type and device.
     """
 
@@ -50,7 +50,7 @@ class TimeGap(nn.Module):
         frequencies = torch.pi / 2 * torch.arange(1, 9, dtype=torch.float64)
         self.register_buffer("frequencies", frequencies.to(like), persistent=False)
         self.register_buffer("default", torch.tensor([float(default)]).to(like), persistent=False)
-        self.gap: Tensor | None = None
+        self.given: Tensor | None = None
 
     def of_gap(self, gap: Tensor) -> Tensor:
         """(B,) -> (B, width), what the gap adds to the embedding."""
@@ -60,7 +60,7 @@ class TimeGap(nn.Module):
 
     def added(self, embedding: Tensor) -> Tensor:
         """The embedding (B, width), or of one row where the whole batch has one time, with what the gap adds."""
-        return embedding + self.of_gap(self.default if self.gap is None else self.gap).to(embedding.dtype)
+        return embedding + self.of_gap(self.default if self.given is None else self.given).to(embedding.dtype)
 
 
 class SecondTime(TimeGap):
@@ -91,20 +91,26 @@ class AddedTime(TimeGap):
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             return self.added(output)
 
-        return linear_at(base, self.name).register_forward_hook(hook).remove
+        return layer_at(base, self.name).register_forward_hook(hook).remove
 
     def fold(self, plain: nn.Module) -> None:
         """Into a layer's bias, at the default gap."""
-        layer = linear_at(plain, self.name)
+        layer = layer_at(plain, self.name)
         layer.to(torch.promote_types(layer.weight.dtype, self.default.dtype))
-        added = self.of_gap(self.default)[0].detach().to(layer.weight)
-        layer.bias = nn.Parameter(added if layer.bias is None else layer.bias + added, requires_grad=False)
+        add_to_bias(layer, self.of_gap(self.default)[0])
 
 
-def linear_at(network: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of that name, or the one that LoRA is laid on."""
+def layer_at(network: nn.Module, name: str) -> Any:
+    """The layer of that name, or the one that LoRA is laid on."""
     layer: Any = network.get_submodule(name)
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+@torch.no_grad()
+def add_to_bias(layer: nn.Linear, added: Tensor) -> None:
+    """Add (out,) to what the layer gives."""
+    added = added.to(layer.weight)
+    layer.bias = nn.Parameter(added if layer.bias is None else layer.bias + added, requires_grad=False)
 
 
 def time_layers(network: nn.Module) -> list[str]:
@@ -124,16 +130,16 @@ def second_times(network: nn.Module) -> list[TimeGap]:
 
 
 @contextmanager
-def jumping(layers: list[TimeGap], gap: Tensor | None) -> Iterator[None]:
-    """The layers see that gap inside the block, and after it what they saw before."""
-    before = [layer.gap for layer in layers]
-    for layer in layers:
-        layer.gap = gap
+def taking(parts: Sequence[Any], value: Tensor | None) -> Iterator[None]:
+    """The parts are given that value inside the block, and after it what they were given before."""
+    before = [part.given for part in parts]
+    for part in parts:
+        part.given = value
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.gap = value
+        for part, earlier in zip(parts, before, strict=True):
+            part.given = earlier
 
 
 def time_input(denoiser: Denoiser, *, default: float) -> Denoiser:
@@ -155,13 +161,13 @@ def time_input(denoiser: Denoiser, *, default: float) -> Denoiser:
     twin = denoiser.with_network(denoiser.network, denoiser.feature_layer) if lora else copy.deepcopy(denoiser)
     for name in names:
         if isinstance(twin.network, LoraNetwork):
-            twin.network.add_input(name, AddedTime(trained_like(linear_at(network, name).weight), default, name))
+            twin.network.add_input(name, AddedTime(trained_like(layer_at(network, name).weight), default, name))
         else:
-            twin.network.set_submodule(name, SecondTime(linear_at(twin.network, name), default))
+            twin.network.set_submodule(name, SecondTime(layer_at(twin.network, name), default))
     inner_call, inner_extra = denoiser.call, denoiser.extra_call
 
     def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
-        with jumping(second_times(network), extra.gap):
+        with taking(second_times(network), extra.gap):
             if inner_extra is not None:
                 return inner_extra(network, x, time, cond, extra)
             return inner_call(network, x, time, cond)
@@ -182,12 +188,12 @@ def heard(denoiser: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: Cond) -> 
     layers: dict[str, tuple[nn.Module, TimeGap]] = {name: (part, part) for name, part in parts.items()}
     if isinstance(network, LoraNetwork):
         added = [part for part in network.inputs.values() if isinstance(part, AddedTime)]
-        layers = {part.name: (linear_at(network.base, part.name), part) for part in added}
+        layers = {part.name: (layer_at(network.base, part.name), part) for part in added}
 
     def watch(name: str, layer: nn.Module, part: TimeGap) -> Callable[[], None]:
         def keep(module: nn.Module, args: tuple[Tensor]) -> None:
-            assert part.gap is not None
-            seen[name] = args[0].expand(len(t), -1).double(), part.of_gap(part.gap).double()
+            assert part.given is not None
+            seen[name] = args[0].expand(len(t), -1).double(), part.of_gap(part.given).double()
 
         return layer.register_forward_pre_hook(keep).remove
 
@@ -212,8 +218,7 @@ def with_one_time(denoiser: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: C
         layer = copy.deepcopy(denoiser.network.get_submodule(f"{name}.layer"))
         assert isinstance(layer, nn.Linear)
         layer.weight += change[:-1].T.to(layer.weight)
-        bias = change[-1].to(layer.weight)
-        layer.bias = nn.Parameter(bias if layer.bias is None else layer.bias + bias, requires_grad=False)
+        add_to_bias(layer, change[-1])
         plain.set_submodule(name, layer)
     return plain
 
@@ -284,9 +289,6 @@ def without_second_time(network: nn.Module) -> nn.Module:
     plain = copy.deepcopy(network)
     for name, module in list(plain.named_modules()):
         if isinstance(module, SecondTime):
-            with torch.no_grad():
-                added = module.of_gap(module.default)[0]
-                bias = added if module.layer.bias is None else module.layer.bias + added
-            module.layer.bias = nn.Parameter(bias, requires_grad=False)
+            add_to_bias(module.layer, module.of_gap(module.default)[0])
             plain.set_submodule(name, module.layer)
     return plain

@@ -122,7 +122,7 @@ MUTANTS = {
     ],
     f"diffdistill/players/scale_input.py | {_E}": [
         ("another scale is folded in",
-         "module.of_scale(module.default[None])", "module.of_scale(1 + 0 * module.default[None])"),
+         "added = self.of_scale(self.default[None])", "added = self.of_scale(1 + 0 * self.default[None])"),
     ],
     f"pipelines/record.py | {_E}": [
         ("levels are the first alone", "levels=sampler.levels,", "levels=sampler.levels[:1],"),

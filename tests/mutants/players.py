@@ -19,24 +19,24 @@ MUTANTS = {
     f"diffdistill/players/two_times.py | {_I}": [
         (
             "lora: the time is not folded",
-            "layer.bias = nn.Parameter(added if layer.bias is None else layer.bias + added",
-            "layer.bias = nn.Parameter(0 * added if layer.bias is None else layer.bias",
+            "add_to_bias(layer, self.of_gap(self.default)[0])",
+            "pass",
         ),
         (
             "lora: another gap is folded",
-            "added = self.of_gap(self.default)[0].detach()",
-            "added = self.of_gap(0.7 * self.default)[0].detach()",
+            "add_to_bias(layer, self.of_gap(self.default)[0])",
+            "add_to_bias(layer, self.of_gap(0.7 * self.default)[0])",
         ),
         (
             "lora: nothing is added to the embedding",
-            "            return self.added(output)\n\n        return linear_at",
-            "            return output\n\n        return linear_at",
+            "            return self.added(output)\n\n        return layer_at",
+            "            return output\n\n        return layer_at",
         ),
-        ("lora: the gap is always its own", "self.default if self.gap is None else self.gap", "self.default"),
+        ("lora: the gap is always its own", "self.default if self.given is None else self.given", "self.default"),
         (
             "lora: in the base's type",
-            "AddedTime(trained_like(linear_at(network, name).weight), default, name)",
-            "AddedTime(linear_at(network, name).weight, default, name)",
+            "AddedTime(trained_like(layer_at(network, name).weight), default, name)",
+            "AddedTime(layer_at(network, name).weight, default, name)",
         ),
         (
             "low rank: one component too few",
@@ -51,12 +51,12 @@ MUTANTS = {
         ),
         (
             "a call leaves its gap",
-            "        for layer, value in zip(layers, before, strict=True):\n            layer.gap = value",
+            "        for part, earlier in zip(parts, before, strict=True):\n            part.given = earlier",
             "        pass",
         ),
     ],
     f"diffdistill/players/two_times.py | {_T}": [
-        ("one time: another bias", "bias = change[-1].to(layer.weight)", "bias = 0 * change[-1].to(layer.weight)"),
+        ("one time: another bias", "add_to_bias(layer, change[-1])", "add_to_bias(layer, 0 * change[-1])"),
         (
             "one time: no weights",
             "layer.weight += change[:-1].T.to(layer.weight)",
@@ -64,8 +64,8 @@ MUTANTS = {
         ),
         (
             "one time: the default is not added",
-            "added = module.of_gap(module.default)[0]\n",
-            "added = 0 * module.of_gap(module.default)[0]\n",
+            "add_to_bias(module.layer, module.of_gap(module.default)[0])",
+            "pass",
         ),
     ],
     f"diffdistill/players/lora.py | {_I}": [
@@ -104,27 +104,26 @@ MUTANTS = {
         ),
     ],
     f"diffdistill/players/scale_input.py | {_I}": [
-        ("lora: the scale is not added", "return output + self.of_scale(", "return output + 0 * self.of_scale("),
+        ("lora: the scale is not added", "            return self.added(output)", "            return output"),
         (
             "lora: the scale is always the default",
-            "self.default[None] if self.scale is None else self.scale",
-            "self.default[None]",
+            "scale = self.default.expand(len(output)) if self.given is None else self.given",
+            "scale = self.default.expand(len(output))",
         ),
-        ("lora: a call's scale stays", "                part.scale = before", "                pass"),
         (
             "lora: the default is not folded",
-            "added = self.of_scale(self.default[None])\n        table",
-            "added = 0 * self.of_scale(self.default[None])\n        table",
+            "        self.put_into(layer)\n\n\ndef scale_inputs",
+            "\n\ndef scale_inputs",
         ),
         (
             "lora: another scale is the default",
-            "AddedScale(trained_like(table.weight), default, layer)",
-            "AddedScale(trained_like(table.weight), 1.0, layer)",
+            "AddedScale(layer_at(network, name), default, name)",
+            "AddedScale(layer_at(network, name), 1.0, name)",
         ),
         (
             "lora: the input is in the base's type",
-            "AddedScale(trained_like(table.weight), default",
-            "AddedScale(table.weight, default",
+            "self.begin(layer, trained_like(layer.weight).dtype, default)",
+            "self.begin(layer, layer.weight.dtype, default)",
         ),
     ],
     f"diffdistill/players/sampler.py | {_I}": [

@@ -14,7 +14,7 @@ from diffdistill.core.guidance import guide
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.players.average import MovingAverage
 from diffdistill.players.lora import lora
-from diffdistill.players.scale_input import GuidanceEmbedding, guidance_input, plain_network
+from diffdistill.players.scale_input import TakesScale, guidance_input, plain_network
 from diffdistill.players.teacher import Teacher, frozen, trainable_copy
 
 X = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -142,19 +142,12 @@ def test_features_tell_scales_apart_and_vary_slowly() -> None:
     """A scale that was not trained on lies between its neighbours: no frequency is a lookup key."""
     table = nn.Embedding(3, 8)
     scales = torch.arange(1.0, 15.0, 0.25)
-    phase = scales[:, None] * GuidanceEmbedding(table, 1.0).frequencies
+    phase = scales[:, None] * TakesScale(table, 1.0).frequencies
     features = torch.cat([phase.sin(), phase.cos()], 1)
     distance = torch.cdist(features, features)
     assert float((distance + 10 * torch.eye(len(scales))).min()) > 0.1
     between = (features[:-2] + features[2:]) / 2
     assert float((between - features[1:-1]).norm(dim=1).max()) < 0.2 * float(features.norm(dim=1).min())
-
-
-def test_many_labels_keep_their_rows_in_half_precision() -> None:
-    table = nn.Embedding(3000, 2).bfloat16()
-    labels = torch.tensor([2999, 1025, 257])
-    packed = torch.stack([labels.float(), torch.ones(3)], 1)
-    assert torch.equal(GuidanceEmbedding(table, 1.0)(packed), table(labels))
 
 
 @pytest.mark.parametrize("kind", ["lora", "scale", "both"])
@@ -191,8 +184,7 @@ def test_what_cannot_be_adapted_is_refused_in_one_line(teacher: Teacher) -> None
     for make, words in (
         (lambda: lora(analytic, 2), "lora: the teacher's GaussianMixture has no linear layer"),
         (lambda: lora(teacher.denoiser, 2, targets=["to_x"]), "lora: .* has no layer called to_x"),
-        (lambda: guidance_input(analytic), "guidance_input: this teacher's network has no class embedding"),
-        (lambda: guidance_input(teacher.denoiser, "conv_in"), r"no class embedding \(conv_in\)"),
+        (lambda: guidance_input(analytic), "guidance_input: GaussianMixture has no layer to which the guidance scale"),
     ):
         with pytest.raises(UserError, match=words) as error:
             make()

@@ -55,7 +55,7 @@ def test_a_second_time_is_the_players_own(parameterization: str, tiny_teacher: T
     scatter(third, 2)
     assert torch.equal(first(x, t, cond, Extra(r=0 * t)).y, far)
     assert torch.equal(second(x, t, cond, Extra(r=0 * t)).y, same) and torch.equal(teacher.denoiser(x, t, cond).y, same)
-    assert all(part.gap is None for part in second_times(base_of(first))), "nothing of a call stays"
+    assert all(part.given is None for part in second_times(base_of(first))), "nothing of a call stays"
     trained = trainable({"student": first})["student"]
     assert {id(p) for p in trained} == {id(p) for p in first.parameters()}
     assert not {id(p) for p in trained} & {id(p) for n, p in teacher.denoiser.named_parameters() if ".lora_" not in n}
@@ -108,7 +108,7 @@ def test_a_guidance_scale_is_the_players_own(tiny_teacher: Teachers) -> None:
     scatter(student, 1)
     two, five = (student(x, t, cond, Extra(scale)).y for scale in scales)
     assert not torch.allclose(two, five, atol=1e-3)
-    assert all(part.scale is None for part in base_of(student).inputs.values()), "nothing of a call stays"
+    assert all(part.given is None for part in base_of(student).inputs.values()), "nothing of a call stays"
     for player in (student, copy.deepcopy(student)):
         assert torch.allclose(player(x, t, cond).y, two, atol=1e-5)
     assert torch.equal(teacher.denoiser(x, t, cond).y, same)

@@ -17,6 +17,7 @@ from diffdistill import distill, export
 from diffdistill.catalogue import describe_method, method_names
 from diffdistill.commands.cli import main
 from diffdistill.config import run_options
+from diffdistill.core.denoiser import Extra
 from diffdistill.data.batches import batches
 from diffdistill.data.encoded import decoder, open_encoded
 from diffdistill.data.pairs import make_pairs
@@ -411,6 +412,42 @@ def test_a_student_that_is_told_the_scale_takes_it_from_the_stock_pipeline(
     assert call["guidance_scale"] == 2.0
     assert float((images[2.0] - got).abs().max()) < 1e-3 * max(1, float(got.abs().max()))
     assert float((images[3.0] - images[2.0]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sana", "sd3", "dit"])
+def test_a_student_that_was_told_the_scale_is_exported_at_one(
+    name: str, encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Where the stock network has no input for it: added to what it embeds of the time."""
+    teacher, prompts = encoded(name)
+    data = open_encoded(prompts)
+    cond, shape = data.get(torch.tensor([1])).cond, tuple(data.settings["shape"])
+    jobs, expected = [], []
+    for kind in ("full", "lora"):
+        options = options_for(teacher, prompts, name, "sid", kind) | OTHERS["tbcm"] | {"method": "tbcm"}
+        options |= {"lora": "student"} if kind == "lora" else {}
+        options |= {"guidance_min": 1.0, "guidance_max": 3.0, "guidance_scale": 2.0, "student_lr": 0.1}
+        folder = distill(**options, out=str(tmp_path / kind)).student
+        what = {"class_labels": cond["class_labels"].tolist()} if name == "dit" else {"prompt": PROMPTS[1]}
+        jobs.append({"student": str(folder), "base": "", "what": what, "type": "np" if name == "dit" else "latent"})
+        expected.append(ours(tmp_path / kind, cond, shape))
+        game = load_run(tmp_path / kind)[0]
+        z, t = torch.randn(1, *shape), torch.full((1,), 1.2)
+        student = game.method.sampler().denoiser
+        low, high = (student(z, t, cond, Extra(torch.tensor([s]))).y.detach() for s in (1.0, 3.0))
+        assert apart(low, high) > 1e-4, kind
+    for got, image in zip(drawn_by_a_stranger(jobs, tmp_path), expected, strict=True):
+        assert apart(got.reshape(image.shape), image) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["sana_sprint", "tbcm"])
+def test_the_preset_for_sana_trains_it(
+    method: str, encoded: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded("sana")
+    options = {"teacher": str(folder), "prompts": str(prompts), "resolution": SIZES["sana"], "steps": 1}
+    run = distill(method=method, preset="sana-0.6b", **options, sample_every=0, device="cpu", out=str(tmp_path / "run"))
+    assert json.loads((run.student / "diffdistill.json").read_text())["guidance"]["scale"] == 4.5
 
 
 def test_a_student_of_a_level_inside_the_chain_starts_there_in_the_stock_pipeline(

@@ -64,7 +64,7 @@ def test_it_starts_as_the_teacher_for_every_r_and_stays_it_at_r_equal_t(
     assert torch.equal(student(x, t, cond, Extra(r=t)).y, same)
     near, far = (student(x, t, cond, Extra(r=r)).y for r in (t / 2, 0 * t))
     assert not torch.allclose(near, same, atol=1e-3) and not torch.allclose(near, far, atol=1e-3)
-    assert all(layer.gap is None for layer in second_times(student.network)), "nothing of a call stays"
+    assert all(layer.given is None for layer in second_times(student.network)), "nothing of a call stays"
 
 
 @pytest.mark.parametrize("parameterization", ["vp", "edm", "flow"])
