@@ -28,6 +28,7 @@ from diffdistill.families import (
     local_folder,
     schedule_of,
 )
+from diffdistill.options import Size
 from diffdistill.pictures import image_grid, save_png
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.teacher import Teacher
@@ -46,6 +47,8 @@ class SampleRequest:
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
+    resolution: Size | None = None  #: of a latent teacher
+    frames: int | None = None  #: of a teacher of videos
     seed: int = 0
     attention: str = "auto"
     trace: bool = False  #: of a latent model: a row an image, a column for what the model expects after each step
@@ -77,6 +80,9 @@ def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
     name = str(model) if isinstance(model, Path) else "the model"
     if request.trace:
         raise UserError(f"trace: {name!r} is a model of pixels, and a trace is of latent models; leave it out")
+    for option in ("resolution", "frames"):
+        if getattr(request, option) is not None:
+            raise UserError(f"{option}: {name!r} is a model of pixels, which takes no {option}; leave it out")
     for option, given in (("prompt", request.prompts), ("negative_prompt", request.negative_prompt is not None)):
         if given:
             raise UserError(f"{option}: {name!r} takes no prompts; use --classes")
@@ -110,10 +116,11 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
         _check_classes(classes, describe(folder).num_classes or 0)
     if not text and request.negative_prompt is not None:
         raise UserError(f"negative_prompt: {str(folder)!r} takes no prompts; leave it out")
-    for option in ("steps", "negative_prompt") if is_student(folder) else ():
+    for option in ("steps", "negative_prompt", "resolution", "frames") if is_student(folder) else ():
         if (value := getattr(request, option)) is not None:
             raise UserError(f"{option}: {shown(value)} was given, and a student has its own; leave it out")
     call = stock_call(folder, family, request.steps, request.guidance_scale, request.negative_prompt)
+    call |= _size(folder, family, request)
     pipeline = load_pipeline(folder, device=request.device)
     count = request.count or 4
     images: list[Tensor] = []
@@ -138,6 +145,17 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
         picture = picture[:, 0] if picture.ndim == 5 else picture  # a video's first frame
         images.append(2 * (picture if text else picture.permute(0, 3, 1, 2)) - 1)
     return Samples(torch.cat(images), columns)
+
+
+def _size(folder: Path, family: Family, request: SampleRequest) -> dict[str, int]:
+    """The arguments of the stock pipeline's call for the size that is asked for; UserError for one that it lacks."""
+    if request.frames is not None and not family.videos:
+        raise UserError(f"frames: {request.frames} was given, and {family.name} makes images; leave it out")
+    if (request.resolution, request.frames) == (None, None):
+        return {}
+    size = describe(folder, request.resolution, request.frames).size
+    known = {"height": request.resolution, "width": request.resolution, "num_frames": request.frames}
+    return {name: value for name, value in size.items() if known.get(name) is not None}
 
 
 @contextmanager

@@ -38,6 +38,8 @@ def _draw(config: SampleConfig, model: ModelLike) -> Samples:
         steps=config.steps,
         guidance_scale=config.guidance_scale,
         negative_prompt=config.negative_prompt,
+        resolution=config.resolution,
+        frames=config.frames,
         seed=config.seed,
         attention=config.attention,
         trace=config.trace,

@@ -24,7 +24,9 @@ class EncodeConfig(MachineConfig):
         "images with captions (or classes): a folder, .parquet, .tar shards or a pattern of them, "
         "a Hugging Face dataset, shapes",
     )
-    resolution: int | None = option(None, "pixels a side; default: the model's own", at_least=1)
+    resolution: int | str | None = option(
+        None, "pixels a side, or HEIGHTxWIDTH such as 720x1280; default: the model's own", at_least=1
+    )
     frames: int | None = option(None, "frames of a video; default: the model's own", at_least=1)
     embedded_guidance: float = option(
         3.5, "guidance scale of a network that takes it as an input, such as Flux's", at_least=0

@@ -88,7 +88,7 @@ class Encoded:
         return self.settings["count"]
 
     @property
-    def size(self) -> dict[str, int | None]:
+    def size(self) -> dict[str, Any]:
         """The arguments of `load_teacher` for samples of this size."""
         return {"resolution": self.settings["resolution"], "frames": self.settings["frames"]}
 
@@ -188,7 +188,7 @@ def _named(teacher: Teacher, values: Mapping[str, Any]) -> dict[str, Any]:
         )
     size = {"resolution": None, "frames": None} | {k: v for k, v in values.items() if k in ("resolution", "frames")}
     if set(size.values()) == {None} and describe(local_folder(teacher.source)).shape != teacher.shape:
-        size = {"resolution": teacher.size.get("height"), "frames": teacher.size.get("num_frames")}
+        size = {"resolution": (teacher.size["height"], teacher.size["width"]), "frames": teacher.size.get("num_frames")}
     return {"teacher": teacher.source, **size}
 
 
@@ -287,7 +287,7 @@ class _Source:
 
 def _open_source(config: EncodeConfig, encoder: _Encoder) -> _Source:
     """The data of the options; UserError where the encoder's family cannot use them."""
-    family, (height, _) = encoder.family, encoder.size
+    family = encoder.family
     if (config.prompts is None) == (config.data is None):
         raise UserError(
             "encode: give either --prompts (a .txt, .jsonl, .json, .csv) or --data (images with captions, or classes)"
@@ -299,9 +299,9 @@ def _open_source(config: EncodeConfig, encoder: _Encoder) -> _Source:
     if len(encoder.shape) != 3:
         raise UserError(f"data: {config.data!r} holds images, and {family.name} makes videos; give --prompts instead")
     if config.streaming:
-        images = stream_data(config.data, count=config.count, resolution=height, channels=3)
+        images = stream_data(config.data, count=config.count, resolution=encoder.size, channels=3)
     else:
-        images = open_data(config.data, resolution=height, channels=3)
+        images = open_data(config.data, resolution=encoder.size, channels=3)
     first = images.get(torch.arange(1))
     if (first.captions if family.text else first.labels) is None:
         where = f"; give {looked_for()} in a metadata.jsonl, or a .txt beside each image" if family.text else ""

@@ -45,8 +45,8 @@ def _shape(config: Config, vae: Config, source: Source) -> tuple[int, int, int, 
     factor = _AUTOENCODER.factor(vae)
     # The pipeline takes multiples of 16 pixels, whatever its autoencoder.
     multiple = max(config["patch_size"][1], 16 // factor)
-    height, width = (latent_size("wan", factor, native, source.resolution, multiple) for native in _SIZE)
-    return config["in_channels"], (frames - 1) // ratio + 1, height, width
+    size = latent_size("wan", factor, _SIZE, source.resolution, multiple)
+    return config["in_channels"], (frames - 1) // ratio + 1, *size
 
 
 def _teacher(network: Any, source: Source) -> Teacher:

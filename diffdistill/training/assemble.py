@@ -117,7 +117,7 @@ def _teacher(config: TrainConfig, weights: bool) -> tuple[Teacher, Encoded | Non
     folder = local_folder(config.teacher, weights)
     family, _ = family_of(folder)
     dtype = getattr(torch, config.teacher_dtype)
-    size = {"resolution": config.resolution, "frames": config.frames}
+    size: dict[str, Any] = {"resolution": config.resolution, "frames": config.frames}
     encoded: Encoded | None = None
     if family.autoencoder is not None:
         needed = family.conditions == "text" and weights
@@ -259,8 +259,9 @@ def data_for(game: Game) -> Examples | None:
         raise UserError(
             f"data: the teacher's samples {tuple(game.teacher.shape)} are no images; give data as an object"
         )
-    channels, size = game.teacher.shape[0], game.teacher.shape[1]
-    data = skipping(open_data(game.config.data, resolution=size, channels=channels), game.config.skip_unreadable)
+    channels, height, width = game.teacher.shape
+    opened = open_data(game.config.data, resolution=(height, width), channels=channels)
+    data = skipping(opened, game.config.skip_unreadable)
     check_data(game.teacher, data)
     return data
 
