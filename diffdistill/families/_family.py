@@ -80,6 +80,7 @@ class Text:
     null: Callable[[Any, Prompt], Cond]
     optional: tuple[str, ...] = ()  #: components without which the pipeline encodes too, where its index has null
     negative: str | None = None  #: the makers' negative prompt; None: what their pipeline takes where it is given none
+    advised: str | None = None  #: one that the makers draw with, which their pipeline takes only where it is given it
 
 
 def padded_with_zeros(embeds: Tensor, mask: Tensor) -> Tensor:
@@ -92,6 +93,7 @@ def plain_text(
     encode: Callable[[Any, list[str], Prompt], Cond],
     optional: tuple[str, ...] = (),
     negative: str | None = None,
+    advised: str | None = None,
 ) -> Text:
     """For families whose "no prompt" is a prompt: the empty one, or the makers' own."""
 
@@ -99,7 +101,7 @@ def plain_text(
         chosen = (text for text in (prompt.negative, negative, "") if text is not None)
         return encode(pipe, [next(chosen)], prompt)
 
-    return Text(components, encode, null, optional, negative)
+    return Text(components, encode, null, optional, negative, advised)
 
 
 @dataclass(frozen=True)

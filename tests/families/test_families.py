@@ -397,6 +397,19 @@ def test_an_unknown_pipeline_is_told_which_are_known(tmp_path: Path, capsys: pyt
     assert main(["families"]) == 0
     listed = capsys.readouterr().out
     assert all(pipeline in listed for family in FAMILIES.values() for pipeline in family.pipelines)
+    texts = [family.text for family in FAMILIES.values() if family.text is not None]
+    assert all(repr(text) in listed for each in texts for text in (each.negative, each.advised) if text is not None)
+
+
+def test_no_prompt_is_what_the_stock_pipeline_takes_where_it_is_given_none(made: Callable[..., Case]) -> None:
+    """Not what Wan's makers draw with, which is offered and never taken unasked."""
+    case = made("wan")
+    assert case.family.text is not None and case.family.text.advised is not None
+    assert "negative_prompt" not in case.call(5.0)
+    latents, _, grid = stock(case, 5.0)
+    assert gap(ours(case, 5.0, grid), latents) < 1e-4
+    given = replace(case, call=lambda g: {**case.call(g), "negative_prompt": case.family.text.advised})
+    assert gap(ours(case, 5.0, grid), stock(given, 5.0)[0]) > 1e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
