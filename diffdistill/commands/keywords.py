@@ -208,6 +208,7 @@ class SampleOptions(MachineOptions, AttentionOptions, total=False):
     frames: int | None
     seed: int
     trace: bool
+    fps: int
 
 
 class BenchOptions(MachineOptions, AttentionOptions, total=False):

@@ -22,7 +22,7 @@ class EncodeConfig(MachineConfig):
     data: str | None = option(
         None,
         "images with captions (or classes): a folder, .parquet, .tar shards or a pattern of them, "
-        "a Hugging Face dataset, shapes",
+        "a Hugging Face dataset, shapes; for a teacher of videos a folder of .mp4, .gif or folders of numbered images",
     )
     resolution: int | str | None = option(
         None, "pixels a side, or HEIGHTxWIDTH such as 720x1280; default: the model's own", at_least=1

@@ -105,4 +105,5 @@ class SampleConfig(MachineConfig, AttentionConfig):
     frames: int | None = option(None, "frames of a teacher's video; default: its own", at_least=1)
     seed: int = option(0, "image i is drawn from seed 1000000 * SEED + i", at_least=0)
     trace: bool = option(False, "draw the image that a latent model expects after each step, a row for each image")
-    out: str = option("samples.png", "the picture's file")
+    fps: int = option(16, "frames a second of a video's file", at_least=1, at_most=100)
+    out: str = option("samples.png", "the picture's file, of a model of videos also an .mp4 or .gif")

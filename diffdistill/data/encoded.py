@@ -40,6 +40,7 @@ from diffdistill.data.shards import (
     write_index,
 )
 from diffdistill.data.texts import looked_for
+from diffdistill.data.videos import open_videos
 from diffdistill.errors import UserError, shown
 from diffdistill.families import (
     FAMILIES,
@@ -200,6 +201,7 @@ class _Encoder:
         self.shape, self.num_classes = described.shape, described.num_classes
         self.device, self.dtype = device, getattr(torch, config.teacher_dtype)
         self.size = family.pixels(folder, self.shape)  #: height and width in pixels
+        self.frames: int | None = described.size.get("num_frames")  #: of a video
         if family.text is None and (config.negative_prompt, config.prompt_dtype) != (None, None):
             name = "prompt_dtype" if config.negative_prompt is None else "negative_prompt"
             raise UserError(f"{name}: {config.teacher!r} takes class labels and no prompts; leave it out")
@@ -296,9 +298,11 @@ def _open_source(config: EncodeConfig, encoder: _Encoder) -> _Source:
         if family.text is None:
             raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
         return _Source(None, *_prompts(str(config.prompts), config.count, config.streaming))
-    if len(encoder.shape) != 3:
-        raise UserError(f"data: {config.data!r} holds images, and {family.name} makes videos; give --prompts instead")
-    if config.streaming:
+    if encoder.frames is not None:
+        if config.streaming:
+            raise UserError("streaming: videos are read from a folder; leave it out")
+        images = open_videos(config.data, frames=encoder.frames, size=encoder.size)
+    elif config.streaming:
         images = stream_data(config.data, count=config.count, resolution=encoder.size, channels=3)
     else:
         images = open_data(config.data, resolution=encoder.size, channels=3)

@@ -263,7 +263,7 @@ def _decode_one(source: Source, title: str, shape: tuple[int, int, int], resize:
     """One image as uint8 (C, H, W). Raises UserError naming it if it is broken or does not fit `shape`."""
     channels, height, width = shape
     with naming_image(title):
-        image = using(source, lambda opened: _pixels(opened, shape, resize, resample))
+        image = using(source, lambda opened: pixels_of(opened, shape, resize, resample))
     if image.size != (width, height):  # the header scan misses an orientation that follows a PNG's pixels
         raise _odd_size(title, image.size, (width, height))
     return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1)
@@ -279,7 +279,8 @@ def middle_box(width: int, height: int, size: tuple[int, int]) -> tuple[int, int
     return left, top, left + kept[0], top + kept[1]
 
 
-def _pixels(opened: Image.Image, shape: tuple[int, int, int], resize: bool, resample: str | None) -> Image.Image:
+def pixels_of(opened: Image.Image, shape: tuple[int, int, int], resize: bool, resample: str | None) -> Image.Image:
+    """An opened image as `decode` gives it, of (C, H, W) `shape` if `resize`."""
     channels, height, width = shape
     if resize and resample is None:  # a JPEG can be decoded at a fraction of its size; three times ours loses nothing
         opened.draft(None, (3 * width, 3 * height))

@@ -63,11 +63,11 @@ class Samples(Example):
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Images of one shape, read by index. The fingerprint tells the content of two sources apart and does
+    """Images or videos of one shape, read by index. The fingerprint tells the content of two sources apart and does
     not depend on where they lie, nor on the resolution and channels they are read with."""
 
     name: str
-    shape: tuple[int, int, int]  #: (C, H, W)
+    shape: tuple[int, ...]  #: (C, H, W), of videos (C, F, H, W)
     num_classes: int | None  #: None where there are no labels
     fingerprint: str  #: 16 hex digits
     size: int

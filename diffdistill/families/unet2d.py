@@ -76,7 +76,7 @@ def _check_table(config: Any, schedule: Schedule) -> None:
 
 
 def new_unet2d(
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     num_classes: int | None,
     scheduler: dict[str, Any],
     *,

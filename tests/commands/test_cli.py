@@ -130,7 +130,7 @@ def test_verify_trains_where_it_is_told_and_compares_formulas_on_the_cpu(
         (["sample", "nowhere"], "teacher: 'nowhere' is not a folder"),
         (["sample", "digits", "--classes", "12"], "classes: 12 is not among the 10 classes"),
         (["sample", "digits", "--steps", "0"], "steps: 0 must be at least 1"),
-        (["sample", "digits", "--resolution", "8x16"], "resolution: 'digits' is a model of pixels"),
+        (["sample", "digits", "--resolution", "8x16"], "is a model of pixels, which takes no resolution; leave it out"),
         (["encode", "--resolution", "720x"], "resolution: '720x' is no size; give pixels a side, or HEIGHTxWIDTH"),
         (["train", "--resolution", "0x64"], "resolution: 0 must be at least 1"),
         (["plan", "--resolution", "many"], "resolution: 'many' is no size"),

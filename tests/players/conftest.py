@@ -33,10 +33,15 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pat
                 for i in range(len(PROMPTS)):
                     (root / "classes" / str(i % 2)).mkdir(parents=True, exist_ok=True)
                     Image.open(images / f"{i}.png").save(root / "classes" / str(i % 2) / f"{i}.png")
-                (root / "prompts.txt").write_text("\n".join(PROMPTS))
+                for i, text in enumerate(PROMPTS):
+                    (root / "videos" / str(i)).mkdir(parents=True)
+                    (root / "videos" / f"{i}.txt").write_text(text)
+                    for j in range(5):
+                        colour = (60 * i, 200 - 50 * i, 50 * j)
+                        Image.new("RGB", (32, 32), colour).save(root / "videos" / str(i) / f"{j}.png")
             options: dict[str, Any] = {"teacher": str(folder), "resolution": size or SIZES[name], "out": str(out)}
             if name == "wan":
-                encode(**options, prompts=str(root / "prompts.txt"), frames=5)
+                encode(**options, data=str(root / "videos"), frames=5)
             else:
                 encode(**options, data=str(root / "classes" if name == "dit" else images))
         return folder, out

@@ -95,5 +95,5 @@ def test_a_teacher_is_sampled_at_a_size(encoded: Callable[..., tuple[Path, Path]
     assert drawn.shape[-2:] == (16, 32)
     with pytest.raises(diffdistill.UserError, match="frames: 5 was given, and sdxl makes images"):
         diffdistill.sample(folder, prompt="a", count=1, frames=5)
-    with pytest.raises(diffdistill.UserError, match="resolution: 'digits' is a model of pixels"):
+    with pytest.raises(diffdistill.UserError, match=r"resolution: .* is a model of pixels"):
         diffdistill.sample("digits", count=1, resolution=16)
