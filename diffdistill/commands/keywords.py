@@ -116,6 +116,7 @@ class EncodeOptions(MachineOptions, total=False):
     data: str | Path | None
     resolution: Size | None
     frames: int | None
+    buckets: bool
     embedded_guidance: float
     negative_prompt: str | None
     count: int | None

@@ -238,6 +238,18 @@ def find_shape(pictures: Pictures, size: tuple[int, int] | None, channels: int |
     return channels or (1 if all_grey else 3), height, width
 
 
+def sizes_of(pictures: Pictures) -> list[tuple[int, int]]:
+    """Height and width of all images, by their headers. Raises UserError for one that cannot be opened."""
+    sizes = []
+    for first in range(0, pictures.size, 64):
+        rows = list(range(first, min(first + 64, pictures.size)))
+        for i, source in zip(rows, pictures.fetch(rows), strict=True):
+            with naming_image(pictures.title(i)):
+                width, height, _ = using(source, _size_and_mode)
+            sizes.append((height, width))
+    return sizes
+
+
 def _size_and_mode(image: Image.Image) -> tuple[int, int, str]:
     # Asked only where the header has EXIF: to look for it, Pillow decodes the whole of a PNG.
     turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) >= 5

@@ -27,6 +27,7 @@ from diffdistill.data.folder import (
     holds_images,
     middle_box,
     open_folder,
+    sizes_of,
 )
 from diffdistill.data.hub import is_saved, open_hub, open_stream
 from diffdistill.data.shapes import draw_many
@@ -41,6 +42,10 @@ ACCEPTED = (
     "a save_to_disk folder, or a Hugging Face dataset (user/name)"
 )
 _DIGITS = Path(__file__).parent / "assets" / "digits.safetensors"
+
+
+Pair = tuple[int, int]
+"""Height and width."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Data:
     fingerprint: str  #: 16 hex digits
     size: int
     read: Callable[[list[int]], Samples]
+    #: Height and width of each image as it is stored, where they can be known.
+    stored: Callable[[], list[Pair]] | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -85,10 +92,6 @@ class Data:
         if rows and not 0 <= min(rows) <= max(rows) < self.size:
             raise IndexError(f"indices {min(rows)}..{max(rows)} lie outside 0..{self.size - 1}")
         return self.read(rows)
-
-
-Pair = tuple[int, int]
-"""Height and width."""
 
 
 def _samples(images: Tensor, labels: Tensor | None, captions: list[str] | None) -> Samples:
@@ -178,10 +181,18 @@ def _digits_part(digits: Data, test: bool) -> Data:
 
     Tens, since the source has them in runs of 0 to 9: every fifth would be of two classes.
     """
-    kept = [i for i in range(len(digits)) if (i // 10 % 5 == 4) == test]
-    digest = hashlib.blake2b(f"{digits.fingerprint} {kept}".encode(), digest_size=8).hexdigest()
+    return part(digits, [i for i in range(len(digits)) if (i // 10 % 5 == 4) == test])
+
+
+def part(data: Data, kept: list[int]) -> Data:
+    """Those of the samples, in that order."""
+    digest = hashlib.blake2b(f"{data.fingerprint} {kept}".encode(), digest_size=8).hexdigest()
     return replace(
-        digits, fingerprint=digest, size=len(kept), read=lambda indices: digits.read([kept[i] for i in indices])
+        data,
+        fingerprint=digest,
+        size=len(kept),
+        read=lambda indices: data.read([kept[i] for i in indices]),
+        stored=None,
     )
 
 
@@ -195,7 +206,7 @@ def _open_shapes(name: str, count: int, size: Pair | None, channels: int | None)
         batch = _resized(_recolour(images[indices], channels), height, width)
         return _samples(batch, None, [captions[i] for i in indices])
 
-    return Data(name, (channels, height, width), None, digest, count, read)
+    return Data(name, (channels, height, width), None, digest, count, read, lambda: [_pair(images.shape[2])] * count)
 
 
 def _open_pictures(
@@ -209,7 +220,7 @@ def _open_pictures(
         labels = None if classes is None else classes[indices]
         return _samples(images, labels, None if texts is None else texts(indices))
 
-    return Data(name, shape, num_classes, fingerprint, total, read)
+    return Data(name, shape, num_classes, fingerprint, total, read, lambda: sizes_of(pictures))
 
 
 def _open_arrays(
@@ -245,7 +256,8 @@ def _open_arrays(
         batch = _resized(_recolour(images[indices].float() / divisor - offset, channels), height, width)
         return _samples(batch, None if classes is None else classes[indices], None)
 
-    return Data(name, (channels, height, width), num_classes, digest.hexdigest(), len(images), read)
+    stored = [(images.shape[2], images.shape[3])] * len(images)
+    return Data(name, (channels, height, width), num_classes, digest.hexdigest(), len(images), read, lambda: stored)
 
 
 def _resized(batch: Tensor, height: int, width: int) -> Tensor:

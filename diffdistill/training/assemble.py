@@ -15,7 +15,15 @@ from diffdistill.config import TrainConfig, run_options
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.weightless import Weightless, filled
 from diffdistill.data.batches import check_data
-from diffdistill.data.encoded import Encoded, check_encoded, check_negative, encode, open_encoded, with_prompts
+from diffdistill.data.encoded import (
+    Bucketed,
+    Encoded,
+    check_encoded,
+    check_negative,
+    encode,
+    open_encoded,
+    with_prompts,
+)
 from diffdistill.data.examples import Examples, TensorExamples, as_examples
 from diffdistill.data.images import Data, open_data
 from diffdistill.data.pairs import check_pairs, open_pairs
@@ -39,6 +47,7 @@ from diffdistill.players.lora import LoraSettings, is_lora
 from diffdistill.players.recomputing import checkpoint_activations
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
+from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Method, Need
 from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into, load_newest, step_of
 from diffdistill.training.derived import Derived, Situation, derive
@@ -248,6 +257,8 @@ def data_for(game: Game) -> Examples | None:
                 f"prompts: {name} with these options needs images too; give a folder made by "
                 "`diffdistill encode --data` from images with captions"
             )
+        if isinstance(encoded, Bucketed):
+            _check_buckets(game)
         return encoded
     if not needed:
         return None
@@ -264,6 +275,17 @@ def data_for(game: Game) -> Examples | None:
     data = skipping(opened, game.config.skip_unreadable)
     check_data(game.teacher, data)
     return data
+
+
+def _check_buckets(game: Game) -> None:
+    """UserError for a method that keeps samples of one size from step to step, or takes pairs, which are of one."""
+    kept = any(isinstance(module, GuidedChains) for module in game.method.state.values())
+    if kept or Need.PAIRS in game.method.needs:
+        what = "the trajectories that it keeps" if kept else "pairs"
+        raise UserError(
+            f"prompts: {game.config.prompts!r} has buckets, and of {game.recipe.name} {what} are of one size; encode "
+            "without --buckets"
+        )
 
 
 def _own_data(game: Game, data: Tensor | tuple[Tensor, Tensor] | Examples) -> Examples | None:

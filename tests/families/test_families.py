@@ -20,7 +20,7 @@ from diffdistill.commands.cli import main
 from diffdistill.core.denoiser import Cond
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, solve
-from diffdistill.core.schedule import DiscreteVP
+from diffdistill.core.schedule import DiscreteVP, student_levels
 from diffdistill.data.encoded import decoder
 from diffdistill.errors import UserError
 from diffdistill.families import (
@@ -262,6 +262,9 @@ def test_same_samples_of_another_height_than_width(
     latents, images, grid = stock(case, guidance)
     assert images.shape[-3:-1] == case.family.pixels(case.folder, case.teacher.shape)
     assert gap(ours(case, guidance, grid), latents) < 1e-4
+    if name == "flux":  # whose shift is that of the number of tokens
+        schedule = case.teacher.denoiser.schedule
+        assert torch.allclose(schedule.angle(student_levels(schedule, 4)), grid[:-1], atol=1e-6)
     features = case.teacher.denoiser.features(*middle(case, 2))
     assert features.shape[2] * times[1] == features.shape[3] * times[0]
     first = images if images.ndim == 4 else images[:, 0]
