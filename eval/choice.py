@@ -20,8 +20,8 @@ import torch
 from diffdistill.config import run_options
 from diffdistill.data import shapes
 from diffdistill.data.encoded import KIND as ENCODED
-from diffdistill.data.encoded import all_prompts
 from diffdistill.data.images import Data, open_data
+from diffdistill.data.prompts import all_prompts
 from diffdistill.data.shards import read_index
 from diffdistill.errors import UserError, shown
 from diffdistill.eval.features.digit_classifier import load_mnist_classifier

@@ -45,7 +45,7 @@ from diffdistill.families import (
     read_json,
     read_record,
 )
-from diffdistill.families._parts import LORA, part_config
+from diffdistill.families._parts import LORA, both_sides, one_side, part_config
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
@@ -283,11 +283,10 @@ def stock_call(
     `negative` is the negative prompt of a guided one. Raises UserError where it would change nothing.
     """
     record = read_record(path)
-    if family is not None and record is None:
-        _check_size(path, family)
+    size = _own_size(path, family) if family is not None and record is None else {}
     own = None if record is None or isinstance(record, TeacherRecord) else record.call
     others = {} if steps is None else {"num_inference_steps": steps}  # of a pipeline with a default of its own
-    call = dict(own or (family.arguments(steps or LATENT_STEPS) if family else others))
+    call = dict(own or (family.arguments(steps or LATENT_STEPS) if family else others)) | size
     if negative is not None and guidance_scale is None and family is not None and own is None:
         raise UserError("negative_prompt: without guidance it changes nothing; give --guidance-scale too")
     if guidance_scale is not None:
@@ -297,13 +296,21 @@ def stock_call(
     return call
 
 
-def _check_size(path: Path, family: Family) -> None:
-    """UserError for a network whose config leaves the stock pipeline without a size."""
-    if family.autoencoder is not None and part_config(path / family.component).get("sample_size", 1) is None:
+def _own_size(path: Path, family: Family) -> dict[str, int]:
+    """Height and width of a network made for another than a square, which not all stock pipelines read in its config.
+
+    UserError where the config leaves the pipeline without a size.
+    """
+    size = 1 if family.autoencoder is None else part_config(path / family.component).get("sample_size", 1)
+    if size is None:
         file = path / family.component / "config.json"
         raise UserError(
             f"teacher: sample_size in {file} is null, so that its stock pipeline has no size; write a number"
         )
+    if both_sides(size) is None or one_side(size) is not None:
+        return {}
+    height, width = family.pixels(path, both_sides(size) or ())
+    return {"height": height, "width": width}
 
 
 def guidance_call(

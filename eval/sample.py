@@ -18,6 +18,7 @@ from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import LinearFlow
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.eval.models import ModelLike, model_folder, pixel_sampler, stock_call
+from diffdistill.eval.videos import is_video, save_videos
 from diffdistill.families import (
     Family,
     attention_of,
@@ -28,12 +29,15 @@ from diffdistill.families import (
     local_folder,
     schedule_of,
 )
+from diffdistill.options import Size
 from diffdistill.pictures import image_grid, save_png
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 
 BATCH = 256
+FPS = 16
+"""Frames a second of a video's file, as Wan's are shown."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +50,31 @@ class SampleRequest:
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
+    resolution: Size | None = None  #: of a latent teacher
+    frames: int | None = None  #: of a teacher of videos
     seed: int = 0
     attention: str = "auto"
+    as_video: bool = False  #: refuses a model of images, and a trace
     trace: bool = False  #: of a latent model: a row an image, a column for what the model expects after each step
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images (N, C, H, W) in [-1, 1], and how many a row of a picture has."""
+    """Images (N, C, H, W) in [-1, 1], of videos their first frames, and how many a row of a picture has."""
 
     images: Tensor
     columns: int
     enlarged: int = 1  #: pixels a side of one of the images' pixels, in the picture
+    videos: Tensor | None = None  #: (N, F, C, H, W) in [-1, 1], of a model of videos
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """As one PNG."""
-        return save_png(image_grid(self.images, self.columns, scale=self.enlarged), Path(path))
+    def save(self, path: str | os.PathLike[str], fps: int = FPS) -> Path:
+        """As one PNG or, of videos under the name of an .mp4 or .gif, as one video of `fps` frames a second."""
+        if not is_video(path):
+            return save_png(image_grid(self.images, self.columns, scale=self.enlarged), Path(path))
+        if self.videos is None:
+            raise UserError(f"out: {shown(os.fspath(path))} is the name of a video, and these are images; give a .png")
+        return save_videos(self.videos, path, self.columns, fps)
 
 
 def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
@@ -75,8 +87,12 @@ def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
             return _stock_samples(folder, family, request)
         model = folder
     name = str(model) if isinstance(model, Path) else "the model"
+    _check_video(request, name, False)
     if request.trace:
         raise UserError(f"trace: {name!r} is a model of pixels, and a trace is of latent models; leave it out")
+    for option in ("resolution", "frames"):
+        if getattr(request, option) is not None:
+            raise UserError(f"{option}: {name!r} is a model of pixels, which takes no {option}; leave it out")
     for option, given in (("prompt", request.prompts), ("negative_prompt", request.negative_prompt is not None)):
         if given:
             raise UserError(f"{option}: {name!r} takes no prompts; use --classes")
@@ -104,19 +120,22 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
     Gandikota & Bau 2025, arXiv:2503.10637).
     """
     prompts, classes, text = request.prompts, request.classes, family.conditions == "text"
+    _check_video(request, str(folder), family.videos)
     if text != bool(prompts) or (text and classes):
         raise UserError(f"prompt: {str(folder)!r} takes {'a prompt; give --prompt' if text else 'none; use --classes'}")
     if classes:
         _check_classes(classes, describe(folder).num_classes or 0)
     if not text and request.negative_prompt is not None:
         raise UserError(f"negative_prompt: {str(folder)!r} takes no prompts; leave it out")
-    for option in ("steps", "negative_prompt") if is_student(folder) else ():
+    for option in ("steps", "negative_prompt", "resolution", "frames") if is_student(folder) else ():
         if (value := getattr(request, option)) is not None:
             raise UserError(f"{option}: {shown(value)} was given, and a student has its own; leave it out")
     call = stock_call(folder, family, request.steps, request.guidance_scale, request.negative_prompt)
+    call |= _size(folder, family, request)
     pipeline = load_pipeline(folder, device=request.device)
     count = request.count or 4
     images: list[Tensor] = []
+    videos: list[Tensor] = []
     columns = min(count, 4)
     for i, generator in enumerate(image_generators(request.seed, range(count))):
         labels = classes or range(10)
@@ -135,9 +154,30 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
         with drawing(folder), attention_of(pipeline, request.attention), seeded_steps(pipeline, generator):
             output = pipeline(**inputs, **call, generator=generator, output_type="pt" if text else "np")
         picture = torch.as_tensor(output.frames if hasattr(output, "frames") else output.images).float()
-        picture = picture[:, 0] if picture.ndim == 5 else picture  # a video's first frame
+        if picture.ndim == 5:
+            videos.append(2 * picture - 1)
+            picture = picture[:, 0]
         images.append(2 * (picture if text else picture.permute(0, 3, 1, 2)) - 1)
-    return Samples(torch.cat(images), columns)
+    return Samples(torch.cat(images), columns, videos=torch.cat(videos) if videos else None)
+
+
+def _check_video(request: SampleRequest, name: str, videos: bool) -> None:
+    """UserError for a video of a model of images, or of a trace."""
+    if request.as_video and not videos:
+        raise UserError(f"out: it is the name of a video, and {shown(name)} makes images; give a .png")
+    if request.as_video and request.trace:
+        raise UserError("trace: it is of first frames, which are no video; give a .png")
+
+
+def _size(folder: Path, family: Family, request: SampleRequest) -> dict[str, int]:
+    """The arguments of the stock pipeline's call for the size that is asked for; UserError for one that it lacks."""
+    if request.frames is not None and not family.videos:
+        raise UserError(f"frames: {request.frames} was given, and {family.name} makes images; leave it out")
+    if (request.resolution, request.frames) == (None, None):
+        return {}
+    size = describe(folder, request.resolution, request.frames).size
+    known = {"height": request.resolution, "width": request.resolution, "num_frames": request.frames}
+    return {name: value for name, value in size.items() if known.get(name) is not None}
 
 
 @contextmanager

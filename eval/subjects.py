@@ -37,6 +37,7 @@ from diffdistill.families import (
     read_record,
     teacher_of,
 )
+from diffdistill.options import Size, height_width
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 
@@ -51,8 +52,8 @@ PROMPTS = (
 )
 
 
-Size = tuple[tuple[str, int], ...]
-TeacherKey = tuple[str, float, Size]
+SizeArguments = tuple[tuple[str, int], ...]
+TeacherKey = tuple[str, float, SizeArguments]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ModelPlan:
     source: Path | Teacher | Student  #: a pipeline's folder, or a loaded pixel model
     name: str
     scale: float = 1.0
-    size: Size = ()  #: what a teacher is drawn at, that of its student
+    size: SizeArguments = ()  #: what a teacher is drawn at, that of its student
     null_class: int | None = None
     against: int | None = None
 
@@ -147,8 +148,8 @@ def _family(plan: ModelPlan) -> Family | None:
     return family_or_none(plan.source) if isinstance(plan.source, Path) else None
 
 
-def check_resolution(plan: ModelPlan, resolution: int | None) -> None:
-    """UserError for a number of pixels a side that the model does not make."""
+def check_resolution(plan: ModelPlan, resolution: Size | None) -> None:
+    """UserError for a size that the model does not make."""
     family = _family(plan)
     if resolution is None or family is None or not isinstance(plan.source, Path):
         return
@@ -172,14 +173,14 @@ def load_subject(plan: ModelPlan, options: SpeedOptions) -> Subject:
     return Subject(plan.name, steps, plan.scale, plan.against, parts, networks, torch.no_grad()(draw), weights)
 
 
-Drawable = tuple[Any, list[nn.Module], int | None, Callable[[int, int | None], Any]]
+Drawable = tuple[Any, list[nn.Module], int | None, Callable[[int, Size | None], Any]]
 
 
 def _pixel_model(plan: ModelPlan, options: SpeedOptions) -> Drawable:
     sample, teacher, steps = pixel_sampler(plan.source, options.teacher_steps, plan.scale, plan.null_class)
     denoiser = teacher.denoiser.to(options.device, getattr(torch, options.dtype))
 
-    def draw(batch: int, resolution: int | None) -> Any:
+    def draw(batch: int, resolution: Size | None) -> Any:
         cond = {}
         if teacher.num_classes is not None:
             cond = {"class_labels": torch.arange(batch, device=options.device) % teacher.num_classes}
@@ -204,7 +205,7 @@ def _stock_pipeline(family: Family | None, folder: Path, plan: ModelPlan, option
     call |= {name: value for name, value in plan.size if name in takes}
     classes = describe(folder).num_classes if family is not None and "class_labels" in takes else None
 
-    def draw(batch: int, resolution: int | None) -> Any:
+    def draw(batch: int, resolution: Size | None) -> Any:
         inputs: dict[str, Any] = {"batch_size": batch}
         if "prompt" in takes:
             inputs = {"prompt": [PROMPTS[i % len(PROMPTS)] for i in range(batch)]}  # anew: some pipelines write into it
@@ -215,7 +216,7 @@ def _stock_pipeline(family: Family | None, folder: Path, plan: ModelPlan, option
                 raise UserError(
                     f"resolution: {resolution} was given, and {plan.name}'s pipeline takes no size; leave it out"
                 )
-            inputs |= {"height": resolution, "width": resolution}
+            inputs |= dict(zip(("height", "width"), height_width(resolution), strict=True))
         output = pipeline(
             **with_negatives(call, batch) | inputs,
             generator=image_generators(options.seed, range(batch)),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from diffdistill.errors import UserError, first_line
+from diffdistill.options import Size
 
 WARM_UP = 2
 
@@ -22,7 +23,7 @@ class SpeedOptions:
     """What is measured; `resolutions` None is each model's own."""
 
     batch_sizes: Sequence[int] = (1, 4)
-    resolutions: Sequence[int | None] = (None,)
+    resolutions: Sequence[Size | None] = (None,)
     teacher: str | None = None
     teacher_steps: int | None = None
     guidance_scale: float | None = None  #: of teachers, in the normal form: 1 is none
@@ -37,7 +38,7 @@ class SpeedOptions:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is loaded: `draw(batch, pixels a side)` gives images (B, ..., H, W, C)."""
+    """A model that is loaded: `draw(batch, size)` gives images (B, ..., H, W, C)."""
 
     name: str
     steps: int | None
@@ -45,7 +46,7 @@ class Subject:
     against: int | None
     parts: Any  #: the pipeline, or the network of a pixel model
     networks: list[nn.Module]  #: whose passes are counted, and which are compiled
-    draw: Callable[[int, int | None], Any]
+    draw: Callable[[int, Size | None], Any]
     weights_mb: float | None  #: on a GPU
 
 
@@ -65,7 +66,7 @@ class TimedRun:
 
 
 def measure_runs(
-    subjects: Sequence[Subject], batch: int, resolution: int | None, options: SpeedOptions
+    subjects: Sequence[Subject], batch: int, resolution: Size | None, options: SpeedOptions
 ) -> list[TimedRun]:
     """Every subject, eager and, if the options say so, compiled: warmed up, then timed in turn."""
     with ExitStack() as stack:
@@ -99,7 +100,7 @@ def _compile(networks: Sequence[nn.Module]) -> list[Callable[..., Any]]:
     return calls
 
 
-def _warm_up(run: TimedRun, batch: int, resolution: int | None, options: SpeedOptions) -> None:
+def _warm_up(run: TimedRun, batch: int, resolution: Size | None, options: SpeedOptions) -> None:
     taken, before = [], _graphs()
     with _guarded(run, batch, resolution, options):
         with _counting(run, batch) if run.compiled is None else ExitStack():
@@ -116,7 +117,7 @@ def _graphs() -> int:
 
 
 @contextmanager
-def _guarded(run: TimedRun, batch: int, resolution: int | None, options: SpeedOptions) -> Iterator[None]:
+def _guarded(run: TimedRun, batch: int, resolution: Size | None, options: SpeedOptions) -> Iterator[None]:
     """What a draw raises as one line; with too little memory on a GPU the run has no figures."""
     try:
         yield
@@ -152,7 +153,7 @@ def _counting(run: TimedRun, batch: int) -> Iterator[None]:
     run.passes = samples / batch
 
 
-def _seconds(run: TimedRun, batch: int, resolution: int | None, options: SpeedOptions) -> float:
+def _seconds(run: TimedRun, batch: int, resolution: Size | None, options: SpeedOptions) -> float:
     """Seconds of one draw, and into the run the most memory and the size of the images."""
     networks, gpu = run.subject.networks, options.device.type == "cuda"
     for network, call in zip(networks, run.compiled or (), strict=run.compiled is not None):

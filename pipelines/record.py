@@ -9,6 +9,7 @@ from typing import Any
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.environment import environment
 from diffdistill.families import FAMILIES, Guidance, StudentRecord, public_name
+from diffdistill.options import Size
 from diffdistill.pipelines.card import student_call
 from diffdistill.pipelines.origin import public_options
 from diffdistill.players.adapter_networks import AdaptedNetwork
@@ -24,7 +25,7 @@ def new_student_record(
     sampler: Sampler,
     step: int,
     *,
-    resolution: int | None = None,
+    resolution: Size | None = None,
     frames: int | None = None,
 ) -> StudentRecord:
     """What is written beside the student that `sampler` samples, at training step `step`.

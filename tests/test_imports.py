@@ -19,6 +19,7 @@ ONLY_IN = {
     "accelerate": {"data", "training", "eval"},
     "datasets": {"data"},
     "bitsandbytes": {"players", "training"},
+    "imageio": {"data"},
 }
 HEAVY = {"torch", "diffusers", "numpy", "accelerate", "peft", "PIL", "transformers", "yaml"}
 LIGHT = ("", "commands.cli", "catalogue", "config", "options", "errors", "version")

@@ -29,7 +29,9 @@ class JvpCheckConfig(MachineConfig, AttentionConfig):
     """Which teacher."""
 
     teacher: str = option(MISSING, "a diffusers folder or hub id, or 'digits', the embedded one")
-    resolution: int | None = option(None, "pixels a side, for a latent teacher; default: its own", at_least=1)
+    resolution: int | str | None = option(
+        None, "pixels a side, or HEIGHTxWIDTH such as 720x1280, of a latent teacher; default: its own", at_least=1
+    )
     frames: int | None = option(None, "frames of a video; default: the teacher's own", at_least=1)
     prompt: str = option("a red fox in the snow", "the prompt that a text-to-image teacher is given")
     seed: int = option(0, "of the samples and the directions", at_least=0)

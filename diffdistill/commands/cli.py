@@ -40,7 +40,7 @@ from diffdistill.config import (
     WatchConfig,
 )
 from diffdistill.errors import UserError, first_line, one_line
-from diffdistill.options import build, coerce, nearest, optional, read_yaml
+from diffdistill.options import Size, build, coerce, nearest, optional, read_yaml
 from diffdistill.version import __version__
 
 
@@ -345,13 +345,13 @@ def _help(f: dataclasses.Field[Any], default: Any) -> str:
 
 
 def _metavar(kind: Any, f: dataclasses.Field[Any]) -> str:
-    names = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
+    names: dict[Any, str] = {int: "N", float: "X", str: "TEXT", bool: "true|false", Size: "N|HxW"}
     if typing.get_origin(kind) is tuple:
         (member, *_) = typing.get_args(kind)
         one = names.get(member, "TEXT")
         return one if f.metadata.get("repeated") else f"{one},.."
     choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else [kind]
-    return "|".join(names.get(k, str(k)) if isinstance(k, type) else str(k) for k in choices)
+    return "|".join(names.get(k, str(k)) for k in choices)
 
 
 def _with_true(argv: Sequence[str], classes: Sequence[type]) -> list[str]:

@@ -8,7 +8,7 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffdistill.config import SAVING, ExportConfig, SavingConfig
 from diffdistill.environment import use_machine
@@ -123,7 +123,7 @@ def export_student(game: Game, folder: Path, step: int, dtype: str | None = None
     to the caller.
     """
     sampler, teacher, options = game.method.sampler(), game.teacher, game.options()
-    size = {"resolution": game.config.resolution, "frames": game.config.frames}
+    size: dict[str, Any] = {"resolution": game.config.resolution, "frames": game.config.frames}
     size = size if game.encoded is None else game.encoded.size
     record = new_student_record(game.recipe.name, options, teacher, sampler, step, **size)
     network = sampler.network(teacher.shape, teacher.sample_cond(len(sampler.levels)))

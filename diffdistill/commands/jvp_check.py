@@ -12,7 +12,7 @@ from diffdistill.core.jvp import ALIKE, derivative_gap
 from diffdistill.environment import use_machine
 from diffdistill.exact.tangents import LIMITS, ModuleTangent, module_tangents
 from diffdistill.families import Prompt, attention_of, family_of, load_pipeline, load_teacher, local_folder
-from diffdistill.options import build
+from diffdistill.options import Size, build
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator
 from diffdistill.scaffold.tangent import own_path
@@ -21,7 +21,7 @@ from diffdistill.scaffold.tangent import own_path
 def jvp_check(
     teacher: str | os.PathLike[str] | Teacher,
     *,
-    resolution: int | None = None,
+    resolution: Size | None = None,
     frames: int | None = None,
     prompt: str = "a red fox in the snow",
     seed: int = 0,

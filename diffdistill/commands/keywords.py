@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from diffdistill.options import Size
+
 
 class MachineOptions(TypedDict, total=False):
     """The options of `MachineConfig`."""
@@ -73,7 +75,7 @@ class TrainOptions(SavingOptions, FitOptions, AttentionOptions, total=False):
     null_class: int | None
     prompts: str | Path | None
     negative_prompt: str | None
-    resolution: int | None
+    resolution: Size | None
     frames: int | None
     teacher_dtype: Literal["float32", "bfloat16"]
     teacher_bits: Literal[4, 8] | None
@@ -112,8 +114,9 @@ class EncodeOptions(MachineOptions, total=False):
 
     prompts: str | Path | None
     data: str | Path | None
-    resolution: int | None
+    resolution: Size | None
     frames: int | None
+    buckets: bool
     embedded_guidance: float
     negative_prompt: str | None
     count: int | None
@@ -186,7 +189,7 @@ class SpeedOptions(DrawOptions, total=False):
     teacher_steps: int | None
     guidance_scale: float | None
     batch_sizes: Sequence[int]
-    resolutions: Sequence[int] | None
+    resolutions: Sequence[Size] | None
     compile: bool
     repeats: int
     seed: int
@@ -202,8 +205,11 @@ class SampleOptions(MachineOptions, AttentionOptions, total=False):
     steps: int | None
     guidance_scale: float | None
     negative_prompt: str | None
+    resolution: Size | None
+    frames: int | None
     seed: int
     trace: bool
+    fps: int
 
 
 class BenchOptions(MachineOptions, AttentionOptions, total=False):

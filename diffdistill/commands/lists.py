@@ -56,6 +56,10 @@ def families(config: ListConfig) -> None:
         print(f"{'':18} pipelines: {', '.join(family.class_names)}; conditions: {family.conditions}")
         print(f"{'':18} network: {family.component}, {family.network}; LoRA: {targets}")
         print(f"{'':18} stock guidance: {family.stock_guidance}")
+        if family.text is not None and (negative := family.text.negative) is not None:
+            print(f"{'':18} without a negative prompt: {negative!r}, as its makers have it")
+        if family.text is not None and family.text.advised is not None:
+            print(f"{'':18} its makers draw with --negative-prompt {family.text.advised!r}")
 
 
 def protocols(config: ListConfig) -> None:

@@ -109,7 +109,9 @@ class SpeedConfig(DrawConfig):
     batch_sizes: tuple[int, ...] = option(
         (1, 4), "numbers of images drawn together, each of which is timed", at_least=1
     )
-    resolutions: tuple[int, ...] | None = option(None, "pixels a side; default: the models' own", at_least=1)
+    resolutions: tuple[int | str, ...] | None = option(
+        None, "sizes, each pixels a side or HEIGHTxWIDTH; default: the models' own", at_least=1
+    )
     compile: bool = option(False, "time the models also with their denoising network under torch.compile")
     repeats: int = option(20, "draws that are timed", at_least=1)
     seed: int = option(0, "image i is drawn from seed 1000000 * SEED + i", at_least=0)

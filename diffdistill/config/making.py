@@ -22,10 +22,17 @@ class EncodeConfig(MachineConfig):
     data: str | None = option(
         None,
         "images with captions (or classes): a folder, .parquet, .tar shards or a pattern of them, "
-        "a Hugging Face dataset, shapes",
+        "a Hugging Face dataset, shapes; for a teacher of videos a folder of .mp4, .gif or folders of numbered images",
     )
-    resolution: int | None = option(None, "pixels a side; default: the model's own", at_least=1)
+    resolution: int | str | None = option(
+        None, "pixels a side, or HEIGHTxWIDTH such as 720x1280; default: the model's own", at_least=1
+    )
     frames: int | None = option(None, "frames of a video; default: the model's own", at_least=1)
+    buckets: bool = option(
+        False,
+        "bring each image to the size nearest to its ratio, of about the area of --resolution, and not to that one; a "
+        "training step then takes images of one size",
+    )
     embedded_guidance: float = option(
         3.5, "guidance scale of a network that takes it as an input, such as Flux's", at_least=0
     )

@@ -99,6 +99,11 @@ class SampleConfig(MachineConfig, AttentionConfig):
     negative_prompt: str | None = option(
         None, "the prompt that a guided teacher is led away from; default: what the family has"
     )
+    resolution: int | str | None = option(
+        None, "pixels a side, or HEIGHTxWIDTH such as 720x1280, of a latent teacher; default: its own", at_least=1
+    )
+    frames: int | None = option(None, "frames of a teacher's video; default: its own", at_least=1)
     seed: int = option(0, "image i is drawn from seed 1000000 * SEED + i", at_least=0)
     trace: bool = option(False, "draw the image that a latent model expects after each step, a row for each image")
-    out: str = option("samples.png", "the picture's file")
+    fps: int = option(16, "frames a second of a video's file", at_least=1, at_most=100)
+    out: str = option("samples.png", "the picture's file, of a model of videos also an .mp4 or .gif")

@@ -159,7 +159,9 @@ class TrainConfig(SavingConfig, InTrainingConfig, FitConfig, AttentionConfig):
         "the prompt that guidance leads away from, which stands wherever there is no prompt; "
         "default: that of the folder of prompts, or what the family has",
     )
-    resolution: int | None = option(None, "pixels a side, for a latent teacher; default: its own", at_least=1)
+    resolution: int | str | None = option(
+        None, "pixels a side, or HEIGHTxWIDTH such as 720x1280, of a latent teacher; default: its own", at_least=1
+    )
     frames: int | None = option(None, "frames of a video; default: the teacher's own", at_least=1)
     teacher_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "type of the teacher's weights; weights that are trained are float32"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -12,8 +12,18 @@ from torch import Tensor
 
 from diffdistill.config import FitConfig
 from diffdistill.core.denoiser import Cond, choose
-from diffdistill.data.examples import ClassLabels, Example, Examples, TensorExamples, check_classes, to_device
+from diffdistill.data.buckets import bucket_batch
+from diffdistill.data.examples import (
+    ClassLabels,
+    Example,
+    Examples,
+    InBuckets,
+    TensorExamples,
+    check_classes,
+    to_device,
+)
 from diffdistill.data.images import Data
+from diffdistill.data.texts import note
 from diffdistill.errors import UserError
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator, seed_for
@@ -68,11 +78,16 @@ def batches(
     rank, world = accelerator.process_index, accelerator.num_processes
     device, size = accelerator.device, config.batch_size
     labels = ClassLabels(teacher.num_classes)
-    if examples is not None:
+    if isinstance(examples, InBuckets):
+        _check_buckets(examples.counts, size, rank, world)
+    elif examples is not None:
         batch_indices(len(examples), size, 0, seed=config.seed, rank=rank, world_size=world)  # refuses now, not later
 
     def in_order(source: Examples, step: int, seed: int) -> Example:
-        indices = batch_indices(len(source), size, step, seed=seed, rank=rank, world_size=world)
+        if isinstance(source, InBuckets):
+            indices = bucket_batch(source.counts, size, step, seed=seed, rank=rank, world_size=world)
+        else:
+            indices = batch_indices(len(source), size, step, seed=seed, rank=rank, world_size=world)
         return to_device(source.get(indices), device)
 
     def batch(step: int) -> Batch:
@@ -86,12 +101,22 @@ def batches(
             # Not the order of the examples: pair i and image i have nothing to do with each other.
             pair = in_order(pairs, step, seed_for(config.seed, "pairs")).pair
         x0 = None if example.x0 is None else example.x0 / teacher.denoiser.schedule.data_std
+        shape = tuple(x0.shape[1:]) if x0 is not None and isinstance(examples, InBuckets) else teacher.shape
         cond = _known(teacher, example.cond)
         if label_dropout:
             cond = _dropped(teacher, cond, samples.uniform("label dropout", torch.get_default_dtype()) < label_dropout)
-        return replace(samples, cond=cond, x0=x0, pair=pair)
+        return replace(samples, cond=cond, x0=x0, pair=pair, shape=shape)
 
     return batch
+
+
+def _check_buckets(counts: Sequence[int], batch_size: int, rank: int, world: int) -> None:
+    """UserError where no bucket has a batch; a note of those that have none."""
+    bucket_batch(counts, batch_size, 0, seed=0, rank=rank, world_size=world)
+    small = [count for count in counts if count < batch_size * world]
+    if small and rank == 0:
+        what = f"{len(small)} of {len(counts)} buckets ({sum(small)} of {sum(counts)} samples) have less than a batch"
+        note(f"data: {what}, which is of one bucket, and are not trained on; a smaller batch_size reaches them")
 
 
 def _known(teacher: Teacher, cond: Cond) -> Cond:

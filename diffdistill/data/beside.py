@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,19 +38,25 @@ def _lists_images(parquet: Path) -> bool:
     return any(walk(parquet.parent)) if columns is None else "file_name" in columns
 
 
-def read_metadata(path: Path) -> tuple[list[str], list[str] | None, list[Any] | None]:
-    """Files, captions and labels of an imagefolder's metadata (file_name, text or caption, label)."""
+def read_metadata(
+    path: Path, exists: Callable[[Path], bool] = os.path.isfile, listed: Callable[[Path], Iterable[str]] = walk
+) -> tuple[list[str], list[str] | None, list[Any] | None]:
+    """Files, captions and labels of an imagefolder's metadata (file_name, text or caption, label).
+
+    `exists` says whether a sample is there, and `listed` which there are in the folder.
+    """
     read: Callable[[Path, str], Sequence[tuple[int, Any]]] = _TABLES[path.suffix]
     rows, unit = read(path, "data"), "row" if path.suffix == ".parquet" else "line"
     form = "one JSON object a line" if path.suffix == ".jsonl" else "a column of that name"
     for number, row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise UserError(f"data: {path}, {unit} {number} has no 'file_name'; give {form}")
-        if not os.path.isfile(path.parent / row["file_name"]):
+        if not exists(path.parent / row["file_name"]):
             raise UserError(f"data: {path}, {unit} {number}: the file {row['file_name']!r} does not exist")
-    others = set(walk(path.parent)) - {os.path.normpath(row["file_name"]) for _, row in rows}
+    others = set(listed(path.parent)) - {os.path.normpath(row["file_name"]) for _, row in rows}
     if others and rows:
-        here = f"{len(others)} images beside it are not in it and passed over"
+        what = "images" if listed is walk else "videos"
+        here = f"{len(others)} {what} beside it are not in it and passed over"
         note(f"data: {printable(str(path))}: {here}, {printable(min(others))} the first")
     captions = [caption_of(row, f"data: {path}", f"{unit} {number}") for number, row in rows]
     labels, places = [row.get("label") for _, row in rows], [f"{path}, {unit} {number}" for number, _ in rows]

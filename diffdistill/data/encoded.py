@@ -7,6 +7,7 @@ prompt"; and an index with every setting and a fingerprint of the encoders. Row 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from diffdistill.config import EncodeConfig
 from diffdistill.core.denoiser import Cond
+from diffdistill.data.buckets import bucket_sizes, in_buckets
 from diffdistill.data.examples import Example, check_classes
-from diffdistill.data.hub import Ended, open_stream
-from diffdistill.data.images import Data, open_data, stream_data
+from diffdistill.data.hub import Ended
+from diffdistill.data.images import open_data
 from diffdistill.data.processes import Processes
-from diffdistill.data.prompts import all_prompts
 from diffdistill.data.shards import (
     Kind,
     hash_file,
@@ -39,7 +40,7 @@ from diffdistill.data.shards import (
     without_padding,
     write_index,
 )
-from diffdistill.data.texts import looked_for
+from diffdistill.data.sources import Source, open_source, prompts_of
 from diffdistill.errors import UserError, shown
 from diffdistill.families import (
     FAMILIES,
@@ -65,12 +66,12 @@ def fingerprint(folder: Path, family: Family) -> str:
     """16 hex digits of what encodes: configs and weights of the VAE and the text encoders, tokenizers too."""
     assert family.autoencoder is not None
     digest = hashlib.blake2b(digest_size=8)
-    for part in sorted({"vae", *(family.text.components if family.text else ())}):
-        weights, _ = one_of_each(folder / part)
-        for path in sorted((folder / part).glob("*")):
+    for name in sorted({"vae", *(family.text.components if family.text else ())}):
+        weights, _ = one_of_each(folder / name)
+        for path in sorted((folder / name).glob("*")):
             copy = any(fnmatch(path.name, pattern) for pattern in NOT_LOADED)
             if path in weights or (path.suffix in (".json", ".txt", ".model") and not copy):
-                digest.update(f"{part}/{path.name}".encode())
+                digest.update(f"{name}/{path.name}".encode())
                 hash_file(digest, path)
     return digest.hexdigest()
 
@@ -88,7 +89,7 @@ class Encoded:
         return self.settings["count"]
 
     @property
-    def size(self) -> dict[str, int | None]:
+    def size(self) -> dict[str, Any]:
         """The arguments of `load_teacher` for samples of this size."""
         return {"resolution": self.settings["resolution"], "frames": self.settings["frames"]}
 
@@ -104,6 +105,32 @@ class Encoded:
         """
         columns = _wide(rows(self.shards, self.settings["shard_size"], len(self), indices))
         return Example(columns.pop("latents", None), columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Bucketed(Encoded):
+    """A finished folder of buckets: one of `parts` after the other, each of images of one size."""
+
+    parts: tuple[Encoded, ...] = ()
+
+    @property
+    def counts(self) -> list[int]:
+        """How many samples each bucket has."""
+        return [len(part) for part in self.parts]
+
+    def get(self, indices: Tensor) -> Example:
+        """As of `Encoded`; latents only where all are of one bucket."""
+        made, counts = [], self.counts
+        starts = [sum(counts[:k]) for k in range(len(counts) + 1)]
+        for i in indices.tolist():
+            if not 0 <= i < starts[-1]:
+                raise IndexError(f"index {i} lies outside 0..{starts[-1] - 1}")
+            k = bisect_right(starts, i) - 1
+            made.append(self.parts[k].get(torch.tensor([i - starts[k]])))
+        cond = {name: torch.cat([row.cond[name] for row in made]) for name in made[0].cond}
+        latents = [row.x0 for row in made if row.x0 is not None]
+        same = len({x0.shape for x0 in latents}) == 1
+        return Example(torch.cat(latents) if same else None, cond)
 
 
 def negative_prompt(family: Family, chosen: str | None) -> str | None:
@@ -140,7 +167,15 @@ def encode(*, teacher: str | PathLike[str] | Teacher | None = None, **values: An
             "leave it out, to encode for the teacher"
         )
     encoder = _Encoder(config, processes.device, folder, family, described)
-    source = _open_source(config, encoder)
+    if config.buckets:
+        _encode_buckets(out, config, processes, encoder)
+    else:
+        _encode_to(out, config, processes, encoder, open_source(config, encoder))
+    return out
+
+
+def _encode_to(out: Path, config: EncodeConfig, processes: Processes, encoder: _Encoder, source: Source) -> None:
+    """Encode the source, or what is still missing of it, into a folder."""
     settings = encoder.settings() | {
         "source": source.fingerprint,
         "count": source.count,
@@ -176,7 +211,33 @@ def encode(*, teacher: str | PathLike[str] | Teacher | None = None, **values: An
                 print(f"{config.data or config.prompts} has {last} rows")
                 write_index(out / KIND.index, index)
             processes.make(KIND, out, index, config.batch_size, produce)
-    return out
+
+
+def _encode_buckets(out: Path, config: EncodeConfig, processes: Processes, encoder: _Encoder) -> None:
+    """Encode each image at the size that is nearest to its ratio, into a folder for each size inside of `out`."""
+    if config.data is None or config.streaming or encoder.frames is not None:
+        wrong = "prompts alone have no ratio" if config.data is None else "a stream is read once, in order"
+        wrong = wrong if encoder.frames is None else "videos are of one size"
+        raise UserError(f"buckets: {wrong}; leave it out")
+    whole = open_data(config.data, resolution=encoder.size, channels=3)
+    assert whole.stored is not None
+    held = in_buckets(whole.stored()[: config.count], bucket_sizes(encoder.size))
+    inside = {f"{height}x{width}": len(rows) for (height, width), rows in held.items()}
+    settings = encoder.settings() | {
+        "source": whole.fingerprint,
+        "count": sum(inside.values()),
+        "shard_size": config.shard_size,
+        "buckets": inside,
+    }
+    processes.start(KIND, out, settings, {"teacher": config.teacher, "data": config.data, "prompts": None})
+    if processes.rank == 0:
+        print(f"buckets: {', '.join(f'{count} of {size}' for size, count in inside.items())}")
+    for name, (size, images) in zip(inside, held.items(), strict=True):
+        # As for a folder of that size alone, so that the conditions that say a size say its own.
+        own = replace(config, resolution=name if size[0] != size[1] else size[0], buckets=False, count=None)
+        described = describe(encoder.folder, size, config.frames)
+        one = _Encoder(own, encoder.device, encoder.folder, encoder.family, described, encoder)
+        _encode_to(out / name, own, processes, one, open_source(own, one, images))
 
 
 def _named(teacher: Teacher, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,18 +249,23 @@ def _named(teacher: Teacher, values: Mapping[str, Any]) -> dict[str, Any]:
         )
     size = {"resolution": None, "frames": None} | {k: v for k, v in values.items() if k in ("resolution", "frames")}
     if set(size.values()) == {None} and describe(local_folder(teacher.source)).shape != teacher.shape:
-        size = {"resolution": teacher.size.get("height"), "frames": teacher.size.get("num_frames")}
+        size = {"resolution": (teacher.size["height"], teacher.size["width"]), "frames": teacher.size.get("num_frames")}
     return {"teacher": teacher.source, **size}
 
 
 class _Encoder:
     """A pipeline's encoders for samples of one size, which are loaded when something is encoded."""
 
-    def __init__(self, config: EncodeConfig, device: torch.device, folder: Path, family: Family, described: Teacher):
-        self.config, self.folder, self.family = config, folder, family
+    def __init__(
+        self, config: EncodeConfig, device: torch.device, folder: Path, family: Family, described: Teacher,
+        loaded: _Encoder | None = None,
+    ):  # fmt: skip
+        """`loaded`: one whose pipeline is taken."""
+        self.config, self.folder, self.family, self.loaded = config, folder, family, loaded
         self.shape, self.num_classes = described.shape, described.num_classes
         self.device, self.dtype = device, getattr(torch, config.teacher_dtype)
         self.size = family.pixels(folder, self.shape)  #: height and width in pixels
+        self.frames: int | None = described.size.get("num_frames")  #: of a video
         if family.text is None and (config.negative_prompt, config.prompt_dtype) != (None, None):
             name = "prompt_dtype" if config.negative_prompt is None else "negative_prompt"
             raise UserError(f"{name}: {config.teacher!r} takes class labels and no prompts; leave it out")
@@ -207,6 +273,8 @@ class _Encoder:
 
     @cached_property
     def pipeline(self) -> Any:
+        if self.loaded is not None:
+            return self.loaded.pipeline
         loaded = load_pipeline(self.folder, leave_out=(self.family.component,), device=self.device, dtype=self.dtype)
         if self.dtype == torch.float16 and getattr(loaded.vae.config, "force_upcast", False):
             loaded.vae.float()  # it says that it overflows otherwise; the stock pipelines do so too
@@ -227,13 +295,14 @@ class _Encoder:
             # None in float32, as folders are from before there was a choice.
             "teacher_dtype": None if self.dtype == torch.float32 else config.teacher_dtype,
             "prompt_dtype": config.prompt_dtype,
+            "buckets": None,
         }
 
     def null(self) -> dict[str, Tensor]:
         """The conditions of "no prompt", (1, ...) each; empty for a family without text."""
         return self.stored(self.family.text.null(self.pipeline, self.prompt) if self.family.text else {})
 
-    def columns(self, source: _Source, indices: range) -> dict[str, Tensor]:
+    def columns(self, source: Source, indices: range) -> dict[str, Tensor]:
         """Latents and conditions (n, ...) of consecutive rows of the data."""
         columns: dict[str, Tensor] = {}
         captions = None if source.texts is None else source.texts(indices)
@@ -275,61 +344,17 @@ class _Encoder:
         return typed
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What is encoded: images with captions or classes, or texts by consecutive rows."""
-
-    images: Data | None
-    texts: Callable[[range], list[str]] | None
-    count: int
-    fingerprint: str
-
-
-def _open_source(config: EncodeConfig, encoder: _Encoder) -> _Source:
-    """The data of the options; UserError where the encoder's family cannot use them."""
-    family, (height, _) = encoder.family, encoder.size
-    if (config.prompts is None) == (config.data is None):
-        raise UserError(
-            "encode: give either --prompts (a .txt, .jsonl, .json, .csv) or --data (images with captions, or classes)"
-        )
-    if config.data is None:
-        if family.text is None:
-            raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
-        return _Source(None, *_prompts(str(config.prompts), config.count, config.streaming))
-    if len(encoder.shape) != 3:
-        raise UserError(f"data: {config.data!r} holds images, and {family.name} makes videos; give --prompts instead")
-    if config.streaming:
-        images = stream_data(config.data, count=config.count, resolution=height, channels=3)
-    else:
-        images = open_data(config.data, resolution=height, channels=3)
-    first = images.get(torch.arange(1))
-    if (first.captions if family.text else first.labels) is None:
-        where = f"; give {looked_for()} in a metadata.jsonl, or a .txt beside each image" if family.text else ""
-        needed = "captions" if family.text else "class labels"
-        raise UserError(f"data: {config.data!r} has no {needed}, which {family.name} is conditioned on{where}")
-    if family.text is None:
-        check_classes(f"{config.data!r}", images.num_classes, encoder.num_classes)
-    return _Source(images, None, min(len(images), config.count or len(images)), images.fingerprint)
-
-
-def _prompts(spec: str, count: int | None, streaming: bool) -> tuple[Callable[[range], list[str]], int, str]:
-    """The prompts of consecutive rows, how many there are, and their fingerprint."""
-    if streaming:
-        stream = open_stream(spec, "prompts")
-        return lambda i: stream.texts(stream.rows(list(i)), i) or [], stream.length(count), stream.fingerprint
-    texts = all_prompts(spec)[:count]
-    joined = "\n".join(texts).encode()
-    return lambda i: texts[i.start : i.stop], len(texts), hashlib.blake2b(joined, digest_size=8).hexdigest()
-
-
 def is_of_prompts(folder: Path, spec: str) -> bool:
     """Whether a folder, finished or not, is made of the prompts that a file or data set holds now."""
-    return read_index(KIND, folder)["settings"].get("source") == _prompts(spec, None, streaming=False)[2]
+    return read_index(KIND, folder)["settings"].get("source") == prompts_of(spec, None, streaming=False)[2]
 
 
 def open_encoded(folder: str | Path) -> Encoded:
     """A folder made by `encode`; every checksum is verified. UserError if it is not finished or damaged."""
     folder = Path(folder)
+    if (settings := read_index(KIND, folder)["settings"]).get("buckets"):
+        parts = tuple(open_encoded(folder / name) for name in settings["buckets"])
+        return Bucketed(folder, settings, parts[0].shards, parts[0].null, parts)
     settings, shards = open_shards(KIND, folder)
     if not is_whole(folder / _NULL, read_index(KIND, folder).get("null")):
         raise UserError(f"encode: {folder / _NULL} is missing or damaged; run {KIND.made_by} again")

@@ -6,7 +6,7 @@ Images, encoded prompts and latents, noise-image pairs and class labels are all 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -38,6 +38,16 @@ class Examples(Protocol):
 
     def get(self, indices: Tensor) -> Example:
         """The examples at int64 indices (B,) on the CPU, in that order."""
+        ...
+
+
+@runtime_checkable
+class InBuckets(Examples, Protocol):
+    """Data of several shapes: a training step takes samples of one of them (see data/buckets.py)."""
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """How many samples each bucket has, whose indices follow each other."""
         ...
 
 

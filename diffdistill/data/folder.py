@@ -217,11 +217,11 @@ def channels_first(images: Tensor, where: object) -> Tensor:
     raise UserError(f"data: images of {where} have the shape {shape}; give {layouts}")
 
 
-def find_shape(pictures: Pictures, resolution: int | None, channels: int | None) -> tuple[int, int, int]:
+def find_shape(pictures: Pictures, size: tuple[int, int] | None, channels: int | None) -> tuple[int, int, int]:
     """(C, H, W) of all images, from as few headers as settle it; nothing is decoded.
 
-    Raises UserError at the first image that cannot be opened or, without a resolution, is of another size than
-    image 0.
+    Raises UserError at the first image that cannot be opened or, without a size (height, width) to bring it to, is of
+    another size than image 0.
     """
     first, all_grey = (0, 0), True
     chunks = (list(range(i, min(i + 64, pictures.size))) for i in range(0, pictures.size, 64))
@@ -230,12 +230,24 @@ def find_shape(pictures: Pictures, resolution: int | None, channels: int | None)
             width, height, mode = using(source, _size_and_mode)
         all_grey = all_grey and mode in _GREY_MODES
         first = first if i else (width, height)
-        if resolution is None and (width, height) != first:
+        if size is None and (width, height) != first:
             raise _odd_size(pictures.title(i), (width, height), first)
-        if resolution is not None and (channels is not None or not all_grey):
+        if size is not None and (channels is not None or not all_grey):
             break  # nothing that later images could change
-    width, height = (resolution, resolution) if resolution else first
+    height, width = size or first[::-1]
     return channels or (1 if all_grey else 3), height, width
+
+
+def sizes_of(pictures: Pictures) -> list[tuple[int, int]]:
+    """Height and width of all images, by their headers. Raises UserError for one that cannot be opened."""
+    sizes = []
+    for first in range(0, pictures.size, 64):
+        rows = list(range(first, min(first + 64, pictures.size)))
+        for i, source in zip(rows, pictures.fetch(rows), strict=True):
+            with naming_image(pictures.title(i)):
+                width, height, _ = using(source, _size_and_mode)
+            sizes.append((height, width))
+    return sizes
 
 
 def _size_and_mode(image: Image.Image) -> tuple[int, int, str]:
@@ -247,10 +259,10 @@ def _size_and_mode(image: Image.Image) -> tuple[int, int, str]:
 def decode(
     pictures: Pictures, indices: list[int], shape: tuple[int, int, int], resize: bool, resample: str | None = None
 ) -> Tensor:
-    """The images (B, *shape), float32 in [-1, 1]; the middle square of each is brought to `shape` by `resize`.
+    """The images (B, *shape), float32 in [-1, 1]; the middle of each is brought to `shape` by `resize`.
 
-    `resample`: one of Pillow's filters, on the square alone. None is bicubic, skips what is finer than a third of our
-    pixels, and looks beyond the square's edges.
+    `resample`: one of Pillow's filters, on the middle alone. None is bicubic, skips what is finer than a third of our
+    pixels, and looks beyond the middle's edges.
     """
     sources, titles = pictures.fetch(indices), map(pictures.title, indices)
     # Threads, not processes: Pillow lets go of the interpreter lock while it decodes and resizes.
@@ -263,13 +275,24 @@ def _decode_one(source: Source, title: str, shape: tuple[int, int, int], resize:
     """One image as uint8 (C, H, W). Raises UserError naming it if it is broken or does not fit `shape`."""
     channels, height, width = shape
     with naming_image(title):
-        image = using(source, lambda opened: _pixels(opened, shape, resize, resample))
+        image = using(source, lambda opened: pixels_of(opened, shape, resize, resample))
     if image.size != (width, height):  # the header scan misses an orientation that follows a PNG's pixels
         raise _odd_size(title, image.size, (width, height))
     return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1)
 
 
-def _pixels(opened: Image.Image, shape: tuple[int, int, int], resize: bool, resample: str | None) -> Image.Image:
+def middle_box(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the largest middle of an image that has the ratio of `size`, height and width."""
+    if width * size[0] > height * size[1]:
+        kept = max(1, round(height * size[1] / size[0])), height
+    else:
+        kept = width, max(1, round(width * size[0] / size[1]))
+    left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
+    return left, top, left + kept[0], top + kept[1]
+
+
+def pixels_of(opened: Image.Image, shape: tuple[int, int, int], resize: bool, resample: str | None) -> Image.Image:
+    """An opened image as `decode` gives it, of (C, H, W) `shape` if `resize`."""
     channels, height, width = shape
     if resize and resample is None:  # a JPEG can be decoded at a fraction of its size; three times ours loses nothing
         opened.draft(None, (3 * width, 3 * height))
@@ -281,9 +304,7 @@ def _pixels(opened: Image.Image, shape: tuple[int, int, int], resize: bool, resa
         image = Image.alpha_composite(white, image.convert("RGBA"))
     image = image.convert("L" if channels == 1 else "RGB")
     if resize and image.size != (width, height):
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
+        box = middle_box(image.width, image.height, (height, width))
         if resample is None:
             image = image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
         else:

@@ -25,7 +25,9 @@ from diffdistill.data.folder import (
     decode,
     find_shape,
     holds_images,
+    middle_box,
     open_folder,
+    sizes_of,
 )
 from diffdistill.data.hub import is_saved, open_hub, open_stream
 from diffdistill.data.shapes import draw_many
@@ -40,6 +42,10 @@ ACCEPTED = (
     "a save_to_disk folder, or a Hugging Face dataset (user/name)"
 )
 _DIGITS = Path(__file__).parent / "assets" / "digits.safetensors"
+
+
+Pair = tuple[int, int]
+"""Height and width."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +68,17 @@ class Samples(Example):
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Images of one shape, read by index. The fingerprint tells the content of two sources apart and does
+    """Images or videos of one shape, read by index. The fingerprint tells the content of two sources apart and does
     not depend on where they lie, nor on the resolution and channels they are read with."""
 
     name: str
-    shape: tuple[int, int, int]  #: (C, H, W)
+    shape: tuple[int, ...]  #: (C, H, W), of videos (C, F, H, W)
     num_classes: int | None  #: None where there are no labels
     fingerprint: str  #: 16 hex digits
     size: int
     read: Callable[[list[int]], Samples]
+    #: Height and width of each image as it is stored, where they can be known.
+    stored: Callable[[], list[Pair]] | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -91,45 +99,51 @@ def _samples(images: Tensor, labels: Tensor | None, captions: list[str] | None) 
 
 
 def open_data(
-    spec: str, *, resolution: int | None = None, channels: int | None = None, resample: str | None = None
+    spec: str,
+    *,
+    resolution: int | Pair | None = None,
+    channels: int | None = None,
+    resample: str | None = None,
 ) -> Data:
     """Open what `spec` names (see ACCEPTED); 'SPEC#split' picks a split, by default 'train', of digits all of them.
 
-    resolution: the middle square of each image is resized to this side, bicubic and antialiased, None keeps images as
-    they are. resample: encoded images are resized by this filter of Pillow's, and without the short cuts that are
-    otherwise taken. channels: 1 (grey) or 3 (RGB); None keeps what the data has, RGB if any image is.
-    Transparency is put on white, EXIF orientation is applied. Arrays are held in memory, the rest is decoded
-    batch by batch. Raises UserError if `spec` is of no known kind, or is missing, empty or unusable.
+    resolution: a side, or height and width, in pixels: the middle of each image, as large as can be of that ratio, is
+    resized to it, bicubic and antialiased; None keeps images as they are. resample: encoded images are resized by this
+    filter of Pillow's, and without the short cuts that are otherwise taken. channels: 1 (grey) or 3 (RGB); None keeps
+    what the data has, RGB if any image is. Transparency is put on white, EXIF orientation is applied. Arrays are held
+    in memory, the rest is decoded batch by batch. Raises UserError if `spec` is of no known kind, or is missing, empty
+    or unusable.
     """
-    if resolution is not None and resolution < 1:
+    size = None if resolution is None else _pair(resolution)
+    if size is not None and min(size) < 1:
         raise UserError(f"resolution: {resolution} is not an image side in pixels; give 1 or more")
     if channels not in (None, 1, 3):
         raise UserError(f"channels: {channels} is not a kind of image; give 1 (grey) or 3 (RGB)")
     if spec in ("digits", "digits#train", "digits#test"):
-        digits = _open_arrays(_DIGITS, None, spec, resolution, channels, full_scale=16)
+        digits = _open_arrays(_DIGITS, None, spec, size, channels, full_scale=16)
         return digits if spec == "digits" else _digits_part(digits, test=spec.endswith("test"))
     if drawn := re.fullmatch(r"shapes(?::([1-9]\d{0,6}))?", spec):
-        return _open_shapes(spec, int(drawn[1] or 4000), resolution, channels)
+        return _open_shapes(spec, int(drawn[1] or 4000), size, channels)
     base, split = spec, None
     if "#" in spec and not Path(spec).expanduser().exists():  # a path may itself hold a '#'
         base, _, split = spec.rpartition("#")
     path = Path(base).expanduser()
     name = printable(path.resolve().name) + (f"#{split}" if split else "")
     if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES:
-        return _open_arrays(path, split, name, resolution, channels)
+        return _open_arrays(path, split, name, size, channels)
     if path.suffix.lower() == ".tar" and path.is_file():
         shards = [path]
     else:
         shards = [] if path.exists() else named_shards(str(path))
     if shards:
-        return _open_pictures(open_shards(shards, base), name, resolution, channels, resample)
+        return _open_pictures(open_shards(shards, base), name, size, channels, resample)
     is_folder = bool(base) and path.is_dir() and not is_saved(path)  # an empty path would be the current folder
     if is_folder and not holds_images(path) and (shards := shards_of(path)):
-        return _open_pictures(open_shards(shards, base), name, resolution, channels, resample)
+        return _open_pictures(open_shards(shards, base), name, size, channels, resample)
     if is_folder and (holds_images(path / (split or "")) or not any(path.glob("**/*.parquet"))):
-        return _open_pictures(open_folder(path, split), name, resolution, channels, resample)
+        return _open_pictures(open_folder(path, split), name, size, channels, resample)
     if is_folder or is_saved(path) or (path.is_file() and path.suffix.lower() == ".parquet"):
-        return _open_pictures(open_hub(str(path), split), name, resolution, channels, resample)
+        return _open_pictures(open_hub(str(path), split), name, size, channels, resample)
     if path.exists() or not base:
         raise UserError(f"data: {spec!r} is of no known kind; give {ACCEPTED}")
     # Only with an owner: `datasets` 3 takes the name pandas for a reader, and unpickles files lying about.
@@ -137,25 +151,29 @@ def open_data(
     if not is_id or path.suffix in IMAGE_SUFFIXES | ARRAY_SUFFIXES | {".parquet"}:
         raise UserError(f"data: {base!r} does not exist; give {ACCEPTED}")
     pictures = open_hub(base, split, doubt=f"does not exist here (give {ACCEPTED}) and ")
-    return _open_pictures(pictures, spec, resolution, channels, resample)
+    return _open_pictures(pictures, spec, size, channels, resample)
 
 
-def stream_data(spec: str, *, count: int | None, resolution: int, channels: int) -> Data:
+def _pair(resolution: int | Pair) -> Pair:
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+def stream_data(spec: str, *, count: int | None, resolution: int | Pair, channels: int) -> Data:
     """The first `count` images (None: all) of a Hugging Face dataset or parquet files, read in order and never kept.
 
     A batch that follows the last one costs nothing else; any other opens the data anew. Where they end before `count`,
     `Data.get` raises `data.hub.Ended`. Raises UserError like `open_data`, and for a length that nobody tells.
     """
     stream = open_stream(spec, "data")
-    size, shape = stream.length(count), (channels, resolution, resolution)
+    total, shape = stream.length(count), (channels, *_pair(resolution))
 
     def read(indices: list[int]) -> Samples:
         rows = stream.rows(indices)
-        pictures = Pictures(size, lambda _: stream.images(rows), stream.title, None, None, None, stream.fingerprint)
+        pictures = Pictures(total, lambda _: stream.images(rows), stream.title, None, None, None, stream.fingerprint)
         batch = decode(pictures, indices, shape, resize=True)
         return _samples(batch, stream.labels(rows, indices), stream.texts(rows, indices))
 
-    return Data(spec, shape, stream.num_classes, stream.fingerprint, size, read)
+    return Data(spec, shape, stream.num_classes, stream.fingerprint, total, read)
 
 
 def _digits_part(digits: Data, test: bool) -> Data:
@@ -163,42 +181,50 @@ def _digits_part(digits: Data, test: bool) -> Data:
 
     Tens, since the source has them in runs of 0 to 9: every fifth would be of two classes.
     """
-    kept = [i for i in range(len(digits)) if (i // 10 % 5 == 4) == test]
-    digest = hashlib.blake2b(f"{digits.fingerprint} {kept}".encode(), digest_size=8).hexdigest()
+    return part(digits, [i for i in range(len(digits)) if (i // 10 % 5 == 4) == test])
+
+
+def part(data: Data, kept: list[int]) -> Data:
+    """Those of the samples, in that order."""
+    digest = hashlib.blake2b(f"{data.fingerprint} {kept}".encode(), digest_size=8).hexdigest()
     return replace(
-        digits, fingerprint=digest, size=len(kept), read=lambda indices: digits.read([kept[i] for i in indices])
+        data,
+        fingerprint=digest,
+        size=len(kept),
+        read=lambda indices: data.read([kept[i] for i in indices]),
+        stored=None,
     )
 
 
-def _open_shapes(name: str, count: int, resolution: int | None, channels: int | None) -> Data:
+def _open_shapes(name: str, count: int, size: Pair | None, channels: int | None) -> Data:
     """The first pictures of seed 0 (see shapes.py)."""
     images, captions, _ = draw_many(0, count)
     digest = hashlib.blake2b(images.mul(127).round().to(torch.int8).numpy().data, digest_size=8).hexdigest()
-    side, channels = resolution or images.shape[2], channels or 3
+    (height, width), channels = size or images.shape[2:], channels or 3
 
     def read(indices: list[int]) -> Samples:
-        batch = _resized(_recolour(images[indices], channels), side, side)
+        batch = _resized(_recolour(images[indices], channels), height, width)
         return _samples(batch, None, [captions[i] for i in indices])
 
-    return Data(name, (channels, side, side), None, digest, count, read)
+    return Data(name, (channels, height, width), None, digest, count, read, lambda: [_pair(images.shape[2])] * count)
 
 
 def _open_pictures(
-    pictures: Pictures, name: str, resolution: int | None, channels: int | None, resample: str | None
+    pictures: Pictures, name: str, size: Pair | None, channels: int | None, resample: str | None
 ) -> Data:
-    size, _, _, classes, num_classes, texts, fingerprint = pictures
-    shape = find_shape(pictures, resolution, channels)
+    total, _, _, classes, num_classes, texts, fingerprint = pictures
+    shape = find_shape(pictures, size, channels)
 
     def read(indices: list[int]) -> Samples:
-        images = decode(pictures, indices, shape, resize=resolution is not None, resample=resample)
+        images = decode(pictures, indices, shape, resize=size is not None, resample=resample)
         labels = None if classes is None else classes[indices]
         return _samples(images, labels, None if texts is None else texts(indices))
 
-    return Data(name, shape, num_classes, fingerprint, size, read)
+    return Data(name, shape, num_classes, fingerprint, total, read, lambda: sizes_of(pictures))
 
 
 def _open_arrays(
-    path: Path, split: str | None, name: str, resolution: int | None, channels: int | None, full_scale: int = 255
+    path: Path, split: str | None, name: str, size: Pair | None, channels: int | None, full_scale: int = 255
 ) -> Data:
     """Images (N, H, W), (N, H, W, C) or (N, C, H, W) of 1, 3 or 4 (RGBA) channels, held as they are stored.
 
@@ -224,21 +250,21 @@ def _open_arrays(
         if tensor is not None:
             digest.update(tensor.contiguous().numpy().data)
     channels = channels or (1 if images.shape[1] == 1 else 3)
-    height, width = (resolution, resolution) if resolution else images.shape[2:]
+    height, width = size or images.shape[2:]
 
     def read(indices: list[int]) -> Samples:
         batch = _resized(_recolour(images[indices].float() / divisor - offset, channels), height, width)
         return _samples(batch, None if classes is None else classes[indices], None)
 
-    return Data(name, (channels, height, width), num_classes, digest.hexdigest(), len(images), read)
+    stored = [(images.shape[2], images.shape[3])] * len(images)
+    return Data(name, (channels, height, width), num_classes, digest.hexdigest(), len(images), read, lambda: stored)
 
 
 def _resized(batch: Tensor, height: int, width: int) -> Tensor:
-    """The middle squares of images (B, C, H, W) in that size, or the images themselves if they have it; in [-1, 1]."""
+    """The middles of images (B, C, H, W) in that size, or the images themselves if they have it; in [-1, 1]."""
     if batch.shape[2:] != (height, width):
-        side = min(batch.shape[2:])
-        top, left = (batch.shape[2] - side) // 2, (batch.shape[3] - side) // 2
-        middle = batch[:, :, top : top + side, left : left + side]
+        left, top, right, bottom = middle_box(batch.shape[3], batch.shape[2], (height, width))
+        middle = batch[:, :, top:bottom, left:right]
         batch = F.interpolate(middle, (height, width), mode="bicubic", antialias=True)
     return batch.clamp(-1, 1)
 

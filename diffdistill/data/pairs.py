@@ -30,7 +30,7 @@ from diffdistill.config import PairsConfig
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, heun_step, sample_ode
 from diffdistill.core.schedule import sampling_grid
-from diffdistill.data.encoded import Encoded, check_encoded, open_encoded, with_prompts
+from diffdistill.data.encoded import Bucketed, Encoded, check_encoded, open_encoded, with_prompts
 from diffdistill.data.examples import ClassLabels, Example, Examples
 from diffdistill.data.processes import Processes
 from diffdistill.data.shards import Kind, bytes_of, open_shards, rows, without_padding
@@ -146,6 +146,8 @@ def make_pairs(
 def _teacher(config: PairsConfig) -> tuple[Teacher, Encoded | None]:
     """The teacher that the options name, and its prompts if it needs any."""
     encoded = None if config.prompts is None else open_encoded(config.prompts)
+    if isinstance(encoded, Bucketed):
+        raise UserError(f"prompts: {config.prompts!r} has buckets, and pairs are of one size; encode without --buckets")
     size: dict[str, Any] = {} if encoded is None else encoded.size
     dtype = getattr(torch, config.teacher_dtype)
     teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, **size)

@@ -15,7 +15,7 @@ from diffdistill.core.denoiser import Call, Cond, Denoiser
 from diffdistill.core.prediction import Output
 from diffdistill.core.schedule import Schedule
 from diffdistill.errors import UserError
-from diffdistill.families._parts import Config, one_side, part_config
+from diffdistill.families._parts import Config, both_sides, part_config
 from diffdistill.players.teacher import Teacher
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -35,7 +35,7 @@ class Source(NamedTuple):
     scheduler: Config  #: scheduler_config.json
     null_class: int | None = None  #: the class label that the network learned as "no class", where one is known
     guidance_scale: float | None = None  #: of a student of ours that takes it as an input: its default
-    resolution: int | None = None  #: pixels a side; None: the model's own
+    resolution: tuple[int, int] | None = None  #: height and width in pixels; None: the model's own
     frames: int | None = None  #: of a video
 
     def config(self, component: str) -> Config:
@@ -80,6 +80,7 @@ class Text:
     null: Callable[[Any, Prompt], Cond]
     optional: tuple[str, ...] = ()  #: components without which the pipeline encodes too, where its index has null
     negative: str | None = None  #: the makers' negative prompt; None: what their pipeline takes where it is given none
+    advised: str | None = None  #: one that the makers draw with, which their pipeline takes only where it is given it
 
 
 def padded_with_zeros(embeds: Tensor, mask: Tensor) -> Tensor:
@@ -92,6 +93,7 @@ def plain_text(
     encode: Callable[[Any, list[str], Prompt], Cond],
     optional: tuple[str, ...] = (),
     negative: str | None = None,
+    advised: str | None = None,
 ) -> Text:
     """For families whose "no prompt" is a prompt: the empty one, or the makers' own."""
 
@@ -99,7 +101,7 @@ def plain_text(
         chosen = (text for text in (prompt.negative, negative, "") if text is not None)
         return encode(pipe, [next(chosen)], prompt)
 
-    return Text(components, encode, null, optional, negative)
+    return Text(components, encode, null, optional, negative, advised)
 
 
 @dataclass(frozen=True)
@@ -194,25 +196,39 @@ def token_map(output: Any, x: Tensor) -> Tensor:
     return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
 
 
-def native_pixels(sample_size: Any, factor: int, resolution: int | None) -> int:
-    """Pixels a side of a network's own sample_size in latent pixels; UserError where it is no square, nor chosen."""
-    side = one_side(sample_size)
-    if side is None and resolution is None:
+Pair = tuple[int, int]
+"""Height and width."""
+
+
+def native_pixels(sample_size: Any, factor: int, resolution: Pair | None) -> Pair:
+    """Height and width in pixels of a network's own sample_size in latent pixels, one number or two.
+
+    UserError where it says none and no resolution is chosen.
+    """
+    sides = both_sides(sample_size)
+    if sides is None and resolution is None:
         raise UserError(
             f"resolution: the teacher's sample_size is {sample_size}; give --resolution of encode or train, or "
-            "one number in its config"
+            "write the size into its config"
         )
-    return (side or 0) * factor
+    height, width = sides or (0, 0)
+    return height * factor, width * factor
 
 
-def latent_size(family: str, factor: int, native: int, resolution: int | None, multiple: int = 1) -> int:
-    """Latent pixels a side for images of `resolution` (`native` if None); UserError where they do not fit."""
-    pixels = native if resolution is None else resolution
+def latent_size(family: str, factor: int, native: int | Pair, resolution: Pair | None, multiple: int = 1) -> Pair:
+    """Height and width in latent pixels of images of `resolution` (`native` if None), both in pixels.
+
+    `native` may be one number for both. UserError where they are no multiples of `factor` times `multiple`.
+    """
+    pixels = resolution or ((native, native) if isinstance(native, int) else native)
     whole = factor * multiple
-    if pixels < whole or pixels % whole:
-        near = max(round(pixels / whole), 1) * whole
-        raise UserError(f"resolution: {pixels} is not a multiple of {whole}, which {family} needs; use {near}")
-    return pixels // factor
+    if any(side < whole or side % whole for side in pixels):
+        near = "x".join(str(max(round(side / whole), 1) * whole) for side in pixels)
+        asked, known = "x".join(map(str, pixels)), f"a multiple of {whole}, which {family} needs"
+        if pixels[0] == pixels[1]:
+            asked, near = str(pixels[0]), near.partition("x")[0]
+        raise UserError(f"resolution: {asked} is not {known}; use {near}")
+    return pixels[0] // factor, pixels[1] // factor
 
 
 # -- the teacher -------------------------------------------------------------------------------------------

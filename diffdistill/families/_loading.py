@@ -35,6 +35,7 @@ from diffdistill.families._parts import (
 )
 from diffdistill.families._record import METADATA, Record, StudentRecord, TeacherRecord, read_record
 from diffdistill.families._registry import family_of
+from diffdistill.options import Size, coerce, height_width
 from diffdistill.players.guidance_adapters import load_adapters
 from diffdistill.players.sampler import Sampler, step_named
 from diffdistill.players.teacher import Teacher
@@ -44,7 +45,7 @@ def load_teacher(
     path_or_hub_id: str | PathLike[str],
     *,
     null_class: int | None = None,
-    resolution: int | None = None,
+    resolution: Size | tuple[int, int] | None = None,
     frames: int | None = None,
     dtype: torch.dtype = torch.float32,
     weights: bool = True,
@@ -52,9 +53,9 @@ def load_teacher(
     """A teacher from a diffusers folder, a hub id, or 'digits', the one embedded in this package.
 
     `null_class` is the class label that the teacher learned as "no class"; a folder made by diffdistill
-    says it itself. `resolution` and `frames` choose the samples' size where the family has more than one. Only the
-    network is loaded, and only safetensors are read; without `weights` configs alone, and the network lies on the meta
-    device. Raises UserError for whatever cannot be used.
+    says it itself. `resolution` (pixels a side, 'HEIGHTxWIDTH' or the pair) and `frames` choose the samples' size
+    where the family has more than one. Only the network is loaded, and only safetensors are read; without `weights`
+    configs alone, and the network lies on the meta device. Raises UserError for whatever cannot be used.
     """
     folder = local_folder(fspath(path_or_hub_id), weights)
     family, index = family_of(folder)
@@ -73,7 +74,9 @@ def load_teacher(
         network = _with_lora(load_part(model, part, dtype), folder, family.component)
     else:
         network = empty_part(model, part, dtype)
-    source = Source(folder, index, scheduler, null_class, scale, resolution, frames)
+    size = coerce("resolution", resolution, Size | None, {"at_least": 1})
+    pixels = None if size is None else height_width(size)
+    source = Source(folder, index, scheduler, null_class, scale, pixels, frames)
     teacher = replace(_checked(family, network, source), family=family.name, source=fspath(path_or_hub_id))
     if family.conditions == "text":
         height, width = family.pixels(folder, teacher.shape)
@@ -207,7 +210,7 @@ def _without_nulls(folder: Path, kind: Any, index: Config) -> Iterator[Path]:
         yield view
 
 
-def describe(folder: Path, resolution: int | None = None, frames: int | None = None) -> Teacher:
+def describe(folder: Path, resolution: Size | tuple[int, int] | None = None, frames: int | None = None) -> Teacher:
     """The teacher of a folder from its configs alone: samples and classes are those of it, weights there are none."""
     return load_teacher(folder, resolution=resolution, frames=frames, weights=False)
 

@@ -61,11 +61,18 @@ def part_config(folder: Path) -> Config:
     return {p.name: p.default for p in parameters if p.default is not p.empty} | config
 
 
+def both_sides(size: Any) -> tuple[int, int] | None:
+    """A config's sample_size, one number or two, as height and width; None where it is neither."""
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        return None
+    return sides
+
+
 def one_side(size: Any) -> int | None:
     """A config's sample_size as one number, of a list of equal ones too; None where it says nothing or two."""
-    sides = list(size) if isinstance(size, list | tuple) else [size]
-    side = sides[0] if sides and all(other == sides[0] for other in sides) else None
-    return side if isinstance(side, int) and side > 0 else None
+    sides = both_sides(size)
+    return sides[0] if sides and sides[0] == sides[1] else None
 
 
 def sized(config: Config) -> Config:

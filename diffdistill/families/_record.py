@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from diffdistill.errors import UserError, shown
 from diffdistill.files import json_of
+from diffdistill.options import Size, coerce, optional
 from diffdistill.players.sampler import STEPS, step_named
 from diffdistill.version import __version__
 
@@ -62,7 +63,7 @@ class StudentRecord:
     guidance: Guidance = Guidance()
     num_classes: int | None = None
     null_class: int | None = None
-    resolution: int | None = None  #: pixels a side, of a latent model; None: its own
+    resolution: Size | None = None  #: pixels a side or 'HEIGHTxWIDTH', of a latent model; None: its own
     frames: int | None = None  #: of a video
     call: dict[str, Any] | None = None  #: arguments of the stock pipeline's call besides the prompt, of a latent model
     own_network: dict[str, Any] | None = None  #: of one that is not diffusers': what is needed to build it again
@@ -190,7 +191,12 @@ def _fitted(value: Any, hint: Any, where: str, name: str) -> Any:
     if isinstance(hint, types.UnionType):  # with None, always
         if value is None:
             return None
-        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+        hint, _ = optional(hint)
+    if hint is Size:
+        try:
+            return coerce(name, value, Size, {"at_least": 1})
+        except UserError as error:
+            raise UserError(f"record: {where}: {error}") from None
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return _built(hint, value, where, f"{name}.")
     kind = typing.get_origin(hint) or hint

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
 from diffdistill.errors import UserError
-from diffdistill.families._family import ATTENTION, KL, Family, Source, latent_teacher, one_side, token_map, with_null
+from diffdistill.families._family import ATTENTION, KL, Family, Source, latent_teacher, token_map, with_null
+from diffdistill.families._parts import one_side
 from diffdistill.families._schedules import schedule_of
 from diffdistill.players.teacher import Teacher
 
@@ -28,10 +29,10 @@ def _teacher(network: Any, source: Source) -> Teacher:
             f"teacher: sample_size {config.sample_size} of the DiT is not one number, which its pipeline takes"
         )
     native = side * KL.factor(source.config("vae"))
-    if source.resolution not in (None, native):
+    if source.resolution not in (None, (native, native)):
+        asked = "x".join(map(str, dict.fromkeys(source.resolution)))
         raise UserError(
-            f"resolution: {source.resolution} is not the {native} that this DiT makes, and its pipeline takes no size; "
-            f"use {native}"
+            f"resolution: {asked} is not the {native} that this DiT makes, and its pipeline takes no size; use {native}"
         )
     for module in network.modules():
         if isinstance(module, LabelEmbedding):

@@ -46,7 +46,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
         "pixart_sigma",
         network,
         source,
-        (config.in_channels, size, size),
+        (config.in_channels, *size),
         schedule_of(source.scheduler),
         _call,
         feature_layer=f"transformer_blocks.{config.num_layers // 2}",

@@ -50,7 +50,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
         "sana",
         network,
         source,
-        (config.in_channels, size, size),
+        (config.in_channels, *size),
         flow_schedule(source.scheduler, "own"),
         call,
         feature_layer=f"transformer_blocks.{config.num_layers // 2}",

@@ -41,7 +41,7 @@ def unet_teacher(family: str, call: Call, addition: str | None = None) -> Callab
         # The pipeline takes multiples of 8 pixels, whatever its autoencoder.
         native = native_pixels(config.sample_size, factor, source.resolution)
         size = latent_size(family, factor, native, source.resolution, max(1, 8 // factor))
-        shape = (config.in_channels, size, size)
+        shape = (config.in_channels, *size)
         layer = "mid_block" if network.mid_block is not None else None
         schedule = schedule_of(source.scheduler)
         made = latent_teacher(family, network, source, shape, schedule, call, feature_layer=layer)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.schedule import DiscreteVP, Schedule
 from diffdistill.errors import UserError, shown
-from diffdistill.families._family import Family, one_side
+from diffdistill.families._family import Family
+from diffdistill.families._parts import one_side
 from diffdistill.families._schedules import schedule_of
 from diffdistill.players.teacher import Teacher
 
@@ -75,7 +76,7 @@ def _check_table(config: Any, schedule: Schedule) -> None:
 
 
 def new_unet2d(
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     num_classes: int | None,
     scheduler: dict[str, Any],
     *,

@@ -26,6 +26,12 @@ from diffdistill.players.teacher import Teacher
 
 _SIZE = (480, 832)  #: the pipeline's own, in pixels
 _FRAMES = 81
+# wan/configs/shared_config.py of Wan-Video/Wan2.1. WanPipeline has "" where it is given none, and so has our teacher.
+_ADVISED = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
 
 
 def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
@@ -45,8 +51,8 @@ def _shape(config: Config, vae: Config, source: Source) -> tuple[int, int, int, 
     factor = _AUTOENCODER.factor(vae)
     # The pipeline takes multiples of 16 pixels, whatever its autoencoder.
     multiple = max(config["patch_size"][1], 16 // factor)
-    height, width = (latent_size("wan", factor, native, source.resolution, multiple) for native in _SIZE)
-    return config["in_channels"], (frames - 1) // ratio + 1, height, width
+    size = latent_size("wan", factor, _SIZE, source.resolution, multiple)
+    return config["in_channels"], (frames - 1) // ratio + 1, *size
 
 
 def _teacher(network: Any, source: Source) -> Teacher:
@@ -93,7 +99,7 @@ FAMILY = Family(
     _teacher,
     lora_targets=ATTENTION,
     autoencoder=_AUTOENCODER,
-    text=plain_text(("tokenizer", "text_encoder"), _encode),
+    text=plain_text(("tokenizer", "text_encoder"), _encode, advised=_ADVISED),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
     videos=True,
     single_file=True,

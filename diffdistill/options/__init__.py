@@ -26,8 +26,10 @@ from diffdistill.options.groups import (
     TrajectoryOptions,
 )
 from diffdistill.options.values import (
+    Size,
     build,
     coerce,
+    height_width,
     nearest,
     option,
     optional,
@@ -52,6 +54,7 @@ __all__ = [
     "Options",
     "ScaleRange",
     "SimulationOptions",
+    "Size",
     "StudentLevel",
     "StudentLevels",
     "StudentOptions",
@@ -62,6 +65,7 @@ __all__ = [
     "TrajectoryOptions",
     "build",
     "coerce",
+    "height_width",
     "nearest",
     "option",
     "optional",

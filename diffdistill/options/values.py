@@ -9,11 +9,12 @@ import dataclasses
 import difflib
 import numbers
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from diffdistill.errors import UserError, shown
 from diffdistill.files import yaml_mapping
@@ -50,14 +51,40 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known are {', '.join(sorted(known))}"
 
 
+Size = int | str
+"""Of images: pixels a side, or 'HEIGHTxWIDTH'. An option of this type is a number where both sides are the same."""
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    """Height and width in pixels of a size that an option holds."""
+    height, _, width = str(size).partition("x")
+    return int(height), int(width or height)
+
+
+def _size(name: str, value: Any, bounds: Mapping[str, float]) -> Size:
+    """The size that a number, a text or a pair says; UserError for anything else."""
+    text = "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    sides = re.fullmatch(r"\s*(\d{1,9})(?:\s*[xX×]\s*(\d{1,9}))?\s*", text)
+    if isinstance(value, bool) or sides is None:
+        try:
+            alone = coerce(name, value, int, {})  # 8.0, or a number of no range
+        except UserError:
+            raise UserError(
+                f"{name}: {shown(value)} is no size; give pixels a side, or HEIGHTxWIDTH, such as 720x1280"
+            ) from None
+        return cast(int, _in_range(name, alone, bounds))
+    height, width = (_in_range(name, int(side or sides[1]), bounds) for side in sides.groups())
+    return cast(int, height) if height == width else f"{height}x{width}"
+
+
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def optional(hint: Any) -> tuple[Any, bool]:
     """The type of an option's values without None, and whether None is one of them."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    (kind,) = (k for k in kinds if k is not type(None))
-    return kind, len(kinds) > 1
+    others = tuple(k for k in kinds if k is not type(None))
+    return Size if others == typing.get_args(Size) else others[0], len(kinds) > len(others)
 
 
 def coerce(name: str, value: Any, hint: Any, bounds: Mapping[str, float]) -> Any:
@@ -72,6 +99,8 @@ def coerce(name: str, value: Any, hint: Any, bounds: Mapping[str, float]) -> Any
     if typing.get_origin(kind) is tuple:
         return tuple(coerce(name, part, typing.get_args(kind)[0], bounds) for part in _parts(value))
     value = _plain(name, value, kind)
+    if kind is Size:
+        return _size(name, value, bounds)
     if isinstance(value, int) and value.bit_length() > 63:
         raise UserError(f"{name}: {shown(value)} is not within 63 bits, as every whole number here is")
     if typing.get_origin(kind) is Literal:

@@ -15,7 +15,15 @@ from diffdistill.config import TrainConfig, run_options
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.weightless import Weightless, filled
 from diffdistill.data.batches import check_data
-from diffdistill.data.encoded import Encoded, check_encoded, check_negative, encode, open_encoded, with_prompts
+from diffdistill.data.encoded import (
+    Bucketed,
+    Encoded,
+    check_encoded,
+    check_negative,
+    encode,
+    open_encoded,
+    with_prompts,
+)
 from diffdistill.data.examples import Examples, TensorExamples, as_examples
 from diffdistill.data.images import Data, open_data
 from diffdistill.data.pairs import check_pairs, open_pairs
@@ -39,6 +47,7 @@ from diffdistill.players.lora import LoraSettings, is_lora
 from diffdistill.players.recomputing import checkpoint_activations
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
+from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Method, Need
 from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into, load_newest, step_of
 from diffdistill.training.derived import Derived, Situation, derive
@@ -117,7 +126,7 @@ def _teacher(config: TrainConfig, weights: bool) -> tuple[Teacher, Encoded | Non
     folder = local_folder(config.teacher, weights)
     family, _ = family_of(folder)
     dtype = getattr(torch, config.teacher_dtype)
-    size = {"resolution": config.resolution, "frames": config.frames}
+    size: dict[str, Any] = {"resolution": config.resolution, "frames": config.frames}
     encoded: Encoded | None = None
     if family.autoencoder is not None:
         needed = family.conditions == "text" and weights
@@ -248,6 +257,8 @@ def data_for(game: Game) -> Examples | None:
                 f"prompts: {name} with these options needs images too; give a folder made by "
                 "`diffdistill encode --data` from images with captions"
             )
+        if isinstance(encoded, Bucketed):
+            _check_buckets(game)
         return encoded
     if not needed:
         return None
@@ -259,10 +270,22 @@ def data_for(game: Game) -> Examples | None:
         raise UserError(
             f"data: the teacher's samples {tuple(game.teacher.shape)} are no images; give data as an object"
         )
-    channels, size = game.teacher.shape[0], game.teacher.shape[1]
-    data = skipping(open_data(game.config.data, resolution=size, channels=channels), game.config.skip_unreadable)
+    channels, height, width = game.teacher.shape
+    opened = open_data(game.config.data, resolution=(height, width), channels=channels)
+    data = skipping(opened, game.config.skip_unreadable)
     check_data(game.teacher, data)
     return data
+
+
+def _check_buckets(game: Game) -> None:
+    """UserError for a method that keeps samples of one size from step to step, or takes pairs, which are of one."""
+    kept = any(isinstance(module, GuidedChains) for module in game.method.state.values())
+    if kept or Need.PAIRS in game.method.needs:
+        what = "the trajectories that it keeps" if kept else "pairs"
+        raise UserError(
+            f"prompts: {game.config.prompts!r} has buckets, and of {game.recipe.name} {what} are of one size; encode "
+            "without --buckets"
+        )
 
 
 def _own_data(game: Game, data: Tensor | tuple[Tensor, Tensor] | Examples) -> Examples | None:

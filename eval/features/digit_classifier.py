@@ -51,7 +51,7 @@ class DigitClassifier(nn.Module):
     image's features never depend on its batch.
     """
 
-    def __init__(self, shape: tuple[int, int, int] = (1, 8, 8), classes: int = 10) -> None:
+    def __init__(self, shape: tuple[int, ...] = (1, 8, 8), classes: int = 10) -> None:
         super().__init__()
         self.shape = shape
         # In larger images the three convolutions must see further than 9 pixels, the width of a stroke's turn.

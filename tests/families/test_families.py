@@ -20,7 +20,7 @@ from diffdistill.commands.cli import main
 from diffdistill.core.denoiser import Cond
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, solve
-from diffdistill.core.schedule import DiscreteVP
+from diffdistill.core.schedule import DiscreteVP, student_levels
 from diffdistill.data.encoded import decoder
 from diffdistill.errors import UserError
 from diffdistill.families import (
@@ -106,7 +106,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
-    """(name, times the usual size) -> that case."""
+    """(name, times the usual height and width, or two numbers) -> that case."""
     root = tmp_path_factory.mktemp("families")
 
     @cache
@@ -118,10 +118,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
         return pipe, folder
 
     @cache
-    def make(name: str, times: int = 1) -> Case:
+    def make(name: str, times: int | tuple[int, int] = 1) -> Case:
         pipe, folder = saved(name)
         kind = name.split()[0]
-        teacher = load_teacher(folder, resolution=SIZES[kind] * times, frames=FRAMES)
+        height, width = (times, times) if isinstance(times, int) else times
+        teacher = load_teacher(folder, resolution=(SIZES[kind] * height, SIZES[kind] * width), frames=FRAMES)
         family, _ = family_of(folder)
         cond: Cond = {}
         if family.text is not None:
@@ -249,6 +250,27 @@ def test_same_samples_at_twice_the_size(made: Callable[..., Case], name: str) ->
     assert gap(ours(case, 5.0, grid), latents) < 1e-4
 
 
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("times", [(1, 2), (3, 1)])
+@pytest.mark.parametrize("name", TEXT)
+def test_same_samples_of_another_height_than_width(
+    made: Callable[..., Case], name: str, times: tuple[int, int], guidance: float
+) -> None:
+    case = made(name, times)
+    side = made(name).teacher.shape[-1]
+    assert case.teacher.shape[-2:] == (times[0] * side, times[1] * side)
+    latents, images, grid = stock(case, guidance)
+    assert images.shape[-3:-1] == case.family.pixels(case.folder, case.teacher.shape)
+    assert gap(ours(case, guidance, grid), latents) < 1e-4
+    if name == "flux":  # whose shift is that of the number of tokens
+        schedule = case.teacher.denoiser.schedule
+        assert torch.allclose(schedule.angle(student_levels(schedule, 4)), grid[:-1], atol=1e-6)
+    features = case.teacher.denoiser.features(*middle(case, 2))
+    assert features.shape[2] * times[1] == features.shape[3] * times[0]
+    first = images if images.ndim == 4 else images[:, 0]
+    assert gap(decoder(case.teacher)(latents).clamp(-1, 1), first.permute(0, 3, 1, 2)) < 1e-4
+
+
 @pytest.mark.parametrize("name", LATENT)
 def test_the_comparison_sees_a_wrong_guidance_time_or_output(made: Callable[..., Case], name: str) -> None:
     case = made(name)
@@ -315,6 +337,13 @@ def test_the_autoencoder_is_used_as_the_pipeline_uses_it(made: Callable[..., Cas
 def test_a_size_that_does_not_fit_names_one_that_does(made: Callable[..., Case], name: str) -> None:
     with pytest.raises(UserError, match=r"^resolution: .*use \d+"):
         load_teacher(made(name).folder, resolution=SIZES[name] + 1, frames=FRAMES)
+    if name in TEXT:
+        size = SIZES[name]
+        with pytest.raises(UserError, match=rf"^resolution: {size}x{2 * size + 1} is not a .*; use {size}x{2 * size}$"):
+            load_teacher(made(name).folder, resolution=f"{size}x{2 * size + 1}", frames=FRAMES)
+        for small in ((size, 1), (1, size)):
+            with pytest.raises(UserError, match=r"^resolution: .*use \d+"):
+                load_teacher(made(name).folder, resolution=small, frames=FRAMES)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +400,19 @@ def test_an_unknown_pipeline_is_told_which_are_known(tmp_path: Path, capsys: pyt
     assert main(["families"]) == 0
     listed = capsys.readouterr().out
     assert all(pipeline in listed for family in FAMILIES.values() for pipeline in family.pipelines)
+    texts = [family.text for family in FAMILIES.values() if family.text is not None]
+    assert all(repr(text) in listed for each in texts for text in (each.negative, each.advised) if text is not None)
+
+
+def test_no_prompt_is_what_the_stock_pipeline_takes_where_it_is_given_none(made: Callable[..., Case]) -> None:
+    """Not what Wan's makers draw with, which is offered and never taken unasked."""
+    case = made("wan")
+    assert case.family.text is not None and case.family.text.advised is not None
+    assert "negative_prompt" not in case.call(5.0)
+    latents, _, grid = stock(case, 5.0)
+    assert gap(ours(case, 5.0, grid), latents) < 1e-4
+    given = replace(case, call=lambda g: {**case.call(g), "negative_prompt": case.family.text.advised})
+    assert gap(ours(case, 5.0, grid), stock(given, 5.0)[0]) > 1e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,14 @@ def written(folder: Path, **values: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "record", [STUDENT, StudentRecord((0.5,), "ddim", "a"), TeacherRecord(10), DiversityRecord("a", "b", {"steps": 1})]
+    "record",
+    [
+        STUDENT,
+        replace(STUDENT, resolution="16x24"),
+        StudentRecord((0.5,), "ddim", "a"),
+        TeacherRecord(10),
+        DiversityRecord("a", "b", {"steps": 1}),
+    ],
 )
 def test_what_is_written_reads_back(record: Any, tmp_path: Path) -> None:
     write_record(tmp_path, record)
@@ -88,6 +96,8 @@ def test_files_without_a_format_number_still_read(tmp_path: Path) -> None:
         ({"guidance": 3.0}, "'guidance' is 3.0; it must be an object"),
         ({"guidance": {"scale": "much"}}, "'guidance.scale' is 'much'; it must be a number"),
         ({"guidance": {"strength": 1}}, "has the unknown field 'guidance.strength'"),
+        ({"resolution": "16x"}, "resolution: '16x' is no size"),
+        ({"resolution": [1, 2, 3]}, "resolution: .* is no size"),
         ({"null_clas": 10}, "has the unknown field 'null_clas'"),
     ],
 )

@@ -190,7 +190,7 @@ MUTANTS = {
         ("labels are never dropped", "if label_dropout:", "if False:"),
         ("another share is dropped", "< label_dropout)", "< label_dropout / 2)"),
         ("labels are dropped where they should stay", "< label_dropout)", ">= label_dropout)"),
-        ("the batch has no pair", "x0=x0, pair=pair)", "x0=x0)"),
+        ("the batch has no pair", "x0=x0, pair=pair, shape", "x0=x0, shape"),
         ("the seed of the order is ignored", "in_order(examples, step, config.seed)", "in_order(examples, step, 0)"),
     ],
     f"diffdistill/data/examples.py | {_T}": [

@@ -12,16 +12,17 @@ from tests.players.tiny import BUILDERS, PROMPTS, SIZES
 
 
 @pytest.fixture(scope="session")
-def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """family -> a tiny pipeline's folder, and its prompts encoded, with latents of drawn images."""
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """(family, size) -> a tiny pipeline's folder, and its prompts encoded, with latents of drawn images."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("families")
 
-    def make(name: str) -> tuple[Path, Path]:
-        folder, out = root / name, root / f"{name}-encoded"
-        if not out.exists():
+    def make(name: str, size: str | None = None) -> tuple[Path, Path]:
+        folder, out = root / name, root / f"{name}-encoded-{size}"
+        if not folder.exists():
             BUILDERS[name]().save_pretrained(folder)
+        if not out.exists():
             images = root / "images"
             if not images.exists():
                 images.mkdir()
@@ -32,10 +33,15 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
                 for i in range(len(PROMPTS)):
                     (root / "classes" / str(i % 2)).mkdir(parents=True, exist_ok=True)
                     Image.open(images / f"{i}.png").save(root / "classes" / str(i % 2) / f"{i}.png")
-                (root / "prompts.txt").write_text("\n".join(PROMPTS))
-            options: dict[str, Any] = {"teacher": str(folder), "resolution": SIZES[name], "out": str(out)}
+                for i, text in enumerate(PROMPTS):
+                    (root / "videos" / str(i)).mkdir(parents=True)
+                    (root / "videos" / f"{i}.txt").write_text(text)
+                    for j in range(5):
+                        colour = (60 * i, 200 - 50 * i, 50 * j)
+                        Image.new("RGB", (32, 32), colour).save(root / "videos" / str(i) / f"{j}.png")
+            options: dict[str, Any] = {"teacher": str(folder), "resolution": size or SIZES[name], "out": str(out)}
             if name == "wan":
-                encode(**options, prompts=str(root / "prompts.txt"), frames=5)
+                encode(**options, data=str(root / "videos"), frames=5)
             else:
                 encode(**options, data=str(root / "classes" if name == "dit" else images))
         return folder, out

@@ -1,12 +1,24 @@
-"""The tiny pipelines, one for each family and more, and the prompts that are encoded with them."""
+"""The tiny pipelines, one for each family and more, the prompts that are encoded with them, and how students draw."""
 
 import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from diffdistill.config import run_options
+from diffdistill.data.encoded import decoder
+from diffdistill.families import FAMILIES
+from diffdistill.families._family import pack, unpack
+from diffdistill.training.assemble import load_run, make_game
 from tests import tiny_a, tiny_b
 
 BUILDERS = {
@@ -15,6 +27,24 @@ BUILDERS = {
     "sd_v": partial(tiny_a.stable_diffusion, prediction_type="v_prediction", zero_snr=True),
 }
 SIZES = {**tiny_a.SIZES, **tiny_b.SIZES, "sd_v": tiny_a.SIZES["stable_diffusion"]}
+# Nothing of ours: what anybody has who was given the folders.
+STRANGER = """
+import json, sys, torch
+from safetensors.torch import save_file
+sys.modules["diffdistill"] = None  # an import of it would fail
+from diffusers import DiffusionPipeline
+for job in json.load(open(sys.argv[1])):
+    pipe = DiffusionPipeline.from_pretrained(job["base"] or job["student"])
+    pipe.set_progress_bar_config(disable=True)
+    if job["base"]:
+        pipe.load_lora_weights(job["student"] + "/lora")
+        pipe.scheduler = DiffusionPipeline.from_pretrained(job["student"]).scheduler
+    torch.manual_seed(5)
+    call = json.load(open(job["student"] + "/diffdistill.json"))["call"]
+    got = pipe(**job["what"], generator=torch.Generator().manual_seed(3), output_type=job["type"], **call)
+    latents = got.frames if hasattr(got, "frames") else got.images
+    save_file({"x": torch.as_tensor(latents).contiguous()}, job["out"])
+"""
 PROMPTS = ["a red square", "a blue circle on the left", "nothing much", "two dogs"]
 
 
@@ -25,3 +55,46 @@ def draw_small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, "default_sample_size", small, raising=False)
     call: Any = inspect.unwrap(diffusers.SanaPipeline.__call__)
     monkeypatch.setattr(call, "__defaults__", tuple(SIZES["sana"] if v == 1024 else v for v in call.__defaults__))
+
+
+def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], trained: bool = True) -> torch.Tensor:
+    """The player as the run's checkpoint has it, or as it was before the training: nothing exported is read.
+
+    The noise is drawn as a stock pipeline does: the first from its generator, and the rest from there too where the
+    pipeline hands it to its scheduler, else from the global one.
+    """
+    game = load_run(run)[0] if trained else make_game(run_options(run))
+    sampler, teacher = game.method.sampler(), game.teacher
+    first = torch.Generator().manual_seed(3)
+    z = torch.randn(1, *shape, generator=first)
+    pipeline = FAMILIES[teacher.family].pipelines[0]
+    hands = pipeline in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "SanaPipeline")
+    torch.manual_seed(5)
+
+    packed = teacher.family in ("flux", "qwen_image")
+
+    def noise(j: int) -> torch.Tensor:
+        drawn = torch.randn(pack(z).shape if packed else z.shape, generator=first if hands else None)
+        return unpack(drawn, shape) if packed else drawn
+
+    with torch.no_grad():
+        x, t = sampler.input_at(len(sampler.levels) - 1, z, cond, noise)
+        x0 = sampler.predict(x, t, len(sampler.levels), cond).x0
+        if pipeline == "DiTPipeline":  # it gives images only
+            return (decoder(teacher)(x0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return pack(x0) if packed else x0
+
+
+def apart(image: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, as a part of the largest value of `other` if that exceeds 1."""
+    return float((image - other).abs().max()) / max(1, float(other.abs().max()))
+
+
+def drawn_by_a_stranger(jobs: Sequence[dict[str, Any]], folder: Path) -> list[torch.Tensor]:
+    """What STRANGER draws, in a process of its own; a job has student, base, what and type."""
+    jobs = [job | {"out": str(folder / f"{k}.safetensors")} for k, job in enumerate(jobs)]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-c", STRANGER, str(folder / "jobs.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [load_file(job["out"])["x"] for job in jobs]

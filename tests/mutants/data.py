@@ -1,0 +1,52 @@
+"""Sizes, buckets and videos: which rows, frames and crops reach the encoder, and what shape noise has."""
+
+_B = "tests/data/test_buckets.py"
+_V = "tests/data/test_videos.py"
+_F = "tests/families/test_families.py"
+
+MUTANTS = {
+    f"diffdistill/data/buckets.py | {_B}": [
+        ("every process sees the same rows", "k * whole + rank * batch_size", "k * whole"),
+        (
+            "every epoch is alike",
+            "_order(counts[bucket], seed, epoch, bucket)",
+            "_order(counts[bucket], seed, 0, bucket)",
+        ),
+        ("rows of the first bucket", " + sum(counts[:bucket])", ""),
+        (
+            "ratios upside down",
+            "size[0] * other[1] / (size[1] * other[0])",
+            "size[0] * other[0] / (size[1] * other[1])",
+        ),
+        ("a batch of one process", "batches = [count // whole", "batches = [count // batch_size"),
+    ],
+    f"diffdistill/data/batches.py | {_B}": [
+        ("noise of the teacher's own size", "pair=pair, shape=shape)", "pair=pair)"),
+    ],
+    f"diffdistill/data/encoded.py | {_B}": [
+        (
+            "a bucket is told the size of another",
+            "described = describe(encoder.folder, size,",
+            "described = describe(encoder.folder, encoder.size,",
+        ),
+        ("the images of another bucket", "open_source(own, one, images)", "open_source(own, one, images[::-1])"),
+    ],
+    f"diffdistill/data/videos.py | {_V}": [
+        ("frames in the order of names", '(int(re.findall(r"\\d+", path.stem)[-1]), path.name)', "path.name"),
+        ("captions of other videos", "[captions[i] for i in indices]", "[captions[-i] for i in indices]"),
+        ("channels and frames swapped", "permute(3, 0, 1, 2)", "permute(0, 3, 1, 2)"),
+    ],
+    f"diffdistill/data/folder.py | {_V} {_B}": [
+        ("the middle of another ratio", "width * size[0] > height * size[1]", "width * size[1] > height * size[0]"),
+    ],
+    f"diffdistill/families/_family.py | {_F}": [
+        (
+            "height and width swapped",
+            "return pixels[0] // factor, pixels[1] // factor",
+            "return pixels[1] // factor, pixels[0] // factor",
+        ),
+    ],
+    f"diffdistill/families/flux.py | {_F}": [
+        ("a shift of another number of tokens", "size[0] * size[1] // 4", "size[0] ** 2 // 4"),
+    ],
+}
