@@ -9,6 +9,7 @@ from typing import Any
 
 from diffdistill.families import FAMILIES, Family, diffusers_class, local_folder, public_name, read_json
 from diffdistill.families._parts import LORA, null_parts, stored_dtypes
+from diffdistill.families._single import holds_pipeline
 from diffdistill.pipelines.comfyui import comfyui_note
 from diffdistill.pipelines.origin import card_of, head, license_note, metadata, public_options, teacher_folder
 from diffdistill.pipelines.schedulers import level_arguments, student_rows, student_scheduler
@@ -203,7 +204,12 @@ class _Lines:
         code = "\n".join(["```python", *head, "", *lines, self._draw, "```"])
         if form == "pipeline" or self._base != "TEACHER":
             return code
-        return f"{code}\n\n`TEACHER` is the folder of {public_name(self.teacher.source)}, a pipeline of its own."
+        name, file = public_name(self.teacher.source), Path(self.teacher.source)
+        if not file.is_file():
+            return f"{code}\n\n`TEACHER` is the folder of {name}, a pipeline of its own."
+        whole = f'{_name(self.entry.pipelines[0])}.from_single_file("{name}").save_pretrained("TEACHER")'
+        made = f", as `{whole}` writes it" if holds_pipeline(file) else ""
+        return f"{code}\n\n`TEACHER` is a diffusers folder with the weights of `{name}`{made}."
 
     def lora(self) -> str:
         """How the LoRA beside a merged student is loaded."""

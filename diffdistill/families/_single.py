@@ -59,7 +59,7 @@ def single_file_folder(path: Path, weights: bool, find: FindFolder) -> Path:
     family, _ = family_of(folder)
     try:
         with atomic_folder(made, "model_index.json") as new:
-            if any(name.startswith(_VAES) for name in tensors_in(path)):
+            if holds_pipeline(path):
                 _save_pipeline(path, family, folder, new, dtype, lambda: find(config, True))
             else:
                 _save_network(path, family, find(config, True), new, dtype)
@@ -70,6 +70,11 @@ def single_file_folder(path: Path, weights: bool, find: FindFolder) -> Path:
             "folder by $DIFFDISTILL_CACHE"
         ) from None
     return made
+
+
+def holds_pipeline(path: Path) -> bool:
+    """Whether a file has other parts than a network, as diffusers reads whole pipelines."""
+    return any(name.startswith(_VAES) for name in tensors_in(path))
 
 
 def _stored_type(path: Path) -> torch.dtype:

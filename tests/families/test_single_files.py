@@ -141,6 +141,11 @@ def test_every_command_takes_the_file(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads((out / INPUTS).read_text())["teacher"] == str(file)
     run("train", "--resume", out, "--steps", 3)
     assert "model.safetensors" in (out / "student" / "README.md").read_text()
+    lora = ["--lora", "student,fake_score", "--export", "lora"]
+    run("train", "--method", "dmd2", "--teacher", file, "--prompts", encoded, *few, *lora, "--out", tmp_path / "lora")
+    card = (tmp_path / "lora" / "student" / "README.md").read_text()
+    line = 'StableDiffusionPipeline.from_single_file("model.safetensors").save_pretrained("TEACHER")'
+    assert f"`TEACHER` is a diffusers folder with the weights of `model.safetensors`, as `{line}` writes it." in card
     run("export", out, "--step", 3, "--out", tmp_path / "again")
     assert same(load_pipeline(tmp_path / "again").vae, load_pipeline(folder).vae)
     run(
