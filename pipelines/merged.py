@@ -65,8 +65,13 @@ def merged_teacher(base: str, loras: Sequence[Lora], folder: Path) -> Path:
         state, alphas = loaded[:2] if isinstance(loaded, tuple) else (loaded, None)
         others = {name.partition(".")[0] for name in state} - {family.component}
         if others or not state:
-            what = f"something for {', '.join(sorted(others))}" if others else "nothing"
-            raise UserError(f"teacher_lora: {path.name} has {what}; it must be for {family.component} alone")
+            what = f"nothing for {family.component}"
+            if others:  # which encode the prompts, and long before this training
+                what = (
+                    f"something for {', '.join(sorted(others))}; fuse it into a folder (load_lora_weights, fuse_lora, "
+                    "save_pretrained of diffusers), and encode and train with that"
+                )
+            raise UserError(f"teacher_lora: {path.name} has {what}")
         try:
             network.load_lora_adapter(state, prefix=family.component, network_alphas=alphas)
             network.fuse_lora(lora_scale=scale)

@@ -4,6 +4,11 @@ _C = "tests/pipelines/test_comfyui.py"
 _E = "tests/pipelines/test_exported_schedulers.py"
 
 MUTANTS = {
+    "pipelines/merged.py | tests/pipelines/test_teacher_lora.py": [
+        ("LoRA: the scale is ignored", "fuse_lora(lora_scale=scale)", "fuse_lora()"),
+        ("LoRA: the alphas are ignored", "network_alphas=alphas", "network_alphas=None"),
+        ("LoRA: nothing is merged", "            network.fuse_lora(lora_scale=scale)\n", ""),
+    ],
     f"pipelines/comfyui.py | {_C}": [
         ("a UNet's keys have no prefix", 'f"unet.{name}"', "name"),
         ("Wan's keys begin as FLUX's do", '"wan": "diffusion_model"', '"wan": "transformer"'),

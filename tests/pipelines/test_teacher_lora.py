@@ -18,22 +18,26 @@ __all__ = ["encoded"]
 Encoded = Callable[[str], tuple[Path, Path]]
 
 
-def lora_file(base: Path, path: Path, seed: int, where: str = "unet") -> Path:
-    """A LoRA of rank 2 on the queries of a network."""
+def lora_file(base: Path, path: Path, seed: int, where: str = "unet", kohya: bool = False) -> Path:
+    """A LoRA of rank 2 on the queries of a network, as diffusers or as kohya's scripts write it, with an alpha."""
     pipeline = StableDiffusionPipeline.from_pretrained(base)
     draw, weights = torch.Generator().manual_seed(seed), {}
     for name, layer in pipeline.unet.named_modules():
         if name.endswith("to_q"):
             wide, out = layer.in_features, layer.out_features
-            weights[f"{where}.{name}.lora_A.weight"] = torch.randn(2, wide, generator=draw)
-            weights[f"{where}.{name}.lora_B.weight"] = torch.randn(out, 2, generator=draw)
+            stem, down, up = f"{where}.{name}", "lora_A", "lora_B"
+            if kohya:
+                stem, down, up = f"lora_{stem.replace('.', '_')}", "lora_down", "lora_up"
+                weights[f"{stem}.alpha"] = torch.tensor(0.5)
+            weights[f"{stem}.{down}.weight"] = torch.randn(2, wide, generator=draw)
+            weights[f"{stem}.{up}.weight"] = torch.randn(out, 2, generator=draw)
     save_file(weights, path)
     return path
 
 
 def test_the_merged_teacher_is_that_of_stock_diffusers(encoded: Encoded, tmp_path: Path) -> None:
     base, prompts = encoded("sd_v")
-    one, two = (lora_file(base, tmp_path / f"style{i}.safetensors", i) for i in (1, 2))
+    one, two = (lora_file(base, tmp_path / f"style{i}.safetensors", i, kohya=i == 2) for i in (1, 2))
     options: dict[str, Any] = options_for(base, prompts, "sd_v", "sid", "lora") | {"out": str(tmp_path / "run")}
     files = [str(one), f"{two}:0.5"]
     student = distill(**options, teacher_lora=files).student
@@ -60,7 +64,7 @@ def test_the_merged_teacher_is_that_of_stock_diffusers(encoded: Encoded, tmp_pat
     ("name", "message"),
     [
         ("none.safetensors", "'.*none.safetensors' is no .safetensors file, nor one with :SCALE"),
-        ("text.safetensors", "text.safetensors has something for text_encoder; it must be for unet alone"),
+        ("text.safetensors", "text.safetensors has something for text_encoder; fuse it into a folder"),
         ("other.safetensors", "other.safetensors (does not fit|cannot be read)"),
     ],
 )
