@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import diffdistill
 from diffdistill import distill, export
+from diffdistill.commands.cli import main
 from diffdistill.data.encoded import open_encoded
 from diffdistill.families import FAMILIES, load_student, load_teacher, student_record
 from tests.players.tiny import PROMPTS, SIZES, apart, drawn_by_a_stranger, ours
@@ -85,6 +86,25 @@ def test_an_image_is_cropped_to_the_ratio(encoded: Callable[..., tuple[Path, Pat
         (blank / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "white"}))
         plain = diffdistill.encode(teacher=folder, data=blank, resolution=resolution, out=tmp_path / f"{name}-plain")
         assert torch.allclose(latents, load_file(plain / "00000.safetensors")["latents"], atol=2e-2)
+
+
+def test_a_student_is_judged_beside_its_teacher_at_its_size(
+    encoded: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A square one of another size than the teacher's own too, of which several differ."""
+    folder, _ = encoded("stable_diffusion")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    options = ["--count", "100", "--bootstrap", "0", "--teacher-steps", "1", "--device", "cpu"]
+    for name, resolution, pixels in (("runs/a", "16x32", "32x16"), ("runs/b", "24", "24x24")):
+        distill(
+            "dmd2", teacher=folder, prompts=tmp_path / "prompts.txt", resolution=resolution, batch_size=2, steps=1,
+            update_ratio=1, sample_every=0, device="cpu", out=tmp_path / name,
+        )  # fmt: skip
+        capsys.readouterr()
+        assert main(["eval", str(tmp_path / name), *options]) == 0
+        assert f"of 100 real images in {pixels} pixels" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path / "runs"), *options]) == 2
+    assert "eval: b and a make samples of two shapes, (4, 12, 12) and (4, 8, 16)" in capsys.readouterr().err
 
 
 def test_a_teacher_is_sampled_at_a_size(encoded: Callable[..., tuple[Path, Path]]) -> None:
