@@ -30,6 +30,7 @@ from diffdistill.eval.ladder import check_there
 from diffdistill.eval.models import ModelLike, SamplingOptions, family_or_none, model_folder, models_in, open_model
 from diffdistill.eval.protocol import Protocol, load
 from diffdistill.families import Family, StudentRecord, TeacherRecord, describe, local_folder, read_record
+from diffdistill.options import size_of
 from diffdistill.players.teacher import Teacher
 
 MOST_REAL = 5000  # images that pixels compares with: neighbourhoods take all pairs
@@ -53,7 +54,7 @@ class Facts:
 
 
 def facts_of(model: ModelLike) -> Facts:
-    """UserError for what is no model, or makes what no protocol can judge: videos, or images that are not square."""
+    """UserError for what is no model, or makes what no protocol can judge: videos."""
     return _checked(_facts(model))
 
 
@@ -70,12 +71,9 @@ def _facts(model: ModelLike) -> Facts:
 def _checked(facts: Facts) -> Facts:
     if len(facts.shape) != 3:
         raise UserError(f"eval: {shown(facts.name)} makes videos, and the protocols are of images")
-    channels, height, width = facts.shape
+    channels = facts.shape[0]
     if channels not in (1, 3):
         raise UserError(f"eval: images of {shown(facts.name)} have {channels} channels; only grey and RGB are judged")
-    if height != width:
-        what = f"images of {shown(facts.name)} are {width}x{height}, and only square ones are judged"
-        raise UserError(f"eval: {what}; crop them to squares")
     return facts
 
 
@@ -197,7 +195,8 @@ def _pixels(facts: Facts, wishes: Wishes, data: Data | None, spec: str | None, c
         captions = list(itertools.islice(itertools.cycle(captions), protocol.count))
     conditions = "none" if facts.conditions == "images" else facts.conditions
     protocol = replace(
-        protocol, resolution=facts.shape[1], channels=facts.shape[0], conditions=[conditions], classes=facts.classes,
+        protocol, resolution=size_of(*_pixels_of(facts)), channels=facts.shape[0], conditions=[conditions],
+        classes=facts.classes,
         labels="balanced", prompts="captions of the model's own data" if captions is not None else None,
         reference=spec or "samples of the teacher",
     )  # fmt: skip
@@ -223,20 +222,24 @@ def _better(facts: Facts) -> str | None:
     if facts.conditions == "prompts":
         return f"--protocol coco2017-5k {inception} --weights clip-score=FOLDER --weights clip=FOLDER"
     known = {(32, 10): "cifar10", (32, None): "cifar10", (64, 1000): "imagenet64", (256, 1000): "imagenet256"}
-    protocol = known.get((facts.shape[1], facts.classes))
+    protocol = known.get((facts.shape[1], facts.classes)) if facts.shape[1] == facts.shape[2] else None
     return None if protocol is None else f"--protocol {protocol} --reference IMAGES {inception}"
 
 
 # -- real images and captions ------------------------------------------------------------------------------
 
 
+def _pixels_of(facts: Facts) -> tuple[int, int]:
+    return facts.shape[1], facts.shape[2]
+
+
 def _real_images(facts: Facts, named: str | None) -> tuple[Data | None, str | None]:
     """Real images at the model's size, spread evenly where there are many, and how they are named."""
     if named is not None:
-        return _fewer(open_data(named, resolution=facts.shape[1], channels=facts.shape[0])), named
+        return _fewer(open_data(named, resolution=_pixels_of(facts), channels=facts.shape[0])), named
     for spec in _known_images(facts):
         try:
-            return _fewer(open_data(spec, resolution=facts.shape[1], channels=facts.shape[0])), spec
+            return _fewer(open_data(spec, resolution=_pixels_of(facts), channels=facts.shape[0])), spec
         except UserError:  # they have been moved since, or are on a hub that is out of reach
             continue
     return None, None

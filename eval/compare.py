@@ -55,7 +55,7 @@ def compare_models(models: Sequence[ModelLike], options: JudgeOptions, out: Path
     evaluation = evaluation_of(scores, judge, out, more_notes=[latency_note(judge)], differences=differences)
     evaluation.write()
     shown = [(each.model, each.shown[:GRID]) for each in scores if each.shown is not None]
-    grid = save_png(side_by_side(shown, max(1, 64 // judge.protocol.resolution)), out / "grid.png")
+    grid = save_png(side_by_side(shown, max(1, 64 // max(judge.protocol.pixels))), out / "grid.png")
     pictures = [grid, quality_picture(scores, judge, out / "quality.png")]
     return replace(evaluation, pictures=pictures)
 

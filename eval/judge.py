@@ -236,7 +236,7 @@ def _settings(model: Model, judge: Judge, labels: Tensor | None) -> dict[str, An
     protocol, sampling = judge.protocol, judge.sampling
     return {
         "fingerprint": model.fingerprint,
-        "shape": [protocol.channels, protocol.resolution, protocol.resolution],
+        "shape": list(protocol.shape),
         "count": protocol.count,
         "shard_size": protocol.shard,
         "batch": protocol.batch,

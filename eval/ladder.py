@@ -57,6 +57,7 @@ from diffdistill.families import (
     teacher_of,
     with_null,
 )
+from diffdistill.options import Size
 from diffdistill.pictures import image_grid, save_png, side_by_side
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
@@ -120,7 +121,7 @@ def _alone(source: ModelLike, judge: Judge, out: Path) -> Evaluation:
     if judge.processes.rank > 0:
         return evaluation
     evaluation.write()
-    scale = max(1, 64 // judge.protocol.resolution)
+    scale = max(1, 64 // max(judge.protocol.pixels))
     shown = torch.cat([each.shown for each in scores if each.shown is not None])
     return replace(evaluation, pictures=[save_png(image_grid(shown, 10, scale), out / "samples.png")])
 
@@ -143,7 +144,7 @@ def _ladder(
     if judge.processes.rank > 0:
         return evaluation
     evaluation.write()
-    resolution = judge.protocol.resolution
+    resolution = max(judge.protocol.pixels)
     most = 20 if resolution <= 16 else 12
     shown = [(_label(each), each.shown[:most]) for each in scores if each.shown is not None]
     picture = save_png(side_by_side(shown, scale=max(1, 64 // resolution)), out / "comparison.png")
@@ -250,9 +251,12 @@ def _rungs(
     origin = teacher or students[0].teacher
     if origin is None:
         raise UserError("teacher: a loaded student does not say which it was distilled from; give teacher too")
-    judged = (
-        origin if isinstance(origin, Teacher) else load_teacher(model_folder(origin), null_class=students[0].null_class)
-    )
+    first = students[0]
+    if isinstance(origin, Teacher):
+        judged = origin
+    else:  # drawn at its students' size
+        size: dict[str, Any] = {"resolution": first.resolution, "frames": first.frames}
+        judged = load_teacher(model_folder(origin), null_class=first.null_class, **size)
     identity = _teacher_fingerprint(judged)
     teachers: dict[tuple[float, str | None], list[_Rung]] = {}
     drawn: list[_Rung] = []
@@ -261,6 +265,11 @@ def _rungs(
             raise UserError(
                 f"eval: {student.name} has another teacher ({student.teacher!r}) than {students[0].name} ({origin!r}); "
                 "judge them one at a time, or give teacher"
+            )
+        if student.loaded[1].shape != first.loaded[1].shape:
+            raise UserError(
+                f"eval: {student.name} and {first.name} make samples of two shapes, {student.loaded[1].shape} and "
+                f"{first.loaded[1].shape}; judge them one at a time"
             )
         # The student imitates the teacher as it was guided.
         scale = student.scale
@@ -316,6 +325,8 @@ class _LoadedStudent:
     negative: str | None  #: the negative prompt of that
     null_class: int | None  #: of its teacher
     loaded: Student
+    resolution: Size | None = None  #: of a latent student; None: its teacher's own
+    frames: int | None = None
 
 
 def _students(source: ModelLike, needs_teacher: bool) -> list[_LoadedStudent] | None:
@@ -335,7 +346,8 @@ def _students(source: ModelLike, needs_teacher: bool) -> list[_LoadedStudent] | 
         identity, name = folder_fingerprint(local_folder(str(folder))), folder.parent.name
         origin = teacher_of(folder, record) if needs_teacher else record.teacher
         imitated, null_class = (record.guidance.scale, record.guidance.negative_prompt), record.teacher_null_class
-        students.append(_LoadedStudent(name, identity, origin, *imitated, null_class, loaded))
+        size = (record.resolution, record.frames)
+        students.append(_LoadedStudent(name, identity, origin, *imitated, null_class, loaded, *size))
     return students
 
 

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffdistill.data.folder import middle_box
 from diffdistill.data.processes import Processes
 from diffdistill.data.shards import Kind, open_shards
 from diffdistill.errors import UserError
 from diffdistill.eval.features.measure import Measure
-from diffdistill.eval.features.preprocessing import middle
 from diffdistill.eval.metrics.moments import Moments, Statistics
 from diffdistill.eval.protocol import Protocol
 
@@ -98,26 +98,29 @@ def prepared(images: Tensor, protocol: Protocol, whose: str, crop: bool = False)
     """Images as the protocol measures them: of its channels and size, and of 8 bits if it says so.
 
     Takes uint8, or floats in [-1, 1] where the protocol does not round. UserError where images are of another size and
-    may not be resized. crop: of images that are not square, the middle.
+    may not be resized. crop: of images of another ratio, the middle.
     """
-    channels, side = protocol.channels, protocol.resolution
+    channels, (height, width) = protocol.channels, protocol.pixels
     if images.shape[1] != channels:
         kinds = {1: "grey", 3: "RGB"}
         kind = kinds.get(images.shape[1], f"of {images.shape[1]} channels")
         raise UserError(f"eval: the images of {whose} are {kind} and the protocol's {kinds[channels]}")
     if images.dtype == torch.uint8 and not protocol.eight_bit:
         images = images.float() / 127.5 - 1
-    if tuple(images.shape[2:]) == (side, side):
+    if tuple(images.shape[2:]) == (height, width):
         return images
     size = f"{images.shape[3]}x{images.shape[2]}"
     if protocol.resize is None:
-        raise UserError(f"eval: the images of {whose} are {size} and the protocol's {side}x{side}, without resizing")
+        raise UserError(f"eval: the images of {whose} are {size} and the protocol's {width}x{height}, without resizing")
     if not protocol.eight_bit:
         raise UserError(f"eval: {protocol.name} resizes images, which takes eight_bit: true")
     if crop:
-        images = middle(images, min(images.shape[2:]))
-    if images.shape[2] != images.shape[3]:
-        raise UserError(f"eval: the images of {whose} are {size}; the protocol resizes square ones to {side}x{side}")
+        left, top, right, bottom = middle_box(images.shape[3], images.shape[2], (height, width))
+        images = images[:, :, top:bottom, left:right]
+    elif images.shape[2] * width != images.shape[3] * height:
+        kind = "square ones" if height == width else "those of its ratio"
+        raise UserError(f"eval: the images of {whose} are {size}; the protocol resizes {kind} to {width}x{height}")
     pictures = [Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in images]
-    small = [np.asarray(p.resize((side, side), _FILTERS[protocol.resize])) for p in pictures]
-    return torch.from_numpy(np.stack(small)).reshape(len(small), side, side, channels).permute(0, 3, 1, 2).contiguous()
+    small = [np.asarray(p.resize((width, height), _FILTERS[protocol.resize])) for p in pictures]
+    whole = torch.from_numpy(np.stack(small)).reshape(len(small), height, width, channels)
+    return whole.permute(0, 3, 1, 2).contiguous()

@@ -45,7 +45,7 @@ def own_samples(
         "shard_size": protocol.shard,
         "batch": protocol.batch,
         "seed": SEED,
-        "shape": [protocol.channels, protocol.resolution, protocol.resolution],
+        "shape": list(protocol.shape),
         "captions": None if choice.captions is None else digest(choice.captions),
         "device": processes.device.type,
         **({} if sampling.attention == "auto" else {"attention": sampling.attention}),
@@ -65,5 +65,4 @@ def own_samples(
         return Samples(images[rows].float() / 127.5 - 1, {} if labels is None else {"class_labels": labels[rows]})
 
     name = f"samples of the teacher in {STEPS} steps (seed {SEED})"
-    shape = (protocol.channels, protocol.resolution, protocol.resolution)
-    return Data(name, shape, drawn.classes, digest(settings), count, read)
+    return Data(name, protocol.shape, drawn.classes, digest(settings), count, read)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from diffdistill.errors import UserError
 from diffdistill.eval.metrics.registry import Metric, find_metric
-from diffdistill.options import coerce, nearest, read_yaml
+from diffdistill.options import coerce, height_width, nearest, read_yaml
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Protocol:
     title: str
     conditions: list[str]  #: what the models may take: none, classes, prompts
     count: int
-    resolution: int  #: pixels a side of the images that are measured; 0: as the model has them, so its channels too
+    #: Of the images that are measured: pixels a side, or HEIGHTxWIDTH; 0: as the model has them, so its channels too.
+    resolution: int | str
     channels: int
     metrics: list[ProtocolMetric]
     name: str = ""
@@ -85,6 +86,16 @@ class Protocol:
     def is_open(self) -> bool:
         """Whether size, channels, conditions and real images are those of the model that is judged."""
         return self.resolution == 0
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the images that are measured."""
+        return height_width(self.resolution)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that are measured."""
+        return (self.channels, *self.pixels)
 
     @property
     def measures(self) -> list[str]:
@@ -160,7 +171,7 @@ def _check(protocol: Protocol, where: str) -> None:
     if any(metric.k < 1 for metric in protocol.metrics):
         raise UserError(f"{where}: metrics: k must be 1 or more")
     for name in ("count", "batch", "shard") if protocol.is_open else ("count", "resolution", "batch", "shard"):
-        if getattr(protocol, name) < 1:
+        if (min(protocol.pixels) if name == "resolution" else getattr(protocol, name)) < 1:
             raise UserError(f"{where}: {name}: {getattr(protocol, name)} is not 1 or more")
     if protocol.channels not in ((0,) if protocol.is_open else (1, 3)):
         raise UserError(

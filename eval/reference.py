@@ -155,15 +155,15 @@ def _open_images(spec: str, protocol: Protocol) -> Data:
         if protocol.resize is None:
             kinds = f"{spec} has images of several sizes, and {protocol.name} takes them as they are"
             raise UserError(f"reference: {kinds}; give those of {protocol.resolution} pixels") from None
-        return open_data(spec, channels=protocol.channels, resolution=protocol.resolution, resample=protocol.resize)
+        return open_data(spec, channels=protocol.channels, resolution=protocol.pixels, resample=protocol.resize)
 
 
 def _check_images(data: Data, spec: str, protocol: Protocol) -> None:
-    side = protocol.resolution
-    if data.shape[1:] != (side, side) and protocol.resize is None:
+    height, width = protocol.pixels
+    if data.shape[1:] != (height, width) and protocol.resize is None:
         size = f"{data.shape[2]}x{data.shape[1]}"
         raise UserError(
-            f"reference: images of {spec} are {size} and the protocol's {side}x{side}; give those of that size"
+            f"reference: images of {spec} are {size} and the protocol's {width}x{height}; give those of that size"
         )
     if len(data) < LEAST:
         raise UserError(f"reference: {spec} has {len(data)} images; give {LEAST} or more")
@@ -204,7 +204,7 @@ def _identity(data: Data, spec: str, protocol: Protocol) -> dict[str, Any]:
     return {
         "fingerprint": data.fingerprint,
         "files": _files(Path(spec.partition("#")[0])),
-        "shape": [protocol.channels, protocol.resolution, protocol.resolution],
+        "shape": list(protocol.shape),
         "count": len(data),
         "resize": protocol.resize,
         "eight_bit": protocol.eight_bit,
@@ -317,7 +317,7 @@ def _checked(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -
 
 def _image_kind(protocol: Protocol) -> str:
     rounding = "" if protocol.eight_bit else " unrounded"
-    return f"{protocol.channels}x{protocol.resolution}x{protocol.resolution} {protocol.resize}{rounding}"
+    return f"{'x'.join(map(str, protocol.shape))} {protocol.resize}{rounding}"
 
 
 def save_reference(path: Path, reference: Reference, protocol: Protocol, measures: Sequence[Measure]) -> Path:

@@ -222,6 +222,8 @@ def _encode_buckets(out: Path, config: EncodeConfig, processes: Processes, encod
     whole = open_data(config.data, resolution=encoder.size, channels=3)
     assert whole.stored is not None
     held = in_buckets(whole.stored()[: config.count], bucket_sizes(encoder.size))
+    # Before anything is encoded: UserError for a size that the family cannot have.
+    described = {size: describe(encoder.folder, size, config.frames) for size in held}
     inside = {f"{height}x{width}": len(rows) for (height, width), rows in held.items()}
     settings = encoder.settings() | {
         "source": whole.fingerprint,
@@ -235,8 +237,7 @@ def _encode_buckets(out: Path, config: EncodeConfig, processes: Processes, encod
     for name, (size, images) in zip(inside, held.items(), strict=True):
         # As for a folder of that size alone, so that the conditions that say a size say its own.
         own = replace(config, resolution=name if size[0] != size[1] else size[0], buckets=False, count=None)
-        described = describe(encoder.folder, size, config.frames)
-        one = _Encoder(own, encoder.device, encoder.folder, encoder.family, described, encoder)
+        one = _Encoder(own, encoder.device, encoder.folder, encoder.family, described[size], encoder)
         _encode_to(out / name, own, processes, one, open_source(own, one, images))
 
 

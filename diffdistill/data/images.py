@@ -187,12 +187,13 @@ def _digits_part(digits: Data, test: bool) -> Data:
 def part(data: Data, kept: list[int]) -> Data:
     """Those of the samples, in that order."""
     digest = hashlib.blake2b(f"{data.fingerprint} {kept}".encode(), digest_size=8).hexdigest()
+    stored = data.stored
     return replace(
         data,
         fingerprint=digest,
         size=len(kept),
         read=lambda indices: data.read([kept[i] for i in indices]),
-        stored=None,
+        stored=None if stored is None else lambda: [sizes[i] for sizes in [stored()] for i in kept],
     )
 
 

@@ -35,6 +35,7 @@ from diffdistill.options.values import (
     optional,
     read_mapping,
     read_yaml,
+    size_of,
     split,
 )
 
@@ -71,5 +72,6 @@ __all__ = [
     "optional",
     "read_mapping",
     "read_yaml",
+    "size_of",
     "split",
 ]

@@ -61,6 +61,11 @@ def height_width(size: Size) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
+def size_of(height: int, width: int) -> Size:
+    """Height and width as an option holds them."""
+    return height if height == width else f"{height}x{width}"
+
+
 def _size(name: str, value: Any, bounds: Mapping[str, float]) -> Size:
     """The size that a number, a text or a pair says; UserError for anything else."""
     text = "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
@@ -73,8 +78,8 @@ def _size(name: str, value: Any, bounds: Mapping[str, float]) -> Size:
                 f"{name}: {shown(value)} is no size; give pixels a side, or HEIGHTxWIDTH, such as 720x1280"
             ) from None
         return cast(int, _in_range(name, alone, bounds))
-    height, width = (_in_range(name, int(side or sides[1]), bounds) for side in sides.groups())
-    return cast(int, height) if height == width else f"{height}x{width}"
+    height, width = (cast(int, _in_range(name, int(side or sides[1]), bounds)) for side in sides.groups())
+    return size_of(height, width)
 
 
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

@@ -138,4 +138,4 @@ def _heads(denoiser: Denoiser, teacher: Teacher, layers: Sequence[str]) -> list[
     if weight.is_meta:  # for a plan, in which the tables that some networks make in a call are to have values
         denoiser = copy.deepcopy(denoiser)
     maps = denoiser.features_of(layers, x, t, teacher.sample_cond(1))
-    return [DiscriminatorHead(each.shape[1], each.shape[2]).to(each) for each in maps]
+    return [DiscriminatorHead(each.shape[1], min(each.shape[2:])).to(each) for each in maps]

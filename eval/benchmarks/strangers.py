@@ -294,7 +294,7 @@ def _write(rows: list[dict[str, Any]], shown: list[tuple[str, Tensor]], settings
     }  # fmt: skip
     write_json({"rows": rows, **about}, settings.out / "results.json")
     write_text(markdown_table(rows, COLUMNS), settings.out / "table.md")
-    save_png(side_by_side(shown, scale=1 if judge.protocol.resolution > 16 else 3), settings.out / "images.png")
+    save_png(side_by_side(shown, scale=1 if max(judge.protocol.pixels) > 16 else 3), settings.out / "images.png")
 
 
 def write_docs(page: Path, settings: Settings) -> None:

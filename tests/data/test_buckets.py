@@ -171,7 +171,7 @@ def test_what_buckets_cannot_do_is_one_line(
         make_pairs(**shared, count=2, out=tmp_path / "pairs")
     run = {**shared, "steps": 1, "sample_every": 0, "out": tmp_path / "run"}
     with pytest.raises(UserError, match=r"^prompts: .* has buckets, and of lora_guidance the trajectories that it"):
-        distill("lora_guidance", **run, batch_size=2)
+        distill("lora_guidance", **run, batch_size=2, trajectories=True)
     with pytest.raises(UserError, match=r"^batch_size: the steps take 4 samples of one bucket, and the largest has 3"):
         distill("dmd2", **run, batch_size=4)
     capsys.readouterr()

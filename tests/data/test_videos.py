@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from diffdistill import UserError, encode
+from diffdistill import UserError, distill, encode
 from diffdistill.data import videos
 from diffdistill.data.encoded import open_encoded
 from diffdistill.data.videos import open_videos
+from diffdistill.families import student_record
 from tests import tiny_b
 
 LEVELS = [0, 60, 120, 180, 240]  # grey, a frame each
@@ -119,3 +121,31 @@ def test_videos_are_encoded(tmp_path: Path) -> None:
         encode(**options, streaming=True, out=tmp_path / "streamed")
     with pytest.raises(UserError, match=r"a.gif has 5 frames, and a sample has 9"):
         encode(**{**options, "frames": 9}, out=tmp_path / "long")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("dmd2", {"gan_weight": 0.5, "update_ratio": 1}),
+        ("consistency", {"mode": "distillation", "grid_points": 5, "grid": "native", "student_steps": 2}),
+    ],
+)
+def test_the_gan_and_data_methods_learn_from_videos(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Of two trainings that differ in nothing but the videos."""
+    tiny_b.wan().save_pretrained(tmp_path / "wan")
+    shared: dict[str, Any] = {"teacher": tmp_path / "wan", "device": "cpu"}
+    weights = []
+    for name, levels in (("one", LEVELS), ("other", LEVELS[::-1])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for clip in ("a.gif", "b"):
+            write(folder / clip, levels)
+            (folder / f"{clip[0]}.txt").write_text("a square")
+        prompts = encode(**shared, data=folder, resolution=16, frames=5, out=tmp_path / f"{name}-encoded")
+        student = distill(
+            method, **shared, **options, prompts=prompts, batch_size=2, steps=2, sample_every=0, student_lr=1e-3,
+            warmup_steps=0, ema=0.0, out=tmp_path / f"{name}-run",
+        ).student  # fmt: skip
+        assert student_record(student).frames == 5
+        weights.append(load_file(student / "transformer" / "diffusion_pytorch_model.safetensors"))
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

@@ -118,9 +118,12 @@ def test_image_folders_and_their_mismatches(
     assert main(["eval", str(colour), "--data", str(grey), "--bootstrap", "0"]) == 0
     same = capsys.readouterr().out
     assert "40 images" in same and not (colour / "eval").exists()
+    assert main(["eval", str(wide), "--data", str(wide), "--bootstrap", "0"]) == 0
+    alike = capsys.readouterr().out
+    assert main(["eval", str(wide), "--data", str(colour), "--bootstrap", "0"]) == 0
+    assert "40 images" in alike and alike != capsys.readouterr().out
     for arguments, message in (
         ([str(colour)], "name the real ones to compare with by --data"),
-        ([str(wide), "--data", str(colour)], "are 20x16, and only square ones are judged"),
         ([str(grey), "--protocol", "mnist", "--count", "20", "--reference", str(grey)], "are 16x16 and the protocol's"),
         ([model, "--data", str(colour), "--count", "20", "--save-reference", "s.safetensors"], "save_reference"),
         ([model, "--data", str(colour), "--prompts", "p.txt"], "takes no prompts"),

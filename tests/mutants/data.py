@@ -26,8 +26,8 @@ MUTANTS = {
     f"diffdistill/data/encoded.py | {_B}": [
         (
             "a bucket is told the size of another",
-            "described = describe(encoder.folder, size,",
-            "described = describe(encoder.folder, encoder.size,",
+            "encoder.family, described[size], encoder)",
+            "encoder.family, described[encoder.size], encoder)",
         ),
         ("the images of another bucket", "open_source(own, one, images)", "open_source(own, one, images[::-1])"),
     ],

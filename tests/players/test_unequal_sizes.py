@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from safetensors.torch import load_file
 
 import diffdistill
 from diffdistill import distill, export
+from diffdistill.commands.cli import main
 from diffdistill.data.encoded import open_encoded
 from diffdistill.families import FAMILIES, load_student, load_teacher, student_record
+from diffdistill.players.discriminator import DiscriminatorHead
 from tests.players.tiny import PROMPTS, SIZES, apart, drawn_by_a_stranger, ours
 
 TEXT = [name for name, family in FAMILIES.items() if family.text is not None]
@@ -46,6 +49,23 @@ def test_a_student_of_another_height_than_width(
     assert drawn.shape[-2:] == (height, width)
     again = export(run, out=tmp_path / "again")
     assert json.loads((again / "diffdistill.json").read_text())["resolution"] == f"{height}x{width}"
+
+
+@pytest.mark.parametrize("size", ["64x16", "16x64"])
+def test_a_discriminator_reads_maps_that_are_higher_or_wider(
+    size: str, encoded: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, prompts = encoded("stable_diffusion", size)
+    options: dict[str, Any] = {"teacher": folder, "prompts": prompts, "batch_size": 2, "steps": 1, "sample_every": 0}
+    run = distill("dmd2", **options, gan_weight=0.1, update_ratio=1, device="cpu", out=tmp_path / "run")
+    assert run.student.is_dir()
+
+
+def test_a_head_fills_up_maps_that_are_shorter_than_its_own() -> None:
+    head = DiscriminatorHead(8, 8)
+    maps = torch.randn(2, 8, 4, 16)
+    filled = torch.cat([maps, torch.zeros(2, 8, 4, 16)], 2)
+    assert torch.equal(head(maps), head(filled)) and head(maps).shape == (2,)
 
 
 def test_a_size_is_given_in_many_ways_and_stays_one(encoded: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
@@ -85,6 +105,25 @@ def test_an_image_is_cropped_to_the_ratio(encoded: Callable[..., tuple[Path, Pat
         (blank / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "white"}))
         plain = diffdistill.encode(teacher=folder, data=blank, resolution=resolution, out=tmp_path / f"{name}-plain")
         assert torch.allclose(latents, load_file(plain / "00000.safetensors")["latents"], atol=2e-2)
+
+
+def test_a_student_is_judged_beside_its_teacher_at_its_size(
+    encoded: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A square one of another size than the teacher's own too, of which several differ."""
+    folder, _ = encoded("stable_diffusion")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    options = ["--count", "100", "--bootstrap", "0", "--teacher-steps", "1", "--device", "cpu"]
+    for name, resolution, pixels in (("runs/a", "16x32", "32x16"), ("runs/b", "24", "24x24")):
+        distill(
+            "dmd2", teacher=folder, prompts=tmp_path / "prompts.txt", resolution=resolution, batch_size=2, steps=1,
+            update_ratio=1, sample_every=0, device="cpu", out=tmp_path / name,
+        )  # fmt: skip
+        capsys.readouterr()
+        assert main(["eval", str(tmp_path / name), *options]) == 0
+        assert f"of 100 real images in {pixels} pixels" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path / "runs"), *options]) == 2
+    assert "eval: b and a make samples of two shapes, (4, 12, 12) and (4, 8, 16)" in capsys.readouterr().err
 
 
 def test_a_teacher_is_sampled_at_a_size(encoded: Callable[..., tuple[Path, Path]]) -> None:
