@@ -59,6 +59,7 @@ class MatchingMethod(Method):
         self.student = student or teacher.player("student")
         self.fake_score = fake_score or teacher.player("fake_score")
         self.fake_scores = [self.fake_score]
+        self.place = 0  # of the fake score and the discriminator whose turn it is
         self.steps, self.per_level = 1, False
         if isinstance(config, SimulationOptions):
             self.steps, self.per_level = config.student_steps, config.fake_scores == "per_level"
@@ -183,7 +184,7 @@ class MatchingMethod(Method):
 
     def _turn_of(self, player: str, batch: Batch) -> Adversary | None:
         """Set the step's fake score and the dropout of a player's turn; the discriminator, if there is one."""
-        k = self._mine(batch.key[1])
+        k = self.place = self._mine(batch.key[1])
         self.fake_score = self.fake_scores[k]
         self._set_dropout(player)
         return self.adversaries[k] if self.adversaries else None

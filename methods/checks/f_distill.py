@@ -1,0 +1,194 @@
+"""Exact checks of f_distill."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.core.denoiser import Cond
+from diffdistill.core.prediction import diffuse
+from diffdistill.exact.analytic import GaussianMixture
+from diffdistill.exact.checks import (
+    AffineGame,
+    Check,
+    affine_game,
+    differs,
+    equal,
+    gauss_hermite,
+    gradient,
+    matching_checks,
+    mistake,
+)
+from diffdistill.methods import f_distill
+from diffdistill.methods.f_distill import Config, FDistill
+from diffdistill.scaffold import matching, ratio
+
+# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
+PLANE = {
+    "Jensen-Shannon": {
+        "student_lr": 0.001,
+        "fake_score_lr": 0.002,
+        "beta1": 0.0,
+        "update_ratio": 1,
+        "student_level": 1.57,
+        "gan_weight": 0.1,
+        "discriminator_weight": 0.1,
+        "divergence": "jensen_shannon",
+        "time_low": 0.02,
+        "time_high": 0.98,
+        "steps": 2500,
+    },
+}
+
+# f of each divergence; D_f(p || q) = E_q f(p/q).
+F: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": lambda r: -r.log(),
+    "softened_reverse_kl": lambda r: (1 + r) * torch.log((1 + r) / r),
+    "jensen_shannon": lambda r: r * r.log() - (1 + r) * torch.log((1 + r) / 2),
+    "squared_hellinger": lambda r: 1 - r.sqrt(),
+    "forward_kl": lambda r: r * r.log(),
+    "jeffreys": lambda r: (r - 1) * r.log(),
+    "neyman": lambda r: (1 - r) ** 2 / r,
+}
+EXACT = {"ratio_low": 1e-300, "ratio_high": 1e300, "ratio_bins": 0}
+
+
+@dataclass(frozen=True)
+class _Gaussians:
+    """A teacher and a student on a line; p_t/q_t has all the moments that the divergences need, either way."""
+
+    mu, s = torch.tensor([0.3], dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64)
+    m, b = torch.tensor([-0.1], dtype=torch.float64), torch.tensor([0.95], dtype=torch.float64)
+
+
+class _Known:
+    """A discriminator at its optimum, log p_t/q_t."""
+
+    def __init__(self, *ignored: object):
+        self.head = nn.Linear(1, 1)
+        self.p = self.q = GaussianMixture([[0.0]], 1.0)
+
+    def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        return self.p.log_density(diffuse(x, t, eps), t) - self.q.log_density(diffuse(x, t, eps), t)
+
+
+def _game(parts: AffineGame, **options: object) -> FDistill:
+    with mistake(matching, "Adversary", _Known):
+        config = Config(**options)  # type: ignore[arg-type]
+        method = FDistill(parts.teacher, config, student=parts.student, fake_score=parts.fake_score)
+    known: object = method.adversaries[0]
+    assert isinstance(known, _Known) and isinstance(parts.teacher.denoiser.network, GaussianMixture)
+    known.p, known.q = parts.teacher.denoiser.network, parts.score
+    return method
+
+
+def verify() -> Iterator[Check]:
+    """Appendix B's row for f-distill, and those of distribution matching for the divergence that is DMD's."""
+
+    def dmd(parts: AffineGame, normalise: bool) -> FDistill:
+        return _game(parts, normalise=normalise, divergence="reverse_kl", **EXACT)
+
+    yield from matching_checks(dmd, f_distill)
+    for name in F:
+        yield from _weight_checks(name)
+        for t in (0.5, 1.1):
+            yield from _divergence_checks(name, t)
+    yield from _mean_checks()
+
+
+def _weight_checks(name: str) -> Iterator[Check]:
+    """h = r^2 f'', with f'' by differentiating f twice."""
+    r = torch.logspace(-1, 1, 9, dtype=torch.float64).requires_grad_()
+    (slope,) = torch.autograd.grad(F[name](r).sum(), r, create_graph=True)
+    (curve,) = torch.autograd.grad(slope.sum(), r)
+    yield equal(f"h(r) = r^2 f''(r), {name}", r**2 * curve, ratio.WEIGHTS[name](r), 1e-9)
+
+
+def _divergence_checks(name: str, t: float) -> Iterator[Check]:
+    """The gradient of D_f(p_t || q_t) in the student's mean and scale, by quadrature over z and eps."""
+    nodes, weights = gauss_hermite(60)
+    z, eps = (part.flatten()[:, None] for part in torch.meshgrid(nodes, nodes, indexing="ij"))
+    joint = torch.outer(weights, weights).flatten()
+    cos, sin = math.cos(t), math.sin(t)
+    g, angle = _Gaussians, torch.full((len(z),), t, dtype=torch.float64)
+
+    def divergence(m: Tensor, b: Tensor) -> Tensor:
+        spread = torch.sqrt(cos**2 * b**2 + sin**2)
+        x_t = (cos * m + spread * nodes[:, None])[:, 0]
+        v = torch.sqrt(cos**2 * g.s**2 + sin**2)
+        log_p = -(((x_t - cos * g.mu) / v) ** 2) / 2 - v.log()
+        log_q = -(((x_t - cos * m) / spread) ** 2) / 2 - spread.log()
+        return (weights * F[name](torch.exp(log_p - log_q))).sum()
+
+    theta = g.m.clone().requires_grad_(), g.b.clone().requires_grad_()
+    closed = gradient(divergence(*theta), *theta)
+
+    def got(**options: object) -> Tensor:
+        parts = affine_game(g.mu, g.s, g.m, g.b)
+        method = _game(parts, divergence=name, normalise=False, **(EXACT | options))
+        injected = f_distill.gradient_injection
+
+        def weighted(x: Tensor, grad: Tensor) -> Tensor:  # the mean over samples is one over the nodes
+            return injected(x, joint[:, None] * len(x) * grad)
+
+        with mistake(f_distill, "gradient_injection", weighted):
+            x = method.sampler().one_step(z, {})
+            loss = method.matching(x, angle, eps, {}).loss
+        return gradient(loss, parts.generator.mean, parts.generator.scale)
+
+    yield equal(f"gradient of D_f(p_t || q_t), {name}, t = {t}", closed, got(), 1e-6)
+    if name == "reverse_kl":
+        return
+    with mistake(ratio, "WEIGHTS", dict.fromkeys(F, torch.ones_like)):
+        yield differs(f"no weight is caught, {name}, t = {t}", closed, got(), 1e-2)
+    with mistake(_Known, "logits", lambda self, x, t, eps, cond: -_LOGITS(self, x, t, eps, cond)):
+        yield differs(f"q/p for p/q is caught, {name}, t = {t}", closed, got(), 1e-2)
+    with mistake(_Known, "logits", lambda self, x, t, eps, cond: _LOGITS(self, x, t * 0, 0 * eps, cond)):
+        yield differs(f"the ratio of the images as they are is caught, {name}, t = {t}", closed, got(), 1e-3)
+    yield differs(f"a ratio of at most 1 is caught, {name}, t = {t}", closed, got(ratio_high=1.0), 1e-2)
+
+
+_LOGITS = _Known.logits
+
+
+def _mean_checks() -> Iterator[Check]:
+    """Ratios that are wrong by a factor of their own at each noise, and the means that take it out."""
+    t = torch.tensor([0.1, 0.2, 1.0, 1.1, 1.2, 1.5]).double()  # three of four parts have any
+    true = torch.tensor([0.5, 1.5, 0.4, 1.6, 1.2, 0.8]).double()  # of mean 1 in each of them
+    wrong = (true * torch.tensor([3.0, 3.0, 0.4, 0.4, 2.0, 2.0])).log()
+
+    def module(**options: object) -> ratio.RatioWeight:
+        usual = {"ratio_bins": 4, "ratio_ema": 0.0, "ratio_low": 0.01, "ratio_high": 100.0}
+        return ratio.RatioWeight(Config(**(usual | options))).double()  # type: ignore[arg-type]
+
+    def after(logits: Tensor, **options: object) -> Tensor:
+        """The weights after two steps, each in two passes."""
+        weight = module(**options)
+        for _ in range(2):
+            for part in (slice(0, 3), slice(3, 6)):
+                weight(logits[..., part], t[part])
+            weight.update()
+        return weight(logits, t)
+
+    h = true / (1 + true)
+    start = module()(torch.stack([wrong + 0.3, wrong - 0.3]), t)
+    yield equal(
+        "at first a ratio of 1 has the weight 1; heads count as their mean", 2 * torch.sigmoid(wrong), start, 1e-9
+    )
+    yield equal("then a factor at each noise is taken out of the ratio", h / h.mean(), after(wrong), 1e-6)
+    yield differs("one mean for all noise is caught", h / h.mean(), after(wrong, ratio_bins=1), 1e-2)
+    kept = module(ratio_ema=0.75)
+    kept(wrong, t)
+    kept.update()
+    moved = torch.tensor([1.5, 1.0, 0.85, 1.25])
+    yield equal("the means are moving averages, of the parts that were seen", moved, kept.ratio, 1e-6)
+    kept.update()
+    yield equal("a step without the student leaves them", moved, kept.ratio, 1e-6)
+    ends = module(divergence="forward_kl", ratio_bins=0, ratio_low=0.1, ratio_high=20.0)
+    yield equal(
+        "ratios are kept in their range", torch.tensor([0.1, 20.0]), ends(wrong.new_tensor([-50, 50]), t[:2]), 1e-6
+    )
