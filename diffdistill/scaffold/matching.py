@@ -146,10 +146,16 @@ class MatchingMethod(Method):
         """
         sampler, batch = self.sampler(), batch if cond is None else replace(batch, cond=cond)
         if self.steps > 1:
-            k = self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps, batch)
-            x_t, t = self.simulated(k, batch)
+            x_t, t = self.simulated(self.level(batch), batch)
             return self.student(x_t, t, batch.cond).x0
         return sampler.one_step(batch.randn("z" if self.shares_samples else f"{player}/z"), batch.cond)
+
+    @final
+    def level(self, batch: Batch) -> int:
+        """Which of its sampler's levels the student is trained at in this step."""
+        if self.steps == 1:
+            return 0
+        return self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps, batch)
 
     @final
     def student_turn(self, drawn: dict[int, Tensor], batch: Batch) -> Outcome:

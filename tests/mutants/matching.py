@@ -2,7 +2,47 @@
 
 _R = "tests/methods/test_wiring_ratio.py"
 
+_D = "tests/methods/test_wiring_decoupled_dmd.py"
+
 MUTANTS = {
+    f"methods/decoupled_dmd.py | {_D}": [
+        ("the matching is guided", "self.teacher = self.unguided =", "self.unguided ="),
+        ("the teacher is not frozen", "self.unguided = frozen(teacher.denoiser)", "self.unguided = teacher.denoiser"),
+        ("the engine has the matching's times", "t, eps = self.engine_times(batch),", "t, eps = t,"),
+        ("the engine has the matching's noise", 'batch.randn("student/augmentation eps")', "eps"),
+        ("the engine always has its own noise", 'if self.config.augmentation_times != "matching":', "if True:"),
+        ("the engine runs without guidance", "if self.config.guidance_scale == 1:", "if False:"),
+        ("the engine's sign", "outcome.loss + engine.loss", "outcome.loss - engine.loss"),
+        ("the matching is left out", "Outcome(outcome.loss + engine.loss", "Outcome(engine.loss"),
+        ("the normaliser is always there", "self.fake_score, self.config.normalise)", "self.fake_score, True)"),
+        ("the fake score is the teacher", "self.teacher, self.fake_score,", "self.fake_score, self.teacher,"),
+        ("noise at any level", 'if c.augmentation_times == "below":', "if False:"),
+        ("noise below the level always", 'if c.augmentation_times == "below":', "if True:"),
+        ("noise below the first level", "levels[self.level(batch)]", "levels[0]"),
+        (
+            "the range is that of the angle",
+            "float(self.schedule.fraction(self.schedule.angle(level)))",
+            "float(self.schedule.angle(level)) / 1.5708",
+        ),
+        ("the engine's range has no least noise", "below * c.time_low,", "0.0,"),
+        ("the engine's range has no most noise", "below * c.time_high", "below"),
+        ("one stream of times", '"student/augmentation t"', '"student/t"'),
+        (
+            "the scale is one less",
+            "torch.full_like(t, self.config.guidance_scale)",
+            "torch.full_like(t, self.config.guidance_scale - 1)",
+        ),
+        ("samples are not noised", "self.unguided, diffuse(x, t, eps), t", "self.unguided, x, t"),
+        ("normalised by the guided image", "l1_normaliser(x, conditional.x0)", "l1_normaliser(x, guided.x0)"),
+        ("the engine's gap", "gradient = conditional.x0 - guided.x0", "gradient = conditional.eps - guided.eps"),
+        (
+            "the engine's normaliser is always there",
+            "1 / size if self.config.normalise else torch",
+            "1 / size if True else torch",
+        ),
+        ("the engine's unit is left out", "loss = unit * gradient", "loss = gradient"),
+        ("the engine has a gradient through the teacher", "with torch.no_grad():", "with torch.enable_grad():"),
+    ],
     f"methods/f_distill.py | {_R}": [
         ("one weight for all levels", "for _ in self.fake_scores)", "for _ in self.fake_scores[:1])"),
         ("nothing is kept", 'self.state = {"weights": self.weights}', "self.state = {}"),

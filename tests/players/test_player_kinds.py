@@ -226,6 +226,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "adapter_guidance": {},
     "consistency": METHODS["consistency"],
     "ctm": {"grid_points": 5, "student_steps": 2, "gamma": 0.3, "dsm_weight": 0.0, "guidance_scale": 2.0},
+    "decoupled_dmd": {"guidance_scale": 2.0, "update_ratio": 1},
     "diff_instruct": {},
     "dmd": {},
     "dmd2": {"gan_weight": 0.01, "update_ratio": 1},
