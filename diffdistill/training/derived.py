@@ -82,6 +82,11 @@ class Situation:
         return issubclass(self.options, MatchingOptions)
 
     @property
+    def adversarial(self) -> bool:
+        """Whether a GAN is all that trains the student."""
+        return issubclass(self.options, LatentAdversarialOptions) and not issubclass(self.options, TrajectoryOptions)
+
+    @property
     def staged(self) -> bool:
         """Whether the method has stages, with a learning rate that falls in each."""
         return issubclass(self.options, HalvingOptions)
@@ -193,7 +198,9 @@ def _student_level(s: Situation) -> Derived | None:
 
 
 def _rate(s: Situation, role: str) -> Derived:
-    short, long = (0.2, 0.075) if s.matches else (0.4 if issubclass(s.options, FollowingOptions) else 0.8, 0.2)
+    short, long = (
+        (0.2, 0.075) if s.matches or s.adversarial else (0.4 if issubclass(s.options, FollowingOptions) else 0.8, 0.2)
+    )
     factor = short if s.steps < LONG else long
     why = f"{factor}/sqrt({_count(s.parameters)} parameters) in {s.steps} steps"
     if role in s.teacher.lora:
@@ -231,6 +238,12 @@ def _fake_score_lr(s: Situation) -> Derived | None:
     if s.given("update_ratio") > _fake_scores(s):
         return Derived(rate.value, f"{rate.reason}; it takes {s.given('update_ratio')} steps for one of the student")
     return Derived(float(f"{3 * rate.value:.2g}"), "three times the student's, which it is to keep up with")
+
+
+def _discriminator_lr(s: Situation) -> Derived | None:
+    if not s.adversarial:  # beside another objective the authors' rate
+        return None
+    return Derived(float(f"{10 * _rate(s, 'student').value:.2g}"), "ten times the student's: small heads from nothing")
 
 
 def _update_ratio(s: Situation) -> Derived | None:
@@ -305,6 +318,7 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "optimizer": _optimizer,
     "student_lr": _student_lr,
     "fake_score_lr": _fake_score_lr,
+    "discriminator_lr": _discriminator_lr,
     "beta1": _beta1,
     "ema": _ema,
     "lr_schedule": _lr_schedule,

@@ -32,8 +32,8 @@ MUTANTS = {
         ("heads: noise has another stream", 'batch.randn(f"{stream} eps")', 'batch.randn("z")'),
         (
             "heads: the student's noise is the critic's",
-            'self._noise("student/gan", batch)',
-            'self._noise("discriminator/gan", batch)',
+            'self.noise("student/gan", batch)',
+            'self.noise("discriminator/gan", batch)',
         ),
         (
             "heads: the student's loss is always the hinge's",
@@ -50,7 +50,7 @@ MUTANTS = {
         ("heads: nothing is misaligned", "if self.options.misaligned and", "if False and"),
         ("heads: always misaligned", "if self.options.misaligned and", "if True and"),
         ("heads: misaligned by nothing", "batch.images.roll(1, 0)", "batch.images"),
-        ("heads: misaligned with the same noise", 'self._noise("discriminator/misaligned", batch)', "noise"),
+        ("heads: misaligned with the same noise", 'self.noise("discriminator/misaligned", batch)', "noise"),
         ("heads: misaligned in place of samples", "torch.cat([fake, other], 1)", "other"),
     ],
     f"diffdistill/scaffold/average.py | {_T}": [

@@ -1,10 +1,47 @@
 """Mistakes in the methods that play with a fake score, and in what they share."""
 
+_A = "tests/methods/test_wiring_adversarial.py"
 _R = "tests/methods/test_wiring_ratio.py"
 
 _D = "tests/methods/test_wiring_decoupled_dmd.py"
 
 MUTANTS = {
+    f"methods/gdd.py | {_A} tests/methods/test_gdd.py": [
+        ("images are not needed", "needs = frozenset({Need.IMAGES})", "needs = frozenset()"),
+        ("the heads are not trained", '"discriminator": self.adversary.heads}', '"discriminator": self.student}'),
+        ("nothing is frozen", "layer.requires_grad_(False)", "pass"),
+        ("a LoRA's base is looked at", '"student" in teacher.lora)', "False)"),
+        ("none freezes, too", '[] if lora or kind == "none" else', "[] if lora else"),
+        (
+            "the level is ignored",
+            "one_step_sampler(self.student, self.config.student_level)",
+            "one_step_sampler(self.student, None)",
+        ),
+        ("the samples have other noise", 'batch.randn("z")', 'batch.randn("student/gan eps")'),
+        ("the penalty in every step", "c.r1_weight == 0 or step % c.r1_every", "c.r1_weight == 0"),
+        ("the penalty counts once", "c.r1_every * c.r1_weight / 2", "c.r1_weight / 2"),
+        ("the penalty's sign", "outcome.loss + c.r1_every", "outcome.loss - c.r1_every"),
+        (
+            "the penalty at the samples",
+            "x, h, noise = batch.images,",
+            "x, h, noise = batch.images.flip(0),",
+        ),
+        (
+            "the penalty at other noise",
+            'self.adversary.noise("discriminator/gan", batch)',
+            'self.adversary.noise("student/gan", batch)',
+        ),
+        ("the penalty along the images", 'batch.randn("discriminator/r1")', "batch.images"),
+        ("the penalty of one head", "batch.cond).mean(0) for each", "batch.cond)[0] * 2 for each"),
+        ("the penalty is not that of a step", "((one - other) / h)", "(one - other)"),
+        ("shortcuts are frozen", ' and "shortcut" not in name', ""),
+        ("attention's output is trained", ' or name.endswith("to_out.0")', ""),
+        (
+            "convolutions outside of blocks are frozen",
+            'name.startswith(("down_blocks.", "mid_block.", "up_blocks."))',
+            "True",
+        ),
+    ],
     f"methods/decoupled_dmd.py | {_D}": [
         ("the matching is guided", "self.teacher = self.unguided =", "self.unguided ="),
         ("the teacher is not frozen", "self.unguided = frozen(teacher.denoiser)", "self.unguided = teacher.denoiser"),

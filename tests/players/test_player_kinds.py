@@ -232,6 +232,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dmd2": {"gan_weight": 0.01, "update_ratio": 1},
     "f_distill": {"update_ratio": 1},
     "flow_map": {"student_steps": 2, "equal_share": 0.0, "matching_weight": 1.0, "rollout_steps": [2]},
+    "gdd": {},
     "guided": {"guidance_min": 2.0, "guidance_max": 2.0, "start_steps": 4, "final_steps": 2, "stage_steps": 1,
                "guidance_steps": 1},
     "ladd": {"student_steps": 2, "update_ratio": 1},
@@ -268,7 +269,7 @@ def test_every_method_runs_with_both_kinds_or_says_why_not(
     for name in METHODS["progressive"]:
         options.pop(name)
     options |= OTHERS[method]
-    if kind == "lora" and describe_method(method).about.kind == "distribution" and method != "ladd":
+    if kind == "lora" and describe_method(method).about.kind == "distribution" and method not in ("gdd", "ladd"):
         options["lora"] = "student,fake_score"
     if method == "dmd":
         made = {"teacher": str(folder), "prompts": str(prompts), "count": 4, "sampling_steps": 2, "device": "cpu"}
