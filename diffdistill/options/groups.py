@@ -241,7 +241,14 @@ class RatioOptions(AdversarialOptions, gan_weight=0.003):
     """An f-divergence, by the ratio r = p/q of the densities of real and generated images: the discriminator's."""
 
     divergence: Literal[
-        "jensen_shannon", "forward_kl", "reverse_kl", "softened_reverse_kl", "squared_hellinger", "jeffreys", "neyman"
+        "jensen_shannon",
+        "forward_kl",
+        "reverse_kl",
+        "softened_reverse_kl",
+        "squared_hellinger",
+        "jeffreys",
+        "chi_square",
+        "neyman",
     ] = option("jensen_shannon", "the f-divergence of teacher and student; reverse_kl is DMD's, and needs no ratio")
     ratio_low: float = option(0.1, "the least r that counts; a smaller one counts as this", above=0, at_most=1)
     ratio_high: float = option(20.0, "the greatest r that counts; a greater one counts as this", at_least=1)

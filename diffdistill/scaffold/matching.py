@@ -104,6 +104,10 @@ class MatchingMethod(Method):
         """The conditions that the fake score is trained with."""
         return batch.cond
 
+    def rests(self, step: int) -> bool:
+        """Whether the student rests in a training step that would be its own."""
+        return False
+
     def simulated(self, k: int, batch: Batch) -> tuple[Tensor, Tensor]:
         """x_t (B, ...) and t (B,) that a student of several steps reads after k of them; no gradient passes."""
         return simulated_input(self.sampler(), k, batch)
@@ -127,7 +131,7 @@ class MatchingMethod(Method):
         drawn: dict[int, Tensor] = {}
         student = Turn("student", partial(self.student_turn, drawn))
         fake_score = Turn(_fake_score_role(self._mine(step)), partial(self.fake_score_turn, drawn))
-        if step % self.config.update_ratio:
+        if step % self.config.update_ratio or self.rests(step):
             return [fake_score]
         return [student, fake_score] if self.student_first else [fake_score, student]
 

@@ -23,10 +23,23 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "squared_hellinger": lambda r: r.sqrt() / 4,
     "forward_kl": lambda r: r,
     "jeffreys": lambda r: 1 + r,
+    "chi_square": lambda r: 2 * r**2,
     "neyman": lambda r: 2 / r,
 }
 """h(r) of each divergence. Their f are -log r; (1 + r) log((1 + r)/r); r log r - (1 + r) log((1 + r)/2); 1 - sqrt(r);
-r log r; (r - 1) log r; (1 - r)^2/r."""
+r log r; (r - 1) log r; (r - 1)^2; (1 - r)^2/r."""
+
+PATHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "softened_reverse_kl": lambda r: (1 + 2 * r) / (1 + r) ** 2,
+    "jensen_shannon": lambda r: (r / (1 + r)) ** 2,
+    "squared_hellinger": lambda r: r.sqrt() / 8,
+    "forward_kl": torch.zeros_like,
+    "jeffreys": torch.ones_like,
+    "chi_square": lambda r: -2 * r**2,
+    "neyman": lambda r: 4 / r,
+}
+"""h(r) - r h'(r) of each: by how much more of the student's density adds to E_q[h(r)] there."""
 
 
 class RatioWeight(nn.Module):
@@ -42,7 +55,7 @@ class RatioWeight(nn.Module):
 
     def __init__(self, options: RatioOptions):
         super().__init__()
-        self.options, self.h = options, WEIGHTS[options.divergence]
+        self.options, self.h, self.path = options, WEIGHTS[options.divergence], PATHS[options.divergence]
         bins = max(1, options.ratio_bins)
         self.register_buffer("ratio", torch.ones(bins))
         self.register_buffer("weight", self.h(torch.ones(1)))
@@ -50,19 +63,28 @@ class RatioWeight(nn.Module):
 
     def forward(self, logits: Tensor, t: Tensor) -> Tensor:
         """(B,) without a gradient, for logits (B,) or (heads, B), of which the mean counts, at the angles t (B,)."""
+        return self.both(self.of(logits, t))[0]
+
+    def both(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """h(r) and h(r) - r h'(r), both (B,), relative to the mean of h; gradients pass to r (B,)."""
+        h, path = self.h(r), self.path(r)
+        if not self.options.ratio_bins:
+            return h, path
+        self.sums[:, -1] += torch.stack([h.detach().sum(), h.new_tensor(len(h))]).to(self.sums)
+        mean = self.weight.to(h)
+        return h / mean, path / mean
+
+    def of(self, logits: Tensor, t: Tensor) -> Tensor:
+        """(B,) the ratios r that the weights are of, of the same."""
         c = self.options
         logits = logits.detach().reshape(-1, len(t)).mean(0)
         r = logits.to(torch.promote_types(logits.dtype, torch.float32)).exp().clamp(c.ratio_low, c.ratio_high)
         if not c.ratio_bins:
-            return self.h(r)
+            return r
         bins = len(self.ratio)
         part = F.one_hot((t / (math.pi / 2) * bins).long().clamp(0, bins - 1), bins).to(r)
-        relative = r / (part @ self.ratio.to(r))
-        h = self.h(relative)
-        ratios, weights = torch.stack([r @ part, part.sum(0)]), torch.stack([h.sum(), h.new_tensor(len(h))])
-        sums = torch.cat([ratios, weights[:, None]], 1)
-        self.sums += sums.to(self.sums)
-        return h / self.weight.to(h)
+        self.sums[:, :-1] += torch.stack([r @ part, part.sum(0)]).to(self.sums)
+        return r / (part @ self.ratio.to(r))
 
     @torch.no_grad()
     def update(self) -> None:

@@ -255,6 +255,25 @@ def _update_ratio(s: Situation) -> Derived | None:
     return Derived(1, f"{s.steps} steps are few; {usual} from {LONG} steps on")
 
 
+def _path_length(s: Situation) -> Derived | None:
+    least = 10 * s.given("path_length")
+    return Derived(0, f"{s.steps} steps are few to go there and back in") if s.steps < least else None
+
+
+def _record_every(s: Situation) -> Derived | None:
+    if s.steps >= LONG or not s.given("path_length"):
+        return None
+    return Derived(max(1, s.steps // (10 * s.given("path_length"))), "a tenth of the steps to the student's samples ..")
+
+
+def _track_every(s: Situation) -> Derived | None:
+    if s.steps >= LONG or s.given("path_length") < 2:
+        return None
+    return Derived(
+        max(1, 4 * s.steps // (10 * (s.given("path_length") - 1))), ".. four back, and half with the teacher"
+    )
+
+
 def _regression_weight(s: Situation) -> Derived | None:
     if s.given("distance") != "l2":
         return None
@@ -314,6 +333,9 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "time_high": _time_high,
     "fake_score_loss": _fake_score_loss,
     "update_ratio": _update_ratio,
+    "path_length": _path_length,
+    "record_every": _record_every,
+    "track_every": _track_every,
     "regression_weight": _regression_weight,
     "optimizer": _optimizer,
     "student_lr": _student_lr,

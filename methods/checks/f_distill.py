@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffdistill.core.denoiser import Cond
-from diffdistill.core.prediction import diffuse
-from diffdistill.exact.analytic import GaussianMixture
 from diffdistill.exact.checks import (
     AffineGame,
     Check,
-    affine_game,
     differs,
     equal,
     gauss_hermite,
@@ -23,9 +18,10 @@ from diffdistill.exact.checks import (
     matching_checks,
     mistake,
 )
+from diffdistill.exact.ratios import DIVERGENCES, EXACT, MU, B, KnownRatio, M, S, derivatives, known_ratio_game
 from diffdistill.methods import f_distill
 from diffdistill.methods.f_distill import Config, FDistill
-from diffdistill.scaffold import matching, ratio
+from diffdistill.scaffold import ratio
 
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
 PLANE = {
@@ -44,56 +40,21 @@ PLANE = {
     },
 }
 
-# f of each divergence; D_f(p || q) = E_q f(p/q).
-F: dict[str, Callable[[Tensor], Tensor]] = {
-    "reverse_kl": lambda r: -r.log(),
-    "softened_reverse_kl": lambda r: (1 + r) * torch.log((1 + r) / r),
-    "jensen_shannon": lambda r: r * r.log() - (1 + r) * torch.log((1 + r) / 2),
-    "squared_hellinger": lambda r: 1 - r.sqrt(),
-    "forward_kl": lambda r: r * r.log(),
-    "jeffreys": lambda r: (r - 1) * r.log(),
-    "neyman": lambda r: (1 - r) ** 2 / r,
-}
-EXACT = {"ratio_low": 1e-300, "ratio_high": 1e300, "ratio_bins": 0}
 
-
-@dataclass(frozen=True)
-class _Gaussians:
-    """A teacher and a student on a line; p_t/q_t has all the moments that the divergences need, either way."""
-
-    mu, s = torch.tensor([0.3], dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64)
-    m, b = torch.tensor([-0.1], dtype=torch.float64), torch.tensor([0.95], dtype=torch.float64)
-
-
-class _Known:
-    """A discriminator at its optimum, log p_t/q_t."""
-
-    def __init__(self, *ignored: object):
-        self.head = nn.Linear(1, 1)
-        self.p = self.q = GaussianMixture([[0.0]], 1.0)
-
-    def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
-        return self.p.log_density(diffuse(x, t, eps), t) - self.q.log_density(diffuse(x, t, eps), t)
-
-
-def _game(parts: AffineGame, **options: object) -> FDistill:
-    with mistake(matching, "Adversary", _Known):
-        config = Config(**options)  # type: ignore[arg-type]
-        method = FDistill(parts.teacher, config, student=parts.student, fake_score=parts.fake_score)
-    known: object = method.adversaries[0]
-    assert isinstance(known, _Known) and isinstance(parts.teacher.denoiser.network, GaussianMixture)
-    known.p, known.q = parts.teacher.denoiser.network, parts.score
-    return method
+def _game(parts: AffineGame | None = None, **options: object) -> tuple[FDistill, AffineGame]:
+    method, parts = known_ratio_game(lambda *a, **k: FDistill(a[0], Config(**options), **k), parts)  # type: ignore[arg-type]
+    assert isinstance(method, FDistill)
+    return method, parts
 
 
 def verify() -> Iterator[Check]:
     """Appendix B's row for f-distill, and those of distribution matching for the divergence that is DMD's."""
 
     def dmd(parts: AffineGame, normalise: bool) -> FDistill:
-        return _game(parts, normalise=normalise, divergence="reverse_kl", **EXACT)
+        return _game(parts, normalise=normalise, divergence="reverse_kl", **EXACT)[0]
 
     yield from matching_checks(dmd, f_distill)
-    for name in F:
+    for name in DIVERGENCES:
         yield from _weight_checks(name)
         for t in (0.5, 1.1):
             yield from _divergence_checks(name, t)
@@ -101,11 +62,9 @@ def verify() -> Iterator[Check]:
 
 
 def _weight_checks(name: str) -> Iterator[Check]:
-    """h = r^2 f'', with f'' by differentiating f twice."""
-    r = torch.logspace(-1, 1, 9, dtype=torch.float64).requires_grad_()
-    (slope,) = torch.autograd.grad(F[name](r).sum(), r, create_graph=True)
-    (curve,) = torch.autograd.grad(slope.sum(), r)
-    yield equal(f"h(r) = r^2 f''(r), {name}", r**2 * curve, ratio.WEIGHTS[name](r), 1e-9)
+    r = torch.logspace(-1, 1, 9, dtype=torch.float64)
+    h, _ = derivatives(DIVERGENCES[name], r)
+    yield equal(f"h(r) = r^2 f''(r), {name}", h, ratio.WEIGHTS[name](r), 1e-9)
 
 
 def _divergence_checks(name: str, t: float) -> Iterator[Check]:
@@ -114,22 +73,21 @@ def _divergence_checks(name: str, t: float) -> Iterator[Check]:
     z, eps = (part.flatten()[:, None] for part in torch.meshgrid(nodes, nodes, indexing="ij"))
     joint = torch.outer(weights, weights).flatten()
     cos, sin = math.cos(t), math.sin(t)
-    g, angle = _Gaussians, torch.full((len(z),), t, dtype=torch.float64)
+    angle = torch.full((len(z),), t, dtype=torch.float64)
 
     def divergence(m: Tensor, b: Tensor) -> Tensor:
         spread = torch.sqrt(cos**2 * b**2 + sin**2)
         x_t = (cos * m + spread * nodes[:, None])[:, 0]
-        v = torch.sqrt(cos**2 * g.s**2 + sin**2)
-        log_p = -(((x_t - cos * g.mu) / v) ** 2) / 2 - v.log()
+        v = torch.sqrt(cos**2 * S**2 + sin**2)
+        log_p = -(((x_t - cos * MU) / v) ** 2) / 2 - v.log()
         log_q = -(((x_t - cos * m) / spread) ** 2) / 2 - spread.log()
-        return (weights * F[name](torch.exp(log_p - log_q))).sum()
+        return (weights * DIVERGENCES[name](torch.exp(log_p - log_q))).sum()
 
-    theta = g.m.clone().requires_grad_(), g.b.clone().requires_grad_()
+    theta = M.clone().requires_grad_(), B.clone().requires_grad_()
     closed = gradient(divergence(*theta), *theta)
 
     def got(**options: object) -> Tensor:
-        parts = affine_game(g.mu, g.s, g.m, g.b)
-        method = _game(parts, divergence=name, normalise=False, **(EXACT | options))
+        method, parts = _game(divergence=name, normalise=False, **(EXACT | options))
         injected = f_distill.gradient_injection
 
         def weighted(x: Tensor, grad: Tensor) -> Tensor:  # the mean over samples is one over the nodes
@@ -143,16 +101,16 @@ def _divergence_checks(name: str, t: float) -> Iterator[Check]:
     yield equal(f"gradient of D_f(p_t || q_t), {name}, t = {t}", closed, got(), 1e-6)
     if name == "reverse_kl":
         return
-    with mistake(ratio, "WEIGHTS", dict.fromkeys(F, torch.ones_like)):
+    with mistake(ratio, "WEIGHTS", dict.fromkeys(DIVERGENCES, torch.ones_like)):
         yield differs(f"no weight is caught, {name}, t = {t}", closed, got(), 1e-2)
-    with mistake(_Known, "logits", lambda self, x, t, eps, cond: -_LOGITS(self, x, t, eps, cond)):
+    with mistake(KnownRatio, "logits", lambda self, x, t, eps, cond: -_LOGITS(self, x, t, eps, cond)):
         yield differs(f"q/p for p/q is caught, {name}, t = {t}", closed, got(), 1e-2)
-    with mistake(_Known, "logits", lambda self, x, t, eps, cond: _LOGITS(self, x, t * 0, 0 * eps, cond)):
+    with mistake(KnownRatio, "logits", lambda self, x, t, eps, cond: _LOGITS(self, x, t * 0, 0 * eps, cond)):
         yield differs(f"the ratio of the images as they are is caught, {name}, t = {t}", closed, got(), 1e-3)
     yield differs(f"a ratio of at most 1 is caught, {name}, t = {t}", closed, got(ratio_high=1.0), 1e-2)
 
 
-_LOGITS = _Known.logits
+_LOGITS = KnownRatio.logits
 
 
 def _mean_checks() -> Iterator[Check]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffdistill.scaffold.method import Need
 from tests.methods.test_wiring_matching import RANGE, Straight, injected, mean, play
-from tests.scaffold.straight import EDM_, FLOW, TRIG, VP, Plain, agree, fold, in_double, scatter
+from tests.scaffold.straight import EDM_, FLOW, TRIG, VP, Plain, agree, fold, gaussian, in_double, scatter, uniform
 
 Values = dict[str, Tensor]
 _double = pytest.fixture(autouse=True)(in_double)
@@ -18,6 +18,11 @@ H = {
     "forward_kl": lambda r: r,
     "neyman": lambda r: 2 / r,
 }
+P = {
+    "jensen_shannon": lambda r: (r / (1 + r)) ** 2,
+    "forward_kl": lambda r: 0 * r,
+    "neyman": lambda r: 4 / r,
+}
 
 
 class Ratio(Straight):
@@ -25,23 +30,62 @@ class Ratio(Straight):
 
     ratios, weight = torch.ones(4, dtype=torch.float64), 1.0
 
-    def h(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def ratio(self, x_t: Tensor, t: Tensor) -> Tensor:
         c = self.c
         with torch.no_grad():
             r = torch.exp(self.logits(x_t, t)).clamp(c.ratio_low, c.ratio_high)
-        if c.ratio_bins:
-            r = r / self.ratios[(t / (torch.pi / 2) * c.ratio_bins).long()]
-        return H[c.divergence](r) / self.weight
+        return r / self.ratios[(t / (torch.pi / 2) * c.ratio_bins).long()] if c.ratio_bins else r
 
     def _f_distill(self, x: Tensor, t: Tensor, x_t: Tensor) -> Values:
         with torch.no_grad():
             teacher, fake = self.both(x_t, t)
             size = mean((x - teacher).abs())
             grad = fold(1 / size if self.c.normalise else torch.tan(t) ** -2) * (fake - teacher)
-            h = self.h(x_t, t)
+            h = H[self.c.divergence](self.ratio(x_t, t)) / self.weight
         unit = self.plain.std if self.c.normalise else 1.0
         gap = (mean((fake - teacher).abs()) / size).mean()
         return {"loss": unit * injected(x, fold(h) * grad), "gap": gap, "weight": h.max()}
+
+    def _uni_instruct(self, x: Tensor, t: Tensor, x_t: Tensor) -> Values:
+        teacher, fake = self.both(x_t, t)
+        delta, r = teacher - fake, self.ratio(x_t, t)
+        score = (fold(torch.cos(t) / torch.sin(t) ** 2) * delta).detach()
+        name, shown = self.c.divergence, r.mean()
+        r = r * (1 + (score * (x_t - x_t.detach())).flatten(1).sum(1))  # to first order, which is all that counts
+        h, path = H[name](r) / self.weight, P[name](r) / self.weight
+        each = path * mean(delta.square()) + 2 * h * mean(delta * (fake - x))
+        if self.c.normalise:
+            each = each / mean((x - teacher).abs()).detach()
+        return {"loss": each.mean(), "gap": delta.detach().square().mean(), "ratio": shown}
+
+    def sample(self, purpose: str, labels: Tensor | None = None) -> Tensor:
+        own = self.name == "uni_instruct" and purpose == "z"  # who draws for whom; the fake score for itself
+        return super().sample("student/z" if own and not self.fakes else "fake_score/z" if own else purpose, labels)
+
+    fakes = False
+
+    def student_turn(self) -> Values:
+        values = super().student_turn()
+        if self.name == "uni_instruct":
+            self.shared = None
+        return values
+
+    def student_t(self) -> Tensor:
+        if self.name != "uni_instruct":
+            return super().student_t()
+        c = self.c
+        return self.plain.karras(c.time_low + (c.time_high - c.time_low) * uniform("student/t", self.key))
+
+    def fake_t(self) -> Tensor:
+        if self.name != "uni_instruct":
+            return super().fake_t()
+        return self.plain.log_normal(gaussian("fake_score/t", self.key), -1.2, 1.2)
+
+    def fake_turn(self) -> Values:
+        self.fakes = True
+        values = super().fake_turn()
+        self.fakes = False
+        return values
 
     def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
         adversary = self.method.adversaries[self.k]
@@ -57,6 +101,10 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("f_distill", {**GAN, "divergence": "forward_kl", "guidance_scale": 2.5, "time_shift": 3.0}, EDM_),
     ("f_distill", {**GAN, "divergence": "neyman", "ratio_bins": 0, "normalise": False}, TRIG),
     ("f_distill", {**GAN, "student_steps": 3, "student_level": 0.8}, FLOW),
+    ("uni_instruct", {**GAN, "student_level": 9.0, "divergence": "jensen_shannon"}, VP),
+    ("uni_instruct", {**GAN, "ratio_low": 0.9, "ratio_high": 1.1, **RANGE, "normalise": False}, EDM_),
+    ("uni_instruct", {**GAN, "divergence": "neyman", "ratio_bins": 0, "guidance_scale": 2.5}, FLOW),
+    ("uni_instruct", {**GAN, "fake_score_loss": "epsilon"}, TRIG),
 ]
 
 
@@ -65,7 +113,8 @@ def test_a_turn_is_its_straight_line(name: str, options: dict[str, Any], plain: 
     straight = Ratio(name, options, plain)
     straight.weight = 1.0 if not straight.c.ratio_bins else float(H[straight.c.divergence](torch.ones(())))
     assert straight.method.needs == frozenset({Need.IMAGES})
-    assert play(straight) == ["student", "fake_score"]
+    order = ["fake_score", "student"] if name == "uni_instruct" else ["student", "fake_score"]
+    assert play(straight) == order
 
 
 @pytest.mark.parametrize("name", ["f_distill"])
@@ -114,3 +163,16 @@ def test_each_level_has_its_own_discriminator_and_means(name: str) -> None:
         agree(method, turn, straight.batch, straight.student_turn if turn.player == "student" else straight.fake_turn)
     method.after_step(2)
     assert bool((method.weights[0].ratio == 1).all()) and not bool((method.weights[1].ratio == 1).all())
+
+
+def test_whose_dropout_is_on_and_how_uni_instruct_is_sampled() -> None:
+    """As SiD: in the player whose turn it is; one step from the options' level."""
+    straight = Ratio("uni_instruct", {**GAN, "student_level": 9.0}, VP)
+    method: Any = straight.method
+    for turn in method.turns(0):
+        turn.loss(straight.batch)
+        modes = (method.student.training, method.fake_score.training)
+        assert modes == ((True, False) if turn.player == "student" else (False, True))
+    assert method.sampler().levels == (9.0,)
+    method.after_step(0)
+    assert not bool((method.weights[0].ratio == 1).all())

@@ -228,6 +228,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ctm": {"grid_points": 5, "student_steps": 2, "gamma": 0.3, "dsm_weight": 0.0, "guidance_scale": 2.0},
     "decoupled_dmd": {"guidance_scale": 2.0, "update_ratio": 1},
     "diff_instruct": {},
+    "disback": {"path_length": 1, "record_every": 1, "update_ratio": 1},
     "dmd": {},
     "dmd2": {"gan_weight": 0.01, "update_ratio": 1},
     "f_distill": {"update_ratio": 1},
@@ -248,6 +249,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sim": {},
     "swiftbrush": {"guidance_scale": 2.0},
     "tbcm": {"tangent_warmup": 1, "states": 3},
+    "uni_instruct": {},
 }  # fmt: skip
 SAYS_SO = {
     ("adapter_guidance", "full"): "class-conditional teacher",
