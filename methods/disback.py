@@ -15,7 +15,7 @@ With `path_length: 0` it is DMD2 in one step.
 Deviations:
 - The authors' loop stops switching before the last of its targets where the path is short, and none of them is the
   teacher; here the teacher is the last, for as long as the training goes on, and a training that would not reach it is
-  refused (`least`).
+  refused (`shortest`).
 - Copies are guided by the teacher's scale, as with the authors, though the degradation learns with conditions alone.
 - The host's game, normaliser and discriminator are DMD2's here (see `dmd2` for its deviations).
 """
@@ -70,7 +70,7 @@ class DisBack(MatchingMethod):
         copies = [copy.deepcopy(self.fake_score).requires_grad_(False).eval() for _ in range(config.path_length)]
         self.path = nn.ModuleList(copies)
         self.targets = [*(guided(each, config.guidance_scale) for each in copies[-2::-1]), self.teacher]
-        self.least = config.recorded + (len(self.targets) - 1) * config.track_every + 1
+        self.shortest = config.recorded + (len(self.targets) - 1) * config.track_every + 1
         if copies:
             self.state = {"path": self.path}
 

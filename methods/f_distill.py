@@ -74,8 +74,8 @@ class FDistill(MatchingMethod):
 
     def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
         super().__init__(teacher, config, **players)
-        self.weights = nn.ModuleList(RatioWeight(config) for _ in self.fake_scores)
-        self.state = {"weights": self.weights}
+        self.weights = [RatioWeight(config) for _ in self.fake_scores]
+        self.state = {"weights": nn.ModuleList(self.weights)}
 
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         """h(r) (s_fake - s_teacher) is pushed into x (B, ...), in DMD's unit."""

@@ -79,8 +79,8 @@ class UniInstruct(MatchingMethod):
 
     def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
         super().__init__(teacher, config, **players)
-        self.weights = nn.ModuleList(RatioWeight(config) for _ in self.fake_scores)
-        self.state = {"weights": self.weights}
+        self.weights = [RatioWeight(config) for _ in self.fake_scores]
+        self.state = {"weights": nn.ModuleList(self.weights)}
 
     def times(self, player: str, batch: Batch) -> Tensor:
         low, high = self.config.time_low, self.config.time_high

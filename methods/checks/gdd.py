@@ -90,7 +90,11 @@ def _student_checks(t: float) -> Iterator[Check]:
     p = GaussianMixture([[0.7]], [0.5])
     for name, m, b in (("another Gaussian", 0.5, 0.7), ("the teacher's", 0.7, 0.5)):
         q = GaussianMixture([[m]], [b])
-        method, generator = _game(m, b, lambda x_t, t, q=q: p.log_density(x_t, t) - q.log_density(x_t, t))
+
+        def ratio(x_t: Tensor, t: Tensor, q: GaussianMixture = q) -> Tensor:
+            return p.log_density(x_t, t) - q.log_density(x_t, t)
+
+        method, generator = _game(m, b, ratio)
 
         def got(loss: Callable[[Tensor], Tensor] = lambda d: nn.functional.softplus(-d)) -> Tensor:
             def weighted(d: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""DisBack: its exact checks hold, known mistakes are caught, and it records, follows, resumes and refuses as it should."""
+"""DisBack: its exact checks hold, known mistakes are caught, and it records, follows, resumes and refuses."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -94,7 +94,7 @@ def test_the_path_is_the_fake_score_as_it_was() -> None:
             method.after_step(step)
         for k, each in enumerate(method.path):
             assert torch.equal(flat(each), seen[2 * k + 1])
-        assert method.state == {"path": method.path} and method.least == 6 + 2 * 3 + 1
+        assert method.state == {"path": method.path} and method.shortest == 6 + 2 * 3 + 1
         assert Back("disback", {"path_length": 0}, VP).method.state == {}
 
 

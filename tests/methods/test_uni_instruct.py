@@ -53,7 +53,7 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reverse_kl_is_twice_sid_with_a_half() -> None:
     x, p, q = (torch.randn(5, 3, dtype=torch.float64) for _ in range(3))
     one = torch.ones(5, dtype=torch.float64)
-    assert torch.allclose(uni_loss(x, p, q, one, one).mean(), 2 * sid_loss(x, p, q, 0.5, False))
+    assert torch.allclose(uni_loss(x, p, q, one, one).mean(), 2 * sid_loss(x, p, q, 0.5, False).mean())
 
 
 RUN = {"method": "uni_instruct", "data": "digits", "batch_size": 4, "sample_every": 0, "device": "cpu"}

@@ -38,8 +38,8 @@ MUTANTS = {
         ("the fake score is the teacher", "self.teacher, self.fake_score,", "self.fake_score, self.teacher,"),
     ],
     f"diffdistill/training/assemble.py | {_B}": [
-        ("too few steps are let through", "config.steps < method.least:", "False:"),
-        ("as many as there must be are refused", "config.steps < method.least:", "config.steps <= method.least:"),
+        ("too few steps are let through", "config.steps < method.shortest:", "False:"),
+        ("as many as there must be are refused", "config.steps < method.shortest:", "config.steps <= method.shortest:"),
     ],
     f"methods/gdd.py | {_A} tests/methods/test_gdd.py": [
         ("images are not needed", "needs = frozenset({Need.IMAGES})", "needs = frozenset()"),
@@ -116,8 +116,8 @@ MUTANTS = {
         ("the engine has a gradient through the teacher", "with torch.no_grad():", "with torch.enable_grad():"),
     ],
     f"methods/f_distill.py | {_R}": [
-        ("one weight for all levels", "for _ in self.fake_scores)", "for _ in self.fake_scores[:1])"),
-        ("nothing is kept", 'self.state = {"weights": self.weights}', "self.state = {}"),
+        ("one weight for all levels", "for _ in self.fake_scores]", "for _ in self.fake_scores[:1]]"),
+        ("nothing is kept", 'self.state = {"weights": nn.ModuleList(self.weights)}', "self.state = {}"),
         ("the normaliser is always there", "normalise=c.normalise", "normalise=True"),
         ("the teacher is the fake score", "self.teacher, self.fake_score,", "self.fake_score, self.teacher,"),
         ("the ratio of the images", "].logits(x, t, eps, cond), t)", "].logits(x, t, 0 * eps, cond), t)"),
@@ -160,7 +160,7 @@ MUTANTS = {
         ("the student moves first", "student_first = False", "student_first = True"),
         ("samples are shared", "shares_samples = False", "shares_samples = True"),
         ("both drop units", 'dropout = "mover"', 'dropout = "own"'),
-        ("nothing is kept", 'self.state = {"weights": self.weights}', "self.state = {}"),
+        ("nothing is kept", 'self.state = {"weights": nn.ModuleList(self.weights)}', "self.state = {}"),
         ("one stream of times", 'f"{player}/t"', '"student/t"'),
         ("both learn at log-normal levels", 'if player == "fake_score":', "if True:"),
         ("both learn on the grid", 'if player == "fake_score":', "if False:"),
