@@ -31,19 +31,12 @@ from torch import Tensor
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guide_with_conditional
-from diffdistill.core.losses import gradient_injection, l1_normaliser, per_sample_mean
+from diffdistill.core.losses import l1_normaliser, per_sample_mean
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.times import native_uniform
-from diffdistill.options import (
-    AdversarialOptions,
-    MatchingOptions,
-    MatchingTimes,
-    NormaliserOptions,
-    SimulationOptions,
-    option,
-)
+from diffdistill.options import DMD2Options, option
 from diffdistill.players.teacher import Teacher, frozen
-from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
+from diffdistill.scaffold.matching import MatchingMethod, dmd_loss, injected
 from diffdistill.scaffold.method import Batch, Outcome
 
 ABOUT = About(
@@ -60,15 +53,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(
-    MatchingOptions,
-    MatchingTimes,
-    NormaliserOptions,
-    SimulationOptions,
-    AdversarialOptions,
-    update_ratio=5,
-    weight_decay=0.01,
-):
+class Config(DMD2Options):
     """Decoupled DMD's options; guidance_scale is a, and at 1 there is no engine."""
 
     augmentation_times: Literal["below", "all", "matching"] = option(
@@ -86,15 +71,12 @@ class DecoupledDMD(MatchingMethod):
         self.teacher = self.unguided = frozen(teacher.denoiser)
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
-        x = self.generate(batch, "student")
-        t, eps = self.times("student", batch), batch.randn("student/eps")
-        outcome = self.matching(x, t, eps, batch.cond)
-        if self.config.guidance_scale == 1:
-            return x, outcome
+        x, t, eps = self.generate(batch, "student"), self.times("student", batch), batch.randn("student/eps")
+        matched = self.matching(x, t, eps, batch.cond)
         if self.config.augmentation_times != "matching":
             t, eps = self.engine_times(batch), batch.randn("student/augmentation eps")
-        engine = self.engine(x, t, eps, batch.cond)
-        return x, Outcome(outcome.loss + engine.loss, {**outcome.shown, **engine.shown})
+        pushed = self.engine(x, t, eps, batch.cond)
+        return x, Outcome(matched.loss + pushed.loss, {**matched.shown, **pushed.shown})
 
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         return dmd_loss(x, t, eps, cond, self.teacher, self.fake_score, self.config.normalise)
@@ -109,16 +91,24 @@ class DecoupledDMD(MatchingMethod):
         return batch.draw("student/augmentation t", lambda n, draw: native_uniform(self.schedule, n, draw, *span))
 
     def engine(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
-        """(a - 1) (s_c - s_none) at the angles t (B,), pushed into x (B, ...); shown relative to mean|x - D_c|."""
-        with torch.no_grad():
-            scale = torch.full_like(t, self.config.guidance_scale)
-            guided, conditional = guide_with_conditional(self.unguided, diffuse(x, t, eps), t, cond, scale)
-            gradient = conditional.x0 - guided.x0
-            size = l1_normaliser(x, conditional.x0)
-            weight = 1 / size if self.config.normalise else torch.tan(t) ** -2
-        unit = self.schedule.data_std if self.config.normalise else 1.0
-        loss = unit * gradient_injection(x, expand(weight, x) * gradient)
+        """(a - 1) (s_c - s_none) at the angles t (B,), pushed into x (B, ...); shown relative to mean|x - D_c|.
+
+        Nothing at a = 1.
+        """
+        a, normalise = self.config.guidance_scale, self.config.normalise
+        if a == 1:
+            return Outcome(x.new_zeros(()))
+        guided, conditional = self.both(diffuse(x, t, eps), t, cond, torch.full_like(t, a))
+        gradient, size = conditional - guided, l1_normaliser(x, conditional)
+        weight = 1 / size if normalise else torch.tan(t) ** -2
+        loss = injected(x, expand(weight, x) * gradient, self.fake_score, normalise)
         return Outcome(loss, {"augmentation": (per_sample_mean(gradient.abs()) / size).mean()})
+
+    @torch.no_grad()
+    def both(self, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's x0 (B, ...), guided and under the condition alone."""
+        guided, conditional = guide_with_conditional(self.unguided, x_t, t, cond, scale)
+        return guided.x0, conditional.x0
 
 
 METHOD = DecoupledDMD

@@ -26,18 +26,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffdistill.catalogue import About
-from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.losses import gradient_injection
+from diffdistill.core.denoiser import Cond
 from diffdistill.core.prediction import diffuse, expand
-from diffdistill.options import MatchingOptions, MatchingTimes, NormaliserOptions, RatioOptions, SimulationOptions
-from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.matching import MatchingMethod, distribution_matching_gradient
+from diffdistill.options import DMD2Options, RatioOptions
+from diffdistill.scaffold.matching import MatchingMethod, distribution_matching_gradient, injected
 from diffdistill.scaffold.method import Need, Outcome
-from diffdistill.scaffold.ratio import RatioWeight
 
 ABOUT = About(
     paper="Xu et al. 2025, arXiv:2502.15681",
@@ -55,15 +51,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(
-    MatchingOptions,
-    MatchingTimes,
-    NormaliserOptions,
-    SimulationOptions,
-    RatioOptions,
-    update_ratio=5,
-    weight_decay=0.01,
-):
+class Config(DMD2Options, RatioOptions, gan_weight=0.003):
     """f-distill's options."""
 
 
@@ -72,27 +60,13 @@ class FDistill(MatchingMethod):
 
     needs = frozenset({Need.IMAGES})
 
-    def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
-        super().__init__(teacher, config, **players)
-        self.weights = [RatioWeight(config) for _ in self.fake_scores]
-        self.state = {"weights": nn.ModuleList(self.weights)}
-
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
-        """h(r) (s_fake - s_teacher) is pushed into x (B, ...), in DMD's unit."""
-        c, x_t = self.config, diffuse(x, t, eps)
-        gradient, gap = distribution_matching_gradient(
-            x, x_t, t, cond, self.teacher, self.fake_score, normalise=c.normalise
-        )
-        with torch.no_grad():
-            h = self.weights[self.place](self.adversaries[self.place].logits(x, t, eps, cond), t)
-        loss = gradient_injection(x, expand(h, gradient) * gradient)
-        unit = self.schedule.data_std if c.normalise else 1.0
-        return Outcome(unit * loss, {"gap": gap.mean(), "weight": h.max()})
-
-    def after_step(self, step: int) -> None:
-        """The means take in the step's samples."""
-        for weight in self.weights:
-            weight.update()
+        """h(r) (s_fake - s_teacher) is pushed into x (B, ...)."""
+        networks, normalise = (self.teacher, self.fake_score), self.config.normalise
+        gradient, gap = distribution_matching_gradient(x, diffuse(x, t, eps), t, cond, *networks, normalise)
+        h = self.weights[self.place](self.ratio_logits(x, t, eps, cond), t)
+        loss = injected(x, expand(h, x) * gradient, self.fake_score, normalise)
+        return Outcome(loss, {"gap": gap.mean(), "weight": h.max()})
 
 
 METHOD = FDistill

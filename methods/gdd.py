@@ -35,8 +35,8 @@ from diffdistill.errors import UserError
 from diffdistill.options import LatentAdversarialOptions, StudentLevel, StudentOptions, option
 from diffdistill.players.sampler import Sampler, one_step_sampler
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.adversary import LatentAdversary
-from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
+from diffdistill.scaffold.adversary import LatentAdversarialMethod
+from diffdistill.scaffold.method import Batch, Outcome, Turn
 
 ABOUT = About(
     paper="Zheng & Yang 2024, arXiv:2405.20750",
@@ -70,18 +70,14 @@ class Config(
     r1_every: int = option(16, "every so many steps that penalty is computed, and counts so many times", at_least=1)
 
 
-class GDD(Method):
-    """Players: student, and discriminator, which is the heads; the student moves first."""
+class GDD(LatentAdversarialMethod):
+    """The student moves first, and both in every step."""
 
-    needs = frozenset({Need.IMAGES})
     difference = 0.01  # the step h of the penalty's gradient
 
-    def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        super().__init__(teacher, config)
-        self.student = student or teacher.player("student")
+    def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
+        super().__init__(teacher, config, **players)
         self.freeze(config.freeze, "student" in teacher.lora)
-        self.adversary = LatentAdversary(teacher, config)
-        self.players = {"student": self.student, "discriminator": self.adversary.heads}
 
     def freeze(self, kind: str, lora: bool) -> None:
         """Take the layers of that kind out of what is trained."""
@@ -104,8 +100,7 @@ class GDD(Method):
 
     def student_turn(self, batch: Batch) -> Outcome:
         """The student's samples are to be taken for real."""
-        loss = self.adversary.student_loss(self.sampler().one_step(batch.randn("z"), batch.cond), batch)
-        return Outcome(loss, {"gan": loss})
+        return self.judged(self.sampler().one_step(batch.randn("z"), batch.cond), batch)
 
     def discriminator_turn(self, step: int, batch: Batch) -> Outcome:
         """The heads are to tell images from these samples, and every `r1_every` steps to be flat at images."""

@@ -46,16 +46,8 @@ from diffdistill.core.denoiser import Cond, Denoiser, choose
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import l1_normaliser, per_sample_mean
 from diffdistill.core.prediction import diffuse
-from diffdistill.core.times import edm_karras, edm_log_normal, logit_normal, native_uniform
-from diffdistill.options import (
-    AdversarialOptions,
-    EDMTimes,
-    FakeScoreGuidance,
-    MatchingOptions,
-    NormaliserOptions,
-    SimulationOptions,
-    option,
-)
+from diffdistill.core.times import logit_normal, native_uniform
+from diffdistill.options import AdversarialOptions, FakeScoreGuidance, SiDOptions, SimulationOptions, option
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.matching import MatchingMethod, fake_score_loss
 from diffdistill.scaffold.method import Batch, Outcome
@@ -78,15 +70,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(
-    MatchingOptions,
-    EDMTimes,
-    NormaliserOptions,
-    FakeScoreGuidance,
-    SimulationOptions,
-    AdversarialOptions,
-    beta1=0.0,
-):
+class Config(SiDOptions, FakeScoreGuidance, SimulationOptions, AdversarialOptions):
     """SiD's options; guidance_scale is kappa_4."""
 
     alpha: float = option(1.2, "weight of |Delta|^2 in the student's loss; the authors' 1.0 to 1.2")
@@ -114,19 +98,13 @@ class SiD(MatchingMethod):
         self.trained = [guided(each, config.fake_score_training_guidance) for each in self.fake_scores]
 
     def times(self, player: str, batch: Batch) -> Tensor:
-        low, high = self.config.time_low, self.config.time_high
-
-        def angles(n: int, draw: torch.Generator) -> Tensor:
-            if self.config.times == "native":
-                return native_uniform(self.schedule, n, draw, low, high)
-            if self.config.times == "flow":
-                t = logit_normal(self.schedule, n, draw, math.log(2), 1.6)
-                return t.clamp(self.schedule.t_min, self.schedule.t_max)
-            if player == "fake_score":
-                return edm_log_normal(self.schedule, n, draw, -1.2, 1.2)
-            return edm_karras(self.schedule, n, draw, low, high)
-
-        return batch.draw(f"{player}/t", angles)
+        c, schedule = self.config, self.schedule
+        if c.times == "karras":
+            return super().times(player, batch)
+        if c.times == "flow":
+            t = batch.draw(f"{player}/t", lambda n, draw: logit_normal(schedule, n, draw, math.log(2), 1.6))
+            return t.clamp(schedule.t_min, schedule.t_max)
+        return batch.draw(f"{player}/t", lambda n, draw: native_uniform(schedule, n, draw, c.time_low, c.time_high))
 
     def fake_score_cond(self, batch: Batch) -> Cond:
         """Where the fake score is guided some are the null condition, with which its samples are made too."""

@@ -19,8 +19,8 @@ authors' best, the first term is 0.
 
 Deviations: the formulas were derived here and are compared with the gradients of the divergences (`verify`); of the
 paper its abstract was at hand, of the code its README. As in SiD, which that code is built on, the weight sigma^-2 of
-the integral is left out, each sample is divided by mean|x - D_phi|, and levels and order are SiD's. Ratios and weights
-are kept in bounds and divided by their means as in f-distill. The discriminator is DMD2's.
+the integral is left out, each sample is divided by mean|x - D_phi|, and levels are SiD's. Ratios and weights
+are kept in bounds and divided by their means as in f-distill. The discriminator and the order of turns are DMD2's.
 """
 
 from __future__ import annotations
@@ -28,18 +28,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffdistill.catalogue import About
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Cond
 from diffdistill.core.losses import l1_normaliser, per_sample_mean
 from diffdistill.core.prediction import diffuse, expand
-from diffdistill.core.times import edm_karras, edm_log_normal
-from diffdistill.options import EDMTimes, MatchingOptions, NormaliserOptions, RatioOptions
-from diffdistill.players.teacher import Teacher
+from diffdistill.options import RatioOptions, SiDOptions
 from diffdistill.scaffold.matching import MatchingMethod
-from diffdistill.scaffold.method import Batch, Need, Outcome
-from diffdistill.scaffold.ratio import RatioWeight
+from diffdistill.scaffold.method import Need, Outcome
 
 ABOUT = About(
     paper="Wang et al. 2025, arXiv:2505.20755",
@@ -56,60 +53,27 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(
-    MatchingOptions,
-    EDMTimes,
-    NormaliserOptions,
-    RatioOptions,
-    beta1=0.0,
-    divergence="forward_kl",
-    gan_weight=0.0002,
-    discriminator_weight=0.02,
-):
+class Config(SiDOptions, RatioOptions, divergence="forward_kl", gan_weight=0.0002, discriminator_weight=0.02):
     """Uni-Instruct's options."""
 
 
 class UniInstruct(MatchingMethod):
-    """SiD's game with the ratio of the densities; as there the fake score moves first."""
+    """The student moves first, the fake score learns from the same samples, and no network drops out."""
 
     needs = frozenset({Need.IMAGES})
-    student_first = False
-    shares_samples = False
-    dropout = "mover"
-
-    def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
-        super().__init__(teacher, config, **players)
-        self.weights = [RatioWeight(config) for _ in self.fake_scores]
-        self.state = {"weights": nn.ModuleList(self.weights)}
-
-    def times(self, player: str, batch: Batch) -> Tensor:
-        low, high = self.config.time_low, self.config.time_high
-
-        def angles(n: int, draw: torch.Generator) -> Tensor:
-            if player == "fake_score":
-                return edm_log_normal(self.schedule, n, draw, -1.2, 1.2)
-            return edm_karras(self.schedule, n, draw, low, high)
-
-        return batch.draw(f"{player}/t", angles)
 
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         """Both networks stay in the graph; r follows x_t by the gap of the scores."""
         x_t, weight = diffuse(x, t, eps), self.weights[self.place]
-        x0_teacher, x0_fake = self.teacher(x_t, t, cond).x0, self.fake_score(x_t, t, cond).x0
-        with torch.no_grad():
-            r = weight.of(self.adversaries[self.place].logits(x, t, eps, cond), t)
-            gap = expand(torch.cos(t) / torch.sin(t) ** 2, x) * (x0_teacher - x0_fake)
+        x0_teacher, x0_fake = (network(x_t, t, cond).x0 for network in (self.teacher, self.fake_score))
+        r = weight.of(self.ratio_logits(x, t, eps, cond), t)
+        gap = expand(torch.cos(t) / torch.sin(t) ** 2, x) * (x0_teacher - x0_fake).detach()
         moved = r * torch.exp((gap * (x_t - x_t.detach())).flatten(1).sum(1))  # the value is r, the slope r (s_p - s_q)
         losses = uni_loss(x, x0_teacher, x0_fake, *weight.both(moved))
         if self.config.normalise:
             losses = losses / l1_normaliser(x, x0_teacher)
         shown = {"gap": (x0_teacher - x0_fake).detach().square().mean(), "ratio": r.mean()}
         return Outcome(losses.mean(), shown)
-
-    def after_step(self, step: int) -> None:
-        """The means take in the step's samples."""
-        for weight in self.weights:
-            weight.update()
 
 
 def uni_loss(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, h: Tensor, path: Tensor) -> Tensor:

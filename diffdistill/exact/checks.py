@@ -177,14 +177,11 @@ MakeMethod = Callable[[AffineGame, bool], MatchingMethod]
 """The method of a game, with DMD's normaliser or without."""
 
 
-def matching_checks(make: MakeMethod, module: Any = matching) -> Iterator[Check]:
-    """Distribution matching of an affine student with a Gaussian, where all is known in closed form.
-
-    `module` is the one that calls `gradient_injection`.
-    """
+def matching_checks(make: MakeMethod) -> Iterator[Check]:
+    """Distribution matching of an affine student with a Gaussian, where all is known in closed form."""
     for t in (0.2, 0.8, 1.4):
         at = _Moments(t)
-        yield from _divergence_checks(make, at, module)
+        yield from _divergence_checks(make, at)
         yield from _denoising_checks(make, at)
         yield from _optimum_checks(make, at)
         yield _normaliser_check(make, at)
@@ -197,7 +194,7 @@ def _game(make: MakeMethod, mean: Tensor, scale: Tensor, normalise: bool = False
     return method, parts
 
 
-def _divergence_checks(make: MakeMethod, at: _Moments, module: Any) -> Iterator[Check]:
+def _divergence_checks(make: MakeMethod, at: _Moments) -> Iterator[Check]:
     pull = at.cos2 * (at.m - at.mu) / at.big_v
     kl = torch.cat([pull, at.cos2 * at.b * (1 / at.big_v - 1 / at.big_u)])
     method, parts = _game(make, at.m, at.b)
@@ -213,7 +210,7 @@ def _divergence_checks(make: MakeMethod, at: _Moments, module: Any) -> Iterator[
     teacher, fake_score = method.teacher, method.fake_score
     with mistake(method, "teacher", fake_score), mistake(method, "fake_score", teacher):
         yield differs(f"the two scores swapped are caught, t = {at.t}", kl, mistaken(), 1e-6)
-    with without_stop_gradients(module):
+    with without_stop_gradients(matching):
         yield differs(f"a gradient through the two networks is caught, t = {at.t}", kl, mistaken(), 1e-6)
     for name, network in (("teacher", teacher), ("fake_score", fake_score)):
         with mistake(method, name, at_half_the_angle(network)):

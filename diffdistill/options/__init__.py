@@ -3,6 +3,7 @@
 from diffdistill.options.groups import (
     AdversarialOptions,
     DerivativeOptions,
+    DMD2Options,
     EDMTimes,
     FakeScoreGuidance,
     FollowingOptions,
@@ -16,6 +17,7 @@ from diffdistill.options.groups import (
     Options,
     RatioOptions,
     ScaleRange,
+    SiDOptions,
     SimulationOptions,
     StudentLevel,
     StudentLevels,
@@ -39,6 +41,7 @@ from diffdistill.options.values import (
 
 __all__ = [
     "AdversarialOptions",
+    "DMD2Options",
     "DerivativeOptions",
     "EDMTimes",
     "FakeScoreGuidance",
@@ -53,6 +56,7 @@ __all__ = [
     "Options",
     "RatioOptions",
     "ScaleRange",
+    "SiDOptions",
     "SimulationOptions",
     "StudentLevel",
     "StudentLevels",

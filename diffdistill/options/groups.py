@@ -237,6 +237,24 @@ class AdversarialOptions(Options):
 
 
 @dataclass(frozen=True)
+class DMD2Options(
+    MatchingOptions,
+    MatchingTimes,
+    NormaliserOptions,
+    SimulationOptions,
+    AdversarialOptions,
+    update_ratio=5,
+    weight_decay=0.01,
+):
+    """DMD2's, and of what is built on it."""
+
+
+@dataclass(frozen=True)
+class SiDOptions(MatchingOptions, EDMTimes, NormaliserOptions, beta1=0.0):
+    """SiD's, and of what is built on it."""
+
+
+@dataclass(frozen=True)
 class RatioOptions(AdversarialOptions, gan_weight=0.003):
     """An f-divergence, by the ratio r = p/q of the densities of real and generated images: the discriminator's."""
 

@@ -22,7 +22,7 @@ from diffdistill.errors import UserError
 from diffdistill.options import LatentAdversarialOptions
 from diffdistill.players.discriminator import DiscriminatorHead
 from diffdistill.players.teacher import Teacher, frozen
-from diffdistill.scaffold.method import Batch, Outcome
+from diffdistill.scaffold.method import Batch, Method, Need, Outcome
 
 
 class Adversary:
@@ -114,6 +114,26 @@ class LatentAdversary:
         assert x is not None, "the student's turn comes first"
         gan = self.critic_loss(x, batch)
         return Outcome(gan, {"gan": gan})
+
+
+class LatentAdversarialMethod(Method):
+    """The game of the methods whose student a GAN alone trains. Players: student, and discriminator, the heads.
+
+    A method says `turns` and `sampler`.
+    """
+
+    needs = frozenset({Need.IMAGES})
+
+    def __init__(self, teacher: Teacher, config: LatentAdversarialOptions, *, student: Denoiser | None = None):
+        super().__init__(teacher, config)
+        self.student = student or teacher.player("student")
+        self.adversary = LatentAdversary(teacher, config)
+        self.players = {"student": self.student, "discriminator": self.adversary.heads}
+
+    def judged(self, x: Tensor, batch: Batch) -> Outcome:
+        """The student's move: its samples x (B, ...) are to be taken for real."""
+        loss = self.adversary.student_loss(x, batch)
+        return Outcome(loss, {"gan": loss})
 
 
 def _of_each(heads: Iterable[nn.Module], features: Sequence[Tensor]) -> Tensor:

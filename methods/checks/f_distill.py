@@ -19,9 +19,8 @@ from diffdistill.exact.checks import (
     mistake,
 )
 from diffdistill.exact.ratios import DIVERGENCES, EXACT, MU, B, KnownRatio, M, S, derivatives, known_ratio_game
-from diffdistill.methods import f_distill
 from diffdistill.methods.f_distill import Config, FDistill
-from diffdistill.scaffold import ratio
+from diffdistill.scaffold import matching, ratio
 
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
 PLANE = {
@@ -53,7 +52,7 @@ def verify() -> Iterator[Check]:
     def dmd(parts: AffineGame, normalise: bool) -> FDistill:
         return _game(parts, normalise=normalise, divergence="reverse_kl", **EXACT)[0]
 
-    yield from matching_checks(dmd, f_distill)
+    yield from matching_checks(dmd)
     for name in DIVERGENCES:
         yield from _weight_checks(name)
         for t in (0.5, 1.1):
@@ -88,12 +87,12 @@ def _divergence_checks(name: str, t: float) -> Iterator[Check]:
 
     def got(**options: object) -> Tensor:
         method, parts = _game(divergence=name, normalise=False, **(EXACT | options))
-        injected = f_distill.gradient_injection
+        real = matching.gradient_injection
 
         def weighted(x: Tensor, grad: Tensor) -> Tensor:  # the mean over samples is one over the nodes
-            return injected(x, joint[:, None] * len(x) * grad)
+            return real(x, joint[:, None] * len(x) * grad)
 
-        with mistake(f_distill, "gradient_injection", weighted):
+        with mistake(matching, "gradient_injection", weighted):
             x = method.sampler().one_step(z, {})
             loss = method.matching(x, angle, eps, {}).loss
         return gradient(loss, parts.generator.mean, parts.generator.scale)

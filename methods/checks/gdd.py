@@ -14,7 +14,6 @@ from diffdistill.core.prediction import OUTPUTS, diffuse
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.exact.analytic import AffineGenerator, GaussianMixture, gaussian_teacher
 from diffdistill.exact.checks import Check, differs, equal, gauss_hermite, gradient, mistake
-from diffdistill.methods import gdd
 from diffdistill.methods.gdd import GDD, Config, frozen_layers
 from diffdistill.players.teacher import Teacher, trainable
 from diffdistill.scaffold import adversary
@@ -64,7 +63,7 @@ def _game(m: float, b: float, function: Function, **options: Any) -> tuple[GDD, 
     """A student N(m, b^2) of a teacher N(0.7, 0.5^2), and a discriminator that is a function."""
     teacher = gaussian_teacher([0.7], 0.5)
     generator = AffineGenerator(torch.tensor([m]).double(), torch.tensor([b]).double())
-    with mistake(gdd, "LatentAdversary", _Known):
+    with mistake(adversary, "LatentAdversary", _Known):
         method = GDD(teacher, Config(**options), student=Denoiser(generator, TrigFlow(), OUTPUTS["v_prediction"]))
     known: Any = method.adversary
     known.function = function
@@ -170,7 +169,7 @@ def _freeze_checks() -> Iterator[Check]:
     for kind, expected in (("convolutions", 2), ("none", 0)):
         network = _UNet()
         student = Denoiser(network, TrigFlow(), OUTPUTS["v_prediction"])
-        with mistake(gdd, "LatentAdversary", _Known):
+        with mistake(adversary, "LatentAdversary", _Known):
             method = GDD(teacher, Config(freeze=kind), student=student)  # type: ignore[arg-type]
         trained = {id(p) for p in trainable(method.players)["student"]}
         names = [name for name, p in network.named_parameters() if id(p) not in trained]

@@ -35,11 +35,11 @@ def doubled(self: DecoupledDMD, *args: Any) -> Outcome:
 
 
 REAL_GUIDE, REAL_ENGINE, REAL_INJECTION = (
-    decoupled_dmd.guide_with_conditional, DecoupledDMD.engine, decoupled_dmd.gradient_injection,
+    decoupled_dmd.guide_with_conditional, DecoupledDMD.engine, decoupled_dmd.injected,
 )  # fmt: skip
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "guidance is off by one": (decoupled_dmd, "guide_with_conditional", with_scale(lambda scale: scale + 1)),
-    "opposite sign of the engine": (decoupled_dmd, "gradient_injection", lambda x, g: REAL_INJECTION(x, -g)),
+    "opposite sign of the engine": (decoupled_dmd, "injected", lambda x, g, *rest: REAL_INJECTION(x, -g, *rest)),
     "the engine counts twice": (DecoupledDMD, "engine", doubled),
     "the matching's sign": (
         decoupled_dmd,

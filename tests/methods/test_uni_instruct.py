@@ -13,7 +13,7 @@ from diffdistill.exact.checks import run_checks
 from diffdistill.methods import uni_instruct
 from diffdistill.methods.checks.uni_instruct import verify
 from diffdistill.methods.sid import sid_loss
-from diffdistill.methods.uni_instruct import Config, UniInstruct, uni_loss
+from diffdistill.methods.uni_instruct import Config, uni_loss
 from diffdistill.scaffold import ratio
 from diffdistill.scaffold.ratio import PATHS, WEIGHTS
 from tests.methods.short_runs import same_when_resumed, trains
@@ -31,7 +31,7 @@ def loss_with(change: Callable[..., Any]) -> Callable[..., Tensor]:
     return lambda *args: REAL_LOSS(*change(*args))
 
 
-REAL_LOSS, REAL_TURNS = uni_instruct.uni_loss, UniInstruct.turns
+REAL_LOSS = uni_instruct.uni_loss
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the teacher is detached": (uni_instruct, "uni_loss", loss_with(lambda x, p, q, h, c: (x, p.detach(), q, h, c))),
     "the fake score is detached": (uni_instruct, "uni_loss", loss_with(lambda x, p, q, h, c: (x, p, q.detach(), h, c))),
@@ -40,7 +40,6 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the weight is detached": (uni_instruct, "uni_loss", loss_with(lambda x, p, q, h, c: (x, p, q, h.detach(), c))),
     "the path's weight is the other": (uni_instruct, "uni_loss", loss_with(lambda x, p, q, h, c: (x, p, q, h, h))),
     "a divergence for another": (ratio, "PATHS", PATHS | {"jeffreys": PATHS["forward_kl"]}),
-    "the student moves first": (UniInstruct, "turns", lambda self, step: REAL_TURNS(self, step)[::-1]),
 }
 
 

@@ -58,18 +58,6 @@ class Ratio(Straight):
             each = each / mean((x - teacher).abs()).detach()
         return {"loss": each.mean(), "gap": delta.detach().square().mean(), "ratio": shown}
 
-    def sample(self, purpose: str, labels: Tensor | None = None) -> Tensor:
-        own = self.name == "uni_instruct" and purpose == "z"  # who draws for whom; the fake score for itself
-        return super().sample("student/z" if own and not self.fakes else "fake_score/z" if own else purpose, labels)
-
-    fakes = False
-
-    def student_turn(self) -> Values:
-        values = super().student_turn()
-        if self.name == "uni_instruct":
-            self.shared = None
-        return values
-
     def student_t(self) -> Tensor:
         if self.name != "uni_instruct":
             return super().student_t()
@@ -80,12 +68,6 @@ class Ratio(Straight):
         if self.name != "uni_instruct":
             return super().fake_t()
         return self.plain.log_normal(gaussian("fake_score/t", self.key), -1.2, 1.2)
-
-    def fake_turn(self) -> Values:
-        self.fakes = True
-        values = super().fake_turn()
-        self.fakes = False
-        return values
 
     def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
         adversary = self.method.adversaries[self.k]
@@ -113,8 +95,7 @@ def test_a_turn_is_its_straight_line(name: str, options: dict[str, Any], plain: 
     straight = Ratio(name, options, plain)
     straight.weight = 1.0 if not straight.c.ratio_bins else float(H[straight.c.divergence](torch.ones(())))
     assert straight.method.needs == frozenset({Need.IMAGES})
-    order = ["fake_score", "student"] if name == "uni_instruct" else ["student", "fake_score"]
-    assert play(straight) == order
+    assert play(straight) == ["student", "fake_score"]
 
 
 @pytest.mark.parametrize("name", ["f_distill"])
@@ -165,14 +146,12 @@ def test_each_level_has_its_own_discriminator_and_means(name: str) -> None:
     assert bool((method.weights[0].ratio == 1).all()) and not bool((method.weights[1].ratio == 1).all())
 
 
-def test_whose_dropout_is_on_and_how_uni_instruct_is_sampled() -> None:
-    """As SiD: in the player whose turn it is; one step from the options' level."""
+def test_no_network_drops_out_and_how_uni_instruct_is_sampled() -> None:
     straight = Ratio("uni_instruct", {**GAN, "student_level": 9.0}, VP)
     method: Any = straight.method
     for turn in method.turns(0):
         turn.loss(straight.batch)
-        modes = (method.student.training, method.fake_score.training)
-        assert modes == ((True, False) if turn.player == "student" else (False, True))
+        assert not method.student.training and not method.fake_score.training
     assert method.sampler().levels == (9.0,)
     method.after_step(0)
     assert not bool((method.weights[0].ratio == 1).all())
