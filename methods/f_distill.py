@@ -66,7 +66,7 @@ class FDistill(MatchingMethod):
         gradient, gap = distribution_matching_gradient(x, diffuse(x, t, eps), t, cond, *networks, normalise)
         h = self.weights[self.place](self.ratio_logits(x, t, eps, cond), t)
         loss = injected(x, expand(h, x) * gradient, self.fake_score, normalise)
-        return Outcome(loss, {"gap": gap.mean(), "weight": h.max()})
+        return Outcome(loss, {"gap": gap.mean(), "weight": h.square().mean()})
 
 
 METHOD = FDistill

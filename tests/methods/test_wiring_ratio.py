@@ -44,7 +44,7 @@ class Ratio(Straight):
             h = H[self.c.divergence](self.ratio(x_t, t)) / self.weight
         unit = self.plain.std if self.c.normalise else 1.0
         gap = (mean((fake - teacher).abs()) / size).mean()
-        return {"loss": unit * injected(x, fold(h) * grad), "gap": gap, "weight": h.max()}
+        return {"loss": unit * injected(x, fold(h) * grad), "gap": gap, "weight": h.square().mean()}
 
     def _uni_instruct(self, x: Tensor, t: Tensor, x_t: Tensor) -> Values:
         teacher, fake = self.both(x_t, t)
