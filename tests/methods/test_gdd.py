@@ -33,12 +33,11 @@ def hinge(self: GDD, batch: Batch) -> Outcome:
     return Outcome(-self.adversary.logits(x, *self.adversary.noise("student/gan", batch), batch.cond).mean())
 
 
-REAL_TURNS, REAL_PENALTY = GDD.turns, GDD.penalty
+REAL_PENALTY = GDD.penalty
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "the discriminator moves first": (GDD, "turns", lambda self, step: REAL_TURNS(self, step)[::-1]),
     "the penalty's root": (GDD, "penalty", lambda self, batch: REAL_PENALTY(self, batch).sqrt()),
     "everything is frozen": (gdd, "frozen_layers", lambda network: list(network.children())),
-    "nothing is frozen": (gdd, "frozen_layers", lambda network: []),
+    "nothing is frozen": (GDD, "freeze", lambda self, kind, lora: None),
     "the hinge where the logistic loss is said": (GDD, "student_turn", hinge),
 }
 
