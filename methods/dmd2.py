@@ -34,13 +34,7 @@ from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond
-from diffdistill.options import (
-    AdversarialOptions,
-    MatchingOptions,
-    MatchingTimes,
-    NormaliserOptions,
-    SimulationOptions,
-)
+from diffdistill.options import DMD2Options
 from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
 from diffdistill.scaffold.method import Outcome
 
@@ -63,15 +57,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(
-    MatchingOptions,
-    MatchingTimes,
-    NormaliserOptions,
-    SimulationOptions,
-    AdversarialOptions,
-    update_ratio=5,
-    weight_decay=0.01,
-):
+class Config(DMD2Options):
     """DMD2's options; the student's times are fractions of the teacher's own."""
 
 

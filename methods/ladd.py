@@ -40,8 +40,8 @@ from diffdistill.core.prediction import diffuse, expand
 from diffdistill.options import LatentAdversarialOptions, StudentLevels, StudentOptions, option
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.adversary import LatentAdversary
-from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
+from diffdistill.scaffold.adversary import LatentAdversarialMethod
+from diffdistill.scaffold.method import Batch, Outcome, Turn
 
 ABOUT = About(
     paper="Sauer et al. 2024, arXiv:2403.12015",
@@ -71,16 +71,11 @@ class Config(StudentOptions, StudentLevels, LatentAdversarialOptions, beta1=0.0)
     update_ratio: int = option(1, "steps of the discriminator for one of the student", at_least=1)
 
 
-class LADD(Method):
-    """Players: student, and discriminator, which is the heads."""
+class LADD(LatentAdversarialMethod):
+    """The student moves in every so manieth step, the discriminator in each."""
 
-    needs = frozenset({Need.IMAGES})
-
-    def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        super().__init__(teacher, config)
-        self.student = student or teacher.player("student")
-        self.adversary = LatentAdversary(teacher, config)
-        self.players = {"student": self.student, "discriminator": self.adversary.heads}
+    def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
+        super().__init__(teacher, config, **players)
         self.levels = torch.tensor(self.levels_in(), dtype=torch.float64)
 
     def sampler(self) -> Sampler:
@@ -109,8 +104,7 @@ class LADD(Method):
         """The student's samples, which `drawn` keeps, are to be taken for real."""
         x = self.student(*self.read(batch), batch.cond).x0
         drawn[batch.first] = x.detach()
-        loss = self.adversary.student_loss(x, batch)
-        return Outcome(loss, {"gan": loss})
+        return self.judged(x, batch)
 
     def discriminator_turn(self, drawn: dict[int, Tensor], batch: Batch) -> Outcome:
         """The discriminator on the samples that `drawn` holds, or on new ones."""

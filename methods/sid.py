@@ -10,6 +10,11 @@ D_psi with the student; score identities give a loss that does not: with Delta =
 parameters stay fixed: without those paths it is Diff-Instruct's, whatever alpha. The value of the loss says
 nothing (its expectation is (1 - alpha) F); `gap` is F.
 
+A student of several steps (few-step SiD, arXiv:2505.12674; SiD-DiT, arXiv:2509.25127) is trained at one of them, drawn
+for the step, on the input that its own sampler makes. SiD-DiT's levels are `times: flow`: the flow time is
+sigmoid(N(ln 2, 1.6^2)), and the loss has the weight 1 - t. With a discriminator (SiDA, arXiv:2410.14919), a head on the
+fake score, the student also learns from images, and can surpass its teacher if they are better.
+
 With guidance (SiD-LSG) the teacher is evaluated at scale kappa_4 (`guidance_scale`), the fake score at
 kappa_2 = kappa_3 (`fake_score_guidance`), and the fake score is trained at kappa_1
 (`fake_score_training_guidance`), each with one batched call; it then learns without a class too, from samples that
@@ -22,11 +27,14 @@ The student's input is what the stock scheduler draws: of standard deviation sqr
 EDMEulerScheduler and 1 for a VP teacher, where the authors' have sigma and SiD-LSG's sigma_t. For a teacher that is
 not EDM's the noise levels are those of EDM at the same angle; SiD-LSG's are `times: native`. SiD-LSG weights a fake
 score that predicts v by SNR/(SNR + 1); that is `fake_score_loss: epsilon` here. The weights of the loss are the
-code's; the paper's text was not compared.
+code's; the paper's text was not compared. Of several steps both players' samples have the same noise, and SiD-DiT's
+fake score has the error of the flow's velocity, (sin t + cos t)^2 times that of v. The discriminator and its noise are
+DMD2's; SiDA divides both of its losses by the normalisers of the scores' and begins with it after some steps.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,32 +46,38 @@ from diffdistill.core.denoiser import Cond, Denoiser, choose
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import l1_normaliser, per_sample_mean
 from diffdistill.core.prediction import diffuse
-from diffdistill.core.times import edm_karras, edm_log_normal, native_uniform
-from diffdistill.options import EDMTimes, FakeScoreGuidance, MatchingOptions, NormaliserOptions, option
+from diffdistill.core.times import logit_normal, native_uniform
+from diffdistill.options import AdversarialOptions, FakeScoreGuidance, SiDOptions, SimulationOptions, option
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.matching import MatchingMethod, fake_score_loss
 from diffdistill.scaffold.method import Batch, Outcome
 
 ABOUT = About(
     paper="Zhou et al. 2024, arXiv:2404.04057; guidance: arXiv:2406.01561",
-    data="nothing",
+    data="nothing; real images for its GAN, when gan_weight > 0",
     kind="distribution",
     equations={
         "the student's loss (the code's generator_loss)": "sid_loss, SiD.matching",
         "denoising loss of the fake score": "scaffold.matching.fake_score_loss, SiD.denoising",
         "noise levels of both losses": "core.times.edm_karras, core.times.edm_log_normal, SiD.times",
+        "several steps (arXiv:2505.12674, arXiv:2509.25127)": (
+            "scaffold.simulation.simulated_input, core.times.logit_normal"
+        ),
+        "discriminator (arXiv:2410.14919)": "scaffold.adversary.Adversary",
         "long and short guidance (arXiv:2406.01561)": "core.guidance.guided, SiD.fake_score_cond",
     },
 )
 
 
 @dataclass(frozen=True)
-class Config(MatchingOptions, EDMTimes, NormaliserOptions, FakeScoreGuidance, beta1=0.0):
+class Config(SiDOptions, FakeScoreGuidance, SimulationOptions, AdversarialOptions):
     """SiD's options; guidance_scale is kappa_4."""
 
     alpha: float = option(1.2, "weight of |Delta|^2 in the student's loss; the authors' 1.0 to 1.2")
-    times: Literal["karras", "native"] = option(
-        "karras", "levels of the losses; karras: EDM's grid and log-normal; native: uniform in the teacher's own time"
+    times: Literal["karras", "native", "flow"] = option(
+        "karras",
+        "levels of the losses; karras: EDM's grid and log-normal; native: uniform in the teacher's own time; flow: "
+        "SiD-DiT's, whatever time_low and time_high, with its weight",
     )
     fake_score_guidance: float = option(
         1.0, "guidance of the fake score in the student's loss, kappa_2 = kappa_3", at_least=0
@@ -80,20 +94,17 @@ class SiD(MatchingMethod):
 
     def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
         super().__init__(teacher, config, **players)
-        self.evaluated = guided(self.fake_score, config.fake_score_guidance)
-        self.trained = guided(self.fake_score, config.fake_score_training_guidance)
+        self.evaluated = [guided(each, config.fake_score_guidance) for each in self.fake_scores]
+        self.trained = [guided(each, config.fake_score_training_guidance) for each in self.fake_scores]
 
     def times(self, player: str, batch: Batch) -> Tensor:
-        low, high = self.config.time_low, self.config.time_high
-
-        def angles(n: int, draw: torch.Generator) -> Tensor:
-            if self.config.times == "native":
-                return native_uniform(self.schedule, n, draw, low, high)
-            if player == "fake_score":
-                return edm_log_normal(self.schedule, n, draw, -1.2, 1.2)
-            return edm_karras(self.schedule, n, draw, low, high)
-
-        return batch.draw(f"{player}/t", angles)
+        c, schedule = self.config, self.schedule
+        if c.times == "karras":
+            return super().times(player, batch)
+        if c.times == "flow":
+            t = batch.draw(f"{player}/t", lambda n, draw: logit_normal(schedule, n, draw, math.log(2), 1.6))
+            return t.clamp(schedule.t_min, schedule.t_max)
+        return batch.draw(f"{player}/t", lambda n, draw: native_uniform(schedule, n, draw, c.time_low, c.time_high))
 
     def fake_score_cond(self, batch: Batch) -> Cond:
         """Where the fake score is guided some are the null condition, with which its samples are made too."""
@@ -104,24 +115,26 @@ class SiD(MatchingMethod):
         return choose(drop, self.fake_score.null(batch.cond), batch.cond)
 
     def denoising(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
-        return fake_score_loss(self.trained, x, t, eps, cond, kind=self.config.fake_score_loss)
+        return fake_score_loss(self.trained[self.place], x, t, eps, cond, kind=self.config.fake_score_loss)
 
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         """Both networks stay in the graph."""
         x_t = diffuse(x, t, eps)
-        x0_teacher, x0_fake = self.teacher(x_t, t, cond).x0, self.evaluated(x_t, t, cond).x0
-        loss = sid_loss(x, x0_teacher, x0_fake, self.config.alpha, self.config.normalise)
-        return Outcome(loss, {"gap": (x0_teacher - x0_fake).detach().square().mean()})
+        x0_teacher, x0_fake = self.teacher(x_t, t, cond).x0, self.evaluated[self.place](x_t, t, cond).x0
+        losses = sid_loss(x, x0_teacher, x0_fake, self.config.alpha, self.config.normalise)
+        if self.config.times == "flow":
+            losses = losses / (1 + self.schedule.data_std * torch.tan(t))  # 1 - the flow time
+        return Outcome(losses.mean(), {"gap": (x0_teacher - x0_fake).detach().square().mean()})
 
 
 def sid_loss(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, alpha: float, normalise: bool) -> Tensor:
-    """<Delta, (D_phi - x) - alpha Delta>/n, Delta = D_phi - D_psi, as a mean; all (B, ...), none detached.
+    """(B,) <Delta, (D_phi - x) - alpha Delta>/n, Delta = D_phi - D_psi, means of elements; all (B, ...), none detached.
 
     n = mean|x - D_phi| of each sample, detached; 1 without the normaliser.
     """
     delta = x0_teacher - x0_fake
     products = per_sample_mean(delta * ((x0_teacher - x) - alpha * delta))
-    return (products / l1_normaliser(x, x0_teacher)).mean() if normalise else products.mean()
+    return products / l1_normaliser(x, x0_teacher) if normalise else products
 
 
 METHOD = SiD

@@ -32,10 +32,9 @@ from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond
 from diffdistill.core.losses import pseudo_huber
 from diffdistill.core.prediction import diffuse, expand
-from diffdistill.core.times import edm_karras, edm_log_normal
 from diffdistill.options import EDMTimes, MatchingOptions, option
 from diffdistill.scaffold.matching import MatchingMethod
-from diffdistill.scaffold.method import Batch, Outcome
+from diffdistill.scaffold.method import Outcome
 
 ABOUT = About(
     paper="Luo et al. 2024, arXiv:2410.16794",
@@ -66,12 +65,6 @@ class SIM(MatchingMethod):
     """The distance of the scores is minimised through a gradient that score identities give."""
 
     dropout = "own"
-
-    def times(self, player: str, batch: Batch) -> Tensor:
-        span = self.config.time_low, self.config.time_high
-        if player == "student":
-            return batch.draw("student/t", lambda n, draw: edm_karras(self.schedule, n, draw, *span))
-        return batch.draw(f"{player}/t", lambda n, draw: edm_log_normal(self.schedule, n, draw, -1.2, 1.2))
 
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         loss, y = self.divergence(x, t, eps, cond)

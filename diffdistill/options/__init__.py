@@ -3,6 +3,7 @@
 from diffdistill.options.groups import (
     AdversarialOptions,
     DerivativeOptions,
+    DMD2Options,
     EDMTimes,
     FakeScoreGuidance,
     FollowingOptions,
@@ -14,7 +15,9 @@ from diffdistill.options.groups import (
     MatchingTimes,
     NormaliserOptions,
     Options,
+    RatioOptions,
     ScaleRange,
+    SiDOptions,
     SimulationOptions,
     StudentLevel,
     StudentLevels,
@@ -41,6 +44,7 @@ from diffdistill.options.values import (
 
 __all__ = [
     "AdversarialOptions",
+    "DMD2Options",
     "DerivativeOptions",
     "EDMTimes",
     "FakeScoreGuidance",
@@ -53,7 +57,9 @@ __all__ = [
     "MatchingTimes",
     "NormaliserOptions",
     "Options",
+    "RatioOptions",
     "ScaleRange",
+    "SiDOptions",
     "SimulationOptions",
     "Size",
     "StudentLevel",

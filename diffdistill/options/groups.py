@@ -237,6 +237,57 @@ class AdversarialOptions(Options):
 
 
 @dataclass(frozen=True)
+class DMD2Options(
+    MatchingOptions,
+    MatchingTimes,
+    NormaliserOptions,
+    SimulationOptions,
+    AdversarialOptions,
+    update_ratio=5,
+    weight_decay=0.01,
+):
+    """DMD2's, and of what is built on it."""
+
+
+@dataclass(frozen=True)
+class SiDOptions(MatchingOptions, EDMTimes, NormaliserOptions, beta1=0.0):
+    """SiD's, and of what is built on it."""
+
+
+@dataclass(frozen=True)
+class RatioOptions(AdversarialOptions, gan_weight=0.003):
+    """An f-divergence, by the ratio r = p/q of the densities of real and generated images: the discriminator's."""
+
+    divergence: Literal[
+        "jensen_shannon",
+        "forward_kl",
+        "reverse_kl",
+        "softened_reverse_kl",
+        "squared_hellinger",
+        "jeffreys",
+        "chi_square",
+        "neyman",
+    ] = option("jensen_shannon", "the f-divergence of teacher and student; reverse_kl is DMD's, and needs no ratio")
+    ratio_low: float = option(0.1, "the least r that counts; a smaller one counts as this", above=0, at_most=1)
+    ratio_high: float = option(20.0, "the greatest r that counts; a greater one counts as this", at_least=1)
+    ratio_bins: int = option(
+        10,
+        "parts of the range of noise, in each of which r is divided by its mean, which should be 1; the weights are "
+        "divided by theirs, too; 0: neither",
+        at_least=0,
+    )
+    ratio_ema: float = option(0.9, "decay of these means, moving averages over training steps", at_least=0, below=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gan_weight", "discriminator_weight"):
+            if getattr(self, name) == 0:
+                raise UserError(
+                    f"{name}: 0 leaves no discriminator to tell the ratio of the densities; give more, or train dmd2"
+                )
+
+
+@dataclass(frozen=True)
 class LatentAdversarialOptions(Options):
     """A discriminator of heads on layers of the frozen teacher, which reads noised images."""
 

@@ -22,7 +22,7 @@ from diffdistill.errors import UserError
 from diffdistill.options import LatentAdversarialOptions
 from diffdistill.players.discriminator import DiscriminatorHead
 from diffdistill.players.teacher import Teacher, frozen
-from diffdistill.scaffold.method import Batch, Outcome
+from diffdistill.scaffold.method import Batch, Method, Need, Outcome
 
 
 class Adversary:
@@ -81,8 +81,8 @@ class LatentAdversary:
         features = self.teacher.features_of(self.layers, diffuse(x, t, eps), t, cond)
         return _of_each(self.heads, features)
 
-    def _noise(self, stream: str, batch: Batch) -> tuple[Tensor, Tensor]:
-        """t (B,) and eps (B, ...)."""
+    def noise(self, stream: str, batch: Batch) -> tuple[Tensor, Tensor]:
+        """t (B,) and eps (B, ...) that images are noised with."""
         normal = self.options.gan_time_mean, self.options.gan_time_std
         t = batch.draw(f"{stream} t", lambda n, draw: edm_log_normal(self.teacher.schedule, n, draw, *normal))
         return t, batch.randn(f"{stream} eps")
@@ -90,16 +90,16 @@ class LatentAdversary:
     def student_loss(self, x: Tensor, batch: Batch) -> Tensor:
         """The student's samples x (B, ...) are to be taken for real; `turn` reads them too."""
         self.samples[batch.first] = x.detach()
-        logits = self.logits(x, *self._noise("student/gan", batch), batch.cond)
+        logits = self.logits(x, *self.noise("student/gan", batch), batch.cond)
         return -logits.mean() if self.options.gan_loss == "hinge" else gan_generator_loss(logits)
 
     def critic_loss(self, x: Tensor, batch: Batch) -> Tensor:
         """The heads are to tell the batch's images from the samples x (B, ...), and from those of other conditions."""
-        noise = self._noise("discriminator/gan", batch)
+        noise = self.noise("discriminator/gan", batch)
         real, fake = self.logits(batch.images, *noise, batch.cond), self.logits(x, *noise, batch.cond)
         if self.options.misaligned and batch.size > 1:
             others = batch.images.roll(1, 0)
-            other = self.logits(others, *self._noise("discriminator/misaligned", batch), batch.cond)
+            other = self.logits(others, *self.noise("discriminator/misaligned", batch), batch.cond)
             fake = torch.cat([fake, other], 1)
         hinge = self.options.gan_loss == "hinge"
         return hinge_discriminator_loss(real, fake) if hinge else gan_discriminator_loss(real, fake)
@@ -114,6 +114,26 @@ class LatentAdversary:
         assert x is not None, "the student's turn comes first"
         gan = self.critic_loss(x, batch)
         return Outcome(gan, {"gan": gan})
+
+
+class LatentAdversarialMethod(Method):
+    """The game of the methods whose student a GAN alone trains. Players: student, and discriminator, the heads.
+
+    A method says `turns` and `sampler`.
+    """
+
+    needs = frozenset({Need.IMAGES})
+
+    def __init__(self, teacher: Teacher, config: LatentAdversarialOptions, *, student: Denoiser | None = None):
+        super().__init__(teacher, config)
+        self.student = student or teacher.player("student")
+        self.adversary = LatentAdversary(teacher, config)
+        self.players = {"student": self.student, "discriminator": self.adversary.heads}
+
+    def judged(self, x: Tensor, batch: Batch) -> Outcome:
+        """The student's move: its samples x (B, ...) are to be taken for real."""
+        loss = self.adversary.student_loss(x, batch)
+        return Outcome(loss, {"gan": loss})
 
 
 def _of_each(heads: Iterable[nn.Module], features: Sequence[Tensor]) -> Tensor:

@@ -16,13 +16,14 @@ from diffdistill.core.guidance import guided
 from diffdistill.core.losses import denoising_loss, gradient_injection, l1_normaliser, per_sample_mean
 from diffdistill.core.ode import Denoise
 from diffdistill.core.prediction import diffuse, expand
-from diffdistill.core.times import native_uniform
+from diffdistill.core.times import edm_karras, edm_log_normal, native_uniform
 from diffdistill.errors import UserError
-from diffdistill.options import AdversarialOptions, MatchingOptions, SimulationOptions
+from diffdistill.options import AdversarialOptions, EDMTimes, MatchingOptions, RatioOptions, SimulationOptions
 from diffdistill.players.sampler import Sampler, one_step_sampler
 from diffdistill.players.teacher import Teacher, frozen, trainable_copy
 from diffdistill.scaffold.adversary import Adversary
 from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
+from diffdistill.scaffold.ratio import RatioWeight
 from diffdistill.scaffold.simulation import drawn_level, simulated_input
 
 
@@ -30,10 +31,11 @@ class MatchingMethod(Method):
     """Players: student and fake_score. The fake score moves in every step, the student in every `update_ratio`-th.
 
     A method says the student's loss (`matching`); the rest are defaults. Times are uniform in the teacher's own, the
-    student's within `MatchingTimes`. With `AdversarialOptions` among its options the fake score carries a
-    discriminator, which is trained with it; with `SimulationOptions` the student may take several steps, each with a
-    fake score and discriminator of its own if `fake_scores` is per_level (players fake_score, fake_score_2, ..): then
-    the levels take turns, and `fake_score` is that of the level whose turn it is.
+    student's within `MatchingTimes`, or with `EDMTimes` among its options SiD's. With `AdversarialOptions` among them
+    the fake score carries a discriminator, which is trained with it; with `SimulationOptions` the student may take
+    several steps, each with a fake score and discriminator of its own if `fake_scores` is per_level (players
+    fake_score, fake_score_2, ..): then the levels take turns, and `fake_score` is that of the level whose turn it is.
+    With `RatioOptions` there are weights by the ratio of the densities that the discriminators tell.
     """
 
     student_first: ClassVar[bool] = True
@@ -59,6 +61,8 @@ class MatchingMethod(Method):
         self.student = student or teacher.player("student")
         self.fake_score = fake_score or teacher.player("fake_score")
         self.fake_scores = [self.fake_score]
+        self.edm_times = isinstance(config, EDMTimes)
+        self.place = 0  # of the fake score and the discriminator whose turn it is
         self.steps, self.per_level = 1, False
         if isinstance(config, SimulationOptions):
             self.steps, self.per_level = config.student_steps, config.fake_scores == "per_level"
@@ -79,6 +83,10 @@ class MatchingMethod(Method):
             if self.adversaries:
                 player = nn.ModuleDict({"denoiser": fake_score, "head": self.adversaries[k].head})
             self.players[_fake_score_role(k)] = player
+        self.weights: list[RatioWeight] = []
+        if isinstance(config, RatioOptions):
+            self.weights = [RatioWeight(config) for _ in self.adversaries]
+            self.state = {"weights": nn.ModuleList(self.weights)}
         self._set_dropout("student")
 
     # -- what a method says --------------------------------------------------------------------------------
@@ -89,6 +97,8 @@ class MatchingMethod(Method):
 
     def times(self, player: str, batch: Batch) -> Tensor:
         """(B,) the angles of a player's loss."""
+        if self.edm_times:
+            return batch.draw(f"{player}/t", partial(self._edm_angles, player))
         stream, span = self.fake_score_stream, (0.0, 1.0)
         if player == "student":
             stream, span = player, (self.config.time_low, self.config.time_high)
@@ -103,6 +113,10 @@ class MatchingMethod(Method):
         """The conditions that the fake score is trained with."""
         return batch.cond
 
+    def rests(self, step: int) -> bool:
+        """Whether the student rests in a training step that would be its own."""
+        return False
+
     def simulated(self, k: int, batch: Batch) -> tuple[Tensor, Tensor]:
         """x_t (B, ...) and t (B,) that a student of several steps reads after k of them; no gradient passes."""
         return simulated_input(self.sampler(), k, batch)
@@ -111,6 +125,11 @@ class MatchingMethod(Method):
         """Samples (B, ...) of the student, and its loss on them."""
         x = self.generate(batch, "student")
         return x, self.matching(x, self.times("student", batch), batch.randn("student/eps"), batch.cond)
+
+    def after_step(self, step: int) -> None:
+        """The means of ratios and weights take in the step's samples."""
+        for weight in self.weights:
+            weight.update()
 
     # -- the game --------------------------------------------------------------------------------------------
 
@@ -126,7 +145,7 @@ class MatchingMethod(Method):
         drawn: dict[int, Tensor] = {}
         student = Turn("student", partial(self.student_turn, drawn))
         fake_score = Turn(_fake_score_role(self._mine(step)), partial(self.fake_score_turn, drawn))
-        if step % self.config.update_ratio:
+        if step % self.config.update_ratio or self.rests(step):
             return [fake_score]
         return [student, fake_score] if self.student_first else [fake_score, student]
 
@@ -145,10 +164,16 @@ class MatchingMethod(Method):
         """
         sampler, batch = self.sampler(), batch if cond is None else replace(batch, cond=cond)
         if self.steps > 1:
-            k = self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps, batch)
-            x_t, t = self.simulated(k, batch)
+            x_t, t = self.simulated(self.level(batch), batch)
             return self.student(x_t, t, batch.cond).x0
         return sampler.one_step(batch.randn("z" if self.shares_samples else f"{player}/z"), batch.cond)
+
+    @final
+    def level(self, batch: Batch) -> int:
+        """Which of its sampler's levels the student is trained at in this step."""
+        if self.steps == 1:
+            return 0
+        return self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps, batch)
 
     @final
     def student_turn(self, drawn: dict[int, Tensor], batch: Batch) -> Outcome:
@@ -177,13 +202,24 @@ class MatchingMethod(Method):
         gan = adversary.critic_loss(x, batch)
         return Outcome(loss + self.discriminator_weight * gan, {"denoising": loss, "gan": gan})
 
+    def ratio_logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        """(B,) or (heads, B) the logits of the discriminator whose turn it is, without a gradient."""
+        with torch.no_grad():
+            return self.adversaries[self.place].logits(x, t, eps, cond)
+
+    def _edm_angles(self, player: str, n: int, draw: torch.Generator) -> Tensor:
+        """EDM's grid for the student, and its log-normal levels for the fake score (Zhou et al. 2024, SiD)."""
+        if player == "student":
+            return edm_karras(self.schedule, n, draw, self.config.time_low, self.config.time_high)
+        return edm_log_normal(self.schedule, n, draw, -1.2, 1.2)
+
     def _mine(self, step: int) -> int:
         """Which fake score a step trains: each one for as many steps as lie between two of the student's."""
         return step // self.config.update_ratio % len(self.fake_scores)
 
     def _turn_of(self, player: str, batch: Batch) -> Adversary | None:
         """Set the step's fake score and the dropout of a player's turn; the discriminator, if there is one."""
-        k = self._mine(batch.key[1])
+        k = self.place = self._mine(batch.key[1])
         self.fake_score = self.fake_scores[k]
         self._set_dropout(player)
         return self.adversaries[k] if self.adversaries else None
@@ -203,10 +239,17 @@ def dmd_loss(
 ) -> Outcome:
     """DMD's loss of samples x (B, ...) at the angles t (B,) with noise eps (B, ...)."""
     matched = matching_loss(x, t, eps, cond, teacher, fake_score, normalise)
-    # The normalised gradient has no unit. The authors' is that of images, data_std x, and other terms' weights
-    # are relative to it.
-    unit = fake_score.schedule.data_std if normalise else 1.0
-    return Outcome(unit * matched.loss, matched.shown)
+    return Outcome(_dmd_unit(fake_score, normalise) * matched.loss, matched.shown)
+
+
+def injected(x: Tensor, gradient: Tensor, fake_score: Denoiser, normalise: bool) -> Tensor:
+    """A scalar that pushes samples x (B, ...) along -gradient (B, ...), in DMD's unit."""
+    return _dmd_unit(fake_score, normalise) * gradient_injection(x, gradient)
+
+
+def _dmd_unit(fake_score: Denoiser, normalise: bool) -> float:
+    """The normalised gradient has no unit; the authors' is that of images, and other terms' weights go by it."""
+    return fake_score.schedule.data_std if normalise else 1.0
 
 
 def matching_loss(

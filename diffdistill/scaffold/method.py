@@ -154,6 +154,7 @@ class Method(ABC):
 
     needs: frozenset[Need] = frozenset()
     whole: int | None = None  #: the training steps of all stages, of a method that has stages
+    shortest: int | None = None  #: the fewest training steps with which the student comes to its teacher
 
     def __init__(self, teacher: Teacher, config: Any):
         self.config = config

@@ -110,6 +110,11 @@ def make_game(
     method = recipe.make(teacher, method_config)
     if "steps" not in values and method.whole is not None:
         config = dataclasses.replace(config, steps=method.whole)
+    if method.shortest is not None and config.steps < method.shortest:
+        raise UserError(
+            f"steps: {config.steps} do not bring a student of {recipe.name} to its teacher, which takes "
+            f"{method.shortest}; give more of them, or shorter stages"
+        )
     if encoded is not None:  # which may say what the options do not
         config = dataclasses.replace(config, negative_prompt=encoded.settings.get("negative_prompt"))
     check_lora(teacher, method, recipe.name)

@@ -82,6 +82,11 @@ class Situation:
         return issubclass(self.options, MatchingOptions)
 
     @property
+    def adversarial(self) -> bool:
+        """Whether a GAN is all that trains the student."""
+        return issubclass(self.options, LatentAdversarialOptions) and not issubclass(self.options, TrajectoryOptions)
+
+    @property
     def staged(self) -> bool:
         """Whether the method has stages, with a learning rate that falls in each."""
         return issubclass(self.options, HalvingOptions)
@@ -193,7 +198,9 @@ def _student_level(s: Situation) -> Derived | None:
 
 
 def _rate(s: Situation, role: str) -> Derived:
-    short, long = (0.2, 0.075) if s.matches else (0.4 if issubclass(s.options, FollowingOptions) else 0.8, 0.2)
+    short, long = (
+        (0.2, 0.075) if s.matches or s.adversarial else (0.4 if issubclass(s.options, FollowingOptions) else 0.8, 0.2)
+    )
     factor = short if s.steps < LONG else long
     why = f"{factor}/sqrt({_count(s.parameters)} parameters) in {s.steps} steps"
     if role in s.teacher.lora:
@@ -233,6 +240,12 @@ def _fake_score_lr(s: Situation) -> Derived | None:
     return Derived(float(f"{3 * rate.value:.2g}"), "three times the student's, which it is to keep up with")
 
 
+def _discriminator_lr(s: Situation) -> Derived | None:
+    if not s.adversarial:  # beside another objective the authors' rate
+        return None
+    return Derived(float(f"{10 * _rate(s, 'student').value:.2g}"), "ten times the student's: small heads from nothing")
+
+
 def _update_ratio(s: Situation) -> Derived | None:
     usual, taking_turns = s.given("update_ratio"), _fake_scores(s)
     if usual < taking_turns or (taking_turns > 1 and s.steps < LONG):
@@ -240,6 +253,25 @@ def _update_ratio(s: Situation) -> Derived | None:
     if usual == 1 or s.steps >= LONG:
         return None
     return Derived(1, f"{s.steps} steps are few; {usual} from {LONG} steps on")
+
+
+def _path_length(s: Situation) -> Derived | None:
+    least = 10 * s.given("path_length")
+    return Derived(0, f"{s.steps} steps are few to go there and back in") if s.steps < least else None
+
+
+def _record_every(s: Situation) -> Derived | None:
+    if s.steps >= LONG or not s.given("path_length"):
+        return None
+    return Derived(max(1, s.steps // (10 * s.given("path_length"))), "a tenth of the steps to the student's samples ..")
+
+
+def _track_every(s: Situation) -> Derived | None:
+    if s.steps >= LONG or s.given("path_length") < 2:
+        return None
+    return Derived(
+        max(1, 4 * s.steps // (10 * (s.given("path_length") - 1))), ".. four back, and half with the teacher"
+    )
 
 
 def _regression_weight(s: Situation) -> Derived | None:
@@ -301,10 +333,14 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "time_high": _time_high,
     "fake_score_loss": _fake_score_loss,
     "update_ratio": _update_ratio,
+    "path_length": _path_length,
+    "record_every": _record_every,
+    "track_every": _track_every,
     "regression_weight": _regression_weight,
     "optimizer": _optimizer,
     "student_lr": _student_lr,
     "fake_score_lr": _fake_score_lr,
+    "discriminator_lr": _discriminator_lr,
     "beta1": _beta1,
     "ema": _ema,
     "lr_schedule": _lr_schedule,

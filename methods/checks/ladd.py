@@ -14,7 +14,6 @@ from diffdistill.core.prediction import OUTPUTS, diffuse
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.exact.analytic import AffineGenerator, GaussianMixture, gaussian_teacher
 from diffdistill.exact.checks import Check, differs, equal, gauss_hermite, gradient, mistake
-from diffdistill.methods import ladd
 from diffdistill.methods.ladd import LADD, Config
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold import adversary
@@ -144,7 +143,7 @@ def _hinge() -> Iterator[Check]:
 def _method(**options: Any) -> LADD:
     teacher = gaussian_teacher(MEAN.tolist(), STD)
     student = Denoiser(AffineGenerator(MEAN, STD), TrigFlow(), OUTPUTS["v_prediction"])
-    with mistake(ladd, "LatentAdversary", _Known):
+    with mistake(adversary, "LatentAdversary", _Known):
         return LADD(teacher, Config(**options), student=student)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,7 @@ def verify() -> Iterator[Check]:
     order = [turn.player for turn in _game(M, B, Config())[0].turns(0)]
     yield equal("the fake score moves first", 1.0, float(order == ["fake_score", "student"]), 0.0)
     yield from _level_checks()
+    yield from _flow_checks()
     yield from _guidance_checks()
 
 
@@ -146,15 +148,19 @@ def _loss_checks(exact: _Exact, alpha: float) -> Iterator[Check]:
         other, parts_of_other = _game(M, B, Config(alpha=0.5, normalise=False))
         wrong = _slope(other, parts_of_other, t)[1]
         yield differs(f"alpha left out is caught, t = {t}", expected, wrong, 1e-3)
-    teacher, evaluated = method.teacher, method.evaluated
+    teacher, (evaluated,) = method.teacher, method.evaluated
     for name, network, other_one in (("teacher", teacher, evaluated), ("evaluated", evaluated, teacher)):
-        with mistake(method, name, at_half_the_angle(network)):
+
+        def held(network: Any, name: str = name) -> Any:
+            return [network] if name == "evaluated" else network  # one for each level
+
+        with mistake(method, name, held(at_half_the_angle(network))):
             wrong = _slope(method, parts, t)[1]
             yield differs(f"{name} asked at another level is caught, a = {alpha}, t = {t}", expected, wrong, 1e-3)
-        with mistake(method, name, other_one):
+        with mistake(method, name, held(other_one)):
             wrong = _slope(method, parts, t)[1]
             yield differs(f"{name} in place of the other is caught, a = {alpha}, t = {t}", expected, wrong, 1e-3)
-    method.teacher, method.evaluated = _Detached(teacher), _Detached(evaluated)
+    method.teacher, method.evaluated = _Detached(teacher), [_Detached(evaluated)]
     detached = _slope(method, parts, t)[1]
     name = f"a = {alpha}, t = {t}"
     yield equal(f"both networks detached: Diff-Instruct, {name}", exact.diff_instruct(), detached, 1e-9)
@@ -217,6 +223,27 @@ def _level_checks() -> Iterator[Check]:
             yield equal(f"sigma at {fraction} of the grid, data_std {schedule.data_std}", 2 * sigma, drawn, 1e-9)
         drawn = torch.tan(edm_log_normal(schedule, 1, torch.Generator(), -1.2, 0.0))
         yield equal(f"the fake score's median sigma, data_std {schedule.data_std}", 2 * math.exp(-1.2), drawn, 1e-9)
+
+
+def _flow_checks() -> Iterator[Check]:
+    """SiD-DiT's levels and weight, of a flow's time; the optimum stays."""
+    plain, flow = Config(normalise=False, alpha=1.0), Config(normalise=False, alpha=1.0, times="flow")
+    for t in (0.2, 0.8, 1.4):
+        weight = math.cos(t) / (math.cos(t) + math.sin(t))
+        closed, got = (_slope(*_game(M, B, config), t)[1] for config in (plain, flow))
+        yield equal(f"the flow's weight is 1 - its time, t = {t}", weight * closed, got, 1e-9)
+        yield equal(f"... zero at the optimum, t = {t}", 0.0, _slope(*_game(MU, S, flow), t)[1], 1e-9, scale=1.0)
+        for name, mean in (("above", MU + 0.2), ("below", MU - 0.2)):
+            pull = (_slope(*_game(mean, S, flow), t)[1][:2] * (mean - MU) > 0).double()
+            yield equal(f"... and draws samples back from {name}, t = {t}", torch.ones(2), pull, 0.0)
+    method, _ = _game(M, B, flow)
+    batch = Batch(20000, (2,), {}, None, torch.device("cpu"), (0, 0, 0))
+    for player in ("student", "fake_score"):
+        logit = torch.log(torch.tan(method.times(player, batch)))
+        got = torch.stack([logit.mean(), logit.std()])
+        yield equal(
+            f"mean and deviation of the logit of the {player}'s flow times", torch.tensor([math.log(2), 1.6]), got, 0.02
+        )
 
 
 class _Detached(nn.Module):

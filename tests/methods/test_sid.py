@@ -16,6 +16,7 @@ from diffdistill.methods import sid
 from diffdistill.methods.checks.sid import verify
 from diffdistill.methods.sid import Config, SiD
 from diffdistill.players.teacher import only_trains, trainable
+from diffdistill.scaffold import matching
 from diffdistill.scaffold.method import Batch
 from tests.methods.short_runs import trains
 
@@ -39,7 +40,7 @@ def from_the_noisy_end(schedule: Any, n: int, generator: Any, low: float, high: 
     return REAL_TIMES(schedule, n, generator, 1 - high, 1 - low)
 
 
-REAL_LOSS, REAL_TIMES, REAL_TURNS, REAL_GUIDED = sid.sid_loss, sid.edm_karras, SiD.turns, guidance.Guided
+REAL_LOSS, REAL_TIMES, REAL_TURNS, REAL_GUIDED = sid.sid_loss, matching.edm_karras, SiD.turns, guidance.Guided
 REAL_NORMALISER = sid.l1_normaliser
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the teacher is detached": (sid, "sid_loss", loss_with(lambda x, p, q, a, n: (x, p.detach(), q, a, n))),
@@ -52,7 +53,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the normaliser is of the fake score": (sid, "l1_normaliser", lambda x, p: REAL_NORMALISER(x, 0 * p)),
     "the normaliser is not detached": (sid, "l1_normaliser", lambda x, p: (x - p).abs().flatten(1).mean(1)),
     "the fake score is trained on the wrong samples": (sid, "fake_score_loss", wrong_samples),
-    "the levels start at the noisy end": (sid, "edm_karras", from_the_noisy_end),
+    "the levels start at the noisy end": (matching, "edm_karras", from_the_noisy_end),
     "the student moves first": (SiD, "turns", lambda self, step: REAL_TURNS(self, step)[::-1]),
     "guidance is off by one": (guidance, "Guided", lambda d, k, interval: REAL_GUIDED(d, 1 + k, interval)),
     "the guidance scales are ignored": (guidance, "Guided", lambda d, scale, interval: d),

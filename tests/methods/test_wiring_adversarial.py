@@ -83,10 +83,26 @@ class Straight:
             loss = (1 - real).clamp_min(0).mean() + (1 + fake).clamp_min(0).mean()
         else:
             loss = F.softplus(-real).mean() + F.softplus(fake).mean()
+        if self.name == "gdd" and self.c.r1_weight and self.step % self.c.r1_every == 0:
+            r1 = self.flat()
+            return {"loss": loss + self.c.r1_every * self.c.r1_weight / 2 * r1, "gan": loss, "r1": r1}
         return {"loss": loss, "gan": loss}
 
     def x0(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.plain.x0_eps(self.student, x_t, t, class_labels=self.labels)[0]
+
+    # -- gdd ---------------------------------------------------------------------------------------------------------
+
+    def one_step(self) -> Tensor:
+        level = self.plain.levels(1)[0] if self.c.student_level is None else self.c.student_level
+        return self.x0(*self.plain.start(level, normal("z", self.key)))
+
+    def flat(self) -> Tensor:
+        """|d'|^2 at the images, by a difference along noise."""
+        t, eps = self.noise("discriminator/gan")
+        near = self.image + 0.01 * normal("discriminator/r1", self.key)
+        d = self.logits(noised(near, t, eps), t) - self.logits(noised(self.image, t, eps), t)
+        return (d / 0.01).square().mean()
 
     # -- ladd --------------------------------------------------------------------------------------------------------
 
@@ -104,7 +120,7 @@ class Straight:
     def student_turn(self) -> Values:
         if self.name == "sana_sprint":
             return self.sana_turn()
-        x = self.sample()
+        x = self.one_step() if self.name == "gdd" else self.sample()
         self.x = x.detach()
         loss = self.gan(x)
         return {"loss": loss, "gan": loss}
@@ -176,6 +192,10 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("ladd", {**SEEN, "student_steps": 3, "misaligned": True}, FLOW),
     ("ladd", {**SEEN, "student_steps": 3, "noisiest_share": 0.4, "update_ratio": 2}, EDM_),
     ("ladd", {"student_steps": 2, "student_level": 20.0, "gan_loss": "logistic", "misaligned": True}, EPS),
+    ("gdd", {**SEEN, "r1_weight": 0.7, "r1_every": 3}, TRIG),
+    ("gdd", {**SEEN, "r1_weight": 0.7, "r1_every": 4, "gan_loss": "hinge", "student_level": 9.0}, VP),
+    ("gdd", {**SEEN, "r1_weight": 0.0, "r1_every": 2, "misaligned": True}, FLOW),
+    ("gdd", {"student_level": 2.5, "r1_weight": 0.3, "r1_every": 1}, EDM_),
     ("sana_sprint", {**SCM}, TRIG),
     ("sana_sprint", {**SCM, "tangent_warmup": 0, "noisiest_share": 0.3, "student_steps": 2, "misaligned": True}, FLOW),
     ("sana_sprint", {**SCM, "guidance_min": 2.5, "guidance_max": 2.5, "norm": "rms", "gan_weight": 0.9}, EDM_),
@@ -206,7 +226,7 @@ def test_the_discriminator_moves_alone_between_the_students_turns() -> None:
         assert play(straight) == ([] if step % 3 else ["student"]) + ["discriminator"]
 
 
-@pytest.mark.parametrize(("name", "options", "plain"), [CASES[0], CASES[1], CASES[3], CASES[6]])
+@pytest.mark.parametrize(("name", "options", "plain"), [CASES[k] for k in (0, 1, 3, 5, 10)])
 def test_who_drops_units(name: str, options: dict[str, Any], plain: Plain) -> None:
     """The student as its network does, the teacher never."""
     straight = Straight(name, options, plain)
@@ -226,6 +246,11 @@ def test_needs_rates_and_the_sampler() -> None:
     sampler = method.sampler()
     assert (sampler.denoiser, sampler.step) == (method.student, Renoise())
     assert sampler.levels == pytest.approx(VP.levels(3), rel=1e-12)
+    method = Straight("gdd", {**rates, "student_level": 9.0}, VP).method
+    assert method.needs == frozenset({Need.IMAGES}) and list(method.players) == ["student", "discriminator"]
+    assert method.optimizer("student") == (0.1, (0.3, 0.999), 0.4)
+    assert method.optimizer("discriminator") == (0.2, (0.3, 0.999), 0.4)
+    assert (method.sampler().denoiser, method.sampler().levels) == (method.student, (9.0,))
     method = Straight("sana_sprint", {**rates, "weight_lr": 0.7, "student_steps": 3}, VP).method
     assert list(method.players) == ["student", "discriminator", "weight"] and method.needs == frozenset({Need.IMAGES})
     assert method.optimizer("student") == (0.1, (0.3, 0.999), 0.4)

@@ -1,5 +1,6 @@
 """A whole turn of the methods that match distributions, against a straight-line rewrite of it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -75,10 +76,10 @@ class Straight:
 
     def sample(self, purpose: str, labels: Tensor | None = None) -> Tensor:
         if getattr(self.c, "student_steps", 1) > 1:
-            return self.simulated()
+            return self.simulated(labels)
         return self.x0(self.student, *self.plain.start(self.level(), normal(purpose, self.key)), labels)
 
-    def simulated(self) -> Tensor:
+    def simulated(self, labels: Tensor | None = None) -> Tensor:
         """The input of one level, which all processes draw alike, is made by the student's own steps before it."""
         levels = self.plain.levels(self.c.student_steps, self.c.student_level)
         k = int(torch.randint(len(levels), (), generator=draw(*self.key[:2], "student/level")))
@@ -87,10 +88,10 @@ class Straight:
         x_t, t = self.plain.start(levels[0], normal("z", self.key))
         for j in range(1, k + 1):
             with torch.no_grad():
-                x0 = self.x0(self.student, x_t, t)
+                x0 = self.x0(self.student, x_t, t, labels)
             t = torch.full((SIZE,), self.plain.angle(levels[j]), dtype=torch.float64)
             x_t = noised(x0, t, normal(f"z {j}", self.key))
-        return self.x0(self.student, x_t, t)
+        return self.x0(self.student, x_t, t, labels)
 
     # -- times -------------------------------------------------------------------------------------------------------
 
@@ -98,6 +99,8 @@ class Straight:
         c, plain = self.c, self.plain
         if self.name == "diff_instruct":
             return plain.log_normal(gaussian("student/t", self.key), c.time_mean, c.time_std)
+        if getattr(c, "times", "") == "flow":
+            return self.flow_t("student")
         u = c.time_low + (c.time_high - c.time_low) * self.shifted(uniform("student/t", self.key))
         return plain.karras(u) if self.name == "sim" or getattr(c, "times", "") == "karras" else plain.at(u)
 
@@ -107,9 +110,15 @@ class Straight:
             return plain.log_normal(gaussian("fake_score/t", self.key), c.time_mean, c.time_std)
         if self.name == "sim" or getattr(c, "times", "") == "karras":
             return plain.log_normal(gaussian("fake_score/t", self.key), -1.2, 1.2)
+        if getattr(c, "times", "") == "flow":
+            return self.flow_t("fake_score")
         if self.name == "sid":
             return plain.at(c.time_low + (c.time_high - c.time_low) * uniform("fake_score/t", self.key))
         return plain.at(self.shifted(uniform("lora/t" if self.name == "swiftbrush" else "fake_score/t", self.key)))
+
+    def flow_t(self, player: str) -> Tensor:
+        s = torch.sigmoid(math.log(2) + 1.6 * gaussian(f"{player}/t", self.key))
+        return torch.atan2(s, (1 - s) * self.plain.std).clamp(*self.plain.ends())
 
     def shifted(self, u: Tensor) -> Tensor:
         s = getattr(self.c, "time_shift", 1.0)
@@ -180,6 +189,8 @@ class Straight:
         each = mean(delta * ((teacher - x) - self.c.alpha * delta))
         if self.c.normalise:
             each = each / mean((x - teacher).abs()).detach()
+        if self.c.times == "flow":  # alpha/(alpha + sigma)
+            each = each * torch.cos(t) / (torch.cos(t) + self.plain.std * torch.sin(t))
         return {"loss": each.mean(), "gap": delta.detach().square().mean()}
 
     def _sim(self, x: Tensor, t: Tensor, x_t: Tensor) -> Values:
@@ -267,6 +278,9 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("sid", {"guidance_scale": 2.5, "fake_score_guidance": 1.7, "label_dropout": 0.4, "update_ratio": 2}, TRIG),
     ("sid", {"fake_score_training_guidance": 0.6, "label_dropout": 0.4, "fake_score_loss": "epsilon", **RANGE}, FLOW),
     ("sid", {"update_ratio": 3}, EDM_),
+    ("sid", {**GUIDED_FAKE, "label_dropout": 0.4, "times": "flow", "normalise": False, "student_steps": 3}, FLOW),
+    ("sid", {**GAN, "times": "flow", "alpha": 1.0}, VP),
+    ("sid", {**GAN, "student_steps": 2, "student_level": 1.2}, TRIG),
     ("sim", {"student_level": 2.5, "c": 0.2}, EDM_),
     ("sim", {"guidance_scale": 2.5, "distance": "l2", **RANGE}, VP),
     ("sim", {"weight": "score", **RANGE, "fake_score_loss": "epsilon", "update_ratio": 2}, TRIG),

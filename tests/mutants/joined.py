@@ -32,8 +32,8 @@ MUTANTS = {
         ("heads: noise has another stream", 'batch.randn(f"{stream} eps")', 'batch.randn("z")'),
         (
             "heads: the student's noise is the critic's",
-            'self._noise("student/gan", batch)',
-            'self._noise("discriminator/gan", batch)',
+            'self.noise("student/gan", batch)',
+            'self.noise("discriminator/gan", batch)',
         ),
         (
             "heads: the student's loss is always the hinge's",
@@ -50,8 +50,15 @@ MUTANTS = {
         ("heads: nothing is misaligned", "if self.options.misaligned and", "if False and"),
         ("heads: always misaligned", "if self.options.misaligned and", "if True and"),
         ("heads: misaligned by nothing", "batch.images.roll(1, 0)", "batch.images"),
-        ("heads: misaligned with the same noise", 'self._noise("discriminator/misaligned", batch)', "noise"),
+        ("heads: misaligned with the same noise", 'self.noise("discriminator/misaligned", batch)', "noise"),
         ("heads: misaligned in place of samples", "torch.cat([fake, other], 1)", "other"),
+        ("heads: they are not trained", '"discriminator": self.adversary.heads}', '"discriminator": self.student}'),
+        ("heads: images are not needed", "needs = frozenset({Need.IMAGES})", "needs = frozenset()"),
+        (
+            "heads: the student is judged without a gradient",
+            "self.adversary.student_loss(x, batch)",
+            "self.adversary.student_loss(x.detach(), batch)",
+        ),
     ],
     f"diffdistill/scaffold/average.py | {_T}": [
         ("the sampler renoises", "self.levels, DDIM())", "self.levels)"),
@@ -181,7 +188,6 @@ MUTANTS = {
         ),
     ],
     f"methods/ladd.py | {_A}": [
-        ("the heads are not trained", '"discriminator": self.adversary.heads}', '"discriminator": self.student}'),
         ("the number of steps is ignored", "torch.tensor(self.levels_in(),", "torch.tensor(self.levels_in(1),"),
         ("the student moves in each step", "[discriminator] if step % self.config.update_ratio else", ""),
         ("the ratio is one more", "step % self.config.update_ratio else", "step % (self.config.update_ratio + 1) else"),
@@ -193,16 +199,10 @@ MUTANTS = {
         ("images of other samples", "diffuse(batch.images, t, z)), t", "diffuse(batch.images.flip(0), t, z)), t"),
         ("the samples are not kept", "drawn[batch.first] = x.detach()", "drawn[batch.first] = batch.images"),
         (
-            "the student is judged without a gradient",
-            "self.adversary.student_loss(x, batch)",
-            "self.adversary.student_loss(x.detach(), batch)",
-        ),
-        (
             "images are judged twice",
             "self.adversary.turn(batch, x)",
             "self.adversary.turn(batch, batch.images)",
         ),
-        ("images are not needed", "needs = frozenset({Need.IMAGES})", "needs = frozenset()"),
     ],
     f"methods/rcm.py | {_R}": [
         ("the path's guidance is ignored", "guidance_scale=c.guidance_scale", "guidance_scale=1.0"),

@@ -161,10 +161,14 @@ OTHERS: dict[str, dict[str, Any]] = {
     "adapter_guidance": {},
     "consistency": METHODS["consistency"],
     "ctm": {"grid_points": 5, "student_steps": 2, "gamma": 0.3, "dsm_weight": 0.0, "guidance_scale": 2.0},
+    "decoupled_dmd": {"guidance_scale": 2.0, "update_ratio": 1},
     "diff_instruct": {},
+    "disback": {"path_length": 1, "record_every": 1, "update_ratio": 1},
     "dmd": {},
     "dmd2": {"gan_weight": 0.01, "update_ratio": 1},
+    "f_distill": {"update_ratio": 1},
     "flow_map": {"student_steps": 2, "equal_share": 0.0, "matching_weight": 1.0, "rollout_steps": [2]},
+    "gdd": {},
     "guided": {"guidance_min": 2.0, "guidance_max": 2.0, "start_steps": 4, "final_steps": 2, "stage_steps": 1,
                "guidance_steps": 1},
     "ladd": {"student_steps": 2, "update_ratio": 1},
@@ -180,6 +184,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sim": {},
     "swiftbrush": {"guidance_scale": 2.0},
     "tbcm": {"tangent_warmup": 1, "states": 3},
+    "uni_instruct": {},
 }  # fmt: skip
 SAYS_SO = {
     ("adapter_guidance", "full"): "class-conditional teacher",
@@ -201,7 +206,7 @@ def test_every_method_runs_with_both_kinds_or_says_why_not(
     for name in METHODS["progressive"]:
         options.pop(name)
     options |= OTHERS[method]
-    if kind == "lora" and describe_method(method).about.kind == "distribution" and method != "ladd":
+    if kind == "lora" and describe_method(method).about.kind == "distribution" and method not in ("gdd", "ladd"):
         options["lora"] = "student,fake_score"
     if method == "dmd":
         made = {"teacher": str(folder), "prompts": str(prompts), "count": 4, "sampling_steps": 2, "device": "cpu"}

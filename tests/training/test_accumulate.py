@@ -20,8 +20,11 @@ _double = pytest.fixture(autouse=True)(in_double)
 OPTIONS: dict[str, dict[str, Any]] = {
     "adapter_guidance": {"trajectory_steps": 4, "guidance_max": 3.0},
     "ctm": {"gan_weight": 0.5, "adaptive": False, "grid_points": 5, "solver_steps": 2},
+    "decoupled_dmd": {"guidance_scale": 2.0, "update_ratio": 2, "student_steps": 2},
+    "disback": {"path_length": 1, "record_every": 1, "update_ratio": 1},
     "dmd": {"regression_weight": 0.25},
     "dmd2": {"gan_weight": 0.1, "update_ratio": 2, "student_steps": 2},
+    "f_distill": {"update_ratio": 2, "ratio_ema": 0.5},
     "flow_map": {"objective": "progressive", "matching_weight": 0.5},
     "lcm": {"guidance_max": 3.0, "ddim_steps": 8},
     "mean_flow": {"guidance_scale": 2.0},

@@ -13,7 +13,7 @@ from diffdistill.commands.cli import main
 from diffdistill.config import DERIVED
 from diffdistill.core.prediction import OUTPUTS, Output
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule
-from diffdistill.methods import consistency, ctm, dmd, dmd2, lcm, progressive, scm, sid, sim
+from diffdistill.methods import consistency, ctm, dmd, dmd2, gdd, ladd, lcm, progressive, sana_sprint, scm, sid, sim
 from diffdistill.players.lora import LoraSettings
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
@@ -74,6 +74,16 @@ def test_each_kind_of_teacher_starts_at_the_same_noise() -> None:
 def test_the_fake_score_learns_as_the_teacher_was_trained() -> None:
     assert derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"]), dmd2.Config)["fake_score_loss"].value == "epsilon"
     assert "fake_score_loss" not in derived_for(teacher_of(LinearFlow(), OUTPUTS["flow_prediction"]), dmd2.Config)
+
+
+@pytest.mark.parametrize("config", [gdd.Config, ladd.Config])
+def test_where_a_gan_is_all_the_heads_keep_up_with_the_student(config: type) -> None:
+    teacher = teacher_of(STOCK_DDPM, OUTPUTS["v_prediction"])
+    found, matched = (derived_for(teacher, c) for c in (config, dmd2.Config))
+    assert found["student_lr"].value == matched["student_lr"].value == 2e-4
+    assert found["discriminator_lr"].value == 2e-3
+    for other in (sana_sprint.Config, ctm.Config, dmd2.Config):
+        assert "discriminator_lr" not in derived_for(teacher, other)
 
 
 @pytest.mark.parametrize("config", [dmd2.Config, sid.Config, sim.Config])
