@@ -2,16 +2,18 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from diffdistill import encode, make_pairs
+from diffdistill.commands.cli import main
 from diffdistill.data.encoded import open_encoded
+from diffdistill.eval import bench
 from tests import tiny_a
 from tests.data.encoding import PROMPTS, contents
-from tests.launched import ROOT, two_processes
+from tests.data.test_encode_streaming import stand_in, streamed
+from tests.launched import two_processes
 
 MODULE = ["-m", "diffdistill"]
 
@@ -60,31 +62,32 @@ import pytest
 from diffdistill import encode
 from tests.data.test_encode_streaming import stand_in, streamed
 stand_in(pytest.MonkeyPatch())
-encode(**streamed(Path(sys.argv[1]), Path(sys.argv[2]), count=20, shard_size=int(sys.argv[3]), batch_size=1))
+for size in map(int, sys.argv[3:]):
+    encode(**streamed(Path(sys.argv[1]), Path(sys.argv[2]) / str(size), count=20, shard_size=size, batch_size=1))
 """
 
 
-@pytest.mark.parametrize("size", [2, 7, 20])
-def test_a_stream_that_ends_early(size: int, tmp_path: Path) -> None:
-    # Seven rows where twenty are asked for: they end in a shard of the first process or between two.
-    teacher = tmp_path / "teacher"
+def test_a_stream_that_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, sizes = tmp_path / "teacher", ("2", "7", "20")
     tiny_a.stable_diffusion().save_pretrained(teacher)
-    subprocess.run([sys.executable, "-c", STREAM, str(teacher), str(tmp_path / "one"), str(size)], cwd=ROOT, check=True)
-    assert "has 7 rows" in together("-c", STREAM, str(teacher), str(tmp_path / "two"), str(size))
-    assert contents(tmp_path / "two") == contents(tmp_path / "one") and len(open_encoded(tmp_path / "two")) == 7
+    said = together("-c", STREAM, str(teacher), str(tmp_path / "two"), *sizes)
+    assert said.count("has 7 rows") == len(sizes)
+    stand_in(monkeypatch)
+    for size in sizes:
+        # Seven rows where twenty are asked for: they end in a shard of the first process or between two.
+        one, two = tmp_path / "one" / size, tmp_path / "two" / size
+        encode(**streamed(teacher, one, count=20, shard_size=int(size), batch_size=1))
+        assert contents(two) == contents(one) and len(open_encoded(two)) == 7
 
 
 @pytest.mark.slow
-def test_scoreboard(tmp_path: Path) -> None:
+def test_scoreboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--methods", "dmd2:digits,consistency:digits", "--seed", "0", "--budget", "24"]
-    options += ["--reference", "digits#test"]
+    options += ["--reference", "digits#test", "--threads", "1"]
     code = "import diffdistill.eval.bench as b, diffdistill.commands.cli as c; b.MOST_IMAGES = 200; exit(c.main())"
-    for processes in (1, 2):
-        argv = ["-c", code, "bench", *options, "--out", str(tmp_path / str(processes))]
-        if processes == 1:
-            subprocess.run([sys.executable, *argv], cwd=ROOT, check=True, capture_output=True)
-        else:
-            together(*argv)
+    together("-c", code, "bench", *options, "--out", str(tmp_path / "2"))
+    monkeypatch.setattr(bench, "MOST_IMAGES", 200)
+    assert main(["bench", *options, "--out", str(tmp_path / "1")]) == 0
     one, two = (json.loads((tmp_path / n / "board.json").read_text())["rows"] for n in "12")
     for row in one + two:
         row.pop("training s", None), row.pop("peak MB", None)
