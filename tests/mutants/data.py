@@ -33,7 +33,7 @@ MUTANTS = {
     ],
     f"diffdistill/data/videos.py | {_V}": [
         ("frames in the order of names", '(int(re.findall(r"\\d+", path.stem)[-1]), path.name)', "path.name"),
-        ("captions of other videos", "[captions[i] for i in indices]", "[captions[-i] for i in indices]"),
+        ("captions of other videos", "[captions[i] for i in indices]", "[captions[0] for _ in indices]"),
         ("channels and frames swapped", "permute(3, 0, 1, 2)", "permute(0, 3, 1, 2)"),
     ],
     f"diffdistill/data/folder.py | {_V} {_B}": [
