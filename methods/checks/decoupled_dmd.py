@@ -38,7 +38,7 @@ PLANE = {
         "student_level": 1.57,
         "time_low": 0.02,
         "time_high": 0.98,
-        "steps": 2500,
+        "steps": 2000,
     },
 }
 

@@ -30,7 +30,7 @@ PLANE = {
         "path_length": 4,
         "record_every": 50,
         "track_every": 200,
-        "steps": 2800,
+        "steps": 2200,
     },
 }
 

@@ -35,7 +35,8 @@ PLANE = {
         "divergence": "jensen_shannon",
         "time_low": 0.02,
         "time_high": 0.98,
-        "steps": 2500,
+        "steps": 2000,
+        "batch_size": 128,
     },
 }
 

@@ -30,7 +30,7 @@ PLANE = {
         "gan_time_mean": -0.5,
         "gan_time_std": 1.5,
         "r1_weight": 0.0001,
-        "steps": 3000,
+        "steps": 2500,
     },
 }
 

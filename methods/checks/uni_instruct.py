@@ -32,7 +32,8 @@ PLANE = {
         "time_low": 0.2,
         "time_high": 0.8,
         "student_level": 1.373,
-        "steps": 2500,
+        "steps": 2000,
+        "batch_size": 128,
     },
 }
 
