@@ -274,6 +274,17 @@ def test_the_middle_is_kept_and_resized_smoothly(tmp_path: Path) -> None:
     assert every(open_data(str(tmp_path), resolution=16)).images.abs().max() < 0.1
 
 
+@pytest.mark.parametrize("size", [(8, 16), (16, 8)])
+def test_the_middle_has_the_ratio_of_the_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    image = Image.new("RGB", (80, 80), "black")
+    image.paste("white", (0, 20, 80, 60) if size == (8, 16) else (20, 0, 60, 80))
+    image.save(tmp_path / "a.png")
+    np.savez(tmp_path / "a.npz", images=np.asarray(image)[None])
+    for name in ("", "a.npz"):
+        images = every(open_data(str(tmp_path / name), resolution=size)).images
+        assert images.shape == (1, 3, *size) and images.mean() > 0.9
+
+
 def test_mixed_sizes_need_a_resolution(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png", size=(8, 8))
     save_image(tmp_path / "b.png", size=(8, 9))

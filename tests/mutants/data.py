@@ -36,7 +36,7 @@ MUTANTS = {
         ("captions of other videos", "[captions[i] for i in indices]", "[captions[0] for _ in indices]"),
         ("channels and frames swapped", "permute(3, 0, 1, 2)", "permute(0, 3, 1, 2)"),
     ],
-    f"diffdistill/data/folder.py | {_V} {_B}": [
+    "diffdistill/data/folder.py | tests/data/test_data.py": [
         ("the middle of another ratio", "width * size[0] > height * size[1]", "width * size[1] > height * size[0]"),
     ],
     f"diffdistill/families/_family.py | {_F}": [
