@@ -47,8 +47,8 @@ def recipes(config: RecipesConfig) -> None:
 
 
 def families(config: ListConfig) -> None:
-    """Print the families of diffusers pipelines."""
-    from diffdistill.families import FAMILIES
+    """Print the families of diffusers pipelines, and why those are missing that people ask for."""
+    from diffdistill.families import FAMILIES, NOT_YET
 
     for family in FAMILIES.values():
         targets = ", ".join(family.lora_targets or ["all linear layers and convolutions"])
@@ -56,6 +56,9 @@ def families(config: ListConfig) -> None:
         print(f"{'':18} pipelines: {', '.join(family.class_names)}; conditions: {family.conditions}")
         print(f"{'':18} network: {family.component}, {family.network}; LoRA: {targets}")
         print(f"{'':18} stock guidance: {family.stock_guidance}")
+    print("\nnot there yet:")
+    for entry in NOT_YET:
+        print(f"  {entry.models}: {entry.reason}")
 
 
 def protocols(config: ListConfig) -> None:

@@ -188,7 +188,10 @@ def _named(teacher: Teacher, values: Mapping[str, Any]) -> dict[str, Any]:
         )
     size = {"resolution": None, "frames": None} | {k: v for k, v in values.items() if k in ("resolution", "frames")}
     if set(size.values()) == {None} and describe(local_folder(teacher.source)).shape != teacher.shape:
-        size = {"resolution": teacher.size.get("height"), "frames": teacher.size.get("num_frames")}
+        size = {
+            "resolution": teacher.size.get("height"),
+            "frames": teacher.size.get("num_frames", teacher.size.get("frames")),
+        }
     return {"teacher": teacher.source, **size}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from diffdistill.data.encoded import encode
+from diffdistill.families import FAMILIES
 from tests.players.tiny import BUILDERS, PROMPTS, SIZES
 
 
@@ -34,7 +35,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
                     Image.open(images / f"{i}.png").save(root / "classes" / str(i % 2) / f"{i}.png")
                 (root / "prompts.txt").write_text("\n".join(PROMPTS))
             options: dict[str, Any] = {"teacher": str(folder), "resolution": SIZES[name], "out": str(out)}
-            if name == "wan":
+            if name in FAMILIES and FAMILIES[name].videos:
                 encode(**options, prompts=str(root / "prompts.txt"), frames=5)
             else:
                 encode(**options, data=str(root / "classes" if name == "dit" else images))

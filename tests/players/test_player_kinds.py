@@ -22,7 +22,6 @@ from diffdistill.data.encoded import decoder, open_encoded
 from diffdistill.data.pairs import make_pairs
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, load_teacher
-from diffdistill.families._family import pack, unpack
 from diffdistill.players.scale_input import plain_network
 from diffdistill.training.assemble import load_run, make_game
 from diffdistill.training.trainer import Trainer, accelerator_for
@@ -39,6 +38,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # So that two steps of an adapter show in the image: some of the random networks hardly listen to their attention.
 LORA_RATES = {"qwen_image": 2.0, "sd3": 0.5}
+
+# Pipelines that hand their generator to the scheduler.
+HANDS = (
+    *("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "PixArtAlphaPipeline"),
+    *("SanaPipeline", "SanaVideoPipeline"),
+)
 
 # Nothing of ours: what anybody has who was given the folders.
 STRANGER = """
@@ -63,7 +68,7 @@ for job in json.load(open(sys.argv[1])):
 def options_for(folder: Path, prompts: Path, name: str, method: str, kind: str) -> dict[str, Any]:
     roles = "student,fake_score" if method in ("dmd2", "sid") else "student"
     lora = {"lora": roles} if kind == "lora" else {}
-    frames = {"frames": 5} if name == "wan" else {}
+    frames = {"frames": 5} if name in FAMILIES and FAMILIES[name].videos else {}
     return {
         "method": method, "teacher": str(folder), "prompts": str(prompts), "resolution": SIZES[name], **frames,
         **lora, "lora_rank": 2, "student_lr": 1e-3, "warmup_steps": 0, "batch_size": 2, "steps": 2,
@@ -82,21 +87,21 @@ def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], train
     first = torch.Generator().manual_seed(3)
     z = torch.randn(1, *shape, generator=first)
     pipeline = FAMILIES[teacher.family].pipelines[0]
-    hands = pipeline in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "SanaPipeline")
+    hands = pipeline in HANDS
     torch.manual_seed(5)
 
-    packed = teacher.family in ("flux", "qwen_image")
+    packing = FAMILIES[teacher.family].packing
 
     def noise(j: int) -> torch.Tensor:
-        drawn = torch.randn(pack(z).shape if packed else z.shape, generator=first if hands else None)
-        return unpack(drawn, shape) if packed else drawn
+        drawn = torch.randn(z.shape if packing is None else packing.pack(z).shape, generator=first if hands else None)
+        return drawn if packing is None else packing.unpack(drawn, shape)
 
     with torch.no_grad():
         x, t = sampler.input_at(len(sampler.levels) - 1, z, cond, noise)
         x0 = sampler.predict(x, t, len(sampler.levels), cond).x0
         if pipeline == "DiTPipeline":  # it gives images only
             return (decoder(teacher)(x0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        return pack(x0) if packed else x0
+        return x0 if packing is None else packing.pack(x0)
 
 
 def apart(image: torch.Tensor, other: torch.Tensor) -> float:
