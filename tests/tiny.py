@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from tests import tiny_a, tiny_b
+from tests import tiny_a, tiny_b, tiny_c
 
-PIPELINES: dict[str, Callable[..., Any]] = {**tiny_a.PIPELINES, **tiny_b.PIPELINES}
-SIZES = {**tiny_a.SIZES, **tiny_b.SIZES}
+PIPELINES: dict[str, Callable[..., Any]] = {**tiny_a.PIPELINES, **tiny_b.PIPELINES, **tiny_c.PIPELINES}
+SIZES = {**tiny_a.SIZES, **tiny_b.SIZES, **tiny_c.SIZES}
 FRAMES = tiny_b.FRAMES
