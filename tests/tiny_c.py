@@ -9,9 +9,12 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
 )
 from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -19,7 +22,7 @@ from transformers import (
 from tests.tiny_a import (
     denoiser,
 )
-from tests.tiny_b import qwen_config, qwen_tokenizer
+from tests.tiny_b import CHAT_TEMPLATE, qwen_config, qwen_tokenizer
 
 
 def flux2_parts(seed: int, guidance: bool) -> dict[str, Any]:
@@ -62,10 +65,28 @@ def flux2(seed: int = 0, is_distilled: bool = False) -> Flux2KleinPipeline:
     )
 
 
+def flux2_dev(seed: int = 0) -> Flux2Pipeline:
+    """The pipeline reads layers 10, 20 and 30 of its text encoder, and of its processor it asks a template alone."""
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("m.content", "m.content[0].text")
+    config = Mistral3Config(
+        text_config={**qwen_config(), **NARROW, "model_type": "mistral", "num_hidden_layers": 30},
+        vision_config={"model_type": "pixtral", "num_hidden_layers": 1, "num_attention_heads": 2, **NARROW},
+    )
+    return Flux2Pipeline(
+        **flux2_parts(seed, guidance=True),
+        text_encoder=Mistral3ForConditionalGeneration(config).eval(),
+        tokenizer=tokenizer,
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux2": flux2,
+    "flux2_dev": flux2_dev,
 }
 # In pixels, of an image whose latents are 8x8.
 SIZES = {
     "flux2": 32,
+    "flux2_dev": 32,
 }

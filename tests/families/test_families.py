@@ -145,7 +145,7 @@ def test_same_samples_away_from_a_negative_prompt(made: Callable[..., Case], nam
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])
-@pytest.mark.parametrize("name", ["flux"])
+@pytest.mark.parametrize("name", ["flux", "flux2_dev"])
 def test_flux_is_told_its_guidance(made: Callable[..., Case], name: str, scale: float) -> None:
     case = made(name)
     usual, _, _ = stock(case, 1.0)
