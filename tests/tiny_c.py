@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -21,6 +23,9 @@ from transformers import (
 
 from tests.tiny_a import (
     denoiser,
+    t5_encoder,
+    t5_tokenizer,
+    vae,
 )
 from tests.tiny_b import CHAT_TEMPLATE, qwen_config, qwen_tokenizer
 
@@ -81,12 +86,36 @@ def flux2_dev(seed: int = 0) -> Flux2Pipeline:
     )
 
 
+def chroma(seed: int = 0) -> ChromaPipeline:
+    torch.manual_seed(seed)
+    transformer = ChromaTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+    )
+    return ChromaPipeline(
+        transformer=denoiser(transformer, seed),
+        vae=vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux2": flux2,
     "flux2_dev": flux2_dev,
+    "chroma": chroma,
 }
 # In pixels, of an image whose latents are 8x8.
 SIZES = {
     "flux2": 32,
     "flux2_dev": 32,
+    "chroma": 16,
 }
