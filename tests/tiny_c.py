@@ -13,6 +13,8 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
 )
 from transformers import (
     Mistral3Config,
@@ -22,7 +24,10 @@ from transformers import (
 )
 
 from tests.tiny_a import (
+    TRANSFORMER,
+    ddim,
     denoiser,
+    noise_transformer,
     t5_encoder,
     t5_tokenizer,
     vae,
@@ -108,14 +113,39 @@ def chroma(seed: int = 0) -> ChromaPipeline:
     )
 
 
+def pixart_alpha(seed: int = 0, sample_size: int = 8) -> PixArtAlphaPipeline:
+    """A network of 128 latent pixels takes the image's size and shape, of any image."""
+    torch.manual_seed(seed)
+    transformer = PixArtTransformer2DModel(
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=36,
+        caption_channels=32,
+        **(TRANSFORMER | {"sample_size": sample_size, "attention_head_dim": 18}),
+    )
+    conditions = {
+        "encoder_hidden_states": torch.randn(64, 4, 32),
+        "added_cond_kwargs": {"resolution": torch.full((64, 2), 16.0), "aspect_ratio": torch.ones(64, 1)},
+    }
+    return PixArtAlphaPipeline(
+        transformer=noise_transformer(transformer, transformer.proj_out, seed, **conditions),
+        vae=vae(),
+        text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+        scheduler=ddim(timestep_spacing="trailing"),
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux2": flux2,
     "flux2_dev": flux2_dev,
     "chroma": chroma,
+    "pixart_alpha": pixart_alpha,
 }
 # In pixels, of an image whose latents are 8x8.
 SIZES = {
     "flux2": 32,
     "flux2_dev": 32,
     "chroma": 16,
+    "pixart_alpha": 16,
 }

@@ -46,7 +46,7 @@ from diffdistill.pipelines.card import model_card
 from diffdistill.pipelines.export import save_pipeline
 from diffdistill.players.lora import LoraSettings, lora_view
 from diffdistill.players.sampler import Sampler
-from tests import tiny, tiny_a
+from tests import tiny, tiny_a, tiny_c
 
 PROMPT = "a red fox in the snow"
 FRAMES = tiny.FRAMES
@@ -57,6 +57,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "stable_diffusion v": partial(tiny_a.stable_diffusion, prediction_type="v_prediction"),
     "stable_diffusion v zero_snr": partial(tiny_a.stable_diffusion, prediction_type="v_prediction", zero_snr=True),
     "stable_diffusion sample": partial(tiny_a.stable_diffusion, prediction_type="sample"),
+    "pixart_alpha sized": partial(tiny_c.pixart_alpha, sample_size=128),
 }
 SIZES = tiny.SIZES
 NAMES = [*tiny.PIPELINES]
