@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKLFlux2,
     ChromaPipeline,
     ChromaTransformer2DModel,
@@ -21,6 +23,8 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from tests.tiny_a import (
@@ -113,6 +117,33 @@ def chroma(seed: int = 0) -> ChromaPipeline:
     )
 
 
+def aura_flow(seed: int = 0) -> AuraFlowPipeline:
+    torch.manual_seed(seed)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pos_embed_max_size=64,
+    )
+    with torch.no_grad():  # a prompt is a few of 256 tokens, and the rest are zeros: it must be loud to be heard
+        transformer.joint_transformer_blocks[0].attn.add_v_proj.weight.mul_(100)
+    tokenizer = t5_tokenizer()
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    )
+    return AuraFlowPipeline(
+        transformer=denoiser(transformer, seed),
+        vae=vae(scaling_factor=0.13025),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
 def pixart_alpha(seed: int = 0, sample_size: int = 8) -> PixArtAlphaPipeline:
     """A network of 128 latent pixels takes the image's size and shape, of any image."""
     torch.manual_seed(seed)
@@ -140,6 +171,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux2": flux2,
     "flux2_dev": flux2_dev,
     "chroma": chroma,
+    "aura_flow": aura_flow,
     "pixart_alpha": pixart_alpha,
 }
 # In pixels, of an image whose latents are 8x8.
@@ -147,5 +179,6 @@ SIZES = {
     "flux2": 32,
     "flux2_dev": 32,
     "chroma": 16,
+    "aura_flow": 16,
     "pixart_alpha": 16,
 }
