@@ -17,6 +17,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
 )
 from transformers import (
     Mistral3Config,
@@ -31,12 +33,14 @@ from tests.tiny_a import (
     TRANSFORMER,
     ddim,
     denoiser,
+    gemma_encoder,
+    gemma_tokenizer,
     noise_transformer,
     t5_encoder,
     t5_tokenizer,
     vae,
 )
-from tests.tiny_b import CHAT_TEMPLATE, qwen_config, qwen_tokenizer
+from tests.tiny_b import CHAT_TEMPLATE, qwen_config, qwen_tokenizer, wan_vae
 
 
 def flux2_parts(seed: int, guidance: bool) -> dict[str, Any]:
@@ -167,12 +171,34 @@ def pixart_alpha(seed: int = 0, sample_size: int = 8) -> PixArtAlphaPipeline:
     )
 
 
+def sana_video(seed: int = 0) -> SanaVideoPipeline:
+    torch.manual_seed(seed)
+    transformer = SanaVideoTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+        rope_max_seq_len=32,
+    )
+    return SanaVideoPipeline(
+        transformer=denoiser(transformer, seed),
+        vae=wan_vae(),
+        text_encoder=gemma_encoder(),
+        tokenizer=gemma_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux2": flux2,
     "flux2_dev": flux2_dev,
     "chroma": chroma,
     "aura_flow": aura_flow,
     "pixart_alpha": pixart_alpha,
+    "sana_video": sana_video,
 }
 # In pixels, of an image whose latents are 8x8.
 SIZES = {
@@ -181,4 +207,5 @@ SIZES = {
     "chroma": 16,
     "aura_flow": 16,
     "pixart_alpha": 16,
+    "sana_video": 32,
 }
