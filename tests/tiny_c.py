@@ -19,6 +19,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SanaVideoPipeline,
@@ -32,6 +34,8 @@ from transformers import (
     Qwen2_5_VLTextModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -47,7 +51,7 @@ from tests.tiny_a import (
     t5_tokenizer,
     vae,
 )
-from tests.tiny_b import CHAT_TEMPLATE, qwen_config, qwen_tokenizer, wan_vae
+from tests.tiny_b import CHAT_TEMPLATE, VISION, qwen_config, qwen_tokenizer, qwen_vae, wan_vae
 
 
 def flux2_parts(seed: int, guidance: bool) -> dict[str, Any]:
@@ -178,6 +182,42 @@ def pixart_alpha(seed: int = 0, sample_size: int = 8) -> PixArtAlphaPipeline:
     )
 
 
+def krea2(seed: int = 0, is_distilled: bool = False) -> Krea2Pipeline:
+    """The pipeline reads the embeddings and two layers of its text encoder."""
+    torch.manual_seed(seed)
+    transformer = Krea2Transformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=32,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={**qwen_config(), "head_dim": 16, "rope_parameters": rope},
+        vision_config={**VISION, "deepstack_visual_indexes": [0]},
+    )
+    return Krea2Pipeline(
+        transformer=denoiser(transformer, seed),
+        vae=qwen_vae(),
+        text_encoder=Qwen3VLModel(config).eval(),
+        tokenizer=qwen_tokenizer(),
+        text_encoder_select_layers=(0, 1, 2),
+        is_distilled=is_distilled,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+    )
+
+
 def sana_video(seed: int = 0) -> SanaVideoPipeline:
     torch.manual_seed(seed)
     transformer = SanaVideoTransformer3DModel(
@@ -241,6 +281,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "chroma": chroma,
     "aura_flow": aura_flow,
     "pixart_alpha": pixart_alpha,
+    "krea2": krea2,
     "sana_video": sana_video,
     "hunyuan_video15": hunyuan_video15,
 }
@@ -251,6 +292,7 @@ SIZES = {
     "chroma": 16,
     "aura_flow": 16,
     "pixart_alpha": 16,
+    "krea2": 16,
     "sana_video": 32,
     "hunyuan_video15": 32,
 }

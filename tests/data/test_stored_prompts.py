@@ -17,7 +17,9 @@ from diffdistill.families import FAMILIES, Prompt, load_pipeline, load_teacher, 
 from tests.data.encoding import options
 from tests.players.tiny import BUILDERS, SIZES
 
-PADDED = (*("qwen_image", "z_image", "pixart_sigma", "pixart_alpha", "sana", "sana_video", "wan", "aura_flow"),)
+PADDED = (
+    *("qwen_image", "z_image", "pixart_sigma", "pixart_alpha", "sana", "sana_video", "wan", "aura_flow", "krea2"),
+)
 WORDS = ["a red square", "one", "two dogs that sleep below a tree", "three"]
 
 

@@ -58,6 +58,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "stable_diffusion v zero_snr": partial(tiny_a.stable_diffusion, prediction_type="v_prediction", zero_snr=True),
     "stable_diffusion sample": partial(tiny_a.stable_diffusion, prediction_type="sample"),
     "pixart_alpha sized": partial(tiny_c.pixart_alpha, sample_size=128),
+    "krea2 distilled": partial(tiny_c.krea2, is_distilled=True),
 }
 SIZES = tiny.SIZES
 NAMES = [*tiny.PIPELINES]
