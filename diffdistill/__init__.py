@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from diffdistill.commands.distill import distill
     from diffdistill.commands.evaluate import evaluate
     from diffdistill.commands.export import export
+    from diffdistill.commands.family_check import family_check
     from diffdistill.commands.jvp_check import jvp_check
     from diffdistill.commands.plan import plan
     from diffdistill.commands.run import Run
@@ -48,6 +49,7 @@ _MODULES = {
     "sample": "commands.sample",
     "bench": "commands.bench",
     "verify": "commands.verify",
+    "family_check": "commands.family_check",
     "jvp_check": "commands.jvp_check",
     "plan": "commands.plan",
     "export": "commands.export",
@@ -88,6 +90,7 @@ __all__ = [
     "encode",
     "evaluate",
     "export",
+    "family_check",
     "guided",
     "jvp_check",
     "load_student",

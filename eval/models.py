@@ -331,6 +331,14 @@ def guidance_call(
     return {"guidance_scale": scale} | ({} if negative is None else {"negative_prompt": negative})
 
 
+def steered(pipeline: Any, family: Family | None, call: dict[str, Any]) -> dict[str, Any]:
+    """The call without the guidance scale, where `Family.steer` gives that to the pipeline, as is done here."""
+    if family is None or family.steer is None or "guidance_scale" not in call:
+        return call
+    family.steer(pipeline, call["guidance_scale"])
+    return {name: value for name, value in call.items() if name != "guidance_scale"}
+
+
 def with_negatives(call: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The call for so many prompts: there must be as many negative ones."""
     return {name: [value] * count if name == "negative_prompt" else value for name, value in call.items()}
@@ -347,6 +355,7 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
         pipeline = any_pipeline(path, device=sampling.device, dtype=dtype, trust=sampling.trust_remote_code)
     else:
         pipeline = load_pipeline(path, device=sampling.device, dtype=dtype)
+    call = steered(pipeline, family, call)
     if getattr(pipeline, "safety_checker", None) is not None:  # it would blacken images, and nobody measures with it
         pipeline.safety_checker = None
     takes = inspect.signature(pipeline.__call__).parameters

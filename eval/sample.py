@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from diffdistill.core.attention_choice import check_attention
 from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import LinearFlow
 from diffdistill.errors import UserError, first_line, shown
-from diffdistill.eval.models import ModelLike, model_folder, pixel_sampler, stock_call
+from diffdistill.eval.models import ModelLike, model_folder, pixel_sampler, steered, stock_call
 from diffdistill.eval.videos import is_video, save_videos
 from diffdistill.families import (
     Family,
@@ -133,6 +134,7 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
     call = stock_call(folder, family, request.steps, request.guidance_scale, request.negative_prompt)
     call |= _size(folder, family, request)
     pipeline = load_pipeline(folder, device=request.device)
+    call = steered(pipeline, family, call)
     count = request.count or 4
     images: list[Tensor] = []
     videos: list[Tensor] = []
@@ -232,14 +234,20 @@ def traced(pipeline: Any) -> Iterator[list[Tensor]]:
 def decoded(pipeline: Any, family: Family, latents: Tensor, call: dict[str, Any]) -> Tensor:
     """(1, 3, H, W) in [-1, 1] of latents of the pipeline's shape; a video's first frame."""
     assert family.autoencoder is not None
-    if latents.ndim == 3:  # packed in tokens
-        size = pipeline.default_sample_size * pipeline.vae_scale_factor
-        latents = pipeline._unpack_latents(
-            latents, call.get("height", size), call.get("width", size), pipeline.vae_scale_factor
-        )
-        latents = latents.squeeze(2) if latents.ndim == 5 else latents
+    if family.packing is not None and latents.ndim == 3:
+        config = dict(pipeline.vae.config)
+        sides = (_side(pipeline, call, side) // family.autoencoder.factor(config) for side in ("height", "width"))
+        latents = family.packing.unpack(latents, (family.autoencoder.channels(config), *sides))
     images = family.autoencoder.decode(pipeline.vae, latents.to(pipeline.vae.dtype)).float().clamp(-1, 1)
     return images[:, :, 0] if images.ndim == 5 else images
+
+
+def _side(pipeline: Any, call: dict[str, Any], name: str) -> int:
+    """Height or width in pixels of a pipeline's call, its own where the call does not say it."""
+    usual = inspect.signature(pipeline.__call__).parameters[name].default
+    if isinstance(usual, int):
+        return int(call.get(name, usual))
+    return int(call.get(name, pipeline.default_sample_size * pipeline.vae_scale_factor))
 
 
 def _labels(teacher: Teacher, count: int, classes: Sequence[int]) -> Tensor | None:

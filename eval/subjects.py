@@ -43,7 +43,7 @@ from diffdistill.rng import image_generators
 
 LATENT_STEPS = 50  # of a stock pipeline whose call names no number
 NETWORKS = ("unet", "transformer", "transformer_2")
-SIZE = ("height", "width", "num_frames")
+SIZE = ("height", "width", "num_frames", "frames")
 PROMPTS = (
     "a lighthouse on a cliff in a storm, oil painting",
     "a red bicycle leaning against a white wall",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,12 @@ def _stored(entry: Family, teacher: Teacher) -> str:
     return str(stored_dtypes(local_folder(teacher.source) / entry.component)[1]).removeprefix("torch.")
 
 
+def _prompt(entry: Family) -> str:
+    """The prompt, by its name where it is not the first argument of the pipeline's call (FLUX.2 takes images first)."""
+    names = list(inspect.signature(diffusers_class(entry.pipelines[0]).__call__).parameters)
+    return '"a prompt"' if names[:2] == ["self", "prompt"] else 'prompt="a prompt"'
+
+
 def _call(entry: Family, teacher: Teacher, sampler: Sampler) -> tuple[str, str]:
     """What the pipeline draws, and all arguments of its call, as Python."""
     steps, network = len(sampler.levels), sampler.denoiser.network
@@ -131,7 +138,7 @@ def _call(entry: Family, teacher: Teacher, sampler: Sampler) -> tuple[str, str]:
         subject = "" if teacher.num_classes is None else "batch_size=4, class_labels=[0, 1, 2, 3]"
         arguments = [*filter(None, [subject]), *([f"num_inference_steps={steps}"] if steps > 1 else [])]
     else:
-        subject = '"a prompt"' if entry.conditions == "text" else "class_labels=[0, 1, 2, 3]"
+        subject = _prompt(entry) if entry.conditions == "text" else "class_labels=[0, 1, 2, 3]"
         arguments = [subject, *(f"{name}={value!r}" for name, value in student_call(teacher, sampler).items())]
     if isinstance(network, AdaptedNetwork):
         arguments.append(f"guidance_scale={float(network.guidance_scale):g}")
@@ -167,7 +174,7 @@ class _Lines:
     @property
     def _draw(self) -> str:
         """The call."""
-        return f"images = pipeline({self.call}).{'frames' if 'num_frames' in self.call else 'images'}"
+        return f"images = pipeline({self.call}).{'frames' if self.entry.videos else 'images'}"
 
     def _loaded(self, place: str, more: str = "") -> str:
         """The arguments of `from_pretrained` that load a whole pipeline."""

@@ -142,6 +142,11 @@ def check_saving(entry: Family | None, network: nn.Module, saving: SavingConfig)
             raise UserError(
                 "export: the LoRA alone cannot say what a guidance scale adds, which is a layer of its own; give merged"
             )
+    if saving.parts == "reference" and entry is not None and entry.settings:
+        raise UserError(
+            f"parts: the guidance of {entry.class_names[0]} is a file of its folder, and a student's is another; give "
+            "copy or link"
+        )
     if saving.parts == "reference" and isinstance(network, AdaptedNetwork):
         raise UserError("parts: a student with guidance adapters is saved as a whole; give copy or link")
     if saving.layout == "comfyui":
@@ -178,6 +183,9 @@ def _write_network(
     names = [part.name for part in parts_there]
     index = student_index(kind, index, names, entry.component, type(scheduler).__name__)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for file, values in entry.settings.items():
+        text = json.dumps({**read_json(folder / file), **values}, indent=2)
+        (folder / file).write_text(text + "\n", encoding="utf-8")
 
 
 def _lora_in(network: LoraNetwork, dtype: str | None) -> dict[str, torch.Tensor]:

@@ -79,6 +79,21 @@ def t5_encoder(width: int = 32) -> T5EncoderModel:
     ).eval()
 
 
+def gemma_encoder() -> Gemma2Model:
+    """Gemma 2 of two layers; the tokens are those of gemma_tokenizer()."""
+    config = Gemma2Config(
+        vocab_size=len(gemma_tokenizer()),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+    )
+    return Gemma2Model(config).eval()
+
+
 def clip_config(width: int = 32, **settings: Any) -> CLIPTextConfig:
     """Of a two-layer CLIP text encoder, with or without projection; the tokens are those of clip_tokenizer()."""
     tokenizer = clip_tokenizer()
@@ -294,24 +309,11 @@ def sana(seed: int = 0) -> SanaPipeline:
         **{f"{half}_layers_per_block": (1, 1, 1) for half in halves},
         **{f"{half}_qkv_multiscales": ((), (), (5,)) for half in halves},
     )
-    tokenizer = gemma_tokenizer()
-    text_encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            query_pre_attn_scalar=16,
-        )
-    )
     return SanaPipeline(
         transformer=denoiser(transformer, seed),
         vae=autoencoder.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
+        text_encoder=gemma_encoder(),
+        tokenizer=gemma_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 

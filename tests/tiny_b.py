@@ -134,6 +134,21 @@ def flux(seed: int = 0) -> FluxPipeline:
     )
 
 
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+
+
+def qwen_vae() -> AutoencoderKLQwenImage:
+    """Images twice as wide as the latents."""
+    return AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True]).eval()
+
+
+def wan_vae() -> AutoencoderKLWan:
+    """Videos four times as wide and as long as the latents."""
+    return AutoencoderKLWan(
+        base_dim=8, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], scale_factor_spatial=4
+    ).eval()
+
+
 def qwen_image(seed: int = 0) -> QwenImagePipeline:
     torch.manual_seed(seed)
     transformer = QwenImageTransformer2DModel(
@@ -147,18 +162,11 @@ def qwen_image(seed: int = 0) -> QwenImagePipeline:
     )
     config = Qwen2_5_VLConfig(
         text_config={**qwen_config(), "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "fullatt_block_indexes": [0],
-        },
+        vision_config={**VISION, "fullatt_block_indexes": [0]},
     )
     return QwenImagePipeline(
         transformer=denoiser(transformer, seed),
-        vae=AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True]).eval(),
+        vae=qwen_vae(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
         tokenizer=qwen_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -206,12 +214,9 @@ def wan(seed: int = 0) -> WanPipeline:
     text_encoder = UMT5EncoderModel(
         UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     )
-    autoencoder = AutoencoderKLWan(
-        base_dim=8, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], scale_factor_spatial=4
-    )
     return WanPipeline(
         transformer=denoiser(transformer, seed),
-        vae=autoencoder.eval(),
+        vae=wan_vae(),
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

@@ -38,6 +38,25 @@ class JvpCheckConfig(MachineConfig, AttentionConfig):
     all: bool = option(False, "list every module, not only those that disagree and the whole network")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FamilyCheckConfig(MachineConfig):
+    """Which pipeline."""
+
+    model: str = option(MISSING, "a diffusers folder or hub id, of a family here or of the file that --family names")
+    resolution: int | str | None = option(
+        None, "pixels a side, or HEIGHTxWIDTH such as 720x1280, for a latent model; default: its own", at_least=1
+    )
+    frames: int | None = option(None, "frames of a video; default: the model's own", at_least=1)
+    prompt: str = option("a red fox in the snow", "the prompt that a text-to-image model is given")
+    whole: bool | None = option(
+        None,
+        "also what takes further copies of the weights: bfloat16, export and reload; default: for folders below 2 GB",
+    )
+    write: str | None = option(
+        None, "a .py file, not there yet, that the beginning of a family is written into where none reads the pipeline"
+    )
+
+
 @dataclass(frozen=True)
 class RateConfig:
     """How fast the machine is."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from diffdistill.catalogue import describe_method, describe_recipe
-from diffdistill.commands.check_config import JvpCheckConfig, PlanConfig, VerifyConfig
+from diffdistill.commands.check_config import FamilyCheckConfig, JvpCheckConfig, PlanConfig, VerifyConfig
 from diffdistill.config import (
     DERIVED,
     EVERYTHING,
@@ -141,12 +141,18 @@ COMMANDS: dict[str, Command] = {
         "jvp_check:run",
         ("teacher",),
     ),
+    "family-check": Command(
+        "check a family against the stock pipeline of a folder, or say what a family file for it must have",
+        FamilyCheckConfig,
+        "family_check:run",
+        ("model",),
+    ),
 }
 
 
 EXIT_CODES = {
     0: "it is done",
-    1: "verify has failed, or a fault of diffdistill with its traceback",
+    1: "verify, jvp-check or family-check has failed, or a fault of diffdistill with its traceback",
     2: "bad input, a full disk or too little memory; one line says what",
     75: "train, teacher: --max-hours are over; a checkpoint is written, and --resume goes on",
     130: "SIGINT or Ctrl-C; train and teacher have written a checkpoint, and --resume goes on",

@@ -47,8 +47,8 @@ def recipes(config: RecipesConfig) -> None:
 
 
 def families(config: ListConfig) -> None:
-    """Print the families of diffusers pipelines."""
-    from diffdistill.families import FAMILIES
+    """Print the families of diffusers pipelines, and why those are missing that people ask for."""
+    from diffdistill.families import FAMILIES, NOT_YET
 
     for family in FAMILIES.values():
         targets = ", ".join(family.lora_targets or ["all linear layers and convolutions"])
@@ -60,6 +60,9 @@ def families(config: ListConfig) -> None:
             print(f"{'':18} without a negative prompt: {negative!r}, as its makers have it")
         if family.text is not None and family.text.advised is not None:
             print(f"{'':18} its makers draw with --negative-prompt {family.text.advised!r}")
+    print("\nnot there yet:")
+    for entry in NOT_YET:
+        print(f"  {entry.models}: {entry.reason}")
 
 
 def protocols(config: ListConfig) -> None:

@@ -170,7 +170,8 @@ class LinearFlow:
     `shift` moves the sampling grid and the native-uniform times, sigma' = shift sigma / (1 + (shift - 1) sigma)
     (Esser et al. 2024, arXiv:2403.03206, section 5.3.2), never the meaning of a time. `grid`: whether the pipeline
     lets its scheduler take its "own" row of levels or hands it the "given" one, 1, .., 1/n. `starts_at_one`: the
-    pipeline's scheduler takes any time; otherwise (pixels) only whole ones below `train_timesteps`.
+    pipeline's scheduler takes any time; otherwise (pixels) only whole ones below `train_timesteps`. `log_shift` (a, b):
+    the stock pipeline shifts its row of n steps by exp(a n + b), and `shift` is that of its usual number (FLUX.2).
     """
 
     shift: float = 1.0
@@ -180,6 +181,7 @@ class LinearFlow:
     t_min: float = 0.0
     grid: Literal["own", "given"] = "own"
     starts_at_one: bool = False
+    log_shift: tuple[float, float] | None = None
 
     @property
     def t_max(self) -> float:
@@ -211,6 +213,9 @@ class LinearFlow:
 
     def levels(self, steps: int) -> Tensor:
         """FlowMatchEulerDiscreteScheduler's: uniform between the end points of the shifted range, then shifted."""
+        if self.log_shift is not None:
+            slope, offset = self.log_shift
+            return replace(self, shift=math.exp(slope * _positive_steps(steps) + offset), log_shift=None).levels(steps)
         if self.grid == "given":
             return self.trailing(steps)
         # The scheduler takes both ends from its already shifted training table, and shifts once more.

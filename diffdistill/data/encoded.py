@@ -250,7 +250,11 @@ def _named(teacher: Teacher, values: Mapping[str, Any]) -> dict[str, Any]:
         )
     size = {"resolution": None, "frames": None} | {k: v for k, v in values.items() if k in ("resolution", "frames")}
     if set(size.values()) == {None} and describe(local_folder(teacher.source)).shape != teacher.shape:
-        size = {"resolution": (teacher.size["height"], teacher.size["width"]), "frames": teacher.size.get("num_frames")}
+        height, width = teacher.size.get("height"), teacher.size.get("width")
+        size = {
+            "resolution": None if height is None else (height, width),
+            "frames": teacher.size.get("num_frames", teacher.size.get("frames")),
+        }
     return {"teacher": teacher.source, **size}
 
 

@@ -25,7 +25,9 @@ from diffdistill.families._loading import (
     record_of,
     student_record,
 )
-from diffdistill.families._parts import parts_of, read_json
+from diffdistill.families._not_yet import NOT_YET
+from diffdistill.families._outside import report_unread, skeleton
+from diffdistill.families._parts import parts_of, read_json, weight_files
 from diffdistill.families._record import (
     METADATA,
     DiversityRecord,
@@ -36,7 +38,7 @@ from diffdistill.families._record import (
     read_record,
     write_record,
 )
-from diffdistill.families._registry import FAMILIES, family_of, register_family
+from diffdistill.families._registry import FAMILIES, family_of, from_outside, register_family
 from diffdistill.families._schedules import schedule_of
 from diffdistill.families._single import read_files_with
 from diffdistill.families.unet2d import new_unet2d, unet2d_teacher
@@ -45,6 +47,7 @@ __all__ = [
     "FAMILIES",
     "METADATA",
     "NOT_LOADED",
+    "NOT_YET",
     "Autoencoder",
     "DiversityRecord",
     "Family",
@@ -60,6 +63,7 @@ __all__ = [
     "describe",
     "diffusers_class",
     "family_of",
+    "from_outside",
     "is_partial",
     "is_path",
     "is_single_file",
@@ -76,10 +80,13 @@ __all__ = [
     "read_record",
     "record_of",
     "register_family",
+    "report_unread",
     "schedule_of",
+    "skeleton",
     "student_record",
     "teacher_of",
     "unet2d_teacher",
+    "weight_files",
     "with_null",
     "write_record",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,6 +104,13 @@ def plain_text(
     return Text(components, encode, null, optional, negative, advised)
 
 
+class Packing(NamedTuple):
+    """Between samples (B, C, h, w) and the tokens of a stock pipeline's latents."""
+
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor, Sequence[int]], Tensor]  #: (tokens, (C, h, w)) -> samples
+
+
 @dataclass(frozen=True)
 class Family:
     """One entry: how a pipeline of diffusers becomes a teacher, and a network a pipeline again."""
@@ -120,11 +127,18 @@ class Family:
     autoencoder: Autoencoder | None = None
     text: Text | None = None
     arguments: Callable[[int], Config] = field(default=lambda steps: {"num_inference_steps": steps})
+    #: Arguments of the stock pipeline's call that guide by the scale g of u + g (c - u); None: it has none.
+    guided: Callable[[float], Config] | None = field(default=lambda scale: {"guidance_scale": scale})
+    #: Gives a pipeline the scale where that is no argument of its call; `load_pipeline` turns guidance off by it.
+    steer: Callable[[Any, float], None] | None = None
+    #: What files of a student's folder have otherwise than its teacher's, by their paths.
+    settings: Mapping[str, Config] = field(default_factory=dict)
+    packing: Packing | None = None  #: how the stock pipeline lays its latents out, where that is not the sample's shape
     flow_grid: str = "own"  #: "given": the pipeline hands its flow scheduler 1, .., 1/n; "own": it takes its own row
     stock_guidance: str = "u + g (c - u)"  #: for the table
     loads_lora: bool = True  #: the stock pipeline has `load_lora_weights`
     videos: bool = False  #: the samples are videos
-    single_file: bool = False  #: the network's class has `from_single_file`, which reads the weights of a student
+    single_file: bool = False  #: `from_single_file` of the network's class reads the weights of a student
 
     @property
     def needed_parts(self) -> tuple[str, ...]:
@@ -187,6 +201,11 @@ def unpack(y: Tensor, shape: Sequence[int]) -> Tensor:
     return y.view(len(y), h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(len(y), c, h, w)
 
 
+PATCHES = Packing(pack, unpack)
+ROWS = Packing(lambda x: x.flatten(2).transpose(1, 2), lambda y, shape: y.transpose(1, 2).reshape(len(y), *shape))
+"""(B, h w, C), row by row."""
+
+
 def token_map(output: Any, x: Tensor) -> Tensor:
     """(B, D, h', w'): a transformer block's image tokens (B, L, D) on the grid of the sample x (B, C, h, w)."""
     tokens = output[-1] if isinstance(output, tuple) else output
@@ -194,6 +213,16 @@ def token_map(output: Any, x: Tensor) -> Tensor:
     patch = math.isqrt(max(h * w // tokens.shape[1], 1))
     grid = (h // patch, w // patch)
     return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
+
+
+def last_tokens_map(patch: int) -> Callable[[Any, Tensor], Tensor]:
+    """`token_map` of a block that has other tokens before the image's, of so many latent pixels a side each."""
+
+    def features(output: Any, x: Tensor) -> Tensor:
+        tokens = output[-1] if isinstance(output, tuple) else output
+        return token_map(tokens[:, -(x.shape[-2] * x.shape[-1] // patch**2) :], x)
+
+    return features
 
 
 Pair = tuple[int, int]

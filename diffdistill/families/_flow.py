@@ -38,6 +38,15 @@ def flow_schedule(config: Config, grid: Literal["own", "given"], tokens: int | N
     return replace(schedule, grid=grid, starts_at_one=True), row
 
 
+def latent_frames(family: str, frames: int, ratio: int) -> int:
+    """Frames of latents for so many of a video; UserError where they do not fit."""
+    if frames < 1 or (frames - 1) % ratio:
+        near = max(round((frames - 1) / ratio), 0) * ratio + 1
+        right = f"one more than a multiple of {ratio}, which {family} needs"
+        raise UserError(f"frames: {frames} is not {right}; use {near}")
+    return (frames - 1) // ratio + 1
+
+
 def _moments(vae: Any, latents: Tensor) -> list[Tensor]:
     rows = (vae.config.latents_mean, vae.config.latents_std)
     return [torch.tensor(row).view(-1, 1, 1, 1).to(latents) for row in rows]

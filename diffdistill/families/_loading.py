@@ -178,6 +178,8 @@ def load_pipeline(
         raise UserError(f"teacher: the pipeline in {folder} does not load ({first_line(error)})") from error
     pipeline.register_to_config(_name_or_path=str(folder))
     pipeline.set_progress_bar_config(disable=True)
+    if family.steer is not None:
+        family.steer(pipeline, 1.0)
     return pipeline.to(device) if weights else pipeline
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import sys
 from difflib import get_close_matches
 from pathlib import Path
 
+import diffusers
+
 from diffdistill.errors import UserError, first_line, shown
-from diffdistill.families._family import Family
+from diffdistill.families._family import Autoencoder, Family, Text
 from diffdistill.families._hints import hint_for_folder
+from diffdistill.families._not_yet import reason_of
 from diffdistill.families._own import WEIGHTS
 from diffdistill.families._parts import Config, read_json
 
@@ -30,6 +34,7 @@ def register_family(family: Family | str | Path) -> Family:
     name of a family of the package.
     """
     own = family if isinstance(family, Family) else _family_in(Path(family))
+    _check_fields(own)
     if own.name in _OURS:
         raise UserError(f"family: {own.name!r} is the name of a family of diffdistill; choose another")
     others = {name: entry for name, entry in FAMILIES.items() if name != own.name}
@@ -39,6 +44,50 @@ def register_family(family: Family | str | Path) -> Family:
 
 
 _OURS = frozenset(FAMILIES)
+
+
+def from_outside() -> list[Family]:
+    """The families that are registered besides those of the package."""
+    return [family for name, family in FAMILIES.items() if name not in _OURS]
+
+
+def _check_fields(family: Family) -> None:
+    """UserError for a field that is not what it must be."""
+
+    def known(kind: object) -> bool:
+        return inspect.isclass(kind) or (isinstance(kind, str) and hasattr(diffusers, kind))
+
+    texts = {name: getattr(family, name) for name in ("name", "models", "component")}
+    rows: list[tuple[str, object, bool, str]] = [
+        *((name, value, isinstance(value, str) and bool(value), "a text") for name, value in texts.items()),
+        (
+            "pipelines",
+            family.pipelines,
+            isinstance(family.pipelines, tuple) and bool(family.pipelines) and all(map(known, family.pipelines)),
+            "a tuple of classes, or of names of classes in diffusers",
+        ),
+        ("network", family.network, known(family.network), "a class, or the name of one in diffusers"),
+        ("conditions", family.conditions, family.conditions in _CONDITIONS, f"one of {', '.join(_CONDITIONS)}"),
+        ("teacher", family.teacher, callable(family.teacher), "a function of the network and its Source"),
+        ("arguments", family.arguments, callable(family.arguments), "a function of the number of steps"),
+        ("guided", family.guided, family.guided is None or callable(family.guided), "a function of the scale, or None"),
+        ("autoencoder", family.autoencoder, isinstance(family.autoencoder, Autoencoder | None), "an Autoencoder"),
+        ("text", family.text, isinstance(family.text, Text | None), "a Text"),
+        (
+            "text",
+            family.text,
+            (family.text is not None) == (family.conditions == "text"),
+            "there for the conditions 'text', and None for others",
+        ),
+    ]
+    for name, value, right, what in rows:
+        if not right:
+            raise UserError(f"family: {shown(family.name)}: its {name} is {shown(value)}; it must be {what}")
+    if not isinstance(family.lora_targets, tuple | None):
+        raise UserError(f"family: {shown(family.name)}: its lora_targets must be a tuple of names, or None for all")
+
+
+_CONDITIONS = ("none", "classes", "text")
 
 
 def _family_in(path: Path) -> Family:
@@ -81,8 +130,10 @@ def family_of(folder: Path) -> tuple[Family, Config]:
     if family is None:
         near = get_close_matches(str(name), [n for f in FAMILIES.values() for n in f.class_names], n=1, cutoff=0.8)
         hint = f"did you mean {near[0]}? " if near else ""
+        if reason := reason_of(str(name)):
+            raise UserError(f"teacher: {name} is not supported: {reason}; `diffdistill families` lists what is")
         raise UserError(
             f"teacher: pipeline class {shown(name)} is not supported; {hint}`diffdistill families` lists those that "
-            "are, and CONTRIBUTING.md, 'Adding a family', says how to add one"
+            "are, and `diffdistill family-check` says what a family file for it must have"
         )
     return family, index

@@ -11,6 +11,7 @@ from diffdistill.core.denoiser import Call, Cond
 from diffdistill.families._family import (
     ATTENTION,
     KL,
+    PATCHES,
     Family,
     Prompt,
     Source,
@@ -25,7 +26,8 @@ from diffdistill.families._flow import ADDED_ATTENTION, flow_schedule
 from diffdistill.players.teacher import Teacher
 
 
-def _image_ids(height: int, width: int, device: torch.device) -> Tensor:
+def image_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """(height width, 3) zero, row and column of each token."""
     rows = torch.arange(height, device=device).repeat_interleave(width)
     columns = torch.arange(width, device=device).repeat(height)
     return torch.stack([torch.zeros_like(rows), rows, columns], 1).float()
@@ -41,7 +43,7 @@ def _caller(takes_guidance: bool) -> Call:
             encoder_hidden_states=text,
             pooled_projections=cond["pooled_projections"],
             timestep=time / 1000,
-            img_ids=_image_ids(x.shape[2] // 2, x.shape[3] // 2, x.device),
+            img_ids=image_ids(x.shape[2] // 2, x.shape[3] // 2, x.device),
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
             guidance=cond["guidance"] if takes_guidance else None,
             return_dict=False,
@@ -93,6 +95,8 @@ FAMILY = Family(
     autoencoder=KL,
     text=Text(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), _encode, _null),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 3.5},
+    guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": ""},
+    packing=PATCHES,
     flow_grid="given",
     stock_guidance="guidance_scale is an input of the network; true_cfg_scale g: u + g (c - u)",
     single_file=True,

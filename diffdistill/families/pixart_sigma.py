@@ -30,18 +30,15 @@ def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return output[:, : x.shape[1]]  # the rest is a learned variance
 
 
+def size_of(family: str, config: Any, factor: int, source: Source) -> tuple[int, int]:
+    """Height and width in latent pixels; a pipeline of PixArt takes multiples of 8 pixels, whatever its autoencoder."""
+    native = native_pixels(config.sample_size, factor, source.resolution)
+    return latent_size(family, factor, native, source.resolution, max(config.patch_size, 8 // factor))
+
+
 def _teacher(network: Any, source: Source) -> Teacher:
     config = network.config
-    factor = KL.factor(source.config("vae"))
-    # The pipeline takes multiples of 8 pixels, whatever its autoencoder.
-    multiple = max(config.patch_size, 8 // factor)
-    size = latent_size(
-        "pixart_sigma",
-        factor,
-        native_pixels(config.sample_size, factor, source.resolution),
-        source.resolution,
-        multiple,
-    )
+    size = size_of("pixart_sigma", config, KL.factor(source.config("vae")), source)
     return latent_teacher(
         "pixart_sigma",
         network,
@@ -54,7 +51,8 @@ def _teacher(network: Any, source: Source) -> Teacher:
     )
 
 
-def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+def encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+    """Rows and mask of each prompt."""
     # Without clean_caption, whose result depends on whether bs4 and ftfy are installed.
     embeds, mask, _, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, clean_caption=False)
     return {"encoder_hidden_states": padded_with_zeros(embeds, mask), "encoder_attention_mask": mask}
@@ -70,7 +68,7 @@ FAMILY = Family(
     _teacher,
     lora_targets=ATTENTION,
     autoencoder=KL,
-    text=plain_text(("tokenizer", "text_encoder"), _encode),
+    text=plain_text(("tokenizer", "text_encoder"), encode),
     arguments=lambda steps: {
         "num_inference_steps": steps,
         "guidance_scale": 1.0,

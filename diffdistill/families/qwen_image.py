@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from diffdistill.core.denoiser import Cond
 from diffdistill.families._family import (
     ATTENTION,
+    PATCHES,
     Autoencoder,
     Family,
     Prompt,
@@ -43,7 +44,7 @@ def _rescale(guided: Tensor, conditional: Tensor) -> Tensor:
 
 def _teacher(network: Any, source: Source) -> Teacher:
     config = network.config
-    factor = _AUTOENCODER.factor(source.config("vae"))
+    factor = AUTOENCODER.factor(source.config("vae"))
     size = latent_size("qwen_image", factor, 128 * factor, source.resolution, 2)
     return latent_teacher(
         "qwen_image",
@@ -69,7 +70,7 @@ def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
     }
 
 
-_AUTOENCODER = Autoencoder(
+AUTOENCODER = Autoencoder(
     lambda config: 2 ** len(config["temperal_downsample"]),
     lambda vae, images: encode_video(vae, images.unsqueeze(2)).squeeze(2),
     lambda vae, latents: decode_video(vae, latents.unsqueeze(2)).squeeze(2),
@@ -87,9 +88,11 @@ FAMILY = Family(
     "text",
     _teacher,
     lora_targets=ATTENTION,
-    autoencoder=_AUTOENCODER,
+    autoencoder=AUTOENCODER,
     text=plain_text(("tokenizer", "text_encoder"), _encode, negative=" "),
     arguments=lambda steps: {"num_inference_steps": steps, "true_cfg_scale": 1.0},
+    guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": " "},
+    packing=PATCHES,
     flow_grid="given",
     stock_guidance="u + g (c - u), as long as c in every token; g is true_cfg_scale",
     single_file=True,

@@ -58,7 +58,8 @@ def _teacher(network: Any, source: Source) -> Teacher:
     )
 
 
-def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+def encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+    """Rows and mask of each prompt, as it is written."""
     # Without clean_caption, whose result depends on whether bs4 and ftfy are installed, and without the pipeline's
     # complex_human_instruction, which asks a language model to embellish the prompt. A student is called likewise.
     embeds, mask, _, _ = pipe.encode_prompt(
@@ -77,7 +78,7 @@ FAMILY = Family(
     _teacher,
     lora_targets=ATTENTION,
     autoencoder=_AUTOENCODER,
-    text=plain_text(("tokenizer", "text_encoder"), _encode),
+    text=plain_text(("tokenizer", "text_encoder"), encode),
     arguments=lambda steps: {
         "num_inference_steps": steps,
         "guidance_scale": 1.0,

@@ -113,5 +113,6 @@ FAMILY = Family(
     "UNet2DModel",
     "classes",
     lambda network, source: unet2d_teacher(network, source.scheduler, source.null_class),
+    guided=None,
     loads_lora=False,
 )

@@ -21,11 +21,11 @@ from diffdistill.families._family import (
     plain_text,
     token_map,
 )
-from diffdistill.families._flow import decode_video, encode_video, flow_schedule
+from diffdistill.families._flow import decode_video, encode_video, flow_schedule, latent_frames
 from diffdistill.players.teacher import Teacher
 
 _SIZE = (480, 832)  #: the pipeline's own, in pixels
-_FRAMES = 81
+FRAMES = 81
 # wan/configs/shared_config.py of Wan-Video/Wan2.1. WanPipeline has "" where it is given none, and so has our teacher.
 _ADVISED = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -38,21 +38,19 @@ def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return network(x, timestep=time, return_dict=False, **cond)[0]
 
 
-def _frame_map(output: Tensor, x: Tensor) -> Tensor:
-    # A discriminator's head is one of images: it sees the mean of the frames.
+def frame_map(output: Tensor, x: Tensor) -> Tensor:
+    """The mean of the frames (B, D, h', w'), since a discriminator's head is one of images."""
     return token_map(output.unflatten(1, (x.shape[2], -1)).mean(1), x)
 
 
-def _shape(config: Config, vae: Config, source: Source) -> tuple[int, int, int, int]:
-    ratio, frames = vae.get("scale_factor_temporal", 4), source.frames or _FRAMES
-    if frames < 1 or (frames - 1) % ratio:
-        near = max(round((frames - 1) / ratio), 0) * ratio + 1
-        raise UserError(f"frames: {frames} is not one more than a multiple of {ratio}, which wan needs; use {near}")
-    factor = _AUTOENCODER.factor(vae)
-    # The pipeline takes multiples of 16 pixels, whatever its autoencoder.
-    multiple = max(config["patch_size"][1], 16 // factor)
-    size = latent_size("wan", factor, _SIZE, source.resolution, multiple)
-    return config["in_channels"], (frames - 1) // ratio + 1, *size
+def latent_shape(family: str, config: Config, source: Source, pixels: int = 16) -> tuple[int, int, int, int]:
+    """(C, F', h, w) of a video in the latents of Wan's autoencoder; its sides in pixels are multiples of `pixels`."""
+    vae = source.config("vae")
+    frames = latent_frames(family, source.frames or FRAMES, vae.get("scale_factor_temporal", 4))
+    factor = AUTOENCODER.factor(vae)
+    multiple = max(config["patch_size"][1], pixels // factor)
+    size = latent_size(family, factor, _SIZE, source.resolution, multiple)
+    return config["in_channels"], frames, *size
 
 
 def _teacher(network: Any, source: Source) -> Teacher:
@@ -65,13 +63,13 @@ def _teacher(network: Any, source: Source) -> Teacher:
         "wan",
         network,
         source,
-        _shape(config, source.config("vae"), source),
+        latent_shape("wan", config, source),
         flow_schedule(source.scheduler, "own" if own else "given"),
         _call,
         feature_layer=f"blocks.{config.num_layers // 2}",
-        feature_map=_frame_map,
+        feature_map=frame_map,
     )
-    return replace(teacher, size={"num_frames": source.frames or _FRAMES})
+    return replace(teacher, size={"num_frames": source.frames or FRAMES})
 
 
 def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
@@ -80,7 +78,7 @@ def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
     return {"encoder_hidden_states": embeds}
 
 
-_AUTOENCODER = Autoencoder(
+AUTOENCODER = Autoencoder(
     lambda config: config.get("scale_factor_spatial", 8),
     encode_video,
     decode_video,
@@ -98,7 +96,7 @@ FAMILY = Family(
     "text",
     _teacher,
     lora_targets=ATTENTION,
-    autoencoder=_AUTOENCODER,
+    autoencoder=AUTOENCODER,
     text=plain_text(("tokenizer", "text_encoder"), _encode, advised=_ADVISED),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
     videos=True,

@@ -79,6 +79,7 @@ FAMILY = Family(
     autoencoder=KL,
     text=plain_text(("tokenizer", "text_encoder"), _encode),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 0.0},
+    guided=lambda scale: {"guidance_scale": scale - 1},
     flow_grid="given",
     stock_guidance="c + g (c - u)",
     single_file=True,

@@ -21,7 +21,7 @@ from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.errors import UserError
 from diffdistill.players.lora import LoraNetwork, trained_like
 
-TIME_LAYERS = ("time_embedding", "timestep_embedder", "time_embedder", "t_embedder")
+TIME_LAYERS = ("time_embedding", "timestep_embedder", "time_embedder", "t_embedder", "time_step_proj")
 """What diffusers' networks call the layers that embed the time, and each block of DiT its own."""
 
 

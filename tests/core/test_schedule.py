@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import pytest
@@ -304,6 +304,18 @@ def test_logit_normal(schedule: LinearFlow) -> None:
     t = logit_normal(schedule, N, generator(), 0.3, 0.8)
     assert float(t.min()) > 0 and float(t.max()) < math.pi / 2
     check_moments(torch.logit(schedule.native(t).sigma), 0.3, 0.8)
+
+
+@pytest.mark.parametrize("grid", ["own", "given"])
+def test_a_shift_may_depend_on_the_number_of_steps(grid: Literal["own", "given"]) -> None:
+    """It moves the stock row alone: a student's levels and the meaning of a time are those of the usual shift."""
+    schedule = LinearFlow(3.0, grid=grid, log_shift=(-0.01, 0.9))
+    for steps in (1, 4, 50):
+        expected = LinearFlow(math.exp(0.9 - 0.01 * steps), grid=grid)
+        assert torch.equal(schedule.levels(steps), expected.levels(steps))
+        assert torch.equal(schedule.trailing(steps), LinearFlow(3.0).trailing(steps))
+    u = torch.linspace(0, 1, 5, dtype=torch.float64)
+    assert torch.equal(schedule.at_fraction(u), LinearFlow(3.0).at_fraction(u))
 
 
 def test_times_are_a_function_of_the_generator() -> None:

@@ -17,7 +17,9 @@ from diffdistill.families import FAMILIES, Prompt, load_pipeline, load_teacher, 
 from tests.data.encoding import options
 from tests.players.tiny import BUILDERS, SIZES
 
-PADDED = ("qwen_image", "z_image", "pixart_sigma", "sana", "wan")
+PADDED = (
+    *("qwen_image", "z_image", "pixart_sigma", "pixart_alpha", "sana", "sana_video", "wan", "aura_flow", "krea2"),
+)
 WORDS = ["a red square", "one", "two dogs that sleep below a tree", "three"]
 
 
@@ -60,7 +62,7 @@ def test_columns_come_back_as_they_were() -> None:
 def test_a_prompt_takes_the_space_of_its_own_tokens(
     name: str, saved: Callable[[str], Path], lines: Path, tmp_path: Path
 ) -> None:
-    folder, frames = saved(name), 5 if name == "wan" else None
+    folder, frames = saved(name), 5 if FAMILIES[name].videos else None
     settings = options(folder, lines, tmp_path / "out", resolution=SIZES[name], frames=frames)
     encoded = open_encoded(encode(**settings))
     text, size = FAMILIES[name].text, tuple(encoded.settings["pixels"])

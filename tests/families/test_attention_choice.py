@@ -22,17 +22,20 @@ from diffdistill.core.attention_choice import attention_by, attention_choice
 from diffdistill.core.jvp import jvp
 from diffdistill.core.recompute import recomputed
 from diffdistill.families import attention_of as attention
-from tests import tiny_a, tiny_b
+from tests import tiny as all_tiny
 
-BUILDERS: dict[str, Callable[[], Any]] = {**tiny_a.PIPELINES, **tiny_b.PIPELINES}
-SIZES = {**tiny_a.SIZES, **tiny_b.SIZES}
+BUILDERS: dict[str, Callable[[], Any]] = all_tiny.PIPELINES
+SIZES = all_tiny.SIZES
 CALLS: dict[str, dict[str, Any]] = {
     "dit": {"class_labels": [3], "guidance_scale": 2.0},
     "unet2d_ddim": {},
     "consistency_model": {"class_labels": 3, "num_inference_steps": 1},
-    "wan": {"prompt": "a b", "num_frames": tiny_b.FRAMES},
+    "wan": {"prompt": "a b", "num_frames": all_tiny.FRAMES},
     "sana": {"prompt": "a b", "use_resolution_binning": False, "clean_caption": False},
     "pixart_sigma": {"prompt": "a b", "use_resolution_binning": False, "clean_caption": False},
+    "pixart_alpha": {"prompt": "a b", "use_resolution_binning": False, "clean_caption": False},
+    "sana_video": {"prompt": "a b", "use_resolution_binning": False, "frames": all_tiny.FRAMES},
+    "hunyuan_video15": {"prompt": "a b", "num_frames": all_tiny.FRAMES},
 }
 
 
@@ -130,7 +133,7 @@ def test_sdpa_is_what_torch_does_when_nobody_asks(tiny: Callable[[str], Any]) ->
 
 def test_a_models_own_backend_gives_way_and_comes_back(tiny: Callable[[str], Any]) -> None:
     """As `set_attention_backend` sets it on the processors, and, which diffusers leaks, for all models."""
-    pipeline, active = tiny_b.flux(), _AttentionBackendRegistry._active_backend
+    pipeline, active = all_tiny.PIPELINES["flux"](), _AttentionBackendRegistry._active_backend
     try:
         pipeline.transformer.set_attention_backend("_native_math")
         before = state(pipeline)

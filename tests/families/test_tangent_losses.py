@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffdistill.exact.stock import Case, middle
 from diffdistill.methods import mean_flow, scm
 from diffdistill.players.lora import LoraSettings
 from diffdistill.players.recomputing import checkpoint_activations
@@ -17,7 +18,6 @@ from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold import tangent
 from diffdistill.scaffold.tangent import Point, TangentMethod
 from tests.families import test_families
-from tests.families.test_families import Case, middle
 from tests.families.test_tangents import apart, double_vjp
 
 made = test_families.made

@@ -13,10 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.jvp import jvp
+from diffdistill.exact.stock import Case, middle
 from diffdistill.players.lora import LoraSettings, lora_view
 from diffdistill.players.recomputing import checkpoint_activations
 from tests.families import test_families
-from tests.families.test_families import CALLS, Case, middle
+from tests.families.test_families import NAMES
 
 made = test_families.made
 
@@ -58,7 +59,8 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().norm() / b.detach().norm())
 
 
-@pytest.mark.parametrize("name", CALLS)
+# HunyuanVideo 1.5 always reads 1985 tokens of text.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "hunyuan_video15")) for n in NAMES])
 def test_the_tangent_and_its_gradient_are_those_of_double_vjp(made: Callable[..., Case], name: str) -> None:
     case = made(name)
     denoiser = case.teacher.player("student").eval()

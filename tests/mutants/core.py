@@ -49,6 +49,9 @@ MUTANTS = {
         ("the grid's beginning", "min(top, math.atan(80.0 / 0.5))", "min(top, math.atan(8.0 / 0.5))"),
         ("N(k) is one fewer", "+ s0**2) - 1) + 1", "+ s0**2) - 1)"),
     ],
+    "diffdistill/core/schedule.py | tests/core/test_schedule.py": [
+        ("flow: the shift is that of the usual steps", "if self.log_shift is not None:", "if False:"),
+    ],
     f"diffdistill/core/schedule.py | {_M} {_I} {_E}": [
         ("VP: fractions are rounded up", "return table[(u * len(table)).long().clamp(0, len(table) - 1)]",
          "return table[(u * len(table)).long().add(1).clamp(0, len(table) - 1)]"),

@@ -26,6 +26,13 @@ MUTANTS = {
         ("the folder of the LoRA alone has shards", 'elif form == "lora":', "elif False:"),
         ("a scale's input is read", ', "time_cond_proj_dim", None)', ', "nothing", None)'),
     ],
+    "pipelines/export.py | tests/pipelines/test_student_folders.py": [
+        ("a student's guidance is its teacher's",
+         "for file, values in entry.settings.items():", "for file, values in ():"),
+    ],
+    "diffdistill/families/_loading.py | tests/pipelines/test_student_folders.py": [
+        ("a pipeline's own guidance stays on", "family.steer(pipeline, 1.0)", "pass"),
+    ],
     f"pipelines/export.py | {_C}": [
         ("comfyui: the LoRA has the type of the training", "entry.name, _lora_in(network, dtype))",
          "entry.name, _lora_in(network, None))"),

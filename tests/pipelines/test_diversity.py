@@ -31,10 +31,9 @@ from diffdistill.exact.analytic import GaussianMixture
 from diffdistill.families import FAMILIES, load_pipeline, load_teacher
 from diffdistill.pipelines.diversity import write_diversity
 from diffdistill.pipelines.shipped.diversity_pipeline import carried, hand_off_index
-from tests import tiny_a, tiny_b
+from tests import tiny, tiny_a
 
-BUILDERS = {**tiny_a.PIPELINES, **tiny_b.PIPELINES}
-SIZES = {**tiny_a.SIZES, **tiny_b.SIZES}
+BUILDERS, SIZES = tiny.PIPELINES, tiny.SIZES
 PROMPTS = ["a red square", "two dogs"]
 LATENT = [name for name, family in FAMILIES.items() if family.autoencoder is not None]
 
@@ -282,12 +281,12 @@ def test_the_trace_ends_with_the_image(name: str, teachers: Folders) -> None:
     call = family.arguments(3)
     if name != "dit":
         call |= {"height": SIZES[name], "width": SIZES[name]}
-    call |= {"num_frames": 5} if name == "wan" else {}
+    call |= {"frames" if name == "sana_video" else "num_frames": tiny.FRAMES} if family.videos else {}
     what = {"class_labels": [1]} if name == "dit" else {"prompt": PROMPTS[0]}
     with traced(pipeline) as expected:
         kind = "np" if name == "dit" else "pt"
         got = pipeline(**what, **call, generator=torch.Generator().manual_seed(0), output_type=kind)
-    image = torch.as_tensor(got.frames[:, 0] if name == "wan" else got.images).float()
+    image = torch.as_tensor(got.frames[:, 0] if family.videos else got.images).float()
     image = image.permute(0, 3, 1, 2) if name == "dit" else image
     columns = [decoded(pipeline, family, x0[:1], call) for x0 in expected]
     assert len(columns) == 3 and all(column.shape == image.shape for column in columns)

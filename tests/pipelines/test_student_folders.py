@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from diffdistill import UserError, distill, export, load_student
 from diffdistill.commands.cli import main
-from diffdistill.families import read_record, student_record, teacher_of
+from diffdistill.families import load_pipeline, read_record, student_record, teacher_of
 from diffdistill.pipelines.origin import card_of
 from diffdistill.rng import image_generators
-from tests import tiny_a
+from tests import tiny_a, tiny_c
 
 TEACHER_CARD = """---
 license: openrail++
@@ -66,6 +66,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     distill(**shared, lora="student,fake_score", lora_rank=2, lora_alpha=4.0, student_lr=0.3, out=str(root / "lora"))
     distill(**shared, student_lr=1e-2, out=str(root / "full"))
     return root
+
+
+def test_a_guidance_that_is_a_part_of_the_folder_is_off_in_a_students(tmp_path: Path) -> None:
+    """HunyuanVideo 1.5's, whose call takes no scale; its teacher's stays, whose files may be linked."""
+    teacher, prompts = tmp_path / "teacher", tmp_path / "prompts.txt"
+    tiny_c.hunyuan_video15().save_pretrained(teacher)
+    prompts.write_text("a red square\ntwo dogs")
+    options: dict[str, Any] = {
+        "method": "sid", "teacher": str(teacher), "prompts": str(prompts), "steps": 1, "batch_size": 2, "frames": 5,
+        "resolution": 32, "sample_every": 0, "device": "cpu", "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    with pytest.raises(UserError, match="parts: the guidance of HunyuanVideo15Pipeline is a file of its folder"):
+        distill(**options, parts="reference")
+    student = distill(**options, parts="link").student
+    scales = [json.loads((place / "guider/guider_config.json").read_text()) for place in (teacher, student)]
+    assert [values["guidance_scale"] for values in scales] == [6.0, 1.0]
+    assert load_pipeline(teacher).guider.guidance_scale == 1.0  # off, until a scale is asked for
 
 
 def code_of(folder: Path, teacher: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from diffdistill.data.encoded import encode
+from diffdistill.families import FAMILIES
 from tests.players.tiny import BUILDERS, PROMPTS, SIZES
 
 
@@ -40,7 +41,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pat
                         colour = (60 * i, 200 - 50 * i, 50 * j)
                         Image.new("RGB", (32, 32), colour).save(root / "videos" / str(i) / f"{j}.png")
             options: dict[str, Any] = {"teacher": str(folder), "resolution": size or SIZES[name], "out": str(out)}
-            if name == "wan":
+            if name in FAMILIES and FAMILIES[name].videos:
                 encode(**options, data=str(root / "videos"), frames=5)
             else:
                 encode(**options, data=str(root / "classes" if name == "dit" else images))

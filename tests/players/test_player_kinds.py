@@ -41,7 +41,7 @@ LORA_RATES = {"qwen_image": 2.0, "sd3": 0.5}
 def options_for(folder: Path, prompts: Path, name: str, method: str, kind: str) -> dict[str, Any]:
     roles = "student,fake_score" if method in ("dmd2", "sid") else "student"
     lora = {"lora": roles} if kind == "lora" else {}
-    frames = {"frames": 5} if name == "wan" else {}
+    frames = {"frames": 5} if name in FAMILIES and FAMILIES[name].videos else {}
     return {
         "method": method, "teacher": str(folder), "prompts": str(prompts), "resolution": SIZES[name], **frames,
         **lora, "lora_rank": 2, "student_lr": 1e-3, "warmup_steps": 0, "batch_size": 2, "steps": 2,

@@ -17,16 +17,19 @@ from safetensors.torch import load_file
 from diffdistill.config import run_options
 from diffdistill.data.encoded import decoder
 from diffdistill.families import FAMILIES
-from diffdistill.families._family import pack, unpack
 from diffdistill.training.assemble import load_run, make_game
-from tests import tiny_a, tiny_b
+from tests import tiny, tiny_a
 
 BUILDERS = {
-    **tiny_a.PIPELINES,
-    **tiny_b.PIPELINES,
+    **tiny.PIPELINES,
     "sd_v": partial(tiny_a.stable_diffusion, prediction_type="v_prediction", zero_snr=True),
 }
-SIZES = {**tiny_a.SIZES, **tiny_b.SIZES, "sd_v": tiny_a.SIZES["stable_diffusion"]}
+SIZES = {**tiny.SIZES, "sd_v": tiny_a.SIZES["stable_diffusion"]}
+# Pipelines that hand their generator to the scheduler.
+HANDS = (
+    *("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "PixArtAlphaPipeline"),
+    *("SanaPipeline", "SanaVideoPipeline"),
+)
 # Nothing of ours: what anybody has who was given the folders.
 STRANGER = """
 import json, sys, torch
@@ -50,11 +53,13 @@ PROMPTS = ["a red square", "a blue circle on the left", "nothing much", "two dog
 
 def draw_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the pipelines whose own sizes are those of the published models the sizes of the tiny ones."""
-    for kind in (diffusers.FluxPipeline, diffusers.QwenImagePipeline):
+    kinds = ("Flux", "QwenImage", "Flux2Klein", "Flux2", "Chroma")
+    for kind in (getattr(diffusers, f"{name}Pipeline") for name in kinds):
         small = property(lambda pipeline: 8, lambda pipeline, value: None)
         monkeypatch.setattr(kind, "default_sample_size", small, raising=False)
-    call: Any = inspect.unwrap(diffusers.SanaPipeline.__call__)
-    monkeypatch.setattr(call, "__defaults__", tuple(SIZES["sana"] if v == 1024 else v for v in call.__defaults__))
+    for name, kind in (("sana", diffusers.SanaPipeline), ("krea2", diffusers.Krea2Pipeline)):
+        call: Any = inspect.unwrap(kind.__call__)
+        monkeypatch.setattr(call, "__defaults__", tuple(SIZES[name] if v == 1024 else v for v in call.__defaults__))
 
 
 def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], trained: bool = True) -> torch.Tensor:
@@ -68,21 +73,21 @@ def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], train
     first = torch.Generator().manual_seed(3)
     z = torch.randn(1, *shape, generator=first)
     pipeline = FAMILIES[teacher.family].pipelines[0]
-    hands = pipeline in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "SanaPipeline")
+    hands = pipeline in HANDS
     torch.manual_seed(5)
 
-    packed = teacher.family in ("flux", "qwen_image")
+    packing = FAMILIES[teacher.family].packing
 
     def noise(j: int) -> torch.Tensor:
-        drawn = torch.randn(pack(z).shape if packed else z.shape, generator=first if hands else None)
-        return unpack(drawn, shape) if packed else drawn
+        drawn = torch.randn(z.shape if packing is None else packing.pack(z).shape, generator=first if hands else None)
+        return drawn if packing is None else packing.unpack(drawn, shape)
 
     with torch.no_grad():
         x, t = sampler.input_at(len(sampler.levels) - 1, z, cond, noise)
         x0 = sampler.predict(x, t, len(sampler.levels), cond).x0
         if pipeline == "DiTPipeline":  # it gives images only
             return (decoder(teacher)(x0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        return pack(x0) if packed else x0
+        return x0 if packing is None else packing.pack(x0)
 
 
 def apart(image: torch.Tensor, other: torch.Tensor) -> float:

@@ -1,0 +1,70 @@
+"""The one record of pipelines that people ask for and that no family reads yet, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Missing(NamedTuple):
+    """Pipelines that no family reads."""
+
+    models: str  #: what people know them by
+    pipelines: tuple[str, ...]  #: by the names of their classes in diffusers
+    reason: str  #: one line: what has to be there first
+
+
+_IMAGE = "it is conditioned on an image, which data and Text.encode do not have yet"
+
+NOT_YET = (
+    Missing("FLUX.1 Kontext", ("FluxKontextPipeline",), _IMAGE),
+    Missing("Qwen-Image-Edit", ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"), _IMAGE),
+    Missing(
+        "Wan 2.1 and 2.2, image to video",
+        ("WanImageToVideoPipeline",),
+        _IMAGE,
+    ),
+    Missing("Stable Diffusion inpainting", ("StableDiffusionInpaintPipeline",), _IMAGE),
+    Missing(
+        "SDXL's refiner",
+        ("StableDiffusionXLImg2ImgPipeline",),
+        "it starts from another model's image; a student of the base alone needs no refiner",
+    ),
+    Missing(
+        "Wan 2.2 A14B",
+        (),
+        "it has two networks, one for each part of the noise, and a teacher has one",
+    ),
+    Missing(
+        "LTX-2",
+        ("LTX2Pipeline",),
+        "a sample is two latents, of video and sound, and a teacher's sample is one tensor",
+    ),
+    Missing(
+        "Lumina 2",
+        ("Lumina2Pipeline",),
+        "its image's tokens stand behind captions of any length, which the map of a discriminator is not told",
+    ),
+    Missing(
+        "CogVideoX",
+        ("CogVideoXPipeline",),
+        "its latents have frames before channels, and its chain a shift (snr_shift_scale) that schedules do not have",
+    ),
+    Missing(
+        "Kandinsky 5",
+        ("Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline"),
+        "its network takes prompts without a mask, so that those of a batch must all have one length",
+    ),
+    Missing(
+        "HiDream",
+        ("HiDreamImagePipeline",),
+        "its folder lacks text_encoder_4, Llama 3.1, which its pipeline must be given beside the folder",
+    ),
+    Missing("Qwen-Image 2.1", ("QwenImage21Pipeline",), "nothing stands in the way; its file is not written yet"),
+    Missing("Z-Image Omni", ("ZImageOmniPipeline",), _IMAGE),
+)
+"""In the order in which `diffdistill families` says them."""
+
+
+def reason_of(pipeline: str) -> str | None:
+    """Why no family reads a pipeline of this class; None where nothing is known of it."""
+    return next((entry.reason for entry in NOT_YET if pipeline in entry.pipelines), None)

@@ -1,0 +1,10 @@
+"""All tiny pipelines, one for each family and more: how each is made, and its size in pixels."""
+
+from collections.abc import Callable
+from typing import Any
+
+from tests import tiny_a, tiny_b, tiny_c
+
+PIPELINES: dict[str, Callable[..., Any]] = {**tiny_a.PIPELINES, **tiny_b.PIPELINES, **tiny_c.PIPELINES}
+SIZES = {**tiny_a.SIZES, **tiny_b.SIZES, **tiny_c.SIZES}
+FRAMES = tiny_b.FRAMES
