@@ -35,7 +35,7 @@ from diffdistill.core.losses import l1_normaliser, per_sample_mean
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.times import native_uniform
 from diffdistill.options import DMD2Options, option
-from diffdistill.players.teacher import Teacher, frozen
+from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.matching import MatchingMethod, dmd_loss, injected
 from diffdistill.scaffold.method import Batch, Outcome
 
@@ -68,7 +68,7 @@ class DecoupledDMD(MatchingMethod):
 
     def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
         super().__init__(teacher, config, **players)  # which refuses guidance of a teacher that has no null condition
-        self.teacher = self.unguided = frozen(teacher.denoiser)
+        self.teacher = self.unguided = teacher.denoiser  # frozen by now
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
         x, t, eps = self.generate(batch, "student"), self.times("student", batch), batch.randn("student/eps")

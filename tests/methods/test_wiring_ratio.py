@@ -94,7 +94,7 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
 def test_a_turn_is_its_straight_line(name: str, options: dict[str, Any], plain: Plain) -> None:
     straight = Ratio(name, options, plain)
     straight.weight = 1.0 if not straight.c.ratio_bins else float(H[straight.c.divergence](torch.ones(())))
-    assert straight.method.needs == frozenset({Need.IMAGES})
+    assert straight.method.needs == type(straight.method).needs == frozenset({Need.IMAGES})
     assert play(straight) == ["student", "fake_score"]
 
 

@@ -77,7 +77,6 @@ MUTANTS = {
     ],
     f"methods/decoupled_dmd.py | {_D}": [
         ("the matching is guided", "self.teacher = self.unguided =", "self.unguided ="),
-        ("the teacher is not frozen", "self.unguided = frozen(teacher.denoiser)", "self.unguided = teacher.denoiser"),
         ("the engine has the matching's times", "t, eps = self.engine_times(batch),", "t, eps = t,"),
         ("the engine has the matching's noise", 'batch.randn("student/augmentation eps")', "eps"),
         ("the engine always has its own noise", 'if self.config.augmentation_times != "matching":', "if True:"),
