@@ -142,7 +142,7 @@ def aura_flow(seed: int = 0) -> AuraFlowPipeline:
         num_attention_heads=2,
         joint_attention_dim=32,
         caption_projection_dim=32,
-        pos_embed_max_size=64,
+        pos_embed_max_size=144,
     )
     with torch.no_grad():  # a prompt is a few of 256 tokens, and the rest are zeros: it must be loud to be heard
         transformer.joint_transformer_blocks[0].attn.add_v_proj.weight.mul_(100)

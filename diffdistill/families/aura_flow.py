@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond
+from diffdistill.errors import UserError
 from diffdistill.families._family import (
     ATTENTION,
     KL,
@@ -32,6 +34,12 @@ def _teacher(network: Any, source: Source) -> Teacher:
     factor = KL.factor(source.config("vae"))
     native = native_pixels(config.sample_size, factor, source.resolution)
     size = latent_size("aura_flow", factor, native, source.resolution, 2)
+    most = math.isqrt(config.pos_embed_max_size) * config.patch_size
+    if max(size) > most:  # beyond which the network takes positions of other places, or none
+        asked = "x".join(str(side * factor) for side in size)
+        raise UserError(
+            f"resolution: {asked} is more than this network's positions; use {most * factor} a side at most"
+        )
     joint, middle = config.num_mmdit_layers, (config.num_mmdit_layers + config.num_single_dit_layers) // 2
     layer = f"joint_transformer_blocks.{middle}" if middle < joint else f"single_transformer_blocks.{middle - joint}"
     return latent_teacher(

@@ -211,6 +211,11 @@ def test_same_samples_of_another_height_than_width(
     assert gap(decoder(case.teacher)(latents).clamp(-1, 1), first.permute(0, 3, 1, 2)) < 1e-4
 
 
+def test_a_side_without_positions_is_refused(made: Callable[..., Case]) -> None:
+    with pytest.raises(UserError, match="resolution: 16x64 is beyond this network's positions; use 48 a side"):
+        load_teacher(made("aura_flow").folder, resolution="16x64")
+
+
 @pytest.mark.parametrize("steps", [3, 7])
 @pytest.mark.parametrize("name", FLOW)
 def test_the_teachers_row_of_levels_is_the_pipelines(made: Callable[..., Case], name: str, steps: int) -> None:
