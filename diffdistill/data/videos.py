@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,6 +139,7 @@ def _frames(video: Path, files: Sequence[Path]) -> Iterator[Image.Image]:
     else:
         import imageio
 
+        reader: Any  # whose types say nothing of its frames
         with imageio.get_reader(video, "ffmpeg") as reader:
             yield from map(Image.fromarray, reader)
 
