@@ -141,9 +141,7 @@ class Straight:
         if self.c.guidance_min == self.c.guidance_max:
             return self.student
         scales = self.scales()
-        return lambda x, time, class_labels: self.student(
-            x, time, torch.stack([class_labels.float(), scales.float()], 1)
-        )
+        return lambda x, time, class_labels: self.student(x, time, torch.stack([class_labels.double(), scales], 1))
 
     def consistency(self) -> tuple[Tensor, Tensor]:
         """(B,) weighted errors, and t."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffdistill.catalogue import describe_method
 from diffdistill.players.lora import LoraSettings
 from diffdistill.players.sampler import DDIM, Renoise
+from diffdistill.players.two_times import taking
 from diffdistill.scaffold.following import FollowingMethod
 from tests.scaffold.straight import (
     CLASSES,
@@ -163,7 +164,7 @@ class Straight:
         k = self.c.ddim_steps
         t = (1000 * (k - i) / k - 1).clamp_min(0) * self.c.timestep_scaling
         skip, out = 0.25 / (t**2 + 0.25), t / torch.sqrt(t**2 + 0.25)
-        labels = torch.stack([self.labels.float(), scale.float()], 1) if self.c.takes_scale else self.labels
+        labels = torch.stack([self.labels.double(), scale], 1) if self.c.takes_scale else self.labels
         x0 = self.plain.x0_eps(net, x, grid[i], class_labels=labels)[0]
         return torch.where(fold(out) > 0, fold(skip) * x + fold(out) * x0, x)
 
@@ -353,6 +354,7 @@ def test_the_scale_is_added_to_the_class() -> None:
     labels, scale = torch.tensor([0, 2, CLASSES]), torch.tensor([1.0, 2.5, 4.0])
     phase = scale[:, None] * torch.exp2(torch.linspace(-4, 1, 16))[None]
     added = embedding.mlp(torch.cat([torch.sin(phase), torch.cos(phase)], 1))
-    got = embedding(torch.stack([labels.double(), scale], 1))
-    assert torch.allclose(got, embedding.table.weight[labels] + added, rtol=1e-6)
+    with taking([embedding], scale):
+        got = embedding(labels)
+    assert torch.allclose(got, embedding.layer.weight[labels] + added, rtol=1e-6)
     assert float(embedding.default) == 3.0

@@ -63,10 +63,10 @@ class Straight:
         return min(self.halving_step // STAGE, 2)  # 8 -> 4 -> 2 -> 1
 
     def taken(self) -> tuple[Tensor, Any]:
-        """The scales of the batch, and the labels as a network that takes the scale gets them."""
+        """The scales of the batch, and the labels with them for a network that takes the scale."""
         c = self.c
         scale = c.guidance_min + (c.guidance_max - c.guidance_min) * uniform("student/scale", self.key)
-        packed = torch.stack([self.labels.float(), scale.float()], 1)
+        packed = torch.stack([self.labels.double(), scale], 1)
         return scale, packed if c.guidance_min < c.guidance_max else self.labels
 
     def weighted(self, x0: Tensor, target: Tensor, t: Tensor) -> Values:
@@ -197,7 +197,7 @@ def test_the_students_scale_is_that_of_the_options() -> None:
     assert float(student.class_embedding.default) == 4.0
     student = Straight("guided", {"guidance_min": 2.0, "guidance_max": 6.0}, VP, 0).student
     assert float(student.class_embedding.default) == 4.0
-    assert student.class_embedding.table.num_embeddings == CLASSES + 1
+    assert student.class_embedding.layer.num_embeddings == CLASSES + 1
 
 
 def test_no_gradient_passes_the_target() -> None:

@@ -75,7 +75,7 @@ class Straight(OneGame):
         def net(x: Tensor, time: Tensor, class_labels: Tensor) -> Tensor:
             if c.guidance_min == c.guidance_max:
                 return self.student(x, time, class_labels)
-            return self.student(x, time, torch.stack([class_labels.float(), scales.float()], 1))
+            return self.student(x, time, torch.stack([class_labels.double(), scales], 1))
 
         def field(x: Tensor, t: Tensor) -> Tensor:
             self.dropped()

@@ -90,8 +90,16 @@ class Net(nn.Module):
         clock = self.time_embedding(
             torch.stack([torch.sin(0.3 * time), torch.cos(0.05 * time), torch.sin(0.003 * time)], 1)
         )
-        h = self.read(x) + (clock + self.class_embedding(class_labels))[:, :, None, None]
+        h = self.read(x) + (clock + self.of_class(class_labels))[:, :, None, None]
         return self.middle(self.dropout(torch.tanh(h)))
+
+    def of_class(self, class_labels: Tensor) -> Tensor:
+        """What a class (B,) is embedded as, or a class and the guidance scale (B, 2), as straight lines have them."""
+        part: Any = self.class_embedding
+        if class_labels.ndim == 1:
+            return part(class_labels)
+        labels, scale = class_labels.unbind(1)
+        return part.layer(labels.long()) + part.of_scale(scale)
 
     def forward(self, x: Tensor, time: Tensor, class_labels: Tensor) -> Tensor:
         return self.write(torch.tanh(self.hidden(x, time, class_labels)))
