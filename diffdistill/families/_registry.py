@@ -63,8 +63,9 @@ def _check_fields(family: Family) -> None:
         (
             "pipelines",
             family.pipelines,
-            isinstance(family.pipelines, tuple) and bool(family.pipelines) and all(map(known, family.pipelines)),
-            "a tuple of classes, or of names of classes in diffusers",
+            # The first is loaded and saved; others may be names in folders of another library.
+            isinstance(family.pipelines, tuple) and bool(family.pipelines) and known(family.pipelines[0]),
+            "a tuple of classes or names, the first a class or the name of one in diffusers",
         ),
         ("network", family.network, known(family.network), "a class, or the name of one in diffusers"),
         ("conditions", family.conditions, family.conditions in _CONDITIONS, f"one of {', '.join(_CONDITIONS)}"),

@@ -77,7 +77,7 @@ def test_a_file_of_ones_own_is_trained_by_its_path(tmp_path: Path) -> None:
 
 
 def test_what_is_named_twice_is_trained_once() -> None:
-    assert len(entries(DIGITS, ["sid", "sid:digits"], [0, 0])) == 1
+    assert len(entries(DIGITS, ["sim", "sim:digits"], [0, 0])) == 1
 
 
 def test_a_method_without_the_preset_is_refused(tmp_path: Path) -> None:

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 from diffdistill.core.denoiser import Denoiser, Extra
+from diffdistill.exact.stock import Case, middle
 from diffdistill.players.lora import LoraNetwork, LoraSettings, lora_view
 from diffdistill.players.recomputing import checkpoint_activations
 from diffdistill.players.scale_input import guidance_input, plain_network, scale_inputs
 from tests.families import test_families
-from tests.families.test_families import CALLS, Case, middle
+from tests.families.test_families import LATENT
 
 made = test_families.made
 
 TOLD = ("stable_diffusion", "sdxl")  # have an input of their own for it (test_player_kinds)
+NONE = ("chroma", "krea2")  # have no layer that it could be added to
 SCALES = torch.tensor([2.0, 5.0])
 
 
@@ -29,7 +31,7 @@ def shaken(student: Denoiser) -> Denoiser:
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("name", [name for name in CALLS if name not in TOLD])
+@pytest.mark.parametrize("name", [name for name in LATENT if name not in TOLD + NONE])
 def test_a_network_that_takes_the_scale(made: Callable[..., Case], name: str, kind: str) -> None:
     teacher = made(name).teacher
     x, t, cond = middle(made(name), 2)

@@ -310,7 +310,7 @@ def test_teacher_folders_that_cannot_be_used(tiny_teacher: Teachers, tmp_path: P
 
     other = broken("other")
     (other / "model_index.json").write_text(json.dumps({"_class_name": "MochiPipeline"}))
-    known = r"'MochiPipeline' is not supported; `diffdistill families` lists those that are.*Adding a family"
+    known = r"'MochiPipeline' is not supported; `diffdistill families` lists those that are.*family-check"
     with pytest.raises(UserError, match=known):
         load_teacher(other)
 

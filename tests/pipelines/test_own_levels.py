@@ -125,7 +125,7 @@ def test_tcd_takes_the_timesteps_of_other_steps(move: str, encoded: Encoded) -> 
         ({"levels": "500,250", "student_level": 400}, "student_level: 400 was given, and levels 500,250 make it 500"),
         ({"levels": "1000,250"}, "levels: 1000 is not a whole timestep from 0 to 999"),
         ({"levels": "500,250.5"}, "levels: 250.5 is not a whole timestep"),
-        ({"levels": "500,250", "method": "sid"}, "levels: no such option"),
+        ({"levels": "500,250", "method": "sim"}, "levels: no such option"),
         ({"levels": "749,499", "method": "lcm", "ddim_steps": 50}, "levels: 499 is none of the 50 .* 494 is near"),
     ],
 )

@@ -25,7 +25,7 @@ from diffdistill.training.assemble import load_run, make_game
 from diffdistill.training.trainer import Trainer, accelerator_for
 from tests import tiny_a
 from tests.methods.short_runs import same_when_resumed
-from tests.players.tiny import PROMPTS, SIZES, apart, drawn_by_a_stranger, ours
+from tests.players.tiny import DRAWN, PROMPTS, SIZES, apart, drawn_by_a_stranger, ours
 
 LATENT = [name for name, family in FAMILIES.items() if family.autoencoder is not None]
 METHODS: dict[str, dict[str, Any]] = {
@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "progressive": {"start_steps": 4, "final_steps": 2, "stage_steps": 1},
 }
 # So that two steps of an adapter show in the image: some of the random networks hardly listen to their attention.
-LORA_RATES = {"qwen_image": 2.0, "sd3": 0.5, "aura_flow": 2.0, "flux2": 2.0, "flux2_dev": 2.0}
+LORA_RATES = {"qwen_image": 2.0, "sd3": 0.5, "aura_flow": 6.0, "flux2": 2.0, "flux2_dev": 2.0}
 
 
 def options_for(folder: Path, prompts: Path, name: str, method: str, kind: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def test_the_stranger_gets_the_students_images(
         alone = [str(folder)] if kind == "lora" and FAMILIES[name].loads_lora else []
         for base in ["", *alone]:
             what = {"class_labels": cond["class_labels"].tolist()} if name == "dit" else {"prompt": PROMPTS[1]}
-            kept = "np" if name == "dit" else "latent"
+            kept = "np" if name in DRAWN else "latent"
             jobs.append({"student": str(student), "base": base, "what": what, "type": kept})
             expected.append(image)
     assert len(jobs) >= 4

@@ -25,6 +25,7 @@ BUILDERS = {
     "sd_v": partial(tiny_a.stable_diffusion, prediction_type="v_prediction", zero_snr=True),
 }
 SIZES = {**tiny.SIZES, "sd_v": tiny_a.SIZES["stable_diffusion"]}
+DRAWN = ("dit", "flux2")  # are compared as images (`ours`)
 # Pipelines that hand their generator to the scheduler.
 HANDS = (
     *("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "PixArtAlphaPipeline"),
@@ -85,7 +86,7 @@ def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], train
     with torch.no_grad():
         x, t = sampler.input_at(len(sampler.levels) - 1, z, cond, noise)
         x0 = sampler.predict(x, t, len(sampler.levels), cond).x0
-        if pipeline == "DiTPipeline":  # it gives images only
+        if pipeline in ("DiTPipeline", "Flux2KleinPipeline"):  # they give images, or latents of another shape
             return (decoder(teacher)(x0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return x0 if packing is None else packing.pack(x0)
 
