@@ -146,6 +146,7 @@ def aura_flow(seed: int = 0) -> AuraFlowPipeline:
     )
     with torch.no_grad():  # a prompt is a few of 256 tokens, and the rest are zeros: it must be loud to be heard
         transformer.joint_transformer_blocks[0].attn.add_v_proj.weight.mul_(100)
+        transformer.joint_transformer_blocks[0].norm1.linear.weight.mul_(4)  # as adapters of attention must be
     tokenizer = t5_tokenizer()
     text_encoder = UMT5EncoderModel(
         UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)

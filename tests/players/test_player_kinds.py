@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "progressive": {"start_steps": 4, "final_steps": 2, "stage_steps": 1},
 }
 # So that two steps of an adapter show in the image: some of the random networks hardly listen to their attention.
-LORA_RATES = {"qwen_image": 2.0, "sd3": 0.5, "aura_flow": 6.0, "flux2": 2.0, "flux2_dev": 2.0}
+LORA_RATES = {"qwen_image": 2.0, "sd3": 0.5, "aura_flow": 2.0, "flux2": 2.0, "flux2_dev": 2.0}
 
 
 def options_for(folder: Path, prompts: Path, name: str, method: str, kind: str) -> dict[str, Any]:
