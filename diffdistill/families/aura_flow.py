@@ -37,9 +37,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
     most = math.isqrt(config.pos_embed_max_size) * config.patch_size
     if max(size) > most:  # beyond which the network takes positions of other places, or none
         asked = "x".join(str(side * factor) for side in size)
-        raise UserError(
-            f"resolution: {asked} is more than this network's positions; use {most * factor} a side at most"
-        )
+        raise UserError(f"resolution: {asked} is beyond this network's positions; use {most * factor} a side at most")
     joint, middle = config.num_mmdit_layers, (config.num_mmdit_layers + config.num_single_dit_layers) // 2
     layer = f"joint_transformer_blocks.{middle}" if middle < joint else f"single_transformer_blocks.{middle - joint}"
     return latent_teacher(
