@@ -16,15 +16,16 @@ from diffdistill.core.guidance import guide, require_null
 from diffdistill.core.prediction import Prediction
 from diffdistill.errors import UserError
 from diffdistill.options import ScaleRange
+from diffdistill.players.call_inputs import Beside, CallInput, InPlace, layer_at, taking, without_inputs
 from diffdistill.players.lora import LoraNetwork, merged, trained_like
 from diffdistill.players.teacher import Teacher
-from diffdistill.players.two_times import TIME_LAYERS, add_to_bias, layer_at, taking, time_layers, without_second_time
+from diffdistill.players.two_times import TIME_LAYERS, time_layers
 
 _CLASSES = "class_embedding"
 """What diffusers' networks call their embedding of class labels."""
 
 
-class ScaleFeatures(nn.Module):
+class ScaleFeatures(CallInput):
     """What a guidance scale adds to a layer's output (B, width): MLP(features(scale)).
 
     The MLP's last layer begins at zero, so that the network begins as it was for every scale. `given` (B,) are the
@@ -32,8 +33,6 @@ class ScaleFeatures(nn.Module):
     """
 
     frequencies: Tensor
-    default: Tensor
-    given: Tensor | None = None
 
     def begin(self, layer: nn.Embedding | nn.Linear, dtype: torch.dtype, default: float) -> None:
         """Makes the parts for the outputs of a layer."""
@@ -59,17 +58,12 @@ class ScaleFeatures(nn.Module):
         scale = self.default.expand(len(output)) if self.given is None else self.given
         return output + self.of_scale(scale).to(output.dtype)
 
-    @torch.no_grad()
-    def put_into(self, layer: nn.Embedding | nn.Linear) -> None:
-        """The layer gives from now on what it gives with the default scale."""
-        added = self.of_scale(self.default[None])
-        if isinstance(layer, nn.Linear):
-            add_to_bias(layer, added[0])
-        else:
-            layer.weight += added.to(layer.weight)
+    def usual(self) -> Tensor:
+        """(width,) what the default scale adds."""
+        return self.of_scale(self.default[None])[0]
 
 
-class TakesScale(ScaleFeatures):
+class TakesScale(InPlace, ScaleFeatures):
     """A class embedding, or the last layer of an embedding of the time, which also takes the guidance scale."""
 
     def __init__(self, layer: nn.Embedding | nn.Linear, default: float):
@@ -77,13 +71,9 @@ class TakesScale(ScaleFeatures):
         self.layer = layer
         self.begin(layer, layer.weight.dtype, default)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The layer's output (B, width) with what the scale adds."""
-        return self.added(self.layer(inputs))
 
-
-class AddedScale(ScaleFeatures):
-    """The same beside a network that others share: it is there while a LoRA player plays (`players.lora.active`)."""
+class AddedScale(Beside, ScaleFeatures):
+    """The same for LoRA players."""
 
     alone: ClassVar[bool] = False
 
@@ -91,20 +81,6 @@ class AddedScale(ScaleFeatures):
         super().__init__()
         self.begin(layer, trained_like(layer.weight).dtype, default)
         self.name = name
-
-    def attach(self, base: nn.Module) -> Callable[[], None]:
-        """From now on the layer's output has what the scale adds, until what is returned is called."""
-
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return self.added(output)
-
-        return layer_at(base, self.name).register_forward_hook(hook).remove
-
-    def fold(self, plain: nn.Module) -> None:
-        """Into the layer, at the default scale."""
-        layer = layer_at(plain, self.name)
-        layer.to(torch.promote_types(layer.weight.dtype, self.default.dtype))
-        self.put_into(layer)
 
 
 def scale_inputs(network: nn.Module) -> list[ScaleFeatures]:
@@ -252,11 +228,4 @@ def plain_network(network: nn.Module) -> nn.Module:
     LoRA is merged into the weights, and what a guidance scale or a second time adds at its default into a table or a
     bias. A copy, or the network itself where it has none of them.
     """
-    plain = merged(network) if isinstance(network, LoraNetwork) else without_second_time(network)
-    if any(isinstance(module, TakesScale) for module in plain.modules()):
-        plain = copy.deepcopy(plain) if plain is network else plain
-        for name, module in list(plain.named_modules()):
-            if isinstance(module, TakesScale):
-                module.put_into(module.layer)
-                plain.set_submodule(name, module.layer)
-    return plain
+    return without_inputs(merged(network) if isinstance(network, LoraNetwork) else network)

@@ -10,8 +10,7 @@ the export a student takes any number.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.errors import UserError
+from diffdistill.players.call_inputs import Beside, CallInput, InPlace, add_to_bias, layer_at, taking
 from diffdistill.players.lora import LoraNetwork, trained_like
 
 TIME_LAYERS = ("time_embedding", "timestep_embedder", "time_embedder", "t_embedder", "time_step_proj")
 """What diffusers' networks call the layers that embed the time, and each block of DiT its own."""
 
 
-class TimeGap(nn.Module):
+class TimeGap(CallInput):
     """What the gap between the two times adds to a network's embedding of the time: MLP(gap).
 
     The MLP has no biases and its features are 0 at the gap 0, so that the network at r = t is always its plain self;
@@ -34,7 +34,6 @@ class TimeGap(nn.Module):
     `like` (width, ...) says the width of the embedding, type and device.
     """
 
-    default: Tensor
     frequencies: Tensor
 
     def __init__(self, like: Tensor, default: float):
@@ -50,7 +49,6 @@ class TimeGap(nn.Module):
         frequencies = torch.pi / 2 * torch.arange(1, 9, dtype=torch.float64)
         self.register_buffer("frequencies", frequencies.to(like), persistent=False)
         self.register_buffer("default", torch.tensor([float(default)]).to(like), persistent=False)
-        self.given: Tensor | None = None
 
     def of_gap(self, gap: Tensor) -> Tensor:
         """(B,) -> (B, width), what the gap adds to the embedding."""
@@ -62,8 +60,12 @@ class TimeGap(nn.Module):
         """The embedding (B, width), or of one row where the whole batch has one time, with what the gap adds."""
         return embedding + self.of_gap(self.default if self.given is None else self.given).to(embedding.dtype)
 
+    def usual(self) -> Tensor:
+        """(width,) what the default gap adds."""
+        return self.of_gap(self.default)[0]
 
-class SecondTime(TimeGap):
+
+class SecondTime(InPlace, TimeGap):
     """The last linear layer of a time embedding, which also takes the gap: W h + b + MLP(gap)."""
 
     def __init__(self, layer: nn.Linear, default: float):
@@ -71,46 +73,15 @@ class SecondTime(TimeGap):
         self.layer = layer
         self.begin(layer.weight, default)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, in) -> (B, out), or of one row where the whole batch has one time."""
-        return self.added(self.layer(hidden))
 
-
-class AddedTime(TimeGap):
-    """The same beside a network that others share: it is there while a LoRA player plays (`players.lora.active`)."""
+class AddedTime(Beside, TimeGap):
+    """The same for LoRA players."""
 
     alone: ClassVar[bool] = True
 
     def __init__(self, like: Tensor, default: float, name: str):
-        super().__init__(like, default)
-        self.name = name  # of the embedding's last linear layer
-
-    def attach(self, base: nn.Module) -> Callable[[], None]:
-        """From now on the layer's output has what the gap adds, until what is returned is called."""
-
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return self.added(output)
-
-        return layer_at(base, self.name).register_forward_hook(hook).remove
-
-    def fold(self, plain: nn.Module) -> None:
-        """Into a layer's bias, at the default gap."""
-        layer = layer_at(plain, self.name)
-        layer.to(torch.promote_types(layer.weight.dtype, self.default.dtype))
-        add_to_bias(layer, self.of_gap(self.default)[0])
-
-
-def layer_at(network: nn.Module, name: str) -> Any:
-    """The layer of that name, or the one that LoRA is laid on."""
-    layer: Any = network.get_submodule(name)
-    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-
-
-@torch.no_grad()
-def add_to_bias(layer: nn.Linear, added: Tensor) -> None:
-    """Add (out,) to what the layer gives."""
-    added = added.to(layer.weight)
-    layer.bias = nn.Parameter(added if layer.bias is None else layer.bias + added, requires_grad=False)
+        TimeGap.__init__(self, like, default)
+        self.name = name
 
 
 def time_layers(network: nn.Module) -> list[str]:
@@ -127,19 +98,6 @@ def time_layers(network: nn.Module) -> list[str]:
 def second_times(network: nn.Module) -> list[TimeGap]:
     """The parts of a network that take the gap; none of one that has one time."""
     return [module for module in network.modules() if isinstance(module, TimeGap)]
-
-
-@contextmanager
-def taking(parts: Sequence[Any], value: Tensor | None) -> Iterator[None]:
-    """The parts are given that value inside the block, and after it what they were given before."""
-    before = [part.given for part in parts]
-    for part in parts:
-        part.given = value
-    try:
-        yield
-    finally:
-        for part, earlier in zip(parts, before, strict=True):
-            part.given = earlier
 
 
 def time_input(denoiser: Denoiser, *, default: float) -> Denoiser:
@@ -258,14 +216,13 @@ def changes_to_one_time(
 ) -> dict[str, Change]:
     """By the name of each layer that takes the gap, the change with which the network of one time has it.
 
-    As `with_one_time` and `low_rank_changes` make it, or for `equal` jumps `without_second_time`. In float32.
+    As `with_one_time` and `low_rank_changes` make it, or for `equal` jumps `without_inputs`. In float32.
     """
     changes = {}
     for name, (hidden, added) in heard(denoiser, x_t, t, r, cond).items():
         if equal:
             part = _part(denoiser.network, name)
-            bias = part.of_gap(part.default)[0]
-            changes[name] = Change(hidden[:0], added[:0].T, bias)
+            changes[name] = Change(hidden[:0], added[:0].T, part.usual())
         elif isinstance(denoiser.network, LoraNetwork):
             changes[name] = Change(torch.linalg.pinv(hidden).T, added.T, torch.zeros_like(added[0]))
         else:
@@ -280,15 +237,3 @@ def _part(network: Any, name: str) -> TimeGap:
         return next(part for part in network.inputs.values() if isinstance(part, AddedTime) and part.name == name)
     part: Any = network.get_submodule(name)
     return part
-
-
-def without_second_time(network: nn.Module) -> nn.Module:
-    """A copy with one time, which gives the same at the default gap; the network itself where it has no second time."""
-    if not second_times(network):
-        return network
-    plain = copy.deepcopy(network)
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, SecondTime):
-            add_to_bias(module.layer, module.of_gap(module.default)[0])
-            plain.set_submodule(name, module.layer)
-    return plain

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from diffdistill.catalogue import describe_method
+from diffdistill.players.call_inputs import taking
 from diffdistill.players.lora import LoraSettings
 from diffdistill.players.sampler import DDIM, Renoise
-from diffdistill.players.two_times import taking
 from diffdistill.scaffold.following import FollowingMethod
 from tests.scaffold.straight import (
     CLASSES,

@@ -137,7 +137,6 @@ MUTANTS = {
     f"diffdistill/players/scale_input.py | {_F} {_H}": [
         ("the scale is w", "phase = scale[:, None].to(self.frequencies) * self.frequencies",
          "phase = (scale[:, None] - 1).to(self.frequencies) * self.frequencies"),
-        ("the scale is not added", "return self.added(self.layer(inputs))", "return self.layer(inputs)"),
         ("the default is one", "guidance_input(student, default=scales.scale)", "guidance_input(student)"),
         ("the given scale is ignored", "with taking(scale_inputs(network), extra.scale):", "if True:"),
         ("one scale does not guide", "scales.takes_scale or scales.scale != 1", "scales.takes_scale"),

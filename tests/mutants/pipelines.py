@@ -134,7 +134,7 @@ MUTANTS = {
     ],
     f"diffdistill/players/scale_input.py | {_E}": [
         ("another scale is folded in",
-         "added = self.of_scale(self.default[None])", "added = self.of_scale(1 + 0 * self.default[None])"),
+         "return self.of_scale(self.default[None])[0]", "return self.of_scale(1 + 0 * self.default[None])[0]"),
     ],
     f"pipelines/record.py | {_E}": [
         ("levels are the first alone", "levels=sampler.levels,", "levels=sampler.levels[:1],"),

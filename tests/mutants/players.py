@@ -18,19 +18,9 @@ MUTANTS = {
     ],
     f"diffdistill/players/two_times.py | {_I}": [
         (
-            "lora: the time is not folded",
-            "add_to_bias(layer, self.of_gap(self.default)[0])",
-            "pass",
-        ),
-        (
             "lora: another gap is folded",
-            "add_to_bias(layer, self.of_gap(self.default)[0])",
-            "add_to_bias(layer, self.of_gap(0.7 * self.default)[0])",
-        ),
-        (
-            "lora: nothing is added to the embedding",
-            "            return self.added(output)\n\n        return layer_at",
-            "            return output\n\n        return layer_at",
+            "return self.of_gap(self.default)[0]",
+            "return self.of_gap(0.7 * self.default)[0]",
         ),
         ("lora: the gap is always its own", "self.default if self.given is None else self.given", "self.default"),
         (
@@ -49,11 +39,19 @@ MUTANTS = {
             "u[:, :k].T @ torch.linalg.pinv(hidden).T",
             "u[:, :k].T @ torch.linalg.pinv(hidden.flip(0)).T",
         ),
+    ],
+    f"diffdistill/players/call_inputs.py | {_I} {_T}": [
+        ("lora: nothing is added", "            return self.added(output)", "            return output"),
+        ("lora: the default is not folded", "        self.put_into(layer)\n", "        pass\n"),
+        ("the default is not put into a layer", "            module.put_into(module.layer)\n", ""),
+        ("a linear layer gives as before", "add_to_bias(layer, self.usual())", "pass"),
+        ("a table gives as before", "layer.weight += self.usual()", "layer.weight += 0 * self.usual()"),
         (
-            "a call leaves its gap",
+            "a call leaves what it was given",
             "        for part, earlier in zip(parts, before, strict=True):\n            part.given = earlier",
             "        pass",
         ),
+        ("nothing is added in a layer's place", "return self.added(self.layer(inputs))", "return self.layer(inputs)"),
     ],
     f"diffdistill/players/two_times.py | {_T}": [
         ("one time: another bias", "add_to_bias(layer, change[-1])", "add_to_bias(layer, 0 * change[-1])"),
@@ -61,11 +59,6 @@ MUTANTS = {
             "one time: no weights",
             "layer.weight += change[:-1].T.to(layer.weight)",
             "layer.weight += 0 * change[:-1].T.to(layer.weight)",
-        ),
-        (
-            "one time: the default is not added",
-            "add_to_bias(module.layer, module.of_gap(module.default)[0])",
-            "pass",
         ),
     ],
     f"diffdistill/players/lora.py | {_I}": [
@@ -104,16 +97,10 @@ MUTANTS = {
         ),
     ],
     f"diffdistill/players/scale_input.py | {_I}": [
-        ("lora: the scale is not added", "            return self.added(output)", "            return output"),
         (
             "lora: the scale is always the default",
             "scale = self.default.expand(len(output)) if self.given is None else self.given",
             "scale = self.default.expand(len(output))",
-        ),
-        (
-            "lora: the default is not folded",
-            "        self.put_into(layer)\n\n\ndef scale_inputs",
-            "\n\ndef scale_inputs",
         ),
         (
             "lora: another scale is the default",
