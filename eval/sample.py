@@ -179,7 +179,7 @@ def _size(folder: Path, family: Family, request: SampleRequest) -> dict[str, int
         return {}
     size = describe(folder, request.resolution, request.frames).size
     known = {"height": request.resolution, "width": request.resolution, "num_frames": request.frames}
-    known["frames"] = request.frames  # as SANA-Video calls them
+    known["frames"] = request.frames  # as some pipelines call them (`Teacher.frames`)
     return {name: value for name, value in size.items() if known.get(name) is not None}
 
 

@@ -119,9 +119,8 @@ def _export_check(case: Case, device: torch.device) -> Check:
     call = student_call(teacher, sampler) if latent else None
     record = StudentRecord(sampler.levels, "ddim", teacher.source, num_classes=teacher.num_classes, call=call)
     if latent:
-        frames = teacher.size.get("num_frames", teacher.size.get("frames"))
         size = size_of(teacher.size["height"], teacher.size["width"]) if "height" in teacher.size else None
-        record = replace(record, resolution=size, frames=frames)
+        record = replace(record, resolution=size, frames=teacher.frames)
     with TemporaryDirectory(prefix="diffdistill-") as made:
         folder, source = Path(made) / "student", str(case.folder)
         save_pipeline(

@@ -39,11 +39,14 @@ def _lists_images(parquet: Path) -> bool:
 
 
 def read_metadata(
-    path: Path, exists: Callable[[Path], bool] = os.path.isfile, listed: Callable[[Path], Iterable[str]] = walk
+    path: Path,
+    exists: Callable[[Path], bool] = os.path.isfile,
+    listed: Callable[[Path], Iterable[str]] = walk,
+    what: str = "images",
 ) -> tuple[list[str], list[str] | None, list[Any] | None]:
     """Files, captions and labels of an imagefolder's metadata (file_name, text or caption, label).
 
-    `exists` says whether a sample is there, and `listed` which there are in the folder.
+    `exists` says whether a sample is there, `listed` which there are in the folder, and `what` they are.
     """
     read: Callable[[Path, str], Sequence[tuple[int, Any]]] = _TABLES[path.suffix]
     rows, unit = read(path, "data"), "row" if path.suffix == ".parquet" else "line"
@@ -55,7 +58,6 @@ def read_metadata(
             raise UserError(f"data: {path}, {unit} {number}: the file {row['file_name']!r} does not exist")
     others = set(listed(path.parent)) - {os.path.normpath(row["file_name"]) for _, row in rows}
     if others and rows:
-        what = "images" if listed is walk else "videos"
         here = f"{len(others)} {what} beside it are not in it and passed over"
         note(f"data: {printable(str(path))}: {here}, {printable(min(others))} the first")
     captions = [caption_of(row, f"data: {path}", f"{unit} {number}") for number, row in rows]

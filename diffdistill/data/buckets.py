@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 
 from diffdistill.errors import UserError
+from diffdistill.options import Sides
 from diffdistill.rng import generator
-
-Pair = tuple[int, int]
-"""Height and width in pixels."""
 
 WIDEST = 4
 """The greatest ratio of two sides, as of SDXL's buckets (Podell et al. 2023, arXiv:2307.01952, appendix I)."""
 _GRAIN = 32  #: pixels, of which every family takes multiples
 
 
-def bucket_sizes(size: Pair) -> list[Pair]:
+def bucket_sizes(size: Sides) -> list[Sides]:
     """`size`, and others of no more than its area, up to WIDEST times as long as wide or as wide as long.
 
     Their sides are multiples of about a sixteenth of the side of that square: of 64 pixels at 1024, where they are
@@ -37,14 +35,14 @@ def bucket_sizes(size: Pair) -> list[Pair]:
     return [size, *sorted(others, key=lambda other: (distance(other, size), other))]
 
 
-def distance(size: Pair, other: Pair) -> float:
+def distance(size: Sides, other: Sides) -> float:
     """How far two ratios of height and width are from each other: 0 if they are the same, else the log of their own."""
     return abs(math.log(size[0] * other[1] / (size[1] * other[0])))
 
 
-def in_buckets(images: Sequence[Pair], sizes: Sequence[Pair]) -> dict[Pair, list[int]]:
+def in_buckets(images: Sequence[Sides], sizes: Sequence[Sides]) -> dict[Sides, list[int]]:
     """The images of each size that is the nearest to some of them by its ratio, in the order of `sizes`."""
-    held: dict[Pair, list[int]] = {size: [] for size in sizes}
+    held: dict[Sides, list[int]] = {size: [] for size in sizes}
     for i, image in enumerate(images):
         held[min(sizes, key=lambda size: distance(image, size))].append(i)
     return {size: rows for size, rows in held.items() if rows}

@@ -253,7 +253,7 @@ def _named(teacher: Teacher, values: Mapping[str, Any]) -> dict[str, Any]:
         height, width = teacher.size.get("height"), teacher.size.get("width")
         size = {
             "resolution": None if height is None else (height, width),
-            "frames": teacher.size.get("num_frames", teacher.size.get("frames")),
+            "frames": teacher.frames,
         }
     return {"teacher": teacher.source, **size}
 
@@ -270,7 +270,7 @@ class _Encoder:
         self.shape, self.num_classes = described.shape, described.num_classes
         self.device, self.dtype = device, getattr(torch, config.teacher_dtype)
         self.size = family.pixels(folder, self.shape)  #: height and width in pixels
-        self.frames: int | None = described.size.get("num_frames", described.size.get("frames"))  #: of a video
+        self.frames: int | None = described.frames  #: of a video
         if family.text is None and (config.negative_prompt, config.prompt_dtype) != (None, None):
             name = "prompt_dtype" if config.negative_prompt is None else "negative_prompt"
             raise UserError(f"{name}: {config.teacher!r} takes class labels and no prompts; leave it out")

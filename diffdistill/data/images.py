@@ -34,6 +34,7 @@ from diffdistill.data.shapes import draw_many
 from diffdistill.data.texts import printable
 from diffdistill.data.webdataset import named_shards, open_shards, shards_of
 from diffdistill.errors import UserError
+from diffdistill.options import Sides
 
 ACCEPTED = (
     "'digits', 'shapes' or 'shapes:COUNT' (drawn, with captions), "
@@ -42,10 +43,6 @@ ACCEPTED = (
     "a save_to_disk folder, or a Hugging Face dataset (user/name)"
 )
 _DIGITS = Path(__file__).parent / "assets" / "digits.safetensors"
-
-
-Pair = tuple[int, int]
-"""Height and width."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Data:
     size: int
     read: Callable[[list[int]], Samples]
     #: Height and width of each image as it is stored, where they can be known.
-    stored: Callable[[], list[Pair]] | None = None
+    stored: Callable[[], list[Sides]] | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -101,7 +98,7 @@ def _samples(images: Tensor, labels: Tensor | None, captions: list[str] | None) 
 def open_data(
     spec: str,
     *,
-    resolution: int | Pair | None = None,
+    resolution: int | Sides | None = None,
     channels: int | None = None,
     resample: str | None = None,
 ) -> Data:
@@ -154,11 +151,11 @@ def open_data(
     return _open_pictures(pictures, spec, size, channels, resample)
 
 
-def _pair(resolution: int | Pair) -> Pair:
+def _pair(resolution: int | Sides) -> Sides:
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
-def stream_data(spec: str, *, count: int | None, resolution: int | Pair, channels: int) -> Data:
+def stream_data(spec: str, *, count: int | None, resolution: int | Sides, channels: int) -> Data:
     """The first `count` images (None: all) of a Hugging Face dataset or parquet files, read in order and never kept.
 
     A batch that follows the last one costs nothing else; any other opens the data anew. Where they end before `count`,
@@ -197,7 +194,7 @@ def part(data: Data, kept: list[int]) -> Data:
     )
 
 
-def _open_shapes(name: str, count: int, size: Pair | None, channels: int | None) -> Data:
+def _open_shapes(name: str, count: int, size: Sides | None, channels: int | None) -> Data:
     """The first pictures of seed 0 (see shapes.py)."""
     images, captions, _ = draw_many(0, count)
     digest = hashlib.blake2b(images.mul(127).round().to(torch.int8).numpy().data, digest_size=8).hexdigest()
@@ -211,7 +208,7 @@ def _open_shapes(name: str, count: int, size: Pair | None, channels: int | None)
 
 
 def _open_pictures(
-    pictures: Pictures, name: str, size: Pair | None, channels: int | None, resample: str | None
+    pictures: Pictures, name: str, size: Sides | None, channels: int | None, resample: str | None
 ) -> Data:
     total, _, _, classes, num_classes, texts, fingerprint = pictures
     shape = find_shape(pictures, size, channels)
@@ -225,7 +222,7 @@ def _open_pictures(
 
 
 def _open_arrays(
-    path: Path, split: str | None, name: str, size: Pair | None, channels: int | None, full_scale: int = 255
+    path: Path, split: str | None, name: str, size: Sides | None, channels: int | None, full_scale: int = 255
 ) -> Data:
     """Images (N, H, W), (N, H, W, C) or (N, C, H, W) of 1, 3 or 4 (RGBA) channels, held as they are stored.
 

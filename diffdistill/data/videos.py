@@ -42,7 +42,7 @@ def open_videos(spec: str, *, frames: int, size: tuple[int, int]) -> Data:
         raise UserError(f"data: {shown(spec)} is no folder, and this teacher makes videos; give {_KINDS}")
     metadata = next(iter(metadata_of(root)), None)
     if metadata is not None:
-        names, captions, _ = read_metadata(metadata, os.path.exists, _names)
+        names, captions, _ = read_metadata(metadata, os.path.exists, _names, "videos")
     else:
         names = list(_names(root))
         captions = captions_beside(root, names)

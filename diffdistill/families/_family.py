@@ -16,6 +16,7 @@ from diffdistill.core.prediction import Output
 from diffdistill.core.schedule import Schedule
 from diffdistill.errors import UserError
 from diffdistill.families._parts import Config, both_sides, part_config
+from diffdistill.options import Sides
 from diffdistill.players.teacher import Teacher
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -225,11 +226,14 @@ def last_tokens_map(patch: int) -> Callable[[Any, Tensor], Tensor]:
     return features
 
 
-Pair = tuple[int, int]
-"""Height and width."""
+def middle_block(first: tuple[str, int], second: tuple[str, int]) -> str:
+    """The name of a network's middle block, of its two lists of blocks, by name and length."""
+    (name, count), (others, more) = first, second
+    middle = (count + more) // 2
+    return f"{name}.{middle}" if middle < count else f"{others}.{middle - count}"
 
 
-def native_pixels(sample_size: Any, factor: int, resolution: Pair | None) -> Pair:
+def native_pixels(sample_size: Any, factor: int, resolution: Sides | None) -> Sides:
     """Height and width in pixels of a network's own sample_size in latent pixels, one number or two.
 
     UserError where it says none and no resolution is chosen.
@@ -244,7 +248,7 @@ def native_pixels(sample_size: Any, factor: int, resolution: Pair | None) -> Pai
     return height * factor, width * factor
 
 
-def latent_size(family: str, factor: int, native: int | Pair, resolution: Pair | None, multiple: int = 1) -> Pair:
+def latent_size(family: str, factor: int, native: int | Sides, resolution: Sides | None, multiple: int = 1) -> Sides:
     """Height and width in latent pixels of images of `resolution` (`native` if None), both in pixels.
 
     `native` may be one number for both. UserError where they are no multiples of `factor` times `multiple`.

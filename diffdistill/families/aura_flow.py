@@ -18,6 +18,7 @@ from diffdistill.families._family import (
     last_tokens_map,
     latent_size,
     latent_teacher,
+    middle_block,
     native_pixels,
     plain_text,
 )
@@ -38,8 +39,6 @@ def _teacher(network: Any, source: Source) -> Teacher:
     if max(size) > most:  # beyond which the network takes positions of other places, or none
         asked = "x".join(str(side * factor) for side in size)
         raise UserError(f"resolution: {asked} is beyond this network's positions; use {most * factor} a side at most")
-    joint, middle = config.num_mmdit_layers, (config.num_mmdit_layers + config.num_single_dit_layers) // 2
-    layer = f"joint_transformer_blocks.{middle}" if middle < joint else f"single_transformer_blocks.{middle - joint}"
     return latent_teacher(
         "aura_flow",
         network,
@@ -47,7 +46,10 @@ def _teacher(network: Any, source: Source) -> Teacher:
         (config.in_channels, *size),
         flow_schedule(source.scheduler, "own"),
         _call,
-        feature_layer=layer,
+        feature_layer=middle_block(
+            ("joint_transformer_blocks", config.num_mmdit_layers),
+            ("single_transformer_blocks", config.num_single_dit_layers),
+        ),
         feature_map=last_tokens_map(config.patch_size),
     )
 

@@ -18,6 +18,7 @@ from diffdistill.families._family import (
     Text,
     latent_size,
     latent_teacher,
+    middle_block,
     pack,
     token_map,
     unpack,
@@ -57,8 +58,6 @@ def _teacher(network: Any, source: Source) -> Teacher:
     config = network.config
     factor = KL.factor(source.config("vae"))
     size = latent_size("flux", factor, 128 * factor, source.resolution, 2)
-    middle = (config.num_layers + config.num_single_layers) // 2
-    single = middle - config.num_layers
     return latent_teacher(
         "flux",
         network,
@@ -66,7 +65,9 @@ def _teacher(network: Any, source: Source) -> Teacher:
         (config.in_channels // 4, *size),
         flow_schedule(source.scheduler, "given", size[0] * size[1] // 4),
         _caller(config.guidance_embeds),
-        feature_layer=f"transformer_blocks.{middle}" if single < 0 else f"single_transformer_blocks.{single}",
+        feature_layer=middle_block(
+            ("transformer_blocks", config.num_layers), ("single_transformer_blocks", config.num_single_layers)
+        ),
         feature_map=token_map,
     )
 

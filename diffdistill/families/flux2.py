@@ -24,6 +24,7 @@ from diffdistill.families._family import (
     last_tokens_map,
     latent_size,
     latent_teacher,
+    middle_block,
     plain_text,
 )
 from diffdistill.families._flow import ADDED_ATTENTION, flow_schedule
@@ -73,8 +74,6 @@ def teacher_named(family: str, network: Any, source: Source) -> Teacher:
     """Of klein, or of the development model."""
     config = network.config
     size = latent_size(family, AUTOENCODER.factor(source.config("vae")), 1024, source.resolution)
-    middle = (config.num_layers + config.num_single_layers) // 2
-    single = middle - config.num_layers
     return latent_teacher(
         family,
         network,
@@ -82,7 +81,9 @@ def teacher_named(family: str, network: Any, source: Source) -> Teacher:
         (config.in_channels, *size),
         _schedule(source.scheduler, size[0] * size[1]),
         _call,
-        feature_layer=f"transformer_blocks.{middle}" if single < 0 else f"single_transformer_blocks.{single}",
+        feature_layer=middle_block(
+            ("transformer_blocks", config.num_layers), ("single_transformer_blocks", config.num_single_layers)
+        ),
         feature_map=last_tokens_map(1),
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from diffdistill.core.denoiser import Cond
+from diffdistill.core.denoiser import Call, Cond
 from diffdistill.families._family import (
     ATTENTION,
     KL,
@@ -30,29 +31,25 @@ def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return output[:, : x.shape[1]]  # the rest is a learned variance
 
 
-def size_of(family: str, config: Any, factor: int, source: Source) -> tuple[int, int]:
-    """Height and width in latent pixels; a pipeline of PixArt takes multiples of 8 pixels, whatever its autoencoder."""
+def teacher_of(family: str, call: Call, network: Any, source: Source) -> Teacher:
+    """The teacher of a network that is called so."""
+    config, factor = network.config, KL.factor(source.config("vae"))
     native = native_pixels(config.sample_size, factor, source.resolution)
-    return latent_size(family, factor, native, source.resolution, max(config.patch_size, 8 // factor))
-
-
-def _teacher(network: Any, source: Source) -> Teacher:
-    config = network.config
-    size = size_of("pixart_sigma", config, KL.factor(source.config("vae")), source)
+    # The pipeline takes multiples of 8 pixels, whatever its autoencoder.
+    size = latent_size(family, factor, native, source.resolution, max(config.patch_size, 8 // factor))
     return latent_teacher(
-        "pixart_sigma",
+        family,
         network,
         source,
         (config.in_channels, *size),
         schedule_of(source.scheduler),
-        _call,
+        call,
         feature_layer=f"transformer_blocks.{config.num_layers // 2}",
         feature_map=token_map,
     )
 
 
-def encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
-    """Rows and mask of each prompt."""
+def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
     # Without clean_caption, whose result depends on whether bs4 and ftfy are installed.
     embeds, mask, _, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, clean_caption=False)
     return {"encoder_hidden_states": padded_with_zeros(embeds, mask), "encoder_attention_mask": mask}
@@ -65,10 +62,10 @@ FAMILY = Family(
     "transformer",
     "PixArtTransformer2DModel",
     "text",
-    _teacher,
+    partial(teacher_of, "pixart_sigma", _call),
     lora_targets=ATTENTION,
     autoencoder=KL,
-    text=plain_text(("tokenizer", "text_encoder"), encode),
+    text=plain_text(("tokenizer", "text_encoder"), _encode),
     arguments=lambda steps: {
         "num_inference_steps": steps,
         "guidance_scale": 1.0,

@@ -29,6 +29,7 @@ from diffdistill.options.groups import (
     TrajectoryOptions,
 )
 from diffdistill.options.values import (
+    Sides,
     Size,
     build,
     coerce,
@@ -60,6 +61,7 @@ __all__ = [
     "RatioOptions",
     "ScaleRange",
     "SiDOptions",
+    "Sides",
     "SimulationOptions",
     "Size",
     "StudentLevel",

@@ -51,11 +51,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known are {', '.join(sorted(known))}"
 
 
+Sides = tuple[int, int]
+"""Height and width."""
+
 Size = int | str
 """Of images: pixels a side, or 'HEIGHTxWIDTH'. An option of this type is a number where both sides are the same."""
 
 
-def height_width(size: Size) -> tuple[int, int]:
+def height_width(size: Size) -> Sides:
     """Height and width in pixels of a size that an option holds."""
     height, _, width = str(size).partition("x")
     return int(height), int(width or height)

@@ -35,8 +35,13 @@ class Teacher:
     scheduler: dict[str, Any] = field(default_factory=dict)  #: the config of its diffusers scheduler
     start: Denoiser | None = None  #: what players begin as copies of; None: the denoiser itself
     example_cond: Cond = field(default_factory=dict)  #: (1, ...) of a text-to-image teacher, conditions of one prompt
-    size: dict[str, Any] = field(default_factory=dict)  #: height, width, num_frames, as the stock pipeline takes them
+    size: dict[str, Any] = field(default_factory=dict)  #: height, width, frames by the stock pipeline's names
     lora: Mapping[str, LoraSettings] = field(default_factory=dict)  #: roles that are LoRA on the teacher's own weights
+
+    @property
+    def frames(self) -> int | None:
+        """Frames of a video, whatever the stock pipeline calls them; None for images."""
+        return self.size.get("num_frames", self.size.get("frames"))
 
     @classmethod
     def around(
