@@ -10,6 +10,11 @@ Heavy modules are imported on first use, so that `import diffdistill` and `diffd
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING
 
 from diffdistill.errors import UserError
@@ -114,3 +119,39 @@ if not TYPE_CHECKING:  # where a type checker sees it, a misspelt name would hav
 
     def __dir__() -> list[str]:
         return sorted(__all__)
+
+
+class _Moved:
+    """Modules that lay directly in the package before they had a layer, under their first names.
+
+    `from diffdistill.shapes import draw_many` and `python -m diffdistill.cli`, of scripts written then, go on.
+    """
+
+    layers = ("commands", "core", "data", "exact", "players", "scaffold", "training")
+    renamed = {"encode": "data.prompts", "adapters": "players.lora", "end_to_end": "exact.plane"}  # noqa: RUF012
+
+    def place(self, name: str) -> str:
+        """The module's name today, "" for one that never was."""
+        package, _, first = name.rpartition(".")
+        if package != __name__:
+            return ""
+        first = self.renamed.get(first, first.replace("data_", "data.", 1))
+        found = [f"{layer}.{first}" for layer in self.layers] if "." not in first else [first]
+        files = [f for f in found if (Path(__file__).parent / f"{f.replace('.', '/')}.py").is_file()]
+        return f"{__name__}.{files[0]}" if files else ""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return importlib.util.spec_from_loader(name, self) if self.place(name) else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """The usual empty module, which gives way to the one that moved."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = importlib.import_module(self.place(module.__name__))
+
+    def get_code(self, name: str) -> CodeType | None:  # for `python -m`
+        spec = importlib.util.find_spec(self.place(name))
+        return spec.loader.get_code(self.place(name)) if spec and spec.loader else None  # type: ignore[attr-defined]
+
+
+sys.meta_path.append(_Moved())

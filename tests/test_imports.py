@@ -1,6 +1,7 @@
 """The layer of a module is its folder; third parties stay where they belong; `--help` is fast."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,6 +127,22 @@ def test_help_is_fast() -> None:
             chains[below] = f"{chains[name]} -> {below}"
             todo.append(below)
     assert not heavy, "import it inside the function that needs it"
+
+
+def test_scripts_of_before_the_layers_go_on() -> None:
+    """A module that lay directly in the package has its first name still, and is the same module."""
+    lines = [
+        "from diffdistill.shapes import draw_many",
+        "from diffdistill.encode import all_prompts",
+        "from diffdistill.data_folder import open_folder",
+        "import diffdistill.schedule, diffdistill.core.schedule",
+        "assert diffdistill.schedule is diffdistill.core.schedule",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=ROOT)
+    for module in ("diffdistill", "diffdistill.cli"):
+        command = [sys.executable, "-m", module, "--version"]
+        assert subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert importlib.util.find_spec("diffdistill.nothing") is None
 
 
 def test_eval_is_not_imported_by_its_bare_name() -> None:
