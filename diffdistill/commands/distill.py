@@ -252,8 +252,10 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: Allowed) -> bool:
         grids = grid_writer(out, method.sampler, teacher, shown, saving=main)
         starts = [teacher.start] if teacher.start else []
         trainer = Trainer(method, draw, config, out, accelerator, grids, [teacher.denoiser, *starts])
-        if not divides() and not config.teacher_bits:  # which leave nothing mapped to the files
-            trainer.before_save = teacher_check(teacher, inputs["fingerprints"]["teacher's weights"])
+        mapped = not divides() and not config.teacher_bits  # which leave nothing mapped to the files
+        if mapped or main:
+            fingerprint = inputs["fingerprints"]["teacher's weights"] if mapped else None
+            trainer.before_save = teacher_check(teacher, fingerprint)
         first = method.sampler()  # a resumed stage takes other levels, and looks compare with the beginning
         if resumed:
             trainer.resume(allow_change)

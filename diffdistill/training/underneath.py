@@ -11,11 +11,12 @@ from diffdistill.errors import UserError, one_line, shown
 from diffdistill.players.teacher import Teacher
 
 
-def teacher_check(teacher: Teacher, fingerprint: str) -> Callable[[], None]:
+def teacher_check(teacher: Teacher, fingerprint: str | None) -> Callable[[], None]:
     """A function to call before each checkpoint: it warns of files of the teacher's folder that are others than now.
 
     UserError where the weights in memory are others too than those of the fingerprint, since files may be mapped into
-    memory. Only then all weights are read; else files are looked at by size and time. Hub caches are left alone.
+    memory (None: none are). Only then all weights are read; else files are looked at by size and time. Hub caches are
+    left alone.
     """
     folder = Path(teacher.source)
     last = _state(folder)
@@ -28,7 +29,7 @@ def teacher_check(teacher: Teacher, fingerprint: str) -> Callable[[], None]:
         name = min(path for path in {*now, *last} if now.get(path) != last.get(path))
         last = now
         what = f"{name} {'has changed' if name in now else 'is gone'} since the training began"
-        if weights_fingerprint(teacher) != fingerprint:
+        if fingerprint is not None and weights_fingerprint(teacher) != fingerprint:
             raise UserError(
                 f"teacher: {shown(str(folder))}: {what}, and with it the weights in memory; this step is not kept: put "
                 "the file back and resume"

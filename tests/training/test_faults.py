@@ -164,3 +164,21 @@ def test_a_teacher_that_changes_underneath_is_noticed_at_the_next_checkpoint(
     assert warning.count("has changed since the training began") == 1 and len(warning.splitlines()[-1]) < 300
     with pytest.raises(UserError, match="changed since the run began: teacher's weights"):
         distill(resume=run, steps=5)
+
+
+def test_weights_that_are_not_mapped_to_a_changed_file_are_trained_on(
+    tiny_teacher: Teachers, tmp_path: Path, capsys: Capture
+) -> None:
+    """Those in parts or in few bits are copies: the change is said, once, and the training goes on."""
+    import shutil
+
+    from diffdistill.families import load_teacher
+    from diffdistill.training.underneath import teacher_check
+
+    folder = shutil.copytree(tiny_teacher("vp"), tmp_path / "teacher")
+    check = teacher_check(load_teacher(folder), None)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    check()
+    check()
+    assert capsys.readouterr().err.count("this training goes on with what it has loaded") == 1
