@@ -1,8 +1,6 @@
 """Folders whose weights are in half precision, as most releases since 2024 are: each command on each family."""
 
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from diffdistill.eval.sample import SampleRequest, draw_samples
 from diffdistill.families import FAMILIES, load_pipeline
 from diffdistill.families._parts import stored_dtypes
 from tests.players.tiny import BUILDERS, SIZES, draw_small
+from tests.stranger import stranger
 
 LATENT = [name for name, family in FAMILIES.items() if family.autoencoder is not None]
 IMAGES = [name for name in LATENT if name != "dit" and not FAMILIES[name].videos]
@@ -99,8 +98,7 @@ def test_a_half_teacher_and_its_student_are_drawn_by_everybody(
     code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(student))
     assert f"torch_dtype={dtype}" in code
     plain = code.replace(f", torch_dtype={dtype}", "")  # whoever leaves it out gets float32 throughout
-    lines = f"import sys; sys.modules['diffdistill'] = None\n{code}\n{plain}\nassert len(images) == 1"
-    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
+    done = stranger(f"{code}\n{plain}\nassert len(images) == 1")
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -1,9 +1,6 @@
 """AGD: its exact checks hold, known mistakes are caught, and its adapters leave the base model as it was."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from diffdistill.scaffold import imitating
 from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Batch
 from tests.methods.short_runs import same_when_resumed
+from tests.stranger import stranger
 
 Teachers = Callable[[str], Path]
 SMALL = {"adapter_width": 8, "trajectory_steps": 5, "sampling_steps": 4, "student_lr": 1e-2}
@@ -149,15 +147,7 @@ def test_the_export_gives_the_same_images_in_stock_diffusers(
     folder = distill(
         **options(teacher, tmp_path / "run", adapter=adapter, adapted_layers="blocks", student_lr=0.3)
     ).student
-    script = tmp_path / "stock.py"
-    script.write_text(STOCK)
-    done = subprocess.run(
-        [sys.executable, script, folder, tmp_path / "images.safetensors"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
-    )
+    done = stranger(STOCK, folder, tmp_path / "images.safetensors", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2", "AdaptedPipeline", "UNet2DModel"]
     assert "Expected types" not in done.stderr, done.stderr

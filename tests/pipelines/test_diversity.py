@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from diffdistill.families import FAMILIES, load_pipeline, load_teacher
 from diffdistill.pipelines.diversity import write_diversity
 from diffdistill.pipelines.shipped.diversity_pipeline import carried, hand_off_index
 from tests import tiny, tiny_a
+from tests.stranger import stranger
 
 BUILDERS, SIZES = tiny.PIPELINES, tiny.SIZES
 PROMPTS = ["a red square", "two dogs"]
@@ -204,7 +203,6 @@ def test_hand_off() -> None:
 STRANGER = """
 import sys, torch
 from safetensors.torch import save_file
-sys.modules["diffdistill"] = None  # an import of it would fail
 from diffusers import DiffusionPipeline
 made = {}
 for folder in sys.argv[2:]:
@@ -218,8 +216,7 @@ save_file(made, sys.argv[1])
 
 def test_a_stranger_loads_it(mixed: Folders, tmp_path: Path) -> None:
     folders = [str(mixed("stable_diffusion")), str(mixed("sdxl"))]
-    command = [sys.executable, "-c", STRANGER, str(tmp_path / "made"), *folders]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = stranger(STRANGER, tmp_path / "made", *folders)
     assert done.returncode == 0, done.stderr[-3000:]
     for folder, latents in load_file(tmp_path / "made").items():
         pipeline = loaded(Path(folder), trust_remote_code=True)

@@ -1,8 +1,6 @@
 """Students load with stock diffusers where diffdistill is not installed, and give the same images."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.rng import image_generators
 from diffdistill.training.assemble import load_run
+from tests.stranger import stranger
 
 Teachers = Callable[[str], Path]
 
@@ -27,12 +26,6 @@ Teachers = Callable[[str], Path]
 STOCK = """
 import sys
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "diffdistill":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
 try:
     import diffdistill
 except ModuleNotFoundError:
@@ -99,14 +92,7 @@ def test_a_student_gives_the_same_images_in_stock_diffusers(
 
 def in_stock(folder: Path, number: int, place: Path) -> torch.Tensor:
     """The eight images of a process without diffdistill, whose call is the card's."""
-    script = place / "stock.py"
-    script.write_text(STOCK)
-    done = subprocess.run(
-        [sys.executable, script, folder, place / "images.safetensors", str(number)],
-        capture_output=True,
-        text=True,
-        cwd=place,
-    )
+    done = stranger(STOCK, folder, place / "images.safetensors", number, cwd=place)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(number), "the call of the card makes so many steps"
     assert number == 1 or f"num_inference_steps={number}" in (folder / "README.md").read_text()

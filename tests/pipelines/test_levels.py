@@ -1,9 +1,6 @@
 """Levels that no stock scheduler has in a row: the folder's own pipeline hands them over, and draws the same images."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +18,7 @@ from diffdistill.players.sampler import Sampler, step_named
 from diffdistill.training.assemble import load_run
 from tests.pipelines.test_exported_schedulers import LABELS, SHAPE, N, from_folder, loud, same, teacher_of, trained
 from tests.scaffold.straight import draw, in_double
+from tests.stranger import stranger
 
 _double = pytest.fixture(in_double)
 STEPS: list[tuple[str, str, float | None]] = [
@@ -74,7 +72,6 @@ def test_where_a_stock_scheduler_has_the_levels_it_takes_them() -> None:
 STRANGER = """
 import json, sys, torch
 from safetensors.torch import save_file
-sys.modules["diffdistill"] = None  # an import of it would fail
 from diffusers import DiffusionPipeline
 out, jobs = json.loads(sys.argv[1])
 images, pipes = {}, {}
@@ -126,9 +123,7 @@ def test_a_stranger_draws_the_images_of_students_in_pixels(tiny_teacher: Callabl
         jobs[name] = (str(student), [1, 2] if name in ("mean_flow", "flow_map", "gamma") else [])
         assert "trust_remote_code=True" in (student / "README.md").read_text()
     job = json.dumps([str(tmp_path), jobs])
-    command = [sys.executable, "-c", STRANGER, job]
-    env = os.environ | {"HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = stranger(STRANGER, job)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     images = load_file(tmp_path / "images.safetensors")
     cond = {"class_labels": torch.tensor([1, 2, 3])}

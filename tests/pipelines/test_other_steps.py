@@ -1,8 +1,6 @@
 """One folder of a student that takes the time to jump to serves several numbers of steps, as an export of each does."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +13,13 @@ from safetensors.torch import load_file
 from diffdistill import distill, export
 from tests.players.conftest import encoded
 from tests.players.test_player_kinds import OTHERS, options_for
+from tests.stranger import stranger
 
 __all__ = ["encoded"]
 # Nothing of ours: one folder in several numbers of steps, and the folders that were exported for each.
 STRANGER = """
 import json, sys, torch
 from safetensors.torch import save_file
-sys.modules["diffdistill"] = None  # an import of it would fail
 from diffusers import DiffusionPipeline
 folder, exports, what, again, out = json.loads(sys.argv[1])
 def draw(pipe, steps, **more):
@@ -49,7 +47,7 @@ def compared(run: Path, steps: list[int], what: dict[str, Any], tmp_path: Path) 
     """What the refusal of 77 steps says, after one folder was compared with the others."""
     exports = {n: str(export(run, student_steps=n, out=tmp_path / f"in-{n}")) for n in steps}
     job = [str(run / "student"), exports, what, str(tmp_path / "again"), str(tmp_path / "images.safetensors")]
-    done = subprocess.run([sys.executable, "-c", STRANGER, json.dumps(job)], capture_output=True, text=True)
+    done = stranger(STRANGER, json.dumps(job))
     assert done.returncode == 0, done.stderr[-3000:]
     images = load_file(tmp_path / "images.safetensors")
     drawn = [images[f"one {n}"] for n in steps]

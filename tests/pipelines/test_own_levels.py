@@ -1,9 +1,6 @@
 """Levels of the user's own: in training, in the folder, in what a stranger draws, and lists that are refused."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from diffdistill.training.assemble import load_run, make_game
 from tests.players.conftest import encoded
 from tests.players.test_player_kinds import apart, drawn_by_a_stranger, options_for, ours
 from tests.players.tiny import PROMPTS
+from tests.stranger import stranger
 
 __all__ = ["encoded"]
 Encoded = Callable[[str], tuple[Path, Path]]
@@ -31,7 +29,6 @@ PIXELS: dict[str, Any] = {"data": "digits", "batch_size": 4, "steps": 2, "sample
 DRAW = """
 import json, sys, torch
 from safetensors.torch import save_file
-sys.modules["diffdistill"] = None  # an import of it would fail
 from diffusers import DiffusionPipeline
 out, folders = json.loads(sys.argv[1])
 images = {}
@@ -53,9 +50,7 @@ def test_pixels_of_any_levels(tiny_teacher: Teachers, tmp_path: Path) -> None:
         options = {"teacher": str(tiny_teacher(kind)), "student_lr": 0.01, "out": str(tmp_path / kind)}
         folders[kind] = str(distill(**PIXELS | options | own).student)
     out = tmp_path / "images.safetensors"
-    command = [sys.executable, "-c", DRAW, json.dumps([str(out), folders])]
-    env = os.environ | {"HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = stranger(DRAW, json.dumps([str(out), folders]))
     assert done.returncode == 0, done.stderr[-3000:]
     for kind, own in RUNS.items():
         levels = own["levels"]

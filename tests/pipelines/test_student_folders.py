@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from diffdistill.families import load_pipeline, read_record, student_record, tea
 from diffdistill.pipelines.origin import card_of
 from diffdistill.rng import image_generators
 from tests import tiny_a, tiny_c
+from tests.stranger import stranger
 
 TEACHER_CARD = """---
 license: openrail++
@@ -111,8 +110,7 @@ def test_every_form_gives_the_same_images_to_a_stranger(place: Path, tmp_path: P
     line = f'pipeline = DiffusionPipeline.from_pretrained("{teacher}")'
     codes["teacher"] = f"from diffusers import DiffusionPipeline\n{line}"
     (tmp_path / "codes.json").write_text(json.dumps(codes))
-    command = [sys.executable, "-c", STRANGER, str(tmp_path / "codes.json"), str(tmp_path / "images.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = stranger(STRANGER, tmp_path / "codes.json", tmp_path / "images.safetensors")
     assert done.returncode == 0, done.stderr[-2000:]
     images = load_file(tmp_path / "images.safetensors")
     assert (images["teacher"] - images["both"]).abs().max() > 1e-2

@@ -1,8 +1,6 @@
 """A student's folder gives its images by the plain call, and the same ones for the same generators, in every family."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from diffdistill.commands.cli import main
 from diffdistill.data.encoded import encode
 from diffdistill.eval.models import SamplingOptions, open_model
 from tests import tiny_a, tiny_b
+from tests.stranger import stranger
 
 BUILDERS = {**tiny_a.PIPELINES, **tiny_b.PIPELINES}
 SIZES = {**tiny_a.SIZES, **tiny_b.SIZES}
@@ -23,7 +22,6 @@ SIZES = {**tiny_a.SIZES, **tiny_b.SIZES}
 # noise, and a list of generators.
 STRANGER = """
 import json, sys
-sys.modules["diffdistill"] = None
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
@@ -76,8 +74,8 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stable_diffusion", "sd3"])
 def test_a_stranger_needs_no_arguments(name: str, students: Callable[[str], Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-c", STRANGER, str(students(name)), str(tmp_path / "images.safetensors")]
-    subprocess.run(command, check=True)
+    done = stranger(STRANGER, students(name), tmp_path / "images.safetensors")
+    assert done.returncode == 0, done.stderr[-3000:]
     images = load_file(tmp_path / "images.safetensors")
     assert torch.equal(images["plain"], images["explicit"])
     assert (images["two"] - torch.cat([images["plain"], images["second"]])).abs().max() < 1e-4

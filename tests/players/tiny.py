@@ -2,8 +2,6 @@
 
 import inspect
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from diffdistill.data.encoded import decoder
 from diffdistill.families import FAMILIES
 from diffdistill.training.assemble import load_run, make_game
 from tests import tiny, tiny_a
+from tests.stranger import stranger
 
 BUILDERS = {
     **tiny.PIPELINES,
@@ -35,7 +34,6 @@ HANDS = (
 STRANGER = """
 import json, sys, torch
 from safetensors.torch import save_file
-sys.modules["diffdistill"] = None  # an import of it would fail
 from diffusers import DiffusionPipeline
 for job in json.load(open(sys.argv[1])):
     pipe = DiffusionPipeline.from_pretrained(job["base"] or job["student"])
@@ -100,7 +98,6 @@ def drawn_by_a_stranger(jobs: Sequence[dict[str, Any]], folder: Path) -> list[to
     """What STRANGER draws, in a process of its own; a job has student, base, what and type."""
     jobs = [job | {"out": str(folder / f"{k}.safetensors")} for k, job in enumerate(jobs)]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-c", STRANGER, str(folder / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = stranger(STRANGER, folder / "jobs.json")
     assert done.returncode == 0, done.stderr[-3000:]
     return [load_file(job["out"])["x"] for job in jobs]
