@@ -16,7 +16,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,8 +138,12 @@ _MODEL_FIELDS = ("title", "family", "teacher", "known_by", "recipes")
 _RECIPE_FIELDS = ("makes", "method", "data", "parts")
 
 
-def recipes() -> dict[str, ModelRecipe]:
-    """All recipes by name, which begins with the name of the model's file; UserError for a file of another form."""
+@cache
+def recipes() -> Mapping[str, ModelRecipe]:
+    """All recipes by name, which begins with the name of the model's file; UserError for a file of another form.
+
+    They are read once in a process: every training of a known family names those that fit it.
+    """
     found = {}
     for path in sorted((_methods_folder() / "recipes").glob("*.yaml")):
         model = read_mapping(str(path), "recipe")
@@ -148,7 +152,7 @@ def recipes() -> dict[str, ModelRecipe]:
         for key, entry in model["recipes"].items():
             recipe = _recipe(f"{path.stem}-{key}", model, entry)
             found[recipe.name] = recipe
-    return found
+    return types.MappingProxyType(found)
 
 
 def describe_recipe(name: str) -> ModelRecipe:

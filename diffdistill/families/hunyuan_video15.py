@@ -26,7 +26,13 @@ from diffdistill.players.teacher import Teacher
 
 _SIZES = {640: (480, 848), 960: (720, 1280)}  #: height and width of the 480p and the 720p model, by their target_size
 _FRAMES = 121  #: the pipeline's own
-_IMAGE_TOKENS = 729  #: of an image to start from, which text to video has as zeros
+
+
+def _cut(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings (n, L, D) and mask (n, L) without the tokens at the end that no row looks at; one is left."""
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    length = max(int((mask.bool().any(0) * places).max()), 1)
+    return embeds[:, :length], mask[:, :length]
 
 
 def _caller(width: int) -> Call:
@@ -39,9 +45,21 @@ def _caller(width: int) -> Call:
         kind, half = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):
             half = torch.get_autocast_dtype(kind)
-        image = x.new_zeros(len(x), _IMAGE_TOKENS, width, dtype=half)
-        cond = {**cond, "encoder_hidden_states_2": cond["encoder_hidden_states_2"].to(half)}
-        return network(torch.cat([x, nothing], 1), timestep=time, image_embeds=image, return_dict=False, **cond)[0]
+        # The pipeline has 729 tokens of an image that is zeros, and 1256 of a prompt. The network sorts them by their
+        # masks, which it reads, and nothing looks at the rest: a small video spends nearly all of its time on them.
+        image = x.new_zeros(len(x), 1, width, dtype=half)
+        text, mask = _cut(cond["encoder_hidden_states"], cond["encoder_attention_mask"])
+        glyphs, glyph_mask = _cut(cond["encoder_hidden_states_2"].to(half), cond["encoder_attention_mask_2"])
+        return network(
+            torch.cat([x, nothing], 1),
+            timestep=time,
+            encoder_hidden_states=text,
+            encoder_attention_mask=mask,
+            encoder_hidden_states_2=glyphs,
+            encoder_attention_mask_2=glyph_mask,
+            image_embeds=image,
+            return_dict=False,
+        )[0]
 
     return call
 

@@ -59,8 +59,7 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().norm() / b.detach().norm())
 
 
-# HunyuanVideo 1.5 always reads 1985 tokens of text.
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "hunyuan_video15")) for n in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_tangent_and_its_gradient_are_those_of_double_vjp(made: Callable[..., Case], name: str) -> None:
     case = made(name)
     denoiser = case.teacher.player("student").eval()

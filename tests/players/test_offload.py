@@ -16,8 +16,7 @@ from tests.training.test_trainer import metrics, same
 
 Encoded = Callable[[str], tuple[Path, Path]]
 LIKE_OTHERS = ("aura_flow", "chroma", "flux2_dev", "pixart_alpha", "sana_video")  # whose layers others have
-# HunyuanVideo 1.5 alone would take a minute.
-LATENT = [n for n, family in FAMILIES.items() if family.autoencoder is not None and n != "hunyuan_video15"]
+LATENT = [n for n, family in FAMILIES.items() if family.autoencoder is not None]
 MEASURED = ("seconds_per_step", "peak_memory_mb")
 
 

@@ -21,8 +21,7 @@ from tests.players.test_player_kinds import options_for
 from tests.training.test_trainer import same
 
 Encoded = Callable[[str], tuple[Path, Path]]
-# HunyuanVideo 1.5 alone would take a minute.
-LATENT = [n for n, family in FAMILIES.items() if family.autoencoder is not None and n != "hunyuan_video15"]
+LATENT = [n for n, family in FAMILIES.items() if family.autoencoder is not None]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
