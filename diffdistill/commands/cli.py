@@ -33,6 +33,7 @@ from diffdistill.config import (
     MethodsConfig,
     PairsConfig,
     RecipesConfig,
+    ReportConfig,
     SampleConfig,
     SpeedConfig,
     TeacherConfig,
@@ -73,6 +74,9 @@ COMMANDS: dict[str, Command] = {
         "say what a training would take in memory, operations and hours, from configs alone", PlanConfig, "plan:run"
     ),
     "watch": Command("show the curves and warnings of a run in the terminal", WatchConfig, "watch:run", ("run",)),
+    "report": Command(
+        "write a run as one HTML page: curves, samples over time, evaluation", ReportConfig, "report:run", ("run",)
+    ),
     "sample": Command("draw images from a teacher or a student as one PNG", SampleConfig, "sample:run", ("model",)),
     "eval": Command(
         "judge a student beside its teacher at several numbers of steps, or any model by a protocol",
