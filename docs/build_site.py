@@ -35,6 +35,8 @@ NOTEBOOKS = {
 """Titles in their order; a notebook that is not here comes last, by its own name."""
 
 GUIDE = {
+    "Methods at a glance": "methods.md",
+    "Examples": "examples.md",
     "Text to image": "text_to_image.md",
     "Training": "training.md",
     "Reading the curves": "curves.md",
@@ -59,6 +61,7 @@ def write_sources(folder: Path) -> dict[str, str]:
     pages["changelog.md"] = documents("../CHANGELOG.md")
     written = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
     pages |= {name: documents(name) for name in written}
+    pages["examples.md"] = examples()
     pages |= methods() | families() | command_line() | python_names() | notebooks()
     pages["recipes.md"] = recipe_list()
     source = folder / "src"
@@ -162,10 +165,18 @@ def documents(name: str) -> str:
     return re.sub(r"\[([^\[\]]*)\]\(([^()\s]+)\)", link, text)
 
 
+def examples() -> str:
+    """The examples to copy, in one page."""
+    kinds = {".sh": "bash", ".py": "python"}
+    files = [path for path in sorted((ROOT / "docs" / "examples").iterdir()) if path.suffix in kinds]
+    parts = [f"## {path.name}\n\n```{kinds[path.suffix]}\n{path.read_text(encoding='utf-8')}```" for path in files]
+    return "\n\n".join([documents("examples/README.md").rstrip(), *parts]) + "\n"
+
+
 def site_path(path: Path) -> str | None:
     """Where a file of the repository is on the site; None if it is not."""
     if path.parts[0] == "docs":
-        return path.name
+        return path.name if len(path.parts) == 2 else None
     if path.suffix == ".ipynb":
         return f"notebooks/{path.stem}.md"
     return {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}.get(

@@ -186,7 +186,7 @@ def family_page(family: Family) -> str:
     of_family = [[code(r.name), escaped(r.makes)] for r in recipes().values() if r.family == family.name]
     parts = [
         f"# {family.name}",
-        prose(sys.modules[family.teacher.__module__].__doc__ or ""),
+        prose(sys.modules[f"diffdistill.families.{family.name}"].__doc__ or ""),
         grid(["about it", ""], facts),
     ]
     parts += ["```\ndiffdistill family-check MODEL\n```", "checks a folder of yours against the stock pipeline."]
