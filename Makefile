@@ -10,7 +10,7 @@ CONSTRAINTS ?= constraints.txt
 SHAPES := runs/shapes
 STUDENTS := dmd2-1 dmd2-4 progressive-1 progressive-4
 
-.PHONY: demo demo-text $(STUDENTS) bench test suite coverage lint format typecheck wheel clean
+.PHONY: demo demo-text $(STUDENTS) bench docs test suite coverage lint format typecheck wheel clean
 
 # A run is never overwritten; the demo's own folder is the exception.
 demo: $(STAMP)
@@ -48,6 +48,11 @@ test: lint typecheck suite
 suite: $(STAMP)
 	$(TESTS) --durations=10
 
+# The site in build/site/html, without a network; a link that leads nowhere is an error.
+docs: $(STAMP)
+	mkdir -p build/site
+	$(BIN)/python docs/build_site.py build/site --build
+
 # The suite again, with the share of lines that it runs, file by file.
 coverage: $(STAMP)
 	$(TESTS) --cov=. --cov-report=term:skip-covered
@@ -78,5 +83,5 @@ clean:
 # Editable on purpose: after a plain install, Python run from here finds ./diffdistill without the mapped folders.
 $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev,eval,lite0]'
+	$(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev,docs,eval,lite0]'
 	touch $@

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from diffdistill.commands.family_check import family_check
     from diffdistill.commands.jvp_check import jvp_check
     from diffdistill.commands.plan import plan
+    from diffdistill.commands.report import report
     from diffdistill.commands.run import Run
     from diffdistill.commands.sample import sample
     from diffdistill.commands.shards import encode, make_pairs
@@ -57,6 +58,7 @@ _MODULES = {
     "family_check": "commands.family_check",
     "jvp_check": "commands.jvp_check",
     "plan": "commands.plan",
+    "report": "commands.report",
     "export": "commands.export",
     "Run": "commands.run",
     "Teacher": "players.teacher",
@@ -104,6 +106,7 @@ __all__ = [
     "open_data",
     "plan",
     "register_family",
+    "report",
     "sample",
     "speed",
     "train_teacher",

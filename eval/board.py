@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
+from diffdistill.eval import html
 from diffdistill.eval.report import markdown_table, write_json, write_text
 from diffdistill.files import atomic_write
 from diffdistill.pictures import save_png, side_by_side
@@ -50,15 +51,24 @@ def averaged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def write_board(
     suite: str, results: Sequence[dict[str, Any]], pictures: dict[str, Tensor], budget: int, compared: str, out: Path
 ) -> list[dict[str, Any]]:
-    """board.json, board.md, quality.png and samples.png; `compared` says with which images."""
+    """board.json, board.md, quality.png, samples.png and report.html; `compared` says with which images."""
     rows = averaged(results)
-    report = {"suite": suite, "budget": budget, "compared": compared, "environment": environment()}
+    report: dict[str, Any] = {"suite": suite, "budget": budget, "compared": compared, "environment": environment()}
     report |= {"columns": COLUMNS, "rows": rows, "results": list(results)}
     write_json(report, out / "board.json")
     write_text(f"{markdown_table(rows, COLUMNS)}\n{compared}\n", out / "board.md")
     if pictures:
         save_png(side_by_side(list(pictures.items()), scale=4), out / "samples.png")
     quality_picture(rows, out / "quality.png")
+    drawn = [html.picture(out / "quality.png", "Fréchet distance by sampling steps")]
+    if pictures:
+        drawn.append(html.picture(out / "samples.png", "the same noise for all"))
+    sections = [
+        ("Board", html.table(rows, COLUMNS) + html.items([compared, f"at most {budget} network passes a training"])),
+        ("Pictures", f'<div class="pictures">{"".join(drawn)}</div>'),
+        ("Environment", html.pairs(report["environment"])),
+    ]
+    html.page(f"Scoreboard of the suite {suite}", sections, out / "report.html")
     return rows
 
 

@@ -29,7 +29,7 @@ GRID = 12
 
 
 def compare_models(models: Sequence[ModelLike], options: JudgeOptions, out: Path) -> Evaluation:
-    """Judges two models or more; writes table, differences, quality against latency, and a grid."""
+    """Judges two models or more; writes table, differences, quality against latency, a grid, and a page."""
     if len(models) < 2:
         raise UserError(f"compare: {len(models)} model was given; give two or more")
     judge = Judge(options)
@@ -57,7 +57,9 @@ def compare_models(models: Sequence[ModelLike], options: JudgeOptions, out: Path
     shown = [(each.model, each.shown[:GRID]) for each in scores if each.shown is not None]
     grid = save_png(side_by_side(shown, max(1, 64 // max(judge.protocol.pixels))), out / "grid.png")
     pictures = [grid, quality_picture(scores, judge, out / "quality.png")]
-    return replace(evaluation, pictures=pictures)
+    evaluation = replace(evaluation, pictures=pictures)
+    evaluation.page(f"{' and '.join(each.model for each in scores)} by the protocol {judge.protocol.name}")
+    return evaluation
 
 
 def against(first: Score, other: Score, judge: Judge) -> list[dict[str, Any]]:

@@ -11,16 +11,16 @@ from diffdistill.files import atomic_write
 
 def markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
     """A Markdown table of the named columns, numbers to the right. A missing key or None is a dash."""
-    cells = [[_cell(row.get(c)).replace("|", "\\|").replace("\n", " ") for c in columns] for row in rows]
-    rules = ["---:" if _numeric(rows, c) else "---" for c in columns]
+    cells = [[cell(row.get(c)).replace("|", "\\|").replace("\n", " ") for c in columns] for row in rows]
+    rules = ["---:" if numeric(rows, c) else "---" for c in columns]
     return "".join(f"| {' | '.join(line)} |\n" for line in [list(columns), rules, *cells])
 
 
 def text_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
     """The same table for a terminal: padded columns under a rule."""
-    cells = [[_cell(row.get(c)).replace("\n", " ") for c in columns] for row in rows]
+    cells = [[cell(row.get(c)).replace("\n", " ") for c in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    right = [_numeric(rows, c) for c in columns]
+    right = [numeric(rows, c) for c in columns]
     lines = [list(columns), ["-" * w for w in widths], *cells]
     return "".join(
         "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip() + "\n"
@@ -59,12 +59,13 @@ def with_notes(tables: Sequence[str], notes: Sequence[str]) -> str:
     return "\n".join(tables) + "\n" + "".join(f"- {line}\n" for line in notes)
 
 
-def _numeric(rows: Sequence[Mapping[str, object]], column: str) -> bool:
+def numeric(rows: Sequence[Mapping[str, object]], column: str) -> bool:
+    """Whether all that the rows have in a column are numbers, and they have any."""
     values = [row[column] for row in rows if row.get(column) is not None]
     return bool(values) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
     """Floats at four significant digits, or whole where that is more: 0.9950, 12.34, 50000."""
     if value is None:
         return "–"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdistill.environment import environment
+from diffdistill.eval import html
 from diffdistill.eval.judge import Judge, Score
 from diffdistill.eval.metrics.moments import enough
 from diffdistill.eval.protocol import Protocol
@@ -58,6 +59,16 @@ class Evaluation:
         """table.md and results.json."""
         write_json(self.report, self.out / "results.json")
         write_text(self.markdown(), self.out / "table.md")
+
+    def page(self, title: str) -> Path:
+        """report.html: tables, pictures, notes and environment as one page that loads nothing; returns its path."""
+        drawn = "".join(html.picture(path, path.stem) for path in self.pictures)
+        headings = ("Scores", "Differences")
+        sections = [(name, html.table(*each)) for name, each in zip(headings, self.tables(), strict=False)]
+        sections += [("Pictures", f'<div class="pictures">{drawn}</div>' if drawn else "")]
+        sections += [("What to know of the numbers", html.items(self.notes))]
+        sections += [("Environment", html.pairs(self.report.get("environment", {})))]
+        return html.page(title, sections, self.out / "report.html")
 
 
 _MS = "ms per image"

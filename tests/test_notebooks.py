@@ -38,7 +38,7 @@ def what_methods_do(printed: str) -> None:
     assert off["dmd"] < min(off[name] for name in WITHOUT_PAIRS)
     limits = table["limit of verify"]
     for name in (*trajectory, *WITHOUT_PAIRS, "dmd", "consistency, turned"):
-        # After a quarter of the training that the limits are for.
+        # After a seventh of the training that the limits are for.
         assert all(got < 2 * limit for got, limit in zip(table[name][:3], limits[:3], strict=True)), name
     # A student that matches distributions may turn a class's line round.
     assert all(off[name] < off["before training"] for name in (*trajectory, "dmd"))

@@ -1,17 +1,23 @@
 """The files around the code: they can be read, agree with one another, and name what exists."""
 
 import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from diffdistill.catalogue import method_names
+from diffdistill.commands.cli import COMMANDS, parser_of
 from diffdistill.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 GITHUB = ROOT / ".github"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS.append(ROOT / "docs" / "examples" / "README.md")
+SCRIPTS = sorted((ROOT / "docs" / "examples").glob("*.sh"))
 FORMS = [path for path in sorted((GITHUB / "ISSUE_TEMPLATE").glob("*.yml")) if path.name != "config.yml"]
 
 
@@ -81,6 +87,28 @@ def test_links_and_pictures_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
     missing = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
     assert not missing
+
+
+def commands_in(path: Path) -> list[list[str]]:
+    """The command lines of diffdistill in a document's blocks, a script or a notebook, without their comments."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("diffdistill ")]
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *SCRIPTS], ids=lambda path: path.name)
+def test_the_commands_that_it_shows_are_taken(path: Path) -> None:
+    for name, *rest in commands_in(path):
+        if name == "COMMAND":
+            continue
+        assert name in COMMANDS, name
+        method = next((b for a, b in pairwise(rest) if a == "--method"), None)
+        own = method if COMMANDS[name].distills and method in method_names() else None
+        _, unknown = parser_of(name, own)[0].parse_known_args(rest)
+        assert not unknown, (name, unknown)
+    assert commands_in(path) or path not in SCRIPTS
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

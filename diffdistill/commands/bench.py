@@ -52,4 +52,5 @@ def run(config: BenchConfig) -> None:
     if not is_first_process():
         return
     print(board)
-    print("board: " + ", ".join(str(board.out / f) for f in ("board.md", "board.json", "quality.png", "samples.png")))
+    files = ("report.html", "board.md", "board.json", "quality.png", "samples.png")
+    print("board: " + ", ".join(str(board.out / f) for f in files))

@@ -33,6 +33,7 @@ from diffdistill.config import (
     MethodsConfig,
     PairsConfig,
     RecipesConfig,
+    ReportConfig,
     SampleConfig,
     SpeedConfig,
     TeacherConfig,
@@ -73,6 +74,9 @@ COMMANDS: dict[str, Command] = {
         "say what a training would take in memory, operations and hours, from configs alone", PlanConfig, "plan:run"
     ),
     "watch": Command("show the curves and warnings of a run in the terminal", WatchConfig, "watch:run", ("run",)),
+    "report": Command(
+        "write a run as one HTML page: curves, samples over time, evaluation", ReportConfig, "report:run", ("run",)
+    ),
     "sample": Command("draw images from a teacher or a student as one PNG", SampleConfig, "sample:run", ("model",)),
     "eval": Command(
         "judge a student beside its teacher at several numbers of steps, or any model by a protocol",
@@ -150,6 +154,14 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+GROUPS = {
+    "distill": ("train", "plan", "watch", "report", "export", "diversity"),
+    "data and teachers": ("encode", "pairs", "teacher"),
+    "judge": ("eval", "compare", "speed", "sample", "bench", "verify", "jvp-check", "family-check"),
+    "explore": ("methods", "recipes", "families", "protocols"),
+}
+"""The commands by what they are for, each once."""
+
 EXIT_CODES = {
     0: "it is done",
     1: "verify, jvp-check or family-check has failed, or a fault of diffdistill with its traceback",
@@ -214,13 +226,7 @@ def _run(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command; {nearest(name, COMMANDS)}")
     command = COMMANDS[name]
-    classes: list[type] = [command.options]
-    usual: dict[str, Any] = {}
-    if command.distills:
-        method = describe_method(_method_of(argv[1:]))
-        classes = [command.options, method.config]
-        usual = {name: "from the teacher" for name in DERIVED} | dict(method.about.defaults)
-    parser = _parser(name, command, classes, usual)
+    parser, classes = parser_of(name, _method_of(argv[1:]) if command.distills else None)
     parsed, unknown = parser.parse_known_args(_with_true(argv[1:], classes) if command.positional else argv[1:])
     if unknown:
         _refuse_unknown(parser, name, unknown)
@@ -265,13 +271,27 @@ def _top_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Distill a pretrained diffusion model into a generator that needs one to four steps.",
-        epilog="commands:\n"
-        + "\n".join(f"  {name:{width}}{command.help}" for name, command in COMMANDS.items())
+        epilog="\n\n".join(
+            "\n".join([f"{title}:", *(f"  {name:{width}}{COMMANDS[name].help}" for name in names)])
+            for title, names in GROUPS.items()
+        )
         + "\n\n`diffdistill COMMAND --help` lists a command's options.\n\nexit codes:\n"
         + "\n".join(f"  {code:<{width}}{meaning}" for code, meaning in EXIT_CODES.items()),
     )
     parser.add_argument("--version", action="version", version=f"diffdistill {__version__}")
     return parser
+
+
+def parser_of(name: str, method: str | None = None) -> tuple[argparse.ArgumentParser, list[type]]:
+    """The parser of a command, with the options of a method besides, and the dataclasses that its options stand in."""
+    command = COMMANDS[name]
+    classes: list[type] = [command.options]
+    usual: dict[str, Any] = {name: "from the teacher" for name in DERIVED} if command.distills else {}
+    if method is not None:
+        info = describe_method(method)
+        classes.append(info.config)
+        usual |= info.about.defaults
+    return _parser(name, command, classes, usual), classes
 
 
 def _parser(name: str, command: Command, classes: Sequence[type], usual: Mapping[str, Any]) -> argparse.ArgumentParser:

@@ -49,3 +49,4 @@ def run(config: CompareConfig) -> None:
     print(comparison)
     print(f"pictures: {', '.join(map(str, comparison.pictures))}")
     print(f"table:    {comparison.out / 'table.md'}, {comparison.out / 'results.json'}")
+    print(f"report:   {comparison.out / 'report.html'}")

@@ -10,6 +10,7 @@ from diffdistill.config.models import (
     ListConfig,
     MethodsConfig,
     RecipesConfig,
+    ReportConfig,
     SampleConfig,
     WatchConfig,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "MethodsConfig",
     "PairsConfig",
     "RecipesConfig",
+    "ReportConfig",
     "SampleConfig",
     "SavingConfig",
     "SpeedConfig",

@@ -63,6 +63,14 @@ class WatchConfig:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Which run, and where its page goes."""
+
+    run: str = option(MISSING, "a run folder of train or teacher")
+    out: str | None = option(None, "the page's file; default: RUN/report.html")
+
+
 @dataclass(frozen=True)
 class MethodsConfig:
     """Which method."""

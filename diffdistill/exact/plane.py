@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffdistill.catalogue import MethodInfo, Scalar
@@ -153,17 +154,35 @@ def _as_map(features: Tensor, x_t: Tensor) -> Tensor:
     return features.unflatten(1, (-1, 2, 2))
 
 
+START = Path(__file__).parent / "assets" / "plane_start.safetensors"
+"""The weights of `fitted_start()`, kept since fitting takes 15 seconds.
+
+A change to the classes, to the network or to its fit needs them anew: `save_file(fitted_start().network.state_dict(),
+START)`."""
+
+
 @cache
-def plane_teacher(steps: int = 3000) -> Teacher:
-    """The exact teacher, with players that begin as a network fitted to its velocity (seed 0, 15 seconds).
+def plane_teacher() -> Teacher:
+    """The exact teacher, with players that begin as a network fitted to its velocity.
 
     A discriminator reads its last hidden layer.
     """
-    exact, mix = exact_denoiser(), mixture()
+    start = _start()
+    start.network.load_state_dict(load_file(START))
+    return Teacher(exact_denoiser(), (2,), len(CLASSES), "analytic", "mixture", start=start.requires_grad_(False))
+
+
+def _start() -> Denoiser:
+    exact = exact_denoiser()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = PlaneNet()
-    start = Denoiser(network, exact.schedule, exact.output, null=_null, feature_layer="layers.4", feature_map=_as_map)
+    return Denoiser(network, exact.schedule, exact.output, null=_null, feature_layer="layers.4", feature_map=_as_map)
+
+
+def fitted_start(steps: int = 3000) -> Denoiser:
+    """The network that players begin as, fitted anew to the teacher's velocity (seed 0)."""
+    start, mix = _start(), mixture()
     optimizer = torch.optim.AdamW(start.parameters(), 2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
@@ -177,7 +196,7 @@ def plane_teacher(steps: int = 3000) -> Teacher:
         loss.backward()
         optimizer.step()
         schedule.step()
-    return Teacher(exact, (2,), len(CLASSES), "analytic", "mixture", start=start.requires_grad_(False))
+    return start
 
 
 def train_on_the_plane(
@@ -279,9 +298,15 @@ def measures(sampler: Sampler, scale: float = 1.0, *, trajectory: bool = False) 
     return found
 
 
+@cache
+def _exact_samples(line: Line, scale: float) -> Tensor:
+    """(_COUNT, 2) of the class, guided by `scale`: what students are compared with."""
+    return line.flow_map(_noise(2)[1], math.pi / 2, scale)
+
+
 def distribution_measures(line: Line, x: Tensor, scale: float = 1.0) -> dict[str, float]:
     """Samples x (_COUNT, 2) against the class, guided by `scale`."""
-    exact = line.flow_map(_noise(2)[1], math.pi / 2, scale)
+    exact = _exact_samples(line, scale)
     nearest = torch.cdist(x, line.means(scale)).argmin(1)
     shares = torch.bincount(nearest, minlength=len(line.places)) / len(x)
     turns = math.pi * torch.arange(64, dtype=torch.float64) / 64

@@ -128,5 +128,5 @@ def test_a_board_is_made_and_taken_up_again(
     for changed in ({"budget": 50}, {"data": str(tmp_path)}, {"reference": "digits"}):
         with pytest.raises(UserError, match=f"{next(iter(changed))}: .* is not the board's"):
             bench("digits", **board | changed)
-    for name in ("board.md", "quality.png", "samples.png"):
+    for name in ("board.md", "quality.png", "samples.png", "report.html"):
         assert (tmp_path / name).stat().st_size > 100

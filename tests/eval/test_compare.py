@@ -32,5 +32,7 @@ def test_compare(tmp_path: Path, protocol: Callable[..., str], capsys: pytest.Ca
     for name in ("grid.png", "quality.png"):
         assert Image.open(tmp_path / "out" / name).size[0] > 100
     assert "| model |" in (tmp_path / "out" / "table.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<img") == 2 and "<h2>Differences</h2>" in page and "<td>digits</td>" in page
     assert main(["compare", "digits", "--protocol", protocol()]) == 2
     assert "give two or more" in capsys.readouterr().err
