@@ -2,6 +2,7 @@
 
 from diffdistill.options.groups import (
     AdversarialOptions,
+    AlignmentOptions,
     DerivativeOptions,
     DMD2Options,
     EDMTimes,
@@ -15,7 +16,9 @@ from diffdistill.options.groups import (
     MatchingTimes,
     NormaliserOptions,
     Options,
+    PreferenceOptions,
     RatioOptions,
+    RewardOptions,
     ScaleRange,
     SiDOptions,
     SimulationOptions,
@@ -45,6 +48,7 @@ from diffdistill.options.values import (
 
 __all__ = [
     "AdversarialOptions",
+    "AlignmentOptions",
     "DMD2Options",
     "DerivativeOptions",
     "EDMTimes",
@@ -58,7 +62,9 @@ __all__ = [
     "MatchingTimes",
     "NormaliserOptions",
     "Options",
+    "PreferenceOptions",
     "RatioOptions",
+    "RewardOptions",
     "ScaleRange",
     "SiDOptions",
     "Sides",

@@ -12,8 +12,19 @@ from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import student_levels
 from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture, LearnedGaussian, gaussian_teacher
-from diffdistill.exact.checks import AffineGame, Check, differs, equal, gauss_hermite, gradient, matching_checks
+from diffdistill.exact.checks import (
+    AffineGame,
+    Check,
+    affine_game,
+    differs,
+    equal,
+    gauss_hermite,
+    gradient,
+    matching_checks,
+    mistake,
+)
 from diffdistill.methods.dmd2 import DMD2, Config
+from diffdistill.scaffold import matching
 from diffdistill.scaffold.adversary import Adversary
 from diffdistill.scaffold.method import Batch
 from diffdistill.scaffold.simulation import drawn_level
@@ -71,6 +82,9 @@ def verify() -> Iterator[Check]:
     yield from _gan_checks()
     yield from _simulation_checks()
     yield from _level_checks()
+    for t in (0.5, 1.1):
+        yield from _reward_checks(t)
+    yield from _alignment_checks()
     teacher = gaussian_teacher([0.0], 1.0)
     for ratio in (1, 3):
         method = DMD2(teacher, Config(update_ratio=ratio))
@@ -180,6 +194,90 @@ def _level_checks() -> Iterator[Check]:
     name = "a last level that draws the teacher's distribution"
     yield equal(f"{name} stays, with its own fake score", 0.0, pull(own, 3), 1e-9, scale=1.0)
     yield differs(f"{name} is pushed away by a shared one", 0.0, pull(shared, steps[3]), 1e-2, scale=1.0)
+
+
+class _Nodes(Batch):
+    """z at the nodes of a quadrature, each with eps = 1 and -1."""
+
+    def randn(self, purpose: str) -> Tensor:
+        """(2n, 1)."""
+        nodes = gauss_hermite(self.size // 2)[0]
+        return torch.cat([nodes, nodes] if purpose == "z" else [torch.ones_like(nodes), -torch.ones_like(nodes)])[
+            :, None
+        ]
+
+
+def _reward_checks(t: float) -> Iterator[Check]:
+    """Re-DMD with the reward x: each sample counts exp(x/beta) times, under which z has the mean b/beta."""
+    mu, s, m, b = (torch.tensor([v]).double() for v in (0.7, 0.5, -0.3, 0.9))
+    beta, n, cos, sin = 0.8, 60, math.cos(t), math.sin(t)
+    weights = 2 * n * gauss_hermite(n)[1].repeat(2)[:, None] / 2  # the loss is a mean over them
+
+    def got(mean: Tensor = m, scale: Tensor = b, reward: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        parts = affine_game(mu, s, mean, scale)
+        config, players = Config(reward_beta=beta, normalise=False), {"fake_score": parts.fake_score}
+        method = DMD2(parts.teacher, config, student=parts.student, **players)
+        method.reward = lambda x, batch: reward(x.detach())[:, 0]
+        at, real = torch.full((2 * n,), t, dtype=torch.float64), matching.gradient_injection
+        with (
+            mistake(method, "times", lambda player, batch: at),
+            mistake(matching, "gradient_injection", lambda x, grad: real(x, weights * grad)),
+        ):
+            loss = method.student_turn({}, _Nodes(2 * n, (1,), {}, None, torch.device("cpu"), (0, 0, 0))).loss
+        return gradient(loss, parts.generator.mean, parts.generator.scale)
+
+    big_v, big_u = (cos**2 * width**2 + sin**2 for width in (s, b))
+    constant, slope = cos**2 * (m / big_u - mu / big_v), cos**2 * (1 / big_v - 1 / big_u)  # of the gap, in x
+    size, shift = torch.exp(m / beta + b**2 / (2 * beta**2)), b / beta
+    pull = constant + slope * (m + b * shift)
+    widening = (constant + slope * m) * shift + slope * b * (1 + shift**2)
+    closed = size * torch.cat([pull, widening])
+    yield equal(f"gradient weighted by exp(reward/beta), t = {t}", closed, got(), 1e-9)
+    plain = torch.cat([constant + slope * m, slope * b])
+    fixed = got(reward=lambda x: torch.full_like(x, 0.4))
+    yield equal(f"a reward that is the same for all is a factor, t = {t}", math.exp(0.4 / beta) * plain, fixed, 1e-9)
+    yield differs(f"the reward's sign is caught, t = {t}", closed, got(reward=lambda x: -x), 1e-2)
+    yield differs(f"no reward is caught, t = {t}", closed, plain, 1e-2)
+    at_rest = got(mu, s)
+    yield equal(
+        f"it does not tilt: at rest at the teacher's, whatever the reward, t = {t}", 0.0, at_rest, 1e-9, scale=1
+    )
+    tilted = got(mu + s**2 / beta, s)
+    yield differs(f"... and not at the density times exp(reward/beta), t = {t}", 0.0, tilted, 1e-2, scale=1.0)
+
+
+def _alignment_checks() -> Iterator[Check]:
+    """SenseFlow's alignment has a bias, d q (1 - l)/(1 - q l), where l is what the fake score keeps of itself.
+
+    d is by how much the student's weights differ from those of its exact fake score, which it is not itself, and q what
+    of the fake score's error its own steps leave from one of the student's to the next.
+    """
+    teacher, gap = gaussian_teacher([0.0], 1.0), 0.7
+    schedule = teacher.denoiser.schedule
+
+    def weights(value: float) -> Denoiser:
+        network = LearnedGaussian(1).double()
+        for p in network.parameters():
+            p.data.fill_(value)
+        return Denoiser(network, schedule, OUTPUTS["v_prediction"])
+
+    def steady(share: float, left: float, n: int) -> Tensor:
+        """The fake score's error (2,) as the student's turn finds it, after many steps; the exact one is at 0."""
+        config = Config(alignment=share, update_ratio=n)
+        method = DMD2(teacher, config, student=weights(gap), fake_score=weights(0.3))
+        network = method.fake_score.network
+        for step in range(300 * n):
+            method.after_step(step)
+            for p in network.parameters():
+                p.data.mul_(left)
+        return torch.cat([p.data for p in network.parameters()])
+
+    for n, left in ((1, 0.9), (5, 0.9), (1, 0.99), (5, 0.99)):
+        q, kept = left**n, 0.97
+        bias = torch.full((2,), gap * q * (1 - kept) / (1 - q * kept), dtype=torch.float64)
+        name = f"{n} steps of the fake score, each leaving {left}"
+        yield equal(f"the bias of alignment is {float(bias[0]) / gap:.0%}: {name}", bias, steady(0.03, left, n), 1e-2)
+    yield equal("without it there is none", 0.0, steady(0.0, 0.9, 1), 1e-6, scale=1.0)
 
 
 class _Logits(Adversary):
