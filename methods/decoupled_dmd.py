@@ -77,7 +77,8 @@ class DecoupledDMD(MatchingMethod):
         if self.config.augmentation_times != "matching":
             t, eps = self.engine_times(batch), batch.randn("student/augmentation eps")
         pushed = self.engine(weighted, t, eps, batch.cond)
-        return x, Outcome(matched.loss + pushed.loss, {**matched.shown, **pushed.shown, **shown})
+        outcome = Outcome(matched.loss + pushed.loss, {**matched.shown, **pushed.shown, **shown})
+        return x, self.with_anchor(outcome, batch)
 
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         return dmd_loss(x, t, eps, cond, self.teacher, self.fake_score, self.config.normalise)

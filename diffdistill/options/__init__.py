@@ -3,6 +3,7 @@
 from diffdistill.options.groups import (
     AdversarialOptions,
     AlignmentOptions,
+    AnchorOptions,
     DerivativeOptions,
     DMD2Options,
     EDMTimes,
@@ -49,6 +50,7 @@ from diffdistill.options.values import (
 __all__ = [
     "AdversarialOptions",
     "AlignmentOptions",
+    "AnchorOptions",
     "DMD2Options",
     "DerivativeOptions",
     "EDMTimes",

@@ -272,6 +272,19 @@ class AlignmentOptions(Options):
 
 
 @dataclass(frozen=True)
+class AnchorOptions(Options):
+    """A student of several steps, whose first follows the teacher's trajectory."""
+
+    anchor_weight: float = option(
+        0.0,
+        "weight of the first step's distance from the teacher's trajectory (DP-DMD, 0.05 there), for variety; above 0 "
+        "that step is not matched, and all steps are deterministic; needs student_steps of 2 or more",
+        at_least=0,
+    )
+    anchor_steps: int = option(10, "the teacher's steps to the end of the student's first", at_least=1)
+
+
+@dataclass(frozen=True)
 class DMD2Options(
     MatchingOptions,
     MatchingTimes,
@@ -280,6 +293,7 @@ class DMD2Options(
     AdversarialOptions,
     RewardOptions,
     AlignmentOptions,
+    AnchorOptions,
     update_ratio=5,
     weight_decay=0.01,
 ):

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import denoising_loss, gradient_injection, l1_normaliser, per_sample_mean
-from diffdistill.core.ode import Denoise
+from diffdistill.core.ode import Denoise, ddim_step, solve
 from diffdistill.core.prediction import Prediction, diffuse, expand
 from diffdistill.core.times import edm_karras, edm_log_normal, native_uniform
 from diffdistill.errors import UserError
 from diffdistill.options import (
     AdversarialOptions,
     AlignmentOptions,
+    AnchorOptions,
     EDMTimes,
     MatchingOptions,
     RatioOptions,
@@ -80,10 +81,19 @@ class MatchingMethod(Method):
         self.steps, self.per_level = 1, False
         if isinstance(config, SimulationOptions):
             self.steps, self.per_level = config.student_steps, config.fake_scores == "per_level"
+        self.anchor_weight = config.anchor_weight if isinstance(config, AnchorOptions) else 0.0
+        self.matched_from = 1 if self.anchor_weight else 0  # the first of the levels whose samples are matched
+        if self.anchor_weight:
+            if self.steps == 1:
+                raise UserError(
+                    "anchor_weight: the first step of one alone cannot follow the teacher; use student_steps"
+                )
+            self.move, self.followed = STEPS["ddim"], self.teacher
         if self.per_level:
             if self.steps == 1:
                 raise UserError("fake_scores: per_level is for several levels, and student_steps is 1; use shared")
-            self.fake_scores += [trainable_copy(self.fake_score) for _ in range(self.steps - 1)]
+            more = self.steps - 1 - self.matched_from
+            self.fake_scores += [trainable_copy(self.fake_score) for _ in range(more)]
         self.players = {"student": self.student}
         self.adversaries: list[Adversary] = []
         if isinstance(config, AdversarialOptions) and config.gan_weight > 0:
@@ -152,7 +162,7 @@ class MatchingMethod(Method):
         x = self.generate(batch, "student")
         weighted, shown = self.by_reward(x, batch)
         outcome = self.matching(weighted, self.times("student", batch), batch.randn("student/eps"), batch.cond)
-        return x, Outcome(outcome.loss, {**outcome.shown, **shown})
+        return x, self.with_anchor(Outcome(outcome.loss, {**outcome.shown, **shown}), batch)
 
     def after_step(self, step: int) -> None:
         """The means of ratios and weights take in the step's samples; the fake score is drawn along by the student."""
@@ -216,7 +226,29 @@ class MatchingMethod(Method):
         """Which of its sampler's levels the student is trained at in this step."""
         if self.steps == 1:
             return 0
-        return self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps, batch)
+        first = self.matched_from
+        return first + (self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps - first, batch))
+
+    @final
+    def with_anchor(self, outcome: Outcome, batch: Batch) -> Outcome:
+        """The student's loss with its first step's distance from the teacher's trajectory, if that is an anchor.
+
+        Both go from the same noise to the second level, the teacher in `anchor_steps`; the distance is that of the
+        velocities that lead straight there, |x_s - z_s|^2/sin(t - s)^2 (DP-DMD, arXiv:2602.03139).
+        """
+        if not self.anchor_weight:
+            return outcome
+        sampler, z = self.sampler(), batch.randn("anchor/z")
+        (x_t, t), s = sampler.start(z), self.schedule.angle(sampler.levels[1]).to(z.device)
+        with torch.no_grad():
+            fractions = torch.lerp(*(self.schedule.fraction(a) for a in (t[:1], s[None])), self._anchor_grid(t))
+            theirs = solve(ddim_step, self.followed, x_t, self.schedule.at_fraction(fractions), batch.cond)
+        ours = self.student(x_t, t, batch.cond).at(s.expand_as(t))
+        anchor = ((ours - theirs) / expand(torch.sin(t - s), ours)).square().mean()
+        return Outcome(outcome.loss + self.anchor_weight * anchor, {**outcome.shown, "anchor": anchor})
+
+    def _anchor_grid(self, t: Tensor) -> Tensor:
+        return torch.linspace(0, 1, self.config.anchor_steps + 1, dtype=t.dtype, device=t.device)
 
     @final
     def student_turn(self, drawn: dict[int, Tensor], batch: Batch) -> Outcome:

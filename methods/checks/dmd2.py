@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,9 +26,10 @@ from diffdistill.exact.checks import (
     mistake,
 )
 from diffdistill.methods.dmd2 import DMD2, Config
+from diffdistill.players.teacher import trainable_copy
 from diffdistill.scaffold import matching
 from diffdistill.scaffold.adversary import Adversary
-from diffdistill.scaffold.method import Batch
+from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.scaffold.simulation import drawn_level
 
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
@@ -85,6 +88,7 @@ def verify() -> Iterator[Check]:
     for t in (0.5, 1.1):
         yield from _reward_checks(t)
     yield from _alignment_checks()
+    yield from _anchor_checks()
     teacher = gaussian_teacher([0.0], 1.0)
     for ratio in (1, 3):
         method = DMD2(teacher, Config(update_ratio=ratio))
@@ -278,6 +282,52 @@ def _alignment_checks() -> Iterator[Check]:
         name = f"{n} steps of the fake score, each leaving {left}"
         yield equal(f"the bias of alignment is {float(bias[0]) / gap:.0%}: {name}", bias, steady(0.03, left, n), 1e-2)
     yield equal("without it there is none", 0.0, steady(0.0, 0.9, 1), 1e-6, scale=1.0)
+
+
+def _anchor_checks() -> Iterator[Check]:
+    """The anchor is zero where the student's first step is the teacher's steps, a product of linear factors."""
+    batch, nothing = _Signs(32, (1,), {}, None, torch.device("cpu"), (0, 0, 0)), Outcome(torch.zeros(()))
+    for n in (1, 4, 10):
+        (method, _), (wrong, moved) = _anchored(n), _anchored(n, off=0.2)
+        t, r = method.schedule.angle(torch.tensor(method.sampler().levels, dtype=torch.float64))
+        shown = method.with_anchor(nothing, batch).shown["anchor"]
+        yield equal(f"the anchor is zero at the end of the teacher's {n} steps", 0.0, shown, 1e-9, scale=1.0)
+        method.config = replace(method.config, anchor_steps=n + 3)
+        other = method.with_anchor(nothing, batch).shown["anchor"]
+        yield differs(f"another number of steps than {n} is caught", 0.0, other, 1e-6, scale=1.0)
+        apart = 0.2 * (torch.cos(r) - torch.sin(r) / torch.tan(t)) / torch.sin(t - r)
+        far = wrong.with_anchor(nothing, batch).loss
+        yield equal(f"its size by an error of x0, {n} steps", 0.3 * apart**2, far, 1e-9)
+        closed = torch.stack([2 * 0.3 * apart**2 / 0.2, torch.zeros(()).double()])
+        yield equal(f"its gradient is in the first step alone, {n} steps", closed, gradient(far, moved.offset), 1e-9)
+        levels = {method.level(replace(batch, key=(0, step, 0))) for step in range(20)}
+        yield equal(f"the first level is not matched, {n} steps", 1.0, float(levels == {1}), 0.0)
+
+
+def _anchored(n: int, off: float = 0.0) -> tuple[DMD2, AffinePerAngle]:
+    """A student x0 = slope x_t + offset (+ off) in two steps, of which the first leads where n of the teacher's do."""
+    mu, s = torch.tensor([0.7]).double(), torch.tensor([0.5]).double()
+    teacher = gaussian_teacher(mu.tolist(), s)
+    schedule = teacher.denoiser.schedule
+    angles = schedule.angle(student_levels(schedule, 2))
+
+    def ddim(t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """How much x0 and x_t count in x_r."""
+        return torch.cos(r) - torch.sin(r) / torch.tan(t), torch.sin(r) / torch.sin(t)
+
+    slope, offset = torch.ones(1).double(), torch.zeros(1).double()  # of x at the end, in x at the start
+    first, last = schedule.fraction(angles)
+    grid = schedule.at_fraction(torch.lerp(first, last, torch.linspace(0, 1, n + 1).double()))
+    for t, r in itertools.pairwise(grid):
+        gain = torch.cos(t) * s**2 / (torch.cos(t) ** 2 * s**2 + torch.sin(t) ** 2)
+        of_x0, of_x = ddim(t, r)
+        step = of_x + of_x0 * gain
+        slope, offset = step * slope, step * offset + of_x0 * (mu - gain * torch.cos(t) * mu)
+    network, (of_x0, of_x) = AffinePerAngle(angles, 1), ddim(*angles)
+    network.slope.data[:], network.offset.data[:] = (slope - of_x) / of_x0, offset / of_x0 + off
+    config = Config(student_steps=2, anchor_weight=0.3, anchor_steps=n, update_ratio=1)
+    student = Denoiser(network, schedule, OUTPUTS["sample"])
+    return DMD2(teacher, config, student=student, fake_score=trainable_copy(teacher.denoiser)), network
 
 
 class _Logits(Adversary):
