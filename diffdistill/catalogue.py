@@ -37,8 +37,10 @@ class About:
     equations: Mapping[
         str, str
     ]  #: equation of the paper -> dotted names in its own file or below diffdistill, by commas
-    kind: Literal["distribution", "trajectory", "guidance"]  #: what its student is to repeat of the teacher
-    needs: tuple[Literal["images", "pairs"], ...] = ()  #: what it cannot be trained without, whatever its options
+    #: what its student is to repeat of the teacher; preference: the teacher is a student, which is tuned
+    kind: Literal["distribution", "trajectory", "guidance", "preference"]
+    #: what it cannot be trained without, whatever its options
+    needs: tuple[Literal["images", "pairs", "reward", "losers"], ...] = ()
     defaults: Mapping[str, Scalar] = field(default_factory=dict)  #: training options that are others than usual
 
 

@@ -122,7 +122,10 @@ def any_batch(method: Method, teacher: Teacher, size: int, step: int) -> Batch:
     cond = ClassLabels(teacher.num_classes).draw(size, draw).cond or teacher.sample_cond(size)
     x = torch.randn(size, *teacher.shape, generator=draw)
     pair = Pair(torch.randn(x.shape, generator=draw), x, cond) if Need.PAIRS in method.needs else None
-    return Batch(size, teacher.shape, cond, x if Need.IMAGES in method.needs else None, x.device, (0, step, 0), pair)
+    if method.reward is None:  # of which nothing is counted
+        method.reward = lambda x, batch: x.detach().flatten(1).sum(1)
+    images, losers = (x if need in method.needs else None for need in (Need.IMAGES, Need.LOSERS))
+    return Batch(size, teacher.shape, cond, images, x.device, (0, step, 0), pair, losers=losers)
 
 
 class TrainingPlan(NamedTuple):

@@ -72,11 +72,13 @@ class DecoupledDMD(MatchingMethod):
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
         x, t, eps = self.generate(batch, "student"), self.times("student", batch), batch.randn("student/eps")
-        matched = self.matching(x, t, eps, batch.cond)
+        weighted, shown = self.by_reward(x, batch)
+        matched = self.matching(weighted, t, eps, batch.cond)
         if self.config.augmentation_times != "matching":
             t, eps = self.engine_times(batch), batch.randn("student/augmentation eps")
-        pushed = self.engine(x, t, eps, batch.cond)
-        return x, Outcome(matched.loss + pushed.loss, {**matched.shown, **pushed.shown})
+        pushed = self.engine(weighted, t, eps, batch.cond)
+        outcome = Outcome(matched.loss + pushed.loss, {**matched.shown, **pushed.shown, **shown})
+        return x, self.with_anchor(outcome, batch)
 
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         return dmd_loss(x, t, eps, cond, self.teacher, self.fake_score, self.config.normalise)

@@ -19,6 +19,16 @@ holds the authors' settings for SDXL, which nobody has run here. `discriminator_
 the mean of their losses, is FastGen's. With `normalise: false` the gradient is the exact one of the KL divergence,
 which `verify` compares with its closed form.
 
+`reward_beta` is Re-DMD's (arXiv:2512.04678): the matching of each sample counts exp(reward/beta) times, its GAN once.
+It does not move the optimum (`verify`).
+
+`alignment` is SenseFlow's IDA (arXiv:2506.00523): the fake score's weights move a share of the way to the student's
+after each of its steps. `verify` has its bias, 4 to 75% of what lies between the two.
+
+`anchor_weight` is DP-DMD's (arXiv:2602.03139), for variety, which DMD loses in its first step: that step follows the
+teacher's trajectory to the second level, the others are matched, and all are deterministic. The teacher's last step
+ends at that level, where the authors' ends near it and the chord to there is followed.
+
 `fake_scores: per_level` is ours. The authors' one fake score learns the samples of all levels together, so that their
 mixture is matched: a level that is right by itself is pushed away, to make up for the others (`verify` shows it on
 Gaussians). With a fake score for each level every level is matched by itself. The levels take turns, each for the
@@ -51,6 +61,9 @@ ABOUT = About(
         "GAN loss on noised images, head on the fake score (section 4.3)": (
             "scaffold.adversary.Adversary, core.losses.gan_discriminator_loss, core.losses.gan_generator_loss"
         ),
+        "implicit distribution alignment (SenseFlow, arXiv:2506.00523)": "scaffold.matching.align",
+        "diversity anchor (DP-DMD, arXiv:2602.03139)": "scaffold.matching.MatchingMethod.with_anchor",
+        "weights by a reward (Re-DMD, arXiv:2512.04678)": "scaffold.matching.MatchingMethod.by_reward",
         "multi-step student and backward simulation (sections 4.4, 4.5)": "scaffold.simulation.simulated_input",
     },
 )

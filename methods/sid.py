@@ -44,7 +44,7 @@ from torch import Tensor
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser, choose
 from diffdistill.core.guidance import guided
-from diffdistill.core.losses import l1_normaliser, per_sample_mean
+from diffdistill.core.losses import sid_loss
 from diffdistill.core.prediction import diffuse
 from diffdistill.core.times import logit_normal, native_uniform
 from diffdistill.options import AdversarialOptions, FakeScoreGuidance, SiDOptions, SimulationOptions, option
@@ -125,16 +125,6 @@ class SiD(MatchingMethod):
         if self.config.times == "flow":
             losses = losses / (1 + self.schedule.data_std * torch.tan(t))  # 1 - the flow time
         return Outcome(losses.mean(), {"gap": (x0_teacher - x0_fake).detach().square().mean()})
-
-
-def sid_loss(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, alpha: float, normalise: bool) -> Tensor:
-    """(B,) <Delta, (D_phi - x) - alpha Delta>/n, Delta = D_phi - D_psi, means of elements; all (B, ...), none detached.
-
-    n = mean|x - D_phi| of each sample, detached; 1 without the normaliser.
-    """
-    delta = x0_teacher - x0_fake
-    products = per_sample_mean(delta * ((x0_teacher - x) - alpha * delta))
-    return products / l1_normaliser(x, x0_teacher) if normalise else products
 
 
 METHOD = SiD

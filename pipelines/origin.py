@@ -29,9 +29,11 @@ def public_options(options: Mapping[str, Any]) -> dict[str, Any]:
     def public(name: str, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        if name in ("pairs", "prompts") or (name == "method" and value.endswith(".py")):  # which are files here
+        if name in ("pairs", "prompts", "losers", "reward") or (
+            name == "method" and value.endswith(".py")
+        ):  # which are files here
             return Path(value).name
-        return public_name(value) if name in ("teacher", "data") or is_path(value) else value
+        return public_name(value) if name in ("teacher", "data", "start") or is_path(value) else value
 
     return {name: public(name, value) for name, value in options.items() if name != "out" and name not in SAVING}
 

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from diffdistill.catalogue import describe_recipe, recipes
 from diffdistill.commands.export import check_exportable, export_student, parts_bytes
 from diffdistill.commands.in_training import JudgedInTraining, check_judged
+from diffdistill.commands.rewards import file_of, judge_of
 from diffdistill.commands.run import Run
 from diffdistill.config import TrainConfig
 from diffdistill.data.batches import batches
 from diffdistill.data.examples import Examples
+from diffdistill.data.seen import with_texts
 from diffdistill.environment import is_first_process
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.families import attention_of, check_weights, family_of, local_folder, public_name
@@ -31,8 +33,16 @@ from diffdistill.pipelines.record import imitated_guidance
 from diffdistill.players.quantized import bitsandbytes, quantize
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.method import Method
-from diffdistill.training.assemble import Game, data_for, load_run, load_student_into, make_game, pairs_for
+from diffdistill.scaffold.method import Batch, Method
+from diffdistill.scaffold.reward import Reward
+from diffdistill.training.assemble import (
+    Game,
+    data_for,
+    load_run,
+    load_student_into,
+    make_game,
+    pairs_for,
+)
 from diffdistill.training.checkpoint import full_disk_said, load_checkpoint
 from diffdistill.training.diagnosis import Diagnosis
 from diffdistill.training.figures import Figures, usual_interval
@@ -42,6 +52,7 @@ from diffdistill.training.inputs import Allowed, check_inputs, inputs_of
 from diffdistill.training.launchers import block_names, divides
 from diffdistill.training.lock import only_trainer
 from diffdistill.training.looks import Look, watch
+from diffdistill.training.preferences import preferred, reward_for
 from diffdistill.training.recipe import Objects, recorded
 from diffdistill.training.sharding import shard
 from diffdistill.training.stopping import Interrupted
@@ -65,6 +76,8 @@ def distill(
     teacher: str | PathLike[str] | Teacher | None = None,
     data: str | PathLike[str] | Tensor | tuple[Tensor, Tensor] | Examples | None = None,
     pairs: str | PathLike[str] | Examples | None = None,
+    losers: str | PathLike[str] | Tensor | Examples | None = None,
+    reward: str | Reward | None = None,
     options: Mapping[str, float | int | str | bool | None] | DataclassInstance | None = None,
     **training: Unpack[TrainOptions],
 ) -> Run:
@@ -87,6 +100,9 @@ def distill(
             as a rule; or (images, labels), labels int64 (N,); or any object with `__len__` and
             `get(indices) -> Example`. Without labels a class-conditional teacher is distilled as it is without a class.
         pairs: a folder made by `make_pairs`, or examples with pairs.
+        losers: of pairs of which one is better, the worse, row by row as `data` or `prompts` has the better.
+        reward: a function (images, conditions) -> a number for each image, higher is better, or 'FILE.py:FUNCTION' (see
+            `scaffold.reward.Reward`), for methods and options that need one.
         options: the method's own, by name, or an instance of its `Config`.
         training: the options of every training (`diffdistill train --help`): steps, batch_size, out, ...
 
@@ -94,6 +110,7 @@ def distill(
     whatever cannot be used.
     """
     named = {"method": method, "preset": preset, "recipe": recipe, "teacher": teacher, "data": data, "pairs": pairs}
+    named |= {"losers": losers, "reward": reward}
     values, objects = Objects.split(named | dict(training), options)
     return distill_values(values, objects, None if resume is None else Path(resume), allow_change)
 
@@ -120,7 +137,10 @@ def distill_values(
         values = _with_merged(values, objects, out)
         # Networks are divided in place: one's own teacher stays whole.
         parts = replace(objects, teacher=copy.deepcopy(objects.teacher)) if divides() else objects
+        start = None if resume is None else values.pop("start", None)  # which the checkpoint stands for
         game = make_game(values, parts, deriving=resume is None and not whole)
+        if start is not None:
+            game.config = replace(game.config, start=start)
         game.objects = objects
         _check_options(game, values, resumed=resume is not None)
         if game.config.teacher_bits and divides():
@@ -230,15 +250,21 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: Allowed) -> bool:
     config, method, teacher = game.config, game.method, game.teacher
     accelerator = accelerator_for(config, out, may_divide=True)
     main = accelerator.is_main_process
-    data = data_for(game)
+    data = preferred(game, data_for(game))
     pairs = pairs_for(game, config.batch_size * accelerator.num_processes)
+    reward = reward_for(game)
+    if reward is not None and game.encoded is not None and game.encoded.null and data is game.encoded:
+        data = game.encoded = with_texts(game.encoded)
     draw = batches(config, teacher, data, accelerator, pairs=pairs)
+    if reward is not None:
+        _set_reward(game, reward, draw)
     player_bytes = sum(p.numel() * p.element_size() for m in method.players.values() for p in m.parameters())
     kept_bytes = sum(v.numel() * v.element_size() for m in method.state.values() for v in m.state_dict().values())
     export_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters()) + parts_bytes(game)
     inputs = inputs_of(
-        game.options(), data=data, teacher=teacher, prompts=game.encoded, noise_pairs=pairs, method=game.recipe.source
-    )
+        game.options(), data=data, teacher=teacher, prompts=game.encoded, noise_pairs=pairs, method=game.recipe.source,
+        reward=file_of(reward) if isinstance(reward, str) else reward,
+    )  # fmt: skip
     note = check_inputs(out, inputs, allow_change) if resumed else None
     if note and main:
         print(note, file=sys.stderr)
@@ -275,6 +301,13 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: Allowed) -> bool:
     accelerator.wait_for_everyone()  # the student is there, in all processes
     accelerator.end_training()
     return main
+
+
+def _set_reward(game: Game, reward: str | Reward, draw: Callable[[int], Batch]) -> None:
+    """Let the method be told the reward, which is tried first; UserError where it does not give what it should."""
+    game.method.reward = judge_of(reward, game.teacher)
+    tried = draw(0).parts(game.config.accumulate)[0]
+    game.method.scored(tried.randn("reward"), tried)
 
 
 def _diagnose(game: Game, trainer: Trainer, look: Look, main: bool) -> None:

@@ -62,7 +62,7 @@ class SavingOptions(TypedDict, total=False):
 
 
 class TrainOptions(SavingOptions, FitOptions, AttentionOptions, total=False):
-    """The options of `TrainConfig` but for method, teacher, data and pairs, which `distill` takes by themselves."""
+    """Those of `TrainConfig` but for the method and what objects may stand for, which `distill` takes by themselves."""
 
     figures_every: int | None
     judge_every: int
@@ -72,6 +72,7 @@ class TrainOptions(SavingOptions, FitOptions, AttentionOptions, total=False):
     export_best: bool
 
     teacher_lora: Sequence[str]
+    start: str | Path | None
     null_class: int | None
     prompts: str | Path | None
     negative_prompt: str | None

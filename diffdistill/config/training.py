@@ -143,12 +143,25 @@ class TrainConfig(SavingConfig, InTrainingConfig, FitConfig, AttentionConfig):
         "FILE or FILE:SCALE, a LoRA merged into the teacher first, in a folder inside the run's; may be repeated",
         repeated=True,
     )
+    start: str | None = option(
+        None, "a student's folder that the student begins as, at its levels; default: the teacher, of the same family"
+    )
     null_class: int | None = option(None, "the class label that means 'no class', if the teacher has one", at_least=0)
     data: str | None = option(
         None,
         "real images: digits, a folder, .npz, .npy, .safetensors, Hugging Face datasets; a method says if it needs any",
     )
     pairs: str | None = option(None, "a folder made by `diffdistill pairs`; a method says if it needs one")
+    losers: str | None = option(
+        None,
+        "of pairs of which one is better, the worse, as --data or --prompts has the better: row i of both is a pair; a "
+        "method says if it needs them",
+    )
+    reward: str | None = option(
+        None,
+        "FILE.py:FUNCTION, a function (images, conditions) -> a number for each image; or digits, shapes, "
+        "shapes:ATTRIBUTE, for what is drawn here; a method says if it needs one",
+    )
     prompts: str | None = option(
         None,
         "for a latent teacher: a folder made by `diffdistill encode`, or a .txt, .jsonl, .json, .csv, "

@@ -46,6 +46,17 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
     return torch.sqrt((x - y).flatten(1).square().sum(1) + c**2) - c
 
 
+def sid_loss(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, alpha: float, normalise: bool) -> Tensor:
+    """(B,) <Delta, (D_phi - x) - alpha Delta>/n, Delta = D_phi - D_psi, means of elements; all (B, ...), none detached.
+
+    Score identity distillation (Zhou et al. 2024, arXiv:2404.04057). n = mean|x - D_phi| of each sample, detached; 1
+    without the normaliser.
+    """
+    delta = x0_teacher - x0_fake
+    products = per_sample_mean(delta * ((x0_teacher - x) - alpha * delta))
+    return products / l1_normaliser(x, x0_teacher) if normalise else products
+
+
 def gan_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Non-saturating logistic loss; real and fake are logits (Goodfellow et al. 2014)."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()

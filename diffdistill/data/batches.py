@@ -100,12 +100,13 @@ def batches(
         if pairs is not None:
             # Not the order of the examples: pair i and image i have nothing to do with each other.
             pair = in_order(pairs, step, seed_for(config.seed, "pairs")).pair
-        x0 = None if example.x0 is None else example.x0 / teacher.denoiser.schedule.data_std
+        std = teacher.denoiser.schedule.data_std
+        x0, losers = (None if part is None else part / std for part in (example.x0, example.losers))
         shape = tuple(x0.shape[1:]) if x0 is not None and isinstance(examples, InBuckets) else teacher.shape
         cond = _known(teacher, example.cond)
         if label_dropout:
             cond = _dropped(teacher, cond, samples.uniform("label dropout", torch.get_default_dtype()) < label_dropout)
-        return replace(samples, cond=cond, x0=x0, pair=pair, shape=shape)
+        return replace(samples, cond=cond, x0=x0, pair=pair, shape=shape, texts=example.texts, losers=losers)
 
     return batch
 

@@ -84,6 +84,7 @@ class Encoded:
     settings: dict[str, Any]
     shards: list[dict[str, Tensor]]
     null: Cond = field(default_factory=dict)
+    texts: Callable[[Tensor], tuple[str, ...]] | None = field(default=None, kw_only=True)  #: of rows (B,), if read
 
     def __len__(self) -> int:
         return self.settings["count"]
@@ -104,7 +105,8 @@ class Encoded:
         In float32, also where they are stored in half precision. Raises IndexError for one outside 0..len-1.
         """
         columns = _wide(rows(self.shards, self.settings["shard_size"], len(self), indices))
-        return Example(columns.pop("latents", None), columns)
+        texts = None if self.texts is None else self.texts(indices)
+        return Example(columns.pop("latents", None), columns, texts=texts)
 
 
 @dataclass(frozen=True, eq=False)

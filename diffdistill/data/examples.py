@@ -7,7 +7,7 @@ Images, encoded prompts and latents, noise-image pairs and class labels are all 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -28,6 +28,8 @@ class Example:
     `data.batches` brings them to unit variance."""
     cond: Cond = field(default_factory=dict)  #: conditions (B, ...) by the network's own argument names
     pair: Pair | None = None  #: noise and the image that the teacher makes of it, both of unit variance
+    losers: Tensor | None = None  #: (B, ...) in the same units as x0, each worse than x0 under the same condition
+    texts: tuple[str, ...] | None = None  #: the prompts that the conditions are of, where somebody reads them
 
 
 @runtime_checkable
@@ -74,6 +76,34 @@ class TensorExamples:
     def get(self, indices: Tensor) -> Example:
         """The samples at int64 indices (B,), in that order."""
         return Example(self.x0[indices], {name: values[indices] for name, values in self.cond.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Preferred:
+    """Pairs of samples of which one is better: row i of both has the same condition."""
+
+    winners: Examples
+    losers: Examples
+
+    def __post_init__(self) -> None:
+        if len(self.winners) != len(self.losers):
+            raise UserError(
+                f"losers: there are {len(self.losers)} for {len(self.winners)} that are better; row i of both is a pair"
+            )
+        rows = torch.arange(min(16, len(self.winners)))
+        better, worse = self.winners.get(rows), self.losers.get(rows)
+        if better.x0 is None or worse.x0 is None or better.x0.shape != worse.x0.shape:
+            raise UserError("losers: they are no images of the same size as the better ones; give both alike")
+        for name, value in better.cond.items():
+            if name not in worse.cond or not torch.equal(value, worse.cond[name]):
+                raise UserError(f"losers: their {name} differ from those of the better ones; row i of both is a pair")
+
+    def __len__(self) -> int:
+        return len(self.winners)
+
+    def get(self, indices: Tensor) -> Example:
+        """The pairs at int64 indices (B,), with the conditions of the better."""
+        return replace(self.winners.get(indices), losers=self.losers.get(indices).x0)
 
 
 @dataclass(frozen=True)
@@ -127,4 +157,6 @@ def to_device(example: Example, device: torch.device) -> Example:
         None if example.x0 is None else example.x0.to(device),
         moved(example.cond),
         None if pair is None else Pair(pair.z.to(device), pair.x0.to(device), moved(pair.cond)),
+        None if example.losers is None else example.losers.to(device),
+        example.texts,
     )

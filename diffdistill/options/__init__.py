@@ -2,6 +2,8 @@
 
 from diffdistill.options.groups import (
     AdversarialOptions,
+    AlignmentOptions,
+    AnchorOptions,
     DerivativeOptions,
     DMD2Options,
     EDMTimes,
@@ -15,7 +17,9 @@ from diffdistill.options.groups import (
     MatchingTimes,
     NormaliserOptions,
     Options,
+    PreferenceOptions,
     RatioOptions,
+    RewardOptions,
     ScaleRange,
     SiDOptions,
     SimulationOptions,
@@ -45,6 +49,8 @@ from diffdistill.options.values import (
 
 __all__ = [
     "AdversarialOptions",
+    "AlignmentOptions",
+    "AnchorOptions",
     "DMD2Options",
     "DerivativeOptions",
     "EDMTimes",
@@ -58,7 +64,9 @@ __all__ = [
     "MatchingTimes",
     "NormaliserOptions",
     "Options",
+    "PreferenceOptions",
     "RatioOptions",
+    "RewardOptions",
     "ScaleRange",
     "SiDOptions",
     "Sides",

@@ -237,12 +237,63 @@ class AdversarialOptions(Options):
 
 
 @dataclass(frozen=True)
+class PreferenceOptions(StudentOptions, StudentLevels):
+    """A distilled student, the teacher here, that is tuned and keeps its steps."""
+
+    student_steps: int | None = option(
+        None, "sampling steps of the student that is tuned, evenly spaced; default: those that its folder says",
+        at_least=1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RewardOptions(Options):
+    """Samples whose matching counts by what a reward thinks of them."""
+
+    reward_beta: float | None = option(
+        None,
+        "beta: the gradient of each sample's matching counts exp(reward/beta) times; needs a reward, --reward; none: "
+        "all count alike",
+        above=0,
+    )
+
+
+@dataclass(frozen=True)
+class AlignmentOptions(Options):
+    """A fake score that is drawn along by the student."""
+
+    alignment: float = option(
+        0.0,
+        "share of the student's weights that the fake score's become after each of the student's steps (SenseFlow's "
+        "IDA, 0.03 there); 0: none; it biases a fake score that is slow, so use an update_ratio of 5 or more",
+        at_least=0,
+        below=1,
+    )
+
+
+@dataclass(frozen=True)
+class AnchorOptions(Options):
+    """A student of several steps, whose first follows the teacher's trajectory."""
+
+    anchor_weight: float = option(
+        0.0,
+        "weight of the first step's distance from the teacher's trajectory (DP-DMD, 0.05 there), for variety; above 0 "
+        "that step is not matched, and all steps are deterministic; needs student_steps of 2 or more",
+        at_least=0,
+    )
+    anchor_steps: int = option(10, "the teacher's steps to the end of the student's first", at_least=1)
+
+
+@dataclass(frozen=True)
 class DMD2Options(
     MatchingOptions,
     MatchingTimes,
     NormaliserOptions,
     SimulationOptions,
     AdversarialOptions,
+    RewardOptions,
+    AlignmentOptions,
+    AnchorOptions,
     update_ratio=5,
     weight_decay=0.01,
 ):

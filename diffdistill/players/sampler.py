@@ -39,6 +39,9 @@ class Step(Protocol):
     def __call__(self, prediction: Prediction, r: Tensor, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
         """x_s (B, ...) at the angles s (B,), by way of `leads`, r (B,); noise() (B, ...) is drawn if it is called."""
 
+    def spread(self, r: Tensor, s: Tensor) -> Tensor:
+        """(B,) the standard deviation of the fresh noise in x_s."""
+
 
 @dataclass(frozen=True)
 class Renoise:
@@ -54,6 +57,10 @@ class Renoise:
     def __call__(self, prediction: Prediction, r: Tensor, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
         """x at the angles s, of fresh noise on the predicted x0."""
         return diffuse(prediction.x0, s, noise())
+
+    def spread(self, r: Tensor, s: Tensor) -> Tensor:
+        """sin(s)."""
+        return torch.sin(s)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,10 @@ class DDIM:
     def __call__(self, prediction: Prediction, r: Tensor, s: Tensor, noise: Callable[[], Tensor]) -> Tensor:
         """x at the angles s, of the predicted x0 and the predicted noise; `noise` is not drawn."""
         return prediction.at(s)
+
+    def spread(self, r: Tensor, s: Tensor) -> Tensor:
+        """0: there is no fresh noise."""
+        return torch.zeros_like(s)
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,10 @@ class Gamma:
         x_r = prediction.at(r)
         kept = torch.cos(s) / torch.cos(r)
         return expand(kept, x_r) * x_r + expand(torch.sqrt(1 - kept**2), x_r) * noise()
+
+    def spread(self, r: Tensor, s: Tensor) -> Tensor:
+        """Of what the deterministic step leaves out."""
+        return torch.sqrt(1 - (torch.cos(s) / torch.cos(r)) ** 2)
 
 
 STEPS: dict[str, Step] = {step.name: step for step in (Renoise(), DDIM())}
@@ -196,11 +211,14 @@ class Sampler:
         """x_t and t (B,) that level k reads, after the levels before it; noise(j) (B, ...) is added for level j."""
         x, t = self.start(z)
         for j in range(1, k + 1):
-            s = self.denoiser.schedule.angle(self.levels[j]).to(x.device).expand(len(x))
-            r = self.leads(j - 1).to(s).expand(len(x))
-            x = self.step(self.predict(x, t, j - 1, cond), r, s, lambda j=j: noise(j))  # type: ignore[misc]
-            t = s
+            x, t = self.moved(x, t, j, cond, lambda j=j: noise(j))  # type: ignore[misc]
         return x, t
+
+    def moved(self, x: Tensor, t: Tensor, j: int, cond: Cond, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """x_s (B, ...) and s (B,) that level j reads, from what the level before it read, x (B, ...) at t (B,)."""
+        s = self.denoiser.schedule.angle(self.levels[j]).to(x.device).expand(len(x))
+        r = self.leads(j - 1).to(s).expand(len(x))
+        return self.step(self.predict(x, t, j - 1, cond), r, s, noise), s
 
     def one_step(self, z: Tensor, cond: Cond) -> Tensor:
         """x0 (B, ...) of unit variance after the first level; gradients flow."""

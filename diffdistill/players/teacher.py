@@ -37,6 +37,9 @@ class Teacher:
     example_cond: Cond = field(default_factory=dict)  #: (1, ...) of a text-to-image teacher, conditions of one prompt
     size: dict[str, Any] = field(default_factory=dict)  #: height, width, frames by the stock pipeline's names
     lora: Mapping[str, LoraSettings] = field(default_factory=dict)  #: roles that are LoRA on the teacher's own weights
+    student: Denoiser | None = None  #: what the student begins as; None: as other players do
+    levels: tuple[float, ...] = ()  #: of that student, or of the teacher where it is one: those that it is sampled at
+    move: str = "renoise"  #: of such a student, the name of its step from a level to the next
 
     @property
     def frames(self) -> int | None:
@@ -132,6 +135,8 @@ class Teacher:
     def player(self, role: str) -> Denoiser:
         """A player that begins as the teacher: a trainable copy, or LoRA on the teacher's own weights (`lora`)."""
         start = self.start or self.denoiser
+        if role == "student" and self.student is not None:
+            return trainable_copy(self.student)
         return lora_view(start, self.lora[role]) if role in self.lora else trainable_copy(start)
 
 

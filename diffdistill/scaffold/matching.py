@@ -14,16 +14,27 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import denoising_loss, gradient_injection, l1_normaliser, per_sample_mean
-from diffdistill.core.ode import Denoise
-from diffdistill.core.prediction import diffuse, expand
+from diffdistill.core.ode import Denoise, ddim_step, solve
+from diffdistill.core.prediction import Prediction, diffuse, expand
 from diffdistill.core.times import edm_karras, edm_log_normal, native_uniform
 from diffdistill.errors import UserError
-from diffdistill.options import AdversarialOptions, EDMTimes, MatchingOptions, RatioOptions, SimulationOptions
-from diffdistill.players.sampler import Sampler, one_step_sampler
+from diffdistill.options import (
+    AdversarialOptions,
+    AlignmentOptions,
+    AnchorOptions,
+    EDMTimes,
+    MatchingOptions,
+    RatioOptions,
+    RewardOptions,
+    SimulationOptions,
+)
+from diffdistill.players.lora import is_lora
+from diffdistill.players.sampler import STEPS, Sampler, Step, one_step_sampler
 from diffdistill.players.teacher import Teacher, frozen, trainable_copy
 from diffdistill.scaffold.adversary import Adversary
 from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
 from diffdistill.scaffold.ratio import RatioWeight
+from diffdistill.scaffold.reward import reward_weights, weighted_gradient
 from diffdistill.scaffold.simulation import drawn_level, simulated_input
 
 
@@ -35,7 +46,8 @@ class MatchingMethod(Method):
     the fake score carries a discriminator, which is trained with it; with `SimulationOptions` the student may take
     several steps, each with a fake score and discriminator of its own if `fake_scores` is per_level (players
     fake_score, fake_score_2, ..): then the levels take turns, and `fake_score` is that of the level whose turn it is.
-    With `RatioOptions` there are weights by the ratio of the densities that the discriminators tell.
+    With `RatioOptions` there are weights by the ratio of the densities that the discriminators tell, with
+    `RewardOptions` and a beta by a reward.
     """
 
     student_first: ClassVar[bool] = True
@@ -44,6 +56,9 @@ class MatchingMethod(Method):
     # off: in no network; own: in the fake score in its own turn alone, since in the student's it would be noise in the
     # difference of two networks; mover: in the player whose turn it is.
     dropout: ClassVar[Literal["off", "own", "mover"]] = "off"
+
+    # From a level to the next, of a student of several steps.
+    move: Step = STEPS["renoise"]
 
     # The fake score's random streams.
     fake_score_stream: ClassVar[str] = "fake_score"
@@ -66,10 +81,19 @@ class MatchingMethod(Method):
         self.steps, self.per_level = 1, False
         if isinstance(config, SimulationOptions):
             self.steps, self.per_level = config.student_steps, config.fake_scores == "per_level"
+        self.anchor_weight = config.anchor_weight if isinstance(config, AnchorOptions) else 0.0
+        self.matched_from = 1 if self.anchor_weight else 0  # the first of the levels whose samples are matched
+        if self.anchor_weight:
+            if self.steps == 1:
+                raise UserError(
+                    "anchor_weight: the first step of one alone cannot follow the teacher; use student_steps"
+                )
+            self.move, self.followed = STEPS["ddim"], self.teacher
         if self.per_level:
             if self.steps == 1:
                 raise UserError("fake_scores: per_level is for several levels, and student_steps is 1; use shared")
-            self.fake_scores += [trainable_copy(self.fake_score) for _ in range(self.steps - 1)]
+            more = self.steps - 1 - self.matched_from
+            self.fake_scores += [trainable_copy(self.fake_score) for _ in range(more)]
         self.players = {"student": self.student}
         self.adversaries: list[Adversary] = []
         if isinstance(config, AdversarialOptions) and config.gan_weight > 0:
@@ -87,6 +111,14 @@ class MatchingMethod(Method):
         if isinstance(config, RatioOptions):
             self.weights = [RatioWeight(config) for _ in self.adversaries]
             self.state = {"weights": nn.ModuleList(self.weights)}
+        self.reward_beta = config.reward_beta if isinstance(config, RewardOptions) else None
+        if self.reward_beta is not None:
+            self.needs = self.needs | {Need.REWARD}
+        self.alignment = config.alignment if isinstance(config, AlignmentOptions) else 0.0
+        if self.alignment and any(map(is_lora, (self.student.network, self.fake_score.network))):
+            raise UserError(
+                "alignment: the mean of two LoRAs' matrices is not that of the LoRAs; use 0, or train both whole"
+            )
         self._set_dropout("student")
 
     # -- what a method says --------------------------------------------------------------------------------
@@ -121,15 +153,23 @@ class MatchingMethod(Method):
         """x_t (B, ...) and t (B,) that a student of several steps reads after k of them; no gradient passes."""
         return simulated_input(self.sampler(), k, batch)
 
+    def reached(self, predicted: Prediction, k: int) -> Tensor:
+        """The samples (B, ...) that a student of several steps is judged by, of its prediction at level k."""
+        return predicted.x0
+
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
         """Samples (B, ...) of the student, and its loss on them."""
         x = self.generate(batch, "student")
-        return x, self.matching(x, self.times("student", batch), batch.randn("student/eps"), batch.cond)
+        weighted, shown = self.by_reward(x, batch)
+        outcome = self.matching(weighted, self.times("student", batch), batch.randn("student/eps"), batch.cond)
+        return x, self.with_anchor(Outcome(outcome.loss, {**outcome.shown, **shown}), batch)
 
     def after_step(self, step: int) -> None:
-        """The means of ratios and weights take in the step's samples."""
+        """The means of ratios and weights take in the step's samples; the fake score is drawn along by the student."""
         for weight in self.weights:
             weight.update()
+        if self.alignment and not step % self.config.update_ratio:
+            align(self.fake_scores[self._mine(step)], self.student, self.alignment)
 
     # -- the game --------------------------------------------------------------------------------------------
 
@@ -151,9 +191,9 @@ class MatchingMethod(Method):
 
     @final
     def sampler(self) -> Sampler:
-        """One step from the level of the options, or several from there down with fresh noise between."""
+        """One step from the level of the options, or several from there down with `move` between."""
         if self.steps > 1:
-            return Sampler(self.student, self.levels_in())
+            return Sampler(self.student, self.levels_in(), self.move)
         return one_step_sampler(self.student, self.config.student_level)
 
     @final
@@ -164,16 +204,51 @@ class MatchingMethod(Method):
         """
         sampler, batch = self.sampler(), batch if cond is None else replace(batch, cond=cond)
         if self.steps > 1:
-            x_t, t = self.simulated(self.level(batch), batch)
-            return self.student(x_t, t, batch.cond).x0
+            k = self.level(batch)
+            x_t, t = self.simulated(k, batch)
+            return self.reached(self.student(x_t, t, batch.cond), k)
         return sampler.one_step(batch.randn("z" if self.shares_samples else f"{player}/z"), batch.cond)
+
+    @final
+    def by_reward(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Samples x (B, ...) whose gradients count exp(reward/beta) times, and what is shown of it.
+
+        x and nothing without a beta (Re-DMD: Lu et al. 2025, arXiv:2512.04678).
+        """
+        if self.reward_beta is None:
+            return x, {}
+        rewards = self.scored(x, batch)
+        weights = reward_weights(rewards, self.reward_beta)
+        return weighted_gradient(x, weights), {"reward": rewards.mean(), "reward weight": weights.mean()}
 
     @final
     def level(self, batch: Batch) -> int:
         """Which of its sampler's levels the student is trained at in this step."""
         if self.steps == 1:
             return 0
-        return self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps, batch)
+        first = self.matched_from
+        return first + (self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps - first, batch))
+
+    @final
+    def with_anchor(self, outcome: Outcome, batch: Batch) -> Outcome:
+        """The student's loss with its first step's distance from the teacher's trajectory, if that is an anchor.
+
+        Both go from the same noise to the second level, the teacher in `anchor_steps`; the distance is that of the
+        velocities that lead straight there, |x_s - z_s|^2/sin(t - s)^2 (DP-DMD, arXiv:2602.03139).
+        """
+        if not self.anchor_weight:
+            return outcome
+        sampler, z = self.sampler(), batch.randn("anchor/z")
+        (x_t, t), s = sampler.start(z), self.schedule.angle(sampler.levels[1]).to(z.device)
+        with torch.no_grad():
+            fractions = torch.lerp(*(self.schedule.fraction(a) for a in (t[:1], s[None])), self._anchor_grid(t))
+            theirs = solve(ddim_step, self.followed, x_t, self.schedule.at_fraction(fractions), batch.cond)
+        ours = self.student(x_t, t, batch.cond).at(s.expand_as(t))
+        anchor = ((ours - theirs) / expand(torch.sin(t - s), ours)).square().mean()
+        return Outcome(outcome.loss + self.anchor_weight * anchor, {**outcome.shown, "anchor": anchor})
+
+    def _anchor_grid(self, t: Tensor) -> Tensor:
+        return torch.linspace(0, 1, self.config.anchor_steps + 1, dtype=t.dtype, device=t.device)
 
     @final
     def student_turn(self, drawn: dict[int, Tensor], batch: Batch) -> Outcome:
@@ -228,6 +303,16 @@ class MatchingMethod(Method):
         drops = {"off": (), "own": ("student", player), "mover": (player,)}[self.dropout]
         self.student.train("student" in drops)
         self.fake_score.train("fake_score" in drops)
+
+
+@torch.no_grad()
+def align(fake_score: Denoiser, student: Denoiser, share: float) -> None:
+    """The fake score's weights become (1 - share) of themselves and a share of the student's.
+
+    Ge et al. 2025, arXiv:2506.00523 (implicit distribution alignment).
+    """
+    for own, theirs in zip(fake_score.network.parameters(), student.network.parameters(), strict=True):
+        own.lerp_(theirs.to(own), share)
 
 
 def _fake_score_role(k: int) -> str:

@@ -25,6 +25,8 @@ class Need(enum.Enum):
 
     IMAGES = "real images"
     PAIRS = "noise-image pairs of the teacher"
+    REWARD = "a reward"
+    LOSERS = "the worse of each pair"
 
 
 class Pair(NamedTuple):
@@ -51,12 +53,20 @@ class Batch:
     key: tuple[int, ...]  #: (seed, step, index of the first of these samples in the step)
     pair: Pair | None = None  #: where the method needs pairs
     total: int | None = None  #: samples of the step in all processes; None: these are all
+    losers: Tensor | None = None  #: (B, *shape) of unit variance, worse than x0, where the data are pairs
+    texts: tuple[str, ...] | None = None  #: the prompts that the conditions are of, where a reward reads them
 
     @property
     def images(self) -> Tensor:
         """(B, *shape) the real data, for a method that needs them."""
         assert self.x0 is not None, "the method does not say that it needs images"
         return self.x0
+
+    @property
+    def worse(self) -> Tensor:
+        """(B, *shape) the worse of each pair, for a method that needs them."""
+        assert self.losers is not None, "the method does not say that it needs losers"
+        return self.losers
 
     @property
     def first(self) -> int:
@@ -93,6 +103,8 @@ class Batch:
             key=(*self.key[:2], self.first + rows.start),
             pair=None if self.pair is None else Pair(self.pair.z[rows], self.pair.x0[rows], cut(self.pair.cond)),
             total=self.whole,
+            losers=None if self.losers is None else self.losers[rows],
+            texts=None if self.texts is None else self.texts[rows],
         )
 
     def draw(self, purpose: str, of: Callable[[int, torch.Generator], Tensor]) -> Tensor:
@@ -161,6 +173,14 @@ class Method(ABC):
         self.schedule = teacher.denoiser.schedule
         self.players: dict[str, nn.Module] = {}
         self.state: dict[str, nn.Module] = {}
+        #: (samples x (B, ...) of unit variance, their batch) -> (B,), where it needs one: what trains it says it
+        self.reward: Callable[[Tensor, Batch], Tensor] | None = None
+
+    @final
+    def scored(self, x: Tensor, batch: Batch) -> Tensor:
+        """(B,) the rewards of samples x (B, ...), without a gradient."""
+        assert self.reward is not None, "the method does not say that it needs a reward"
+        return self.reward(x, batch)
 
     @property
     def exported(self) -> str:
@@ -184,6 +204,21 @@ class Method(ABC):
     @abstractmethod
     def sampler(self) -> Sampler:
         """How the student is sampled as it stands."""
+
+    @final
+    def levels_of(self, teacher: Teacher) -> tuple[float, ...]:
+        """The levels of a teacher that is a student: the options', or those that its folder says.
+
+        Raises UserError where neither says them.
+        """
+        if self.config.student_steps is None and teacher.levels:
+            return teacher.levels
+        if self.config.student_steps is None:
+            raise UserError(
+                "levels: the teacher, the student to be tuned, says no levels; give --levels, as 999,749,499,249, or "
+                "--student-steps"
+            )
+        return tuple(self.levels_in())
 
     @final
     def levels_in(self, steps: int | None = None) -> list[float]:

@@ -31,6 +31,18 @@ def simulated_input(sampler: Sampler, k: int, batch: Batch) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
+def sampled_path(sampler: Sampler, batch: Batch, name: str) -> list[Tensor]:
+    """What each level of the sampler reads (B, ...), and x0 (B, ...) at the end, with noise of that name."""
+    z = batch.randn(f"{name} z")
+    (x, t), path = sampler.start(z), []
+    for k in range(len(sampler.levels)):
+        if k:
+            x, t = sampler.moved(x, t, k, batch.cond, lambda k=k: batch.randn(f"{name} z {k}"))  # type: ignore[misc]
+        path.append(x)
+    return [*path, sampler.predict(x, t, len(sampler.levels) - 1, batch.cond).x0]
+
+
+@torch.no_grad()
 def simulated_through(sampler: Sampler, times: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
     """x_t (B, ...) and t (B,) after a denoising and fresh noise for each of the angles (B,), without gradients.
 

@@ -52,6 +52,7 @@ from diffdistill.scaffold.method import Method, Need
 from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into, load_newest, step_of
 from diffdistill.training.derived import Derived, Situation, derive
 from diffdistill.training.recipe import Objects, Recipe, recorded, shallow
+from diffdistill.training.starting import levels_of_start, with_start
 
 NO_OBJECTS = Objects()
 _PROMPT = "a photograph of a red fox that stands in deep snow, with the low sun of the evening behind it"
@@ -94,11 +95,18 @@ def make_game(
     values = {**recipe.about.defaults, **values}
     shared, own = split(values, TrainConfig, recipe.config)
     config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
-    objects.require_objects({name: value for name, value in values.items() if name not in ("data", "pairs")})
+    objects.require_objects(
+        {name: value for name, value in values.items() if name not in ("data", "pairs", "losers", "reward")}
+    )
     if objects.teacher is None:
-        teacher, encoded = _teacher(config, weights)
+        teacher, encoded = _teacher(config, weights, tuned=recipe.about.kind == "preference")
     else:
         teacher, encoded = _own_teacher(config, objects.teacher), None
+    if config.start is not None:
+        teacher = with_start(config, teacher)
+        values = values | levels_of_start(values, teacher, recipe)
+        _, own = split(values, TrainConfig, recipe.config)
+        method_config = objects.method_options(recipe, own)
     derived: dict[str, Derived] = {}
     if deriving:
         chosen = shallow(config) | shallow(method_config)
@@ -126,8 +134,11 @@ def make_game(
     return Game(config, recipe, method_config, teacher, method, encoded, objects, derived)
 
 
-def _teacher(config: TrainConfig, weights: bool) -> tuple[Teacher, Encoded | None]:
-    """The teacher with the settings of its LoRA players, and its encoded prompts if it has any."""
+def _teacher(config: TrainConfig, weights: bool, tuned: bool) -> tuple[Teacher, Encoded | None]:
+    """The teacher with the settings of its LoRA players, and its encoded prompts if it has any.
+
+    `tuned`: it is a student that goes on.
+    """
     folder = local_folder(config.teacher, weights)
     family, _ = family_of(folder)
     dtype = getattr(torch, config.teacher_dtype)
@@ -145,7 +156,9 @@ def _teacher(config: TrainConfig, weights: bool) -> tuple[Teacher, Encoded | Non
         size = {name: encoded.size[name] if value is None else value for name, value in size.items()}
     teacher = load_teacher(config.teacher, null_class=config.null_class, dtype=dtype, weights=weights, **size)
     record = record_of(config.teacher)
-    if isinstance(record, StudentRecord) and len(record.levels) <= _FEW_STEPS:
+    if isinstance(record, StudentRecord):
+        teacher = dataclasses.replace(teacher, levels=record.levels, move=record.move)
+    if isinstance(record, StudentRecord) and len(record.levels) <= _FEW_STEPS and not tuned:
         of = f"'{record.teacher}', which it was distilled from"
         print(
             f"note: teacher: {config.teacher!r} is itself a student of {len(record.levels)} steps ({record.method}), "
@@ -358,8 +371,9 @@ def load_run(run: str | Path, step: int | None = None, objects: Objects = NO_OBJ
     run = Path(run)
     values = run_options(run) | {"out": str(run)}  # which may have been moved
     stored = {"prompts": str(run / "encoded")} if (run / "encoded").is_dir() else {}
+    start = values.pop("start", None)  # which the checkpoint stands for
     game = make_game(values | stored, objects)  # the prompts' file may be another, or gone
-    game.config = dataclasses.replace(game.config, prompts=values.get("prompts"))
+    game.config = dataclasses.replace(game.config, prompts=values.get("prompts"), start=start)
     by_step = {step_of(path): path for path in checkpoints(run / "checkpoints")}
     if not by_step:
         raise UserError(f"run: {str(run)!r} has no checkpoint yet; train it until its first one")

@@ -30,6 +30,7 @@ from diffdistill.options import (
     HalvingOptions,
     LatentAdversarialOptions,
     MatchingOptions,
+    PreferenceOptions,
     TimeRange,
     TrajectoryOptions,
 )
@@ -85,6 +86,11 @@ class Situation:
     def adversarial(self) -> bool:
         """Whether a GAN is all that trains the student."""
         return issubclass(self.options, LatentAdversarialOptions) and not issubclass(self.options, TrajectoryOptions)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the teacher is a student that is tuned."""
+        return issubclass(self.options, PreferenceOptions)
 
     @property
     def staged(self) -> bool:
@@ -178,8 +184,8 @@ def _student_output(s: Situation) -> Derived | None:
 
 def _student_level(s: Situation) -> Derived | None:
     schedule = s.denoiser.schedule
-    if s.values.get("levels") is not None:
-        return None  # which say it
+    if s.values.get("levels") is not None or s.tunes:
+        return None  # which say it, or the student that is tuned
     several = s.values.get("student_steps", 1) != 1
     if getattr(schedule, "starts_at_one", False) or (several and not isinstance(schedule, DiscreteVP)):
         return None  # they start at pure noise, as their stock schedulers do
@@ -199,7 +205,9 @@ def _student_level(s: Situation) -> Derived | None:
 
 def _rate(s: Situation, role: str) -> Derived:
     short, long = (
-        (0.2, 0.075) if s.matches or s.adversarial else (0.4 if issubclass(s.options, FollowingOptions) else 0.8, 0.2)
+        (0.2, 0.075)
+        if s.matches or s.adversarial or s.tunes
+        else (0.4 if issubclass(s.options, FollowingOptions) else 0.8, 0.2)
     )
     factor = short if s.steps < LONG else long
     why = f"{factor}/sqrt({_count(s.parameters)} parameters) in {s.steps} steps"

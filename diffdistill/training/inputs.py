@@ -18,7 +18,7 @@ from typing import Any
 from diffdistill.config import EVERYTHING, SAVING
 from diffdistill.config import INPUTS as FILE
 from diffdistill.data import encoded, pairs
-from diffdistill.data.examples import Examples, TensorExamples
+from diffdistill.data.examples import Examples, Preferred, TensorExamples
 from diffdistill.data.shards import Kind, bytes_of, read_index
 from diffdistill.errors import UserError, shown
 from diffdistill.files import atomic_write, json_object
@@ -53,7 +53,7 @@ MAY_CHANGE = {
 }
 """Options that may be others when a run goes on; `accumulate` changes the last bits."""
 
-_BY_CONTENT = {"out", "teacher", "data", "pairs", "prompts"}  # where they lie does not matter
+_BY_CONTENT = {"out", "teacher", "data", "pairs", "prompts", "losers", "start"}  # where they lie does not matter
 
 
 def inputs_of(
@@ -64,10 +64,12 @@ def inputs_of(
     prompts: Examples | None = None,
     noise_pairs: Examples | None = None,
     method: object = None,
+    reward: object = None,
 ) -> dict[str, Any]:
-    """What inputs.json holds. `method` is a path, a module or a class; of a class its own source counts.
+    """What inputs.json holds. `method` and `reward` are a path, a module, a class or a function.
 
-    The whole of the teacher's weights is read, at about 1 GB a second. Modules that a method's file imports are not.
+    Of a class or function its own source counts. The whole of the teacher's weights is read, at about 1 GB a second.
+    Modules that such a file imports are not.
     """
     kept = {name: value for name, value in options.items() if name not in MAY_CHANGE | _BY_CONTENT}
     fingerprints = {
@@ -77,6 +79,7 @@ def inputs_of(
         "prompts": _examples(prompts),
         "pairs": _examples(noise_pairs),
         "method": _source(method),
+        "reward's function": _source(reward),
     }
     source = None if teacher is None else teacher.source  # where it is, which may change
     whole = {"format": FORMAT, "teacher": source, "options": json.loads(json.dumps(kept))}
@@ -186,6 +189,8 @@ def _examples(examples: Examples | None) -> str | None:
     """How many there are, and a fingerprint of their content where there is a way to tell it."""
     if examples is None:
         return None
+    if isinstance(examples, Preferred):
+        return f"{_examples(examples.winners)} over {_examples(examples.losers)}"
     if isinstance(examples, encoded.Encoded | pairs.Pairs):
         content = _shards(encoded.KIND if isinstance(examples, encoded.Encoded) else pairs.KIND, examples.folder)
     elif isinstance(examples, TensorExamples):

@@ -18,6 +18,7 @@ from diffdistill.errors import UserError
 from diffdistill.options import build
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Method
+from diffdistill.scaffold.reward import Reward
 
 OBJECT = "python:"
 """How the recorded options of a run begin where Python gave an object, whose type follows."""
@@ -97,6 +98,8 @@ class Objects:
     teacher: Teacher | None = None
     data: Tensor | tuple[Tensor, Tensor] | Examples | None = None
     pairs: Examples | None = None
+    losers: Tensor | Examples | None = None
+    reward: Reward | None = None
     named: Mapping[str, str] = field(default_factory=dict)  #: the option values that stand for them
 
     @staticmethod
@@ -110,7 +113,9 @@ class Objects:
         for name, value in values.items():
             if value is None:
                 continue
-            if name in ("method", "teacher", "data", "pairs") and not isinstance(value, str | os.PathLike):
+            if name in ("method", "teacher", "data", "pairs", "losers", "reward") and not isinstance(
+                value, str | os.PathLike
+            ):
                 objects[name] = value
             else:
                 plain[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -119,6 +124,11 @@ class Objects:
             raise UserError(
                 f"teacher: {type(objects['teacher']).__name__} is no teacher; give a folder, a hub id, 'digits', or "
                 "Teacher.around(network, ..)"
+            )
+        if "reward" in objects and not callable(objects["reward"]):
+            raise UserError(
+                f"reward: {type(objects['reward']).__name__} is none; give a function (images, conditions) -> a number "
+                "for each image, or FILE.py:FUNCTION"
             )
         recipe = recipe_of(objects.pop("method")) if "method" in objects else None
         if isinstance(options, Mapping):

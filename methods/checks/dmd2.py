@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,10 +14,22 @@ from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import student_levels
 from diffdistill.exact.analytic import AffinePerAngle, GaussianMixture, LearnedGaussian, gaussian_teacher
-from diffdistill.exact.checks import AffineGame, Check, differs, equal, gauss_hermite, gradient, matching_checks
+from diffdistill.exact.checks import (
+    AffineGame,
+    Check,
+    affine_game,
+    differs,
+    equal,
+    gauss_hermite,
+    gradient,
+    matching_checks,
+    mistake,
+)
 from diffdistill.methods.dmd2 import DMD2, Config
+from diffdistill.players.teacher import trainable_copy
+from diffdistill.scaffold import matching
 from diffdistill.scaffold.adversary import Adversary
-from diffdistill.scaffold.method import Batch
+from diffdistill.scaffold.method import Batch, Outcome
 from diffdistill.scaffold.simulation import drawn_level
 
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
@@ -71,6 +85,10 @@ def verify() -> Iterator[Check]:
     yield from _gan_checks()
     yield from _simulation_checks()
     yield from _level_checks()
+    for t in (0.5, 1.1):
+        yield from _reward_checks(t)
+    yield from _alignment_checks()
+    yield from _anchor_checks()
     teacher = gaussian_teacher([0.0], 1.0)
     for ratio in (1, 3):
         method = DMD2(teacher, Config(update_ratio=ratio))
@@ -180,6 +198,136 @@ def _level_checks() -> Iterator[Check]:
     name = "a last level that draws the teacher's distribution"
     yield equal(f"{name} stays, with its own fake score", 0.0, pull(own, 3), 1e-9, scale=1.0)
     yield differs(f"{name} is pushed away by a shared one", 0.0, pull(shared, steps[3]), 1e-2, scale=1.0)
+
+
+class _Nodes(Batch):
+    """z at the nodes of a quadrature, each with eps = 1 and -1."""
+
+    def randn(self, purpose: str) -> Tensor:
+        """(2n, 1)."""
+        nodes = gauss_hermite(self.size // 2)[0]
+        return torch.cat([nodes, nodes] if purpose == "z" else [torch.ones_like(nodes), -torch.ones_like(nodes)])[
+            :, None
+        ]
+
+
+def _reward_checks(t: float) -> Iterator[Check]:
+    """Re-DMD with the reward x: each sample counts exp(x/beta) times, under which z has the mean b/beta."""
+    mu, s, m, b = (torch.tensor([v]).double() for v in (0.7, 0.5, -0.3, 0.9))
+    beta, n, cos, sin = 0.8, 60, math.cos(t), math.sin(t)
+    weights = 2 * n * gauss_hermite(n)[1].repeat(2)[:, None] / 2  # the loss is a mean over them
+
+    def got(mean: Tensor = m, scale: Tensor = b, reward: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        parts = affine_game(mu, s, mean, scale)
+        config, players = Config(reward_beta=beta, normalise=False), {"fake_score": parts.fake_score}
+        method = DMD2(parts.teacher, config, student=parts.student, **players)
+        method.reward = lambda x, batch: reward(x.detach())[:, 0]
+        at, real = torch.full((2 * n,), t, dtype=torch.float64), matching.gradient_injection
+        with (
+            mistake(method, "times", lambda player, batch: at),
+            mistake(matching, "gradient_injection", lambda x, grad: real(x, weights * grad)),
+        ):
+            loss = method.student_turn({}, _Nodes(2 * n, (1,), {}, None, torch.device("cpu"), (0, 0, 0))).loss
+        return gradient(loss, parts.generator.mean, parts.generator.scale)
+
+    big_v, big_u = (cos**2 * width**2 + sin**2 for width in (s, b))
+    constant, slope = cos**2 * (m / big_u - mu / big_v), cos**2 * (1 / big_v - 1 / big_u)  # of the gap, in x
+    size, shift = torch.exp(m / beta + b**2 / (2 * beta**2)), b / beta
+    pull = constant + slope * (m + b * shift)
+    widening = (constant + slope * m) * shift + slope * b * (1 + shift**2)
+    closed = size * torch.cat([pull, widening])
+    yield equal(f"gradient weighted by exp(reward/beta), t = {t}", closed, got(), 1e-9)
+    plain = torch.cat([constant + slope * m, slope * b])
+    fixed = got(reward=lambda x: torch.full_like(x, 0.4))
+    yield equal(f"a reward that is the same for all is a factor, t = {t}", math.exp(0.4 / beta) * plain, fixed, 1e-9)
+    yield differs(f"the reward's sign is caught, t = {t}", closed, got(reward=lambda x: -x), 1e-2)
+    yield differs(f"no reward is caught, t = {t}", closed, plain, 1e-2)
+    at_rest = got(mu, s)
+    yield equal(
+        f"it does not tilt: at rest at the teacher's, whatever the reward, t = {t}", 0.0, at_rest, 1e-9, scale=1
+    )
+    tilted = got(mu + s**2 / beta, s)
+    yield differs(f"... and not at the density times exp(reward/beta), t = {t}", 0.0, tilted, 1e-2, scale=1.0)
+
+
+def _alignment_checks() -> Iterator[Check]:
+    """SenseFlow's alignment has a bias, d q (1 - l)/(1 - q l), where l is what the fake score keeps of itself.
+
+    d is by how much the student's weights differ from those of its exact fake score, which it is not itself, and q what
+    of the fake score's error its own steps leave from one of the student's to the next.
+    """
+    teacher, gap = gaussian_teacher([0.0], 1.0), 0.7
+    schedule = teacher.denoiser.schedule
+
+    def weights(value: float) -> Denoiser:
+        network = LearnedGaussian(1).double()
+        for p in network.parameters():
+            p.data.fill_(value)
+        return Denoiser(network, schedule, OUTPUTS["v_prediction"])
+
+    def steady(share: float, left: float, n: int) -> Tensor:
+        """The fake score's error (2,) as the student's turn finds it, after many steps; the exact one is at 0."""
+        config = Config(alignment=share, update_ratio=n)
+        method = DMD2(teacher, config, student=weights(gap), fake_score=weights(0.3))
+        network = method.fake_score.network
+        for step in range(300 * n):
+            method.after_step(step)
+            for p in network.parameters():
+                p.data.mul_(left)
+        return torch.cat([p.data for p in network.parameters()])
+
+    for n, left in ((1, 0.9), (5, 0.9), (1, 0.99), (5, 0.99)):
+        q, kept = left**n, 0.97
+        bias = torch.full((2,), gap * q * (1 - kept) / (1 - q * kept), dtype=torch.float64)
+        name = f"{n} steps of the fake score, each leaving {left}"
+        yield equal(f"the bias of alignment is {float(bias[0]) / gap:.0%}: {name}", bias, steady(0.03, left, n), 1e-2)
+    yield equal("without it there is none", 0.0, steady(0.0, 0.9, 1), 1e-6, scale=1.0)
+
+
+def _anchor_checks() -> Iterator[Check]:
+    """The anchor is zero where the student's first step is the teacher's steps, a product of linear factors."""
+    batch, nothing = _Signs(32, (1,), {}, None, torch.device("cpu"), (0, 0, 0)), Outcome(torch.zeros(()))
+    for n in (1, 4, 10):
+        (method, _), (wrong, moved) = _anchored(n), _anchored(n, off=0.2)
+        t, r = method.schedule.angle(torch.tensor(method.sampler().levels, dtype=torch.float64))
+        shown = method.with_anchor(nothing, batch).shown["anchor"]
+        yield equal(f"the anchor is zero at the end of the teacher's {n} steps", 0.0, shown, 1e-9, scale=1.0)
+        method.config = replace(method.config, anchor_steps=n + 3)
+        other = method.with_anchor(nothing, batch).shown["anchor"]
+        yield differs(f"another number of steps than {n} is caught", 0.0, other, 1e-6, scale=1.0)
+        apart = 0.2 * (torch.cos(r) - torch.sin(r) / torch.tan(t)) / torch.sin(t - r)
+        far = wrong.with_anchor(nothing, batch).loss
+        yield equal(f"its size by an error of x0, {n} steps", 0.3 * apart**2, far, 1e-9)
+        closed = torch.stack([2 * 0.3 * apart**2 / 0.2, torch.zeros(()).double()])
+        yield equal(f"its gradient is in the first step alone, {n} steps", closed, gradient(far, moved.offset), 1e-9)
+        levels = {method.level(replace(batch, key=(0, step, 0))) for step in range(20)}
+        yield equal(f"the first level is not matched, {n} steps", 1.0, float(levels == {1}), 0.0)
+
+
+def _anchored(n: int, off: float = 0.0) -> tuple[DMD2, AffinePerAngle]:
+    """A student x0 = slope x_t + offset (+ off) in two steps, of which the first leads where n of the teacher's do."""
+    mu, s = torch.tensor([0.7]).double(), torch.tensor([0.5]).double()
+    teacher = gaussian_teacher(mu.tolist(), s)
+    schedule = teacher.denoiser.schedule
+    angles = schedule.angle(student_levels(schedule, 2))
+
+    def ddim(t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """How much x0 and x_t count in x_r."""
+        return torch.cos(r) - torch.sin(r) / torch.tan(t), torch.sin(r) / torch.sin(t)
+
+    slope, offset = torch.ones(1).double(), torch.zeros(1).double()  # of x at the end, in x at the start
+    first, last = schedule.fraction(angles)
+    grid = schedule.at_fraction(torch.lerp(first, last, torch.linspace(0, 1, n + 1).double()))
+    for t, r in itertools.pairwise(grid):
+        gain = torch.cos(t) * s**2 / (torch.cos(t) ** 2 * s**2 + torch.sin(t) ** 2)
+        of_x0, of_x = ddim(t, r)
+        step = of_x + of_x0 * gain
+        slope, offset = step * slope, step * offset + of_x0 * (mu - gain * torch.cos(t) * mu)
+    network, (of_x0, of_x) = AffinePerAngle(angles, 1), ddim(*angles)
+    network.slope.data[:], network.offset.data[:] = (slope - of_x) / of_x0, offset / of_x0 + off
+    config = Config(student_steps=2, anchor_weight=0.3, anchor_steps=n, update_ratio=1)
+    student = Denoiser(network, schedule, OUTPUTS["sample"])
+    return DMD2(teacher, config, student=student, fake_score=trainable_copy(teacher.denoiser)), network
 
 
 class _Logits(Adversary):

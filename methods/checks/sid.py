@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffdistill.core import losses
 from diffdistill.core.denoiser import Cond
 from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import EDM
@@ -27,7 +28,6 @@ from diffdistill.exact.checks import (
     mistake,
     two_points,
 )
-from diffdistill.methods import sid
 from diffdistill.methods.sid import Config, SiD
 from diffdistill.players.teacher import only_trains, trainable
 from diffdistill.scaffold.method import Batch
@@ -191,7 +191,7 @@ def _normaliser_checks(exact: _Exact) -> Iterator[Check]:
     def not_detached(x: Tensor, x0_teacher: Tensor) -> Tensor:
         return (x - x0_teacher).abs().mean(1)
 
-    with mistake(sid, "l1_normaliser", not_detached):
+    with mistake(losses, "l1_normaliser", not_detached):
         wrong = _slope(method, parts, exact.t)[1]
     yield differs(f"a gradient through n is caught, t = {exact.t}", expected, wrong, 1e-3)
 

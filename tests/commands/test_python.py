@@ -82,7 +82,7 @@ def _without_path(hint: object) -> object:
     [
         (keywords.MachineOptions, MachineConfig, set()),
         (keywords.FitOptions, FitConfig, set()),
-        (keywords.TrainOptions, TrainConfig, {"method", "teacher", "data", "pairs"}),
+        (keywords.TrainOptions, TrainConfig, {"method", "teacher", "data", "pairs", "losers", "reward"}),
         (keywords.TeacherOptions, TeacherConfig, set()),
         (keywords.EncodeOptions, EncodeConfig, {"teacher"}),
         (keywords.PairsOptions, PairsConfig, {"teacher"}),

@@ -21,7 +21,8 @@ DIGITS = load_suite("digits")
 
 
 def test_every_method_has_a_preset_for_the_suite() -> None:
-    assert {e.info.name for e in entries(DIGITS, None, [0])} == set(method_names())
+    tuned = {name for name in method_names() if describe_method(name).about.kind == "preference"}  # from students
+    assert {e.info.name for e in entries(DIGITS, None, [0])} == set(method_names()) - tuned
     listed = entries(DIGITS, ["dmd2"], [0, 1])
     assert [(e.name, e.seed) for e in listed] == [("dmd2", 0), ("dmd2 4step", 0), ("dmd2", 1), ("dmd2 4step", 1)]
 

@@ -53,7 +53,7 @@ def wrong_samples(fake_score: Any, x: Tensor, t: Tensor, eps: Tensor, cond: Any,
 
 def with_gradients(self: DMD2, batch: Batch, player: str, cond: Any = None) -> Tensor:
     sampler = self.sampler()
-    x_t, t = sampler.input_at(3, batch.randn("z"), batch.cond, lambda j: batch.randn(f"z {j}"))
+    x_t, t = sampler.input_at(len(sampler.levels) - 1, batch.randn("z"), batch.cond, lambda j: batch.randn(f"z {j}"))
     return self.student(x_t, t, batch.cond).x0
 
 
@@ -275,3 +275,23 @@ def test_a_resumed_run_with_a_fake_score_for_each_level_has_the_same_bits(
     assert "fake_score_4.optimizer" in last
     weights = [torch.cat([v.flatten() for v in last[f"fake_score{k}"].values()]) for k in ("", "_2", "_3", "_4")]
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(weights)), "each learns its own level"
+
+
+def test_the_fake_score_is_drawn_along_by_the_student(tiny_teacher: Callable[[str], Path], tmp_path: Path) -> None:
+    """After each of the student's steps, and after no other; with LoRA it is refused."""
+    teacher = load_teacher(tiny_teacher("vp"))
+    method = DMD2(teacher, Config(alignment=0.25, update_ratio=2, student_steps=2, fake_scores="per_level"))
+    for value, network in enumerate((method.student, *method.fake_scores)):
+        for p in network.parameters():
+            p.data.fill_(4.0 * value)
+    seen = []
+    for step in range(5):
+        method.after_step(step)
+        seen.append([float(next(fake.parameters()).mean()) for fake in method.fake_scores])
+    # Each has its turn for two steps, and the student moves in the first of them.
+    assert seen == [[3.0, 8.0], [3.0, 8.0], [3.0, 6.0], [3.0, 6.0], [2.25, 6.0]]
+    lora = replace(teacher, lora={"student": LoraSettings(2)})
+    with pytest.raises(UserError, match="alignment: the mean of two LoRAs' matrices is not that of the LoRAs; use 0"):
+        DMD2(lora, Config(alignment=0.03))
+    run: dict[str, Any] = {"teacher": str(tiny_teacher("vp")), "batch_size": 4, "sample_every": 0, "device": "cpu"}
+    same_when_resumed(tmp_path, method="dmd2", **run, alignment=0.5, update_ratio=1, student_lr=0.01)

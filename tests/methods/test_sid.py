@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill import UserError, load_teacher
-from diffdistill.core import guidance
+from diffdistill.core import guidance, losses
 from diffdistill.core.losses import denoising_loss
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import sid
@@ -41,7 +41,7 @@ def from_the_noisy_end(schedule: Any, n: int, generator: Any, low: float, high: 
 
 
 REAL_LOSS, REAL_TIMES, REAL_TURNS, REAL_GUIDED = sid.sid_loss, matching.edm_karras, SiD.turns, guidance.Guided
-REAL_NORMALISER = sid.l1_normaliser
+REAL_NORMALISER = losses.l1_normaliser
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the teacher is detached": (sid, "sid_loss", loss_with(lambda x, p, q, a, n: (x, p.detach(), q, a, n))),
     "the fake score is detached": (sid, "sid_loss", loss_with(lambda x, p, q, a, n: (x, p, q.detach(), a, n))),
@@ -50,8 +50,8 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the networks are swapped": (sid, "sid_loss", loss_with(lambda x, p, q, a, n: (x, q, p, a, n))),
     "alpha has the other sign": (sid, "sid_loss", loss_with(lambda x, p, q, a, n: (x, p, q, -a, n))),
     "the normaliser is always on": (sid, "sid_loss", loss_with(lambda x, p, q, a, n: (x, p, q, a, True))),
-    "the normaliser is of the fake score": (sid, "l1_normaliser", lambda x, p: REAL_NORMALISER(x, 0 * p)),
-    "the normaliser is not detached": (sid, "l1_normaliser", lambda x, p: (x - p).abs().flatten(1).mean(1)),
+    "the normaliser is of the fake score": (losses, "l1_normaliser", lambda x, p: REAL_NORMALISER(x, 0 * p)),
+    "the normaliser is not detached": (losses, "l1_normaliser", lambda x, p: (x - p).abs().flatten(1).mean(1)),
     "the fake score is trained on the wrong samples": (sid, "fake_score_loss", wrong_samples),
     "the levels start at the noisy end": (matching, "edm_karras", from_the_noisy_end),
     "the student moves first": (SiD, "turns", lambda self, step: REAL_TURNS(self, step)[::-1]),

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from diffdistill import UserError, distill
+from diffdistill.core.losses import sid_loss
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import uni_instruct
 from diffdistill.methods.checks.uni_instruct import verify
-from diffdistill.methods.sid import sid_loss
 from diffdistill.methods.uni_instruct import Config, uni_loss
 from diffdistill.scaffold import ratio
 from diffdistill.scaffold.ratio import PATHS, WEIGHTS

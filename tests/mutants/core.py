@@ -115,7 +115,7 @@ MUTANTS = {
         ("it starts at the last level", "angle(self.levels[0])", "angle(self.levels[-1])"),
         ("the noise of the level before", "lambda j=j: noise(j)", "lambda j=j: noise(j - 1 or 1)"),
         ("the levels are those before", "angle(self.levels[j])", "angle(self.levels[j - 1])"),
-        ("t stays the first", "            t = s\n", "            pass\n"),
+        ("t stays the first", "r, s, noise), s\n", "r, s, noise), t\n"),
         ("fresh noise at the old level",
          "diffuse(prediction.x0, s, noise())", "diffuse(prediction.x0, prediction.t, noise())"),
         ("the level is ignored", "init_level if level is None else level]", "init_level]"),

@@ -21,7 +21,7 @@ MUTANTS = {
         ("a batch of one process", "batches = [count // whole", "batches = [count // batch_size"),
     ],
     f"diffdistill/data/batches.py | {_B}": [
-        ("noise of the teacher's own size", "pair=pair, shape=shape)", "pair=pair)"),
+        ("noise of the teacher's own size", "pair=pair, shape=shape,", "pair=pair,"),
     ],
     f"diffdistill/data/encoded.py | {_B}": [
         (

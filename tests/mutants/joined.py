@@ -128,7 +128,7 @@ MUTANTS = {
     f"diffdistill/scaffold/simulation.py | {_R}": [
         ("drawn times: one noise for all steps", 's, batch.randn(f"z {j}")), s', 's, batch.randn("z")), s'),
         ("drawn times: the time before", 'batch.randn(f"z {j}")), s\n', 'batch.randn(f"z {j}")), t\n'),
-        ("drawn times: gradients", "@torch.no_grad()\n", ""),
+        ("drawn times: gradients", "@torch.no_grad()\ndef simulated_through", "def simulated_through"),
         (
             "drawn times: other noise at first",
             'x, t = sampler.start(batch.randn("z"))',

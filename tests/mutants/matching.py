@@ -7,7 +7,200 @@ _D = "tests/methods/test_wiring_decoupled_dmd.py"
 
 _B = "tests/methods/test_disback.py"
 
+_W = "tests/methods/test_reward.py"
+
+_P, _DPO = "tests/methods/test_pso.py", "tests/methods/test_distillation_dpo.py"
+
+_PH, _SF = "tests/methods/test_phased_dmd.py", "tests/methods/test_score_forgetting.py"
+_S = "tests/methods/test_wiring_matching.py tests/methods/test_sid.py"
+
 MUTANTS = {
+    f"diffdistill/core/losses.py | {_S}": [
+        ("sid: alpha of the wrong side", "(x0_teacher - x) - alpha * delta", "(x0_teacher - x) + alpha * delta"),
+        (
+            "sid: normalised by the fake score",
+            "l1_normaliser(x, x0_teacher) if normalise",
+            "l1_normaliser(x, x0_fake) if normalise",
+        ),
+    ],
+    f"methods/phased_dmd.py | {_PH}": [
+        ("steps are noisy", "    move: Step = DDIM()\n", ""),
+        ("the range is the whole", "least + (1 - least) * low, least + (1 - least) * high", "low, high"),
+        ("the end is the level", "self.ends(self.level(batch))", "self.ends(self.level(batch) - 1)"),
+        ("clean data is matched", "x_t = part.diffuse(x, eps)", "x_t = part.cos_t * x + part.sin_t * eps"),
+        ("the networks are swapped", "(self.teacher, self.fake_score))", "(self.fake_score, self.teacher))"),
+        ("the weight is DMD's", "(part.kept / part.spread) ** 2", "(part.cos_t / part.sin_t) ** 2"),
+        ("the normaliser is always there", "if self.config.normalise else exact * gap", "if True else exact * gap"),
+        ("the shift is ignored", "*span, c.time_shift))", "*span))"),
+        ("one stream of times", 'f"{player}/t"', '"student/t"'),
+        ("there is a gradient", "with torch.no_grad():", "with torch.enable_grad():"),
+        (
+            "the target is that of clean data",
+            "(self.kept * eps - self.spread * x_s) / self.cos_s",
+            "self.cos_t * eps - self.sin_t * x_s",
+        ),
+        ("it is led back without noise", " + self.kept * self.sin_s**2 / self.sin_t * predicted.eps", ""),
+    ],
+    f"methods/score_forgetting.py | {_SF}": [
+        (
+            "what is kept is forgotten",
+            "torch.where(forgotten, others, labels)",
+            "torch.where(~forgotten, others, labels)",
+        ),
+        ("all count alike", "torch.where(forgotten, weight, 1.0)", "torch.ones_like(weight * forgotten)"),
+        ("the weight is a sample's", "c.forget_weight * len(self.kept) / len(c.forget)", "c.forget_weight"),
+        ("forgotten ones stand in", "if label not in config.forget]", "]"),
+        ("the fake score has the stand-in", "self.fake_score(x_t, t, cond).x0", "self.fake_score(x_t, t, theirs).x0"),
+        ("the teacher has the label", "self.teacher(x_t, t, theirs).x0", "self.teacher(x_t, t, cond).x0"),
+        ("samples are not noised", "diffuse(x, t, eps), self.config", "x, self.config"),
+        ("alpha is ignored", "c.alpha, c.normalise", "1.2, c.normalise"),
+        ("the normaliser is always there", "c.alpha, c.normalise", "c.alpha, True"),
+        ("the student is first", "= False, False,", "= True, False,"),
+        ("samples are shared", "= False, False,", "= False, True,"),
+    ],
+    f"methods/pso.py | {_P}": [
+        ("pairs need a reward", "self.needs = frozenset({Need.IMAGES, Need.LOSERS})", "pass"),
+        ("dropout stays", "self.student.eval()", "self.student.train()"),
+        (
+            "the next level's input is the same",
+            "self.log_ratio(path[k], path[k + 1], k, cond)",
+            "self.log_ratio(path[k], path[k], k, cond)",
+        ),
+        (
+            "the last step is left out twice",
+            "for k in range(len(self.levels) - 1)])",
+            "for k in range(len(self.levels) - 2)])",
+        ),
+        ("both ways are one", 'for name in ("a", "b")]', 'for name in ("a", "a")]'),
+        ("the reward of what the last level reads", "self.scored(path[-1], batch)", "self.scored(path[-2], batch)"),
+        ("the worse is better", "torch.sign(one - other)", "torch.sign(other - one)"),
+        ("losers are better", "[batch.images, batch.worse]", "[batch.worse, batch.images]"),
+        ("each level has the first noise", 'batch.randn(f"z {k}")', 'batch.randn("z 0")'),
+        ("the reference is the student", "self.mean(self.reference, x_t", "self.mean(self.student, x_t"),
+        ("the variance counts once", "expand(2 * self.step.spread", "expand(self.step.spread"),
+        ("the spread is no variance", "self.step.spread(r, s) ** 2", "self.step.spread(r, s)"),
+        ("beta is ignored", "better, self.config.beta, self", "better, 50.0, self"),
+        ("the clip is ignored", "self.config.clip)\n", "0.1)\n"),
+        ("the step of others", "step = step_named(teacher.move)", 'step = step_named("renoise")'),
+    ],
+    f"diffdistill/scaffold/simulation.py | {_P}": [
+        ("ways: fresh noise is the first", 'batch.randn(f"{name} z {k}"))', 'batch.randn(f"{name} z"))'),
+        (
+            "ways: they end before the last level",
+            "for k in range(len(sampler.levels)):",
+            "for k in range(len(sampler.levels) - 1):",
+        ),
+    ],
+    f"diffdistill/data/batches.py | {_P}": [("losers are lost", ", losers=losers)", ")")],
+    f"diffdistill/scaffold/method.py | {_P} tests/training/test_accumulate.py": [
+        ("a part has all losers", "else self.losers[rows]", "else self.losers"),
+    ],
+    f"diffdistill/training/assemble.py | {_P}": [
+        (
+            "a student's levels are not known",
+            "levels=record.levels, move=record.move)\n    if",
+            "move=record.move)\n    if",
+        ),
+    ],
+    f"methods/distillation_dpo.py | {_DPO}": [
+        (
+            "the teacher is not guided",
+            "guided(frozen(teacher.denoiser), config.guidance_scale)",
+            "frozen(teacher.denoiser)",
+        ),
+        ("the scores learn slowly", "c.student_lr if player", "c.student_lr if True or player"),
+        ("the student moves always", "if step % self.config.update_ratio:", "if False:"),
+        ("both samples are one", 'for name in ("a", "b"):', 'for name in ("a", "a"):'),
+        ("the worse is better", "first = (one >= other)", "first = (one < other)"),
+        ("fresh pairs for the scores", "drawn[batch.first] = {role: x.detach() for role, x in pair.items()}", "pass"),
+        ("weights are one", "self.weights[role] * matched.loss", "matched.loss"),
+        (
+            "one score for both",
+            "self.teacher, self.scores[role], c.normalise",
+            'self.teacher, self.scores["better"], c.normalise',
+        ),
+        ("the normaliser is always there", "self.scores[role], c.normalise)", "self.scores[role], True)"),
+        ("a score learns the other side", "drawn[batch.first][role]", 'drawn[batch.first]["better"]'),
+        (
+            "the scores' range is the student's",
+            "self.times(role, batch, 0.0, 1.0)",
+            "self.times(role, batch, 0.2, 0.7)",
+        ),
+        ("the shift is ignored", "draw, low, high, shift)", "draw, low, high)"),
+        ("the first level alone", "drawn_level(len(sampler.levels), batch) if", "0 if"),
+        ("the simulation has the first noise", 'f"{name} z {j}"', 'f"{name} z"'),
+    ],
+    f"diffdistill/training/starting.py | {_DPO}": [
+        ("the start is left out", "teacher, student=student.denoiser, **of_student)", "teacher, **of_student)"),
+        ("its level is left out", 'return {"levels": levels}', "return {}"),
+    ],
+    "diffdistill/scaffold/matching.py | tests/methods/test_dmd2.py": [
+        (
+            "alignment: in every step",
+            "if self.alignment and not step % self.config.update_ratio:",
+            "if self.alignment:",
+        ),
+        ("alignment: of the first fake score", "align(self.fake_scores[self._mine(step)]", "align(self.fake_scores[0]"),
+        ("alignment: the student is drawn", "own.lerp_(theirs.to(own), share)", "theirs.lerp_(own.to(theirs), share)"),
+        (
+            "alignment: the rest of the share",
+            "own.lerp_(theirs.to(own), share)",
+            "own.lerp_(theirs.to(own), 1 - share)",
+        ),
+    ],
+    "diffdistill/scaffold/matching.py | tests/methods/test_anchor.py": [
+        (
+            "anchor: the first step is matched",
+            "self.matched_from = 1 if self.anchor_weight else 0",
+            "self.matched_from = 0",
+        ),
+        (
+            "anchor: steps are noisy",
+            'self.move, self.followed = STEPS["ddim"],',
+            'self.move, self.followed = STEPS["renoise"],',
+        ),
+        ("anchor: its weight is ignored", "self.anchor_weight * anchor", "anchor"),
+        ("anchor: the samples' own noise", 'batch.randn("anchor/z")', 'batch.randn("z")'),
+        ("anchor: to the first level", "sampler.levels[1])", "sampler.levels[0] * 0.9)"),
+        (
+            "anchor: the teacher has a gradient",
+            "solve(ddim_step, self.followed, x_t,",
+            "solve(ddim_step, self.student, x_t,",
+        ),
+        ("anchor: the distance of samples", "expand(torch.sin(t - s), ours)", "1.0"),
+        ("anchor: another number of steps", "self.config.anchor_steps + 1", "self.config.anchor_steps + 2"),
+        ("anchor: a fake score too many", "more = self.steps - 1 - self.matched_from", "more = self.steps - 1"),
+    ],
+    f"diffdistill/scaffold/matching.py | {_W}": [
+        ("no reward is needed", "self.needs = self.needs | {Need.REWARD}", "pass"),
+        ("the reward alone is needed", "self.needs | {Need.REWARD}", "frozenset({Need.REWARD})"),
+        ("the matching is not weighted", "self.matching(weighted, self.times", "self.matching(x, self.times"),
+        (
+            "the gan is weighted",
+            "return x, self.with_anchor(",
+            "return weighted, self.with_anchor(",
+        ),
+        ("beta is ignored", "reward_weights(rewards, self.reward_beta)", "reward_weights(rewards, 1.0)"),
+    ],
+    f"diffdistill/scaffold/reward.py | {_W}": [
+        ("images of unit variance", "x.detach() * self.data_std", "x.detach()"),
+        ("beta multiplies", "torch.exp(rewards / beta)", "torch.exp(rewards * beta)"),
+        ("one weight for all", "weights.to(x).reshape", "weights.mean().expand(len(x)).to(x).reshape"),
+        ("no prompts", "if batch.texts is not None:", "if False:"),
+    ],
+    f"diffdistill/scaffold/method.py | {_W}": [
+        ("a part has the step's prompts", "else self.texts[rows]", "else self.texts"),
+    ],
+    f"diffdistill/data/seen.py | {_W}": [
+        ("the first prompts", "tuple(held[i] for i in indices.tolist())", "held[: len(indices)]"),
+        ("latents are not decoded", "autoencoder.decode(vae, latents.to(next(vae.parameters()).dtype))", "latents"),
+        ("other prompts are taken", 'source != settings["source"] or', "False or"),
+    ],
+    f"diffdistill/data/batches.py | {_W}": [("prompts are lost", ", texts=example.texts, losers", ", losers")],
+    f"diffdistill/commands/distill.py | {_W}": [
+        ("its file is not told apart", "reward=file_of(reward) if isinstance(reward, str) else reward", "reward=None"),
+        ("it is not tried", "    game.method.scored(tried.randn", "    (lambda *x: None)(tried.randn"),
+    ],
     f"methods/disback.py | {_B}": [
         ("copies are one", "[copy.deepcopy(self.fake_score).requires_grad_(False).eval() for", "[self.fake_score for"),
         ("copies are trained", ".requires_grad_(False).eval() for", ".eval() for"),
@@ -108,6 +301,10 @@ MUTANTS = {
             "self.fake_score, False)\n        return",
         ),
         ("the engine has a gradient through the teacher", "@torch.no_grad()", "@torch.enable_grad()"),
+    ],
+    f"methods/decoupled_dmd.py | {_W}": [
+        ("the matching is not weighted", "self.matching(weighted,", "self.matching(x,"),
+        ("the engine is not weighted", "self.engine(weighted,", "self.engine(x,"),
     ],
     f"methods/f_distill.py | {_R}": [
         ("the parts of other noise", "logits(x, t, eps, cond), t)", "logits(x, t, eps, cond), t.flip(0))"),

@@ -102,7 +102,6 @@ MUTANTS = {
         ("the teacher is detached",
          "self.teacher(x_t, t, cond).x0, self.evaluated[", "self.teacher(x_t, t, cond).x0.detach(), self.evaluated["),
         ("x_t is detached", "x_t = diffuse(x, t, eps)", "x_t = diffuse(x, t, eps).detach()"),
-        ("normalised by the fake score", "l1_normaliser(x, x0_teacher)", "l1_normaliser(x, x0_fake)"),
         ("one stream of native times",
          'batch.draw(f"{player}/t", lambda n, draw: native', 'batch.draw("t", lambda n, draw: native'),
         ("one stream of the flow's times",

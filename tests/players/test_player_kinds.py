@@ -157,6 +157,12 @@ def test_checkpointed_activations_give_the_same_gradients_and_a_resumed_run_the_
         assert max(float((got[k] - expected[k]).abs().max()) for k in got) <= limit
 
 
+def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """A reward."""
+    assert images.shape[:2] == (len(prompts), 3)
+    return images.mean((1, 2, 3))
+
+
 OTHERS: dict[str, dict[str, Any]] = {
     "adapter_guidance": {},
     "consistency": METHODS["consistency"],
@@ -164,6 +170,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "decoupled_dmd": {"guidance_scale": 2.0, "update_ratio": 1},
     "diff_instruct": {},
     "disback": {"path_length": 1, "record_every": 1, "update_ratio": 1},
+    "distillation_dpo": {"reward": brightness, "update_ratio": 1},
     "dmd": {},
     "dmd2": {"gan_weight": 0.01, "update_ratio": 1},
     "f_distill": {"update_ratio": 1},
@@ -176,10 +183,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "lora_guidance": {"trajectories": True, "trajectory_steps": 2, "sampling_steps": 2},
     "mean_flow": {"student_steps": 2, "mode": "distillation", "equal_share": 0.0},
     "multistep_consistency": {},
+    "phased_dmd": {"update_ratio": 1},
     "progressive": METHODS["progressive"],
+    "pso": {"student_steps": 2, "reward": brightness, "student_lr": 0.1},
     "rcm": {"tangent_warmup": 1, "student_steps": 2, "update_ratio": 1},
     "sana_sprint": {"tangent_warmup": 1},
     "scm": {"tangent_warmup": 1},
+    "score_forgetting": {},
     "sid": {},
     "sim": {},
     "swiftbrush": {"guidance_scale": 2.0},
@@ -187,6 +197,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "uni_instruct": {},
 }  # fmt: skip
 SAYS_SO = {
+    ("score_forgetting", "full"): "forgets classes, and this teacher has none",
+    ("score_forgetting", "lora"): "forgets classes, and this teacher has none",
     ("adapter_guidance", "full"): "class-conditional teacher",
     ("adapter_guidance", "lora"): "class-conditional teacher",
 }

@@ -14,7 +14,7 @@ from diffdistill.core.weightless import Weightless
 from diffdistill.scaffold.method import Batch, Turn
 from diffdistill.training.trainer import Trainer, accelerator_for
 from tests.scaffold.straight import VP
-from tests.training.test_accumulate import OPTIONS, SHAPE, SIZE, batch_of
+from tests.training.test_accumulate import OPTIONS, SHAPE, SIZE, batch_of, score
 
 SAMPLES = 4 * SIZE * torch.Size(SHAPE).numel()
 STEPS = 3  # at the last of them every player has moved
@@ -33,6 +33,7 @@ def size(tensors: Iterable[Tensor]) -> int:
 def test_what_a_turn_leaves(name: str, tmp_path: Path) -> None:
     module, teacher = describe_method(name).load(), VP.teacher()
     method = module.METHOD(teacher, module.Config(**OPTIONS.get(name, {})))
+    method.reward = score
     fit = FitConfig(batch_size=SIZE, accumulate=2, steps=STEPS, ema=0.5, device="cpu", sample_every=0)
     empty = Weightless()
     empty.bare([teacher.denoiser, *method.players.values(), *method.state.values()])

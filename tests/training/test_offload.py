@@ -20,7 +20,7 @@ from diffdistill.scaffold.method import Batch
 from diffdistill.training.offload import Offload
 from diffdistill.training.trainer import Interrupted, Trainer, accelerator_for
 from tests.scaffold.straight import VP
-from tests.training.test_accumulate import OPTIONS, SIZE, batch_of
+from tests.training.test_accumulate import OPTIONS, SIZE, batch_of, score
 from tests.training.test_trainer import metrics, options, same, student
 
 STEPS = 4
@@ -34,6 +34,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def trainer_of(name: str, teacher: Teacher, own: dict[str, Any], out: Path, **fit: Any) -> Trainer:
     module = describe_method(name).load()
     method = module.METHOD(teacher, module.Config(**own))
+    method.reward = score
     config = FitConfig(**{"batch_size": SIZE, "steps": STEPS, "ema": 0.5, "device": "cpu", "sample_every": 0} | fit)
 
     def batch(step: int) -> Batch:
