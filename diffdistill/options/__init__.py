@@ -9,6 +9,7 @@ from diffdistill.options.groups import (
     FollowingOptions,
     GuidedSampling,
     HalvingOptions,
+    HeadOptions,
     ImageDistance,
     LatentAdversarialOptions,
     MatchingOptions,
@@ -28,6 +29,7 @@ from diffdistill.options.groups import (
     TimeRange,
     TrajectoryOptions,
 )
+from diffdistill.options.trajectories import AdversarialTerm, ConditionDropout, ElementDistance, SegmentOptions
 from diffdistill.options.values import (
     Sides,
     Size,
@@ -45,13 +47,17 @@ from diffdistill.options.values import (
 
 __all__ = [
     "AdversarialOptions",
+    "AdversarialTerm",
+    "ConditionDropout",
     "DMD2Options",
     "DerivativeOptions",
     "EDMTimes",
+    "ElementDistance",
     "FakeScoreGuidance",
     "FollowingOptions",
     "GuidedSampling",
     "HalvingOptions",
+    "HeadOptions",
     "ImageDistance",
     "LatentAdversarialOptions",
     "MatchingOptions",
@@ -60,6 +66,7 @@ __all__ = [
     "Options",
     "RatioOptions",
     "ScaleRange",
+    "SegmentOptions",
     "SiDOptions",
     "Sides",
     "SimulationOptions",
