@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffdistill.commands.family_check import family_check
     from diffdistill.commands.jvp_check import jvp_check
     from diffdistill.commands.plan import plan
+    from diffdistill.commands.prune import prune
     from diffdistill.commands.run import Run
     from diffdistill.commands.sample import sample
     from diffdistill.commands.shards import encode, make_pairs
@@ -42,6 +43,7 @@ _MODULES = {
     "distill": "commands.distill",
     "encode": "commands.shards",
     "make_pairs": "commands.shards",
+    "prune": "commands.prune",
     "train_teacher": "commands.teacher",
     "evaluate": "commands.evaluate",
     "compare": "commands.compare",
@@ -98,6 +100,7 @@ __all__ = [
     "make_pairs",
     "open_data",
     "plan",
+    "prune",
     "register_family",
     "sample",
     "speed",

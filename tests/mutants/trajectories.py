@@ -97,6 +97,14 @@ MUTANTS = {
         ("times above r", "(own[None] > torch.arange(n)[:, None])", "(own[None] >= torch.arange(n)[:, None])"),
         ("noise of all levels", "+ 1 / self.config.steps_min", "+ 1"),
     ],
+    "diffdistill/players/teacher.py | tests/training/test_small_student.py": [
+        ("every player is small", 'if role == "student" and self.small is not None', "if self.small is not None"),
+        ("the student is no network of its own", 'if role == "student" and self.small is not None', "if False"),
+    ],
+    "diffdistill/training/assemble.py | tests/training/test_small_student.py": [
+        ("a student of another kind of output", "if its != wanted:", "if False:"),
+        ("a LoRA student of its own", 'if "student" in lora:', "if False:"),
+    ],
     f"diffdistill/scaffold/branches.py | {_W}": [
         ("the average is trained", "copy.deepcopy(self.student).requires_grad_(False)", "copy.deepcopy(self.student)"),
         ("the average is not kept", 'self.state = {"average": self.average}', "pass"),
