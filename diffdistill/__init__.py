@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from diffdistill.commands.family_check import family_check
     from diffdistill.commands.jvp_check import jvp_check
     from diffdistill.commands.plan import plan
+    from diffdistill.commands.prune import prune
     from diffdistill.commands.report import report
     from diffdistill.commands.run import Run
     from diffdistill.commands.sample import sample
@@ -48,6 +49,7 @@ _MODULES = {
     "distill": "commands.distill",
     "encode": "commands.shards",
     "make_pairs": "commands.shards",
+    "prune": "commands.prune",
     "train_teacher": "commands.teacher",
     "evaluate": "commands.evaluate",
     "compare": "commands.compare",
@@ -105,6 +107,7 @@ __all__ = [
     "make_pairs",
     "open_data",
     "plan",
+    "prune",
     "register_family",
     "report",
     "sample",

@@ -24,6 +24,7 @@ from diffdistill.config import TrainConfig
 from diffdistill.errors import UserError
 from diffdistill.options import groups as option_groups
 from diffdistill.options import nearest, read_mapping
+from diffdistill.options import trajectories as more_groups
 
 Scalar = str | int | float | bool | None
 
@@ -293,7 +294,7 @@ def _about(node: ast.stmt, path: Path) -> About:
 def _config_class(node: ast.stmt, path: Path) -> type:
     """The options class alone, executed with nothing but what an options class needs."""
     module = types.ModuleType(f"diffdistill._options.{path.stem}")
-    module.__dict__.update(vars(option_groups) | {"__name__": module.__name__})
+    module.__dict__.update(vars(option_groups) | vars(more_groups) | {"__name__": module.__name__})
     sys.modules[module.__name__] = module  # get_type_hints looks names up there
     try:
         exec(compile(ast.Module([node], []), str(path), "exec"), module.__dict__)

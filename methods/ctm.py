@@ -45,11 +45,10 @@ from diffdistill.core.ode import heun_step
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.times import edm_karras, edm_log_normal
 from diffdistill.errors import UserError
-from diffdistill.options import FollowingOptions, ImageDistance, LatentAdversarialOptions, TeacherGuidance, option
+from diffdistill.options import AdversarialTerm, FollowingOptions, ImageDistance, TeacherGuidance, option
 from diffdistill.players.sampler import Sampler, gamma_step
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator
-from diffdistill.scaffold.adversary import LatentAdversary
 from diffdistill.scaffold.following import FollowingMethod, trajectory_grid
 from diffdistill.scaffold.method import Batch, Outcome, Turn
 from diffdistill.scaffold.tangent import jumps_by_default, two_time_player
@@ -71,7 +70,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(FollowingOptions, ImageDistance, TeacherGuidance, LatentAdversarialOptions, target_ema=0.999):
+class Config(FollowingOptions, ImageDistance, TeacherGuidance, AdversarialTerm, target_ema=0.999):
     """The options of CTM."""
 
     grid: Literal["karras", "native"] = option("karras", "karras: rho 7 in sigma; native: the teacher's own steps")
@@ -79,7 +78,6 @@ class Config(FollowingOptions, ImageDistance, TeacherGuidance, LatentAdversarial
     solver_steps: int = option(1000, "the most steps n of the grid from t to u; n is drawn with weight n", at_least=1)
     gamma: float = option(0.0, "noise between sampling steps; 0: none; 1: all of it is fresh", at_least=0, at_most=1)
     dsm_weight: float = option(1.0, "weight of the denoising loss; 0 for a guided teacher", at_least=0)
-    gan_weight: float = option(0.0, "weight of the GAN loss; 0: no discriminator", at_least=0)
     gan_start: int = option(0, "the training step from which the GAN counts in the student's loss", at_least=0)
     adaptive: bool = option(True, "bring both terms to the length of the first one's gradient in the last layer")
 
@@ -106,15 +104,12 @@ class CTM(FollowingMethod[Span]):
         self.grid[-1] = 0.0
         self.most = min(c.solver_steps, c.grid_points - 1)
         self.distance = distance(c.distance, teacher.shape, self.schedule.data_std, c.huber_c)
-        if c.gan_weight:
-            self.adversary = LatentAdversary(teacher, c)
-            self.players["discriminator"] = self.adversary.heads
 
     def sampler(self) -> Sampler:
         return Sampler(self.student, super().sampler().levels, gamma_step(self.config.gamma))
 
     def in_steps(self, steps: int) -> None:
-        self.steps = steps
+        self.sampling_steps = steps
         jumps_by_default(self.student, steps, self.config.student_level)
 
     def interval(self, step: int, batch: Batch) -> Span:

@@ -21,18 +21,18 @@ scripts' grid of K steps up to 1000, for any schedule. Samplers take the network
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
+from diffdistill.core.distances import elementwise
 from diffdistill.core.prediction import expand
 from diffdistill.core.schedule import lcm_indices, student_levels
 from diffdistill.errors import UserError
-from diffdistill.options import FollowingOptions, ScaleRange, option
+from diffdistill.options import ElementDistance, FollowingOptions, ScaleRange, option
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.scale_input import DrawnGuidance, scale_player, scale_taken
 from diffdistill.players.teacher import Teacher
@@ -60,12 +60,10 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(FollowingOptions, ScaleRange, student_lr=1e-4, weight_decay=0.01, guidance_max=1.0):
+class Config(FollowingOptions, ScaleRange, ElementDistance, student_lr=1e-4, weight_decay=0.01, guidance_max=1.0):
     """LCM's options; sampling steps are evenly spaced among the K."""
 
     ddim_steps: int = option(50, "K, the teacher's steps of which each training sample takes one", at_least=1)
-    distance: Literal["huber", "l2"] = option("huber", "elementwise; huber: sqrt(d^2 + c^2) - c; l2: d^2")
-    huber_c: float = option(0.001, "c of the elementwise Huber distance", above=0)
     timestep_scaling: float = option(10.0, "S: c_skip = 0.25/((S t)^2 + 0.25), t the timestep up to 1000", above=0)
 
 
@@ -145,10 +143,7 @@ class LCM(FollowingMethod[Skip]):
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean over all elements of the distance of x and y (B, ...)."""
-        if self.config.distance == "l2":
-            return F.mse_loss(x, y)
-        c = self.config.huber_c
-        return (torch.sqrt((x - y).square() + c**2) - c).mean()
+        return elementwise(self.config.distance, x, y, self.config.huber_c)
 
 
 METHOD = LCM

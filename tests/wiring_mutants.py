@@ -31,7 +31,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LISTS = ("scaffold", "methods", "matching", "joined", "core", "training", "pipelines", "players", "data")
+LISTS = (
+    "scaffold",
+    "methods",
+    "matching",
+    "joined",
+    "trajectories",
+    "core",
+    "training",
+    "pipelines",
+    "players",
+    "data",
+)
 MAPPED = ("methods", "pipelines", "eval")  # sub-packages of diffdistill that stand beside it in a checkout
 SECONDS = 150  # after which a mutant that hangs counts as seen
 

@@ -32,6 +32,7 @@ from diffdistill.config import (
     ListConfig,
     MethodsConfig,
     PairsConfig,
+    PruneConfig,
     RecipesConfig,
     ReportConfig,
     SampleConfig,
@@ -111,6 +112,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "pairs": Command(
         "make noise-image pairs of a teacher, for the methods that want them", PairsConfig, "shards:pairs"
+    ),
+    "prune": Command(
+        "make a smaller network of a teacher's own blocks, for train --student", PruneConfig, "prune:run", ("teacher",)
     ),
     "encode": Command(
         "encode prompts, or images with captions, once for the training of a latent teacher",

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from diffdistill.players.teacher import Teacher
     from diffdistill.scaffold.method import Method
 
-_READ = {"teacher's weights", "teacher's scheduler", "method"}  # an export reads no data
+_READ = {"teacher's weights", "teacher's scheduler", "student's weights", "method"}  # an export reads no data
 
 
 def export(

@@ -71,6 +71,7 @@ class TrainOptions(SavingOptions, FitOptions, AttentionOptions, total=False):
     judge_by: str | None
     export_best: bool
 
+    student: str | Path | None
     teacher_lora: Sequence[str]
     start: str | Path | None
     null_class: int | None
@@ -142,6 +143,17 @@ class PairsOptions(MachineOptions, AttentionOptions, total=False):
     seed: int
     batch_size: int
     shard_size: int
+    out: str | Path
+
+
+class PruneOptions(MachineOptions, total=False):
+    """The options of `PruneConfig` but for the teacher, which `prune` takes by itself."""
+
+    keep: float
+    null_class: int | None
+    prompts: str | Path | None
+    count: int
+    sampling_steps: int
     out: str | Path
 
 

@@ -2,7 +2,7 @@
 
 from diffdistill.config.judging import BenchConfig, CompareConfig, DrawConfig, EvalConfig, JudgeConfig, SpeedConfig
 from diffdistill.config.machine import AttentionConfig, MachineConfig
-from diffdistill.config.making import EncodeConfig, PairsConfig
+from diffdistill.config.making import EncodeConfig, PairsConfig, PruneConfig
 from diffdistill.config.models import (
     EVERYTHING,
     DiversityConfig,
@@ -44,6 +44,7 @@ __all__ = [
     "MachineConfig",
     "MethodsConfig",
     "PairsConfig",
+    "PruneConfig",
     "RecipesConfig",
     "ReportConfig",
     "SampleConfig",

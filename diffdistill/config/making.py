@@ -76,3 +76,16 @@ class PairsConfig(MachineConfig, AttentionConfig):
     batch_size: int = option(256, "pairs made at a time", at_least=1)
     shard_size: int = option(1024, "pairs in a file; a stopped run goes on from the last whole file", at_least=1)
     out: str = option("runs/pairs", "the folder to make; one that is not finished is continued")
+
+
+@dataclass(frozen=True)
+class PruneConfig(MachineConfig):
+    """Which teacher loses how many of its blocks."""
+
+    teacher: str = option("digits", "a diffusers folder, a hub id, or 'digits', the embedded one")
+    keep: float = option(0.5, "the share of blocks that stay; of a UNet those in each level", above=0, below=1)
+    null_class: int | None = option(None, "the class label that means 'no class', if the teacher has one", at_least=0)
+    prompts: str | None = option(None, "for a text-to-image teacher: a folder made by `diffdistill encode`")
+    count: int = option(8, "the teacher's own samples at whose states blocks are compared", at_least=1)
+    sampling_steps: int = option(8, "DDIM steps of these samples", at_least=1)
+    out: str = option("runs/pruned", "the folder to make")

@@ -138,6 +138,11 @@ class TrainConfig(SavingConfig, InTrainingConfig, FitConfig, AttentionConfig):
 
     method: str = option("dmd2", "a method's name (see `diffdistill methods`) or a file of your own, ./my_method.py")
     teacher: str = option("digits", "a diffusers folder, a hub id, or 'digits', the embedded one")
+    student: str | None = option(
+        None,
+        "what the student begins as, a network of the teacher's family of another size: a diffusers folder or hub id; "
+        "default: the teacher",
+    )
     teacher_lora: tuple[str, ...] = option(
         (),
         "FILE or FILE:SCALE, a LoRA merged into the teacher first, in a folder inside the run's; may be repeated",

@@ -32,6 +32,13 @@ def distance(kind: str, shape: tuple[int, ...], data_std: float = 1.0, huber_c: 
     raise ValueError(f"distance {kind!r} is not 'l2', 'huber' or 'lpips'")
 
 
+def elementwise(kind: str, x: Tensor, y: Tensor, huber_c: float) -> Tensor:
+    """The mean over all elements of d^2 ('l2') or of sqrt(d^2 + c^2) - c ('huber'), with d = x - y (B, ...)."""
+    if kind == "l2":
+        return F.mse_loss(x, y)
+    return (torch.sqrt((x - y).square() + huber_c**2) - huber_c).mean()
+
+
 def lpips_vgg(shape: tuple[int, ...], data_std: float = 1.0) -> Distance:
     """LPIPS with VGG features (Zhang et al. 2018, arXiv:1801.03924), images enlarged to 224 pixels if smaller.
 

@@ -57,6 +57,15 @@ def sid_loss(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, alpha: float, norma
     return products / l1_normaliser(x, x0_teacher) if normalise else products
 
 
+def reweighted_square(x: Tensor, y: Tensor, c: float) -> Tensor:
+    """(B,) e^2/c with the weight ((e/c)^2 + 1)^(-1/2), which gets no gradient; e is the root mean square of x - y.
+
+    Close to e where it is more than c (Barron 2019, arXiv:1701.03077, alpha = 1, as TwinFlow's code has it).
+    """
+    error = per_sample_mean((x - y).square())
+    return error * ((error / (c**2 + 1e-8) + 1) ** -0.5).detach() / c
+
+
 def gan_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Non-saturating logistic loss; real and fake are logits (Goodfellow et al. 2014)."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()

@@ -88,3 +88,16 @@ def addim_step(pred: Prediction, s: Tensor, x_var: Tensor) -> Tensor:
     added = (torch.sin(pred.t - s) / torch.sin(pred.t)) ** 2 * x_var
     longer = torch.sqrt(torch.sin(s) ** 2 + added / eps.flatten(1).square().mean(1))
     return pred.at(s) + expand(longer - torch.sin(s), eps) * eps
+
+
+def ddim_eta_step(pred: Prediction, s: Tensor, eta: float, z: Tensor) -> Tensor:
+    """(B, ...) the DDIM step to the angles s (B,) with a share of its noise exchanged for z (B, ...).
+
+    Of z there is eta sin(s)/sin(t) sqrt(1 - cos(t)^2/cos(s)^2), eq. 16 of Song et al. 2021 (arXiv:2010.02502): eta = 1
+    is DDPM's step, 0 the ODE's. At s = 0 there is no noise.
+    """
+    t = pred.t
+    moved = torch.sqrt((1 - (torch.cos(t) / torch.cos(s)) ** 2).clamp_min(0))
+    n = eta * torch.sin(s) / torch.sin(t) * moved
+    kept = torch.sqrt((torch.sin(s) ** 2 - n**2).clamp_min(0))
+    return pred.at(s) + expand(kept - torch.sin(s), z) * pred.eps + expand(n, z) * z

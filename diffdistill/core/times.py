@@ -30,6 +30,18 @@ def native_uniform(
     return schedule.at_fraction(low + (high - low) * (shift * u / (1 + (shift - 1) * u)))
 
 
+def u_shaped(schedule: Schedule, n: int, generator: torch.Generator, a: float) -> Tensor:
+    """The flow time, or the schedule's own, with the density of e^(a u) and its mirror image, a half each; 0: uniform.
+
+    More often near both ends (Lee et al. 2024, arXiv:2405.20320, section 4.1).
+    """
+    u = _uniform(n, generator)
+    if a > 0:
+        u = torch.log1p(u * math.expm1(a)) / a
+        u = torch.where(_uniform(n, generator) < 0.5, u, 1 - u)
+    return schedule.at_fraction(u)
+
+
 def log_normal(schedule: Schedule, n: int, generator: torch.Generator, mean: float, std: float) -> Tensor:
     """ln sigma ~ N(mean, std^2) with sigma = data_std tan(t) (Karras et al. 2022, table 1)."""
     sigma = torch.exp(mean + std * _normal(n, generator))

@@ -11,6 +11,7 @@ from diffdistill.options.groups import (
     FollowingOptions,
     GuidedSampling,
     HalvingOptions,
+    HeadOptions,
     ImageDistance,
     LatentAdversarialOptions,
     MatchingOptions,
@@ -32,6 +33,7 @@ from diffdistill.options.groups import (
     TimeRange,
     TrajectoryOptions,
 )
+from diffdistill.options.trajectories import AdversarialTerm, ConditionDropout, ElementDistance, SegmentOptions
 from diffdistill.options.values import (
     Sides,
     Size,
@@ -49,15 +51,19 @@ from diffdistill.options.values import (
 
 __all__ = [
     "AdversarialOptions",
+    "AdversarialTerm",
     "AlignmentOptions",
     "AnchorOptions",
+    "ConditionDropout",
     "DMD2Options",
     "DerivativeOptions",
     "EDMTimes",
+    "ElementDistance",
     "FakeScoreGuidance",
     "FollowingOptions",
     "GuidedSampling",
     "HalvingOptions",
+    "HeadOptions",
     "ImageDistance",
     "LatentAdversarialOptions",
     "MatchingOptions",
@@ -68,6 +74,7 @@ __all__ = [
     "RatioOptions",
     "RewardOptions",
     "ScaleRange",
+    "SegmentOptions",
     "SiDOptions",
     "Sides",
     "SimulationOptions",

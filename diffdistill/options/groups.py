@@ -33,6 +33,10 @@ class Options:
 
     def __post_init__(self) -> None:
         """Groups whose options depend on one another check them here, after super().__post_init__()."""
+        self.check()
+
+    def check(self) -> None:
+        """A method's own options that depend on one another are checked here; UserError where they do not fit."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,11 @@ class ScaleRange(Options):
     def takes_scale(self) -> bool:
         """Whether the student takes the scale as an input."""
         return self.guidance_min < self.guidance_max
+
+    @property
+    def guides(self) -> bool:
+        """Whether the teacher is guided at all."""
+        return self.takes_scale or self.scale != 1
 
     @property
     def scale(self) -> float:
@@ -339,12 +348,18 @@ class RatioOptions(AdversarialOptions, gan_weight=0.003):
 
 
 @dataclass(frozen=True)
-class LatentAdversarialOptions(Options):
-    """A discriminator of heads on layers of the frozen teacher, which reads noised images."""
+class HeadOptions(Options):
+    """A discriminator of heads on layers of the frozen teacher."""
 
     discriminator_lr: float = option(1e-5, "AdamW's learning rate for the discriminator's heads", above=0)
     depths: tuple[float, ...] = option((0.5, 0.75, 0.99), "the layers that have a head, as fractions of the depth",
                                        at_least=0, below=1)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LatentAdversarialOptions(HeadOptions):
+    """The same, which reads noised images."""
+
     gan_loss: Literal["hinge", "logistic"] = option("hinge", "hinge: LADD's and SANA-Sprint's; logistic: FastGen's")
     gan_time_mean: float = option(0.3, "mean of ln sigma of what it reads, for data of deviation 0.5")
     gan_time_std: float = option(1.0, "standard deviation of ln sigma of what it reads", above=0)

@@ -15,7 +15,7 @@ from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
 from diffdistill.core.guidance import guide, require_null
 from diffdistill.core.prediction import Prediction
 from diffdistill.errors import UserError
-from diffdistill.options import ScaleRange
+from diffdistill.options import ScaleRange, SegmentOptions
 from diffdistill.players.call_inputs import Beside, CallInput, InPlace, layer_at, taking, without_inputs
 from diffdistill.players.lora import LoraNetwork, merged, trained_like
 from diffdistill.players.teacher import Teacher
@@ -211,9 +211,9 @@ class DrawnGuidance:
     Raises UserError where it cannot be guided, of which `what` is in need.
     """
 
-    def __init__(self, teacher: Denoiser, scales: ScaleRange, what: str = "a guidance scale"):
+    def __init__(self, teacher: Denoiser, scales: ScaleRange | SegmentOptions, what: str = "a guidance scale"):
         self.teacher = teacher
-        self.guides = scales.takes_scale or scales.scale != 1
+        self.guides = scales.guides
         if self.guides:
             require_null(teacher, what)
 

@@ -34,6 +34,7 @@ class Teacher:
     source: str = ""  #: the folder, hub id or 'digits' it came from
     scheduler: dict[str, Any] = field(default_factory=dict)  #: the config of its diffusers scheduler
     start: Denoiser | None = None  #: what players begin as copies of; None: the denoiser itself
+    small: Denoiser | None = None  #: what the student alone begins as, a network of another size; None: as all players
     example_cond: Cond = field(default_factory=dict)  #: (1, ...) of a text-to-image teacher, conditions of one prompt
     size: dict[str, Any] = field(default_factory=dict)  #: height, width, frames by the stock pipeline's names
     lora: Mapping[str, LoraSettings] = field(default_factory=dict)  #: roles that are LoRA on the teacher's own weights
@@ -133,7 +134,12 @@ class Teacher:
         return {name: value.to(device).expand(n, *value.shape[1:]) for name, value in self.example_cond.items()}
 
     def player(self, role: str) -> Denoiser:
-        """A player that begins as the teacher: a trainable copy, or LoRA on the teacher's own weights (`lora`)."""
+        """A player that begins as the teacher: a trainable copy, or LoRA on the teacher's own weights (`lora`).
+
+        The student is a copy of `small` where there is one.
+        """
+        if role == "student" and self.small is not None:
+            return trainable_copy(self.small)
         start = self.start or self.denoiser
         if role == "student" and self.student is not None:
             return trainable_copy(self.student)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.losses import gan_discriminator_loss, gan_generator_loss, hinge_discriminator_loss
-from diffdistill.core.prediction import diffuse
+from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.times import edm_log_normal, native_uniform
 from diffdistill.errors import UserError
-from diffdistill.options import LatentAdversarialOptions
+from diffdistill.options import HeadOptions, LatentAdversarialOptions
 from diffdistill.players.discriminator import DiscriminatorHead
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.scaffold.method import Batch, Method, Need, Outcome
@@ -62,24 +62,32 @@ class Adversary:
         return gan_discriminator_loss(real, fake)
 
 
-class LatentAdversary:
-    """Heads on several layers of the frozen teacher, through which the student's gradient flows.
+class FrozenHeads:
+    """Heads on several layers of the frozen teacher, through which the student's gradient flows."""
 
-    Real and generated images share their times and their noise. The loss is the mean over the heads.
-    """
-
-    def __init__(self, teacher: Teacher, options: LatentAdversarialOptions):
-        self.teacher, self.options = frozen(teacher.start or teacher.denoiser), options
-        self.samples: dict[int, Tensor] = {}  # of the student's turn, by their place in the step
+    def __init__(self, teacher: Teacher, options: HeadOptions):
+        self.teacher = frozen(teacher.start or teacher.denoiser)
         self.layers = self.teacher.layers_at(options.depths)
         if not self.layers:
             raise UserError("depths: this teacher's network has no layer for a discriminator")
         self.heads = nn.ModuleList(_heads(self.teacher, teacher, self.layers))  # of which none is in half precision
 
+    def read(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """(heads, B) logits of noised images x_t (B, ...) at the angles t (B,)."""
+        return _of_each(self.heads, self.teacher.features_of(self.layers, x_t, t, cond))
+
+
+class LatentAdversary(FrozenHeads):
+    """Real and generated images share their times and their noise. The loss is the mean over the heads."""
+
+    def __init__(self, teacher: Teacher, options: LatentAdversarialOptions):
+        super().__init__(teacher, options)
+        self.options = options
+        self.samples: dict[int, Tensor] = {}  # of the student's turn, by their place in the step
+
     def logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
         """(heads, B) logits of x (B, ...) noised to the angles t (B,) with eps (B, ...)."""
-        features = self.teacher.features_of(self.layers, diffuse(x, t, eps), t, cond)
-        return _of_each(self.heads, features)
+        return self.read(diffuse(x, t, eps), t, cond)
 
     def noise(self, stream: str, batch: Batch) -> tuple[Tensor, Tensor]:
         """t (B,) and eps (B, ...) that images are noised with."""
@@ -113,6 +121,46 @@ class LatentAdversary:
         x = own if x is None else x
         assert x is not None, "the student's turn comes first"
         gan = self.critic_loss(x, batch)
+        return Outcome(gan, {"gan": gan})
+
+
+class EdgeAdversary(FrozenHeads):
+    """Tells two samples at one angle e apart: what a student jumps to, and its target, which counts as real.
+
+    Both are noised further, to a level up to `top`, by noise of their own (Wang et al. 2024, arXiv:2405.18407).
+    The loss is the hinge, the mean over the heads; the student's is a hinge too.
+    """
+
+    def __init__(self, teacher: Teacher, options: HeadOptions):
+        super().__init__(teacher, options)
+        self.ends: dict[int, tuple[Tensor, Tensor, Tensor, Tensor, Cond]] = {}  # of the student's turn, by place
+
+    def level(self, stream: str, e: Tensor, top: Tensor, batch: Batch) -> Tensor:
+        """(B,) the angles that they are noised to, uniform in the schedule's own time between e and top (B,)."""
+        schedule, u = self.teacher.schedule, batch.uniform(f"{stream} t")
+        return schedule.at_fraction(torch.lerp(schedule.fraction(e), schedule.fraction(top), u))
+
+    def logits(self, x: Tensor, e: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        """(heads, B) logits of x (B, ...), which lies at the angles e (B,), noised to t (B,) with eps (B, ...)."""
+        kept = torch.cos(t) / torch.cos(e)
+        fresh = torch.sqrt((1 - kept**2).clamp_min(0))
+        return self.read(expand(kept, x) * x + expand(fresh, x) * eps, t, cond)
+
+    def student_loss(self, fake: Tensor, real: Tensor, e: Tensor, top: Tensor, batch: Batch) -> Tensor:
+        """The jumps' ends, fake, are to be taken for their targets, real, both (B, ...); `turn` reads them too."""
+        self.ends[batch.first] = (fake.detach(), real, e, top, batch.cond)
+        stream = "student/gan"
+        t = self.level(stream, e, top, batch)
+        logits = self.logits(fake, e, t, batch.randn(stream + " eps"), batch.cond)
+        return torch.relu(1 - logits).mean()
+
+    def turn(self, batch: Batch) -> Outcome:
+        """The heads' move, on what the student's turn left, which is not kept any longer."""
+        fake, real, e, top, cond = self.ends.pop(batch.first)
+        t, stream = self.level("discriminator/gan", e, top, batch), "discriminator/gan eps"
+        of_real = self.logits(real, e, t, batch.randn(f"{stream} real"), cond)
+        of_fake = self.logits(fake, e, t, batch.randn(f"{stream} fake"), cond)
+        gan = hinge_discriminator_loss(of_real, of_fake)
         return Outcome(gan, {"gan": gan})
 
 

@@ -17,10 +17,11 @@ from diffdistill.core.prediction import OUTPUTS, diffuse
 from diffdistill.core.schedule import DiscreteVP, Schedule, sampling_grid
 from diffdistill.core.times import karras_grid
 from diffdistill.errors import UserError
-from diffdistill.options import TrajectoryOptions
+from diffdistill.options import AdversarialTerm, TrajectoryOptions
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.rng import seed_for, seeded
+from diffdistill.scaffold.adversary import LatentAdversary
 from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
 
 
@@ -39,7 +40,8 @@ class FollowingMethod(Method, Generic[I]):
     """One player, the student. Its slow copy, the target, lies in the checkpoint; without one it is its own target.
 
     A method says the interval that is followed (`interval`), where it leads (`less_noisy`) and the loss there
-    (`following`), which gets a seed so that both passes of the student drop the same units.
+    (`following`), which gets a seed so that both passes of the student drop the same units. With `AdversarialTerm`
+    among its options the heads of a discriminator are a player too (`adversary`), whose loss the method takes.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.IMAGES})  # type: ignore[misc]
@@ -49,12 +51,14 @@ class FollowingMethod(Method, Generic[I]):
         self.teacher: Any = frozen(teacher.denoiser)
         if isinstance(config, TrajectoryOptions):
             change_student(student, config)
-        self.steps: int | None = None  # of the sampler, where they are not those of the options
         self.student = self.target = student
         self.players = {"student": student}
         if slow_target:
             self.target = copy.deepcopy(student).requires_grad_(False)
             self.state = {"target": self.target}
+        if isinstance(config, AdversarialTerm) and config.gan_weight:
+            self.adversary: Any = LatentAdversary(teacher, config)
+            self.players["discriminator"] = self.adversary.heads
 
     # -- what a method says --------------------------------------------------------------------------------
 
@@ -72,11 +76,19 @@ class FollowingMethod(Method, Generic[I]):
 
     def sampler(self) -> Sampler:
         """`student_steps` from `student_level` down, with fresh noise between."""
-        return Sampler(self.student, self.levels_in(self.steps))
+        return Sampler(self.student, self.levels_in(self.sampling_steps))
 
     def target_decay(self, step: int) -> float:
         """The decay of the target's moving average at a training step."""
         return self.config.target_ema
+
+    def prepared(self, step: int, batch: Batch) -> Batch:
+        """The batch that the student's turn takes, of whose conditions a method may drop some."""
+        return batch
+
+    def stepped(self, step: int) -> None:
+        """What follows the moves of a training step, besides the target's."""
+        return None
 
     def whole_loss(self, followed: Outcome, batch: Batch) -> Outcome:
         """The student's loss, to which a method may add terms beside that of `following`."""
@@ -96,6 +108,7 @@ class FollowingMethod(Method, Generic[I]):
     @final
     def student_turn(self, step: int, batch: Batch) -> Outcome:
         """From noised images and what lies less noisy on their trajectories to the loss."""
+        batch = self.prepared(step, batch)
         interval, eps = self.interval(step, batch), batch.randn("student/eps")
         x_t = diffuse(batch.images, interval.t, eps)
         with torch.no_grad():
@@ -115,8 +128,9 @@ class FollowingMethod(Method, Generic[I]):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """target <- mu target + (1 - mu) student."""
-        if self.state:
+        if self.target is not self.student:
             approach(self.target.parameters(), self.student.parameters(), 1 - self.target_decay(step))
+        self.stepped(step)
 
 
 def trajectory_grid(schedule: Schedule, n: int, kind: str, first: float, level: float | None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Cond
+from diffdistill.core.denoiser import Cond, choose
 from diffdistill.core.schedule import check_levels, student_levels
 from diffdistill.errors import UserError
 from diffdistill.options import StudentOptions
@@ -127,6 +127,13 @@ class Batch:
         return self.draw(purpose, lambda size, draw: torch.randint(n, (size,), generator=draw, device=draw.device))
 
 
+def some_dropped(batch: Batch, null: Callable[[Cond], Cond] | None, share: float) -> Batch:
+    """The batch, with that share of its conditions replaced by `null` of them; as it is where there is none."""
+    if null is None or not share:
+        return batch
+    return replace(batch, cond=choose(batch.uniform("student/drop") < share, null(batch.cond), batch.cond))
+
+
 class Optimizer(NamedTuple):
     """AdamW's settings for one player."""
 
@@ -165,6 +172,8 @@ class Method(ABC):
     """
 
     needs: frozenset[Need] = frozenset()
+    trained_steps = range(0)  #: the numbers of sampling steps that the student may take besides its own
+    sampling_steps: int | None = None  #: of the sampler, where they are not those of the options
     whole: int | None = None  #: the training steps of all stages, of a method that has stages
     shortest: int | None = None  #: the fewest training steps with which the student comes to its teacher
 
@@ -233,9 +242,12 @@ class Method(ABC):
         return student_levels(self.schedule, steps or own.student_steps, own.student_level).tolist()
 
     def in_steps(self, steps: int) -> None:
-        """The sampler takes so many steps from here on, of a student that is trained at all times.
+        """The sampler takes so many steps from here on, of a student that is trained for them (`trained_steps`).
 
         Raises UserError where it is not, or where its jumps would be longer than those that are trained.
         """
+        if steps in self.trained_steps:
+            self.sampling_steps = steps
+            return
         own = len(self.sampler().levels)
         raise UserError(f"student_steps: this student is trained for {own} steps and no others; leave it out")

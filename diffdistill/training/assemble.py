@@ -29,7 +29,7 @@ from diffdistill.data.images import Data, open_data
 from diffdistill.data.pairs import check_pairs, open_pairs
 from diffdistill.data.unreadable import skipping
 from diffdistill.environment import process_count
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, first_line
 from diffdistill.families import (
     FAMILIES,
     Family,
@@ -43,6 +43,7 @@ from diffdistill.families import (
     with_null,
 )
 from diffdistill.options import build, split
+from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.lora import LoraSettings, is_lora
 from diffdistill.players.recomputing import checkpoint_activations
 from diffdistill.players.teacher import Teacher
@@ -126,6 +127,9 @@ def make_game(
     if encoded is not None:  # which may say what the options do not
         config = dataclasses.replace(config, negative_prompt=encoded.settings.get("negative_prompt"))
     check_lora(teacher, method, recipe.name)
+    exported = getattr(method.players[method.exported], "network", None)
+    if teacher.small is not None and isinstance(exported, AdaptedNetwork):
+        raise UserError(f"student: {recipe.name} trains adapters on the teacher's own network; leave student out")
     check_bits(config, method_config)
     if config.gradient_checkpointing:
         parts = [part for player in method.players.values() for part in player.modules()]
@@ -176,7 +180,40 @@ def _teacher(config: TrainConfig, weights: bool, tuned: bool) -> tuple[Teacher, 
             teacher = dataclasses.replace(teacher, size=teacher.size | guidance)
     elif family.text is not None:
         teacher = _with_a_prompt(teacher, folder, family)
-    return dataclasses.replace(teacher, lora=lora_settings(config, family.lora_targets)), encoded
+    lora = lora_settings(config, family.lora_targets)
+    if config.student is not None:
+        if "student" in lora:
+            raise UserError("lora: a student of its own (--student) is trained whole; leave student out of lora")
+        teacher = dataclasses.replace(teacher, small=_small(config.student, teacher, weights, **size))
+    return dataclasses.replace(teacher, lora=lora), encoded
+
+
+def _small(student: str, teacher: Teacher, weights: bool, **size: Any) -> Denoiser:
+    """What a student of another size begins as; UserError where it is not used as the teacher is."""
+    own = load_teacher(student, weights=weights, **size)
+    schedule, u = teacher.denoiser.schedule, torch.linspace(0, 1, 9, dtype=torch.float64)
+    for what, its, wanted in (
+        ("family", own.family, teacher.family),
+        ("samples", own.shape, teacher.shape),
+        ("number of classes", own.num_classes, teacher.num_classes),
+        ("output", own.denoiser.output.name, teacher.denoiser.output.name),
+        ("noise schedule", own.denoiser.schedule.at_fraction(u).tolist(), schedule.at_fraction(u).tolist()),
+    ):
+        if its != wanted:
+            shown = "" if what == "noise schedule" else f", {its} for {wanted}"
+            raise UserError(f"student: {student!r} has another {what} than the teacher{shown}; give one like it")
+    denoiser = own.denoiser
+    denoiser.null = teacher.denoiser.null
+    if weights:
+        x, t = torch.zeros(1, *teacher.shape), torch.ones(1, dtype=torch.float64)
+        try:
+            with torch.no_grad():
+                denoiser(x.to(next(denoiser.parameters())), t, teacher.sample_cond(1))
+        except Exception as error:  # whatever the network raises
+            raise UserError(
+                f"student: {student!r} does not take the teacher's conditions: {first_line(error)}"
+            ) from error
+    return denoiser
 
 
 def _with_a_prompt(teacher: Teacher, folder: Path, family: Family) -> Teacher:
@@ -195,7 +232,16 @@ def _with_a_prompt(teacher: Teacher, folder: Path, family: Family) -> Teacher:
 def _own_teacher(config: TrainConfig, teacher: Teacher) -> Teacher:
     """A teacher that Python gave, with the settings of its LoRA players; UserError for options of teachers by name."""
     defaults = TrainConfig()
-    for name in ("prompts", "resolution", "frames", "null_class", "teacher_dtype", "teacher_bits", "negative_prompt"):
+    for name in (
+        "student",
+        "prompts",
+        "resolution",
+        "frames",
+        "null_class",
+        "teacher_dtype",
+        "teacher_bits",
+        "negative_prompt",
+    ):
         if getattr(config, name) != getattr(defaults, name):
             raise UserError(
                 f"{name}: it is for a teacher that is given by name; leave it out with a teacher as an object"

@@ -65,7 +65,7 @@ class Situation:
     @property
     def denoiser(self) -> Denoiser:
         """What the student begins as, with the output that it is to have."""
-        denoiser, kind = self.teacher.denoiser, self.values.get("student_output", "teacher")
+        denoiser, kind = self.teacher.small or self.teacher.denoiser, self.values.get("student_output", "teacher")
         if kind == "teacher":
             return denoiser
         twin = denoiser.with_network(denoiser.network, denoiser.feature_layer)

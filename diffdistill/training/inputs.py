@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Collection, Container, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,7 +54,17 @@ MAY_CHANGE = {
 }
 """Options that may be others when a run goes on; `accumulate` changes the last bits."""
 
-_BY_CONTENT = {"out", "teacher", "data", "pairs", "prompts", "losers", "start"}  # where they lie does not matter
+# Where they lie does not matter.
+_BY_CONTENT = {"out", "teacher", "student", "data", "pairs", "prompts", "losers", "start"}
+    "out",
+    "teacher",
+    "student",
+    "data",
+    "pairs",
+    "prompts",
+    "losers",
+    "start",
+}  # where they lie does not matter
 
 
 def inputs_of(
@@ -81,6 +92,8 @@ def inputs_of(
         "method": _source(method),
         "reward's function": _source(reward),
     }
+    if teacher is not None and teacher.small is not None:
+        fingerprints["student's weights"] = pairs.weights_fingerprint(replace(teacher, denoiser=teacher.small))
     source = None if teacher is None else teacher.source  # where it is, which may change
     whole = {"format": FORMAT, "teacher": source, "options": json.loads(json.dumps(kept))}
     return whole | {"fingerprints": fingerprints}

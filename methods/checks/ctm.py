@@ -19,7 +19,7 @@ from diffdistill.methods import ctm
 from diffdistill.methods.ctm import CTM, Config, Span
 from diffdistill.players.sampler import Gamma
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold import adversary
+from diffdistill.scaffold import adversary, following
 from diffdistill.scaffold.adversary import LatentAdversary
 from diffdistill.scaffold.method import Batch
 
@@ -107,7 +107,7 @@ def _untold(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extr
 def _method(network: nn.Module, call: Any = _told, **options: Any) -> CTM:
     student = Denoiser(network, TrigFlow(), OUTPUTS["v_prediction"], extra_call=call)
     own: dict[str, Any] = {"distance": "l2", "grid": "native", "grid_points": 9, "dsm_weight": 0.0}
-    with mistake(ctm, "LatentAdversary", _Linear):
+    with mistake(following, "LatentAdversary", _Linear):
         return CTM(gaussian_teacher(MEAN[0].tolist(), STD[0]), Config(**{**own, **options}), student=student)
 
 

@@ -220,6 +220,33 @@ class Straight:
         added = (torch.sin(t - r) / torch.sin(t)) ** 2 * variance / eps.flatten(1).square().mean(1)
         return fold(torch.cos(r)) * x0 + fold(torch.sqrt(torch.sin(r) ** 2 + added)) * eps
 
+    # -- scott -------------------------------------------------------------------------------------------------------
+
+    def _scott(self) -> Values:
+        c, plain = self.c, self.plain
+        levels = plain.levels(c.solver_steps, c.student_level)
+        grid = torch.tensor([plain.angle(level) for level in levels] + [0.0])
+        i = whole(c.solver_steps, "student/t", self.key)
+        t, apart = grid[i], c.skip // c.sde_steps
+        x_t = x = noised(self.image, t, self.eps)
+        with torch.no_grad():
+            r = t
+            for k in range(c.sde_steps):
+                now, r = r, grid[(i + (k + 1) * apart).clamp(max=c.solver_steps)]
+                x0, eps = self.guided(x, now.clamp_min(1e-9), float(c.guidance_scale))
+                fresh = 1 - (torch.cos(now) / torch.cos(r)) ** 2
+                n = c.eta * torch.sin(r) / torch.sin(now.clamp_min(1e-9)) * torch.sqrt(fresh.clamp_min(0))
+                rest = torch.sqrt((torch.sin(r) ** 2 - n**2).clamp_min(0))
+                moved = fold(torch.cos(r)) * x0 + fold(rest) * eps + fold(n) * normal(f"student/sde {k}", self.key)
+                x = torch.where(fold(now == r), x, moved)
+            self.dropped()
+            other = plain.x0_eps(self.target, x, r, class_labels=self.labels)[0]
+            target = torch.where(fold(r) == 0, x, other)
+        self.dropped()
+        gap = plain.x0_eps(self.student, x_t, t, class_labels=self.labels)[0] - target
+        loss = gap.square() if c.distance == "l2" else torch.sqrt(gap.square() + c.huber_c**2) - c.huber_c
+        return {"loss": loss.mean(), "stochastic": loss.mean()}
+
 
 def _spread(x0_eps: tuple[Tensor, Tensor], t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x0_eps[0], t, x0_eps[1]
@@ -251,6 +278,8 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("lcm", {"ddim_steps": 3, "guidance_min": 2.5, "guidance_max": 2.5, "distance": "l2"}, EDM_),
     ("lcm", {"ddim_steps": 4, "timestep_scaling": 0.002, "student_steps": 2}, FLOW),
     ("lcm", {"ddim_steps": 4, "guidance_max": 3.0, "timestep_scaling": 0.002}, EPS),
+    ("scott", {"solver_steps": 6, "skip": 4, "sde_steps": 2, "eta": 0.5, "guidance_scale": 2.5}, VP),
+    ("scott", {"solver_steps": 5, "skip": 1, "sde_steps": 1, "distance": "huber", "huber_c": 0.2}, TRIG),
     ("multistep_consistency", {**SEGMENTS, "guidance_scale": 2.5}, VP),
     ("multistep_consistency", {**SEGMENTS, "eta": 0.3, "loss_weight": "v", "huber_c": 0.2}, EDM_),
     ("multistep_consistency", {**SEGMENTS, "eta": 0.3, "loss_weight": "uniform", "guidance_scale": 0.4}, FLOW),

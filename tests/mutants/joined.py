@@ -7,19 +7,19 @@ MUTANTS = {
     f"diffdistill/scaffold/adversary.py | {_A}": [
         (
             "heads: the teacher is not frozen",
-            "frozen(teacher.start or teacher.denoiser), options",
-            "teacher.denoiser, options",
+            "self.teacher = frozen(teacher.start or teacher.denoiser)",
+            "self.teacher = teacher.denoiser",
         ),
-        ("heads: images are not noised", "self.layers, diffuse(x, t, eps), t, cond)", "self.layers, x, t, cond)"),
+        ("heads: images are not noised", "self.read(diffuse(x, t, eps), t, cond)", "self.read(x, t, cond)"),
         (
             "heads: another time",
-            "self.layers, diffuse(x, t, eps), t, cond)",
-            "self.layers, diffuse(x, t, eps), t.flip(0), cond)",
+            "self.read(diffuse(x, t, eps), t, cond)",
+            "self.read(diffuse(x, t, eps), t.flip(0), cond)",
         ),
         (
             "heads: other labels",
-            "self.layers, diffuse(x, t, eps), t, cond)",
-            "self.layers, diffuse(x, t, eps), t, {k: v.flip(0) for k, v in cond.items()})",
+            "self.read(diffuse(x, t, eps), t, cond)",
+            "self.read(diffuse(x, t, eps), t, {k: v.flip(0) for k, v in cond.items()})",
         ),
         ("heads: times have another mean", "self.options.gan_time_mean, self", "0.3, self"),
         ("heads: times have another deviation", "gan_time_mean, self.options.gan_time_std", "gan_time_mean, 1.0"),

@@ -125,13 +125,14 @@ MUTANTS = {
     ],
     "diffdistill/scaffold/adversary.py | tests/methods/test_dmd2.py": [
         ("several layers: images are not noised", "x_t = diffuse(x, t, eps)", "x_t = x"),
-        ("several layers: one of them", "features_of(self.layers, x_t", "features_of(self.layers[:1] * 3, x_t"),
+        ("several layers: one of them",
+         "fake_score.features_of(self.layers, x_t", "fake_score.features_of(self.layers[:1] * 3, x_t"),
         ("several layers: each head has another's", "zip(heads, features,", "zip(heads, features[::-1],"),
         ("several layers: the deepest alone",
          "return _of_each(self.head, self", "return _of_each(self.head[-1:], self"),
         ("several layers: other labels",
-         "features_of(self.layers, x_t, t, cond))",
-         "features_of(self.layers, x_t, t, {k: v.flip(0) for k, v in cond.items()}))"),
+         "fake_score.features_of(self.layers, x_t, t, cond))",
+         "fake_score.features_of(self.layers, x_t, t, {k: v.flip(0) for k, v in cond.items()}))"),
     ],
     "diffdistill/scaffold/matching.py | tests/methods/test_dmd2.py": [
         ("the depths are ignored", "teacher, config.discriminator_depths)", "teacher)"),
@@ -229,7 +230,7 @@ MUTANTS = {
         ("the weight decays", "own._replace(weight_decay=0.0) if", "own if"),
     ],
     f"diffdistill/scaffold/following.py | {_F}": [
-        ("the sampler's steps are ignored", "self.levels_in(self.steps)", "self.levels_in(1)"),
+        ("the sampler's steps are ignored", "self.levels_in(self.sampling_steps)", "self.levels_in(1)"),
         ("x_t is noised to r", "diffuse(batch.images, interval.t, eps)",
          'diffuse(batch.images, getattr(interval, "r", 0.5 * interval.t), eps)'),
         ("images of other samples", "x_t = diffuse(batch.images,", "x_t = diffuse(batch.images.flip(0),"),

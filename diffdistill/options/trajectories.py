@@ -1,0 +1,73 @@
+"""Groups of options that the methods along trajectories share, beside those of `groups`.
+
+No torch is imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffdistill.errors import UserError
+from diffdistill.options.groups import (
+    HeadOptions,
+    LatentAdversarialOptions,
+    Options,
+    StudentLevel,
+    StudentOptions,
+    TeacherGuidance,
+)
+from diffdistill.options.values import option
+
+
+@dataclass(frozen=True)
+class AdversarialTerm(LatentAdversarialOptions):
+    """The same beside another loss of the student."""
+
+    gan_weight: float = option(0.0, "weight of the GAN loss; 0: no discriminator", at_least=0)
+
+
+@dataclass(frozen=True)
+class ConditionDropout(Options):
+    """A student that learns without conditions too, so that it can be guided."""
+
+    label_dropout: float = option(
+        0.2, "share of samples without a condition, of a teacher that knows none", at_least=0, at_most=1
+    )
+
+
+@dataclass(frozen=True)
+class ElementDistance(Options):
+    """How far two samples lie apart, element by element."""
+
+    distance: Literal["huber", "l2"] = option("huber", "elementwise; huber: sqrt(d^2 + c^2) - c; l2: d^2")
+    huber_c: float = option(0.001, "c of the elementwise Huber distance", above=0)
+
+
+@dataclass(frozen=True)
+class SegmentOptions(StudentOptions, StudentLevel, TeacherGuidance, ElementDistance, HeadOptions):
+    """A student that jumps to the end of its segment of the teacher's trajectory."""
+
+    solver_steps: int = option(
+        48, "N, the teacher's DDIM steps from noise to data, of which each training sample takes one", at_least=1
+    )
+    guidance_spread: float = option(
+        0.0, "the teacher's scales are drawn uniformly, at most so far from guidance_scale", at_least=0
+    )
+    gan_weight: float = option(0.0, "weight of the GAN loss at the segments' ends; 0: no discriminator", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guidance_spread > self.guidance_scale:
+            raise UserError(
+                f"guidance_spread: {self.guidance_spread} leads below 0 from guidance_scale ({self.guidance_scale})"
+            )
+
+    @property
+    def guides(self) -> bool:
+        """Whether the teacher is guided at all."""
+        return self.guidance_spread > 0 or self.guidance_scale != 1
+
+    def drawn(self, u: Any) -> Any:
+        """The guidance scales for u, uniform in [0, 1)."""
+        return self.guidance_scale + self.guidance_spread * (2 * u - 1)
