@@ -160,7 +160,7 @@ COMMANDS: dict[str, Command] = {
 
 GROUPS = {
     "distill": ("train", "plan", "watch", "report", "export", "diversity"),
-    "data and teachers": ("encode", "pairs", "teacher"),
+    "data and teachers": ("encode", "pairs", "teacher", "prune"),
     "judge": ("eval", "compare", "speed", "sample", "bench", "verify", "jvp-check", "family-check"),
     "explore": ("methods", "recipes", "families", "protocols"),
 }

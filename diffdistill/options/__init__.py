@@ -28,12 +28,17 @@ from diffdistill.options.groups import (
     StudentLevels,
     StudentOptions,
     TangentOptions,
-    TangentTarget,
     TeacherGuidance,
     TimeRange,
     TrajectoryOptions,
 )
-from diffdistill.options.trajectories import AdversarialTerm, ConditionDropout, ElementDistance, SegmentOptions
+from diffdistill.options.trajectories import (
+    AdversarialTerm,
+    ConditionDropout,
+    ElementDistance,
+    SegmentOptions,
+    TangentTarget,
+)
 from diffdistill.options.values import (
     Sides,
     Size,

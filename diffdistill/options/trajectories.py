@@ -21,6 +21,22 @@ from diffdistill.options.values import option
 
 
 @dataclass(frozen=True)
+class TangentTarget(Options):
+    """sCM's times, and its target."""
+
+    time_mean: float = option(-1.0, "mean of ln sigma, for data of deviation 0.5")
+    time_std: float = option(1.4, "standard deviation of ln sigma", above=0)
+    tangent_warmup: int = option(10000, "training steps over which the derivative's share r rises to 1; 0: none",
+                                 at_least=0)  # fmt: skip
+    norm: Literal["rms", "l2", "none"] = option("rms", "|g|; rms: FastGen's; l2: SANA-Sprint's; none: not normalised")
+    norm_c: float = option(0.1, "c of g/(|g| + c)", above=0)
+
+    def warm(self, step: int) -> float:
+        """r, the share of the derivative, at that training step."""
+        return min(1.0, step / self.tangent_warmup) if self.tangent_warmup else 1.0
+
+
+@dataclass(frozen=True)
 class AdversarialTerm(LatentAdversarialOptions):
     """The same beside another loss of the student."""
 

@@ -56,15 +56,6 @@ MAY_CHANGE = {
 
 # Where they lie does not matter.
 _BY_CONTENT = {"out", "teacher", "student", "data", "pairs", "prompts", "losers", "start"}
-    "out",
-    "teacher",
-    "student",
-    "data",
-    "pairs",
-    "prompts",
-    "losers",
-    "start",
-}  # where they lie does not matter
 
 
 def inputs_of(
