@@ -170,7 +170,7 @@ MUTANTS = {
         ("gradients through the steps before",
          "with torch.no_grad():\n        return sampler", "if True:\n        return sampler"),
     ],
-    f"diffdistill/options/groups.py | {_T}": [
+    f"diffdistill/options/trajectories.py | {_T}": [
         ("no warm-up", "min(1.0, step / self.tangent_warmup)", "min(1.0, 1 + step / self.tangent_warmup)"),
         ("r goes on beyond one", "min(1.0, step / self.tangent_warmup)", "step / self.tangent_warmup"),
     ],
