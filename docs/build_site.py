@@ -149,18 +149,23 @@ def settings(pages: Mapping[str, str]) -> dict[str, Any]:
 
 def documents(name: str) -> str:
     """A document of docs/ or above it, with its links as they are on the site."""
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    path = ROOT / "docs" / name
+    return linked(path.read_text(encoding="utf-8"), path.parent)
+
+
+def linked(text: str, folder: Path, up: str = "") -> str:
+    """A text whose links are relative to a folder, with those of the site; `up` leads from its page to its root."""
 
     def link(match: re.Match[str]) -> str:
         words, target = match[1], match[2]
         file, hash_, anchor = target.partition("#")
         if not file or "://" in file:
             return match[0]
-        path = ((ROOT / "docs" / name).parent / file).resolve()
+        path = (folder / file).resolve()
         if not path.exists():  # a generated page
             return match[0]
         place = site_path(path.relative_to(ROOT))
-        return f"[{words}]({place}{hash_}{anchor})" if place else words
+        return f"[{words}]({up}{place}{hash_}{anchor})" if place else words
 
     return re.sub(r"\[([^\[\]]*)\]\(([^()\s]+)\)", link, text)
 
@@ -186,14 +191,15 @@ def site_path(path: Path) -> str | None:
 
 def notebooks() -> dict[str, str]:
     """Each notebook as a page, without what it prints."""
-    there = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    folder = ROOT / "notebooks"
+    there = {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
     order = [name for name in NOTEBOOKS if name in there] + [name for name in there if name not in NOTEBOOKS]
     pages = {}
     for name in order:
         parts = [f"*The notebook `notebooks/{name}.ipynb`, without what it prints and draws.*"]
         for cell in json.loads(there[name].read_text(encoding="utf-8"))["cells"]:
             source = "".join(cell["source"])
-            parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+            parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else linked(source, folder, "../"))
         title = parts.pop(1) if parts[1].startswith("# ") else f"# {name}"
         pages[f"notebooks/{name}.md"] = "\n\n".join([title, *parts]) + "\n"
     return pages
@@ -209,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(pages)} pages in {given.folder / 'src'}")
     if not given.build:
         return 0
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(given.folder / "mkdocs.yml")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(given.folder / "mkdocs.yml")]
     done = subprocess.run(command, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     if done.returncode == 0:
         print(f"site: {given.folder / 'html' / 'index.html'}")

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from torch import Tensor
 from diffdistill.data.images import Data, open_data
 from diffdistill.data.pairs import make_pairs
 from diffdistill.data.processes import Processes
+from diffdistill.data.progress import rate_and_rest
 from diffdistill.errors import UserError
 from diffdistill.eval.board import COLUMNS, write_board
 from diffdistill.eval.budget import PAIR_STEPS, PAIRS, Entry, TrainingPlan, entries, planned
@@ -168,6 +170,8 @@ class _Bench:
                 results.extend(rows)
                 pictures.setdefault(label, shown)
 
+        began = time.perf_counter()
+        print(f"{len(chosen)} trainings of at most {self.budget} passes each, and the teacher, are judged", flush=True)
         with self.at_a_time() as pool:
             own = [
                 pool.submit(self.judged, "teacher", n, None, partial(teacher_images, self.teacher, n, 1.0))
@@ -175,11 +179,12 @@ class _Bench:
             ]
             waiting = [pool.submit(lambda e: list(self.work(e, plans[e.name])), entry) for entry in chosen]
             collect(future.result() for future in own)
-            for entry, future in zip(chosen, waiting, strict=True):
+            for done, (entry, future) in enumerate(zip(chosen, waiting, strict=True), 1):
                 collect(future.result())
                 self.write(results, pictures)
                 if self.processes.count == 1:  # it was said before
-                    print(f"{entry.folder} is done", flush=True)
+                    rest = rate_and_rest(done / (time.perf_counter() - began), len(chosen) - done, "training")
+                    print(f"{entry.folder} is done, {done}/{len(chosen)}  {rest}", flush=True)
         return Board(self.write(results, pictures), self.out)
 
     @contextmanager

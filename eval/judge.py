@@ -9,6 +9,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from diffdistill.data.images import Data
 from diffdistill.data.processes import Processes
+from diffdistill.data.progress import speaking
 from diffdistill.data.prompts import all_prompts
 from diffdistill.data.shapes import HELD_OUT, draw_many
 from diffdistill.errors import UserError, first_line
@@ -226,7 +228,7 @@ def score(model: Model, judge: Judge, folder: Path, *, quiet: bool = False) -> S
     )  # fmt: skip
     if judge.processes.rank > 0:
         return Score(model.name, model.steps, missing=missing)
-    result = judged(model, judge, labels, measurements, missing)
+    result = judged(model, judge, labels, measurements, missing, quiet=quiet)
     timed = statistics.median(milliseconds) if milliseconds and model.conditions != "images" else None
     return replace(result, shown=judge.shown(model), ms_per_image=timed)
 
@@ -293,32 +295,36 @@ def _cannot_be_had(metric: ProtocolMetric, judge: Judge) -> str | None:
 
 
 def judged(
-    model: Model, judge: Judge, labels: Tensor | None, measurements: Measurements, missing: Mapping[str, str]
-) -> Score:
-    """The metrics of measurements, with intervals."""
+    model: Model, judge: Judge, labels: Tensor | None, measurements: Measurements, missing: Mapping[str, str],
+    quiet: bool = True,
+) -> Score:  # fmt: skip
+    """The metrics of measurements, with intervals. Unless `quiet`, what takes long says where it is."""
     values: dict[str, float | None] = {}
     replicates: dict[str, Tensor] = {}
     intervals: dict[str, tuple[float, float]] = {}
     missing = dict(missing)
-    for metric in judge.protocol.metrics:
-        if metric.name in missing:
-            values[metric.columns[0]] = None
-            continue
-        inputs = _inputs(metric, judge, labels, measurements)
-        factor = metric.metric.scale * metric.scale
-        try:
-            numbers = [None if number is None else factor * number for number in metric.metric.compute(inputs)]
-            values |= dict(zip(metric.columns, numbers, strict=True))
-            if numbers[0] is None:
-                missing[metric.name] = "no image has one"
+    with nullcontext() if quiet else speaking(model.name) as speaker:
+        for metric in judge.protocol.metrics:
+            if metric.name in missing:
+                values[metric.columns[0]] = None
                 continue
-            resampled = bootstrapped(metric, inputs, judge.options.bootstrap)
-            if resampled is not None:
-                replicates[metric.name] = factor * resampled
-                around = numbers[0] if metric.metric.centred else None
-                intervals[metric.name] = interval(replicates[metric.name], around)
-        except ValueError as error:  # of too few images, or features that are not finite
-            values[metric.columns[0]], missing[metric.name] = None, str(error)
+            if speaker is not None:
+                speaker.name = f"{model.name}, {metric.name}"
+            inputs = _inputs(metric, judge, labels, measurements)
+            factor = metric.metric.scale * metric.scale
+            try:
+                numbers = [None if number is None else factor * number for number in metric.metric.compute(inputs)]
+                values |= dict(zip(metric.columns, numbers, strict=True))
+                if numbers[0] is None:
+                    missing[metric.name] = "no image has one"
+                    continue
+                resampled = bootstrapped(metric, inputs, judge.options.bootstrap)
+                if resampled is not None:
+                    replicates[metric.name] = factor * resampled
+                    around = numbers[0] if metric.metric.centred else None
+                    intervals[metric.name] = interval(replicates[metric.name], around)
+            except ValueError as error:  # of too few images, or features that are not finite
+                values[metric.columns[0]], missing[metric.name] = None, str(error)
     return Score(model.name, model.steps, values, intervals, replicates, missing=missing)
 
 

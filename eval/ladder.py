@@ -150,7 +150,8 @@ def _ladder(
     picture = save_png(side_by_side(shown, scale=max(1, 64 // resolution)), out / "comparison.png")
     if isinstance(source, str | os.PathLike):
         for folder in models_in(source):
-            if (folder / METADATA).is_file() and is_student(folder):
+            in_run = (folder.parent / "config.yaml").is_file()  # what lies elsewhere is somebody's own
+            if in_run and (folder / METADATA).is_file() and is_student(folder):
                 _add_to_card(folder / "README.md", evaluation)
     return replace(evaluation, pictures=[picture])
 

@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 PICTURES = {
     "first_steps": 2,
+    "reading_the_curves": 1,
     "text_to_image": 3,
     "what_methods_do": 8,
     "write_your_own_method": 1,
@@ -55,8 +56,24 @@ def your_own_network(printed: str) -> None:
     assert "greatest difference: 0.0\n" in printed
 
 
+def reading_the_curves(printed: str) -> None:
+    """Each run that is made to fail is warned of in its own words, and the one that goes well is not."""
+    said = dict(re.findall(r"^([a-z' ]+):\n((?:    .*\n)+)", printed, re.MULTILINE))
+    expected = {
+        "goes well": "    no warning\n",
+        "the fake score learns nothing": "    lagging fake score: ",
+        "the student's rate is too high": "    learning rate too high: a step moves a weight of student",
+        "the fake score's rate is too high": "    learning rate too high: a step moves a weight of fake_score",
+        "the student's rate is too low": "    learning rate too low: ",
+        "samples become alike": "    collapse: ",
+    }
+    assert list(said) == list(expected)
+    assert all(words in said[name] for name, words in expected.items()), said
+
+
 SAYS: dict[str, Callable[[str], None]] = {
     "first_steps": first_steps,
+    "reading_the_curves": reading_the_curves,
     "what_methods_do": what_methods_do,
     "your_own_network": your_own_network,
 }
@@ -75,6 +92,15 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sum("image/png" in out.get("data", {}) for out in shown) == PICTURES[path.stem]
     if path.stem in SAYS:
         SAYS[path.stem]("".join(out.text for out in shown if out.output_type == "stream" and out.name == "stdout"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_its_first_code_installs_what_is_missing(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    first = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert re.search(
+        r"find_spec\(.diffdistill.\) is None:\n    %pip install -q .diffdistill\[eval,notebooks\].$", first
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

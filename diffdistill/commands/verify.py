@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Literal
 
 from diffdistill.catalogue import describe_method, method_names
@@ -26,16 +27,20 @@ def verify(
     `got`, `error`, `tolerance` and `ok`. The list is empty for a method that has no checks. Raises UserError for a
     method or a device that there is not.
     """
+    return list(_checks(method, exact, device, threads))
+
+
+def _checks(method: str, exact: bool, device: str, threads: int) -> Iterator[Check]:
+    """The checks as they are made."""
     machine = build(MachineConfig, {"device": device, "threads": threads})
     place = use_machine(machine.device, machine.threads)
     info = describe_method(method)
-    formulas = info.verify
-    checks = run_checks(formulas) if formulas else []
+    if formulas := info.verify:
+        yield from run_checks(formulas)
     if info.plane is not None and not exact:
         from diffdistill.exact.plane import checks as end_to_end
 
-        checks += end_to_end(info, place)
-    return checks
+        yield from end_to_end(info, place)
 
 
 def run(config: VerifyConfig) -> int:
@@ -48,13 +53,18 @@ def run(config: VerifyConfig) -> int:
         if info.verify is None:
             where = f"in its file or in checks/{info.name}.py beside it"
             print(f"note: {info.name} has no verify(), {where}: nothing exact is checked")
-        checks = verify(name, exact=config.exact, device=config.device, threads=config.threads)
-        print(f"{info.name}: {info.about.paper}")
-        print(f"  {'':4} {'expected':>12} {'got':>12} {'error':>9} {'limit':>9}  check")
-        for c in checks:
+        trained = 0 if config.exact else len(info.plane or {})
+        print(f"{info.name}: {info.about.paper}" + (f"; {trained} trainings in the plane, last" if trained else ""))
+        print(f"  {'':4} {'expected':>12} {'got':>12} {'error':>9} {'limit':>9}  check", flush=True)
+        checks = []
+        for c in _checks(name, config.exact, config.device, config.threads):
+            checks.append(c)
             sign = "<=" if c.kind == "equal" else "> "
             verdict = "ok" if c.ok else "FAIL"
-            print(f"  {verdict:4} {c.expected:12.6g} {c.got:12.6g} {c.error:9.1e} {sign}{c.tolerance:7.0e}  {c.name}")
+            print(
+                f"  {verdict:4} {c.expected:12.6g} {c.got:12.6g} {c.error:9.1e} {sign}{c.tolerance:7.0e}  {c.name}",
+                flush=True,
+            )
             rows.append({"method": info.name, **dataclasses.asdict(c), "ok": c.ok})
             failed += not c.ok
         print(f"  {len(checks) - sum(not c.ok for c in checks)} of {len(checks)} hold\n")

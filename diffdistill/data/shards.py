@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
+from diffdistill.data.progress import progress
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.files import atomic_write
@@ -108,7 +106,7 @@ def make(
             others.unlink()
     there = count - sum(len(ranges[k]) for k in missing)
     missing = missing if world_size == 1 else [k for k in missing if k % world_size == rank]
-    show = _progress(kind.unit, there + sum(len(ranges[k]) for k in missing), there, silent=quiet or rank > 0)
+    show = progress(kind.unit, there + sum(len(ranges[k]) for k in missing), there, silent=quiet or rank > 0)
     for done, k in enumerate(missing):
         parts = []
         for first in range(ranges[k].start, ranges[k].stop, batch_size):
@@ -126,26 +124,6 @@ def make(
         index["shards"][names[k]] = hashlib.sha256(data).hexdigest()
         index["shards"] = dict(sorted(index["shards"].items()))
         write_index(file, index)
-
-
-def _progress(unit: str, total: int, done: int, silent: bool = False) -> Callable[[int], None]:
-    """n -> shows that n more are made: a bar on a terminal, else about ten lines."""
-    if silent:
-        return lambda n: None
-    bar = tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    started, before = time.perf_counter(), done
-
-    def show(n: int) -> None:
-        nonlocal done
-        bar.update(n)
-        done += n
-        if bar.disable and (done * 10 // total) != ((done - n) * 10 // total):
-            rate = (done - before) / (time.perf_counter() - started)
-            print(f"{unit} {done}/{total}  {rate:.1f}/s  {(total - done) / rate:.0f} s left", flush=True)
-        if done == total:
-            bar.close()
-
-    return show
 
 
 def open_shards(kind: Kind, folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from diffdistill.data.progress import Pace, rate_and_rest
 from diffdistill.files import atomic_write, json_of
 
 
@@ -51,10 +52,11 @@ def metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             yield line, values
 
 
-def show(bar: tqdm, means: dict[str, float], step: int, steps: int, every: int, seconds: float) -> None:
-    """The losses of a line on the bar; without a terminal there is no bar, and ten lines a run say where it is.
+def show(bar: tqdm, means: dict[str, float], step: int, steps: int, every: int, seconds: float, pace: Pace) -> None:
+    """The losses of a line on the bar; without a terminal there is no bar, and lines say where the run is.
 
-    `every` is how many steps lie between two lines, and `seconds` those of a step.
+    They come at each tenth of the run, and where that is slow as `pace` says. `every` is how many steps lie between two
+    lines of metrics.jsonl, and `seconds` those of a step.
     """
     # What is minimised says little (the gradient injection has no meaning as a number) where a method logs something
     # that does.
@@ -62,8 +64,10 @@ def show(bar: tqdm, means: dict[str, float], step: int, steps: int, every: int, 
     hidden = {f"{player}/loss" for player in named}
     shown = {k: f"{v:.3g}" for k, v in means.items() if not k.endswith("/grad_norm") and k not in hidden}
     bar.set_postfix(shown)
-    if bar.disable and (step * 10 // steps) != ((step - every) * 10 // steps):
-        losses = "  ".join(f"{k} {v}" for k, v in shown.items())
-        print(
-            f"step {step}/{steps}  {1 / seconds:.2f} it/s  {seconds * (steps - step):.0f} s left  {losses}", flush=True
-        )
+    if bar.disable and pace.late((step * 10 // steps) != ((step - every) * 10 // steps)):
+        show_step(step, steps, seconds, "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+
+def show_step(step: int, steps: int, seconds: float, losses: str = "") -> None:
+    """A line of a log: where the run is, how fast, what is left of it, and losses if there are any."""
+    print(f"step {step}/{steps}  {rate_and_rest(1 / seconds, steps - step, 'it')}  {losses}".rstrip(), flush=True)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from diffdistill.config import FitConfig
 from diffdistill.core.divided import in_kinds, is_divided, total_norm
+from diffdistill.data.progress import Pace
 from diffdistill.environment import peak_memory_mb, use_machine
 from diffdistill.errors import UserError
 from diffdistill.players.average import MovingAverage
@@ -42,7 +43,7 @@ from diffdistill.training.figures import Figures
 from diffdistill.training.inputs import PROCESSES, Allowed, allows
 from diffdistill.training.judging import Judging, judged
 from diffdistill.training.launchers import check_launcher, without_plugin
-from diffdistill.training.metrics import MetricsFile, show
+from diffdistill.training.metrics import MetricsFile, show, show_step
 from diffdistill.training.offload import Offload
 from diffdistill.training.optimizers import optimizer
 from diffdistill.training.sharding import divided_networks, gather_later, take_part
@@ -81,6 +82,7 @@ class Trainer:
         self.on_sample = on_sample
         self.on_look: Callable[[int], None] | None = None  # which is made once the run folder is there
         self.before_save: Callable[[], None] | None = None
+        self.pace = Pace(config.steps)  #: of lines in a log
         self.began = time.monotonic()  #: from where --max-hours count
         self.step, self.saved = 0, 0  #: the steps that are done, and those in the newest checkpoint
         self.judge: Judging | None = None
@@ -263,6 +265,8 @@ class Trainer:
                     total, count = self.totals.get(key, (0.0, 0))
                     self.totals[key] = (total + value, count + 1)
                 bar.update()
+                if bar.disable and writer is not None and self.step % config.log_every and self.pace.late():
+                    show_step(self.step, config.steps, (time.perf_counter() - started) / (self.step - since))
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     means = {k: total / count for k, (total, count) in self._totals().items()}
                     seconds = (time.perf_counter() - started) / (self.step - since)
@@ -302,7 +306,7 @@ class Trainer:
         measured = {"seconds_per_step": round(seconds, 5), "peak_memory_mb": round(peak_memory_mb(), 1)}
         means = means | figures
         writer.write({"step": self.step, **measured, **means})
-        show(bar, means, self.step, config.steps, config.log_every, seconds)
+        show(bar, means, self.step, config.steps, config.log_every, seconds, self.pace)
 
     def _sample(self) -> None:
         if self.config.sample_every:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from diffdistill.data.progress import slow
 from diffdistill.eval.metrics.frechet import frechet_distance, root
 from diffdistill.eval.metrics.moments import Statistics, _row_mean, add_products, block_rows, check, padded, symmetric
 from diffdistill.rng import generator
@@ -29,7 +30,7 @@ def bootstrap_frechet(features: Tensor, reference: Statistics, replicates: int =
     n, width = features.shape
     centre = _row_mean(features)
     reference_root, distances = root(reference), []
-    for replicate in range(replicates):
+    for replicate in slow(range(replicates), replicates, "replicate"):
         weights = bootstrap_weights(n, seed, replicate).to(features.device)
         total = torch.zeros_like(centre)
         products = padded(width, width, features.device).zero_()

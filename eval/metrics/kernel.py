@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffdistill.data.progress import slow
 from diffdistill.eval.metrics.moments import MeanStd, check, row_blocks
 
 # Images in a subset of published KIDs.
@@ -40,7 +41,7 @@ def kid(x: Tensor, y: Tensor, subsets: int = 100, size: int = KID_SIZE, seed: in
     check(x, y, at_least=size)
     random = np.random.RandomState(seed)
     values = []
-    for _ in range(subsets):
+    for _ in slow(range(subsets), subsets, "subset"):
         chosen = [torch.from_numpy(random.choice(len(z), size, replace=False)).to(z.device) for z in (x, y)]
         values.append(kernel_distance(x[chosen[0]], y[chosen[1]]))
     return MeanStd(float(np.mean(values)), float(np.std(values)))

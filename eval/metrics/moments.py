@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffdistill.data.progress import slow
+
 # Entries of the largest pairwise matrix held at once: 128 MiB in float64.
 PAIRS_AT_ONCE = 2**24
 # Entries of the block of features that is added to a covariance at once: 16 MiB in float64.
@@ -181,7 +183,8 @@ def _row_mean(features: Tensor) -> Tensor:
 
 def row_blocks(x: Tensor, y: Tensor) -> Iterator[Tensor]:
     """Blocks of rows of `x` in float64, each small enough to be paired with all of `y`."""
-    return (block.double() for block in x.split(max(1, PAIRS_AT_ONCE // len(y))))
+    blocks = x.split(max(1, PAIRS_AT_ONCE // len(y)))
+    return (block.double() for block in slow(blocks, len(x), "row"))
 
 
 def check(*sets: Tensor, at_least: int) -> None:

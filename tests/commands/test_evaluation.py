@@ -79,7 +79,9 @@ def test_a_teacher_s_folder_stays_as_it_is(
     assert (tmp_path / "runs" / "eval" / "mine" / "digits-2steps" / "samples.png").is_file()
 
 
-def test_a_student_is_judged_in_its_run_and_on_its_card(run: Path) -> None:
+def test_a_student_is_judged_in_its_run_and_on_its_card(
+    run: Path, tiny_teacher: Callable[[str], Path], tmp_path: Path
+) -> None:
     result = evaluate(run / "student", count=100, teacher_steps=[1, 2], bootstrap=0)
     assert result.out == run / "eval" and (run / "eval" / "results.json").is_file()
     assert [(row["model"], row["steps"]) for row in result.rows] == [("teacher", 1), ("teacher", 2), ("student", 1)]
@@ -87,6 +89,10 @@ def test_a_student_is_judged_in_its_run_and_on_its_card(run: Path) -> None:
     assert [{**row, "ms per image": 0} for row in again.rows] == [{**row, "ms per image": 0} for row in result.rows]
     card = (run / "student" / "README.md").read_text()
     assert card.count("## Evaluation") == 1 and "| student |" in card and "not FID" in card
+    mine = Path(shutil.copytree(run / "student", tmp_path / "mine"))
+    (mine / "README.md").write_text("my own words")
+    evaluate(mine, teacher=tiny_teacher("vp"), count=100, teacher_steps=[1], bootstrap=0, out=tmp_path / "out")
+    assert (mine / "README.md").read_text() == "my own words", "what lies outside of a run is somebody's own"
 
 
 def test_loaded_models_are_judged_as_their_folders_are(

@@ -1,6 +1,7 @@
 """Comparison of models by one protocol."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from diffdistill.commands.distill import distill
 from tests.eval.sixty import pictures
 
 
-def test_compare(tmp_path: Path, protocol: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare(
+    tmp_path: Path, protocol: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The embedded teacher against itself: no difference; against images of noise: one that is certain."""
     noise = pictures(tmp_path / "noise", ("L", 8), count=60)
     for path in sorted(noise.glob("*.png")):
@@ -22,7 +25,10 @@ def test_compare(tmp_path: Path, protocol: Callable[..., str], capsys: pytest.Ca
     distill(method="dmd2", preset="digits", steps=2, sample_every=0, device="cpu", out=str(tmp_path / "student"))
     command = ["compare", "digits", "digits", str(noise), str(tmp_path / "student"), "--protocol", protocol()]
     command += ["--steps", "2"]  # of the teachers
+    monkeypatch.setattr("diffdistill.data.progress.FIRST", 0.0)
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^noise, frechet distance: replicate \d+/\d+  \S+ replicate/s  \d+ s left$", said, re.MULTILINE)
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     same, other, _ = (d for d in report["differences"] if d["metric"] == "frechet distance")
     assert [row["steps"] for row in report["rows"]] == [2, 2, None, 1]
