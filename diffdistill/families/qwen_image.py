@@ -35,7 +35,7 @@ def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return unpack(output, x.shape[1:])
 
 
-def _rescale(guided: Tensor, conditional: Tensor) -> Tensor:
+def rescale(guided: Tensor, conditional: Tensor) -> Tensor:
     """The guided velocity as long as the conditional one in every token."""
     tokens = pack(guided)
     norms = pack(conditional).norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True)
@@ -55,7 +55,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
         _call,
         feature_layer=f"transformer_blocks.{config.num_layers // 2}",
         feature_map=token_map,
-        rescale=_rescale,
+        rescale=rescale,
     )
 
 
