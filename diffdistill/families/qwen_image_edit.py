@@ -19,14 +19,11 @@ from diffdistill.families._family import (
     Prompt,
     Source,
     Text,
-    latent_size,
-    latent_teacher,
     pack,
     unpack,
 )
-from diffdistill.families._flow import flow_schedule
 from diffdistill.families.flux import sample_map
-from diffdistill.families.qwen_image import AUTOENCODER, rescale
+from diffdistill.families.qwen_image import AUTOENCODER, qwen_teacher
 from diffdistill.players.teacher import Teacher
 
 _AREA = 1024 * 1024  #: pixels of the image that the pipeline shows to its encoders, whatever it makes
@@ -50,20 +47,7 @@ def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
 
 
 def _teacher(network: Any, source: Source) -> Teacher:
-    config = network.config
-    factor = AUTOENCODER.factor(source.config("vae"))
-    size = latent_size("qwen_image_edit", factor, 128 * factor, source.resolution, 2)
-    return latent_teacher(
-        "qwen_image_edit",
-        network,
-        source,
-        (config.in_channels // 4, *size),
-        flow_schedule(source.scheduler, "given", size[0] * size[1] // 4),
-        _call,
-        feature_layer=f"transformer_blocks.{config.num_layers // 2}",
-        feature_map=sample_map,
-        rescale=rescale,
-    )
+    return qwen_teacher("qwen_image_edit", network, source, _call, sample_map)
 
 
 def _words(pipe: Any, texts: list[str], pictures: list[Any]) -> Cond:

@@ -84,4 +84,4 @@ def test_what_is_missing_is_one_line(run: Path, tmp_path: Path) -> None:
 def test_its_speed_is_measured(run: Path) -> None:
     table = speed([run], batch_sizes=(1, 2), repeats=1, device="cpu", out=str(run / "speed"))
     assert {(row["model"], row["batch"]) for row in table.rows} == {(n, b) for n in ("teacher", "run") for b in (1, 2)}
-    assert all(row["seconds a batch"] > 0 for row in table.rows)
+    assert all(min(row["seconds a batch"]) > 0 for row in table.rows)
