@@ -8,9 +8,10 @@ TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 CONSTRAINTS ?= constraints.txt
 
 SHAPES := runs/shapes
+EDITS := runs/edits
 STUDENTS := dmd2-1 dmd2-4 progressive-1 progressive-4
 
-.PHONY: demo demo-text $(STUDENTS) bench docs test suite coverage lint format typecheck wheel clean
+.PHONY: demo demo-text demo-edit $(STUDENTS) bench docs test suite coverage lint format typecheck wheel clean
 
 # A run is never overwritten; the demo's own folder is the exception.
 demo: $(STAMP)
@@ -38,6 +39,16 @@ progressive-1:
 	$(DISTILL) --method progressive --preset shapes
 progressive-4:
 	$(DISTILL) --method progressive --preset shapes-4step
+
+# A teacher that changes images, made here from nothing, and a student of one step: a few minutes of one thread.
+demo-edit: $(STAMP)
+	rm -rf $(EDITS)
+	$(BIN)/diffdistill teacher --architecture instruct-pix2pix --data edits --layers 1 --attention 0,1 --vae-steps 500 \
+		--vae-batch-size 16 --steps 700 --batch-size 32 --ema 0.98 --threads 1 --out $(EDITS)/teacher
+	$(BIN)/diffdistill encode --teacher $(EDITS)/teacher/teacher --data edits:1000 --threads 1 --out $(EDITS)/prompts
+	$(BIN)/diffdistill train --method dmd2 --teacher $(EDITS)/teacher/teacher --prompts $(EDITS)/prompts --steps 200 \
+		--batch-size 32 --threads 1 --out $(EDITS)/student
+	$(BIN)/diffdistill eval $(EDITS)/student --count 200 --teacher-steps 1,4,16
 
 # What fits this machine; `diffdistill bench` makes the scoreboard. Speeds are of runs that demo and demo-text made.
 bench: $(STAMP)

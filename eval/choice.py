@@ -20,12 +20,12 @@ import torch
 from diffdistill.config import run_options
 from diffdistill.data import shapes
 from diffdistill.data.encoded import KIND as ENCODED
-from diffdistill.data.images import Data, open_data
+from diffdistill.data.images import Data, open_data, open_pairs, part
 from diffdistill.data.prompts import all_prompts
 from diffdistill.data.shards import read_index
 from diffdistill.errors import UserError, shown
 from diffdistill.eval.features.digit_classifier import load_mnist_classifier
-from diffdistill.eval.judge import JudgeOptions
+from diffdistill.eval.judge import DRAWN, JudgeOptions
 from diffdistill.eval.ladder import check_there
 from diffdistill.eval.models import ModelLike, SamplingOptions, family_or_none, model_folder, models_in, open_model
 from diffdistill.eval.protocol import Protocol, load
@@ -49,6 +49,7 @@ class Facts:
     classes: int | None = None
     count: int | None = None  #: of images
     latent: bool = False
+    reads_image: bool = False  #: it changes images
     options: Mapping[str, Any] | None = None  #: of the training that made it
     teacher: str | None = None  #: where a student was distilled from
 
@@ -113,7 +114,9 @@ def _of_pipeline(name: str, folder: Path, family: Family) -> Facts:
         made = {**(made or {}), **run_options(folder.parent)}
     teacher = (made or {}).get("teacher", student.teacher) if student else None
     latent = family.autoencoder is not None
-    return Facts(name, conditions, shape, classes, latent=latent, options=made, teacher=teacher)
+    return Facts(
+        name, conditions, shape, classes, latent=latent, reads_image=family.reads_image, options=made, teacher=teacher
+    )
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class Choice:
     reference: str | None = None  #: as one would name it; None: the protocol's own, or nothing
     data: Data | None = None  #: the real images, where they are open
     captions: list[str] | None = None
+    conditions: Data | None = None  #: images that the model changes
     own: bool = False  #: real images are not known, and samples of the teacher are to be made for them
     notes: tuple[str, ...] = ()
 
@@ -156,8 +160,9 @@ class Choice:
     def options(self, **others: Any) -> JudgeOptions:
         """Those of the judge; `others` are its fields besides."""
         return JudgeOptions(
-            self.protocol, reference=self.reference, data=self.data, captions=self.captions, notes=self.notes, **others
-        )
+            self.protocol, reference=self.reference, data=self.data, captions=self.captions,
+            conditions=self.conditions, notes=self.notes, **others,
+        )  # fmt: skip
 
 
 def choose(facts: Facts, wishes: Wishes) -> Choice:
@@ -167,6 +172,8 @@ def choose(facts: Facts, wishes: Wishes) -> Choice:
     that are needed are not known.
     """
     overrides, named = wishes.overrides, wishes.reference or wishes.data
+    if facts.reads_image:
+        return _of_edits(facts, wishes)
     captions = _captions(facts, wishes) if facts.conditions == "prompts" and named != "shapes" else None
     if wishes.protocol is None:
         if facts.conditions == "prompts" and _are_shapes(facts, named, captions):
@@ -184,6 +191,33 @@ def choose(facts: Facts, wishes: Wishes) -> Choice:
         assert spec is not None
         return Choice(load("mnist", **_at_most(usual, facts.count, "mnist")), held_out(spec))
     return _pixels(facts, wishes, data, spec, captions)
+
+
+def _of_edits(facts: Facts, wishes: Wishes) -> Choice:
+    """That of a model that changes images: what it changes, and what it is to make of it, are of the same data."""
+    if wishes.prompts is not None:
+        raise UserError(
+            f"prompts: {shown(facts.name)} changes images; give images with captions and condition images by --data"
+        )
+    named, options = wishes.data or wishes.reference, facts.options or {}
+    for spec in [named] if named else [*_names(_encoded_from(options).get("data")), *_names(options.get("data"))]:
+        if wishes.protocol is None and spec.partition(":")[0] == "edits" and facts.shape == (3, *[shapes.SIDE] * 2):
+            return Choice(load("edits", **wishes.overrides))
+        try:
+            data = _fewer(open_pairs(spec, resolution=_pixels_of(facts), channels=facts.shape[0]))
+        except UserError:
+            if named:
+                raise
+            continue
+        captions = data.get(torch.arange(min(len(data), LATENT["count"]))).captions
+        if captions is None:
+            raise UserError(f"data: {shown(spec)} has no captions, which say what is to be changed")
+        first = part(data, list(range(len(captions))))
+        return replace(_pixels(facts, wishes, data, spec, captions), conditions=first)
+    raise UserError(
+        f"data: {shown(facts.name)} changes images, and none are known; give images with captions and condition images "
+        "by --data"
+    )
 
 
 def _pixels(facts: Facts, wishes: Wishes, data: Data | None, spec: str | None, captions: list[str] | None) -> Choice:
@@ -351,8 +385,10 @@ def suggestion(run: Path) -> str:
         choice = choose(_checked(facts), Wishes())
     except UserError:  # videos, or captions that have been moved
         prompt = ["--prompt", "a red circle"] if facts.conditions == "prompts" else []
+        prompt += ["--image", "FILE"] if facts.reads_image else []
         return f"look at its images: {shlex.join(['diffdistill', 'sample', str(run), *prompt])}"
     source = choice.reference.removesuffix("#test") if choice.reference else None
-    images = ["--data", source] if source else ["--data", "shapes"] if choice.protocol.name == "shapes" else []
+    drawn = choice.protocol.prompts in DRAWN
+    images = ["--data", source] if source else ["--data", str(choice.protocol.prompts)] if drawn else []
     command = shlex.join(["diffdistill", "eval", str(run), *images])
     return f"compare it with its teacher: {command}\n  judges {choice.about}"

@@ -24,9 +24,10 @@ from diffdistill.pictures import as_bytes
 
 @dataclass(frozen=True)
 class Model:
-    """`draw(indices, seed, labels, captions)` gives images `indices` of the seed (B, C, H, W) on the CPU.
+    """`draw(indices, seed, labels, captions, pictures)` gives images `indices` of the seed (B, C, H, W) on the CPU.
 
-    They are uint8, or floats in about [-1, 1] where the options of sampling say so.
+    They are uint8, or floats in about [-1, 1] where the options of sampling say so. `pictures` (B, 3, H, W) in [-1, 1]
+    are those that a model changes.
     """
 
     name: str
@@ -35,8 +36,9 @@ class Model:
     classes: int | None
     steps: int | None
     call: dict[str, Any]  #: how it is sampled, for the record
-    draw: Callable[[Sequence[int], int, Tensor | None, Sequence[str] | None], Tensor]
+    draw: Callable[..., Tensor]
     count: int | None = None  #: images that there are; None: as many as one likes
+    reads_image: bool = False  #: it changes pictures
 
 
 def open_image_folder(path: Path) -> Model:
@@ -86,7 +88,10 @@ def _in_order(name: str) -> list[list[str | int]]:
 
 
 def _images(name: str, fingerprint: str, data: Data, rows: Tensor) -> Model:
-    def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
+    def images(
+        indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None,
+        pictures: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         return as_bytes(data.get(rows[list(indices)]).images)
 
     return Model(name, fingerprint, "images", None, None, {}, images, count=len(data))

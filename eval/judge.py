@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.data.images import Data
+from diffdistill.data.images import Data, open_edits
 from diffdistill.data.processes import Processes
 from diffdistill.data.progress import speaking
 from diffdistill.data.prompts import all_prompts
-from diffdistill.data.shapes import HELD_OUT, draw_many
+from diffdistill.data.shapes import HELD_OUT, caption, draw_edits, draw_many
 from diffdistill.errors import UserError, first_line
 from diffdistill.eval.features.measure import Measure, measure
 from diffdistill.eval.measurements import Measurements, make_measurements, measured, prepared
@@ -32,6 +32,7 @@ from diffdistill.eval.protocol import Protocol, ProtocolMetric, data_path, diges
 from diffdistill.eval.reference import Reference, open_reference
 
 SHOWN = 20
+DRAWN = ("shapes", "edits")  #: what a protocol calls the captions of drawn pictures
 REPLICATES = {"narrow": 200, "wide": 20}  # a wide covariance takes seconds a replicate
 WIDE = 512
 
@@ -46,6 +47,7 @@ class JudgeOptions:
     data: Data | None = None  #: the real images, where they are open already
     prompts: str | None = None  #: a file; default: the protocol's
     captions: Sequence[str] | None = None  #: of the images, in place of a file of prompts
+    conditions: Data | None = None  #: its condition images, in turn, are those that models change
     notes: Sequence[str] = ()  #: what a reader must know of how all this was chosen
     weights: Mapping[str, str] = field(default_factory=dict)  #: of feature networks, by key
     bootstrap: int | None = None  #: replicates of the intervals; 0: none; default: REPLICATES
@@ -68,6 +70,9 @@ class Judge:
             raise UserError(f"protocol: {self.protocol.name} says no resolution; complete it by eval.choice")
         self.processes = Processes(options.device, options.threads)
         self.sampling = replace(options.sampling, device=self.processes.device, eight_bit=options.protocol.eight_bit)
+        #: What measures read of each image, where it is not its prompt.
+        self.said: list[str] | None = None
+        self.changed = options.conditions
         self.captions = self._captions()
         for key in options.weights:
             if key not in self.protocol.measures:
@@ -112,6 +117,11 @@ class Judge:
             return list(self.options.captions)[: protocol.count]
         if file is None and protocol.prompts == "shapes":
             return draw_many(HELD_OUT, protocol.count)[1]
+        if file is None and protocol.prompts == "edits":
+            edits = draw_edits(HELD_OUT, protocol.count)
+            self.said = [caption(*each) for each in edits.attributes.tolist()]
+            self.changed = open_edits("edits", protocol.count, None, 3, HELD_OUT)
+            return edits.captions
         path = Path(file) if file else data_path(str(protocol.prompts))
         if not path.exists():
             remedy = f"fetch {protocol.fetch}" if protocol.fetch else "make it, a prompt a line"
@@ -142,10 +152,18 @@ class Judge:
             return None
         return self.real.get(torch.arange(min(count or len(self.real), len(self.real)))).labels
 
-    def conditions(self, labels: Tensor | None, indices: Sequence[int]) -> tuple[Tensor | None, list[str] | None]:
-        """Classes and captions of the images at those indices."""
+    def conditions(self, labels: Tensor | None, indices: Sequence[int]) -> tuple[Any, ...]:
+        """What a model draws the images at those indices from: classes, captions, and pictures that it changes."""
         captions = None if self.captions is None else [self.captions[i] for i in indices]
-        return None if labels is None else labels[list(indices)], captions
+        changed = self.changed
+        pictures = None if changed is None else changed.get(torch.tensor([i % len(changed) for i in indices]))
+        classes = None if labels is None else labels[list(indices)]
+        return classes, captions, None if pictures is None else pictures.conditions
+
+    def described(self, indices: Sequence[int]) -> list[str] | None:
+        """The captions that measures read."""
+        texts = self.said or self.captions
+        return None if texts is None else [texts[i] for i in indices]
 
     def images(self, model: Model, labels: Tensor | None, indices: Sequence[int]) -> Tensor:
         """Images of a model as they are measured."""
@@ -173,6 +191,11 @@ class Judge:
             problem = f"{model.name} takes {takes}, and the protocol {protocol.name} {' or '.join(protocol.conditions)}"
             one = "a pipeline that takes captions" if protocol.conditions == ["prompts"] else "a pipeline that does"
             raise UserError(f"eval: {problem}; give {one}")
+        if model.reads_image and self.changed is None:
+            problem = f"{model.name} changes images, and the protocol {protocol.name} has none to be changed"
+            raise UserError(f"eval: {problem}; give images with captions and condition images by --data")
+        if self.changed is not None and not model.reads_image:
+            raise UserError(f"eval: {model.name} reads no image, and {protocol.name} is of images that are changed")
         if model.classes is not None and protocol.classes is not None and model.classes != protocol.classes:
             problem = f"{model.name} has {model.classes} classes and the protocol {protocol.name} {protocol.classes}"
             raise UserError(f"eval: {problem}; give a pipeline of so many")
@@ -214,11 +237,11 @@ def score(model: Model, judge: Judge, folder: Path, *, quiet: bool = False) -> S
     milliseconds: list[float] = []
 
     def produce(indices: range) -> dict[str, Tensor]:
-        classes, captions = judge.conditions(labels, indices)
+        classes = None if labels is None else labels[list(indices)]
         started = time.perf_counter()
         images = judge.images(model, labels, indices)  # which have come to the CPU: nothing is pending
         milliseconds.append(1000 * (time.perf_counter() - started) / len(indices))
-        return measured(images, judge.measures, captions, classes)
+        return measured(images, judge.measures, judge.described(indices), classes)
 
     missing = _check_first(model, judge, produce)
     milliseconds.clear()  # of a single image
@@ -250,6 +273,7 @@ def _settings(model: Model, judge: Judge, labels: Tensor | None) -> dict[str, An
         "eight_bit": protocol.eight_bit,
         "classes": None if labels is None else digest(labels.tolist()),
         "prompts": None if judge.captions is None else digest(judge.captions),
+        **({} if judge.changed is None else {"conditions": judge.changed.fingerprint}),
         "measures": {m.key: m.fingerprint for m in judge.measures},
         "device": judge.device.type,
         "threads": torch.get_num_threads() if judge.device.type == "cpu" else None,

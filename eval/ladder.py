@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
-from diffdistill.data.shapes import HELD_OUT, draw_many
+from diffdistill.data.shapes import HELD_OUT, draw_edits, draw_many
 from diffdistill.errors import UserError, shown
 from diffdistill.eval.image_folder import Model
-from diffdistill.eval.judge import Judge, JudgeOptions, Score, score
+from diffdistill.eval.judge import DRAWN, Judge, JudgeOptions, Score, score
 from diffdistill.eval.latency import latency
 from diffdistill.eval.measurements import rounded
 from diffdistill.eval.models import (
@@ -166,6 +166,8 @@ def _key(model: Model, judge: Judge) -> str:
     name = "".join(c if c.isalnum() else "-" for c in model.name)
     captions = None if judge.options.captions is None else digest(judge.captions)
     settings = [model.fingerprint, model.call, judge.protocol.count, judge.protocol.seed, judge.options.prompts]
+    if judge.options.conditions is not None:
+        settings.append(judge.options.conditions.fingerprint)
     settings += [judge.protocol.name, captions, judge.protocol.eight_bit, [m.fingerprint for m in judge.measures]]
     return f"{name}-{digest(settings)}"
 
@@ -229,8 +231,10 @@ def ladder_models(
         )
     latents = _Latents(judged, family, sampling)
     models = [latents.model(rung) for rung in rungs]
-    if protocol.prompts == "shapes":
+    if protocol.prompts in DRAWN:
         models.insert(0, latents.pictures(identity, protocol.count))
+    if protocol.prompts == "edits":
+        models.insert(0, latents.pictures(identity, protocol.count, unchanged=True))
     return models
 
 
@@ -389,10 +393,14 @@ class _Latents:
         """One that is drawn from captions, classes or nothing."""
         text = self.family.text
 
-        def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
+        def images(
+            indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None,
+            pictures: Tensor | None = None,
+        ) -> Tensor:  # fmt: skip
             cond: Cond = {} if labels is None else {"class_labels": labels.to(self.sampling.device)}
             if text is not None:
-                cond = text.encode(self.pipeline, list(captions or []), self.prompt)
+                prompt = self.prompt._replace(images=pictures, negative=rung.negative)
+                cond = text.encode(self.pipeline, list(captions or []), prompt)
                 self.lead_away_from(text, rung.negative)
             with attention_of(self.teacher.denoiser, self.sampling.attention):
                 latents = rung.draw(cond, image_generators(seed, indices))
@@ -400,15 +408,24 @@ class _Latents:
 
         classes = self.teacher.num_classes
         conditions = "prompts" if text is not None else "none" if classes is None else "classes"
-        return Model(rung.name, rung.fingerprint, conditions, classes, rung.steps, rung.call, torch.no_grad()(images))
+        draw, reads_image = torch.no_grad()(images), self.family.reads_image
+        return Model(
+            rung.name, rung.fingerprint, conditions, classes, rung.steps, rung.call, draw, reads_image=reads_image
+        )
 
-    def pictures(self, fingerprint: str, count: int) -> Model:
-        """The drawn pictures of the held-out captions, encoded and decoded."""
-        drawn, _, _ = draw_many(HELD_OUT, count)
-        name = "drawn, through the autoencoder"
+    def pictures(self, fingerprint: str, count: int, unchanged: bool = False) -> Model:
+        """The drawn pictures of the held-out captions, or those that are to be changed, encoded and decoded."""
+        edits = draw_edits(HELD_OUT, count) if self.family.reads_image else None
+        drawn = draw_many(HELD_OUT, count)[0] if edits is None else edits.conditions if unchanged else edits.images
+        name = f"{'unchanged' if unchanged else 'drawn'}, through the autoencoder"
 
-        def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
+        def images(
+            indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None,
+            pictures: Tensor | None = None,
+        ) -> Tensor:  # fmt: skip
             encoded = self.autoencoder.encode(self.pipeline.vae, drawn[list(indices)].to(self.sampling.device))
             return self.decoded(encoded, name)
 
-        return Model(name, fingerprint, "prompts", None, None, {"drawn": True}, torch.no_grad()(images), count=count)
+        call, draw = {"drawn": not unchanged}, torch.no_grad()(images)
+        reads_image = self.family.reads_image
+        return Model(name, fingerprint, "prompts", None, None, call, draw, count=count, reads_image=reads_image)

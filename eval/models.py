@@ -29,6 +29,8 @@ from diffdistill.eval.measurements import rounded
 from diffdistill.families import (
     METADATA,
     Family,
+    Prompt,
+    StudentRecord,
     TeacherRecord,
     attention_of,
     describe,
@@ -240,7 +242,10 @@ def pixel_model(
 ) -> Model:
     """A pixel model that is drawn by `draw`, from classes or nothing."""
 
-    def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
+    def images(
+        indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None,
+        pictures: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         cond = {} if labels is None else {"class_labels": labels.to(options.device)}
         with attention_of(teacher.denoiser, options.attention):
             drawn = draw(cond, image_generators(seed, indices)).float().cpu()
@@ -283,10 +288,12 @@ def stock_call(
     `negative` is the negative prompt of a guided one. Raises UserError where it would change nothing.
     """
     record = read_record(path)
-    size = _own_size(path, family) if family is not None and record is None else {}
+    size: Mapping[str, Any] = _own_size(path, family) if family is not None and record is None else {}
+    if family is not None and family.reads_image and not isinstance(record, StudentRecord):
+        size = describe(path).size  # which the pipeline would take from its image
     own = None if record is None or isinstance(record, TeacherRecord) else record.call
     others = {} if steps is None else {"num_inference_steps": steps}  # of a pipeline with a default of its own
-    call = dict(own or (family.arguments(steps or LATENT_STEPS) if family else others)) | size
+    call = {**(own or (family.arguments(steps or LATENT_STEPS) if family else others)), **size}
     if negative is not None and guidance_scale is None and family is not None and own is None:
         raise UserError("negative_prompt: without guidance it changes nothing; give --guidance-scale too")
     if guidance_scale is not None:
@@ -360,16 +367,23 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
         pipeline.safety_checker = None
     takes = inspect.signature(pipeline.__call__).parameters
     conditions = "prompts" if "prompt" in takes else "classes" if "class_labels" in takes else "none"
+    reads_image = family is not None and family.reads_image
     if "negative_prompt" in call and "negative_prompt" not in takes and "kwargs" not in takes:
         raise UserError(f"negative_prompt: the pipeline of {name} takes none; leave it out")
 
-    def images(indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None) -> Tensor:
+    def images(
+        indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None,
+        pictures: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         inputs: dict[str, Any] = {"batch_size": len(indices)} if conditions == "none" else {}
         if conditions == "prompts":
             inputs = {"prompt": list(captions or [])}  # a new list: some pipelines write into it
         elif conditions == "classes":
             assert labels is not None
             inputs = {"class_labels": labels.tolist()}
+        if reads_image:
+            assert pictures is not None
+            inputs["image"] = Prompt((0, 0), images=pictures).pictures
         generators = image_generators(seed, indices)
         with attention_of(pipeline, sampling.attention), seeded_steps(pipeline, generators):
             output = pipeline(**inputs, **with_negatives(call, len(indices)), generator=generators, output_type="np")
@@ -381,7 +395,8 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
 
     classes = describe(path).num_classes if family is not None and conditions == "classes" else None
     steps = call.get("num_inference_steps")
-    return Model(name, fingerprint, conditions, classes, steps, call, torch.no_grad()(images))
+    draw = torch.no_grad()(images)
+    return Model(name, fingerprint, conditions, classes, steps, call, draw, reads_image=reads_image)
 
 
 def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust: bool = False) -> Any:

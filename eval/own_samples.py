@@ -47,13 +47,18 @@ def own_samples(
         "seed": SEED,
         "shape": list(protocol.shape),
         "captions": None if choice.captions is None else digest(choice.captions),
+        **({} if choice.conditions is None else {"conditions": choice.conditions.fingerprint}),
         "device": processes.device.type,
         **({} if sampling.attention == "auto" else {"attention": sampling.attention}),
     }
 
     def produce(indices: range) -> dict[str, Tensor]:
         captions = None if choice.captions is None else [choice.captions[i] for i in indices]
-        images = drawn.draw(indices, SEED, None if labels is None else labels[list(indices)], captions)
+        changed = choice.conditions
+        pictures = (
+            None if changed is None else changed.get(torch.tensor([i % len(changed) for i in indices])).conditions
+        )
+        images = drawn.draw(indices, SEED, None if labels is None else labels[list(indices)], captions, pictures)
         return {"images": prepared(images, protocol, drawn.name).contiguous()}
 
     folder = cache_folder() / "samples" / digest(settings)

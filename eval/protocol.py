@@ -73,7 +73,7 @@ class Protocol:
     seed: int = 0  #: image i is drawn from seed 1000000 * seed + i
     classes: int | None = None
     labels: Literal["balanced", "reference"] = "balanced"  #: class i mod classes, or that of real image i
-    prompts: str | None = None  #: 'shapes', or a file or data set below the data folder
+    prompts: str | None = None  #: 'shapes', 'edits', or a file or data set below the data folder
     reference: str | None = None  #: data as of `open_data`, or a statistics file; below the data folder
     fetch: str = ""  #: where data that are missing come from
     resize: str | None = None  #: images of another size: refused, or brought to `resolution` by this filter

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffdistill.core.attention_choice import check_attention
 from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import LinearFlow
+from diffdistill.data.folder import condition_picture
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.eval.models import ModelLike, model_folder, pixel_sampler, steered, stock_call
 from diffdistill.eval.videos import is_video, save_videos
@@ -46,6 +47,7 @@ class SampleRequest:
     """What is drawn, and how; None is the default of each."""
 
     prompts: Sequence[str] = ()
+    images: Sequence[str | os.PathLike[str]] = ()  #: files, in turn, of what a model changes
     count: int | None = None
     classes: Sequence[int] = ()
     steps: int | None = None
@@ -97,6 +99,8 @@ def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
     for option, given in (("prompt", request.prompts), ("negative_prompt", request.negative_prompt is not None)):
         if given:
             raise UserError(f"{option}: {name!r} takes no prompts; use --classes")
+    if request.images:
+        raise UserError(f"image: {name!r} reads no image; leave it out")
     if is_student(model) if isinstance(model, Path) else isinstance(model, tuple):
         for option, value in (("steps", request.steps), ("guidance_scale", request.guidance_scale)):
             if value is not None:
@@ -131,8 +135,12 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
     for option in ("steps", "negative_prompt", "resolution", "frames") if is_student(folder) else ():
         if (value := getattr(request, option)) is not None:
             raise UserError(f"{option}: {shown(value)} was given, and a student has its own; leave it out")
+    if family.reads_image != bool(request.images):
+        right = "changes an image; give --image FILE" if family.reads_image else "reads no image; leave it out"
+        raise UserError(f"image: {str(folder)!r} {right}")
     call = stock_call(folder, family, request.steps, request.guidance_scale, request.negative_prompt)
     call |= _size(folder, family, request)
+    pictures = [condition_picture(name, (call["height"], call["width"])) for name in request.images]
     pipeline = load_pipeline(folder, device=request.device)
     call = steered(pipeline, family, call)
     count = request.count or 4
@@ -141,7 +149,10 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
     columns = min(count, 4)
     for i, generator in enumerate(image_generators(request.seed, range(count))):
         labels = classes or range(10)
-        inputs = {"prompt": prompts[i % len(prompts)]} if text else {"class_labels": [labels[i % len(labels)]]}
+        inputs: dict[str, Any] = (
+            {"prompt": prompts[i % len(prompts)]} if text else {"class_labels": [labels[i % len(labels)]]}
+        )
+        inputs |= {"image": pictures[i % len(pictures)]} if pictures else {}
         if request.trace:
             with (
                 drawing(folder),
@@ -180,7 +191,7 @@ def _size(folder: Path, family: Family, request: SampleRequest) -> dict[str, int
     size = describe(folder, request.resolution, request.frames).size
     known = {"height": request.resolution, "width": request.resolution, "num_frames": request.frames}
     known["frames"] = request.frames  # as some pipelines call them (`Teacher.frames`)
-    return {name: value for name, value in size.items() if known.get(name) is not None}
+    return {name: value for name, value in size.items() if known.get(name, True) is not None}
 
 
 @contextmanager

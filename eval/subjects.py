@@ -29,6 +29,7 @@ from diffdistill.eval.models import (
 from diffdistill.eval.timing import SpeedOptions, Subject, allocated_mb
 from diffdistill.families import (
     Family,
+    Prompt,
     StudentRecord,
     describe,
     is_student,
@@ -37,6 +38,7 @@ from diffdistill.families import (
     read_record,
     teacher_of,
 )
+from diffdistill.families._family import example_images
 from diffdistill.options import Size, height_width
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
@@ -204,6 +206,7 @@ def _stock_pipeline(family: Family | None, folder: Path, plan: ModelPlan, option
         call |= _guided(family, plan.scale, takes)
     call |= {name: value for name, value in plan.size if name in takes}
     classes = describe(folder).num_classes if family is not None and "class_labels" in takes else None
+    reads_image = family is not None and family.reads_image
 
     def draw(batch: int, resolution: Size | None) -> Any:
         inputs: dict[str, Any] = {"batch_size": batch}
@@ -217,6 +220,12 @@ def _stock_pipeline(family: Family | None, folder: Path, plan: ModelPlan, option
                     f"resolution: {resolution} was given, and {plan.name}'s pipeline takes no size; leave it out"
                 )
             inputs |= dict(zip(("height", "width"), height_width(resolution), strict=True))
+            if reads_image:
+                inputs |= describe(folder, resolution).size
+        if reads_image:
+            size = call | inputs
+            changed = example_images(batch, (size["height"], size["width"]))
+            inputs["image"] = Prompt((0, 0), images=changed).pictures
         output = pipeline(
             **with_negatives(call, batch) | inputs,
             generator=image_generators(options.seed, range(batch)),

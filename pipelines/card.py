@@ -127,6 +127,8 @@ def _stored(entry: Family, teacher: Teacher) -> str:
 
 def _prompt(entry: Family) -> str:
     """The prompt, by its name where it is not the first argument of the pipeline's call (FLUX.2 takes images first)."""
+    if entry.reads_image:
+        return 'image=image, prompt="a prompt"'
     names = list(inspect.signature(diffusers_class(entry.pipelines[0]).__call__).parameters)
     return '"a prompt"' if names[:2] == ["self", "prompt"] else 'prompt="a prompt"'
 

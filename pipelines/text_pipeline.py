@@ -52,18 +52,23 @@ def new_text_pipeline(
     vae_widths: tuple[int, ...],
     text_width: int,
     seed: int,
+    edits: bool = False,
 ) -> Any:
-    """The pipeline; its weights are a function of the seed, and its scaling_factor is yet to be measured."""
+    """The pipeline; its weights are a function of the seed, and its scaling_factor is yet to be measured.
+
+    `edits`: it is InstructPix2Pix, whose UNet also reads the latents of an image.
+    """
     from transformers import CLIPTextModel
 
     torch.manual_seed(seed_for(seed, "initial weights"))
     tokenizer = tokenizer_of(words)
-    unet = _unet(pixels // 2 ** (len(vae_widths) - 1), widths, layers, attention, dropout, text_width)
+    unet = _unet(pixels // 2 ** (len(vae_widths) - 1), widths, layers, attention, dropout, text_width, edits)
     vae = _autoencoder(pixels, vae_widths)
     for network in (unet, vae):
         network.to(memory_format=torch.channels_last)
     scheduler.register_to_config(steps_offset=1)  # which the pipeline wants, and trailing steps do not look at
-    return diffusers.StableDiffusionPipeline(
+    kind: Any = diffusers.StableDiffusionInstructPix2PixPipeline if edits else diffusers.StableDiffusionPipeline
+    return kind(
         unet=unet,
         vae=vae,
         text_encoder=CLIPTextModel(_text_config(tokenizer, text_width)),
@@ -93,12 +98,13 @@ def _text_config(tokenizer: Any, width: int) -> Any:
 
 
 def _unet(
-    side: int, widths: tuple[int, ...], layers: int, attention: tuple[int, ...], dropout: float, text_width: int
-) -> Any:
+    side: int, widths: tuple[int, ...], layers: int, attention: tuple[int, ...], dropout: float, text_width: int,
+    edits: bool,
+) -> Any:  # fmt: skip
     levels = range(len(widths))
     return diffusers.UNet2DConditionModel(
         sample_size=side,
-        in_channels=LATENT_CHANNELS,
+        in_channels=2 * LATENT_CHANNELS if edits else LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         block_out_channels=widths,
         layers_per_block=layers,

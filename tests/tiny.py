@@ -3,8 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from tests import tiny_a, tiny_b, tiny_c
+from tests import tiny_a, tiny_b, tiny_c, tiny_d
 
-PIPELINES: dict[str, Callable[..., Any]] = {**tiny_a.PIPELINES, **tiny_b.PIPELINES, **tiny_c.PIPELINES}
-SIZES = {**tiny_a.SIZES, **tiny_b.SIZES, **tiny_c.SIZES}
+PIPELINES: dict[str, Callable[..., Any]] = {
+    **tiny_a.PIPELINES,
+    **tiny_b.PIPELINES,
+    **tiny_c.PIPELINES,
+    **tiny_d.PIPELINES,
+}
+SIZES = {**tiny_a.SIZES, **tiny_b.SIZES, **tiny_c.SIZES, **tiny_d.SIZES}
 FRAMES = tiny_b.FRAMES

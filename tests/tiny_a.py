@@ -153,10 +153,10 @@ def noise_unet(network: Any, seed: int) -> Any:
 
     Channels 2i and 2i + 1 carry x_i and -x_i from conv_in over the last skip to conv_out: silu(x) - silu(-x) = x.
     """
-    n, resnet = network.config.in_channels, network.up_blocks[-1].resnets[-1]
+    n, resnet = network.config.out_channels, network.up_blocks[-1].resnets[-1]
     pairs = torch.stack([torch.eye(n), -torch.eye(n)], 1).flatten(0, 1)
     network.conv_in.weight[: 2 * n] = 0
-    network.conv_in.weight[: 2 * n, :, 1, 1] = pairs
+    network.conv_in.weight[: 2 * n, :n, 1, 1] = pairs
     width = network.conv_in.out_channels
     resnet.conv_shortcut.weight[: 2 * n] *= 0.3
     resnet.conv_shortcut.weight[: 2 * n, -width:, 0, 0] = torch.eye(2 * n, width)

@@ -102,7 +102,7 @@ def sd3(seed: int = 0) -> StableDiffusion3Pipeline:
     )
 
 
-def flux(seed: int = 0) -> FluxPipeline:
+def flux(seed: int = 0, kind: type[Any] = FluxPipeline) -> Any:
     """As FLUX.1-dev: told the guidance."""
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
@@ -116,7 +116,7 @@ def flux(seed: int = 0) -> FluxPipeline:
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     )
-    return FluxPipeline(
+    return kind(
         transformer=denoiser(transformer, seed),
         vae=vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=CLIPTextModel(clip_config(32)).eval(),
@@ -149,7 +149,8 @@ def wan_vae() -> AutoencoderKLWan:
     ).eval()
 
 
-def qwen_image(seed: int = 0) -> QwenImagePipeline:
+def qwen_parts(seed: int, tokenizer: Any, vision: dict[str, Any] | None = None, **tokens: int) -> dict[str, Any]:
+    """Those of a pipeline of Qwen-Image."""
     torch.manual_seed(seed)
     transformer = QwenImageTransformer2DModel(
         in_channels=64,
@@ -161,15 +162,20 @@ def qwen_image(seed: int = 0) -> QwenImagePipeline:
         axes_dims_rope=(4, 6, 6),
     )
     config = Qwen2_5_VLConfig(
-        text_config={**qwen_config(), "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-        vision_config={**VISION, "fullatt_block_indexes": [0]},
+        text_config={
+            **qwen_config(),
+            "vocab_size": len(tokenizer),
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
+        vision_config={**VISION, "fullatt_block_indexes": [0], **(vision or {})},
+        **tokens,
     )
-    return QwenImagePipeline(
-        transformer=denoiser(transformer, seed),
-        vae=qwen_vae(),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
-        tokenizer=qwen_tokenizer(),
-        scheduler=FlowMatchEulerDiscreteScheduler(
+    return {
+        "transformer": denoiser(transformer, seed),
+        "vae": qwen_vae(),
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(config).eval(),
+        "tokenizer": tokenizer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True,
             base_shift=0.5,
             max_shift=0.9,
@@ -177,7 +183,11 @@ def qwen_image(seed: int = 0) -> QwenImagePipeline:
             max_image_seq_len=8192,
             shift_terminal=0.02,
         ),
-    )
+    }
+
+
+def qwen_image(seed: int = 0) -> QwenImagePipeline:
+    return QwenImagePipeline(**qwen_parts(seed, qwen_tokenizer()))
 
 
 def z_image(seed: int = 0) -> ZImagePipeline:

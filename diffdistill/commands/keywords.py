@@ -92,7 +92,7 @@ class TrainOptions(SavingOptions, FitOptions, AttentionOptions, total=False):
 class TeacherOptions(FitOptions, total=False):
     """The options of `TeacherConfig`."""
 
-    architecture: Literal["unet2d", "stable-diffusion"]
+    architecture: Literal["unet2d", "stable-diffusion", "instruct-pix2pix"]
     lr: float
     weight_decay: float
     data: str | Path
@@ -213,6 +213,7 @@ class SampleOptions(MachineOptions, AttentionOptions, total=False):
     """The options of `SampleConfig` but for model and out, which `sample` takes by themselves."""
 
     prompt: str | Sequence[str]
+    image: str | Sequence[str]
     count: int | None
     classes: Sequence[int]
     steps: int | None

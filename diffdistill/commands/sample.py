@@ -39,6 +39,7 @@ def sample(model: ModelLike, *, out: str | os.PathLike[str] | None = None, **opt
 def _draw(config: SampleConfig, model: ModelLike, as_video: bool) -> Samples:
     request = SampleRequest(
         prompts=config.prompt,
+        images=config.image,
         count=config.count,
         classes=config.classes,
         steps=config.steps,

@@ -20,7 +20,7 @@ from diffdistill.core.prediction import diffuse
 from diffdistill.core.schedule import EDM, LinearFlow
 from diffdistill.core.times import log_normal, logit_normal, native_uniform
 from diffdistill.data.batches import batches
-from diffdistill.data.images import Data, open_data
+from diffdistill.data.images import Data, open_data, open_pairs
 from diffdistill.data.unreadable import skipping
 from diffdistill.environment import environment, is_first_process
 from diffdistill.errors import UserError
@@ -125,13 +125,14 @@ def train_teacher(
 def _train(config: TeacherConfig, resumed: bool, allow_change: Allowed) -> Path:
     out = Path(config.out)
     accelerator = accelerator_for(config, out)
-    data = open_data(config.data, resolution=config.resolution, channels=config.channels)
+    opening = open_pairs if config.architecture == "instruct-pix2pix" else open_data
+    data = opening(config.data, resolution=config.resolution, channels=config.channels)
     data = skipping(data, config.skip_unreadable)
     inputs = inputs_of(dataclasses.asdict(config), data=data)
     note = check_inputs(out, inputs, allow_change) if resumed else None
     if note and accelerator.is_main_process:
         print(note, file=sys.stderr)
-    text = _text_teacher(config, data) if config.architecture == "stable-diffusion" else None
+    text = _text_teacher(config, data) if config.architecture != "unet2d" else None
     teacher = text.teacher if text else new_teacher(config, data)
     method = Denoising(teacher, config)
     grids: Callable[[int], None] | None
@@ -223,9 +224,10 @@ image = pipeline({_arguments(config, data)}num_inference_steps=16).images[0]
 
 
 def _arguments(config: TeacherConfig, data: Data) -> str:
-    if config.architecture == "stable-diffusion":
+    if config.architecture != "unet2d":
         captions = data.get(torch.arange(1)).captions or [""]
-        return f"{captions[0]!r}, guidance_scale=2.0, "
+        image = "image=image, " if config.architecture == "instruct-pix2pix" else ""
+        return f"{captions[0]!r}, {image}guidance_scale=2.0, "
     return "" if data.num_classes is None else "class_labels=[3], "
 
 

@@ -1,5 +1,7 @@
 """A small teacher in the Stable Diffusion family, from images with captions: autoencoder, text encoder and UNet.
 
+That of InstructPix2Pix learns from images, what each was made from, and what was to be changed.
+
 The autoencoder is trained first, in the run folder's `vae`, and its `scaling_factor` measured so that latents have unit
 variance. Then the UNet and the text encoder are trained together, as one player, on the latents.
 """
@@ -35,7 +37,7 @@ from diffdistill.training.stopping import Interrupted
 from diffdistill.training.trainer import Accelerator, Trainer
 from diffdistill.training.unread import Unread
 
-FAMILY = "stable_diffusion"
+FAMILIES_OF = {"stable-diffusion": "stable_diffusion", "instruct-pix2pix": "instruct_pix2pix"}
 KL_WEIGHT = 1e-6
 VAE_LR = 4e-3
 SHOWN_STEPS, SHOWN_GUIDANCE = 16, 2.0
@@ -86,8 +88,12 @@ class TextAndUNet(nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder
 
-    def forward(self, x: Tensor, time: Tensor, input_ids: Tensor) -> Tensor:
-        """The UNet's output (B, C, H, W) for samples of that shape, its times (B,) and token numbers (B, L)."""
+    def forward(self, x: Tensor, time: Tensor, input_ids: Tensor, image_latents: Tensor | None = None) -> Tensor:
+        """The UNet's output (B, C, H, W) for samples of that shape, its times (B,) and token numbers (B, L).
+
+        `image_latents` (B, C, H, W) are those of the images to be changed.
+        """
+        x = x if image_latents is None else torch.cat([x, image_latents], 1)
         embeds = self.text_encoder(input_ids).last_hidden_state
         return self.unet(x, time, encoder_hidden_states=embeds, return_dict=False)[0]
 
@@ -103,20 +109,21 @@ class TextTeacher:
         attention: tuple[int, ...],
         vae_widths: tuple[int, ...],
     ):
-        self.config, self.data = config, data
+        self.config, self.data, self.family = config, data, FAMILIES_OF[config.architecture]
+        kind = config.architecture
         least = max(8, 2 ** (len(widths) + len(vae_widths) - 2))
         if config.parameterization != "vp":
-            raise UserError(f"parameterization: {config.parameterization} is for unet2d; stable-diffusion takes vp")
+            raise UserError(f"parameterization: {config.parameterization} is for unet2d; {kind} takes vp")
         if data.shape[0] != 3 or data.shape[1] != data.shape[2] or data.shape[1] % least:
-            kind = f"3 channels and squares of a multiple of {least} pixels"
-            raise UserError(f"resolution: the images are {tuple(data.shape)}; stable-diffusion needs {kind}")
+            right = f"3 channels and squares of a multiple of {least} pixels"
+            raise UserError(f"resolution: the images are {tuple(data.shape)}; {kind} needs {right}")
         if not vae_widths or any(w < 8 or w % 8 for w in vae_widths):
             raise UserError(f"vae_widths: {config.vae_widths!r} must be multiples of 8, separated by commas")
         if config.text_width % 16:
             raise UserError(f"text_width: {config.text_width} is not a multiple of 16")
         captions = data.get(torch.arange(len(data))).captions
         if captions is None:
-            raise UserError(f"data: {data.name!r} has no captions, which stable-diffusion is trained on; use unet2d")
+            raise UserError(f"data: {data.name!r} has no captions, which {kind} is trained on; use unet2d")
         self.pipeline = new_text_pipeline(
             sorted({word for text in captions for word in text.lower().split() if word.isascii() and word.isalnum()}),
             teacher_scheduler(config.parameterization),
@@ -128,6 +135,7 @@ class TextTeacher:
             vae_widths=vae_widths,
             text_width=config.text_width,
             seed=config.seed,
+            edits=self.edits,
         )
         self.ids, self.null = self._tokens(captions), self._tokens([""])
         settings = scheduler_config(self.pipeline.scheduler)
@@ -135,8 +143,13 @@ class TextTeacher:
         denoiser = Denoiser(network, *schedule_of(settings)).train()
         with_null(denoiser, {"input_ids": self.null})
         side = self.pipeline.unet.config.sample_size
-        self.teacher = Teacher(denoiser, (LATENT_CHANNELS, side, side), None, FAMILY, "", settings)
-        self.latents = torch.empty(0)
+        self.teacher = Teacher(denoiser, (LATENT_CHANNELS, side, side), None, self.family, "", settings)
+        self.latents = self.conditions = torch.empty(0)
+
+    @property
+    def edits(self) -> bool:
+        """Whether it learns to change images."""
+        return FAMILIES[self.family].reads_image
 
     def _tokens(self, texts: Sequence[str]) -> Tensor:
         tokenizer = self.pipeline.tokenizer
@@ -174,13 +187,21 @@ class TextTeacher:
             factor = round(1 / float(self.latents.std()), 6)
             vae.register_to_config(scaling_factor=factor)
             self.latents *= factor
+            if self.edits:  # which the pipeline does not scale
+                images = (data.get(part).conditions for part in parts)
+                latents = [vae.encode(i.to(accelerator.device)).latent_dist.mode() for i in images if i is not None]
+                self.conditions = torch.cat(latents)
 
     def __len__(self) -> int:
         return len(self.data)
 
     def get(self, indices: Tensor) -> Example:
         """Latents (B, ...) and token numbers (B, L) of the images at int64 indices (B,)."""
-        return Example(self.latents[indices.to(self.latents.device)], {"input_ids": self.ids[indices]})
+        return Example(self.latents[indices.to(self.latents.device)], self._cond(indices))
+
+    def _cond(self, indices: Tensor) -> Cond:
+        at = indices.to(self.latents.device)
+        return {"input_ids": self.ids[indices]} | ({"image_latents": self.conditions[at]} if self.edits else {})
 
     def batches(self, accelerator: Accelerator) -> Callable[[int], Batch]:
         """step -> Batch of latents and token numbers; a share of the captions is dropped for guidance."""
@@ -199,9 +220,9 @@ class TextTeacher:
         def write(step: int) -> None:
             noise = [torch.randn(self.teacher.shape, generator=g) for g in image_generators(0, range(24))]
             z = torch.stack(noise).to(self.latents)
-            cond: Cond = {"input_ids": self.ids[torch.arange(24) % len(self.ids)].to(z.device)}
+            cond = {name: value.to(z.device) for name, value in self._cond(torch.arange(24) % len(self.ids)).items()}
             x0 = sample_ode(ddim_step, guided(denoiser, SHOWN_GUIDANCE), denoiser.schedule, z, SHOWN_STEPS, cond)
-            autoencoder = FAMILIES[FAMILY].autoencoder
+            autoencoder = FAMILIES[self.family].autoencoder
             assert autoencoder is not None
             images = autoencoder.decode(vae, x0).clamp(-1, 1).cpu()
             save_png(

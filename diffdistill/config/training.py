@@ -216,9 +216,10 @@ rule (`training.derived`), the method's and these defaults where there is none."
 class TeacherConfig(FitConfig):
     """Network and data."""
 
-    architecture: Literal["unet2d", "stable-diffusion"] = option(
+    architecture: Literal["unet2d", "stable-diffusion", "instruct-pix2pix"] = option(
         "unet2d",
-        "unet2d: a pixel model of classes; stable-diffusion: a latent model of captions, its autoencoder trained first",
+        "unet2d: a pixel model of classes; stable-diffusion: a latent model of captions, its autoencoder first; "
+        "instruct-pix2pix: one that changes images, from data with condition images",
     )
     steps: int = option(10000, "iterations", at_least=1)
     batch_size: int = option(128, "samples of a training step in each process", at_least=1)

@@ -23,6 +23,9 @@ from diffdistill.data.texts import (
 from diffdistill.errors import UserError
 
 T = TypeVar("T")
+#: What metadata call the file of a condition image, in small letters; `_file_name` may follow.
+CONDITIONS = ("condition_image", "condition", "conditioning_image", "source_image", "input_image", "original_image")
+_BESIDE = ".condition"
 _TABLES = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
 
 
@@ -56,7 +59,8 @@ def read_metadata(
             raise UserError(f"data: {path}, {unit} {number} has no 'file_name'; give {form}")
         if not exists(path.parent / row["file_name"]):
             raise UserError(f"data: {path}, {unit} {number}: the file {row['file_name']!r} does not exist")
-    others = set(listed(path.parent)) - {os.path.normpath(row["file_name"]) for _, row in rows}
+    named = {row["file_name"] for _, row in rows} | {condition_of(row) or "" for _, row in rows}
+    others = set(listed(path.parent)) - {os.path.normpath(name) for name in named}
     if others and rows:
         here = f"{len(others)} {what} beside it are not in it and passed over"
         note(f"data: {printable(str(path))}: {here}, {printable(min(others))} the first")
@@ -67,6 +71,49 @@ def read_metadata(
         all_or_none(captions, places, "caption ('text')"),
         all_or_none(labels, places, "label"),
     )
+
+
+def condition_of(row: Any) -> str | None:
+    """The file of the condition image that a row of metadata names; None if it names none."""
+    fields = {str(name).lower().removesuffix("_file_name"): value for name, value in dict(row).items()}
+    return next((fields[name] for name in CONDITIONS if isinstance(fields.get(name), str)), None)
+
+
+def conditions_in(path: Path, field: str = "data") -> list[str]:
+    """The condition images of a metadata file or of prompts, in their order; UserError if one is not named or there."""
+    read: Callable[[Path, str], Sequence[tuple[int, Any]]] = (_TABLES | {".ndjson": read_jsonl, ".tsv": read_csv})[
+        path.suffix.lower()
+    ]
+    found, unit = [], "row" if path.suffix == ".parquet" else "line"
+    for number, row in read(path, field):
+        name = condition_of(row) if isinstance(row, dict) else None
+        if name is None:
+            raise UserError(
+                f"{field}: {path}, {unit} {number} names no condition image, which this teacher reads; give one as "
+                f"{CONDITIONS[0]!r}"
+            )
+        if not os.path.isfile(path.parent / name):
+            raise UserError(f"{field}: {path}, {unit} {number}: the condition image {name!r} does not exist")
+        found.append(name)
+    return found
+
+
+def conditions_beside(root: Path, files: list[str]) -> tuple[list[str], list[str]]:
+    """Images, and the condition image of each: of `a.png` it is `a.condition.png`, or another kind of image.
+
+    UserError for an image without one.
+    """
+    stems = {os.path.splitext(file)[0]: file for file in files}
+    images = [file for file in files if not os.path.splitext(file)[0].lower().endswith(_BESIDE)]
+    conditions = [stems.get(os.path.splitext(file)[0] + _BESIDE) for file in images]
+    for image, condition in zip(images, conditions, strict=True):
+        if condition is None:
+            name = os.path.basename(os.path.splitext(image)[0])
+            raise UserError(
+                f"data: {root / image} has no condition image, which this teacher reads; put {name}{_BESIDE}.png "
+                f"beside it, or name one in a metadata.jsonl as {CONDITIONS[0]!r}"
+            )
+    return images, [condition for condition in conditions if condition is not None]
 
 
 def captions_beside(root: Path, files: list[str]) -> list[str] | None:

@@ -25,7 +25,7 @@ from diffdistill.core.denoiser import Cond
 from diffdistill.data.buckets import bucket_sizes, in_buckets
 from diffdistill.data.examples import Example, check_classes
 from diffdistill.data.hub import Ended
-from diffdistill.data.images import open_data
+from diffdistill.data.images import open_data, open_pairs
 from diffdistill.data.processes import Processes
 from diffdistill.data.shards import (
     Kind,
@@ -53,6 +53,7 @@ from diffdistill.families import (
     local_folder,
     with_null,
 )
+from diffdistill.families._family import OWN_NULL
 from diffdistill.families._parts import one_of_each
 from diffdistill.files import atomic_write
 from diffdistill.options import build
@@ -142,7 +143,7 @@ def negative_prompt(family: Family, chosen: str | None) -> str | None:
 
 def with_prompts(teacher: Teacher, encoded: Encoded) -> Teacher:
     """The teacher with the conditions of "no prompt", and of the first prompt where only their shapes matter."""
-    if encoded.null:
+    if encoded.null or any(name.startswith(OWN_NULL) for name in encoded.shards[0]):
         with_null(teacher.denoiser, encoded.null)
     return replace(teacher, example_cond=encoded.get(torch.zeros(1, dtype=torch.int64)).cond)
 
@@ -221,7 +222,8 @@ def _encode_buckets(out: Path, config: EncodeConfig, processes: Processes, encod
         wrong = "prompts alone have no ratio" if config.data is None else "a stream is read once, in order"
         wrong = wrong if encoder.frames is None else "videos are of one size"
         raise UserError(f"buckets: {wrong}; leave it out")
-    whole = open_data(config.data, resolution=encoder.size, channels=3)
+    opening = open_pairs if encoder.family.reads_image else open_data
+    whole = opening(config.data, resolution=encoder.size, channels=3)
     assert whole.stored is not None
     held = in_buckets(whole.stored()[: config.count], bucket_sizes(encoder.size))
     # Before anything is encoded: UserError for a size that the family cannot have.
@@ -313,9 +315,10 @@ class _Encoder:
         """Latents and conditions (n, ...) of consecutive rows of the data."""
         columns: dict[str, Tensor] = {}
         captions = None if source.texts is None else source.texts(indices)
+        conditions = None if source.conditions is None else source.conditions(indices)
         if source.images is not None:
             samples = source.images.get(torch.tensor(indices))
-            captions, vae = samples.captions, self.pipeline.vae
+            captions, vae, conditions = samples.captions, self.pipeline.vae, samples.conditions
             assert self.family.autoencoder is not None
             columns["latents"] = self.family.autoencoder.encode(vae, samples.images.to(self.device, vae.dtype))
             if self.family.text is None:
@@ -324,7 +327,8 @@ class _Encoder:
                 check_classes(f"{self.config.data!r}", max(highest, source.images.num_classes or 0), self.num_classes)
                 columns["class_labels"] = samples.labels
         if self.family.text is not None:
-            columns |= self.family.text.encode(self.pipeline, list(captions or ()), self.prompt)
+            prompt = self.prompt._replace(images=conditions)
+            columns |= self.family.text.encode(self.pipeline, list(captions or ()), prompt)
         return self.stored(columns)
 
     def stored(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from diffdistill.data.beside import captions_beside, metadata_of, read_metadata
+from diffdistill.data.beside import captions_beside, conditions_beside, conditions_in, metadata_of, read_metadata
 from diffdistill.data.files import (
     IMAGE_SUFFIXES,
     is_cut_short,
@@ -57,33 +57,40 @@ class Pictures(NamedTuple):
     num_classes: int | None
     texts: Callable[[list[int]], list[str]] | None
     fingerprint: str  #: 16 hex digits
+    #: The condition images of the samples, and names of them; None: they were not asked for.
+    conditions: Callable[[list[int]], list[Source]] | None = None
+    condition_title: Callable[[int], str] = str
 
 
-def open_folder(path: Path, split: str | None) -> Pictures:
+def open_folder(path: Path, split: str | None, conditioned: bool = False) -> Pictures:
     """A folder of image files, at any depth; hidden files and folders are passed over.
 
     With a metadata.jsonl, .csv or .parquet, its rows are the samples. Else a caption is the .txt beside an
     image, if all have one; and where all images lie in several sub-folders, the sub-folders are the classes: numbers
-    as they are, names in sorted order. Raises UserError for what cannot be read, an image that is cut short for one.
+    as they are, names in sorted order. `conditioned`: each sample has a condition image too, which a field of the
+    metadata names, or which is NAME.condition.png beside NAME.png. Raises UserError for what cannot be read, an image
+    that is cut short for one.
     """
     root = path / split if split else path
     metadata = next(iter(metadata_of(root)), None)
     listing, labels = b"", None
     if metadata is not None:
         files, captions, labels = read_metadata(metadata)
+        conditions = conditions_in(metadata) if conditioned else []
         listing = metadata.read_bytes()
     else:
         passed: Counter[str] = Counter()
         files = sorted(walk(root, passed)) if root.is_dir() else []
+        files, conditions = conditions_beside(root, files) if conditioned else (files, [])
         tops = {file.partition("/")[0] for file in files if "/" in file}
         if not root.is_dir():
             raise UserError(f"data: {path} has no split {split!r}; {root} is not a folder")
         training = [top for top in sorted(tops) if top.lower() in ("train", "training")]
         if not split and training and {top.lower() for top in tops} <= _SPLITS:
-            return open_folder(path, training[0])
+            return open_folder(path, training[0], conditioned)
         inner = _inner_with_metadata(root, files)
         if inner is not None:
-            return open_folder(inner, None)
+            return open_folder(inner, None, conditioned)
         loose = next((file for file in files if "/" not in file), None)
         if loose and len(tops) > 1:
             raise UserError(
@@ -101,7 +108,7 @@ def open_folder(path: Path, split: str | None) -> Pictures:
     if not files:
         raise UserError(f"data: {root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     digest = hashlib.blake2b(listing, digest_size=8)
-    for file, size in zip(files, _sizes(root, files), strict=True):
+    for file, size in zip([*files, *conditions], _sizes(root, [*files, *conditions]), strict=True):
         digest.update(os.fsencode(f"{file}\0{size}\n"))
 
     def title(i: int) -> str:
@@ -112,7 +119,12 @@ def open_folder(path: Path, split: str | None) -> Pictures:
 
     classes, num_classes = class_numbers(labels, len(files), str(metadata or root))
     texts = None if captions is None else lambda indices: [captions[i] for i in indices]
-    return Pictures(len(files), fetch, title, classes, num_classes, texts, digest.hexdigest())
+    pictures = Pictures(len(files), fetch, title, classes, num_classes, texts, digest.hexdigest())
+    return _with_conditions(pictures, [str(root / name) for name in conditions]) if conditioned else pictures
+
+
+def _with_conditions(pictures: Pictures, places: list[str]) -> Pictures:
+    return pictures._replace(conditions=lambda rows: [places[i] for i in rows], condition_title=places.__getitem__)
 
 
 def _inner_with_metadata(root: Path, files: list[str]) -> Path | None:
@@ -279,6 +291,45 @@ def _decode_one(source: Source, title: str, shape: tuple[int, int, int], resize:
     if image.size != (width, height):  # the header scan misses an orientation that follows a PNG's pixels
         raise _odd_size(title, image.size, (width, height))
     return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1)
+
+
+def decode_conditions(pictures: Pictures, indices: list[int], shape: tuple[int, int, int]) -> Tensor:
+    """The condition images (B, *shape), as `decode` gives the images themselves.
+
+    UserError for one of another ratio than its image, which would be cut to another part of what both show.
+    """
+    assert pictures.conditions is not None
+    sources = pictures.conditions(indices)
+    for i, image, condition in zip(indices, pictures.fetch(indices), sources, strict=True):
+        sizes = []
+        for source, title in ((image, pictures.title(i)), (condition, pictures.condition_title(i))):
+            with naming_image(title):
+                width, height, _ = using(source, _size_and_mode)
+                sizes.append((height, width))
+        check_ratio(pictures.condition_title(i), sizes[1], sizes[0], "its image")
+    twin = pictures._replace(fetch=lambda rows: sources, title=pictures.condition_title)
+    return decode(twin, indices, shape, resize=True)
+
+
+def condition_picture(path: str | os.PathLike[str], size: tuple[int, int]) -> Image.Image:
+    """The image of a file in that height and width; UserError for one that cannot be read, or of another ratio."""
+    name = os.fspath(path)
+    if not os.path.isfile(name):
+        raise UserError(f"image: the file {name!r} does not exist")
+    with naming_image(name):
+        width, height, _ = using(name, _size_and_mode)
+        picture = using(name, lambda opened: pixels_of(opened, (3, *size), True, None))
+    check_ratio(name, (height, width), size, "the model makes", "image")
+    return picture
+
+
+def check_ratio(title: str, size: tuple[int, int], other: tuple[int, int], what: str, field: str = "data") -> None:
+    """UserError for a condition image whose height and width have not the ratio of the other's, to a pixel."""
+    if abs(size[0] * other[1] - size[1] * other[0]) > max(*size, *other):
+        one, two = (f"{height}x{width}" for height, width in (size, other))
+        raise UserError(
+            f"{field}: the condition image {title} is {one}, and {what} {two} (height by width); bring it to that ratio"
+        )
 
 
 def middle_box(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:

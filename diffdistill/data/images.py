@@ -23,6 +23,7 @@ from diffdistill.data.folder import (
     channels_first,
     class_numbers,
     decode,
+    decode_conditions,
     find_shape,
     holds_images,
     middle_box,
@@ -30,14 +31,14 @@ from diffdistill.data.folder import (
     sizes_of,
 )
 from diffdistill.data.hub import is_saved, open_hub, open_stream
-from diffdistill.data.shapes import draw_many
+from diffdistill.data.shapes import draw_edits, draw_many
 from diffdistill.data.texts import printable
 from diffdistill.data.webdataset import named_shards, open_shards, shards_of
 from diffdistill.errors import UserError
 from diffdistill.options import Sides
 
 ACCEPTED = (
-    "'digits', 'shapes' or 'shapes:COUNT' (drawn, with captions), "
+    "'digits', 'shapes' or 'shapes:COUNT' (drawn, with captions), 'edits' (drawn, from one to another), "
     "a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl, .csv, .parquet), "
     "WebDataset shards (.tar, a folder or pattern of them), a .npz, .npy, .safetensors or .parquet file, "
     "a save_to_disk folder, or a Hugging Face dataset (user/name)"
@@ -51,6 +52,7 @@ class Samples(Example):
 
     x0: Tensor
     captions: list[str] | None = None  #: B texts
+    conditions: Tensor | None = None  #: float32 (B, C, H, W) in [-1, 1], the images that these are made from
 
     @property
     def images(self) -> Tensor:
@@ -95,19 +97,35 @@ def _samples(images: Tensor, labels: Tensor | None, captions: list[str] | None) 
     return Samples(images, {} if labels is None else {"class_labels": labels}, captions=captions)
 
 
+def open_pairs(spec: str, *, resolution: int | Sides | None = None, channels: int | None = None) -> Data:
+    """`open_data` of images that each come with a condition image; UserError for a kind of data that has none.
+
+    They are folders of images, WebDataset shards, and the drawn `edits`.
+    """
+    data = open_data(spec, resolution=resolution, channels=channels, conditioned=True)
+    if data.get(torch.arange(1)).conditions is None:
+        raise UserError(
+            f"data: {spec!r} has no condition images, which this teacher reads; give a folder of images with them, "
+            "WebDataset shards, or 'edits'"
+        )
+    return data
+
+
 def open_data(
     spec: str,
     *,
     resolution: int | Sides | None = None,
     channels: int | None = None,
     resample: str | None = None,
+    conditioned: bool = False,
 ) -> Data:
     """Open what `spec` names (see ACCEPTED); 'SPEC#split' picks a split, by default 'train', of digits all of them.
 
     resolution: a side, or height and width, in pixels: the middle of each image, as large as can be of that ratio, is
     resized to it, bicubic and antialiased; None keeps images as they are. resample: encoded images are resized by this
     filter of Pillow's, and without the short cuts that are otherwise taken. channels: 1 (grey) or 3 (RGB); None keeps
-    what the data has, RGB if any image is. Transparency is put on white, EXIF orientation is applied. Arrays are held
+    what the data has, RGB if any image is. conditioned: each sample has a condition image besides. Transparency is put
+    on white, EXIF orientation is applied. Arrays are held
     in memory, the rest is decoded batch by batch. Raises UserError if `spec` is of no known kind, or is missing, empty
     or unusable.
     """
@@ -121,6 +139,8 @@ def open_data(
         return digits if spec == "digits" else _digits_part(digits, test=spec.endswith("test"))
     if drawn := re.fullmatch(r"shapes(?::([1-9]\d{0,6}))?", spec):
         return _open_shapes(spec, int(drawn[1] or 4000), size, channels)
+    if drawn := re.fullmatch(r"edits(?::([1-9]\d{0,6}))?", spec):
+        return open_edits(spec, int(drawn[1] or 4000), size, channels)
     base, split = spec, None
     if "#" in spec and not Path(spec).expanduser().exists():  # a path may itself hold a '#'
         base, _, split = spec.rpartition("#")
@@ -133,12 +153,12 @@ def open_data(
     else:
         shards = [] if path.exists() else named_shards(str(path))
     if shards:
-        return _open_pictures(open_shards(shards, base), name, size, channels, resample)
+        return _open_pictures(open_shards(shards, base, conditioned), name, size, channels, resample)
     is_folder = bool(base) and path.is_dir() and not is_saved(path)  # an empty path would be the current folder
     if is_folder and not holds_images(path) and (shards := shards_of(path)):
-        return _open_pictures(open_shards(shards, base), name, size, channels, resample)
+        return _open_pictures(open_shards(shards, base, conditioned), name, size, channels, resample)
     if is_folder and (holds_images(path / (split or "")) or not any(path.glob("**/*.parquet"))):
-        return _open_pictures(open_folder(path, split), name, size, channels, resample)
+        return _open_pictures(open_folder(path, split, conditioned), name, size, channels, resample)
     if is_folder or is_saved(path) or (path.is_file() and path.suffix.lower() == ".parquet"):
         return _open_pictures(open_hub(str(path), split), name, size, channels, resample)
     if path.exists() or not base:
@@ -207,16 +227,35 @@ def _open_shapes(name: str, count: int, size: Sides | None, channels: int | None
     return Data(name, (channels, height, width), None, digest, count, read, lambda: [_pair(images.shape[2])] * count)
 
 
+def open_edits(name: str, count: int, size: Sides | None, channels: int | None, seed: int = 0) -> Data:
+    """The first drawn edits of the seed (see shapes.py): images, what they are made from, and what is to be changed."""
+    edits = draw_edits(seed, count)
+    digest = hashlib.blake2b(edits.images.mul(127).round().to(torch.int8).numpy().data, digest_size=8).hexdigest()
+    (height, width), channels = size or edits.images.shape[2:], channels or 3
+
+    def read(indices: list[int]) -> Samples:
+        image, condition = (
+            _resized(_recolour(all_of[indices], channels), height, width) for all_of in (edits.images, edits.conditions)
+        )
+        return Samples(image, captions=[edits.captions[i] for i in indices], conditions=condition)
+
+    sizes = [_pair(edits.images.shape[2])] * count
+    return Data(name, (channels, height, width), None, f"{digest}", count, read, lambda: sizes)
+
+
 def _open_pictures(
     pictures: Pictures, name: str, size: Sides | None, channels: int | None, resample: str | None
 ) -> Data:
-    total, _, _, classes, num_classes, texts, fingerprint = pictures
+    total, _, _, classes, num_classes, texts, fingerprint, conditions, _ = pictures
     shape = find_shape(pictures, size, channels)
 
     def read(indices: list[int]) -> Samples:
         images = decode(pictures, indices, shape, resize=size is not None, resample=resample)
         labels = None if classes is None else classes[indices]
-        return _samples(images, labels, None if texts is None else texts(indices))
+        samples = _samples(images, labels, None if texts is None else texts(indices))
+        return (
+            samples if conditions is None else replace(samples, conditions=decode_conditions(pictures, indices, shape))
+        )
 
     return Data(name, shape, num_classes, fingerprint, total, read, lambda: sizes_of(pictures))
 

@@ -54,8 +54,43 @@ def caption(colour: int, shape: int, position: int) -> str:
     return f"a {COLOURS[colour]} {SHAPES[shape]} {POSITIONS[position]}"
 
 
+class Edits(NamedTuple):
+    """N pictures, what each was made from, and the attributes that the picture shows."""
+
+    images: Tensor  #: float32 (N, 3, SIDE, SIDE) in [-1, 1]
+    conditions: Tensor  #: the same shapes in another colour each
+    captions: list[str]  #: "make it red"
+    attributes: Tensor  #: (N, 3) indices of colour, shape and position
+
+
 def draw(seed: int, i: int) -> Drawing:
     """Picture i of the seed: every attribute uniform, with jitter in size, place and the background's brightness."""
+    (colour, shape, position), mask, ground, _ = _plan(seed, i)
+    return Drawing(_coloured(mask, ground, colour), caption(colour, shape, position), (colour, shape, position))
+
+
+def draw_edits(seed: int, count: int) -> Edits:
+    """Edits 0..count-1: picture i of the seed as the condition, and in another colour, which the caption names."""
+    rows = []
+    for i in range(count):
+        (colour, shape, position), mask, ground, g = _plan(seed, i)
+        new = (colour + 1 + int(torch.randint(len(COLOURS) - 1, (), generator=g))) % len(COLOURS)
+        rows.append((_coloured(mask, ground, new), _coloured(mask, ground, colour), new, shape, position))
+    return Edits(
+        torch.stack([row[0] for row in rows]),
+        torch.stack([row[1] for row in rows]),
+        [f"make it {COLOURS[row[2]]}" for row in rows],
+        torch.tensor([row[2:] for row in rows]),
+    )
+
+
+def _coloured(mask: Tensor, ground: float, colour: int) -> Tensor:
+    """The picture (3, SIDE, SIDE) of a shape's mask in a colour, in [-1, 1]."""
+    return 2 * (ground + mask * (torch.tensor(PALETTE[COLOURS[colour]]).view(3, 1, 1) - ground)) - 1
+
+
+def _plan(seed: int, i: int) -> tuple[tuple[int, int, int], Tensor, float, torch.Generator]:
+    """Attributes of picture i, its mask, its background's brightness, and the generator behind them."""
     g = generator("cpu", seed, i, "shapes")
     kind = int(torch.randint(KINDS, (), generator=g))
     rest, position = divmod(kind, len(POSITIONS))
@@ -64,9 +99,7 @@ def draw(seed: int, i: int) -> Drawing:
     x, y = PLACES[POSITIONS[position]]
     radius = RADII[0] + (RADII[1] - RADII[0]) * size
     mask = _mask(SHAPES[shape], SIDE, x + JITTER * (2 * dx - 1), y + JITTER * (2 * dy - 1), radius)
-    ground = 0.3 * brightness
-    image = ground + mask * (torch.tensor(PALETTE[COLOURS[colour]]).view(3, 1, 1) - ground)
-    return Drawing(2 * image - 1, caption(colour, shape, position), (colour, shape, position))
+    return (colour, shape, position), mask, 0.3 * brightness, g
 
 
 def draw_many(seed: int, count: int) -> tuple[Tensor, list[str], Tensor]:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from diffdistill.config import EncodeConfig
+from diffdistill.data.beside import conditions_in
 from diffdistill.data.examples import check_classes
+from diffdistill.data.folder import Pictures, check_ends, decode
 from diffdistill.data.hub import open_stream
-from diffdistill.data.images import Data, open_data, part, stream_data
+from diffdistill.data.images import Data, open_data, open_pairs, part, stream_data
 from diffdistill.data.prompts import all_prompts
 from diffdistill.data.texts import looked_for
 from diffdistill.data.videos import open_videos
 from diffdistill.errors import UserError
 from diffdistill.families import Family
+
+CONDITIONED = (".jsonl", ".ndjson", ".csv", ".tsv")  #: files of prompts whose rows may name condition images
 
 
 class Encoder(Protocol):
@@ -37,6 +44,7 @@ class Source:
     texts: Callable[[range], list[str]] | None
     count: int
     fingerprint: str
+    conditions: Callable[[range], Tensor] | None = None  #: condition images (n, 3, H, W) in [-1, 1] of texts alone
 
 
 def open_source(config: EncodeConfig, encoder: Encoder, kept: list[int] | None = None) -> Source:
@@ -49,7 +57,11 @@ def open_source(config: EncodeConfig, encoder: Encoder, kept: list[int] | None =
     if config.data is None:
         if family.text is None:
             raise UserError(f"prompts: {config.teacher!r} takes class labels; give images and classes with --data")
+        if family.reads_image:
+            return _conditioned_prompts(config, encoder)
         return Source(None, *prompts_of(str(config.prompts), config.count, config.streaming))
+    if family.reads_image and config.streaming:
+        raise UserError("streaming: condition images are read from folders of images and .tar shards; leave it out")
     if encoder.frames is not None:
         if config.streaming:
             raise UserError("streaming: videos are read from a folder; leave it out")
@@ -57,7 +69,8 @@ def open_source(config: EncodeConfig, encoder: Encoder, kept: list[int] | None =
     elif config.streaming:
         images = stream_data(config.data, count=config.count, resolution=encoder.size, channels=3)
     else:
-        images = open_data(config.data, resolution=encoder.size, channels=3)
+        opening = open_pairs if family.reads_image else open_data
+        images = opening(config.data, resolution=encoder.size, channels=3)
     images = images if kept is None else part(images, kept)
     first = images.get(torch.arange(1))
     if (first.captions if family.text else first.labels) is None:
@@ -67,6 +80,28 @@ def open_source(config: EncodeConfig, encoder: Encoder, kept: list[int] | None =
     if family.text is None:
         check_classes(f"{config.data!r}", images.num_classes, encoder.num_classes)
     return Source(images, None, min(len(images), config.count or len(images)), images.fingerprint)
+
+
+def _conditioned_prompts(config: EncodeConfig, encoder: Encoder) -> Source:
+    """Prompts with the condition images that their rows name; UserError for prompts of another kind."""
+    path = Path(str(config.prompts)).expanduser()
+    if config.streaming or path.suffix.lower() not in CONDITIONED:
+        raise UserError(
+            f"prompts: {encoder.family.name} reads a condition image with each prompt; give a .jsonl or .csv whose "
+            "rows have 'prompt' and 'condition_image', or --data"
+        )
+    texts, count, fingerprint = prompts_of(str(path), config.count, streaming=False)
+    files = conditions_in(path, "prompts")[:count]
+    places: list[Any] = [str(path.parent / file) for file in files]
+    check_ends(places, places)
+    sizes = "".join(f"{file}\0{os.path.getsize(place)}\n" for file, place in zip(files, places, strict=True))
+    digest = hashlib.blake2b(f"{fingerprint} {sizes}".encode(), digest_size=8).hexdigest()
+    pictures = Pictures(count, lambda rows: [places[i] for i in rows], places.__getitem__, None, None, None, digest)
+
+    def conditions(rows: range) -> Tensor:
+        return decode(pictures, list(rows), (3, *encoder.size), resize=True)
+
+    return Source(None, texts, count, digest, conditions)
 
 
 def prompts_of(spec: str, count: int | None, streaming: bool) -> tuple[Callable[[range], list[str]], int, str]:

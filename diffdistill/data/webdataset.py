@@ -26,6 +26,7 @@ from diffdistill.errors import UserError, first_line
 _IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
 _TEXTS = tuple(suffix.removeprefix(".") for suffix in CAPTION_SUFFIXES)
 _KNOWN = {*_IMAGES, *_TEXTS, "json", "cls"}
+_CONDITION = ".condition"
 _ROW = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -81,10 +82,11 @@ def _counted(pattern: str) -> list[str]:
     return [f"{pattern[: row.start()]}{number:0{width}d}{rest}" for number in numbers for rest in rests]
 
 
-def open_shards(shards: list[Path], where: str) -> Pictures:
+def open_shards(shards: list[Path], where: str, conditioned: bool = False) -> Pictures:
     """The samples with an image of .tar files, in the order in which they lie there; `where` is their name for people.
 
-    The fingerprint is that of the files' names and bytes. Raises UserError for an archive that cannot be read or is
+    The fingerprint is that of the files' names and bytes. `conditioned`: each sample has a condition image too, its
+    `.condition.png` or another kind of image. Raises UserError for an archive that cannot be read or is
     cut short, for none with an image, for a caption that is no UTF-8 or a class that is no whole number, and where
     only some of the samples have one.
     """
@@ -93,7 +95,8 @@ def open_shards(shards: list[Path], where: str) -> Pictures:
     for shard in shards:
         held = _index(shard)
         with_image = [(name, parts) for name, parts in held if parts.keys() & _IMAGES]
-        _note_passed(shard, held)
+        if not conditioned:
+            _note_passed(shard, held)
         _check_images(shard, with_image)
         samples += with_image
         digest.update(os.fsencode(f"{shard.name}\0{shard.stat().st_size}\n"))
@@ -110,7 +113,14 @@ def open_shards(shards: list[Path], where: str) -> Pictures:
         return [pictures[i].read() for i in indices]
 
     texts = None if captions is None else lambda indices: [captions[i] for i in indices]
-    return Pictures(len(samples), fetch, names.__getitem__, classes, num_classes, texts, digest.hexdigest())
+    found = Pictures(len(samples), fetch, names.__getitem__, classes, num_classes, texts, digest.hexdigest())
+    if not conditioned:
+        return found
+    conditions = [_condition(name, parts) for name, parts in samples]
+    return found._replace(
+        conditions=lambda rows: [conditions[i].read() for i in rows],
+        condition_title=lambda i: f"{names[i]}{_CONDITION}",
+    )
 
 
 def _index(shard: Path) -> list[tuple[str, dict[str, _Member]]]:
@@ -206,6 +216,13 @@ def _check_images(shard: Path, samples: list[tuple[str, dict[str, _Member]]]) ->
 
 def _image(parts: dict[str, _Member]) -> _Member:
     return next(parts[suffix] for suffix in parts if suffix in _IMAGES)
+
+
+def _condition(name: str, parts: dict[str, _Member]) -> _Member:
+    found = next((parts[f"{_CONDITION[1:]}.{kind}"] for kind in _IMAGES if f"{_CONDITION[1:]}.{kind}" in parts), None)
+    if found is None:
+        raise UserError(f"data: {name} has no condition image, which this teacher reads; add a {_CONDITION}.png to it")
+    return found
 
 
 def _label(name: str, parts: dict[str, _Member]) -> int | None:

@@ -27,6 +27,7 @@ from diffdistill.families import (
     load_teacher,
     with_null,
 )
+from diffdistill.families._family import OWN_NULL, example_images
 from diffdistill.families._parts import Config
 from diffdistill.options import Size
 from diffdistill.players.teacher import Teacher
@@ -103,7 +104,7 @@ def conditions(pipe: Any, folder: Path, family: Family, teacher: Teacher, prompt
     """
     if family.text is not None:
         try:
-            size = Prompt(family.pixels(folder, teacher.shape))
+            size = prompt_of(family, folder, teacher)
             with torch.no_grad():
                 cond = family.text.encode(pipe, [prompt], size)
                 with_null(teacher.denoiser, family.text.null(pipe, size))
@@ -112,7 +113,7 @@ def conditions(pipe: Any, folder: Path, family: Family, teacher: Teacher, prompt
         except Exception as error:  # whatever a family's own code raises
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"family: {family.name}'s text cannot encode a prompt ({reason})") from error
-        return cond, {"prompt": prompt}
+        return cond, {"prompt": prompt} | ({} if size.images is None else {"image": size.pictures[0]})
     if teacher.num_classes is None:
         return {}, {}
     label = min(7, teacher.num_classes - 1)
@@ -122,6 +123,12 @@ def conditions(pipe: Any, folder: Path, family: Family, teacher: Teacher, prompt
         )
     device = next(teacher.denoiser.parameters()).device
     return {"class_labels": torch.tensor([label], device=device)}, {"class_labels": [label]}
+
+
+def prompt_of(family: Family, folder: Path, teacher: Teacher, count: int = 1, negative: str | None = None) -> Prompt:
+    """How so many prompts are encoded for the teacher, with as many images for a family that reads them."""
+    size = family.pixels(folder, teacher.shape)
+    return Prompt(size, negative=negative, images=example_images(count, size) if family.reads_image else None)
 
 
 def _take_plain_steps(case: Case) -> None:
@@ -321,12 +328,14 @@ def text_check(case: Case, prompt: str) -> Check:
     text, other = case.family.text, "cat"
     if text is None:
         return Check("text", None, "the family reads no prompts")
-    size = Prompt(case.family.pixels(case.folder, case.teacher.shape))
+    size = prompt_of(case.family, case.folder, case.teacher, 2)
+    second = size if size.images is None else size._replace(images=size.images[1:])
     with torch.no_grad():
         both = text.encode(case.pipe, [prompt, other], size)
         null = text.null(case.pipe, size)
+        alone = text.encode(case.pipe, [other], second)
     for key, value in both.items():
-        for i, row in enumerate((case.cond, text.encode(case.pipe, [other], size))):
+        for i, row in enumerate((case.cond, alone)):
             if len(value) != 2 or row[key].shape != value[:1].shape:
                 shapes = f"{tuple(value.shape)} of two prompts and {tuple(row[key].shape)} of one"
                 return Check("text", False, f"{key} is {shapes}; all prompts must be padded to one length")
@@ -334,6 +343,7 @@ def text_check(case: Case, prompt: str) -> Check:
                 return Check("text", False, f"{key} of a prompt is another beside a second prompt")
     if unknown := [key for key in null if key not in both or null[key].shape[1:] != both[key].shape[1:]]:
         return Check("text", False, f"null gives {unknown[0]}, which is no condition of a prompt, or of another shape")
+    null |= {key.removeprefix(OWN_NULL): value[:1] for key, value in both.items() if key.startswith(OWN_NULL)}
     if all(gap(null[key].double(), case.cond[key].double()) < 1e-6 for key in null):
         return Check("text", False, "null is what the prompt is: guidance would do nothing")
     return Check("text", True, ", ".join(f"{key} {tuple(value.shape[1:])}" for key, value in both.items()))

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
+import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Call, Cond, Denoiser
@@ -50,6 +52,26 @@ class Prompt(NamedTuple):
     resolution: tuple[int, int]  #: height and width of the image in pixels
     guidance: float = 3.5  #: the scale that a network with an embedded guidance scale is given
     negative: str | None = None  #: stands in place of "no prompt"; None: what the family has for it
+    images: Tensor | None = None  #: (n, 3, H, W) in [-1, 1] of that size, what n prompts are to change
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """The images as the stock pipeline is given them."""
+        assert self.images is not None
+        bytes_ = (self.images.float().cpu() + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+        return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in bytes_]
+
+
+OWN_NULL = "null."
+"""Before the name of a condition: what stands in its place where there is no prompt, of each prompt its own."""
+
+
+def example_images(n: int, size: Sides) -> Tensor:
+    """(n, 3, H, W) in [-1, 1] of 8 bits, pictures to be changed where only their size matters; no two are alike."""
+    rows, columns = (torch.linspace(-1, 1, side) for side in size)
+    plane = torch.stack([rows[:, None].expand(size), columns.expand(size), rows[:, None] * columns])
+    images = torch.stack([plane.roll(i, 0) * 0.9**i for i in range(n)])
+    return (127.5 * images + 127.5).round() / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +95,9 @@ class Text:
     """How a family reads prompts, through the pipeline's own `encode_prompt`.
 
     `encode` gives the conditions (n, ...) of n prompts by the network's names for them; those of "no prompt", or of the
-    negative prompt, come from `null`. `components` are the pipeline's parts that this needs.
+    negative prompt, come from `null`. A family that reads images has those of the prompts in `Prompt.images`; where
+    what "no prompt" means depends on them, `encode` gives it too, under OWN_NULL and the name, and `null` leaves it
+    out. `components` are the pipeline's parts that this needs.
     """
 
     components: tuple[str, ...]
@@ -100,7 +124,7 @@ def plain_text(
 
     def null(pipe: Any, prompt: Prompt) -> Cond:
         chosen = (text for text in (prompt.negative, negative, "") if text is not None)
-        return encode(pipe, [next(chosen)], prompt)
+        return encode(pipe, [next(chosen)], prompt._replace(images=None))
 
     return Text(components, encode, null, optional, negative, advised)
 
@@ -139,6 +163,7 @@ class Family:
     stock_guidance: str = "u + g (c - u)"  #: for the table
     loads_lora: bool = True  #: the stock pipeline has `load_lora_weights`
     videos: bool = False  #: the samples are videos
+    reads_image: bool = False  #: with each prompt comes an image, which the stock pipeline's call takes as `image`
     single_file: bool = False  #: `from_single_file` of the network's class reads the weights of a student
 
     @property
@@ -152,7 +177,8 @@ class Family:
         """What the pipeline does, as the hub calls it (`pipeline_tag`)."""
         if self.conditions != "text":
             return "unconditional-image-generation"
-        return "text-to-video" if self.videos else "text-to-image"
+        made = "video" if self.videos else "image"
+        return f"image-to-{made}" if self.reads_image else f"text-to-{made}"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -268,11 +294,15 @@ def latent_size(family: str, factor: int, native: int | Sides, resolution: Sides
 
 
 def with_null(denoiser: Denoiser, null: Cond) -> None:
-    """Tell a denoiser the conditions of "no prompt", (1, ...) each; others it leaves as they are."""
+    """Tell a denoiser the conditions of "no prompt", (1, ...) each; others it leaves as they are.
+
+    Conditions that a prompt brings along under OWN_NULL go before them.
+    """
 
     def nothing(cond: Cond) -> Cond:
         nulls = {key: value.to(cond[key]).expand_as(cond[key]) for key, value in null.items()}
-        return cond | nulls
+        own = {key.removeprefix(OWN_NULL): value for key, value in cond.items() if key.startswith(OWN_NULL)}
+        return cond | nulls | own
 
     denoiser.null = nothing
 

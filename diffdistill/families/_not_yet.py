@@ -13,17 +13,22 @@ class Missing(NamedTuple):
     reason: str  #: one line: what has to be there first
 
 
-_IMAGE = "it is conditioned on an image, which data and Text.encode do not have yet"
-
 NOT_YET = (
-    Missing("FLUX.1 Kontext", ("FluxKontextPipeline",), _IMAGE),
-    Missing("Qwen-Image-Edit", ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"), _IMAGE),
+    Missing(
+        "Qwen-Image-Edit-Plus (2509)",
+        ("QwenImageEditPlusPipeline",),
+        "a prompt may have several images, of several sizes, and a row of data has one",
+    ),
     Missing(
         "Wan 2.1 and 2.2, image to video",
         ("WanImageToVideoPipeline",),
-        _IMAGE,
+        "it reads a video's first frame, and condition images are read beside images only",
     ),
-    Missing("Stable Diffusion inpainting", ("StableDiffusionInpaintPipeline",), _IMAGE),
+    Missing(
+        "Stable Diffusion inpainting",
+        ("StableDiffusionInpaintPipeline",),
+        "it reads a mask beside an image, which data do not have yet",
+    ),
     Missing(
         "SDXL's refiner",
         ("StableDiffusionXLImg2ImgPipeline",),
@@ -60,7 +65,7 @@ NOT_YET = (
         "its folder lacks text_encoder_4, Llama 3.1, which its pipeline must be given beside the folder",
     ),
     Missing("Qwen-Image 2.1", ("QwenImage21Pipeline",), "nothing stands in the way; its file is not written yet"),
-    Missing("Z-Image Omni", ("ZImageOmniPipeline",), _IMAGE),
+    Missing("Z-Image Omni", ("ZImageOmniPipeline",), "a prompt may have several images, and a row of data has one"),
 )
 """In the order in which `diffdistill families` says them."""
 

@@ -27,61 +27,82 @@ from diffdistill.families._flow import ADDED_ATTENTION, flow_schedule
 from diffdistill.players.teacher import Teacher
 
 
-def image_ids(height: int, width: int, device: torch.device) -> Tensor:
-    """(height width, 3) zero, row and column of each token."""
+def image_ids(height: int, width: int, device: torch.device, first: int = 0) -> Tensor:
+    """(height width, 3) `first`, row and column of each token."""
     rows = torch.arange(height, device=device).repeat_interleave(width)
     columns = torch.arange(width, device=device).repeat(height)
-    return torch.stack([torch.zeros_like(rows), rows, columns], 1).float()
+    return torch.stack([torch.full_like(rows, first), rows, columns], 1).float()
 
 
-def _caller(takes_guidance: bool) -> Call:
-    """The call of a network that takes the guidance scale as an input, or does not."""
+def caller(takes_guidance: bool) -> Call:
+    """The call of a network that takes the guidance scale as an input, or does not.
+
+    The latents of an image that is to be changed, `image_latents` among the conditions, are tokens after the sample's.
+    """
 
     def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        text = cond["encoder_hidden_states"]
+        text, image = cond["encoder_hidden_states"], cond.get("image_latents")
+        tokens, ids = pack(x), image_ids(x.shape[2] // 2, x.shape[3] // 2, x.device)
+        count = tokens.shape[1]
+        if image is not None:
+            tokens = torch.cat([tokens, pack(image.to(x))], 1)
+            ids = torch.cat([ids, image_ids(image.shape[2] // 2, image.shape[3] // 2, x.device, 1)])
         output = network(
-            pack(x),
+            tokens,
             encoder_hidden_states=text,
             pooled_projections=cond["pooled_projections"],
             timestep=time / 1000,
-            img_ids=image_ids(x.shape[2] // 2, x.shape[3] // 2, x.device),
+            img_ids=ids,
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
             guidance=cond["guidance"] if takes_guidance else None,
             return_dict=False,
         )[0]
-        return unpack(output, x.shape[1:])
+        return unpack(output[:, :count], x.shape[1:])
 
     return call
 
 
-def _teacher(network: Any, source: Source) -> Teacher:
+def sample_map(output: Any, x: Tensor) -> Tensor:
+    """`token_map` of a block whose tokens of the sample are followed by those of another image."""
+    tokens = output[-1] if isinstance(output, tuple) else output
+    return token_map(tokens[:, : x.shape[2] * x.shape[3] // 4], x)
+
+
+def flux_teacher(name: str, network: Any, source: Source) -> Teacher:
+    """The teacher of a family whose network is FLUX.1's."""
     config = network.config
     factor = KL.factor(source.config("vae"))
-    size = latent_size("flux", factor, 128 * factor, source.resolution, 2)
+    size = latent_size(name, factor, 128 * factor, source.resolution, 2)
     return latent_teacher(
-        "flux",
+        name,
         network,
         source,
         (config.in_channels // 4, *size),
         flow_schedule(source.scheduler, "given", size[0] * size[1] // 4),
-        _caller(config.guidance_embeds),
+        caller(config.guidance_embeds),
         feature_layer=middle_block(
             ("transformer_blocks", config.num_layers), ("single_transformer_blocks", config.num_single_layers)
         ),
-        feature_map=token_map,
+        feature_map=sample_map,
     )
 
 
-def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+def _teacher(network: Any, source: Source) -> Teacher:
+    return flux_teacher("flux", network, source)
+
+
+def encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+    """The network's conditions of n prompts: both text encoders', and the guidance scale."""
     embeds, pooled, _ = pipe.encode_prompt(list(prompts))
     # Schnell is given it too and its call drops it: the network that would say so need not be loaded here.
     guidance = torch.full((len(prompts),), prompt.guidance, device=embeds.device)
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "guidance": guidance}
 
 
-def _null(pipe: Any, prompt: Prompt) -> Cond:
+def null(pipe: Any, prompt: Prompt) -> Cond:
+    """Those of "no prompt", (1, ...) each."""
     # Without the guidance, so that a prompt keeps its own.
-    return {key: value for key, value in _encode(pipe, [prompt.negative or ""], prompt).items() if key != "guidance"}
+    return {key: value for key, value in encode(pipe, [prompt.negative or ""], prompt).items() if key != "guidance"}
 
 
 FAMILY = Family(
@@ -94,7 +115,7 @@ FAMILY = Family(
     _teacher,
     lora_targets=ATTENTION + ADDED_ATTENTION,
     autoencoder=KL,
-    text=Text(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), _encode, _null),
+    text=Text(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), encode, null),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 3.5},
     guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": ""},
     packing=PATCHES,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffdistill.core.denoiser import Cond
+from diffdistill.core.denoiser import Call, Cond
 from diffdistill.families._family import (
     ATTENTION,
     PATCHES,
@@ -42,21 +43,28 @@ def _rescale(guided: Tensor, conditional: Tensor) -> Tensor:
     return unpack(tokens * norms, guided.shape[1:])
 
 
-def _teacher(network: Any, source: Source) -> Teacher:
+def qwen_teacher(
+    name: str, network: Any, source: Source, call: Call, feature_map: Callable[[Any, Tensor], Tensor]
+) -> Teacher:
+    """The teacher of a family whose network is Qwen-Image's."""
     config = network.config
     factor = AUTOENCODER.factor(source.config("vae"))
-    size = latent_size("qwen_image", factor, 128 * factor, source.resolution, 2)
+    size = latent_size(name, factor, 128 * factor, source.resolution, 2)
     return latent_teacher(
-        "qwen_image",
+        name,
         network,
         source,
         (config.in_channels // 4, *size),
         flow_schedule(source.scheduler, "given", size[0] * size[1] // 4),
-        _call,
+        call,
         feature_layer=f"transformer_blocks.{config.num_layers // 2}",
-        feature_map=token_map,
+        feature_map=feature_map,
         rescale=_rescale,
     )
+
+
+def _teacher(network: Any, source: Source) -> Teacher:
+    return qwen_teacher("qwen_image", network, source, _call, token_map)
 
 
 def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:

@@ -25,8 +25,13 @@ from diffdistill.players.scale_input import take_scale
 from diffdistill.players.teacher import Teacher
 
 
-def unet_teacher(family: str, call: Call, addition: str | None = None) -> Callable[[Any, Source], Teacher]:
-    """How a UNet2DConditionModel becomes the teacher of such a family; `addition` is its addition_embed_type."""
+def unet_teacher(
+    family: str, call: Call, addition: str | None = None, reads_image: bool = False
+) -> Callable[[Any, Source], Teacher]:
+    """How a UNet2DConditionModel becomes the teacher of such a family; `addition` is its addition_embed_type.
+
+    `reads_image`: behind the sample's channels it has those of another image's latents.
+    """
 
     def teacher(network: Any, source: Source) -> Teacher:
         config, vae = network.config, source.config("vae")
@@ -41,7 +46,7 @@ def unet_teacher(family: str, call: Call, addition: str | None = None) -> Callab
         # The pipeline takes multiples of 8 pixels, whatever its autoencoder.
         native = native_pixels(config.sample_size, factor, source.resolution)
         size = latent_size(family, factor, native, source.resolution, max(1, 8 // factor))
-        shape = (config.in_channels, *size)
+        shape = (config.in_channels - (KL.channels(vae) if reads_image else 0), *size)
         layer = "mid_block" if network.mid_block is not None else None
         schedule = schedule_of(source.scheduler)
         made = latent_teacher(family, network, source, shape, schedule, call, feature_layer=layer)

@@ -42,6 +42,7 @@ from diffdistill.families import (
     record_of,
     with_null,
 )
+from diffdistill.families._family import example_images
 from diffdistill.options import build, split
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.lora import LoraSettings, is_lora
@@ -219,9 +220,11 @@ def _small(student: str, teacher: Teacher, weights: bool, **size: Any) -> Denois
 def _with_a_prompt(teacher: Teacher, folder: Path, family: Family) -> Teacher:
     """The teacher with conditions of the shapes that a prompt's have, by text encoders without weights."""
     assert family.text is not None
-    encoders, empty = load_pipeline(folder, leave_out=(family.component, "vae"), weights=False), Weightless()
+    unread = (family.component,) if family.reads_image else (family.component, "vae")
+    encoders, empty = load_pipeline(folder, leave_out=unread, weights=False), Weightless()
     empty.bare(part for part in encoders.components.values() if isinstance(part, nn.Module))
-    prompt = Prompt(family.pixels(folder, teacher.shape))
+    size = family.pixels(folder, teacher.shape)
+    prompt = Prompt(size, images=example_images(1, size) if family.reads_image else None)
     with empty, torch.no_grad():
         made = family.text.encode(encoders, [_PROMPT], prompt), family.text.null(encoders, prompt)
     cond, null = ({name: filled(value) for name, value in part.items()} for part in made)

@@ -95,7 +95,9 @@ def test_a_methods_own_turns_are_counted(name: str, tiny: dict[str, Any]) -> Non
     assert plan.flops > 0 and all(p.activations > 0 for p in plan.players if p.trained > 1000)
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion", "flux", "wan", "qwen_image", "z_image"])
+@pytest.mark.parametrize(
+    "name", ["stable_diffusion", "flux", "flux_kontext", "wan", "qwen_image", "qwen_image_edit", "z_image"]
+)
 def test_configs_alone_are_enough_and_prompts_are_not_needed(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

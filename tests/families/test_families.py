@@ -27,6 +27,7 @@ from diffdistill.exact.stock import (
     half_check,
     middle,
     ours,
+    prompt_of,
     replaced,
     scales_of,
     stock,
@@ -34,7 +35,6 @@ from diffdistill.exact.stock import (
 )
 from diffdistill.families import (
     FAMILIES,
-    Prompt,
     Source,
     StudentRecord,
     family_of,
@@ -77,6 +77,7 @@ FLOW = (
     "flux",
     "flux2",
     "flux2_dev",
+    "flux_kontext",
     "chroma",
     "aura_flow",
     "krea2",
@@ -137,14 +138,16 @@ def test_same_samples_away_from_a_negative_prompt(made: Callable[..., Case], nam
     assert case.family.text is not None
     call = {**case.call(5.0), "negative_prompt": negative}
     twin = copy.copy(case.teacher.denoiser)
-    prompt = Prompt(case.family.pixels(case.folder, case.teacher.shape), negative=negative)
+    prompt = prompt_of(case.family, case.folder, case.teacher, negative=negative)
+    encoders = load_pipeline(case.folder, leave_out=(case.family.component,))
     with torch.no_grad():
-        with_null(twin, case.family.text.null(load_pipeline(case.folder, leave_out=(case.family.component,)), prompt))
-    led = replace(replaced(case, twin), call=lambda g: call)
+        with_null(twin, case.family.text.null(encoders, prompt))
+        cond = case.family.text.encode(encoders, [PROMPT], prompt)  # which may bring its own null condition
+    led = replace(replaced(case, twin), call=lambda g: call, cond=cond)
     latents, _, grid = stock(led, 5.0)
     assert gap(ours(led, 5.0, grid), latents) < 1e-4
     # "" is what most have for no prompt; Qwen-Image has a space, and this SDXL zeros.
-    own = negative == "" and name not in ("qwen_image", "sdxl")
+    own = negative == "" and name not in ("qwen_image", "qwen_image_edit", "sdxl")
     assert (gap(ours(case, 5.0, grid), latents) < 1e-4) == own
 
 
@@ -166,14 +169,15 @@ def test_prompts_of_two_lengths_do_not_mind_each_other(made: Callable[..., Case]
     case = made(name)
     denoiser, prompts = case.teacher.denoiser, [PROMPT, "cat"]
     assert case.family.text is not None
-    prompt = Prompt(case.family.pixels(case.folder, case.teacher.shape))
+    prompt = prompt_of(case.family, case.folder, case.teacher, 2)
     cond = case.family.text.encode(case.pipe, prompts, prompt)
     assert prompts == [PROMPT, "cat"]
     x, t, _ = middle(case, 2)
     both = guided(denoiser, 5.0)(x, t, cond).x0
     features = denoiser.features(x, t, cond)
     for i in range(2):
-        one = case.family.text.encode(case.pipe, [prompts[i]], prompt)
+        own = prompt._replace(images=None if prompt.images is None else prompt.images[i : i + 1])
+        one = case.family.text.encode(case.pipe, [prompts[i]], own)
         assert {k: v.shape for k, v in one.items()} == {k: v[:1].shape for k, v in cond.items()}
         assert gap(guided(denoiser, 5.0)(x[i : i + 1], t[:1], one).x0, both[i : i + 1]) < 1e-4
         assert gap(denoiser.features(x[i : i + 1], t[:1], one), features[i : i + 1]) < 1e-4

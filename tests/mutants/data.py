@@ -1,6 +1,7 @@
 """Sizes, buckets and videos: which rows, frames and crops reach the encoder, and what shape noise has."""
 
 _B = "tests/data/test_buckets.py"
+_C = "tests/data/test_conditions.py"
 _V = "tests/data/test_videos.py"
 _F = "tests/families/test_families.py"
 
@@ -48,5 +49,25 @@ MUTANTS = {
     ],
     f"diffdistill/families/flux.py | {_F}": [
         ("a shift of another number of tokens", "size[0] * size[1] // 4", "size[0] ** 2 // 4"),
+        (
+            "a condition image in the sample's place",
+            "image.shape[3] // 2, x.device, 1)",
+            "image.shape[3] // 2, x.device)",
+        ),
+    ],
+    f"diffdistill/data/folder.py | {_C}": [
+        ("the condition image of another row", "[places[i] for i in rows]", "[places[0] for _ in rows]"),
+        ("condition images that are the images", "fetch=lambda rows: sources, ", ""),
+    ],
+    f"diffdistill/data/webdataset.py | {_C}": [
+        (
+            "the condition image of another sample",
+            "[conditions[i].read() for i in rows]",
+            "[conditions[0].read() for _ in rows]",
+        ),
+    ],
+    "eval/judge.py | tests/eval/test_edits.py": [
+        ("pictures of other rows", "[i % len(changed) for i in indices]", "[0 for _ in indices]"),
+        ("measures read the prompt", "texts = self.said or self.captions", "texts = self.captions"),
     ],
 }

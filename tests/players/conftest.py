@@ -29,11 +29,20 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pat
                 images.mkdir()
                 for i in range(len(PROMPTS)):
                     Image.new("RGB", (32, 32), (60 * i, 200 - 50 * i, 90)).save(images / f"{i}.png")
-                rows = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate(PROMPTS)]
-                (images / "metadata.jsonl").write_text("\n".join(rows))
+                texts = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate(PROMPTS)]
+                (images / "metadata.jsonl").write_text("\n".join(texts))
                 for i in range(len(PROMPTS)):
                     (root / "classes" / str(i % 2)).mkdir(parents=True, exist_ok=True)
                     Image.open(images / f"{i}.png").save(root / "classes" / str(i % 2) / f"{i}.png")
+                (root / "edits" / "from").mkdir(parents=True)
+                for i in range(len(PROMPTS)):
+                    Image.open(images / f"{i}.png").save(root / "edits" / f"{i}.png")
+                    source = Image.new("RGB", (32, 32), (250 - 60 * i, 40 * i, 20))
+                    source.paste((0, 0, 200), (8 * i, 4, 8 * i + 6, 28))
+                    source.save(root / "edits" / "from" / f"{i}.png")
+                rows = [{"file_name": f"{i}.png", "condition_image": f"from/{i}.png"} for i in range(len(PROMPTS))]
+                lines = [json.dumps(row | {"text": text}) for row, text in zip(rows, PROMPTS, strict=True)]
+                (root / "edits" / "metadata.jsonl").write_text("\n".join(lines))
                 for i, text in enumerate(PROMPTS):
                     (root / "videos" / str(i)).mkdir(parents=True)
                     (root / "videos" / f"{i}.txt").write_text(text)
@@ -44,7 +53,8 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pat
             if name in FAMILIES and FAMILIES[name].videos:
                 encode(**options, data=str(root / "videos"), frames=5)
             else:
-                encode(**options, data=str(root / "classes" if name == "dit" else images))
+                edits = name in FAMILIES and FAMILIES[name].reads_image
+                encode(**options, data=str(root / ("classes" if name == "dit" else "edits" if edits else "images")))
         return folder, out
 
     return make

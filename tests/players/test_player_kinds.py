@@ -82,8 +82,11 @@ def test_the_stranger_gets_the_students_images(
         alone = [str(folder)] if kind == "lora" and FAMILIES[name].loads_lora else []
         for base in ["", *alone]:
             what = {"class_labels": cond["class_labels"].tolist()} if name == "dit" else {"prompt": PROMPTS[1]}
+            if name in FAMILIES and FAMILIES[name].reads_image:
+                what["image"] = str(folder.parent / "edits" / "from" / "1.png")
             kept = "np" if name in DRAWN else "latent"
-            jobs.append({"student": str(student), "base": base, "what": what, "type": kept})
+            setup = "import tests.tiny_processor as p; p.stand_in()" if name == "qwen_image_edit" else ""
+            jobs.append({"student": str(student), "base": base, "what": what, "type": kept, "setup": setup})
             expected.append(image)
     assert len(jobs) >= 4
     wrong = []

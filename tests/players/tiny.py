@@ -28,7 +28,7 @@ DRAWN = ("dit", "flux2")  # are compared as images (`ours`)
 # Pipelines that hand their generator to the scheduler.
 HANDS = (
     *("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "PixArtAlphaPipeline"),
-    *("SanaPipeline", "SanaVideoPipeline"),
+    *("SanaPipeline", "SanaVideoPipeline", "StableDiffusionInstructPix2PixPipeline"),
 )
 # Nothing of ours: what anybody has who was given the folders.
 STRANGER = """
@@ -36,6 +36,7 @@ import json, sys, torch
 from safetensors.torch import save_file
 from diffusers import DiffusionPipeline
 for job in json.load(open(sys.argv[1])):
+    exec(job.get("setup", ""))
     pipe = DiffusionPipeline.from_pretrained(job["base"] or job["student"])
     pipe.set_progress_bar_config(disable=True)
     if job["base"]:
@@ -43,6 +44,10 @@ for job in json.load(open(sys.argv[1])):
         pipe.scheduler = DiffusionPipeline.from_pretrained(job["student"]).scheduler
     torch.manual_seed(5)
     call = json.load(open(job["student"] + "/diffdistill.json"))["call"]
+    if "image" in job["what"]:
+        from PIL import Image
+        size = call["width"], call["height"]
+        job["what"]["image"] = Image.open(job["what"]["image"]).resize(size, Image.BICUBIC, reducing_gap=3.0)
     got = pipe(**job["what"], generator=torch.Generator().manual_seed(3), output_type=job["type"], **call)
     latents = got.frames if hasattr(got, "frames") else got.images
     save_file({"x": torch.as_tensor(latents).contiguous()}, job["out"])
@@ -52,7 +57,7 @@ PROMPTS = ["a red square", "a blue circle on the left", "nothing much", "two dog
 
 def draw_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the pipelines whose own sizes are those of the published models the sizes of the tiny ones."""
-    kinds = ("Flux", "QwenImage", "Flux2Klein", "Flux2", "Chroma")
+    kinds = ("Flux", "FluxKontext", "QwenImage", "QwenImageEdit", "Flux2Klein", "Flux2", "Chroma")
     for kind in (getattr(diffusers, f"{name}Pipeline") for name in kinds):
         small = property(lambda pipeline: 8, lambda pipeline, value: None)
         monkeypatch.setattr(kind, "default_sample_size", small, raising=False)

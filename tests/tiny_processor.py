@@ -1,0 +1,62 @@
+"""Qwen2VLProcessor where torchvision is not installed, without which the one of transformers cannot be made.
+
+Its own images go through transformers' image processor, which needs Pillow alone; what is missing is that each image
+is as many placeholders in the text as it is words.
+"""
+
+import importlib.util
+from typing import Any
+
+import transformers
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from transformers import Qwen2Tokenizer
+from transformers.processing_utils import ProcessorMixin
+
+IMAGE = "<|image_pad|>"
+
+
+class Processor(ProcessorMixin):
+    """Of one image and one text."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any):
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+
+    def __call__(self, text: list[str], images: Any, padding: bool, return_tensors: str) -> Any:
+        found = self.image_processor(images=images, return_tensors=return_tensors)
+        words = int(found["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
+        tokens = self.tokenizer([each.replace(IMAGE, IMAGE * words) for each in text], padding=padding,
+                                return_tensors=return_tensors)  # fmt: skip
+        found.update(tokens)
+        return found
+
+    def save_pretrained(self, folder: Any, **settings: Any) -> None:
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, **settings: Any) -> "Processor":
+        reader = transformers.Qwen2VLImageProcessor.from_pretrained(folder)
+        return cls(reader, Qwen2Tokenizer.from_pretrained(folder))
+
+
+def make(image_processor: Any, tokenizer: Any) -> Any:
+    """The processor of transformers where it can be made, else ours under its name."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return transformers.Qwen2VLProcessor(image_processor, tokenizer, transformers.Qwen2VLVideoProcessor())
+    stand_in()
+    return Processor(image_processor, tokenizer)
+
+
+def stand_in() -> None:
+    """Let the pipeline load ours, and show its encoders images of 16 pixels a side in place of 1024."""
+    if importlib.util.find_spec("torchvision") is None:
+        Processor.__name__ = Processor.__qualname__ = "Qwen2VLProcessor"
+        Processor.__module__ = "transformers.models.qwen2_vl.processing_qwen2_vl"
+        transformers.Qwen2VLProcessor = Processor
+    pipeline_qwenimage_edit.calculate_dimensions = small
+
+
+def small(area: int, ratio: float) -> tuple[int, int, None]:
+    """Width and height for that ratio, of an area of 16 by 16 pixels, in multiples of 8."""
+    width = (256 * ratio) ** 0.5
+    return max(1, round(width / 8)) * 8, max(1, round(width / ratio / 8)) * 8, None
