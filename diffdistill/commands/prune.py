@@ -7,7 +7,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from diffdistill.data.encoded import check_encoded, open_encoded, with_prompts
 from diffdistill.data.examples import ClassLabels
 from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
-from diffdistill.families import FAMILIES, TeacherRecord, load_teacher, local_folder, record_of
+from diffdistill.families import FAMILIES, TeacherRecord, diffusers_class, load_teacher, local_folder, record_of
 from diffdistill.options import build
 from diffdistill.pipelines.export import save_pipeline
 from diffdistill.players.pruning import block_lists, importance, least_important, thinner_unet, without_blocks
@@ -53,7 +52,7 @@ def prune(teacher: str | PathLike[str], **options: Unpack[PruneOptions]) -> Path
     print("\n".join(lines))
     record = record_of(config.teacher)
     kept = record.null_class if isinstance(record, TeacherRecord) else config.null_class
-    kind: Any = getattr(diffusers, own.scheduler["_class_name"])
+    kind: Any = diffusers_class(own.scheduler["_class_name"])
     text = "\n\n".join([f"# {own.source}, without some of its blocks", *lines])
     card = f"{text}\n\nIt has learned nothing since; `diffdistill train --student` takes it.\n"
     return save_pipeline(
