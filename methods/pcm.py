@@ -1,6 +1,6 @@
 """PCM: Phased Consistency Models.
 
-Wang, Huang, Bergman, Shen, Gao, Lingelbach, Sun, Bian, Song, Liu, Wang, Li 2024, arXiv:2405.18407 (code:
+Wang, Huang, Bergman, Shen, Gao, Lingelbach, Sun, Bian, Song, Liu and others 2024, arXiv:2405.18407 (code:
 G-U-N/Phased-Consistency-Model).
 
 A consistency model says where a trajectory ends, so that more steps need fresh noise, and none of them comes to what

@@ -1,6 +1,6 @@
 """SCott: Stochastic Consistency Distillation.
 
-Liu, Xie, Deng, Chen, Tang, Fu, Zha, Lu 2024, arXiv:2403.01505. No training code by the authors was found.
+Liu, Xie, Ye, Deng, Chen, Tang, Fu, Lu, Zha 2024, arXiv:2403.01505. No training code by the authors was found.
 
 In consistency distillation the less noisy point x_r is a step of the teacher's ODE away from x_t. Here several steps of
 its SDE lead there, which corrects errors of the way as it adds noise: `sde_steps` DDIM steps of the guided teacher,

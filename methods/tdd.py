@@ -1,6 +1,6 @@
 """TDD: Target-Driven Distillation.
 
-Wang, Bai, Xu, Zhou, Zhang, Chen, Li 2024, arXiv:2409.01347 (code: RedAIGC/Target-Driven-Distillation).
+Wang, Guo, Duan, Li, Chen, Tang, Hu 2024, arXiv:2409.01347 (code: RedAIGC/Target-Driven-Distillation).
 
 A consistency model learns jumps that sampling never makes. Here the student, from x_t and from one guided step of the
 teacher below it, x_r, jumps only to times that a sampler of steps_min to steps_max steps visits. With S the union of

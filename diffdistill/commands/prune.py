@@ -52,13 +52,14 @@ def prune(teacher: str | PathLike[str], **options: Unpack[PruneOptions]) -> Path
     print("\n".join(lines))
     record = record_of(config.teacher)
     kept = record.null_class if isinstance(record, TeacherRecord) else config.null_class
+    kind: Any = diffusers_class(own.scheduler["_class_name"])
     text = "\n\n".join([f"# {own.source}, without some of its blocks", *lines])
     card = f"{text}\n\nIt has learned nothing since; `diffdistill train --student` takes it.\n"
     return save_pipeline(
         Path(config.out),
         own.family,
         smaller.cpu(),
-        diffusers_class(own.scheduler["_class_name"]).from_config(own.scheduler),
+        kind.from_config(own.scheduler),
         TeacherRecord(kept),
         card,
         own.source,

@@ -19,14 +19,14 @@ from diffdistill.scaffold.method import Batch, Outcome
 PLANE = {
     "one step": {
         "stages": "4, 2, 1",
-        "stage_steps": 700,
-        "solver_steps": 64,
+        "stage_steps": 1000,
+        "solver_steps": 32,
         "guidance_scale": 1.5,
         "distance": "huber",
         "huber_c": 0.001,
         "last_distance": 1.0,
-        "steps": 4000,
-        "student_lr": 0.001,
+        "steps": 3000,
+        "student_lr": 0.0007,
     },
 }
 
