@@ -192,6 +192,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "score_forgetting": {},
     "sid": {},
     "sim": {},
+    "sims": {"auxiliary_steps": 1, "sampling_steps": 2},
     "swiftbrush": {"guidance_scale": 2.0},
     "tbcm": {"tangent_warmup": 1, "states": 3},
     "uni_instruct": {},
@@ -220,7 +221,7 @@ def test_every_method_runs_with_both_kinds_or_says_why_not(
     options |= OTHERS[method]
     if kind == "lora" and describe_method(method).about.kind == "distribution" and method not in ("gdd", "ladd"):
         options["lora"] = "student,fake_score"
-    if method == "dmd":
+    if method in ("dmd", "sims"):
         made = {"teacher": str(folder), "prompts": str(prompts), "count": 4, "sampling_steps": 2, "device": "cpu"}
         options["pairs"] = str(make_pairs(**made, out=str(tmp_path / "pairs")))
     if (method, kind) in SAYS_SO:
