@@ -132,6 +132,7 @@ MUTANTS = {
             "guided(frozen(teacher.denoiser), config.guidance_scale)",
             "frozen(teacher.denoiser)",
         ),
+        ("dropout stays", "            player.eval()  # in one", "            player.train()  # in one"),
         ("the scores learn slowly", "c.student_lr if player", "c.student_lr if True or player"),
         ("the student moves always", "if step % self.config.update_ratio:", "if False:"),
         ("both samples are one", 'for name in ("a", "b"):', 'for name in ("a", "a"):'),
