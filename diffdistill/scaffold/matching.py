@@ -241,7 +241,8 @@ class MatchingMethod(Method):
         sampler, z = self.sampler(), batch.randn("anchor/z")
         (x_t, t), s = sampler.start(z), self.schedule.angle(sampler.levels[1]).to(z.device)
         with torch.no_grad():
-            fractions = torch.lerp(*(self.schedule.fraction(a) for a in (t[:1], s[None])), self._anchor_grid(t))
+            first, last = self.schedule.fraction(t[:1]), self.schedule.fraction(s[None])
+            fractions = torch.lerp(first, last, self._anchor_grid(t))
             theirs = solve(ddim_step, self.followed, x_t, self.schedule.at_fraction(fractions), batch.cond)
         ours = self.student(x_t, t, batch.cond).at(s.expand_as(t))
         anchor = ((ours - theirs) / expand(torch.sin(t - s), ours)).square().mean()
