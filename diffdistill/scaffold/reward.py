@@ -36,9 +36,10 @@ class Judge:
 
         Raises UserError where the reward gives anything else than a finite number for each.
         """
-        images = self.images(x.detach() * self.data_std).float()
         try:
-            given = self.reward(images, conditions_of(batch))
+            with torch.autocast(x.device.type, enabled=False):  # a reward is no network of the training
+                images = self.images(x.detach() * self.data_std).float()
+                given = self.reward(images, conditions_of(batch))
             scores = torch.as_tensor(given, dtype=torch.float32, device=x.device)
         except UserError:
             raise

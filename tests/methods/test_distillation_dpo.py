@@ -32,6 +32,7 @@ from tests.scaffold.straight import (
     draw,
     fold,
     in_double,
+    modes,
     nets,
     noised,
     normal,
@@ -154,6 +155,11 @@ def test_the_turns_are_their_straight_lines(options: dict[str, Any], plain: Plai
         assert [turn.player for turn in method.turns(3)] == ["better", "worse"]
         turns = method.turns(4)
         assert [turn.player for turn in turns] == ["student", "better", "worse"] and method.needs == {Need.REWARD}
+        for player in method.players.values():
+            player.train()
+        parts = {"student": straight.student, **straight.fakes}
+        calls = modes({name: net.dropout for name, net in parts.items()}, lambda: turns[0].loss(straight.batch))
+        assert {who for who, _ in calls} == set(parts) and not any(dropping for _, dropping in calls)
         agree(method, turns[0], straight.batch, straight.student_turn)
         scatter(method.student, 40)  # both scores learn the samples of the student's turn
         for turn, role in zip(turns[1:], ("better", "worse"), strict=True):
@@ -161,7 +167,8 @@ def test_the_turns_are_their_straight_lines(options: dict[str, Any], plain: Plai
         fresh = Straight(options | {"update_ratio": 2}, plain)
         fresh.kept = {role: x.detach() for role, x in fresh.samples().items()}
         agree(fresh.method, fresh.method.turns(3)[1], fresh.batch, lambda: fresh.score_turn("worse"))
-        assert method.optimizer("worse").lr == method.optimizer("better").lr == 1e-5
+        rates = Straight({"student_lr": 0.1, "fake_score_lr": 0.2}, plain).method
+        assert [rates.optimizer(role).lr for role in rates.players] == [0.1, 0.2, 0.2]
 
 
 RUN: dict[str, Any] = {"batch_size": 8, "sample_every": 0, "device": "cpu", "log_every": 1}

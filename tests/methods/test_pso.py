@@ -33,6 +33,7 @@ from tests.scaffold.straight import (
     batch_of,
     draw,
     in_double,
+    modes,
     nets,
     noised,
     normal,
@@ -134,6 +135,9 @@ def test_a_turn_is_its_straight_line(preferences: str, plain: Plain) -> None:
         (turn,) = straight.method.turns(3)
         assert turn.player == "student"
         agree(straight.method, turn, straight.batch, straight.turn)
+        straight.method.student.train()
+        calls = modes({"student": straight.student.dropout}, lambda: turn.loss(straight.batch))
+        assert calls and not any(dropping for _, dropping in calls)
 
 
 def test_a_student_without_several_steps_of_noise_is_refused(tiny_teacher: Teachers, tmp_path: Path) -> None:

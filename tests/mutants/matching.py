@@ -41,6 +41,30 @@ MUTANTS = {
         ),
         ("it is led back without noise", " + self.kept * self.sin_s**2 / self.sin_t * predicted.eps", ""),
     ],
+    "methods/sims.py | tests/methods/test_sims.py": [
+        ("both learn at once", "if step < self.config.auxiliary_steps:", "if step <= self.config.auxiliary_steps:"),
+        (
+            "towards the auxiliary",
+            "self.config.extrapolation * (own - other)",
+            "self.config.extrapolation * (other - own)",
+        ),
+        ("omega is ignored", "self.config.extrapolation * (own", "1.0 * (own"),
+        (
+            "the teacher learns",
+            "self.teacher = frozen(teacher.denoiser)",
+            "self.teacher = teacher.denoiser.requires_grad_(True)",
+        ),
+        ("the auxiliary learns noise", "pair.x0, eps))", "eps, pair.x0))"),
+        (
+            "samples of the batch's conditions",
+            "self.student.eval()(x_t, t, pair.cond)",
+            "self.student.eval()(x_t, t, batch.cond)",
+        ),
+        ("one stream of times", 'f"{player}/t"', '"student/t"'),
+        ("noise is the sample", "diffuse(batch.pair.x0, t, eps)", "diffuse(batch.pair.z, t, eps)"),
+        ("too few steps are taken", "self.shortest = config.auxiliary_steps + 1", "self.shortest = None"),
+        ("steps are noisy", ".tolist(), DDIM())", ".tolist())"),
+    ],
     f"methods/score_forgetting.py | {_SF}": [
         (
             "what is kept is forgotten",
@@ -108,6 +132,7 @@ MUTANTS = {
             "guided(frozen(teacher.denoiser), config.guidance_scale)",
             "frozen(teacher.denoiser)",
         ),
+        ("dropout stays", "            player.eval()  # in one", "            player.train()  # in one"),
         ("the scores learn slowly", "c.student_lr if player", "c.student_lr if True or player"),
         ("the student moves always", "if step % self.config.update_ratio:", "if False:"),
         ("both samples are one", 'for name in ("a", "b"):', 'for name in ("a", "a"):'),

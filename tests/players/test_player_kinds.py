@@ -200,6 +200,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "scott": {"solver_steps": 6, "skip": 2, "sde_steps": 2, "gan_weight": 0.1, "student_steps": 2},
     "sid": {},
     "sim": {},
+    "sims": {"auxiliary_steps": 1, "sampling_steps": 2},
     "swiftbrush": {"guidance_scale": 2.0},
     "tbcm": {"tangent_warmup": 1, "states": 3},
     "tdd": {"solver_steps": 8, "steps_min": 2, "steps_max": 4, "gamma": 0.2, "gan_weight": 0.1},
@@ -231,7 +232,7 @@ def test_every_method_runs_with_both_kinds_or_says_why_not(
     options |= OTHERS[method]
     if kind == "lora" and describe_method(method).about.kind == "distribution" and method not in ("gdd", "ladd"):
         options["lora"] = "student,fake_score"
-    if method in ("dmd", "reflow"):
+    if method in ("dmd", "reflow", "sims"):
         made = {"teacher": str(folder), "prompts": str(prompts), "count": 4, "sampling_steps": 2, "device": "cpu"}
         options["pairs"] = str(make_pairs(**made, out=str(tmp_path / "pairs")))
     if (method, kind) in SAYS_SO:

@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tdd": {"solver_steps": 8, "steps_min": 2, "steps_max": 4, "gan_weight": 0.1, "guidance_scale": 2.0},
     "tscd": {"solver_steps": 4, "stages": [2, 1], "stage_steps": 2, "gan_weight": 0.1},
     "twin_flow": {"self_guidance": 0.5, "ode_order": 2},
+    "sims": {"auxiliary_steps": 2},
     "tbcm": {"guidance_max": 3.0, "tangent_warmup": 2, "states": 3},
 }
 """Those that have more in play than the method's defaults, in few steps. CTM's adaptive weight is of a whole batch."""
