@@ -187,7 +187,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "lora_guidance": {"trajectories": True, "trajectory_steps": 2, "sampling_steps": 2},
     "mean_flow": {"student_steps": 2, "mode": "distillation", "equal_share": 0.0},
     "multistep_consistency": {},
-    "phased_dmd": {"update_ratio": 1},
+    "phased_dmd": {"update_ratio": 1, "steps": 6},  # the first of a phase moves no LoRA: its scores begin as one
     "pcm": {"solver_steps": 4, "phases": 2, "gan_weight": 0.1, "guidance_scale": 2.0, "guidance_spread": 0.5},
     "perflow": {"windows": 2, "student_steps": 2, "solver_steps": 2, "label_dropout": 0.5},
     "progressive": METHODS["progressive"],
