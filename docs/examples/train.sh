@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Distill a teacher into one step, judge it, and write what came of it: about two minutes on two cores.
+# Distill a teacher into one step, judge it, and write what came of it: a few minutes on two cores.
 set -euo pipefail
 OUT=${1:-runs/example}
 
