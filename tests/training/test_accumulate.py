@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sana_sprint": {"guidance_max": 3.0, "tangent_warmup": 2},
     "scm": {"tangent_warmup": 2},
     "sid": {"fake_score_guidance": 2.0, "fake_score_training_guidance": 1.5},
-    "sims": {"auxiliary_steps": 2},
+    "sims": {"auxiliary_steps": 1},
     "tbcm": {"guidance_max": 3.0, "tangent_warmup": 2, "states": 3},
 }
 """Those that have more in play than the method's defaults, in few steps. CTM's adaptive weight is of a whole batch."""
