@@ -183,7 +183,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "lora_guidance": {"trajectories": True, "trajectory_steps": 2, "sampling_steps": 2},
     "mean_flow": {"student_steps": 2, "mode": "distillation", "equal_share": 0.0},
     "multistep_consistency": {},
-    "phased_dmd": {"update_ratio": 1},
+    "phased_dmd": {"update_ratio": 1, "steps": 3},  # two phases take turns before a fake score says anything
     "progressive": METHODS["progressive"],
     "pso": {"student_steps": 2, "reward": brightness, "student_lr": 0.1},
     "rcm": {"tangent_warmup": 1, "student_steps": 2, "update_ratio": 1},
