@@ -21,9 +21,12 @@ from diffdistill.core import jvp as jvp_module
 from diffdistill.core.attention_choice import attention_by, attention_choice
 from diffdistill.core.jvp import jvp
 from diffdistill.core.recompute import recomputed
+from diffdistill.families import Prompt
 from diffdistill.families import attention_of as attention
+from diffdistill.families._family import example_images
 from tests import tiny as all_tiny
 
+PICTURE = Prompt((16, 16), images=example_images(1, (16, 16))).pictures[0]
 BUILDERS: dict[str, Callable[[], Any]] = all_tiny.PIPELINES
 SIZES = all_tiny.SIZES
 CALLS: dict[str, dict[str, Any]] = {
@@ -36,6 +39,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "pixart_alpha": {"prompt": "a b", "use_resolution_binning": False, "clean_caption": False},
     "sana_video": {"prompt": "a b", "use_resolution_binning": False, "frames": all_tiny.FRAMES},
     "hunyuan_video15": {"prompt": "a b", "num_frames": all_tiny.FRAMES},
+    "flux_kontext": {"prompt": "a b", "image": PICTURE, "max_area": 16 * 16, "_auto_resize": False},
+    "qwen_image_edit": {"prompt": "a b", "image": PICTURE},
+    "instruct_pix2pix": {"prompt": "a b", "image": PICTURE},
 }
 
 

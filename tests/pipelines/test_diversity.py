@@ -26,7 +26,8 @@ from diffdistill.data.encoded import encode, open_encoded, with_prompts
 from diffdistill.errors import UserError
 from diffdistill.eval.sample import decoded, traced
 from diffdistill.exact.analytic import GaussianMixture
-from diffdistill.families import FAMILIES, load_pipeline, load_teacher
+from diffdistill.families import FAMILIES, Prompt, load_pipeline, load_teacher
+from diffdistill.families._family import example_images
 from diffdistill.pipelines.diversity import write_diversity
 from diffdistill.pipelines.shipped.diversity_pipeline import carried, hand_off_index
 from tests import tiny, tiny_a
@@ -279,7 +280,11 @@ def test_the_trace_ends_with_the_image(name: str, teachers: Folders) -> None:
     if name != "dit":
         call |= {"height": SIZES[name], "width": SIZES[name]}
     call |= {"frames" if name == "sana_video" else "num_frames": tiny.FRAMES} if family.videos else {}
-    what = {"class_labels": [1]} if name == "dit" else {"prompt": PROMPTS[0]}
+    what: dict[str, Any] = {"class_labels": [1]} if name == "dit" else {"prompt": PROMPTS[0]}
+    if family.reads_image:
+        size = SIZES[name], SIZES[name]
+        what["image"] = Prompt(size, images=example_images(1, size)).pictures[0]
+        call |= load_teacher(teachers(name), resolution=SIZES[name]).size
     with traced(pipeline) as expected:
         kind = "np" if name == "dit" else "pt"
         got = pipeline(**what, **call, generator=torch.Generator().manual_seed(0), output_type=kind)
