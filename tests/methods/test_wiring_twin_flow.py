@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffdistill.methods.twin_flow import Config, TwinFlow
 from diffdistill.players.sampler import DDIM, Renoise
+from diffdistill.players.two_times import second_times
 from tests.methods.test_wiring_tangent import Straight as OneGame
 from tests.scaffold.straight import (
     CLASSES,
@@ -177,4 +178,6 @@ def test_the_samplers_levels_and_step(plain: Plain) -> None:
         method: Any = Straight({"sampling": sampling, "student_steps": 2}, plain).method
         assert method.sampler().step == kind and method.sampler().levels == pytest.approx(plain.levels(2), rel=1e-12)
         method.in_steps(3)
+        (layer,) = second_times(method.student)  # which say the jumps that an export has
+        assert float(layer.default) == pytest.approx(1 / 3, rel=1e-2)
         assert method.sampler().levels == pytest.approx(plain.levels(3), rel=1e-12)

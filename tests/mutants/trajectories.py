@@ -130,7 +130,6 @@ MUTANTS = {
         ("the default jump stays", "jumps_by_default(self.student, steps,", "jumps_by_default(self.average, steps,"),
     ],
     f"methods/twin_flow.py | {_W}": [
-        ("jumps from noise are short", "torch.where(kind == 1, 0.05, 1.0)", "torch.where(kind < 2, 0.05, 1.0)"),
         ("another stream of t", '"student/t"', '"student/r"'),
         ("kinds are of the batch", "* 4 // batch.whole\n        t =", "* 4 // batch.size\n        t ="),
         ("guidance's sign", "(with_class - without)", "(without - with_class)"),
@@ -140,7 +139,6 @@ MUTANTS = {
             "self.jump(self.average, x, here, there, cond)",
             "self.jump(self.student, x, here, there, cond)",
         ),
-        ("a step past r", "torch.maximum(t - delta, r)", "t - delta"),
         ("one jump", "(k + j) / n", "(0 * k + j)"),
         ("nothing is special near r", "torch.where(expand(t - r - delta, f) < 0, f - u, d)", "d"),
         ("D is not cut", "return f - self.cut(d)", "return f - d"),
