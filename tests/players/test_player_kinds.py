@@ -82,8 +82,11 @@ def test_the_stranger_gets_the_students_images(
         alone = [str(folder)] if kind == "lora" and FAMILIES[name].loads_lora else []
         for base in ["", *alone]:
             what = {"class_labels": cond["class_labels"].tolist()} if name == "dit" else {"prompt": PROMPTS[1]}
+            if name in FAMILIES and FAMILIES[name].reads_image:
+                what["image"] = str(folder.parent / "edits" / "from" / "1.png")
             kept = "np" if name in DRAWN else "latent"
-            jobs.append({"student": str(student), "base": base, "what": what, "type": kept})
+            setup = "import tests.tiny_processor as p; p.stand_in()" if name == "qwen_image_edit" else ""
+            jobs.append({"student": str(student), "base": base, "what": what, "type": kept, "setup": setup})
             expected.append(image)
     assert len(jobs) >= 4
     wrong = []
@@ -165,6 +168,7 @@ def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 OTHERS: dict[str, dict[str, Any]] = {
     "adapter_guidance": {},
+    "boot": {"solver_steps": 4},
     "consistency": METHODS["consistency"],
     "ctm": {"grid_points": 5, "student_steps": 2, "gamma": 0.3, "dsm_weight": 0.0, "guidance_scale": 2.0},
     "decoupled_dmd": {"guidance_scale": 2.0, "update_ratio": 1},
@@ -184,17 +188,24 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mean_flow": {"student_steps": 2, "mode": "distillation", "equal_share": 0.0},
     "multistep_consistency": {},
     "phased_dmd": {"update_ratio": 1, "steps": 3},  # two phases take turns before a fake score says anything
+    "pcm": {"solver_steps": 4, "phases": 2, "gan_weight": 0.1, "guidance_scale": 2.0, "guidance_spread": 0.5},
+    "perflow": {"windows": 2, "student_steps": 2, "solver_steps": 2, "label_dropout": 0.5},
     "progressive": METHODS["progressive"],
     "pso": {"student_steps": 2, "reward": brightness, "student_lr": 0.1},
     "rcm": {"tangent_warmup": 1, "student_steps": 2, "update_ratio": 1},
+    "reflow": {"student_steps": 2, "time_exponent": 4.0},
     "sana_sprint": {"tangent_warmup": 1},
     "scm": {"tangent_warmup": 1},
     "score_forgetting": {},
+    "scott": {"solver_steps": 6, "skip": 2, "sde_steps": 2, "gan_weight": 0.1, "student_steps": 2},
     "sid": {},
     "sim": {},
     "sims": {"auxiliary_steps": 1, "sampling_steps": 2},
     "swiftbrush": {"guidance_scale": 2.0},
     "tbcm": {"tangent_warmup": 1, "states": 3},
+    "tdd": {"solver_steps": 8, "steps_min": 2, "steps_max": 4, "gamma": 0.2, "gan_weight": 0.1},
+    "tscd": {"solver_steps": 4, "stages": [2, 1], "stage_steps": 1, "gan_weight": 0.1, "student_steps": 2},
+    "twin_flow": {"student_steps": 2},
     "uni_instruct": {},
 }  # fmt: skip
 SAYS_SO = {
@@ -221,7 +232,7 @@ def test_every_method_runs_with_both_kinds_or_says_why_not(
     options |= OTHERS[method]
     if kind == "lora" and describe_method(method).about.kind == "distribution" and method not in ("gdd", "ladd"):
         options["lora"] = "student,fake_score"
-    if method in ("dmd", "sims"):
+    if method in ("dmd", "reflow", "sims"):
         made = {"teacher": str(folder), "prompts": str(prompts), "count": 4, "sampling_steps": 2, "device": "cpu"}
         options["pairs"] = str(make_pairs(**made, out=str(tmp_path / "pairs")))
     if (method, kind) in SAYS_SO:

@@ -19,6 +19,7 @@ _double = pytest.fixture(autouse=True)(in_double)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "adapter_guidance": {"trajectory_steps": 4, "guidance_max": 3.0},
+    "boot": {"solver_steps": 4, "ramp_steps": 4, "guidance_scale": 2.0},
     "ctm": {"gan_weight": 0.5, "adaptive": False, "grid_points": 5, "solver_steps": 2},
     "decoupled_dmd": {"guidance_scale": 2.0, "update_ratio": 2, "student_steps": 2},
     "disback": {"path_length": 1, "record_every": 1, "update_ratio": 1},
@@ -30,12 +31,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mean_flow": {"guidance_scale": 2.0},
     "multistep_consistency": {"anneal_steps": 4, "teacher_steps_start": 8, "teacher_steps_end": 16},
     "phased_dmd": {"update_ratio": 1},
+    "pcm": {"solver_steps": 4, "phases": 2, "gan_weight": 0.1, "guidance_scale": 2.0, "guidance_spread": 0.5},
+    "perflow": {"windows": 2, "student_steps": 2, "solver_steps": 2, "guidance_scale": 2.0, "label_dropout": 0.5},
     "progressive": {"start_steps": 4, "final_steps": 1, "stage_steps": 2},
     "pso": {"student_steps": 3, "clip": 0.9},
     "rcm": {"student_steps": 2, "tangent_warmup": 1, "update_ratio": 2},
+    "reflow": {"reflow_steps": 2, "distill_steps": 2, "ode_steps": 2, "time_exponent": 4.0},
     "sana_sprint": {"guidance_max": 3.0, "tangent_warmup": 2},
     "scm": {"tangent_warmup": 2},
+    "scott": {"solver_steps": 6, "skip": 2, "sde_steps": 2, "gan_weight": 0.1, "guidance_scale": 2.0},
     "sid": {"fake_score_guidance": 2.0, "fake_score_training_guidance": 1.5},
+    "tdd": {"solver_steps": 8, "steps_min": 2, "steps_max": 4, "gan_weight": 0.1, "guidance_scale": 2.0},
+    "tscd": {"solver_steps": 4, "stages": [2, 1], "stage_steps": 2, "gan_weight": 0.1},
+    "twin_flow": {"self_guidance": 0.5, "ode_order": 2},
     "sims": {"auxiliary_steps": 1},
     "tbcm": {"guidance_max": 3.0, "tangent_warmup": 2, "states": 3},
 }
