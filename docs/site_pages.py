@@ -26,6 +26,7 @@ KINDS = {
     "distribution": "the teacher's distribution: another image for the same noise is as good",
     "trajectory": "the teacher's own map from noise to image",
     "guidance": "the guided teacher's answer, in one pass instead of two",
+    "preference": "what is preferred of a student's own samples, in as many steps",
 }
 
 
