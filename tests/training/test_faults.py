@@ -181,4 +181,4 @@ def test_weights_that_are_not_mapped_to_a_changed_file_are_trained_on(
     save_file({name: value + 1 for name, value in load_file(file).items()}, file, {"format": "pt"})
     check()
     check()
-    assert capsys.readouterr().err.count("this training goes on with what it has loaded") == 1
+    assert capsys.readouterr().err.count("warning: teacher: ") == 1
