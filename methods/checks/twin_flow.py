@@ -19,21 +19,6 @@ from diffdistill.methods.twin_flow import Config, TwinFlow
 from diffdistill.scaffold.branches import BranchesMethod
 from diffdistill.scaffold.method import Batch
 
-# Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
-PLANE = {
-    "one step": {
-        "sampling": "few",
-        "ode_order": 1,
-        "delta": 0.02,
-        "matching_weight": 0.5,
-        "loss_c": 10.0,
-        "clamp": 1000.0,
-        "max_grad_norm": 1.0,
-        "steps": 4000,
-        "student_lr": 0.001,
-    },
-}
-
 MEAN, STD = torch.tensor([0.7, -0.4]).double(), torch.tensor([0.5, 1.3]).double()
 OTHER = torch.tensor([-0.3, 0.5]).double(), torch.tensor([0.9, 0.6]).double()
 REAL: dict[str, Any] = {"jump": BranchesMethod.jump, "along": BranchesMethod.along}
