@@ -147,7 +147,13 @@ class _Moved:
         return f"{__name__}.{files[0]}" if files else ""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return importlib.util.spec_from_loader(name, self) if self.place(name) else None  # type: ignore[arg-type]
+        if not (place := self.place(name)):
+            return None
+        file = str(Path(__file__).parent.joinpath(*place.split(".")[1:]).with_suffix(".py"))
+        spec = importlib.util.spec_from_loader(name, self, origin=file)  # type: ignore[arg-type]
+        if spec is not None:
+            spec.has_location = True  # `python -m` takes its __file__ from there
+        return spec
 
     def create_module(self, spec: ModuleSpec) -> None:
         """The usual empty module, which gives way to the one that moved."""

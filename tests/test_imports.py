@@ -142,6 +142,8 @@ def test_scripts_of_before_the_layers_go_on() -> None:
     for module in ("diffdistill", "diffdistill.cli"):
         command = [sys.executable, "-m", module, "--version"]
         assert subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    found = importlib.util.find_spec("diffdistill.cli")
+    assert found is not None and Path(str(found.origin)) == ROOT / "diffdistill" / "commands" / "cli.py"
     assert importlib.util.find_spec("diffdistill.nothing") is None
 
 
