@@ -147,10 +147,10 @@ class _Moved:
         return f"{__name__}.{files[0]}" if files else ""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if not (place := self.place(name)):
+        today = importlib.util.find_spec(place) if (place := self.place(name)) else None
+        if today is None:
             return None
-        file = str(Path(__file__).parent.joinpath(*place.split(".")[1:]).with_suffix(".py"))
-        spec = importlib.util.spec_from_loader(name, self, origin=file)  # type: ignore[arg-type]
+        spec = importlib.util.spec_from_loader(name, self, origin=today.origin)  # type: ignore[arg-type]
         if spec is not None:
             spec.has_location = True  # `python -m` takes its __file__ from there
         return spec

@@ -35,14 +35,7 @@ from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Batch, Method
 from diffdistill.scaffold.reward import Reward
-from diffdistill.training.assemble import (
-    Game,
-    data_for,
-    load_run,
-    load_student_into,
-    make_game,
-    pairs_for,
-)
+from diffdistill.training.assemble import Game, data_for, load_run, load_student_into, make_game, pairs_for
 from diffdistill.training.checkpoint import full_disk_said, load_checkpoint
 from diffdistill.training.diagnosis import Diagnosis
 from diffdistill.training.figures import Figures, usual_interval

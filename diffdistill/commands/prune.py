@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffdistill.config import PruneConfig
 from diffdistill.core.denoiser import Cond
 from diffdistill.core.schedule import sampling_grid
-from diffdistill.data.encoded import check_encoded, open_encoded, with_prompts
+from diffdistill.data.encoded import Encoded, check_encoded, open_encoded, with_prompts
 from diffdistill.data.examples import ClassLabels
 from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
@@ -46,7 +46,7 @@ def prune(teacher: str | PathLike[str], **options: Unpack[PruneOptions]) -> Path
         own = with_prompts(own, encoded)
     own.denoiser.to(device)
     network = own.denoiser.network
-    smaller, lines = _smaller(own, config)
+    smaller, lines = _smaller(own, encoded, config)
     shares = [sum(p.numel() for p in part.parameters()) for part in (smaller, network)]
     lines.append(f"{shares[0]:,} of {shares[1]:,} parameters, {shares[0] / shares[1]:.0%}")
     print("\n".join(lines))
@@ -66,7 +66,7 @@ def prune(teacher: str | PathLike[str], **options: Unpack[PruneOptions]) -> Path
     )
 
 
-def _smaller(teacher: Teacher, config: PruneConfig) -> tuple[nn.Module, list[str]]:
+def _smaller(teacher: Teacher, encoded: Encoded | None, config: PruneConfig) -> tuple[nn.Module, list[str]]:
     """The network, and in words what was taken out of it."""
     network: Any = teacher.denoiser.network
     layers = dict(getattr(network, "config", {})).get("layers_per_block")
@@ -82,7 +82,7 @@ def _smaller(teacher: Teacher, config: PruneConfig) -> tuple[nn.Module, list[str
     count = min(total - round(config.keep * total), total - len(lists))
     if count < 1:
         raise UserError(f"keep: {config.keep} of {total} blocks leaves them all; give less")
-    states = _states(teacher, config)
+    states = _states(teacher, encoded, config)
     scores = {name: importance(teacher.denoiser, name, states) for name in lists}
     gone = least_important(scores, count)
     lines = [
@@ -94,10 +94,10 @@ def _smaller(teacher: Teacher, config: PruneConfig) -> tuple[nn.Module, list[str
 
 
 @torch.no_grad()
-def _states(teacher: Teacher, config: PruneConfig) -> list[tuple[Tensor, Tensor, Cond]]:
+def _states(teacher: Teacher, encoded: Encoded | None, config: PruneConfig) -> list[tuple[Tensor, Tensor, Cond]]:
     """Where the teacher's own samples pass."""
     denoiser, n = teacher.denoiser, config.count
-    if config.prompts is None and FAMILIES[teacher.family].conditions == "text":
+    if encoded is None and FAMILIES[teacher.family].conditions == "text":
         made = f"`diffdistill encode --teacher {teacher.source} ..`"
         raise UserError(
             f"prompts: the blocks of a text-to-image teacher are compared with prompts; give those of {made}"
@@ -105,9 +105,8 @@ def _states(teacher: Teacher, config: PruneConfig) -> list[tuple[Tensor, Tensor,
     weight = next(denoiser.parameters())
     draw = generator("cpu", 0, "prune")
     grid = sampling_grid(denoiser.schedule, config.sampling_steps).to(weight.device)
-    if config.prompts is not None:
-        data = open_encoded(config.prompts)
-        cond = data.get(torch.arange(n) % len(data)).cond
+    if encoded is not None:
+        cond = encoded.get(torch.arange(n) % len(encoded)).cond
     else:
         cond = ClassLabels(teacher.num_classes).draw(n, draw).cond or teacher.sample_cond(n)
     cond = {name: value.to(weight.device) for name, value in cond.items()}

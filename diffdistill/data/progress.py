@@ -22,6 +22,11 @@ FIRST = 15.0
 T = TypeVar("T", bound=object)
 
 
+def _long(now: float, said: float, began: float) -> bool:
+    """Whether nothing was said for long: `FIRST` seconds, and a tenth of the time so far."""
+    return now - said >= max(FIRST, (now - began) / 10)
+
+
 @dataclass
 class Pace:
     """When a log gets its next line."""
@@ -42,7 +47,7 @@ class Pace:
     def late(self, anyway: bool = False) -> bool:
         """Whether there is a line now, since there was none for long or `anyway`."""
         now = self.clock()
-        due = anyway or now - self.said >= max(FIRST, (now - self.began) / 10)
+        due = anyway or _long(now, self.said, self.began)
         if due:
             self.said = now
         return due
@@ -117,7 +122,7 @@ def slow(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
             done += n
             bar.update(n)
             now = time.perf_counter()
-            if not terminal and done < total and now - speaker.said >= max(FIRST, (now - began) / 10):
+            if not terminal and done < total and _long(now, speaker.said, began):
                 speaker.said = now
                 said = rate_and_rest(done / (now - began), total - done, unit)
                 print(f"{speaker.name}: {unit} {done}/{total}  {said}", flush=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.divided import approach
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import denoising_loss, gradient_injection, l1_normaliser, per_sample_mean
 from diffdistill.core.ode import Denoise, ddim_step, solve
@@ -312,8 +313,7 @@ def align(fake_score: Denoiser, student: Denoiser, share: float) -> None:
 
     Ge et al. 2025, arXiv:2506.00523 (implicit distribution alignment).
     """
-    for own, theirs in zip(fake_score.network.parameters(), student.network.parameters(), strict=True):
-        own.lerp_(theirs.to(own), share)
+    approach(fake_score.network.parameters(), student.network.parameters(), share)
 
 
 def _fake_score_role(k: int) -> str:

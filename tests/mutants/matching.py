@@ -166,11 +166,15 @@ MUTANTS = {
             "if self.alignment:",
         ),
         ("alignment: of the first fake score", "align(self.fake_scores[self._mine(step)]", "align(self.fake_scores[0]"),
-        ("alignment: the student is drawn", "own.lerp_(theirs.to(own), share)", "theirs.lerp_(own.to(theirs), share)"),
+        (
+            "alignment: the student is drawn",
+            "approach(fake_score.network.parameters(), student.network.parameters(), share)",
+            "approach(student.network.parameters(), fake_score.network.parameters(), share)",
+        ),
         (
             "alignment: the rest of the share",
-            "own.lerp_(theirs.to(own), share)",
-            "own.lerp_(theirs.to(own), 1 - share)",
+            "approach(fake_score.network.parameters(), student.network.parameters(), share)",
+            "approach(fake_score.network.parameters(), student.network.parameters(), 1 - share)",
         ),
     ],
     "diffdistill/scaffold/matching.py | tests/methods/test_anchor.py": [
