@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from diffdistill.catalogue import describe_method, describe_recipe
 from diffdistill.commands.check_config import FamilyCheckConfig, JvpCheckConfig, PlanConfig, VerifyConfig
+from diffdistill.commands.former_names import todays_arguments, todays_values
 from diffdistill.config import (
     DERIVED,
     EVERYTHING,
@@ -231,10 +232,13 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"{name}: no such command; {nearest(name, COMMANDS)}")
     command = COMMANDS[name]
     parser, classes = parser_of(name, _method_of(argv[1:]) if command.distills else None)
-    parsed, unknown = parser.parse_known_args(_with_true(argv[1:], classes) if command.positional else argv[1:])
+    words = _with_true(argv[1:], classes) if command.positional else argv[1:]
+    parsed, unknown = parser.parse_known_args(todays_arguments(words, _known(parser)) if command.distills else words)
     if unknown:
         _refuse_unknown(parser, name, unknown)
     values = _values(parsed)
+    if command.distills:
+        values = todays_values(values, _known(parser))
     if parsed.family:
         from diffdistill.families import register_family
 
@@ -428,8 +432,11 @@ def _refuse_unknown(parser: argparse.ArgumentParser, command: str, unknown: Sequ
     name = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
     if not name.startswith("-"):
         raise UserError(f"{name}: {command} takes no such argument; see `diffdistill {command} --help`")
-    known = [o for a in parser._actions for o in a.option_strings if o.startswith("--") and o != "--help"]
-    raise UserError(f"{name}: no such option of {command}; {nearest(name, known)}")
+    raise UserError(f"{name}: no such option of {command}; {nearest(name, _known(parser))}")
+
+
+def _known(parser: argparse.ArgumentParser) -> list[str]:
+    return [o for a in parser._actions for o in a.option_strings if o.startswith("--") and o != "--help"]
 
 
 def _values(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -309,3 +309,25 @@ def test_a_method_file_of_the_users_own(tiny_teacher: Teachers, tmp_path: Path, 
     assert "other has no verify(), in its file or in checks/other.py beside it" in capsys.readouterr().out
     mine.write_text('"""No options."""\nABOUT = 1\n')
     assert "does not define Config, METHOD;" in refused(["train", "--method", str(mine)], capsys)
+
+
+def test_first_names_of_options_go_on(tiny_teacher: Teachers, tmp_path: Path, capsys: Capture) -> None:
+    from diffdistill.options import read_yaml
+
+    shared = ["train", "--teacher", str(tiny_teacher("vp")), "--steps", "1", "--batch-size", "4", "--device", "cpu"]
+    former = ["--student", "lora", "--fake-score=lora", "--adapter-rank", "2", "--adapter-alpha=4"]
+    file = tmp_path / "former.yaml"
+    file.write_text("student: lora\nfake_score: full\nadapter_rank: 2\nadapter_alpha: 4\n")
+    for name, words in {"argv": former, "file": ["--config", str(file)]}.items():
+        assert main([*shared, *words, "--out", str(tmp_path / name)]) == 0
+        config = read_yaml(str(tmp_path / name / "config.yaml"))
+        assert config["lora"] == ("student,fake_score" if name == "argv" else "student")
+        assert (config["lora_rank"], config["lora_alpha"], config["student"]) == (2, 4.0, None)
+    assert "--adapter-rank is --lora-rank today" in capsys.readouterr().err
+    swiftbrush = [*shared, "--method", "swiftbrush", "--lora-lr", "2e-3", "--label-drop", "0.3"]
+    assert main([*swiftbrush, "--out", str(tmp_path / "swiftbrush")]) == 0
+    config = read_yaml(str(tmp_path / "swiftbrush" / "config.yaml"))
+    assert (config["fake_score_lr"], config["label_dropout"]) == (2e-3, 0.3)
+    capsys.readouterr()
+    said = refused([*shared, "--student", "nowhere"], capsys)
+    assert "nowhere" in said and "--lora" not in said, "a folder, as ever"
