@@ -131,7 +131,7 @@ class _Bench:
             "teacher": source, "data": images, "pairs": str(out / "pairs"), "threads": options.threads,
             "device": options.device, "attention": options.attention,
         }  # fmt: skip
-        self.guided_teacher = Lock()
+        self.in_process = Lock()
 
     def run(self) -> Board:
         """The board; of several processes each does its share of the entries first, and all but the first have none."""
@@ -174,11 +174,12 @@ class _Bench:
         print(f"{len(chosen)} trainings of at most {self.budget} passes each, and the teacher, are judged", flush=True)
         with self.at_a_time() as pool:
             own = [
-                pool.submit(self.judged, "teacher", n, None, partial(teacher_images, self.teacher, n, 1.0))
+                pool.submit(self.judged_alone, "teacher", n, None, partial(teacher_images, self.teacher, n, 1.0))
                 for n in self.suite.teacher_steps
             ]
             waiting = [pool.submit(lambda e: list(self.work(e, plans[e.name])), entry) for entry in chosen]
-            collect(future.result() for future in own)
+            for future in own:
+                collect(future.result())
             for done, (entry, future) in enumerate(zip(chosen, waiting, strict=True), 1):
                 collect(future.result())
                 self.write(results, pictures)
@@ -203,6 +204,11 @@ class _Bench:
         """The board of what is done so far; its rows."""
         return write_board(self.suite.name, results, pictures, self.budget, self.compared, self.out)
 
+    def judged_alone(self, *judged: Any) -> list[JudgedModel]:
+        """The same while no other model is made or judged."""
+        with self.in_process:
+            return [self.judged(*judged)]
+
     def judged(self, key: str, steps: int, seed: int | None, draw: Draw, **more: Any) -> JudgedModel:
         """The rows of a model, those that are there already as they are."""
         rows = []
@@ -219,14 +225,22 @@ class _Bench:
         return JudgedModel(rows, f"{key}, {steps} step{'s' if steps > 1 else ''}", shown)
 
     def work(self, entry: Entry, plan: TrainingPlan) -> Iterator[JudgedModel]:
-        """Trains one entry, and judges its students."""
+        """Trains one entry, beside others, and judges its students, alone.
+
+        While diffusers loads a network, every network that another thread makes has no weights, for good if that
+        thread loads one too.
+        """
         cost = train(entry, self.suite, plan.values | {"seed": entry.seed}, self.out / "runs")
+        with self.in_process:
+            yield from self.judged_students(entry, plan, cost)
+
+    def judged_students(self, entry: Entry, plan: TrainingPlan, cost: Mapping[str, Any]) -> Iterator[JudgedModel]:
+        """The judged students of a trained entry, and their guided teacher."""
         for sampler in students(entry, self.suite, self.out / "runs", self.judge.device):
             steps = len(sampler.levels)
             if plan.scale != 1:  # one pass a step against the guided teacher's two
-                with self.guided_teacher:
-                    draw = partial(teacher_images, self.teacher, steps, plan.scale)
-                    yield self.judged(f"teacher, guidance {plan.scale:g}", steps, None, draw)
+                draw = partial(teacher_images, self.teacher, steps, plan.scale)
+                yield self.judged(f"teacher, guidance {plan.scale:g}", steps, None, draw)
             yield self.judged(
                 entry.name, steps, entry.seed, partial(sampler, self.teacher.shape),
                 **{"training s": cost["seconds"], "peak MB": cost["peak_mb"], "training steps": plan.values["steps"]},

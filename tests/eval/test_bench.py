@@ -4,18 +4,22 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from torch import nn
 
 from diffdistill import UserError
 from diffdistill.catalogue import describe_method, method_names
 from diffdistill.commands.bench import bench
 from diffdistill.eval.board import averaged
 from diffdistill.eval.budget import Entry, entries, passes_per_step, planned, preset_options
+from diffdistill.eval.judge import score
 from diffdistill.eval.suites import load_suite
-from diffdistill.training.assemble import make_game
+from diffdistill.training.assemble import load_run, make_game
 
 DIGITS = load_suite("digits")
 
@@ -108,9 +112,25 @@ def test_a_board_is_made_and_taken_up_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffdistill.eval.bench.MOST_IMAGES", 400)
+    inside, most = [0], [0]  # threads that make or judge a model
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*values: Any, **named: Any) -> Any:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            try:
+                return call(*values, **named)
+            finally:
+                inside[0] -= 1
+
+        return counting
+
+    for place, call in {"bench.score": score, "trainings.load_run": load_run}.items():
+        monkeypatch.setattr(f"diffdistill.eval.{place}", counted(call))
+    made_as = nn.Module.register_parameter
 
     def run(methods: list[str]) -> list[str]:
-        bench("digits", methods=methods, seeds=[0], budget=40, reference="digits#test", out=tmp_path)
+        bench("digits", methods=methods, seeds=[0], budget=40, reference="digits#test", out=tmp_path, jobs=2)
         return capsys.readouterr().out.splitlines()
 
     run(["dmd2:digits"])
@@ -129,5 +149,6 @@ def test_a_board_is_made_and_taken_up_again(
     for changed in ({"budget": 50}, {"data": str(tmp_path)}, {"reference": "digits"}):
         with pytest.raises(UserError, match=f"{next(iter(changed))}: .* is not the board's"):
             bench("digits", **board | changed)
+    assert most == [1] and nn.Module.register_parameter is made_as, "two loading at once leave networks without weights"
     for name in ("board.md", "quality.png", "samples.png", "report.html"):
         assert (tmp_path / name).stat().st_size > 100
