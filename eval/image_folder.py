@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.data.files import size_of, walk
+from diffdistill.data.files import ends_of, walk
 from diffdistill.data.folder import naming_image, using
 from diffdistill.data.images import Data, open_data
 from diffdistill.data.shards import hash_file
@@ -50,7 +50,7 @@ def open_image_folder(path: Path) -> Model:
             raise UserError(f"eval: {str(path)!r} holds no pipeline (model_index.json) and no images")
         first, digest = None, hashlib.blake2b(digest_size=8)
         for file in files:
-            size_of(file)
+            ends_of(file)
             with naming_image(str(file)):
                 kind = using(str(file), lambda image: (image.mode, *image.size))
             if kind[0] not in ("L", "RGB"):

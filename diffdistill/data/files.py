@@ -79,8 +79,8 @@ def note_passed(root: Path, passed: Counter[str]) -> None:
         note(f"data: {printable(str(root))}: files are passed over ({counts}); images are {read}")
 
 
-def size_of(path: Path) -> tuple[int, bool]:
-    """A file's size, and whether it shows the end of an image; UserError unless it is a file."""
+def ends_of(path: Path) -> tuple[int, bytes, bool]:
+    """A file's size, its last bytes, and whether these show the end of an image; UserError unless it is a file."""
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):
@@ -88,7 +88,8 @@ def size_of(path: Path) -> tuple[int, bool]:
         with open(path, "rb") as file:
             head = file.read(16)
             file.seek(max(0, state.st_size - _TAIL))
-            return state.st_size, looks_whole(head, file.read(_TAIL), state.st_size)
+            tail = file.read(_TAIL)
+        return state.st_size, tail, looks_whole(head, tail, state.st_size)
     except OSError as error:
         if path.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
             raise UserError(f"data: {path} is a link that leads nowhere ({os.readlink(path)})") from None

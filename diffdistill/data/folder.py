@@ -27,10 +27,10 @@ from torch import Tensor
 from diffdistill.data.beside import captions_beside, conditions_beside, conditions_in, metadata_of, read_metadata
 from diffdistill.data.files import (
     IMAGE_SUFFIXES,
+    ends_of,
     is_cut_short,
     looks_whole,
     note_passed,
-    size_of,
     walk,
     without_large_texts,
 )
@@ -108,8 +108,8 @@ def open_folder(path: Path, split: str | None, conditioned: bool = False) -> Pic
     if not files:
         raise UserError(f"data: {root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     digest = hashlib.blake2b(listing, digest_size=8)
-    for file, size in zip([*files, *conditions], _sizes(root, [*files, *conditions]), strict=True):
-        digest.update(os.fsencode(f"{file}\0{size}\n"))
+    for file, (size, tail) in zip([*files, *conditions], _ends(root, [*files, *conditions]), strict=True):
+        digest.update(os.fsencode(f"{file}\0{size}\n") + tail)  # where PNG has a checksum of the pixels
 
     def title(i: int) -> str:
         return str(root / files[i])
@@ -145,14 +145,14 @@ def holds_images(root: Path) -> bool:
     return bool(metadata_of(root)) or (root.is_dir() and any(walk(root)))
 
 
-def _sizes(root: Path, files: list[str]) -> list[int]:
-    """The sizes of the files; UserError for one that is none, or an image that is not whole."""
+def _ends(root: Path, files: list[str]) -> list[tuple[int, bytes]]:
+    """Size and last bytes of the files; UserError for one that is none, or an image that is not whole."""
     with ThreadPoolExecutor() as pool:
-        states = list(pool.map(lambda file: size_of(root / file), files))
-    for file, (_, whole) in zip(files, states, strict=True):
+        states = list(pool.map(lambda file: ends_of(root / file), files))
+    for file, (_, _, whole) in zip(files, states, strict=True):
         if not whole:
             check_whole(str(root / file), str(root / file))
-    return [size for size, _ in states]
+    return [(size, tail) for size, tail, _ in states]
 
 
 def check_ends(sources: list[Source], titles: list[str]) -> None:
@@ -160,7 +160,7 @@ def check_ends(sources: list[Source], titles: list[str]) -> None:
 
     def check(source: Source, title: str) -> None:
         if isinstance(source, str) and not source.startswith("zip://"):
-            whole = size_of(Path(source))[1]
+            whole = ends_of(Path(source))[2]
         else:
             with naming_image(title):
                 held = content(source)

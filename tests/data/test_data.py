@@ -313,6 +313,12 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", images=random_images(2, 4, 4) // 2)
     after = [open_data(str(tmp_path / name)).fingerprint for name in ("two", "b.npz")]
     assert not set(before) & set(after)
+    pixels = Image.new("L", (8, 8), 100)
+    for value in (7, 9):  # in the middle of a file whose size stays
+        pixels.putpixel((4, 4), value)
+        pixels.save(tmp_path / "two" / "b.png", compress_level=0)
+        after.append(open_data(str(tmp_path / "two")).fingerprint)
+    assert after[-1] != after[-2]
 
 
 # ---- what is not there
