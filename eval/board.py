@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffdistill.catalogue import describe_method, method_names
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.eval import html
@@ -73,24 +75,56 @@ def write_board(
 
 
 def quality_picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Fréchet distance against steps, both logarithmic, one line a method."""
+    """Fréchet distance against steps, both logarithmic: a line a method, a panel for eight of one kind, one teacher."""
     try:
-        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("bench: the picture needs matplotlib; pip install 'diffdistill[eval]'") from None
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    for i, name in enumerate(sorted(names, key=lambda name: (not name.startswith("teacher"), name))):
-        points = sorted((r["steps"], r["frechet distance"]) for r in rows if r["method"] == name)
-        style: dict[str, Any] = {"color": "black", "linewidth": 2, "linestyle": "-" if name == "teacher" else "none"}
-        if not name.startswith("teacher"):
-            style = {"color": colormaps["tab20"](i % 20), "linewidth": 1}
-        axes.plot(*zip(*points, strict=True), marker="osD^vP*X"[i % 8], markersize=6, label=name, **style)
-    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Fréchet distance (lower is better)")
-    axes.set_xticks([1, 2, 4, 8, 16, 32], [str(n) for n in (1, 2, 4, 8, 16, 32)])
-    axes.legend(fontsize=7, ncols=2)
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        points.setdefault(row["method"], []).append((row["steps"], row["frechet distance"]))
+    teachers = [name for name in points if name.startswith("teacher")]
+    shown = panels([name for name in points if name not in teachers])
+    across = min(3, len(shown))
+    down = -(-len(shown) // across)
+    figure = Figure(figsize=(max(8, 4.2 * across), 1 + 3.8 * down), layout="constrained")
+    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (title, names) in zip(grid, shown, strict=False):
+        for line in (teachers, names):
+            for name, marker in zip(line, itertools.cycle("osD^vP*X")):
+                style: dict[str, Any] = {"linewidth": 1}
+                if line is teachers:
+                    style = {"color": "black", "linewidth": 2, "linestyle": "-" if name == "teacher" else "none"}
+                axes.plot(*zip(*sorted(points[name]), strict=True), marker=marker, label=name, **style)
+        axes.set(xscale="log", yscale="log", title=title)
+        axes.set_xticks([1, 2, 4, 8, 16, 32], [str(n) for n in (1, 2, 4, 8, 16, 32)])
+        axes.tick_params(labelbottom=True)
+        axes.legend(fontsize=7)
+    for axes in grid[len(shown) :]:
+        axes.set_visible(False)
+    figure.supxlabel("sampling steps")
+    figure.supylabel("Fréchet distance (lower is better)")
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     atomic_write(path, file.getvalue())
+
+
+def panels(methods: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The names in parts of at most eight of one kind, with the kind; without names, an empty one."""
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(methods):
+        kinds.setdefault(_kind_of(name), []).append(name)
+    parts = [(kind, part) for kind, names in sorted(kinds.items()) for part in _even(names)]
+    return parts or [("", [])]
+
+
+def _even(names: Sequence[str], most: int = 8) -> list[list[str]]:
+    """In as few parts as possible, as long as each other but for one name."""
+    count = -(-len(names) // most)
+    cuts = [round(k * len(names) / count) for k in range(count + 1)]
+    return [list(names[a:b]) for a, b in itertools.pairwise(cuts)]
+
+
+def _kind_of(entry: str) -> str:
+    name = entry.split(" ")[0]
+    return describe_method(name).about.kind if name in method_names() else "your own"

@@ -15,7 +15,7 @@ from torch import nn
 from diffdistill import UserError
 from diffdistill.catalogue import describe_method, method_names
 from diffdistill.commands.bench import bench
-from diffdistill.eval.board import averaged
+from diffdistill.eval.board import averaged, panels
 from diffdistill.eval.budget import Entry, entries, passes_per_step, planned, preset_options
 from diffdistill.eval.judge import score
 from diffdistill.eval.suites import load_suite
@@ -105,6 +105,16 @@ def test_peak_memory_is_not_inherited() -> None:
     code = "from diffdistill.environment import peak_memory_mb; print(peak_memory_mb())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 50 < float(done.stdout) < len(held) / 2**20
+
+
+def test_the_picture_has_panels_of_one_kind_that_can_be_read() -> None:
+    names = [*method_names(), "dmd2 4step", "my_own"]
+    parts = panels(names)
+    assert sorted(name for _, part in parts for name in part) == sorted(names), "each once"
+    assert all(1 <= len(part) <= 8 for _, part in parts)
+    kinds = {name: kind for kind, part in parts for name in part}
+    assert (kinds["dmd2 4step"], kinds["reflow"], kinds["my_own"]) == ("distribution", "trajectory", "your own")
+    assert panels([]) == [("", [])], "a board of the teacher alone has its picture too"
 
 
 @pytest.mark.slow
