@@ -27,6 +27,7 @@ NOTEBOOKS = {
     "first_steps": "First steps",
     "choosing_a_method": "Choosing a method",
     "reading_the_curves": "Reading the curves",
+    "choosing_a_method": "Choosing a method",
     "your_own_network": "Your own network and data",
     "text_to_image": "Text to image",
     "write_your_own_method": "Write your own method",

@@ -32,7 +32,7 @@ from diffdistill.data.processes import Processes
 from diffdistill.data.progress import rate_and_rest
 from diffdistill.errors import UserError
 from diffdistill.eval.board import COLUMNS, write_board
-from diffdistill.eval.budget import PAIR_STEPS, PAIRS, Entry, TrainingPlan, entries, planned
+from diffdistill.eval.budget import DERIVED, PAIR_STEPS, PAIRS, Entry, TrainingPlan, entries, planned
 from diffdistill.eval.features.classifiers import classifier_measure
 from diffdistill.eval.features.digit_classifier import DigitClassifier
 from diffdistill.eval.features.digit_classifier import train as train_classifier
@@ -139,8 +139,15 @@ class _Bench:
         chosen = entries(suite, options.methods, options.seeds)
         plans: dict[str, TrainingPlan] = {}
         for entry in chosen:
-            if entry.name not in plans:
+            if entry.name in plans:
+                continue
+            try:
                 plans[entry.name] = planned(entry, suite, self.budget, self.shared)
+            except UserError as error:
+                if options.methods or suite.preset != DERIVED:
+                    raise
+                print(f"{entry.info.name} is left out: {error}", flush=True)
+        chosen = [entry for entry in chosen if entry.name in plans]
         if any("pairs" in plan.values for plan in plans.values()):
             source, pairs = self.shared["teacher"], self.shared["pairs"]
             make_pairs(

@@ -26,6 +26,8 @@ from diffdistill.training.assemble import Game, make_game
 
 PAIRS = 2000  # noise-image pairs of the teacher, for methods that need them
 PAIR_STEPS = 32  # the sampler's steps to an image
+DERIVED = "derived"
+"""In a preset's place: settings come from the teacher, as `train` without a preset has them."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Entry:
     @property
     def name(self) -> str:
         """As the board calls it."""
-        return self.info.name + self.preset.removeprefix("digits").replace("-", " ")
+        preset = self.preset.removeprefix("digits").removeprefix("-")
+        return f"{self.info.name} {preset}".replace("-", " ").rstrip()
 
     @property
     def folder(self) -> str:
@@ -50,7 +53,8 @@ class Entry:
 def entries(suite: Suite, methods: Sequence[str] | None, seeds: Sequence[int]) -> list[Entry]:
     """All trainings, seed by seed; a method is all its presets for the suite, or METHOD:PRESET is that one.
 
-    Raises UserError for a method without such a preset.
+    METHOD:derived goes with every method; a suite of that has all but those that tune a student. Raises UserError for a
+    method without such a preset.
     """
     trainings = []
     for seed in seeds:
@@ -59,9 +63,12 @@ def entries(suite: Suite, methods: Sequence[str] | None, seeds: Sequence[int]) -
             info = describe_method(name)
             if info.name in method_names() and name != info.name:
                 raise UserError(f"methods: {name!r} has the name of a method of ours; give the file another")
+            wanted = preset or suite.preset
             presets = [p for p in info.presets if p == preset or (not preset and p.split("-")[0] == suite.preset)]
-            if not presets and methods:
-                raise UserError(f"methods: {info.name} has no preset {preset or suite.preset!r}")
+            if wanted == DERIVED:
+                presets = [DERIVED] if methods or info.about.kind != "preference" else []
+            elif not presets and methods:
+                raise UserError(f"methods: {info.name} has no preset {wanted!r}; {info.name}:{DERIVED} needs none")
             trainings += [Entry(info, preset, seed) for preset in presets]
     return list({entry.folder: entry for entry in trainings}.values())
 
@@ -138,25 +145,26 @@ class TrainingPlan(NamedTuple):
 
 def planned(entry: Entry, suite: Suite, budget: int, shared: dict[str, Any]) -> TrainingPlan:
     """As many training steps as the budget allows; UserError where it does not even allow the pairs."""
-    info, preset = entry.info, dict(preset_options(entry.info, entry.preset))
-    preset["steps"] = preset["steps"] or 1  # which the budget replaces
+    info, deriving = entry.info, entry.preset == DERIVED
+    # The budget replaces the steps, on which what is derived depends a little.
+    preset: dict[str, Any] = {"steps": budget // 4} if deriving else dict(preset_options(info, entry.preset))
+    preset["steps"] = preset["steps"] or 1
     method = info.name if info.name in method_names() else str(info.path.resolve())  # a user's own is a file
     known = {k: v for k, v in suite.overrides.items() if k in preset}
     values = preset | known | shared | {"method": method}
-    game = make_game(values)
-    pairs = 0.0
-    if Need.PAIRS in game.method.needs:
-        pairs = PAIRS * PAIR_STEPS / game.config.batch_size
-    else:
+    for _ in range(2 if deriving else 1):
+        game = make_game(values, deriving=deriving)
+        pairs = PAIRS * PAIR_STEPS / game.config.batch_size if Need.PAIRS in game.method.needs else 0.0
+        if pairs >= budget:
+            raise UserError(
+                f"budget: {budget} network passes are no more than the {pairs:g} for the pairs of {entry.name}; give "
+                "more, or name other methods"
+            )
+        passes, units = passes_per_step(game)
+        values["steps"] = max(1, round((budget - pairs) / units))
+    if not pairs:
         values.pop("pairs", None)
-    if pairs >= budget:
-        raise UserError(
-            f"budget: {budget} network passes are no more than the {pairs:g} for the pairs of {entry.name}; give more, "
-            "or name other methods"
-        )
-    passes, units = passes_per_step(game)
-    steps = max(1, round((budget - pairs) / units))
-    # Options that count training steps, a stage's say, keep their share of the whole.
-    for name in suite.method(info.name).scales:
-        values[name] = max(1, preset[name] * steps // preset["steps"])
-    return TrainingPlan(values | {"steps": steps}, passes, float(game.options().get("guidance_scale", 1.0)))
+    if not deriving:  # options that count training steps, a stage's say, keep their share of the whole
+        for name in suite.method(info.name).scales:
+            values[name] = max(1, preset[name] * values["steps"] // preset["steps"])
+    return TrainingPlan(values, passes, float(game.options().get("guidance_scale", 1.0)))

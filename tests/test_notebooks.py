@@ -10,8 +10,12 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from diffdistill.eval.board import COLUMNS, published
+from diffdistill.eval.report import markdown_table
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 PICTURES = {
+    "choosing_a_method": 1,
     "first_steps": 2,
     "reading_the_curves": 1,
     "text_to_image": 3,
@@ -71,7 +75,20 @@ def reading_the_curves(printed: str) -> None:
     assert all(words in said[name] for name, words in expected.items()), said
 
 
+def choosing_a_method(printed: str) -> None:
+    """What is chosen is the best of the published board that the answers allow."""
+    rows = published("digits")["rows"]
+    blocks = re.findall(r"^(the [^\n]+):\n(.*?)\n\n", printed, re.MULTILINE | re.DOTALL)
+    first = {situation: table.splitlines()[2].split()[:2] for situation, table in blocks}
+    assert len(first) == 4 and all(int(steps) <= 4 for _, steps in first.values())
+    students = [row for row in rows if not row["method"].startswith("teacher")]
+    best = min((row for row in students if row["steps"] == 1), key=lambda row: row["frechet distance"])
+    assert first["the model and images, one step"] == [best["method"], "1"]
+    assert first["the model alone, one step"][0] in ("diff_instruct", "dmd2", "sid", "sim", "swiftbrush")
+
+
 SAYS: dict[str, Callable[[str], None]] = {
+    "choosing_a_method": choosing_a_method,
     "first_steps": first_steps,
     "reading_the_curves": reading_the_curves,
     "what_methods_do": what_methods_do,
@@ -109,3 +126,9 @@ def test_it_is_committed_without_outputs(path: Path) -> None:
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
+
+
+def test_the_published_board_is_the_one_in_the_docs() -> None:
+    board = published("digits")
+    text = (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+    assert markdown_table(board["rows"], COLUMNS) in text and board["commit"] in text

@@ -122,9 +122,13 @@ class SpeedConfig(DrawConfig):
 class BenchConfig(MachineConfig, AttentionConfig):
     """What is trained and judged."""
 
-    suite: str = option("digits", "digits, mnist, or a .yaml file with the same fields")
+    suite: str = option(
+        "digits", "digits; mnist, for a teacher and images of your own; or a .yaml file with the same fields"
+    )
     methods: tuple[str, ...] | None = option(
-        None, "methods to train, each METHOD or METHOD:PRESET; default: all of the suite"
+        None,
+        "methods to train, each METHOD, METHOD:PRESET, or METHOD:derived with settings from the teacher; default: all "
+        "of the suite",
     )
     seed: int | None = option(
         None, "a single seed of the trainings and of the noise that is judged, instead of --seeds", at_least=0

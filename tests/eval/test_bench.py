@@ -55,6 +55,19 @@ def test_the_budget_sets_the_steps_and_stages_keep_their_share() -> None:
     assert values["stage_steps"] == 20
 
 
+def test_settings_of_a_strangers_board_are_derived(tiny_teacher: Callable[[str], Path]) -> None:
+    suite, tuned = load_suite("mnist"), {"pso", "distillation_dpo"}
+    assert {e.info.name for e in entries(suite, None, [0])} == set(method_names()) - tuned
+    (entry,) = entries(DIGITS, ["dmd2:derived"], [0])
+    assert (entry.name, entry.folder) == ("dmd2 derived", "dmd2-derived-seed0")
+    shared = {"teacher": str(tiny_teacher("vp")), "data": "digits"}
+    values, passes, _ = planned(entry, suite, 600, shared)
+    assert set(values) == {"method", "steps", *shared}, "the training derives the rest, as it does alone"
+    game = make_game(values, deriving=True)
+    counted, units = passes_per_step(game)
+    assert game.derived and (passes, values["steps"]) == (counted, round(600 / units))
+
+
 def test_the_passes_for_pairs_are_part_of_the_budget() -> None:
     entry = Entry(describe_method("dmd"), "digits", 0)
     values, passes, _ = planned(entry, DIGITS, 1000 + 11 * 120, {})  # 2000 pairs in 32 steps are 1000 batches of 64
@@ -87,7 +100,7 @@ def test_what_is_named_twice_is_trained_once() -> None:
 
 def test_a_method_without_the_preset_is_refused(tmp_path: Path) -> None:
     mine = own_method(tmp_path, preset="other")
-    with pytest.raises(UserError, match="methods: mine has no preset 'digits'"):
+    with pytest.raises(UserError, match="methods: mine has no preset 'digits'; mine:derived needs none"):
         entries(DIGITS, [str(mine)], [0])
 
 
