@@ -136,7 +136,8 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
         if (value := getattr(request, option)) is not None:
             raise UserError(f"{option}: {shown(value)} was given, and a student has its own; leave it out")
     if family.reads_image != bool(request.images):
-        right = "changes an image; give --image FILE" if family.reads_image else "reads no image; leave it out"
+        does = "begins with" if family.videos else "changes"
+        right = f"{does} an image; give --image FILE" if family.reads_image else "reads no image; leave it out"
         raise UserError(f"image: {str(folder)!r} {right}")
     call = stock_call(folder, family, request.steps, request.guidance_scale, request.negative_prompt)
     call |= _size(folder, family, request)

@@ -225,7 +225,8 @@ def _stock_pipeline(family: Family | None, folder: Path, plan: ModelPlan, option
         if reads_image:
             size = call | inputs
             changed = example_images(batch, (size["height"], size["width"]))
-            inputs["image"] = Prompt((0, 0), images=changed).pictures
+            pictures = Prompt((0, 0), images=changed).pictures
+            inputs["image"] = pictures[0] if "num_frames" in takes else pictures  # Wan's call takes one for all
         output = pipeline(
             **with_negatives(call, batch) | inputs,
             generator=image_generators(options.seed, range(batch)),

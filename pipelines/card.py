@@ -209,11 +209,13 @@ class _Lines:
                 f'pipeline.load_lora_weights("{self.place}", weight_name="{LORA}")',
                 f'pipeline.scheduler = {self._scheduler}.from_pretrained("{self.place}", subfolder="scheduler")',
             ]
-        head = ([] if self.dtype == "float32" else ["import torch"]) + [f"from diffusers import {', '.join(names)}"]
+        head = [f"# pip install {name}" for name in self.entry.packages]
+        head += ([] if self.dtype == "float32" else ["import torch"]) + [f"from diffusers import {', '.join(names)}"]
         if self.entry.reads_image:
             head.append("from diffusers.utils import load_image")
             size = f"({self.teacher.size['width']}, {self.teacher.size['height']})"
-            lines.append(f'image = load_image("IMAGE").resize({size})  # what is to be changed')
+            use = "what the video begins with" if self.entry.videos else "what is to be changed"
+            lines.append(f'image = load_image("IMAGE").resize({size})  # {use}')
         code = "\n".join(["```python", *head, "", *lines, self._draw, "```"])
         if form == "pipeline" or self._base != "TEACHER":
             return code

@@ -212,25 +212,32 @@ def z_image(seed: int = 0) -> ZImagePipeline:
     )
 
 
-def wan(seed: int = 0) -> WanPipeline:
-    """As Wan 2.1: one transformer. Latents are a quarter as long and as wide; the pipeline takes multiples of 16."""
+def wan_parts(seed: int, **settings: Any) -> dict[str, Any]:
+    """Those of a pipeline of Wan, whose network has these settings besides.
+
+    Latents are a quarter as long and as wide; the pipeline takes multiples of 16.
+    """
     torch.manual_seed(seed)
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, text_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=32
-    )
+    size = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 32, "ffn_dim": 64, "num_layers": 2}
+    transformer = WanTransformer3DModel(**size, rope_max_seq_len=32, **settings)
     with torch.no_grad():  # a prompt is a few of 512 tokens, and the rest are alike: it must be loud to be heard
         transformer.condition_embedder.text_embedder.linear_2.weight.mul_(10)
     tokenizer = t5_tokenizer()
     text_encoder = UMT5EncoderModel(
         UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     )
-    return WanPipeline(
-        transformer=denoiser(transformer, seed),
-        vae=wan_vae(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )
+    return {
+        "transformer": denoiser(transformer, seed),
+        "vae": wan_vae(),
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": tokenizer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+
+
+def wan(seed: int = 0) -> WanPipeline:
+    """As Wan 2.1: one transformer."""
+    return WanPipeline(**wan_parts(seed))
 
 
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {

@@ -9,11 +9,12 @@ from diffusers import (
     QwenImageEditPipeline,
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
+    WanImageToVideoPipeline,
 )
-from transformers import CLIPTextModel, Qwen2VLImageProcessor
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, Qwen2VLImageProcessor
 
 from tests.tiny_a import STABLE_DIFFUSION_BETAS, UNET, clip_config, clip_tokenizer, ddim, noise_unet, vae
-from tests.tiny_b import flux, qwen_parts, qwen_tokenizer
+from tests.tiny_b import flux, qwen_parts, qwen_tokenizer, wan_parts
 from tests.tiny_processor import IMAGE, make
 
 
@@ -59,10 +60,25 @@ def qwen_image_edit(seed: int = 0) -> QwenImageEditPipeline:
     return QwenImageEditPipeline(**parts, processor=make(reader, tokenizer))
 
 
+def wan_i2v(seed: int = 0, inside: bool = False) -> WanImageToVideoPipeline:
+    """As Wan 2.1, or with the image `inside` as Wan 2.2 TI2V, which has no image encoder."""
+    torch.manual_seed(seed)
+    settings = {"in_channels": 16} if inside else {"in_channels": 36, "image_dim": 16, "added_kv_proj_dim": 32}
+    parts = wan_parts(seed, **settings)
+    if not inside:
+        vision = CLIPVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        )
+        parts["image_encoder"] = CLIPVisionModel(vision).eval()
+        parts["image_processor"] = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return WanImageToVideoPipeline(**parts, expand_timesteps=inside)
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux_kontext": flux_kontext,
     "instruct_pix2pix": instruct_pix2pix,
     "qwen_image_edit": qwen_image_edit,
+    "wan_i2v": wan_i2v,
 }
 # In pixels, of an image whose latents are 8x8.
-SIZES = {"flux_kontext": 16, "instruct_pix2pix": 16, "qwen_image_edit": 16}
+SIZES = {"flux_kontext": 16, "instruct_pix2pix": 16, "qwen_image_edit": 16, "wan_i2v": 32}

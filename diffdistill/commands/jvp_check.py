@@ -11,8 +11,7 @@ from diffdistill.commands.check_config import JvpCheckConfig
 from diffdistill.core.jvp import ALIKE, derivative_gap
 from diffdistill.environment import use_machine
 from diffdistill.exact.tangents import LIMITS, ModuleTangent, module_tangents
-from diffdistill.families import Prompt, attention_of, family_of, load_pipeline, load_teacher, local_folder
-from diffdistill.families._family import example_images
+from diffdistill.families import attention_of, family_of, load_pipeline, load_teacher, local_folder, prompt_of
 from diffdistill.options import Size, build
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator
@@ -52,9 +51,7 @@ def _teacher(config: JvpCheckConfig, teacher: str | os.PathLike[str] | Teacher) 
         return loaded
     encoders = load_pipeline(folder, leave_out=(family.component,))
     with torch.no_grad():
-        size = family.pixels(folder, loaded.shape)
-        prompt = Prompt(size, images=example_images(1, size) if family.reads_image else None)
-        cond = family.text.encode(encoders, [config.prompt], prompt)
+        cond = family.text.encode(encoders, [config.prompt], prompt_of(family, folder, loaded))
     return replace(loaded, example_cond=cond)
 
 

@@ -17,12 +17,13 @@ class EncodeConfig(MachineConfig):
     prompts: str | None = option(
         None,
         "a .txt with a prompt on each line; .jsonl, .json, .csv, .tsv, .parquet or a Hugging Face dataset with a "
-        "prompt, caption or text; of a teacher that changes images a .jsonl or .csv with a condition_image too",
+        "prompt, caption or text; of a teacher that reads images a .jsonl or .csv with a condition_image too",
     )
     data: str | None = option(
         None,
         "images with captions (or classes): a folder, .parquet, .tar shards or a pattern of them, "
-        "a Hugging Face dataset, shapes; for a teacher of videos a folder of .mp4, .gif or folders of numbered images; "
+        "a Hugging Face dataset, shapes; for a teacher of videos a folder of .mp4, .gif or folders of numbered images, "
+        "whose first frames are those that one of image to video reads; "
         "for one that changes images each with a condition image (condition_image of a metadata.jsonl, or "
         "NAME.condition.png), or edits",
     )

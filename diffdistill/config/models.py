@@ -97,7 +97,9 @@ class SampleConfig(MachineConfig, AttentionConfig):
     model: str = option(MISSING, "a run, a student's or teacher's folder or hub id, or 'digits'")
     prompt: tuple[str, ...] = option((), "a prompt for a text-to-image model; may be repeated", repeated=True)
     image: tuple[str, ...] = option(
-        (), "an image for a model that changes images, of the ratio that it makes; may be repeated", repeated=True
+        (),
+        "an image that is to be changed, or that a video begins with, of the ratio that is made; may be repeated",
+        repeated=True,
     )
     count: int | None = option(None, "number of images; default: 64, of latent models 4", at_least=1)
     classes: tuple[int, ...] = option(

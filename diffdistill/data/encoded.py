@@ -278,7 +278,7 @@ class _Encoder:
         if family.text is None and (config.negative_prompt, config.prompt_dtype) != (None, None):
             name = "prompt_dtype" if config.negative_prompt is None else "negative_prompt"
             raise UserError(f"{name}: {config.teacher!r} takes class labels and no prompts; leave it out")
-        self.prompt = Prompt(self.size, config.embedded_guidance, config.negative_prompt)
+        self.prompt = Prompt(self.size, config.embedded_guidance, config.negative_prompt, frames=self.frames)
 
     @cached_property
     def pipeline(self) -> Any:

@@ -65,7 +65,7 @@ def open_source(config: EncodeConfig, encoder: Encoder, kept: list[int] | None =
     if encoder.frames is not None:
         if config.streaming:
             raise UserError("streaming: videos are read from a folder; leave it out")
-        images = open_videos(config.data, frames=encoder.frames, size=encoder.size)
+        images = open_videos(config.data, frames=encoder.frames, size=encoder.size, conditioned=family.reads_image)
     elif config.streaming:
         images = stream_data(config.data, count=config.count, resolution=encoder.size, channels=3)
     else:

@@ -29,12 +29,13 @@ VIDEO_SUFFIXES = _BY_FFMPEG | {".gif"}
 _KINDS = "a folder of videos (.mp4, .gif, .webm, .mov, .mkv, .avi), or of folders of numbered images"
 
 
-def open_videos(spec: str, *, frames: int, size: tuple[int, int]) -> Data:
+def open_videos(spec: str, *, frames: int, size: tuple[int, int], conditioned: bool = False) -> Data:
     """The first `frames` frames of each video in a folder, at any depth, resized and cropped to `size`: height, width.
 
     A video is a file, or a folder that holds images, whose order is that of the numbers in their names. Frames are
     taken as they are, whatever their rate. Captions are those of images: of a metadata.jsonl, .csv or .parquet, whose
     rows are then the samples, or a .txt beside each video or folder. The samples are (B, 3, frames, H, W) in [-1, 1].
+    `conditioned`: their first frames are the condition images, which the videos begin with.
     Raises UserError for a folder without videos, a video with fewer frames, and what cannot be read.
     """
     root = Path(spec).expanduser()
@@ -60,9 +61,11 @@ def open_videos(spec: str, *, frames: int, size: tuple[int, int]) -> Data:
     def read(indices: list[int]) -> Samples:
         with ThreadPoolExecutor() as pool:
             videos = list(pool.map(lambda i: _read(root / names[i], files[i], frames, size), indices))
+        samples = torch.stack(videos).float() / 127.5 - 1
         return Samples(
-            torch.stack(videos).float() / 127.5 - 1,
+            samples,
             captions=None if captions is None else [captions[i] for i in indices],
+            conditions=samples[:, :, 0] if conditioned else None,
         )
 
     return Data(spec, (3, frames, *size), None, digest.hexdigest(), len(names), read)

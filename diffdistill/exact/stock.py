@@ -20,14 +20,14 @@ from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow
 from diffdistill.errors import UserError, first_line
 from diffdistill.families import (
     Family,
-    Prompt,
     diffusers_class,
     family_of,
     load_pipeline,
     load_teacher,
+    prompt_of,
     with_null,
 )
-from diffdistill.families._family import OWN_NULL, example_images
+from diffdistill.families._family import OWN_NULL
 from diffdistill.families._parts import Config
 from diffdistill.options import Size
 from diffdistill.players.teacher import Teacher
@@ -125,12 +125,6 @@ def conditions(pipe: Any, folder: Path, family: Family, teacher: Teacher, prompt
     return {"class_labels": torch.tensor([label], device=device)}, {"class_labels": [label]}
 
 
-def prompt_of(family: Family, folder: Path, teacher: Teacher, count: int = 1, negative: str | None = None) -> Prompt:
-    """How so many prompts are encoded for the teacher, with as many images for a family that reads them."""
-    size = family.pixels(folder, teacher.shape)
-    return Prompt(size, negative=negative, images=example_images(count, size) if family.reads_image else None)
-
-
 def _take_plain_steps(case: Case) -> None:
     """Give the pipeline a scheduler of first-order steps without noise, which the solver's steps are."""
     old, schedule = case.pipe.scheduler, case.teacher.denoiser.schedule
@@ -178,9 +172,12 @@ def stock(case: Case, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
         return result
 
     original, scheduler.step = scheduler.step, step
+    settings = {"num_inference_steps": case.steps, **case.teacher.size, **case.call(guidance)}
     try:
-        settings = {"num_inference_steps": case.steps, "output_type": "np", **case.teacher.size, **case.call(guidance)}
-        result = case.pipe(**settings, generator=torch.Generator().manual_seed(1))
+        result = case.pipe(**settings, generator=torch.Generator().manual_seed(1), output_type="np")
+        if case.family.reads_image and case.pipe.config.get("expand_timesteps"):
+            # After the last step this pipeline puts the image's frame into the latents.
+            outputs.append(case.pipe(**settings, generator=torch.Generator().manual_seed(1), output_type="latent")[0])
     finally:
         del scheduler.step
     images = torch.as_tensor(result[0]) * 2 - 1

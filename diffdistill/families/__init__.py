@@ -5,7 +5,16 @@ family is found by its file's name, or registered from outside the package by `r
 """
 
 from diffdistill.families._attention import attention_of
-from diffdistill.families._family import Autoencoder, Family, Prompt, Source, Text, diffusers_class, with_null
+from diffdistill.families._family import (
+    Autoencoder,
+    Family,
+    Prompt,
+    Source,
+    Text,
+    diffusers_class,
+    prompt_of,
+    with_null,
+)
 from diffdistill.families._folders import (
     NOT_LOADED,
     is_partial,
@@ -74,6 +83,7 @@ __all__ = [
     "local_folder",
     "new_unet2d",
     "parts_of",
+    "prompt_of",
     "public_name",
     "read_files_with",
     "read_json",

@@ -52,7 +52,8 @@ class Prompt(NamedTuple):
     resolution: tuple[int, int]  #: height and width of the image in pixels
     guidance: float = 3.5  #: the scale that a network with an embedded guidance scale is given
     negative: str | None = None  #: stands in place of "no prompt"; None: what the family has for it
-    images: Tensor | None = None  #: (n, 3, H, W) in [-1, 1] of that size, what n prompts are to change
+    images: Tensor | None = None  #: (n, 3, H, W) in [-1, 1] of that size, what n prompts are to change, or begin with
+    frames: int | None = None  #: of a video
 
     @property
     def pictures(self) -> list[Image.Image]:
@@ -164,6 +165,7 @@ class Family:
     loads_lora: bool = True  #: the stock pipeline has `load_lora_weights`
     videos: bool = False  #: the samples are videos
     reads_image: bool = False  #: with each prompt comes an image, which the stock pipeline's call takes as `image`
+    packages: tuple[str, ...] = ()  #: those that the stock pipeline imports, and diffusers does not bring
     single_file: bool = False  #: `from_single_file` of the network's class reads the weights of a student
 
     @property
@@ -190,6 +192,13 @@ class Family:
         assert self.autoencoder is not None
         factor = self.autoencoder.factor(part_config(folder / "vae"))
         return shape[-2] * factor, shape[-1] * factor
+
+
+def prompt_of(family: Family, folder: Path, teacher: Teacher, count: int = 1, negative: str | None = None) -> Prompt:
+    """How so many prompts are encoded for the teacher, with as many example images for a family that reads them."""
+    size = family.pixels(folder, teacher.shape)
+    images = example_images(count, size) if family.reads_image else None
+    return Prompt(size, negative=negative, images=images, frames=teacher.frames)
 
 
 # -- autoencoders ------------------------------------------------------------------------------------------

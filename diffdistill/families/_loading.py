@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -153,6 +154,8 @@ def load_pipeline(
     """
     family, index = family_of(folder)
     kind = diffusers_class(family.pipelines[0])
+    for name in (name for name in family.packages if find_spec(name) is None):
+        raise UserError(f"teacher: {kind.__name__} imports the package {name}, which is missing; pip install {name}")
     parts: dict[str, Any] = dict.fromkeys(null_parts(kind, index))
     for name in _named(folder, family, kind, index):
         if (

@@ -20,11 +20,6 @@ NOT_YET = (
         "a prompt may have several images, of several sizes, and a row of data has one",
     ),
     Missing(
-        "Wan 2.1 and 2.2, image to video",
-        ("WanImageToVideoPipeline",),
-        "it reads a video's first frame, and condition images are read beside images only",
-    ),
-    Missing(
         "Stable Diffusion inpainting",
         ("StableDiffusionInpaintPipeline",),
         "it reads a mask beside an image, which data do not have yet",

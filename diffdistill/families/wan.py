@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Cond
+from diffdistill.core.denoiser import Call, Cond
 from diffdistill.errors import UserError
 from diffdistill.families._family import (
     ATTENTION,
@@ -27,7 +27,7 @@ from diffdistill.players.teacher import Teacher
 _SIZE = (480, 832)  #: the pipeline's own, in pixels
 FRAMES = 81
 # wan/configs/shared_config.py of Wan-Video/Wan2.1. WanPipeline has "" where it is given none, and so has our teacher.
-_ADVISED = (
+ADVISED = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
@@ -53,26 +53,32 @@ def latent_shape(family: str, config: Config, source: Source, pixels: int = 16) 
     return config["in_channels"], frames, *size
 
 
-def _teacher(network: Any, source: Source) -> Teacher:
+def wan_teacher(name: str, network: Any, source: Source, call: Call) -> Teacher:
+    """The teacher of a family whose network is Wan's."""
     if source.parts.get("boundary_ratio") is not None:
         raise UserError("teacher: two transformers, one for each half of the noise, are not supported; use Wan 2.1")
     config = network.config
     # The released models' scheduler, UniPC, takes 1, .., 1/n of itself, where the flow scheduler would end at 1/1000.
     own = source.scheduler.get("_class_name", "").startswith("FlowMatch")
     teacher = latent_teacher(
-        "wan",
+        name,
         network,
         source,
-        latent_shape("wan", config, source),
+        latent_shape(name, config, source),
         flow_schedule(source.scheduler, "own" if own else "given"),
-        _call,
+        call,
         feature_layer=f"blocks.{config.num_layers // 2}",
         feature_map=frame_map,
     )
     return replace(teacher, size={"num_frames": source.frames or FRAMES})
 
 
-def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+def _teacher(network: Any, source: Source) -> Teacher:
+    return wan_teacher("wan", network, source, _call)
+
+
+def encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
+    """The embeddings of prompts."""
     # 512 is the default of the pipeline's call, not that of its encode_prompt.
     embeds, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=512)
     return {"encoder_hidden_states": embeds}
@@ -97,7 +103,7 @@ FAMILY = Family(
     _teacher,
     lora_targets=ATTENTION,
     autoencoder=AUTOENCODER,
-    text=plain_text(("tokenizer", "text_encoder"), _encode, advised=_ADVISED),
+    text=plain_text(("tokenizer", "text_encoder"), encode, advised=ADVISED),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
     videos=True,
     single_file=True,

@@ -33,16 +33,15 @@ from diffdistill.errors import UserError, first_line
 from diffdistill.families import (
     FAMILIES,
     Family,
-    Prompt,
     StudentRecord,
     family_of,
     load_pipeline,
     load_teacher,
     local_folder,
+    prompt_of,
     record_of,
     with_null,
 )
-from diffdistill.families._family import example_images
 from diffdistill.options import build, split
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.lora import LoraSettings, is_lora
@@ -223,8 +222,7 @@ def _with_a_prompt(teacher: Teacher, folder: Path, family: Family) -> Teacher:
     unread = (family.component,) if family.reads_image else (family.component, "vae")
     encoders, empty = load_pipeline(folder, leave_out=unread, weights=False), Weightless()
     empty.bare(part for part in encoders.components.values() if isinstance(part, nn.Module))
-    size = family.pixels(folder, teacher.shape)
-    prompt = Prompt(size, images=example_images(1, size) if family.reads_image else None)
+    prompt = prompt_of(family, folder, teacher)
     with empty, torch.no_grad():
         made = family.text.encode(encoders, [_PROMPT], prompt), family.text.null(encoders, prompt)
     cond, null = ({name: filled(value) for name, value in part.items()} for part in made)

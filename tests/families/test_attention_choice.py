@@ -42,6 +42,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "flux_kontext": {"prompt": "a b", "image": PICTURE, "max_area": 16 * 16, "_auto_resize": False},
     "qwen_image_edit": {"prompt": "a b", "image": PICTURE},
     "instruct_pix2pix": {"prompt": "a b", "image": PICTURE},
+    "wan_i2v": {"prompt": "a b", "image": PICTURE, "num_frames": all_tiny.FRAMES},
 }
 
 

@@ -27,7 +27,6 @@ from diffdistill.exact.stock import (
     half_check,
     middle,
     ours,
-    prompt_of,
     replaced,
     scales_of,
     stock,
@@ -40,13 +39,14 @@ from diffdistill.families import (
     family_of,
     load_pipeline,
     load_teacher,
+    prompt_of,
     with_null,
 )
 from diffdistill.pipelines.card import model_card
 from diffdistill.pipelines.export import save_pipeline
 from diffdistill.players.lora import LoraSettings, lora_view
 from diffdistill.players.sampler import Sampler
-from tests import tiny, tiny_a, tiny_c
+from tests import tiny, tiny_a, tiny_c, tiny_d
 
 PROMPT = "a red fox in the snow"
 FRAMES = tiny.FRAMES
@@ -59,6 +59,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "stable_diffusion sample": partial(tiny_a.stable_diffusion, prediction_type="sample"),
     "pixart_alpha sized": partial(tiny_c.pixart_alpha, sample_size=128),
     "krea2 distilled": partial(tiny_c.krea2, is_distilled=True),
+    "wan_i2v inside": partial(tiny_d.wan_i2v, inside=True),
 }
 SIZES = tiny.SIZES
 NAMES = [*tiny.PIPELINES]
@@ -85,6 +86,7 @@ FLOW = (
     "sana_video",
     "z_image",
     "wan",
+    "wan_i2v",
     "hunyuan_video15",
 )
 

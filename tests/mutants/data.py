@@ -4,6 +4,7 @@ _B = "tests/data/test_buckets.py"
 _C = "tests/data/test_conditions.py"
 _V = "tests/data/test_videos.py"
 _F = "tests/families/test_families.py"
+_W = "tests/families/test_wan_i2v.py"
 
 MUTANTS = {
     f"diffdistill/data/buckets.py | {_B}": [
@@ -36,6 +37,16 @@ MUTANTS = {
         ("frames in the order of names", '(int(re.findall(r"\\d+", path.stem)[-1]), path.name)', "path.name"),
         ("captions of other videos", "[captions[i] for i in indices]", "[captions[0] for _ in indices]"),
         ("channels and frames swapped", "permute(3, 0, 1, 2)", "permute(0, 3, 1, 2)"),
+    ],
+    f"diffdistill/data/videos.py | {_W}": [
+        ("the last frame is the condition", "conditions=samples[:, :, 0]", "conditions=samples[:, :, -1]"),
+    ],
+    f"diffdistill/families/wan_i2v.py | {_W}": [
+        ("every frame is marked", "(torch.arange(x.shape[2], device=x.device) == 0)", "torch.ones(x.shape[2])"),
+        ("the first frame has the others' time", "torch.zeros_like(time), *[time]", "time, *[time]"),
+        ("the network reads the noise of the first frame", "held = torch.cat([image, x[:, :, 1:]], 2)", "held = x"),
+        ("the first frame is what the network makes", "(x[:, :, :1] - image) / sigma", "output[:, :, :1]"),
+        ("all see the first image", "for picture in prompt.pictures]", "for picture in prompt.pictures[:1] * 2]"),
     ],
     "diffdistill/data/folder.py | tests/data/test_data.py": [
         ("the middle of another ratio", "width * size[0] > height * size[1]", "width * size[1] > height * size[0]"),

@@ -83,7 +83,8 @@ def test_the_stranger_gets_the_students_images(
         for base in ["", *alone]:
             what = {"class_labels": cond["class_labels"].tolist()} if name == "dit" else {"prompt": PROMPTS[1]}
             if name in FAMILIES and FAMILIES[name].reads_image:
-                what["image"] = str(folder.parent / "edits" / "from" / "1.png")
+                file = "videos/1/0.png" if FAMILIES[name].videos else "edits/from/1.png"
+                what["image"] = str(folder.parent / file)
             kept = "np" if name in DRAWN else "latent"
             setup = "import tests.tiny_processor as p; p.stand_in()" if name == "qwen_image_edit" else ""
             jobs.append({"student": str(student), "base": base, "what": what, "type": kept, "setup": setup})
