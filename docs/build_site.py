@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES = (".png", ".svg")
 NOTEBOOKS = {
     "first_steps": "First steps",
-    "choosing_a_method": "Choosing a method",
     "reading_the_curves": "Reading the curves",
     "choosing_a_method": "Choosing a method",
     "your_own_network": "Your own network and data",
