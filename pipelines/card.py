@@ -17,6 +17,7 @@ from diffdistill.pipelines.schedulers import level_arguments, student_rows, stud
 from diffdistill.pipelines.shipped.student_pipeline import FILE
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.lora import LoraNetwork
+from diffdistill.players.policy import PolicyDenoiser
 from diffdistill.players.sampler import DDIM, Gamma, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.training.recipe import Recipe
@@ -87,7 +88,10 @@ def model_card(
     theirs = card_of(base)
     adapted = isinstance(network, AdaptedNetwork)
     kind = (dtype if form != "lora" else None) or _stored(entry, teacher)
-    coded = adapted or student_rows(teacher, sampler) is not None
+    coded, policies = (
+        adapted or student_rows(teacher, sampler) is not None,
+        isinstance(sampler.denoiser, PolicyDenoiser),
+    )
     where = _Lines(entry, teacher, sampler, call, kind, place or "FOLDER", coded)
     both = form == "pipeline" and isinstance(network, LoraNetwork) and entry.loads_lora
     lora = both and (folder is None or (folder / "lora").is_dir())
@@ -103,7 +107,7 @@ Distilled with diffdistill by {info.name} ({info.about.paper}), {step} steps.
 {where.code(form)}
 {where.lora() if lora else ""}{where.single_file() if file else ""}{comfy}
 {where.own_pipeline(form, subject, others) if own else ""}The call makes {steps} step{"s" if steps > 1 else ""}, \
-with the student's own scheduler in `scheduler/`; the levels
+with the student's own scheduler in `scheduler/`{", and its code" if policies else ""}; the levels
 (timestep or sigma) are {levels}. {what} stored in {_lora_type(dtype) if form == "lora" else kind}. diffdistill need \
 not be installed. Image i
 of `diffdistill sample --seed S` is that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
@@ -180,7 +184,11 @@ class _Lines:
 
     def _loaded(self, place: str, more: str = "") -> str:
         """The arguments of `from_pretrained` that load a whole pipeline."""
-        source = f'"{place}"' + (", trust_remote_code=True" if self.coded else "") + more
+        source = (
+            f'"{place}"'
+            + (", trust_remote_code=True" if self.coded or isinstance(self.sampler.denoiser, PolicyDenoiser) else "")
+            + more
+        )
         if self.entry.autoencoder is not None:  # the parts that the teacher has not
             index = read_json(local_folder(self.teacher.source) / "model_index.json")
             nulls = null_parts(diffusers_class(self.entry.pipelines[0]), index)

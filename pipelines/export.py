@@ -19,6 +19,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from diffdistill.config import SavingConfig
+from diffdistill.core import policies
 from diffdistill.errors import UserError
 from diffdistill.families import (
     FAMILIES,
@@ -36,8 +37,10 @@ from diffdistill.families import (
 from diffdistill.families._own import own_record, save_weights
 from diffdistill.families._parts import copy_part, stored_dtypes, student_index, weight_files
 from diffdistill.files import atomic_folder
+from diffdistill.pipelines import policy_scheduler
 from diffdistill.pipelines.comfyui import check_comfyui, write_comfyui_lora
 from diffdistill.pipelines.origin import copy_licenses, remove_paths
+from diffdistill.pipelines.policy_scheduler import PolicyScheduler
 from diffdistill.pipelines.shipped import adapted_pipeline
 from diffdistill.pipelines.shipped.student_pipeline import FILE, pipeline_class, pipeline_file
 from diffdistill.pipelines.steps import OtherSteps
@@ -104,6 +107,8 @@ def save_pipeline(
         else:
             _write_network(made, entry, network, scheduler, teacher, dtype, saving)
             _write_call(made, entry, kept, others if form == "pipeline" else OWN_STEPS)
+        if isinstance(scheduler, PolicyScheduler):
+            _add_policies(made)
         copy_licenses(teacher, made)
         if saving.layout == "comfyui" and isinstance(network, LoraNetwork):
             write_comfyui_lora(made, entry.name, _lora_in(network, dtype))
@@ -151,6 +156,36 @@ def check_saving(entry: Family | None, network: nn.Module, saving: SavingConfig)
         raise UserError("parts: a student with guidance adapters is saved as a whole; give copy or link")
     if saving.layout == "comfyui":
         check_comfyui(entry, network)
+
+
+def check_policies(entry: Family | None, saving: SavingConfig) -> None:
+    """UserError for a student of policies, whose scheduler is a file of its own, that cannot be saved so."""
+    if entry is None:
+        raise UserError(
+            "policy: a student of policies is saved with a scheduler of its own, for pipelines of diffusers; "
+            "give a teacher of diffusers"
+        )
+    for name, value, right in (
+        ("export", "lora", "merged"),
+        ("parts", "reference", "copy or link"),
+        ("layout", "comfyui", "diffusers"),
+    ):
+        if getattr(saving, name) == value:
+            raise UserError(
+                f"{name}: a student of policies has a last layer and a scheduler of its own; give {right} for {value}"
+            )
+
+
+def _add_policies(folder: Path) -> None:
+    """The code of the scheduler, which stock diffusers runs from there."""
+    index = read_json(folder / "model_index.json")
+    own = Path(inspect.getsourcefile(policy_scheduler) or "")
+    beside = Path(inspect.getsourcefile(policies) or "")
+    text = own.read_text(encoding="utf-8").replace(f"from {policies.__name__} import", f"from .{beside.stem} import")
+    (folder / "scheduler" / own.name).write_text(text, encoding="utf-8")
+    (folder / "scheduler" / beside.name).write_bytes(beside.read_bytes())
+    index["scheduler"] = [own.stem, PolicyScheduler.__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_network(

@@ -15,7 +15,9 @@ from torch import Tensor
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, check_levels, lcm_indices
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, diffusers_class
+from diffdistill.pipelines.policy_scheduler import PolicyScheduler
 from diffdistill.players.adapter_networks import AdaptedNetwork
+from diffdistill.players.policy import PolicyDenoiser
 from diffdistill.players.sampler import Gamma, Renoise, Sampler
 from diffdistill.players.teacher import Teacher
 
@@ -37,9 +39,12 @@ Row = tuple[float, float, float, float]
 def student_scheduler(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     """The stock scheduler that repeats the sampler exactly when it is given the student's number of steps.
 
-    Where there are `student_rows`, it does so by the folder's own pipeline. Raises UserError where no stock scheduler
-    can start at the student's level, or take its steps.
+    A student of policies has one of its own, `PolicyScheduler`. Where there are `student_rows`, it does so by the
+    folder's own pipeline. Raises UserError where no stock scheduler can start at its level, or take its
+    steps.
     """
+    if isinstance(sampler.denoiser, PolicyDenoiser):
+        return policy_scheduler(teacher, sampler, sampler.denoiser)
     if student_rows(teacher, sampler) is None:
         return _stock_scheduler(teacher, sampler)
     schedule = sampler.denoiser.schedule
@@ -55,7 +60,8 @@ def student_rows(teacher: Teacher, sampler: Sampler) -> list[Row] | None:
     """
     entry = FAMILIES.get(teacher.family)
     in_pixels = entry is not None and entry.autoencoder is None and isinstance(entry.pipelines[0], str)
-    if len(sampler.levels) == 1 or not in_pixels or isinstance(sampler.denoiser.network, AdaptedNetwork):
+    own = isinstance(sampler.denoiser, PolicyDenoiser) or isinstance(sampler.denoiser.network, AdaptedNetwork)
+    if len(sampler.levels) == 1 or not in_pixels or own:
         return None
     try:
         _stock_scheduler(teacher, sampler)
@@ -83,11 +89,37 @@ def _row(sampler: Sampler, k: int) -> Row:
     return level, own * size(s) / size(t), clean * size(s) / schedule.data_std, fresh * size(s)
 
 
+def policy_scheduler(teacher: Teacher, sampler: Sampler, student: PolicyDenoiser) -> PolicyScheduler:
+    """Of a student whose passes say policies: its levels in numbers, whatever its schedule."""
+    schedule, settings = student.schedule, student.settings
+    t = torch.stack([schedule.angle(level) for level in sampler.levels])
+    native = schedule.native(t)
+    a, b = student.output.at(native.alpha, native.sigma, schedule.data_std)
+    det = torch.cos(t) * b - torch.sin(t) * a * schedule.data_std
+    sizes = native.sigma / torch.sin(t)
+    return PolicyScheduler(
+        policy=settings.kind,
+        components=settings.components,
+        substeps=settings.substeps,
+        channels=teacher.shape[0],
+        angles=[*t.tolist(), 0.0],
+        times=native.time.tolist(),
+        whole_times=isinstance(schedule, DiscreteVP),
+        sizes=[*sizes.tolist(), schedule.data_std],
+        inputs=(native.scale / sizes).tolist(),
+        of_x=(b / det).tolist(),
+        of_y=(-torch.sin(t) / det).tolist(),
+        init_noise=schedule.init_scale(float(t[0])) * float(sizes[0]),
+        num_train_timesteps=len(schedule.alphas_cumprod) if isinstance(schedule, DiscreteVP) else 1000,
+        teacher=dict(teacher.scheduler),
+    )
+
+
 def level_arguments(teacher: Teacher, sampler: Sampler) -> dict[str, list[float]]:
     """What a latent student's stock pipeline is told of its levels, where its scheduler has not these in a row."""
     scheduler, levels = student_scheduler(teacher, sampler), list(sampler.levels)
     entry = FAMILIES.get(teacher.family)
-    if len(levels) == 1 or entry is None or entry.autoencoder is None:
+    if len(levels) == 1 or entry is None or entry.autoencoder is None or isinstance(scheduler, PolicyScheduler):
         return {}
     if isinstance(sampler.denoiser.schedule, LinearFlow):
         own = torch.tensor(levels, dtype=torch.float64)

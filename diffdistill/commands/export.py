@@ -16,12 +16,13 @@ from diffdistill.errors import UserError
 from diffdistill.families import local_folder
 from diffdistill.options import build
 from diffdistill.pipelines.card import model_card, own_card
-from diffdistill.pipelines.export import SAVED, check_saving, other_parts, save_network, save_pipeline
+from diffdistill.pipelines.export import SAVED, check_policies, check_saving, other_parts, save_network, save_pipeline
 from diffdistill.pipelines.hub import check_upload, upload
 from diffdistill.pipelines.record import new_student_record
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.pipelines.steps import other_steps
 from diffdistill.players.adapter_networks import AdaptedNetwork
+from diffdistill.players.policy import PolicyDenoiser
 from diffdistill.training.assemble import Game, load_run
 from diffdistill.training.checkpoint import best_step
 from diffdistill.training.inputs import Allowed, check_inputs, inputs_of
@@ -95,6 +96,8 @@ def run(config: ExportConfig) -> None:
 def check_exportable(game: Game, saving: SavingConfig = SAVED) -> None:
     """UserError for a student that cannot be saved, or uploaded, before it is trained."""
     sampler = game.method.sampler()
+    if isinstance(sampler.denoiser, PolicyDenoiser):
+        check_policies(game.family, saving)
     if game.family is not None:
         student_scheduler(game.teacher, sampler)
     elif isinstance(sampler.denoiser.network, AdaptedNetwork):

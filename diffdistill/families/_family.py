@@ -225,6 +225,14 @@ KL = Autoencoder(
 # -- latents -----------------------------------------------------------------------------------------------
 
 
+def without_variance(y: Tensor, x: Tensor) -> Tensor:
+    """(B, C, ...) an output of twice as many channels as x (B, C, ...), the rest of which is a learned variance.
+
+    Another output is given as it is.
+    """
+    return y[:, : x.shape[1]] if y.shape[1] == 2 * x.shape[1] else y
+
+
 def pack(x: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, h/2 w/2, 4 C), the tokens of Flux and Qwen-Image."""
     b, c, h, w = x.shape
@@ -232,13 +240,13 @@ def pack(x: Tensor) -> Tensor:
 
 
 def unpack(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """(B, h/2 w/2, 4 C) -> (B, C, h, w), `shape` being (C, h, w)."""
-    c, h, w = shape
-    return y.view(len(y), h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(len(y), c, h, w)
+    """(B, h/2 w/2, 4 C) -> (B, C, h, w), `shape` being (channels, h, w); of a wide output C are more."""
+    _, h, w = shape
+    return y.view(len(y), h // 2, w // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(len(y), -1, h, w)
 
 
 PATCHES = Packing(pack, unpack)
-ROWS = Packing(lambda x: x.flatten(2).transpose(1, 2), lambda y, shape: y.transpose(1, 2).reshape(len(y), *shape))
+ROWS = Packing(lambda x: x.flatten(2).transpose(1, 2), lambda y, shape: y.transpose(1, 2).unflatten(2, shape[1:]))
 """(B, h w, C), row by row."""
 
 

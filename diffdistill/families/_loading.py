@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from os import PathLike, fspath
@@ -38,6 +38,7 @@ from diffdistill.families._record import METADATA, Record, StudentRecord, Teache
 from diffdistill.families._registry import family_of
 from diffdistill.options import Size, coerce, height_width
 from diffdistill.players.guidance_adapters import load_adapters
+from diffdistill.players.policy import POLICIES, policy_denoiser, seen_plain
 from diffdistill.players.sampler import Sampler, step_named
 from diffdistill.players.teacher import Teacher
 
@@ -66,7 +67,9 @@ def load_teacher(
         scale = record.guidance.scale
     if null_class is None and isinstance(record, StudentRecord | TeacherRecord):
         null_class = record.null_class
-    scheduler = _with_defaults(read_json(folder / "scheduler" / "scheduler_config.json"))
+    told = read_json(folder / "scheduler" / "scheduler_config.json")
+    said = told if told.get("_class_name") == POLICIES else None
+    scheduler = _with_defaults(told if said is None else _teachers(told, folder))
     model, part = diffusers_class(family.network), folder / family.component
     made = read_json(part / "config.json").get("_class_name")
     if made not in (None, model.__name__):
@@ -78,12 +81,24 @@ def load_teacher(
     size = coerce("resolution", resolution, Size | None, {"at_least": 1})
     pixels = None if size is None else height_width(size)
     source = Source(folder, index, scheduler, null_class, scale, pixels, frames)
-    teacher = replace(_checked(family, network, source), family=family.name, source=fspath(path_or_hub_id))
+    with nullcontext() if said is None else seen_plain(network, said):
+        made_of = _checked(family, network, source)
+    teacher = replace(made_of, family=family.name, source=fspath(path_or_hub_id))
+    if said is not None:
+        teacher = replace(teacher, denoiser=policy_denoiser(teacher.denoiser, said))
     if family.conditions == "text":
         height, width = family.pixels(folder, teacher.shape)
         teacher = replace(teacher, size={"height": height, "width": width} | teacher.size)
     teacher.denoiser.requires_grad_(False).eval()
     return teacher
+
+
+def _teachers(told: Config, folder: Path) -> Config:
+    """The teacher's scheduler in the config of one of policies."""
+    config = told.get("teacher")
+    if not isinstance(config, dict):
+        raise UserError(f"scheduler: {folder / 'scheduler'} does not say its teacher's; export the student again")
+    return config
 
 
 def _with_lora(network: Any, folder: Path, component: str) -> Any:
@@ -173,6 +188,10 @@ def load_pipeline(
             parts[name] = (load_part if weights else empty_part)(own, folder / name, dtype)
             if weights and name == family.component:
                 parts[name] = _with_lora(parts[name], folder, name)
+    told = read_json(folder / "scheduler" / "scheduler_config.json")
+    if told.get("_class_name") == POLICIES:  # whose code is not run here
+        config = _teachers(told, folder)
+        parts["scheduler"] = getattr(diffusers, str(config.get("_class_name"))).from_config(config)
     settings = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     try:
         with _without_nulls(folder, kind, index) as view:

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
 from diffdistill.errors import UserError
-from diffdistill.families._family import ATTENTION, KL, Family, Source, latent_teacher, token_map, with_null
+from diffdistill.families._family import (
+    ATTENTION,
+    KL,
+    Family,
+    Source,
+    latent_teacher,
+    token_map,
+    with_null,
+    without_variance,
+)
 from diffdistill.families._parts import one_side
 from diffdistill.families._schedules import schedule_of
 from diffdistill.players.teacher import Teacher
@@ -18,7 +27,7 @@ from diffdistill.players.teacher import Teacher
 
 def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     output = network(x, timestep=time, return_dict=False, **cond)[0]
-    return output[:, : x.shape[1]]  # the rest is a learned variance
+    return without_variance(output, x)
 
 
 def _teacher(network: Any, source: Source) -> Teacher:

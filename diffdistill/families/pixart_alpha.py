@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
 from diffdistill.families import pixart_sigma
-from diffdistill.families._family import KL, Source
+from diffdistill.families._family import KL, Source, without_variance
 from diffdistill.players.teacher import Teacher
 
 
@@ -24,7 +24,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
             added["resolution"] = torch.tensor([height, width], device=x.device).expand(len(x), 2)
             added["aspect_ratio"] = torch.full((len(x), 1), height / width, device=x.device)
         output = network(x, timestep=time, added_cond_kwargs=added, return_dict=False, **cond)[0]
-        return output[:, : x.shape[1]]  # the rest is a learned variance
+        return without_variance(output, x)
 
     return pixart_sigma.teacher_of("pixart_alpha", call, network, source)
 

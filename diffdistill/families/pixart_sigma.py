@@ -20,6 +20,7 @@ from diffdistill.families._family import (
     padded_with_zeros,
     plain_text,
     token_map,
+    without_variance,
 )
 from diffdistill.families._schedules import schedule_of
 from diffdistill.players.teacher import Teacher
@@ -28,7 +29,7 @@ from diffdistill.players.teacher import Teacher
 def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     added = {"resolution": None, "aspect_ratio": None}  # PixArt-Alpha's, which Sigma no longer has
     output = network(x, timestep=time, added_cond_kwargs=added, return_dict=False, **cond)[0]
-    return output[:, : x.shape[1]]  # the rest is a learned variance
+    return without_variance(output, x)
 
 
 def teacher_of(family: str, call: Call, network: Any, source: Source) -> Teacher:

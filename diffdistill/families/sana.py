@@ -19,6 +19,7 @@ from diffdistill.families._family import (
     padded_with_zeros,
     plain_text,
     token_map,
+    without_variance,
 )
 from diffdistill.families._flow import flow_schedule
 from diffdistill.players.teacher import Teacher
@@ -44,7 +45,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
 
     def call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         output = network(x, timestep=time * time_scale, return_dict=False, **cond)[0]
-        return output[:, : x.shape[1]]  # the rest, if any, is a learned variance
+        return without_variance(output, x)
 
     return latent_teacher(
         "sana",

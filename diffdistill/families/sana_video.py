@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
-from diffdistill.families._family import ATTENTION, Family, Source, latent_teacher, plain_text
+from diffdistill.families._family import ATTENTION, Family, Source, latent_teacher, plain_text, without_variance
 from diffdistill.families._flow import flow_schedule
 from diffdistill.families.sana import encode
 from diffdistill.families.wan import AUTOENCODER, FRAMES, frame_map, latent_shape
@@ -17,7 +17,7 @@ from diffdistill.players.teacher import Teacher
 
 def _call(network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     output = network(x, timestep=time, return_dict=False, **cond)[0]
-    return output[:, : x.shape[1]]  # the rest, if any, is a learned variance
+    return without_variance(output, x)
 
 
 def _teacher(network: Any, source: Source) -> Teacher:

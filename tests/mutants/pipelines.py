@@ -26,6 +26,13 @@ MUTANTS = {
         ("the folder of the LoRA alone has shards", 'elif form == "lora":', "elif False:"),
         ("a scale's input is read", ', "time_cond_proj_dim", None)', ', "nothing", None)'),
     ],
+    f"pipelines/policy_scheduler.py | {_E}": [
+        ("policies: the step ends at the first level", "c.angles[k + 1], c.of_x[k]", "c.angles[1], c.of_x[k]"),
+        ("policies: the sample is of unit variance", "x = x / c.sizes[k]", "x = x / 1.0"),
+        ("policies: one substep", "policy.roll(x, s, e, c.substeps)", "policy.roll(x, s, e, 1)"),
+        ("policies: tokens are channels", "(part.unflatten(2, (-1, n)).movedim(2, 1)",
+         "(part.unflatten(2, (n, -1)).movedim(3, 1)"),
+    ],
     "pipelines/export.py | tests/pipelines/test_student_folders.py": [
         ("a student's guidance is its teacher's",
          "for file, values in entry.settings.items():", "for file, values in ():"),
@@ -43,6 +50,11 @@ MUTANTS = {
         ("comfyui: the card is not told", ", layout=saving.layout", ""),
     ],
     f"pipelines/schedulers.py | {_E}": [
+        ("policies: another output", "det = torch.cos(t) * b - torch.sin(t) * a * schedule.data_std",
+         "det = torch.cos(t) * b - torch.sin(t) * a"),
+        ("policies: samples of unit variance", "[*sizes.tolist(), schedule.data_std]", "[*sizes.tolist(), 1.0]"),
+        ("policies: the input is the sample", "(native.scale / sizes).tolist()", "[1.0] * len(sizes)"),
+        ("policies: the noise is that of the angle", "schedule.init_scale(float(t[0])) * float(sizes[0])", "1.0"),
         ("the number of timesteps is the default", '    "num_train_timesteps",\n', ""),
         ("the first beta is the default", '    "beta_start",\n', ""),
         ("the last beta is the default", '    "beta_end",\n', ""),

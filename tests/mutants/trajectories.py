@@ -1,6 +1,7 @@
 """Mistakes in the methods along trajectories that jump to the ends of segments, and in what they share."""
 
 _W = "tests/methods/test_wiring_twin_flow.py"
+_P = "tests/methods/test_wiring_pi_flow.py"
 _S, _F = "tests/methods/test_wiring_segments.py", "tests/methods/test_wiring_following.py"
 
 MUTANTS = {
@@ -157,6 +158,55 @@ MUTANTS = {
         ("the matching's weight is ignored", "loss + self.config.matching_weight * matched", "loss + matched"),
         ("the matching is of the whole batch", "each.sum() * 4 / batch.size", "each.mean()"),
         ("any steps add noise", 'Renoise() if self.config.sampling == "few" else DDIM()', "Renoise()"),
+    ],
+    f"methods/pi_flow.py | {_P}": [
+        (
+            "the teacher is not guided",
+            "guided(frozen(teacher.denoiser), config.guidance_scale)",
+            "frozen(teacher.denoiser)",
+        ),
+        ("another stream of states", '"student/t"', '"student/s"'),
+        ("another stream of components", '"student/components"', '"student/t"'),
+        ("all states are the first", "(i + u) * c.substeps", "u * c.substeps"),
+        ("states anywhere", "torch.floor((i + u) * c.substeps / c.states)", "((i + u) * c.substeps / c.states)"),
+        ("the stretch ends at clean data", "sampler.leads(k).to(s)", "0 * sampler.leads(k).to(s)"),
+        ("the path is the teacher's alone", "x = theirs.at(here)", "x = theirs.at(t)"),
+        ("the teacher never leads", "            if self.share(step):\n", "            if False:\n"),
+        ("the teacher leads all the way", "self.share(step) / c.states)", "1.0 / c.states)"),
+        ("the share does not fall", "max(0.0, 1 - step / self.config.mixing_steps)", "1.0"),
+        ("a window of one", "range(self.config.window - 1)", "range(0)"),
+        ("the window goes beyond the end", "torch.maximum(t - step, policy.e + step)", "t - step"),
+        ("the window's sum is no mean", "total / self.config.window", "total"),
+        ("Gaussians are kept", "u < self.config.component_dropout", "u < 0"),
+        ("all Gaussians may go", "& (u < u.max(1, keepdim=True).values)", ""),
+        ("the dropped policy leads nowhere", "-1e9", "0.0"),
+        ("the teacher is asked below its times", ".clamp(min=self.schedule.t_min)", ""),
+    ],
+    f"diffdistill/core/policies.py | {_P}": [
+        ("the steps are one", "for k in range(steps):", "for k in range(1):"),
+        (
+            "zeta has another sign",
+            "torch.tan(t) ** -2 - torch.tan(self.s) ** -2",
+            "torch.tan(self.s) ** -2 - torch.tan(t) ** -2",
+        ),
+        (
+            "the width is that of the data",
+            "(self.log_std.exp() * _like(torch.sin(self.s), self.log_std)) ** 2",
+            "self.log_std.exp() ** 2",
+        ),
+        ("x_s is forgotten", "of_x * x - of_x_s * self.x_s", "of_x * x"),
+        ("weights stay", "torch.softmax(logits, 1)", "torch.softmax(self.logits, 1)"),
+        ("the width is of the first pixel", "y[:, -1:].flatten(1).mean(1)", "y[:, -1:].flatten(1)[:, 0]"),
+        ("the nodes are turned", "(t - self.e) / (self.s - self.e)", "(self.s - t) / (self.s - self.e)"),
+        ("components are the output", "_like(of_x, means) * x_s[:, None] + _like(of_y, means) * means", "means"),
+    ],
+    f"diffdistill/players/policy.py | {_P}": [
+        ("x0 is that at x_t", "return self.at(torch.zeros_like(self.t))", "return self.policy.x0(self.x_t, self.t)"),
+        (
+            "a pass leads to clean data",
+            "torch.where(below, self.angles.to(t.device), 0.0)",
+            "0.0 * torch.where(below, self.angles.to(t.device), 0.0)",
+        ),
     ],
     "methods/boot.py | tests/methods/test_wiring_boot.py": [
         (

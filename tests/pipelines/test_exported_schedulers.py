@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, student_levels
 from diffdistill.families import FAMILIES, load_student, schedule_of
+from diffdistill.families._family import PATCHES
 from diffdistill.pipelines.schedulers import scheduler_config, student_scheduler, teacher_scheduler
 from diffdistill.players.adapter_networks import AdaptedNetwork
+from diffdistill.players.policy import PolicySettings, policy_player
 from diffdistill.players.sampler import STEPS, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
@@ -221,6 +224,34 @@ def test_a_student_of_several_steps(kind: str, move: str, steps: int, points: in
         z = torch.randn(N, *SHAPE, generator=draw(seed, "z"))
         assert same(trained(sampler, z, seed), stock(scheduler, teacher, z, steps, seed)) > 1.2
     means_the_same(scheduler, sampler)
+
+
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize("policy", ["mixture", "nodes"])
+@pytest.mark.parametrize("kind", [*TEACHERS, "latent flow"])
+def test_a_student_of_policies_at_any_levels(kind: str, policy: str) -> None:
+    """By the scheduler that travels with it, which is told its levels in numbers."""
+    teacher = teacher_of("flow" if kind == "latent flow" else kind)
+    schedule, seed = teacher.denoiser.schedule, len(kind)
+    levels = sorted({*levels_of(schedule, seed)}, reverse=True)[::2][:3]
+    if kind == "latent flow":
+        schedule = LinearFlow(3.0, starts_at_one=True)
+        teacher.denoiser.schedule, levels = schedule, [1.0, 0.8, 0.3]
+    angles = torch.stack([schedule.angle(level) for level in levels])
+    student = policy_player(teacher.player("student"), PolicySettings(policy, 3, 5), SHAPE[0], angles)
+    scatter(student, seed)
+    sampler = Sampler(student, levels, STEPS["ddim"])
+    scheduler = student_scheduler(teacher, sampler)
+    z = torch.randn(N, *SHAPE, generator=draw(seed, "z"))
+    alone = replace(teacher, denoiser=student)
+    assert same(trained(sampler, z, seed), stock(scheduler, alone, z, 3, seed)) > 0.5
+    # A channel's features side by side, as pipelines pack them.
+    scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.1])
+    y = torch.randn(2, 3 * (SHAPE[0] + 1) + 1 if policy == "mixture" else 3 * SHAPE[0], 4, 6)
+    x = torch.randn(2, SHAPE[0], 4, 6)
+    plain = scheduler.step(y, scheduler.timesteps[1], x)[0]
+    packed = scheduler.step(PATCHES.pack(y), scheduler.timesteps[1], PATCHES.pack(x))[0]
+    assert torch.allclose(PATCHES.unpack(packed, x.shape[1:]), plain, atol=1e-6)
 
 
 @pytest.mark.usefixtures("_double")
