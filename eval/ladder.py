@@ -371,7 +371,7 @@ class _Latents:
         assert family.autoencoder is not None
         self.teacher, self.family, self.sampling, self.autoencoder = teacher, family, sampling, family.autoencoder
         folder = local_folder(teacher.source)
-        self.pipeline = load_pipeline(folder, leave_out=(family.component,), device=sampling.device)
+        self.pipeline = load_pipeline(folder, leave_out=family.networks, device=sampling.device)
         self.prompt = Prompt((teacher.size.get("height", 0), teacher.size.get("width", 0)))
         self.nulls: dict[str | None, Cond] = {}  #: conditions of each negative prompt
 

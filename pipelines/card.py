@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffdistill.core.experts import asked, experts_of
 from diffdistill.families import FAMILIES, Family, diffusers_class, local_folder, public_name, read_json
-from diffdistill.families._parts import LORA, null_parts, stored_dtypes
+from diffdistill.families._folders import boundary_of
+from diffdistill.families._parts import LORA, LORA_2, null_parts, stored_dtypes
 from diffdistill.families._single import holds_pipeline
 from diffdistill.pipelines.comfyui import comfyui_note
 from diffdistill.pipelines.origin import card_of, head, license_note, metadata, public_options, teacher_folder
@@ -95,7 +97,8 @@ def model_card(
     where = _Lines(entry, teacher, sampler, call, kind, place or "FOLDER", coded)
     both = form == "pipeline" and isinstance(network, LoraNetwork) and entry.loads_lora
     lora = both and (folder is None or (folder / "lora").is_dir())
-    file = entry.single_file and form == "pipeline" and not adapted and _is_one_file(folder, entry)
+    one = experts_of(network) is None and _is_one_file(folder, entry)
+    file = entry.single_file and form == "pipeline" and not adapted and one
     own = (entry.autoencoder is not None or others or coded) and not adapted
     values = metadata(teacher.source, entry, info.name, theirs, relation="adapter" if form == "lora" else "finetune")
     comfy = "" if layout != "comfyui" or folder is None else comfyui_note(entry, teacher, sampler, folder, form)
@@ -170,6 +173,18 @@ class _Lines:
         return name if "/" in name else "TEACHER"
 
     @property
+    def _networks(self) -> list[str]:
+        """The components that are the student's own."""
+        times = [level * self.teacher.scheduler.get("num_train_timesteps", 1) for level in self.sampler.levels]
+        return [*asked(self.sampler.denoiser.network, times)] or [self.entry.component]
+
+    def _load_lora(self, where: str) -> list[str]:
+        """The lines that load the LoRA, or two, from a folder."""
+        files = zip((LORA, LORA_2), ("", ", load_into_transformer_2=True"), strict=True)
+        lines = [f'pipeline.load_lora_weights({where}, weight_name="{file}"{more})' for file, more in files]
+        return lines[: len(self._networks)]
+
+    @property
     def _scheduler(self) -> str:
         return type(student_scheduler(self.teacher, self.sampler)).__name__
 
@@ -203,18 +218,25 @@ class _Lines:
         elif form == "network":
             network = _name(self.entry.network)
             names += [network, self._scheduler]
-            component = self.entry.component
+            components = dict(zip(self._networks, ("network", "network_2"), strict=False))
+            passed = "".join(f", {component}={name}" for component, name in components.items())
+            index = read_json(local_folder(self.teacher.source) / "model_index.json")
+            if len(components) == 1 and boundary_of(self.entry, index) is not None:
+                passed += f", {self.entry.second}=None, boundary_ratio=None"
             lines = [
-                f'network = {network}.from_pretrained("{self.place}", subfolder="{component}"{self._type})',
+                *(
+                    f'{name} = {network}.from_pretrained("{self.place}", subfolder="{component}"{self._type})'
+                    for component, name in components.items()
+                ),
                 f'scheduler = {self._scheduler}.from_pretrained("{self.place}", subfolder="scheduler")',
                 "pipeline = DiffusionPipeline.from_pretrained("
-                f"{self._loaded(self._base, f', {component}=network, scheduler=scheduler')})",
+                f"{self._loaded(self._base, f'{passed}, scheduler=scheduler')})",
             ]
         else:
             names.append(self._scheduler)
             lines = [
                 f"pipeline = DiffusionPipeline.from_pretrained({self._loaded(self._base)})",
-                f'pipeline.load_lora_weights("{self.place}", weight_name="{LORA}")',
+                *self._load_lora(f'"{self.place}"'),
                 f'pipeline.scheduler = {self._scheduler}.from_pretrained("{self.place}", subfolder="scheduler")',
             ]
         head = [f"# pip install {name}" for name in self.entry.packages]
@@ -236,12 +258,13 @@ class _Lines:
 
     def lora(self) -> str:
         """How the LoRA beside a merged student is loaded."""
+        lines = "\n".join(self._load_lora(f'"{self.place}", subfolder="lora"'))
         return f"""
 The student's weights are its teacher's and a LoRA, which is in `lora/` alone, with a card of its own. On the teacher's
 pipeline:
 
 ```python
-pipeline.load_lora_weights("{self.place}", subfolder="lora", weight_name="{LORA}")
+{lines}
 pipeline.scheduler = {self._scheduler}.from_pretrained("{self.place}", subfolder="scheduler")
 {self._draw}
 ```

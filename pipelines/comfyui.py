@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffdistill.core.experts import experts_of
 from diffdistill.core.schedule import DiscreteVP, LinearFlow
 from diffdistill.errors import UserError
 from diffdistill.families import Family
@@ -53,6 +54,8 @@ def check_comfyui(entry: Family | None, network: nn.Module) -> None:
     what = "a network that is not in diffusers" if entry is None else entry.class_names[0]
     if entry is None or entry.name not in _PREFIXES:
         raise UserError(f"layout: ComfyUI knows no layers of {what}; leave out --layout comfyui")
+    if experts_of(network) is not None:
+        raise UserError("layout: a student of two networks is two files for ComfyUI; leave out --layout comfyui")
     if isinstance(network, LoraNetwork):
         if network.alone:
             return

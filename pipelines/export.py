@@ -20,6 +20,7 @@ from torch import nn
 
 from diffdistill.config import SavingConfig
 from diffdistill.core import policies
+from diffdistill.core.experts import Experts, asked, experts_of
 from diffdistill.errors import UserError
 from diffdistill.families import (
     FAMILIES,
@@ -35,7 +36,7 @@ from diffdistill.families import (
     write_record,
 )
 from diffdistill.families._own import own_record, save_weights
-from diffdistill.families._parts import copy_part, stored_dtypes, student_index, weight_files
+from diffdistill.families._parts import LORA, LORA_2, copy_part, stored_dtypes, student_index, weight_files
 from diffdistill.files import atomic_folder
 from diffdistill.pipelines import policy_scheduler
 from diffdistill.pipelines.comfyui import check_comfyui, write_comfyui_lora
@@ -105,7 +106,7 @@ def save_pipeline(
             assert isinstance(network, LoraNetwork)
             _write_lora(made, entry, network, scheduler, kept, dtype)
         else:
-            _write_network(made, entry, network, scheduler, teacher, dtype, saving)
+            _write_network(made, entry, network, scheduler, teacher, dtype, saving, kept)
             _write_call(made, entry, kept, others if form == "pipeline" else OWN_STEPS)
         if isinstance(scheduler, PolicyScheduler):
             _add_policies(made)
@@ -196,31 +197,47 @@ def _write_network(
     teacher: Path | None,
     dtype: str | None,
     saving: SavingConfig,
+    record: Record,
 ) -> None:
-    """The network with its scheduler, and with the teacher's other parts unless they are only referred to."""
+    """The network with its scheduler, and with the teacher's other parts unless they are only referred to.
+
+    Of one that is two, the second goes along where a level of the student's asks it.
+    """
     plain: Any = network.base if isinstance(network, AdaptedNetwork) else plain_network(network)
+    networks = {entry.component: plain}
+    if isinstance(plain, Experts):
+        networks = {name: plain.get_submodule(name) for name in asked(plain, _times(record, scheduler))}
     if teacher is not None:
-        plain = as_stored(plain, teacher / entry.component, dtype)
+        networks = {name: as_stored(part, teacher / name, dtype) for name, part in networks.items()}
     size = saving.max_shard_size
     if entry.autoencoder is None:
-        parts = {entry.component: plain, "scheduler": scheduler}
+        parts = {**networks, "scheduler": scheduler}
         diffusers_class(entry.pipelines[0])(**parts).save_pretrained(folder, max_shard_size=size)
         return
     assert teacher is not None
-    plain.save_pretrained(folder / entry.component, max_shard_size=size)
+    for name, part in networks.items():
+        part.save_pretrained(folder / name, max_shard_size=size)
     scheduler.save_pretrained(folder / "scheduler")
     if saving.parts == "reference":
         return
     parts_there = other_parts(teacher, entry)
-    for part in parts_there:
-        copy_part(part, folder / part.name, link=saving.parts == "link")
+    for path in parts_there:
+        copy_part(path, folder / path.name, link=saving.parts == "link")
     kind, index = diffusers_class(entry.pipelines[0]), read_json(teacher / "model_index.json")
-    names = [part.name for part in parts_there]
+    names = [*(path.name for path in parts_there), *networks]
+    if entry.second not in networks and index.get("boundary_ratio") is not None:
+        index["boundary_ratio"] = None
     index = student_index(kind, index, names, entry.component, type(scheduler).__name__)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file, values in entry.settings.items():
         text = json.dumps({**read_json(folder / file), **values}, indent=2)
         (folder / file).write_text(text + "\n", encoding="utf-8")
+
+
+def _times(record: Record, scheduler: Any) -> list[float]:
+    """The times of a student's levels in a flow, whose sigmas they are."""
+    assert isinstance(record, StudentRecord)
+    return [level * scheduler.config["num_train_timesteps"] for level in record.levels]
 
 
 def _lora_in(network: LoraNetwork, dtype: str | None) -> dict[str, torch.Tensor]:
@@ -232,9 +249,17 @@ def _lora_in(network: LoraNetwork, dtype: str | None) -> dict[str, torch.Tensor]
 def _write_lora(
     folder: Path, entry: Family, network: LoraNetwork, scheduler: SchedulerMixin, record: Any, dtype: str | None
 ) -> None:
-    """The LoRA as `load_lora_weights` reads it, and the scheduler and the call that go with it."""
-    weights = _lora_in(network, dtype)
-    diffusers_class(entry.pipelines[0]).save_lora_weights(folder, **{f"{entry.component}_lora_layers": weights})
+    """The LoRA as `load_lora_weights` reads it, and the scheduler and the call that go with it; of two networks two."""
+    weights = {LORA: _lora_in(network, dtype)}
+    if experts_of(network) is not None:
+        names = asked(network, _times(record, scheduler))
+        weights = {
+            file: {key.partition(".")[2]: value for key, value in weights[LORA].items() if key.startswith(f"{name}.")}
+            for file, name in zip((LORA, LORA_2), names, strict=False)
+        }
+    for file, layers in weights.items():
+        kind = diffusers_class(entry.pipelines[0])
+        kind.save_lora_weights(folder, **{f"{entry.component}_lora_layers": layers}, weight_name=file)
     scheduler.save_pretrained(folder / "scheduler")
     _write_call(folder, entry, record)
 
@@ -274,7 +299,7 @@ def other_parts(source: Path, entry: Family) -> list[Path]:
     index, kind = read_json(source / "model_index.json"), diffusers_class(entry.pipelines[0])
     optional = set(kind._optional_components) - set(entry.needed_parts)
     parts = []
-    for part in [source / name for name in parts_of(index, kind) if name not in (entry.component, "scheduler")]:
+    for part in [source / name for name in parts_of(index, kind) if name not in (*entry.networks, "scheduler")]:
         try:
             if not part.is_dir():
                 raise UserError(

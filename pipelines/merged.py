@@ -15,6 +15,7 @@ import yaml
 from diffdistill.environment import process_count
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.families import diffusers_class, family_of, local_folder, public_name
+from diffdistill.families._folders import boundary_of
 from diffdistill.families._parts import LOADING, copy_part, load_part
 from diffdistill.files import atomic_folder
 from diffdistill.pipelines.export import as_stored, other_parts
@@ -57,6 +58,11 @@ def merged_teacher(base: str, loras: Sequence[Lora], folder: Path) -> Path:
     family, index = family_of(source)
     if not family.loads_lora:
         raise UserError(f"teacher_lora: stock diffusers loads no LoRA on {family.class_names[0]}; leave it out")
+    if boundary_of(family, index) is not None:
+        raise UserError(
+            "teacher_lora: the base has two networks, and a LoRA does not say which it is for; merge it by diffusers "
+            "(load_lora_weights, fuse_lora, save_pretrained), and give that folder"
+        )
     kind: Any = diffusers_class(family.pipelines[0])
     component = source / family.component
     network: Any = load_part(diffusers_class(family.network), component, torch.float32)

@@ -212,32 +212,40 @@ def z_image(seed: int = 0) -> ZImagePipeline:
     )
 
 
-def wan_parts(seed: int, **settings: Any) -> dict[str, Any]:
-    """Those of a pipeline of Wan, whose network has these settings besides.
-
-    Latents are a quarter as long and as wide; the pipeline takes multiples of 16.
-    """
+def wan_transformer(seed: int, **settings: Any) -> WanTransformer3DModel:
     torch.manual_seed(seed)
     size = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 32, "ffn_dim": 64, "num_layers": 2}
     transformer = WanTransformer3DModel(**size, rope_max_seq_len=32, **settings)
     with torch.no_grad():  # a prompt is a few of 512 tokens, and the rest are alike: it must be loud to be heard
         transformer.condition_embedder.text_embedder.linear_2.weight.mul_(10)
+    return denoiser(transformer, seed)
+
+
+def wan_parts(seed: int, boundary: float | None = None, **settings: Any) -> dict[str, Any]:
+    """Those of a pipeline of Wan, whose network has these settings besides; as Wan 2.2 A14B two with a `boundary`.
+
+    Latents are a quarter as long and as wide; the pipeline takes multiples of 16.
+    """
+    two = {} if boundary is None else {"transformer_2": wan_transformer(seed + 1, **settings)}
+    transformer = wan_transformer(seed, **settings)
     tokenizer = t5_tokenizer()
     text_encoder = UMT5EncoderModel(
         UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     )
     return {
-        "transformer": denoiser(transformer, seed),
+        "transformer": transformer,
         "vae": wan_vae(),
         "text_encoder": text_encoder.eval(),
         "tokenizer": tokenizer,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "boundary_ratio": boundary,
+        **two,
     }
 
 
-def wan(seed: int = 0) -> WanPipeline:
-    """As Wan 2.1: one transformer."""
-    return WanPipeline(**wan_parts(seed))
+def wan(seed: int = 0, boundary: float | None = None) -> WanPipeline:
+    """As Wan 2.1, or with a `boundary` as Wan 2.2 A14B."""
+    return WanPipeline(**wan_parts(seed, boundary))
 
 
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {

@@ -60,12 +60,13 @@ def qwen_image_edit(seed: int = 0) -> QwenImageEditPipeline:
     return QwenImageEditPipeline(**parts, processor=make(reader, tokenizer))
 
 
-def wan_i2v(seed: int = 0, inside: bool = False) -> WanImageToVideoPipeline:
-    """As Wan 2.1, or with the image `inside` as Wan 2.2 TI2V, which has no image encoder."""
+def wan_i2v(seed: int = 0, inside: bool = False, boundary: float | None = None) -> WanImageToVideoPipeline:
+    """As Wan 2.1; without an image encoder as Wan 2.2 TI2V, with the image `inside`, or A14B, with a `boundary`."""
     torch.manual_seed(seed)
-    settings = {"in_channels": 16} if inside else {"in_channels": 36, "image_dim": 16, "added_kv_proj_dim": 32}
-    parts = wan_parts(seed, **settings)
-    if not inside:
+    seeing = not inside and boundary is None
+    settings = {"in_channels": 16 if inside else 36}
+    parts = wan_parts(seed, boundary, **settings, **({"image_dim": 16, "added_kv_proj_dim": 32} if seeing else {}))
+    if seeing:
         vision = CLIPVisionConfig(
             hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
         )

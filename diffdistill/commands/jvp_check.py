@@ -49,7 +49,7 @@ def _teacher(config: JvpCheckConfig, teacher: str | os.PathLike[str] | Teacher) 
     loaded = load_teacher(folder, resolution=config.resolution, frames=config.frames)
     if family.text is None:
         return loaded
-    encoders = load_pipeline(folder, leave_out=(family.component,))
+    encoders = load_pipeline(folder, leave_out=family.networks)
     with torch.no_grad():
         cond = family.text.encode(encoders, [config.prompt], prompt_of(family, folder, loaded))
     return replace(loaded, example_cond=cond)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffdistill.config import PruneConfig
 from diffdistill.core.denoiser import Cond
+from diffdistill.core.experts import Experts
 from diffdistill.core.schedule import sampling_grid
 from diffdistill.data.encoded import Encoded, check_encoded, open_encoded, with_prompts
 from diffdistill.data.examples import ClassLabels
@@ -69,6 +70,8 @@ def prune(teacher: str | PathLike[str], **options: Unpack[PruneOptions]) -> Path
 def _smaller(teacher: Teacher, encoded: Encoded | None, config: PruneConfig) -> tuple[nn.Module, list[str]]:
     """The network, and in words what was taken out of it."""
     network: Any = teacher.denoiser.network
+    if isinstance(network, Experts):
+        raise UserError("teacher: its network is two, each for a part of the noise, and one alone is made smaller")
     layers = dict(getattr(network, "config", {})).get("layers_per_block")
     if isinstance(layers, int):
         fewer = max(1, round(config.keep * layers))

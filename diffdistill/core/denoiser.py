@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffdistill.core.experts import by_expert, experts_of
 from diffdistill.core.prediction import Output, Prediction, expand
 from diffdistill.core.schedule import Schedule
 
@@ -27,6 +28,12 @@ class Extra:
     scale: Tensor | None = None  #: (B,) the guidance scale that the network gives in one pass; 1 is none
     r: Tensor | None = None  #: (B,) the angles, at most t, to which the network's deterministic step leads
     gap: Tensor | None = None  #: (B,) how far t and r lie apart, as fractions of the schedule; `Denoiser` says it
+
+    def of(self, rows: Tensor | None) -> Extra:
+        """That of those rows; None: of all."""
+        if self is NONE or rows is None:
+            return self
+        return Extra(*(None if value is None else value[rows] for value in (self.scale, self.r, self.gap)))
 
     def twice(self) -> Extra:
         """For a batch that is there twice, with two conditions."""
@@ -61,6 +68,18 @@ def choose(mask: Tensor, cond: Cond, other: Cond) -> Cond:
     }
 
 
+def _wide(time: Tensor, like: Tensor) -> Tensor:
+    # A half-precision time would round the timestep 999 to 1000.
+    return time.to(torch.promote_types(like.dtype, torch.float32))
+
+
+def _rows(rows: Tensor | None, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Cond]:
+    """Those rows of all three; None: all."""
+    if rows is None:
+        return x, t, cond
+    return x[rows], t[rows], {name: value[rows] for name, value in cond.items()}
+
+
 class _Reached(Exception):
     """Leaves a forward pass once the feature layer has been computed."""
 
@@ -73,6 +92,9 @@ class Denoiser(nn.Module):
     and is used in place of `call`; `feature_layer` names the sub-module whose output a
     discriminator reads, `feature_map(output, x_t)` makes a map (B, C, h, w) of it where it is none. `rescale(guided,
     conditional)` is what the family's pipeline does to a guided output. All are optional.
+
+    Of a network that is two, each for a part of the noise (`Experts`), every sample goes to the one for its time, which
+    then is read from the device.
     """
 
     network: nn.Module
@@ -124,13 +146,18 @@ class Denoiser(nn.Module):
         t = t.clamp(self.schedule.t_min, self.schedule.t_max)
         native = self.schedule.native(t)
         a, b = self.output.at(native.alpha, native.sigma, self.schedule.data_std)
-        # A half-precision time would round the timestep 999 to 1000.
-        time = native.time.to(torch.promote_types(x_t.dtype, torch.float32))
+        time = _wide(native.time, x_t)
         if extra.r is not None:
             extra = replace(extra, gap=self.schedule.fraction(t) - self.schedule.fraction(extra.r))
         with self._precision(x_t.device.type):
-            y = self._call(expand(native.scale, x_t) * x_t, time, cond, extra)
+            y = self._called(expand(native.scale, x_t) * x_t, time, cond, extra)
         return Prediction(x_t, t, y.to(x_t.dtype), a * self.schedule.data_std, b)
+
+    def _called(self, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
+        def share(rows: Tensor | None) -> list[Tensor]:
+            return [self._call(*_rows(rows, x, time, cond), extra.of(rows))]
+
+        return by_expert(self.network, time, share)[0]
 
     def _call(self, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
         if self.extra_call is not None:
@@ -162,6 +189,14 @@ class Denoiser(nn.Module):
 
     def features_of(self, layers: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
         """The same of several layers, which are named in the order in which they are computed."""
+
+        def share(rows: Tensor | None) -> list[Tensor]:
+            return self._features_of(layers, *_rows(rows, x_t, t, cond))
+
+        time = self.schedule.native(t.clamp(self.schedule.t_min, self.schedule.t_max)).time
+        return by_expert(self.network, _wide(time, x_t), share)
+
+    def _features_of(self, layers: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
         outputs: list[Any] = []
 
         def keep(module: nn.Module, args: object, output: Any) -> None:
@@ -169,7 +204,9 @@ class Denoiser(nn.Module):
             if len(outputs) == len(layers):
                 raise _Reached
 
-        handles = [self.network.get_submodule(layer).register_forward_hook(keep) for layer in layers]
+        experts = experts_of(self.network)
+        names = layers if experts is None else [experts.layer(layer) for layer in layers]
+        handles = [self.network.get_submodule(name).register_forward_hook(keep) for name in names]
         try:
             self(x_t, t, cond)
         except _Reached:

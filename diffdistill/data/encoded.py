@@ -284,7 +284,7 @@ class _Encoder:
     def pipeline(self) -> Any:
         if self.loaded is not None:
             return self.loaded.pipeline
-        loaded = load_pipeline(self.folder, leave_out=(self.family.component,), device=self.device, dtype=self.dtype)
+        loaded = load_pipeline(self.folder, leave_out=self.family.networks, device=self.device, dtype=self.dtype)
         if self.dtype == torch.float16 and getattr(loaded.vae.config, "force_upcast", False):
             loaded.vae.float()  # it says that it overflows otherwise; the stock pipelines do so too
         return loaded

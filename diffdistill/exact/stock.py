@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.experts import experts_of
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, solve
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow
@@ -84,7 +85,7 @@ def stock_case(
             pipe.set_progress_bar_config(disable=True)
         encoders = pipe
     elif family.text is not None:
-        encoders = load_pipeline(folder, leave_out=(family.component,))
+        encoders = load_pipeline(folder, leave_out=family.networks)
     cond, what = conditions(encoders, folder, family, teacher, prompt)
 
     def call(guidance: float) -> Config:
@@ -254,7 +255,9 @@ def _first_difference(case: Case, grid: Tensor) -> str:
     """Of the network's arguments in the first step, the one in which the family's call differs from the pipeline's."""
     with _calls(getattr(case.pipe, case.family.component)) as theirs:
         stock(case, 1.0)
-    with _calls(case.teacher.denoiser.network) as mine:
+    experts = experts_of(case.teacher.denoiser.network)  # of two networks the first is called in the first step
+    network = case.teacher.denoiser.network if experts is None else experts.get_submodule(case.family.component)
+    with _calls(network) as mine:
         ours(case, 1.0, grid)
     for name, value in theirs[0].items():
         own = mine[0].get(name)

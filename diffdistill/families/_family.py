@@ -166,7 +166,14 @@ class Family:
     videos: bool = False  #: the samples are videos
     reads_image: bool = False  #: with each prompt comes an image, which the stock pipeline's call takes as `image`
     packages: tuple[str, ...] = ()  #: those that the stock pipeline imports, and diffusers does not bring
+    #: The sub-folder of a second network of that class, for the noise below an index's `boundary_ratio`, if it has one.
+    second: str | None = None
     single_file: bool = False  #: `from_single_file` of the network's class reads the weights of a student
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The sub-folders of the network, and of a second one that a folder may have."""
+        return (self.component,) if self.second is None else (self.component, self.second)
 
     @property
     def needed_parts(self) -> tuple[str, ...]:

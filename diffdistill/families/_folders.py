@@ -8,10 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from diffdistill.config import INPUTS
-from diffdistill.errors import UserError, first_line
-from diffdistill.families._family import diffusers_class
+from diffdistill.errors import UserError, first_line, shown
+from diffdistill.families._family import Family, diffusers_class
 from diffdistill.families._hints import CHECKPOINTS, hint_for_file, is_single_file
-from diffdistill.families._parts import LORA, PICKLED, parts_of, read_json, student_index
+from diffdistill.families._parts import LORA, LORA_2, PICKLED, Config, parts_of, read_json, student_index
 from diffdistill.families._record import METADATA, StudentRecord, read_record
 from diffdistill.families._registry import family_of
 from diffdistill.families._single import single_file_folder
@@ -20,7 +20,8 @@ from diffdistill.files import json_object
 NOT_LOADED = [*PICKLED, "*.fp16.*", "*.non_ema.*"]
 """What is not fetched of a pipeline's folder: what would be unpickled, and, unless they are alone, copies."""
 
-_FETCHED = ["model_index.json", METADATA, LORA, "*/*", "README.md", "*LICEN[CS]E*", "*[Ll]icen[cs]e*", "NOTICE*"]
+_LICENSES = ["*LICEN[CS]E*", "*[Ll]icen[cs]e*", "NOTICE*"]
+_FETCHED = ["model_index.json", METADATA, LORA, LORA_2, "*/*", "README.md", *_LICENSES]
 _EMBEDDED = {"digits": Path(__file__).parent / "assets" / "digits-teacher"}
 _CACHED = re.compile(r"(?:models|datasets)--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")
 
@@ -110,6 +111,33 @@ def teacher_of(folder: Path, record: StudentRecord) -> str:
     )
 
 
+# -- two networks ---------------------------------------------------------------------------------------------
+
+
+def boundary_of(family: Family, index: Config) -> float | None:
+    """The part of the noise from which on the network is asked, and below which the second; None where there is one.
+
+    UserError for an index that has one without the other, or leaves some of the noise to neither.
+    """
+    if family.second is None:
+        return None
+    ratio, there = index.get("boundary_ratio"), family.second in parts_of(index)
+    if ratio is None and not there:
+        return None
+    if ratio is None or not there:
+        lacks, has = ("boundary_ratio", family.second) if there else (family.second, f"boundary_ratio {shown(ratio)}")
+        raise UserError(
+            f"teacher: model_index.json has {has} and no {lacks}, so that no network is for the lower noise; give "
+            "both, or neither"
+        )
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+        raise UserError(
+            f"teacher: boundary_ratio in model_index.json is {shown(ratio)}, with which one of the networks is for no "
+            "noise; give a number between 0 and 1"
+        )
+    return float(ratio)
+
+
 # -- students without their teacher's parts --------------------------------------------------------------------
 
 _VIEWS: dict[tuple[str, int, int], TemporaryDirectory[str]] = {}  # each of which lasts as long as the process
@@ -141,6 +169,8 @@ def _link_parts(folder: Path, view: Path) -> None:
     assert isinstance(record, StudentRecord)
     teacher = local_folder(teacher_of(folder, record))
     family, index = family_of(teacher)
+    if record.form == "network" and family.second is not None and not (folder / family.second).is_dir():
+        index |= {family.second: [None, None], "boundary_ratio": None}  # the student is one network
     view.mkdir()
     if (folder.parent / INPUTS).is_file():  # which says where the teacher is
         (view.parent / INPUTS).symlink_to((folder.parent / INPUTS).resolve())

@@ -17,13 +17,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from diffdistill.core.experts import Experts
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.families._family import Family, Source, diffusers_class
-from diffdistill.families._folders import local_folder
+from diffdistill.families._folders import boundary_of, local_folder
 from diffdistill.families._own import load_own
 from diffdistill.families._parts import (
     LOADING,
     LORA,
+    LORA_2,
     Config,
     empty_part,
     load_part,
@@ -70,14 +72,7 @@ def load_teacher(
     told = read_json(folder / "scheduler" / "scheduler_config.json")
     said = told if told.get("_class_name") == POLICIES else None
     scheduler = _with_defaults(told if said is None else _teachers(told, folder))
-    model, part = diffusers_class(family.network), folder / family.component
-    made = read_json(part / "config.json").get("_class_name")
-    if made not in (None, model.__name__):
-        raise UserError(f"teacher: {part} holds a {made}; {model.__name__} is expected")
-    if weights:
-        network = _with_lora(load_part(model, part, dtype), folder, family.component)
-    else:
-        network = empty_part(model, part, dtype)
+    network = _network(folder, family, index, scheduler, dtype, weights)
     size = coerce("resolution", resolution, Size | None, {"at_least": 1})
     pixels = None if size is None else height_width(size)
     source = Source(folder, index, scheduler, null_class, scale, pixels, frames)
@@ -101,11 +96,32 @@ def _teachers(told: Config, folder: Path) -> Config:
     return config
 
 
-def _with_lora(network: Any, folder: Path, component: str) -> Any:
+def _network(
+    folder: Path, family: Family, index: Config, scheduler: Config, dtype: torch.dtype, weights: bool
+) -> nn.Module:
+    """The network of a folder, or both where there are two; UserError where no network is for some of the noise."""
+    model, made = diffusers_class(family.network), {}
+    boundary = boundary_of(family, index)
+    for name in family.networks if boundary is not None else (family.component,):
+        kind = read_json(folder / name / "config.json").get("_class_name")
+        if kind not in (None, model.__name__):
+            raise UserError(f"teacher: {folder / name} holds a {kind}; {model.__name__} is expected")
+        if weights:
+            made[name] = _with_lora(load_part(model, folder / name, dtype), folder, family, name)
+        else:
+            made[name] = empty_part(model, folder / name, dtype)
+    if boundary is None:
+        return made[family.component]
+    return Experts(made, boundary * scheduler.get("num_train_timesteps", 1000))
+
+
+def _with_lora(network: Any, folder: Path, family: Family, component: str) -> Any:
     """The network; of a student that is a LoRA on its teacher's, with that in its weights."""
     record = read_record(folder)
-    if isinstance(record, StudentRecord) and record.form == "lora":
-        network.load_lora_adapter(load_file(folder / LORA), prefix=component)
+    file = folder / (LORA if component == family.component else LORA_2)
+    # A student that never asks the second network has no LoRA for it.
+    if isinstance(record, StudentRecord) and record.form == "lora" and (file.name == LORA or file.exists()):
+        network.load_lora_adapter(load_file(file), prefix=family.component)
         network.fuse_lora()
         network.unload_lora()
     return network
@@ -176,7 +192,7 @@ def load_pipeline(
         if (
             name in leave_out
             or (only is not None and name not in only)
-            or (name not in family.needed_parts and name in kind._optional_components)
+            or (name not in (*family.needed_parts, *family.networks) and name in kind._optional_components)
         ):
             parts[name] = None
         elif not (folder / name).is_dir():
@@ -186,8 +202,8 @@ def load_pipeline(
             )
         elif isinstance(own := part_class(index[name]), type) and issubclass(own, nn.Module):
             parts[name] = (load_part if weights else empty_part)(own, folder / name, dtype)
-            if weights and name == family.component:
-                parts[name] = _with_lora(parts[name], folder, name)
+            if weights and name in family.networks:
+                parts[name] = _with_lora(parts[name], folder, family, name)
     told = read_json(folder / "scheduler" / "scheduler_config.json")
     if told.get("_class_name") == POLICIES:  # whose code is not run here
         config = _teachers(told, folder)
@@ -242,8 +258,9 @@ def describe(folder: Path, resolution: Size | tuple[int, int] | None = None, fra
 def check_weights(name: str) -> None:
     """UserError where a folder here is no pipeline, or has not the weights of its network; nothing is loaded."""
     if Path(name).is_dir():
-        family, _ = family_of(Path(name))
-        weight_files(Path(name) / family.component)
+        family, index = family_of(Path(name))
+        for part in family.networks if boundary_of(family, index) is not None else (family.component,):
+            weight_files(Path(name) / part)
 
 
 def record_of(path_or_hub_id: str | Path) -> Record | None:

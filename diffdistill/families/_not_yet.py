@@ -30,11 +30,6 @@ NOT_YET = (
         "it starts from another model's image; a student of the base alone needs no refiner",
     ),
     Missing(
-        "Wan 2.2 A14B",
-        (),
-        "it has two networks, one for each part of the noise, and a teacher has one",
-    ),
-    Missing(
         "LTX-2",
         ("LTX2Pipeline",),
         "a sample is two latents, of video and sound, and a teacher's sample is one tensor",

@@ -34,6 +34,8 @@ PICKLED = [f"*.{kind}" for kind in ("bin", "msgpack", "ckpt", "pt", "pth", "onnx
 """Weights that would have to be unpickled, or that are of another framework."""
 LORA = "pytorch_lora_weights.safetensors"
 """The file of a LoRA, as `load_lora_weights` expects it."""
+LORA_2 = "pytorch_lora_weights_2.safetensors"
+"""That of the second network's, where there are two."""
 _HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}")
 

@@ -1,4 +1,4 @@
-"""WanTransformer3DModel: videos of Wan 2.1, and of those of Wan 2.2 that are one transformer."""
+"""WanTransformer3DModel: videos of Wan 2.1 and of Wan 2.2, which has one transformer or two."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Call, Cond
-from diffdistill.errors import UserError
+from diffdistill.core.experts import Experts
 from diffdistill.families._family import (
     ATTENTION,
     Autoencoder,
@@ -55,9 +55,7 @@ def latent_shape(family: str, config: Config, source: Source, pixels: int = 16) 
 
 def wan_teacher(name: str, network: Any, source: Source, call: Call) -> Teacher:
     """The teacher of a family whose network is Wan's."""
-    if source.parts.get("boundary_ratio") is not None:
-        raise UserError("teacher: two transformers, one for each half of the noise, are not supported; use Wan 2.1")
-    config = network.config
+    config, block = network.config, f"blocks.{network.config.num_layers // 2}"
     # The released models' scheduler, UniPC, takes 1, .., 1/n of itself, where the flow scheduler would end at 1/1000.
     own = source.scheduler.get("_class_name", "").startswith("FlowMatch")
     teacher = latent_teacher(
@@ -67,7 +65,7 @@ def wan_teacher(name: str, network: Any, source: Source, call: Call) -> Teacher:
         latent_shape(name, config, source),
         flow_schedule(source.scheduler, "own" if own else "given"),
         call,
-        feature_layer=f"blocks.{config.num_layers // 2}",
+        feature_layer=f"{network.names[0]}.{block}" if isinstance(network, Experts) else block,
         feature_map=frame_map,
     )
     return replace(teacher, size={"num_frames": source.frames or FRAMES})
@@ -95,7 +93,7 @@ AUTOENCODER = Autoencoder(
 
 FAMILY = Family(
     "wan",
-    "Wan 2.1 and Wan 2.2 TI2V, text to video",
+    "Wan 2.1 and Wan 2.2, text to video",
     ("WanPipeline",),
     "transformer",
     "WanTransformer3DModel",
@@ -106,5 +104,6 @@ FAMILY = Family(
     text=plain_text(("tokenizer", "text_encoder"), encode, advised=ADVISED),
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
     videos=True,
+    second="transformer_2",
     single_file=True,
 )

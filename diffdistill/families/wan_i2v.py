@@ -1,4 +1,4 @@
-"""WanTransformer3DModel: videos of Wan 2.1 and of Wan 2.2 TI2V that begin with an image."""
+"""WanTransformer3DModel: videos of Wan 2.1 and of Wan 2.2 that begin with an image."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
 
 FAMILY = Family(
     "wan_i2v",
-    "Wan 2.1 and Wan 2.2 TI2V, image to video",
+    "Wan 2.1 and Wan 2.2, image to video",
     ("WanImageToVideoPipeline",),
     "transformer",
     "WanTransformer3DModel",
@@ -103,5 +103,6 @@ FAMILY = Family(
     videos=True,
     reads_image=True,
     packages=("ftfy",),
+    second="transformer_2",
     single_file=True,
 )

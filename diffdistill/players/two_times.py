@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser, Extra
+from diffdistill.core.experts import Experts
 from diffdistill.errors import UserError
 from diffdistill.players.call_inputs import Beside, CallInput, InPlace, add_to_bias, layer_at, taking
 from diffdistill.players.lora import LoraNetwork, trained_like
@@ -111,6 +112,11 @@ def time_input(denoiser: Denoiser, *, default: float) -> Denoiser:
     lora = isinstance(denoiser.network, LoraNetwork)
     network: Any = denoiser.network.base if lora else denoiser.network
     names = time_layers(network)
+    if isinstance(network, Experts):
+        raise UserError(
+            "teacher: its network is two, each for a part of the noise, and a student of two takes no second time; use "
+            "a method whose student takes one time"
+        )
     if not names:
         raise UserError(
             f"time_input: {type(network).__name__} has no layer to which a second time could be added; "

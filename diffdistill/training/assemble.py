@@ -219,7 +219,7 @@ def _small(student: str, teacher: Teacher, weights: bool, **size: Any) -> Denois
 def _with_a_prompt(teacher: Teacher, folder: Path, family: Family) -> Teacher:
     """The teacher with conditions of the shapes that a prompt's have, by text encoders without weights."""
     assert family.text is not None
-    unread = (family.component,) if family.reads_image else (family.component, "vae")
+    unread = family.networks if family.reads_image else (*family.networks, "vae")
     encoders, empty = load_pipeline(folder, leave_out=unread, weights=False), Weightless()
     empty.bare(part for part in encoders.components.values() if isinstance(part, nn.Module))
     prompt = prompt_of(family, folder, teacher)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.divided import in_pieces
+from diffdistill.core.experts import experts_of
 from diffdistill.errors import UserError
 from diffdistill.training.sharding import network_of
 
@@ -273,7 +274,8 @@ def _networks(module: nn.Module) -> Iterator[nn.Module]:
             network = network_of(part)
             if any(type(inner).__name__ == "OptimizedModule" for inner in network.modules()):
                 raise UserError("offload: a network under torch.compile cannot come and go; use none or optimizer")
-            yield network
+            experts = experts_of(network)
+            yield from [network] if experts is None else experts.children()
 
 
 def _units(root: nn.Module) -> list[list[nn.Module]]:

@@ -16,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.divided import put_together
+from diffdistill.core.experts import Experts
+from diffdistill.errors import UserError
 from diffdistill.players.discriminator import DiscriminatorHead
 
 
@@ -24,10 +26,16 @@ def shard(modules: Iterable[nn.Module], device: torch.device, blocks: frozenset[
 
     Blocks are the modules in a network's lists, the layer that a discriminator reads, and those of the classes that
     diffusers says are not to be split; or those of the classes that `blocks` names. One at a time is moved to the
-    device.
+    device. UserError for a network that is two.
     """
+    parts = [part for module in modules for part in module.modules()]
+    if any(isinstance(part, Experts) for part in parts):  # processes would wait for one another's blocks
+        raise UserError(
+            "launcher: FSDP does not divide a network that is two, of which each process calls those for its times; "
+            "leave it out, and use LoRA or --offload"
+        )
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for part in [part for module in modules for part in module.modules()]:
+    for part in parts:
         if isinstance(part, Denoiser):
             network = network_of(part)
             layer = None if part.feature_layer is None else network.get_submodule(part.feature_layer)

@@ -131,9 +131,9 @@ class Trainer:
                 logs[name] = logs[name] + value if name in logs else value
         gather_later(self.divided)
         loss = logs["loss"]
-        grads = [p.grad for p in self.parameters[turn.player] if p.grad is not None]
         if self.accelerator.num_processes > 1:
-            grads = self._averaged_over_processes(turn.player)
+            self._average_over_processes(turn.player)
+        grads = [p.grad for p in self.parameters[turn.player] if p.grad is not None]
         norm = total_norm(grads)
         if self.anywhere(not bool(torch.isfinite(loss + norm))):
             self._skip(turn.player, f"loss {float(loss)}, gradient norm {float(norm)}")
@@ -166,17 +166,17 @@ class Trainer:
             factor *= 0.5 * (1 + math.cos(math.pi * self.step / c.steps))
         return self.settings[player].lr * factor
 
-    def _averaged_over_processes(self, player: str) -> list[Tensor]:
-        # One flat reduction. Players take several passes a turn, which DistributedDataParallel does not
-        # allow for; a parameter without a gradient on one rank counts as zero there.
-        parameters = [p for p in self.parameters[player] if not is_divided(p)]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        if grads:
-            flat = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in grads]), "mean")
-            for p, grad, part in zip(parameters, grads, flat.split([g.numel() for g in grads]), strict=True):
-                p.grad = grad.copy_(part.view_as(p))
-        # torch has averaged those of divided parameters.
-        return grads + [p.grad for p in self.parameters[player] if is_divided(p) and p.grad is not None]
+    def _average_over_processes(self, player: str) -> None:
+        # One flat reduction: DistributedDataParallel does not allow for several passes a turn. A gradient that is on
+        # some ranks is zero on the others; one that is on none stays away. torch has averaged those that are divided.
+        whole = [p for p in self.parameters[player] if not is_divided(p)]
+        if whole:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in whole]
+            there = grads[0].new_tensor([p.grad is not None for p in whole])
+            flat = self.accelerator.reduce(torch.cat([*(g.reshape(-1) for g in grads), there]), "mean")
+            *parts, there = flat.split([*(g.numel() for g in grads), len(grads)])
+            for p, grad, part, some in zip(whole, grads, parts, there.tolist(), strict=True):
+                p.grad = grad.copy_(part.view_as(p)) if some else None
 
     def _skip(self, player: str, what: str) -> None:
         """Leave an update out and say so; NonFinite for one more than `skip_nonfinite`."""

@@ -46,7 +46,7 @@ from diffdistill.pipelines.card import model_card
 from diffdistill.pipelines.export import save_pipeline
 from diffdistill.players.lora import LoraSettings, lora_view
 from diffdistill.players.sampler import Sampler
-from tests import tiny, tiny_a, tiny_c, tiny_d
+from tests import tiny, tiny_a, tiny_b, tiny_c, tiny_d
 
 PROMPT = "a red fox in the snow"
 FRAMES = tiny.FRAMES
@@ -59,7 +59,9 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "stable_diffusion sample": partial(tiny_a.stable_diffusion, prediction_type="sample"),
     "pixart_alpha sized": partial(tiny_c.pixart_alpha, sample_size=128),
     "krea2 distilled": partial(tiny_c.krea2, is_distilled=True),
+    "wan two": partial(tiny_b.wan, boundary=0.8),
     "wan_i2v inside": partial(tiny_d.wan_i2v, inside=True),
+    "wan_i2v two": partial(tiny_d.wan_i2v, boundary=0.8),
 }
 SIZES = tiny.SIZES
 NAMES = [*tiny.PIPELINES]
@@ -141,7 +143,7 @@ def test_same_samples_away_from_a_negative_prompt(made: Callable[..., Case], nam
     call = {**case.call(5.0), "negative_prompt": negative}
     twin = copy.copy(case.teacher.denoiser)
     prompt = prompt_of(case.family, case.folder, case.teacher, negative=negative)
-    encoders = load_pipeline(case.folder, leave_out=(case.family.component,))
+    encoders = load_pipeline(case.folder, leave_out=case.family.networks)
     with torch.no_grad():
         with_null(twin, case.family.text.null(encoders, prompt))
         cond = case.family.text.encode(encoders, [PROMPT], prompt)  # which may bring its own null condition

@@ -10,7 +10,7 @@ MUTANTS = {
         ("the data's scale is forgotten",
          "y.to(x_t.dtype), a * self.schedule.data_std, b)", "y.to(x_t.dtype), a, b)"),
         ("the row has another data_std", "native.sigma, self.schedule.data_std)", "native.sigma, 1.0)"),
-        ("the input is not scaled", "self._call(expand(native.scale, x_t) * x_t,", "self._call(x_t,"),
+        ("the input is not scaled", "self._called(expand(native.scale, x_t) * x_t,", "self._called(x_t,"),
         ("features after the input's time",
          "self(x_t, t, cond)\n        except", "self(x_t, 0.5 * t, cond)\n        except"),
         ("chosen the other way round", "value, other[key])", "other[key], value)"),

@@ -2,6 +2,7 @@
 
 _I, _T, _L = "tests/players/test_lora_inputs.py", "tests/players/test_two_times.py", "tests/pipelines/test_levels.py"
 _O = "tests/pipelines/test_own_levels.py"
+_N = "tests/players/test_two_networks.py"
 
 MUTANTS = {
     "diffdistill/players/quantized.py | tests/players/test_quantized.py": [
@@ -242,5 +243,23 @@ MUTANTS = {
         ("levels rise", "any(a <= b for a, b in pairwise(self.levels))", "False"),
         ("levels come twice", "any(a <= b for", "any(a < b for"),
         ("levels do not say the steps", "object.__setattr__(self, name, value)", "pass"),
+    ],
+    f"diffdistill/core/experts.py | {_N}": [
+        ("the boundary is the second network's", "time.detach() >= self.boundary", "time.detach() > self.boundary"),
+        ("the networks are exchanged", "(first, ~first)", "(~first, first)"),
+        ("samples come back in another order", "for _, rows in shares]).argsort()", "for _, rows in shares])"),
+        ("a discriminator reads the first network", 'f"{self.chosen}.{name', 'f"{self.names[0]}.{name'),
+        ("the second network always goes along", "any(time < experts.boundary for time in times)", "True"),
+        ("the second network never goes along", "any(time < experts.boundary for time in times)", "False"),
+    ],
+    f"pipelines/export.py | {_N}": [
+        ("both LoRA files are the first network's", 'key.startswith(f"{name}.")', 'key.startswith("transformer.")'),
+    ],
+    f"diffdistill/families/_loading.py | {_N}": [
+        (
+            "the second network is the first",
+            "load_part(model, folder / name, dtype)",
+            "load_part(model, folder / family.component, dtype)",
+        ),
     ],
 }

@@ -40,7 +40,10 @@ for job in json.load(open(sys.argv[1])):
     pipe = DiffusionPipeline.from_pretrained(job["base"] or job["student"])
     pipe.set_progress_bar_config(disable=True)
     if job["base"]:
-        pipe.load_lora_weights(job["student"] + "/lora")
+        pipe.load_lora_weights(job["student"] + "/lora", weight_name="pytorch_lora_weights.safetensors")
+        if job.get("two"):
+            second = {"weight_name": "pytorch_lora_weights_2.safetensors", "load_into_transformer_2": True}
+            pipe.load_lora_weights(job["student"] + "/lora", **second)
         pipe.scheduler = DiffusionPipeline.from_pretrained(job["student"]).scheduler
     torch.manual_seed(5)
     call = json.load(open(job["student"] + "/diffdistill.json"))["call"]

@@ -9,6 +9,7 @@ once more with networks that FSDP2 divides.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from torch import Tensor
 from diffdistill.catalogue import describe_method
 from diffdistill.config import FitConfig
 from diffdistill.core.divided import put_together
+from diffdistill.core.experts import Experts
 from diffdistill.data.batches import batches
 from diffdistill.data.examples import TensorExamples
 from diffdistill.players.lora import LoraSettings
@@ -45,9 +47,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA": ("dmd2", {"gan_weight": 0.0}),
     "JVP": ("scm", {"tangent_warmup": 2, "derivative": "exact"}),
     "data-free": ("diff_instruct", {}),
+    "two networks": ("dmd2", {"gan_weight": 0.1, "update_ratio": 2, "student_steps": 2}),
 }
 
 
+WHOLE = ("two networks",)  # which FSDP does not divide
+PAIRS = [(kind, case) for case in CASES for kind in KINDS if kind == "whole" or case not in WHOLE]
 RESUMED = ("two players", "GAN", "stages", "LoRA")
 
 
@@ -65,6 +70,11 @@ def trained(case: str, processes: int, out: Path, kind: str = "whole", precision
     teacher = VP.teacher()
     if case == "LoRA":
         teacher = replace(teacher, lora={role: LoraSettings(2) for role in ("student", "fake_score")})
+    if case == "two networks":
+        one = teacher.denoiser
+        networks = Experts({"first": one.network, "second": copy.deepcopy(one.network)}, 500)
+        scatter(networks.get_submodule("second"), 5)
+        teacher = replace(teacher, denoiser=one.with_network(networks, f"first.{one.feature_layer}"))
     # In float32 Adam turns the rounding of a small gradient into a share of the learning rate.
     method = module.METHOD(teacher, module.Config(student_lr=1e-3, **options))
     for seed, player in enumerate(method.players.values()):  # as copies of each other they have next to no gradient
@@ -93,8 +103,8 @@ def main(processes: int, out: Path) -> None:
     """All cases in both types, by two processes in both kinds; the main one leaves them in `out`."""
     for dtype in (torch.float64, torch.float32):
         torch.set_default_dtype(dtype)
-        for kind in KINDS[:processes]:
-            for case in CASES:
+        for kind, case in PAIRS:
+            if kind in KINDS[:processes]:
                 keep(out / f"{kind} {case} {dtype}", case, processes, kind)
 
 

@@ -12,7 +12,7 @@ from diffdistill import UserError
 from diffdistill.config import FitConfig
 from diffdistill.training.trainer import accelerator_for
 from tests.launched import two_processes
-from tests.training.processes import CASES, KINDS, RESUMED, main
+from tests.training.processes import PAIRS, RESUMED, main
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 
@@ -39,8 +39,7 @@ def distance(one: Path, two: Path) -> float:
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-10), ("float32", 1e-5)])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "case"), PAIRS)
 def test_two_processes_train_as_one(
     kind: str, case: str, dtype: str, limit: float, trainings: tuple[Path, Path]
 ) -> None:
@@ -56,8 +55,7 @@ def test_two_processes_train_as_one(
         assert distance(one / file, two / file) < (limit if dtype == "float64" else 1e-4), file
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "case"), PAIRS)
 def test_two_processes_log_what_one_logs(kind: str, case: str, trainings: tuple[Path, Path]) -> None:
     def logged(folder: Path) -> dict[str, float]:
         (line,) = (folder / "metrics.jsonl").read_text().splitlines()

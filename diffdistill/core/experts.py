@@ -1,0 +1,104 @@
+"""Two networks of one kind in the place of one, each for a part of the noise (Balaji et al. 2022, arXiv:2211.01324)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Experts(nn.Module):
+    """`networks` are two by name: the first is for times of at least `boundary`, the second for those below.
+
+    A call is one of the network that is chosen (`only`).
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], boundary: float):
+        super().__init__()
+        for name, network in networks.items():
+            self.add_module(name, network)
+        self.names = tuple(networks)
+        self.boundary = boundary  #: in the networks' own times
+        self.chosen: str | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the network that is chosen."""
+        assert self.chosen is not None, "no network is chosen"
+        return self.get_submodule(self.chosen)(*args, **kwargs)
+
+    @contextmanager
+    def only(self, name: str) -> Iterator[None]:
+        """Inside the block that network is called."""
+        before, self.chosen = self.chosen, name
+        try:
+            yield
+        finally:
+            self.chosen = before
+
+    def layer(self, name: str) -> str:
+        """That layer of the first network, by its dotted name, in the one that is chosen."""
+        return f"{self.chosen}.{name.partition('.')[2]}"
+
+    def rows(self, time: Tensor) -> list[tuple[str, Tensor]]:
+        """Which of the times (B,) are whose, as indices (b,)."""
+        first = time.detach() >= self.boundary
+        return [(name, mask.nonzero()[:, 0]) for name, mask in zip(self.names, (first, ~first), strict=True)]
+
+    @property
+    def config(self) -> Any:
+        """The first network's."""
+        return self.get_submodule(self.names[0]).config
+
+    @property
+    def _supports_gradient_checkpointing(self) -> bool:
+        return all(getattr(self.get_submodule(name), "_supports_gradient_checkpointing", False) for name in self.names)
+
+    @property
+    def _keep_in_fp32_modules(self) -> list[str]:
+        return getattr(self.get_submodule(self.names[0]), "_keep_in_fp32_modules", None) or []
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        return getattr(self.get_submodule(self.names[0]), "_no_split_modules", None) or []
+
+    def enable_gradient_checkpointing(self, call: Callable[..., Any]) -> None:
+        """As diffusers' networks have it."""
+        for name in self.names:
+            network: Any = self.get_submodule(name)
+            network.enable_gradient_checkpointing(call)
+
+
+def experts_of(network: nn.Module) -> Experts | None:
+    """Of a network, or a LoRA player's; None where it is one."""
+    base = getattr(network, "base", network)
+    return base if isinstance(base, Experts) else None
+
+
+def asked(network: nn.Module, times: Iterable[float]) -> tuple[str, ...]:
+    """The names of the networks that those times ask, the first always; () of a network that is one."""
+    experts = experts_of(network)
+    if experts is None:
+        return ()
+    return experts.names if any(time < experts.boundary for time in times) else experts.names[:1]
+
+
+def by_expert(network: nn.Module, time: Tensor, compute: Callable[[Tensor | None], list[Tensor]]) -> list[Tensor]:
+    """What `compute` gives (B, ...) of the rows that it is told, each row by the network for its time (B,).
+
+    `compute` is told None for all rows.
+    """
+    experts = experts_of(network)
+    if experts is None or experts.chosen is not None:
+        return compute(None)
+    shares = [share for share in experts.rows(time) if len(share[1])]
+    outputs = []
+    for name, rows in shares:
+        with experts.only(name):
+            outputs.append(compute(None if len(rows) == len(time) else rows))
+    if len(outputs) == 1:
+        return outputs[0]
+    order = torch.cat([rows for _, rows in shares]).argsort()
+    return [torch.cat(parts)[order] for parts in zip(*outputs, strict=True)]
