@@ -45,6 +45,7 @@ MUTANTS = {
     f"pipelines/schedulers.py | {_E}": [
         ("the number of timesteps is the default", '    "num_train_timesteps",\n', ""),
         ("the first beta is the default", '    "beta_start",\n', ""),
+        ("several: steps of the whole chain", "chain.levels(steps), own)", "schedule.levels(steps), own)"),
         ("the last beta is the default", '    "beta_end",\n', ""),
         ("the betas' schedule is the default", '    "beta_schedule",\n', ""),
         ("trained betas are left out", '    "trained_betas",\n', ""),

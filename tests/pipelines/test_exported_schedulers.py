@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,21 @@ def test_a_student_of_several_steps(kind: str, move: str, steps: int, points: in
     for seed in range(2):
         z = torch.randn(N, *SHAPE, generator=draw(seed, "z"))
         assert same(trained(sampler, z, seed), stock(scheduler, teacher, z, steps, seed)) > 1.2
+    means_the_same(scheduler, sampler)
+
+
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize("steps", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["ddpm", "ddpm v"])
+def test_even_steps_begin_inside_the_chain(kind: str, steps: int) -> None:
+    """84 timesteps of 100 or more: a stock scheduler of so many takes them, in whatever pipeline."""
+    teacher = replace(teacher_of(kind), family="dit")
+    levels = student_levels(teacher.denoiser.schedule, steps, 83).tolist()
+    sampler = Sampler(teacher.denoiser, levels, STEPS["ddim"])
+    scheduler = student_scheduler(teacher, sampler)
+    assert type(scheduler) is diffusers.DDIMScheduler
+    z = torch.randn(N, *SHAPE, generator=draw(steps, "z"))
+    assert same(trained(sampler, z, 0), stock(scheduler, teacher, z, steps, 0)) > 1.2
     means_the_same(scheduler, sampler)
 
 
