@@ -74,7 +74,7 @@ class Boot(Method):
         self.players = {"student": self.student}
         self.top = self.schedule.init_level if config.student_level is None else config.student_level
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
-        self.grid = sampling_grid(self.schedule, config.solver_steps, config.student_level)
+        self.grid = sampling_grid(self.schedule, config.solver_steps, config.student_level, option="solver_steps")
         self.grid[0] = self.schedule.angle(self.top)  # where it starts
 
     def turns(self, step: int) -> Sequence[Turn]:

@@ -77,7 +77,7 @@ class DistillationDPO(Method):
         super().__init__(teacher, config)
         self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
         self.student = players.get("student") or teacher.player("student")
-        self.scores = {role: players.get(role) or teacher.player("fake_score") for role in ("better", "worse")}
+        self.scores = {role: players.get(role) or teacher.player(role) for role in ("better", "worse")}
         self.players = {"student": self.student, **self.scores}
         self.weights = {"better": config.better_weight, "worse": config.worse_weight}
 

@@ -85,7 +85,7 @@ class LCM(FollowingMethod[Skip]):
         lora = "student" in teacher.lora
         super().__init__(teacher, c, student or scale_player(teacher, c), slow_target=not lora)
         self.guidance = DrawnGuidance(self.teacher, c)
-        levels = student_levels(self.schedule, c.ddim_steps, c.student_level)
+        levels = student_levels(self.schedule, c.ddim_steps, c.student_level, option="ddim_steps")
         self.levels = levels.tolist()
         for level in c.levels or ():
             if level not in self.levels:

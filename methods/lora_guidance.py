@@ -60,7 +60,7 @@ class LoRAGuidance(ImitatingMethod):
         super().__init__(teacher, config, student or teacher.player("student"), scales)
 
     def sampler(self) -> Sampler:
-        levels = student_levels(self.schedule, self.config.sampling_steps)
+        levels = student_levels(self.schedule, self.config.sampling_steps, option="sampling_steps")
         return Sampler(self.student, levels.tolist(), DDIM())
 
     def error(self, target: Prediction, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Tensor:

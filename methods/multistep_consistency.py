@@ -97,7 +97,8 @@ class MultistepConsistency(FollowingMethod[Segment]):
         self.distance = distance(config.distance, teacher.shape, self.schedule.data_std, config.huber_c)
 
     def sampler(self) -> Sampler:
-        return Sampler(self.student, student_levels(self.schedule, self.config.segments).tolist(), DDIM())
+        levels = student_levels(self.schedule, self.config.segments, option="segments")
+        return Sampler(self.student, levels.tolist(), DDIM())
 
     def per_segment(self, step: int) -> int:
         """The teacher's steps in a segment at that training step."""

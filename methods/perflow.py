@@ -72,7 +72,7 @@ class Config(TrajectoryOptions, TeacherGuidance, ConditionDropout, student_lr=8e
         if self.student_steps % self.windows:
             raise UserError(f"student_steps: {self.student_steps} is no multiple of the {self.windows} windows")
         if self.levels is not None:
-            raise UserError("levels: the windows are those of evenly spaced steps; leave the levels out")
+            raise UserError("levels: the windows are those of evenly spaced steps; say student_steps instead")
 
 
 class PeRFlow(StraighteningMethod):
@@ -83,7 +83,8 @@ class PeRFlow(StraighteningMethod):
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
         super().__init__(teacher, config, student)
         self.guided = guided(self.teacher, config.guidance_scale)
-        levels = student_levels(self.schedule, config.windows * config.solver_steps, config.student_level)
+        total, level = config.windows * config.solver_steps, config.student_level
+        levels = student_levels(self.schedule, total, level, option="windows times solver_steps")
         self.grid = torch.cat([self.schedule.angle(levels), torch.zeros(1, dtype=torch.float64)])
         self.trained_steps = range(config.windows, 1001, config.windows)
 

@@ -40,7 +40,7 @@ from torch import Tensor
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.losses import per_sample_mean
-from diffdistill.core.prediction import diffuse, expand
+from diffdistill.core.prediction import Prediction, diffuse, expand
 from diffdistill.errors import UserError
 from diffdistill.options import PreferenceOptions, option
 from diffdistill.players.sampler import DDIM, Sampler, step_named
@@ -126,12 +126,22 @@ class PSO(Method):
         return path, torch.sign(one - other), shown
 
     def noised(self, batch: Batch) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
-        """Given pairs (2B, ...) at all levels, with the same noise for both; the first is the better."""
-        x0 = torch.cat([batch.images, batch.worse])
-        path = []
+        """Given pairs (2B, ...) at all levels, with the same noise for both; the first is the better.
+
+        From level to level by the sampler's own step, with the image for its prediction: what a step keeps of the noise
+        is then no error of the student's.
+        """
+        x0, sampler = torch.cat([batch.images, batch.worse]), self.sampler()
+        path, t = list[Tensor](), torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
         for k, level in enumerate(self.levels):
-            t = self.schedule.angle(level).to(x0.device).expand(len(x0))
-            path.append(diffuse(x0, t, batch.randn(f"z {k}").repeat(2, *[1] * (x0.ndim - 1))))
+            s = self.schedule.angle(level).to(t).expand(len(x0))
+            z = batch.randn(f"z {k}").repeat(2, *[1] * (x0.ndim - 1))
+            if not k:
+                path.append(diffuse(x0, s, z))
+            else:
+                exact = Prediction(path[-1], t, x0, torch.ones_like(t), torch.zeros_like(t))
+                path.append(self.step(exact, sampler.leads(k - 1).to(t).expand(len(x0)), s, z.clone))
+            t = s
         return path, torch.ones(batch.size, device=x0.device), {}
 
     def log_ratio(self, x_t: Tensor, x_s: Tensor, k: int, cond: Cond) -> Tensor:

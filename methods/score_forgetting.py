@@ -56,7 +56,7 @@ class Config(SiDOptions):
     """SFD's options."""
 
     alpha: float = option(1.2, "weight of |Delta|^2 in the student's loss; the authors' 1.2")
-    forget: tuple[int, ...] = option((0,), "the class labels that are forgotten, separated by commas", at_least=0)
+    forget: tuple[int, ...] = option((), "the class labels that are forgotten, separated by commas", at_least=0)
     stand_in: int | None = option(
         None, "the class label that the student makes in their place; none: for each sample any of those that are kept",
         at_least=0,
@@ -76,9 +76,10 @@ class ScoreForgetting(MatchingMethod):
             raise UserError(
                 "teacher: score_forgetting forgets classes, and this teacher has none; give one with classes"
             )
-        unknown = [label for label in (*config.forget, config.stand_in or 0) if label >= classes]
-        if unknown:
-            raise UserError(f"forget: the teacher has the classes 0 to {classes - 1}, and {unknown[0]} is none of them")
+        for name, labels in (("forget", config.forget), ("stand_in", (config.stand_in or 0,))):
+            if unknown := [label for label in labels if label >= classes]:
+                known = f"the teacher has the classes 0 to {classes - 1}"
+                raise UserError(f"{name}: {known}, and {unknown[0]} is none of them")
         self.kept = [label for label in range(classes) if label not in config.forget]
         if not config.forget or not self.kept or config.stand_in in config.forget:
             what = "nothing is forgotten" if not config.forget else "no other class stands in for what is forgotten"
@@ -92,7 +93,7 @@ class ScoreForgetting(MatchingMethod):
             others = torch.tensor(self.kept, device=labels.device)[batch.integers(len(self.kept), "student/stand-in")]
         else:
             others = torch.full_like(labels, c.stand_in)
-        weight = c.forget_weight * len(self.kept) / len(c.forget)
+        weight = c.forget_weight * len(self.kept) / len(set(c.forget))
         return torch.where(forgotten, others, labels), torch.where(forgotten, weight, 1.0)
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:

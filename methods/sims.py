@@ -33,7 +33,7 @@ from diffdistill.core.losses import denoising_loss
 from diffdistill.core.prediction import diffuse
 from diffdistill.core.schedule import student_levels
 from diffdistill.core.times import native_uniform
-from diffdistill.options import GuidedSampling, option
+from diffdistill.options import OnePassSampling, option
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Pair, Turn
@@ -52,7 +52,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(GuidedSampling, student_lr=1e-4):
+class Config(OnePassSampling, student_lr=1e-4):
     """SIMS's options."""
 
     auxiliary_steps: int = option(500, "training steps of the auxiliary model, before the student's", at_least=1)
@@ -74,7 +74,8 @@ class SIMS(Method):
 
     def sampler(self) -> Sampler:
         """Deterministic steps, one pass each."""
-        return Sampler(self.student, student_levels(self.schedule, self.config.sampling_steps).tolist(), DDIM())
+        levels = student_levels(self.schedule, self.config.sampling_steps, option="sampling_steps")
+        return Sampler(self.student, levels.tolist(), DDIM())
 
     def turns(self, step: int) -> Sequence[Turn]:
         """First the auxiliary, then the student."""

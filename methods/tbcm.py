@@ -36,7 +36,7 @@ from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.schedule import LinearFlow
 from diffdistill.errors import UserError
-from diffdistill.options import ScaleRange, TangentOptions, TangentTarget, option
+from diffdistill.options import ScaleRange, TangentNorm, TangentOptions, option
 from diffdistill.players.adaptive_weight import AdaptiveWeight
 from diffdistill.players.scale_input import DrawnGuidance, scale_player, scale_taken
 from diffdistill.players.teacher import Teacher
@@ -54,7 +54,7 @@ ABOUT = About(
         "their times": "TBCM.times, core.schedule.LinearFlow",
         "sCM's g, warm-up and calm-down, normalisation": (
             "scaffold.continuous.ContinuousMethod.target, scaffold.continuous.ContinuousMethod.tangent, TBCM.share, "
-            "options.TangentTarget.warm, scaffold.tangent.normalised"
+            "options.TangentNorm.warm, scaffold.tangent.normalised"
         ),
         "sCM's loss with the adaptive weight": (
             "TBCM.regression, scaffold.continuous.ContinuousMethod.weighed, players.adaptive_weight.AdaptiveWeight"
@@ -65,7 +65,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(ScaleRange, TangentOptions, TangentTarget, guidance_max=1.0, tangent_warmup=4000, norm="l2"):
+class Config(ScaleRange, TangentOptions, TangentNorm, guidance_max=1.0, tangent_warmup=4000, norm="l2"):
     """TBCM's options; the mode is distillation. A batch is of trajectories."""
 
     states: int = option(16, "times of a trajectory, of which all but the first are trained", at_least=2)

@@ -39,12 +39,12 @@ import torch
 from torch import Tensor
 
 from diffdistill.catalogue import About
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Cond
 from diffdistill.core.losses import reweighted_square
 from diffdistill.core.prediction import diffuse, expand
+from diffdistill.errors import UserError
 from diffdistill.options import StudentLevels, StudentOptions, option
 from diffdistill.players.sampler import DDIM, Renoise, Sampler
-from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for, seeded
 from diffdistill.scaffold.branches import BranchesMethod
 from diffdistill.scaffold.method import Batch, Outcome
@@ -83,17 +83,17 @@ class Config(StudentOptions, StudentLevels, student_lr=1e-5):
 class TwinFlow(BranchesMethod):
     """One player, the student; its average lies in the checkpoint."""
 
-    def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        super().__init__(teacher, config, student)
-
     def sampler(self) -> Sampler:
         """Jumps to 0 with noise between, or from level to level."""
-        return Sampler(
-            self.student, self.levels_in(self.sampling_steps), Renoise() if self.config.sampling == "few" else DDIM()
-        )
+        step = Renoise() if self.config.sampling == "few" else DDIM()
+        return Sampler(self.student, self.levels_in(self.sampling_steps), step)
 
     def drawn(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The kind of each sample, by its place in the step (jumps from noise, short, any, fake), and t and r (B,)."""
+        if batch.whole < 4:
+            raise UserError(
+                f"batch_size: {batch.whole} samples in a step leave out some of twin_flow's four kinds; give at least 4"
+            )
         kind = torch.arange(batch.first, batch.first + batch.size, device=batch.device) * 4 // batch.whole
         t = torch.where(kind == 0, 1.0, batch.uniform("student/t")) * self.top
         share = batch.uniform("student/r") * torch.where(kind == 1, 0.05, 1.0)

@@ -228,21 +228,18 @@ def _several_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     own = torch.tensor(sampler.levels, dtype=torch.float64)
     stock = sampler.step.stock.get(type(schedule).__name__)
     if isinstance(schedule, DiscreteVP):
-        count = len(schedule.alphas_cumprod)
         kept = _kept(teacher, sampler)
+        chain = DiscreteVP(schedule.alphas_cumprod[: int(sampler.levels[0]) + 1])
+        length = len(chain.alphas_cumprod)
         if stock == "LCMScheduler":
-            chain = DiscreteVP(schedule.alphas_cumprod[: int(sampler.levels[0]) + 1])
-            length = len(chain.alphas_cumprod)
             for points in (n for n in range(steps, length + 1) if length % n == 0):
                 if torch.equal(chain.levels(points)[lcm_indices(points, steps)], own):
                     # The scaling makes its c_skip less than 1e-12, so that it takes the network's x0 as it is.
                     return diffusers.LCMScheduler(**kept, original_inference_steps=points, timestep_scaling=1e6)
-        if stock != "DDIMScheduler" or count % steps or not torch.equal(schedule.levels(steps), own):
+        if stock != "DDIMScheduler" or length % steps or not torch.equal(chain.levels(steps), own):
             if (scheduler := _any_timesteps(teacher, sampler)) is not None:
                 return scheduler
-            raise UserError(
-                f"export: {steps} steps do not divide the teacher's {count} timesteps evenly; use 2, 4 or 8"
-            )
+            raise _uneven(steps, length)
         return diffusers.DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
     if isinstance(schedule, EDM) and schedule.unit_init and stock == "EDMEulerScheduler":
         low, high = sampler.levels[-1], sampler.levels[0]
@@ -267,8 +264,17 @@ def _gamma_steps(teacher: Teacher, sampler: Sampler) -> SchedulerMixin:
     if count % steps or sampler.levels != tuple(float(count - 1 - k * count // steps) for k in range(steps)):
         if (scheduler := _any_timesteps(teacher, sampler)) is not None:
             return scheduler
-        raise UserError(f"export: {steps} steps do not divide {count} timesteps evenly; use 2, 4 or 8")
+        raise _uneven(steps, count)
     return _tcd(sampler)
+
+
+def _uneven(steps: int, timesteps: int) -> UserError:
+    """Of levels that do not part the student's chain in equal pieces, which is all that a pipeline lets it take."""
+    even = ", ".join(str(n) for n in range(1, 17) if timesteps % n == 0)
+    return UserError(
+        f"export: {steps} steps do not divide the {timesteps} timesteps up to the student's first level evenly, which "
+        f"this pipeline needs; use evenly spaced ones, {even} for instance"
+    )
 
 
 def _latent_flow_scheduler(schedule: LinearFlow, sampler: Sampler, own_row: bool) -> SchedulerMixin:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -309,12 +309,15 @@ def _diagnose(game: Game, trainer: Trainer, look: Look, main: bool) -> None:
     for name, (value, reason) in game.derived.items() if main else ():
         print(f"{name}: {value} ({reason})")
     drawing, done = config.sample_every > 0, trainer.step
-    trainer.on_look = watch(trainer.out, look, method.sampler, config.steps, done=done, drawing=drawing, saving=main)
+    own = {f.name for f in fields(game.method_config)}
+    trainer.on_look = watch(
+        trainer.out, look, method.sampler, config.steps, done=done, drawing=drawing, saving=main, options=own
+    )
     every = config.figures_every
     if every is None:
         every = usual_interval(look, method, config.batch_size, config.log_every)
     trainer.figures = Figures(look, method, every)
-    trainer.warn = Diagnosis(config.steps, look.measures(look.before), look.relearns).add
+    trainer.warn = Diagnosis(config.steps, look.measures(look.before), look.relearns, own).add
 
 
 def _export(game: Game, trainer: Trainer) -> None:

@@ -107,7 +107,7 @@ def _states(teacher: Teacher, encoded: Encoded | None, config: PruneConfig) -> l
         )
     weight = next(denoiser.parameters())
     draw = generator("cpu", 0, "prune")
-    grid = sampling_grid(denoiser.schedule, config.sampling_steps).to(weight.device)
+    grid = sampling_grid(denoiser.schedule, config.sampling_steps, option="sampling_steps").to(weight.device)
     if encoded is not None:
         cond = encoded.get(torch.arange(n) % len(encoded)).cond
     else:

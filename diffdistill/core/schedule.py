@@ -147,8 +147,7 @@ class DiscreteVP:
     def levels(self, steps: int) -> Tensor:
         """DDIM with trailing spacing: the first step is at the noisiest timestep."""
         count = len(self.alphas_cumprod)
-        if _positive_steps(steps) > count:
-            raise UserError(f"steps: {steps} is more than the teacher's {count} timesteps; give {count} or fewer")
+        _room_for(self, _positive_steps(steps), "steps")
         # Rounded as numpy's arange(count, 0, -count / steps) rounds, which decides ties such as 937.5.
         levels = count + torch.arange(steps, dtype=torch.float64) * ((count - count / steps) - count)
         return levels.round() - 1
@@ -338,13 +337,17 @@ class TrigFlow:
         return 1.0
 
 
-def sampling_grid(schedule: Schedule, steps: int, start: float | None = None) -> Tensor:
-    """(steps + 1,) the angles of `schedule.levels(steps)`, or of a student's levels from `start` down, and zero."""
+def sampling_grid(schedule: Schedule, steps: int, start: float | None = None, *, option: str = "steps") -> Tensor:
+    """(steps + 1,) the angles of `schedule.levels(steps)`, or of a student's levels from `start` down, and zero.
+
+    Raises UserError, which begins with `option`, for more steps than there are timesteps.
+    """
+    _room_for(schedule, steps, option)
     levels = schedule.levels(steps) if start is None else student_levels(schedule, steps, start)
     return torch.cat([schedule.angle(levels), torch.zeros(1, dtype=torch.float64)])
 
 
-def student_levels(schedule: Schedule, steps: int, start: float | None = None) -> Tensor:
+def student_levels(schedule: Schedule, steps: int, start: float | None = None, *, option: str = "steps") -> Tensor:
     """(steps,) descending levels that divide the way to clean data, each one a student's starting point.
 
     The stock grids of EDM and flow matching end at their least noise; a few-step student would waste a pass
@@ -353,8 +356,10 @@ def student_levels(schedule: Schedule, steps: int, start: float | None = None) -
 
     `start` is the first level, and the others divide the way from there as they do from the noisiest one: of the
     timesteps 0..start each n-th part (`lcm_indices`), of EDM's grid with that sigma for its greatest, of a flow's
-    unshifted time, or of the angle. Raises UserError for more steps than there are timesteps.
+    unshifted time, or of the angle. Raises UserError, which begins with `option`, for more steps than there are
+    timesteps.
     """
+    _room_for(schedule, steps, option)
     if start is not None:
         return _levels_from(schedule, steps, start)
     if isinstance(schedule, LinearFlow):
@@ -362,6 +367,12 @@ def student_levels(schedule: Schedule, steps: int, start: float | None = None) -
     else:
         levels = schedule.levels(steps + 1)[:-1] if isinstance(schedule, EDM) else schedule.levels(steps)
     return levels.clamp(max=schedule.init_level)
+
+
+def _room_for(schedule: Schedule, steps: int, option: str) -> None:
+    """UserError, which begins with that option, for more steps than there are timesteps."""
+    if isinstance(schedule, DiscreteVP) and steps > (count := len(schedule.alphas_cumprod)):
+        raise UserError(f"{option}: {steps} is more than the teacher's {count} timesteps; give {count} or fewer")
 
 
 def check_levels(schedule: Schedule, levels: Iterable[float], name: str) -> None:
@@ -402,9 +413,10 @@ def lcm_indices(points: int, steps: int) -> list[int]:
     return [i * points // steps for i in range(steps)]
 
 
-def student_grid(schedule: Schedule, steps: int) -> Tensor:
+def student_grid(schedule: Schedule, steps: int, *, option: str = "steps") -> Tensor:
     """(steps + 1,) the angles of `student_levels(schedule, steps)`, and zero."""
-    return torch.cat([schedule.angle(student_levels(schedule, steps)), torch.zeros(1, dtype=torch.float64)])
+    levels = student_levels(schedule, steps, option=option)
+    return torch.cat([schedule.angle(levels), torch.zeros(1, dtype=torch.float64)])
 
 
 def _betas(config: dict[str, Any]) -> Tensor:

@@ -130,7 +130,7 @@ def make_pairs(
         own, conditions = _teacher(config)
     own.denoiser.to(processes.device)
     denoise = guided(own.denoiser, config.guidance_scale)
-    sampling_grid(own.denoiser.schedule, config.sampling_steps)  # refuses too many steps now
+    sampling_grid(own.denoiser.schedule, config.sampling_steps, option="sampling_steps")  # refuses too many steps now
     index = processes.start(KIND, out, _settings(own, config, conditions), {"teacher": own.source})
 
     def produce(indices: range) -> dict[str, Tensor]:

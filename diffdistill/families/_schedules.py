@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from diffdistill.core.prediction import OUTPUTS, Output, edm_boundary
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule
 from diffdistill.errors import UserError, shown
@@ -96,8 +94,8 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Output]:
             known = "epsilon, sample or v_prediction"
             raise UserError(f"scheduler: prediction_type {kind!r} is not supported; use {known}")
         schedule = DiscreteVP.from_config(config)
-        chain = torch.cat([schedule.alphas_cumprod.new_ones(1), schedule.alphas_cumprod])
-        if not bool((chain.diff() < 0).all()) or float(chain[-1]) < 0:
+        chain = schedule.alphas_cumprod  # which may begin at clean data, as that of a student of TCDScheduler does
+        if not bool((chain.diff() < 0).all()) or float(chain[-1]) < 0 or float(chain[0]) > 1:
             raise UserError("scheduler: its betas do not make noise of an image; each must be above 0 and at most 1")
         if kind == "epsilon" and float(schedule.alphas_cumprod[-1]) <= 0:
             raise UserError("scheduler: epsilon says nothing of x0 at zero terminal SNR; use v_prediction")

@@ -17,6 +17,7 @@ from diffdistill.options.groups import (
     MatchingOptions,
     MatchingTimes,
     NormaliserOptions,
+    OnePassSampling,
     Options,
     PreferenceOptions,
     RatioOptions,
@@ -37,6 +38,7 @@ from diffdistill.options.trajectories import (
     ConditionDropout,
     ElementDistance,
     SegmentOptions,
+    TangentNorm,
     TangentTarget,
 )
 from diffdistill.options.values import (
@@ -74,6 +76,7 @@ __all__ = [
     "MatchingOptions",
     "MatchingTimes",
     "NormaliserOptions",
+    "OnePassSampling",
     "Options",
     "PreferenceOptions",
     "RatioOptions",
@@ -87,6 +90,7 @@ __all__ = [
     "StudentLevel",
     "StudentLevels",
     "StudentOptions",
+    "TangentNorm",
     "TangentOptions",
     "TangentTarget",
     "TeacherGuidance",

@@ -428,8 +428,14 @@ class HalvingOptions(StudentOptions):
 
 
 @dataclass(frozen=True)
-class GuidedSampling(StudentOptions):
-    """A student that imitates guidance in one pass and leaves the number of steps as it is."""
+class OnePassSampling(StudentOptions):
+    """A student that says in one pass what took two, and leaves the number of steps as it is."""
+
+    sampling_steps: int = option(20, "DDIM steps of samples and of the export, one pass each", at_least=1)
+
+
+@dataclass(frozen=True)
+class GuidedSampling(OnePassSampling):
+    """The same for guidance, along guided trajectories."""
 
     trajectory_steps: int = option(50, "DDIM steps of the guided trajectories that are trained on", at_least=1)
-    sampling_steps: int = option(20, "DDIM steps of samples and of the export, one pass each", at_least=1)

@@ -21,11 +21,9 @@ from diffdistill.options.values import option
 
 
 @dataclass(frozen=True)
-class TangentTarget(Options):
-    """sCM's times, and its target."""
+class TangentNorm(Options):
+    """The derivative in sCM's target, which warms up and is normalised."""
 
-    time_mean: float = option(-1.0, "mean of ln sigma, for data of deviation 0.5")
-    time_std: float = option(1.4, "standard deviation of ln sigma", above=0)
     tangent_warmup: int = option(10000, "training steps over which the derivative's share r rises to 1; 0: none",
                                  at_least=0)  # fmt: skip
     norm: Literal["rms", "l2", "none"] = option("rms", "|g|; rms: FastGen's; l2: SANA-Sprint's; none: not normalised")
@@ -34,6 +32,14 @@ class TangentTarget(Options):
     def warm(self, step: int) -> float:
         """r, the share of the derivative, at that training step."""
         return min(1.0, step / self.tangent_warmup) if self.tangent_warmup else 1.0
+
+
+@dataclass(frozen=True)
+class TangentTarget(TangentNorm):
+    """sCM's times beside it."""
+
+    time_mean: float = option(-1.0, "mean of ln sigma, for data of deviation 0.5")
+    time_std: float = option(1.4, "standard deviation of ln sigma", above=0)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class BranchesMethod(Method):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.IMAGES})  # type: ignore[misc]
     trained_steps = range(1, 1001)
 
-    def __init__(self, teacher: Teacher, config: Any, student: Denoiser | None):
+    def __init__(self, teacher: Teacher, config: Any, *, student: Denoiser | None = None):
         super().__init__(teacher, config)
         self.student = self.average = student or two_time_player(teacher, config.student_steps, config.student_level)
         self.players = {"student": self.student}

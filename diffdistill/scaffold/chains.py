@@ -45,7 +45,7 @@ class GuidedChains(nn.Module):
             raise UserError(f"guidance_min: {low} must not be more than guidance_max ({high})")
         self.low, self.high = low, high
         schedule = teacher.denoiser.schedule
-        grid = sampling_grid(schedule, steps)
+        grid = sampling_grid(schedule, steps, option="trajectory_steps")
         self.init_scale = schedule.init_scale(float(grid[0]))
         self.register_buffer("grid", grid, persistent=False)
         weight = next(v for v in teacher.denoiser.state_dict().values() if v.is_floating_point())

@@ -133,17 +133,20 @@ class FollowingMethod(Method, Generic[I]):
         self.stepped(step)
 
 
-def trajectory_grid(schedule: Schedule, n: int, kind: str, first: float, level: float | None) -> Tensor:
+def trajectory_grid(
+    schedule: Schedule, n: int, kind: str, first: float, level: float | None, *, option: str = "grid_points"
+) -> Tensor:
     """(n,) descending angles from the level `first` on, where the sampler starts.
 
     `kind` native: those of the teacher's own steps, from `level` down (None: the noisiest), and zero; karras: from
-    `level` down to the schedule's cleanest. Raises UserError for more points than there is room for.
+    `level` down to the schedule's cleanest. Raises UserError, which begins with `option`, for more points than there is
+    room for.
     """
     top = schedule.t_max if level is None else float(schedule.angle(level))
-    grid = sampling_grid(schedule, n - 1, level) if kind == "native" else karras_grid(schedule, n, top)
+    grid = sampling_grid(schedule, n - 1, level, option=option) if kind == "native" else karras_grid(schedule, n, top)
     grid[0] = schedule.angle(first)
     if not bool((grid.diff() < 0).all()):
-        raise UserError(f"grid_points: {n} is more than the teacher's schedule has room for; give fewer")
+        raise UserError(f"{option}: {n} points are more than the teacher's schedule has room for; give fewer")
     return grid
 
 

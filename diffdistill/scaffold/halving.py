@@ -104,7 +104,7 @@ class HalvingMethod(Method):
             self.halving = Halving(config.start_steps, config.final_steps, config.stage_steps)
             self.whole = first_steps + self.halving.whole
         self.student = student.eval()
-        self.grid = student_grid(self.schedule, config.start_steps)
+        self.grid = student_grid(self.schedule, config.start_steps, option="start_steps")
         self.stage = Stage(frozen(copy.deepcopy(student)) if self.halving else None)
         self.players = {"student": self.student}
         self.state = {"stage": self.stage}

@@ -120,6 +120,8 @@ class MatchingMethod(Method):
             raise UserError(
                 "alignment: the mean of two LoRAs' matrices is not that of the LoRAs; use 0, or train both whole"
             )
+        if self.alignment and not _of_one_kind(self.student, self.fake_score):
+            raise UserError("alignment: student and fake score are networks of different kinds, without a mean; use 0")
         self._set_dropout("student")
 
     # -- what a method says --------------------------------------------------------------------------------
@@ -314,6 +316,12 @@ def align(fake_score: Denoiser, student: Denoiser, share: float) -> None:
     Ge et al. 2025, arXiv:2506.00523 (implicit distribution alignment).
     """
     approach(fake_score.network.parameters(), student.network.parameters(), share)
+
+
+def _of_one_kind(one: Denoiser, other: Denoiser) -> bool:
+    """Whether a weight of the one is the same weight in the other."""
+    shapes = [[weight.shape for weight in player.network.parameters()] for player in (one, other)]
+    return shapes[0] == shapes[1] and one.output.name == other.output.name
 
 
 def _fake_score_role(k: int) -> str:

@@ -218,9 +218,15 @@ class Method(ABC):
     def levels_of(self, teacher: Teacher) -> tuple[float, ...]:
         """The levels of a teacher that is a student: the options', or those that its folder says.
 
-        Raises UserError where neither says them.
+        Raises UserError where neither says them, and for a first level that is another than the folder's.
         """
+        first = self.config.student_level
         if self.config.student_steps is None and teacher.levels:
+            if first not in (None, teacher.levels[0]):
+                raise UserError(
+                    f"student_level: the student to be tuned begins at {teacher.levels[0]:g}; give student_steps too, "
+                    "or leave it out"
+                )
             return teacher.levels
         if self.config.student_steps is None:
             raise UserError(
@@ -239,7 +245,8 @@ class Method(ABC):
         if own.levels is not None and steps in (None, len(own.levels)):
             check_levels(self.schedule, own.levels, "levels")
             return list(own.levels)
-        return student_levels(self.schedule, steps or own.student_steps, own.student_level).tolist()
+        option = "steps" if steps else "student_steps"
+        return student_levels(self.schedule, steps or own.student_steps, own.student_level, option=option).tolist()
 
     def in_steps(self, steps: int) -> None:
         """The sampler takes so many steps from here on, of a student that is trained for them (`trained_steps`).

@@ -43,8 +43,8 @@ class SegmentMethod(FollowingMethod[Jump]):
         self, teacher: Teacher, config: SegmentOptions, student: Denoiser | None = None, *, slow_target: bool = False
     ):
         super().__init__(teacher, config, student or teacher.player("student"), slow_target=slow_target)
-        self.guidance = DrawnGuidance(self.teacher, config, "guidance")
-        levels = student_levels(self.schedule, config.solver_steps, config.student_level)
+        self.guidance = DrawnGuidance(self.teacher, config, f"guidance_scale {config.guidance_scale:g} (1 is none)")
+        levels = student_levels(self.schedule, config.solver_steps, config.student_level, option="solver_steps")
         self.levels = levels.tolist()
         self.grid = torch.cat([self.schedule.angle(levels), torch.zeros(1, dtype=torch.float64)])
         self.reached: tuple[Tensor, Tensor, Jump] | None = None  # by the turn that is computed

@@ -29,7 +29,7 @@ from diffdistill.data.images import Data, open_data
 from diffdistill.data.pairs import check_pairs, open_pairs
 from diffdistill.data.unreadable import skipping
 from diffdistill.environment import process_count
-from diffdistill.errors import UserError, first_line
+from diffdistill.errors import UserError
 from diffdistill.families import (
     FAMILIES,
     Family,
@@ -53,7 +53,7 @@ from diffdistill.scaffold.method import Method, Need
 from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into, load_newest, step_of
 from diffdistill.training.derived import Derived, Situation, derive
 from diffdistill.training.recipe import Objects, Recipe, recorded, shallow
-from diffdistill.training.starting import levels_of_start, with_start
+from diffdistill.training.starting import levels_of_start, note_other_steps, of_another_size, with_start
 
 NO_OBJECTS = Objects()
 _PROMPT = "a photograph of a red fox that stands in deep snow, with the low sun of the evening behind it"
@@ -117,6 +117,8 @@ def make_game(
         config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     method = recipe.make(teacher, method_config)
+    if config.start is not None:
+        note_other_steps(config.start, teacher, method.sampler())
     if "steps" not in values and method.whole is not None:
         config = dataclasses.replace(config, steps=method.whole)
     if method.shortest is not None and config.steps < method.shortest:
@@ -184,36 +186,8 @@ def _teacher(config: TrainConfig, weights: bool, tuned: bool) -> tuple[Teacher, 
     if config.student is not None:
         if "student" in lora:
             raise UserError("lora: a student of its own (--student) is trained whole; leave student out of lora")
-        teacher = dataclasses.replace(teacher, small=_small(config.student, teacher, weights, **size))
+        teacher = dataclasses.replace(teacher, small=of_another_size(config.student, teacher, weights, **size))
     return dataclasses.replace(teacher, lora=lora), encoded
-
-
-def _small(student: str, teacher: Teacher, weights: bool, **size: Any) -> Denoiser:
-    """What a student of another size begins as; UserError where it is not used as the teacher is."""
-    own = load_teacher(student, weights=weights, **size)
-    schedule, u = teacher.denoiser.schedule, torch.linspace(0, 1, 9, dtype=torch.float64)
-    for what, its, wanted in (
-        ("family", own.family, teacher.family),
-        ("samples", own.shape, teacher.shape),
-        ("number of classes", own.num_classes, teacher.num_classes),
-        ("output", own.denoiser.output.name, teacher.denoiser.output.name),
-        ("noise schedule", own.denoiser.schedule.at_fraction(u).tolist(), schedule.at_fraction(u).tolist()),
-    ):
-        if its != wanted:
-            shown = "" if what == "noise schedule" else f", {its} for {wanted}"
-            raise UserError(f"student: {student!r} has another {what} than the teacher{shown}; give one like it")
-    denoiser = own.denoiser
-    denoiser.null = teacher.denoiser.null
-    if weights:
-        x, t = torch.zeros(1, *teacher.shape), torch.ones(1, dtype=torch.float64)
-        try:
-            with torch.no_grad():
-                denoiser(x.to(next(denoiser.parameters())), t, teacher.sample_cond(1))
-        except Exception as error:  # whatever the network raises
-            raise UserError(
-                f"student: {student!r} does not take the teacher's conditions: {first_line(error)}"
-            ) from error
-    return denoiser
 
 
 def _with_a_prompt(teacher: Teacher, folder: Path, family: Family) -> Teacher:

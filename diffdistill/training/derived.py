@@ -98,8 +98,10 @@ class Situation:
         return issubclass(self.options, HalvingOptions)
 
     def given(self, name: str) -> Any:
-        """The value of a method's option, or its default."""
-        return self.values.get(name, next(f.default for f in dataclasses.fields(self.options) if f.name == name))
+        """The value of a method's option, or its default; None where the method has no such option."""
+        return self.values.get(
+            name, next((f.default for f in dataclasses.fields(self.options) if f.name == name), None)
+        )
 
 
 def amplification(denoiser: Denoiser, t: Tensor) -> Tensor:
@@ -186,7 +188,7 @@ def _student_level(s: Situation) -> Derived | None:
     schedule = s.denoiser.schedule
     if s.values.get("levels") is not None or s.tunes:
         return None  # which say it, or the student that is tuned
-    several = s.values.get("student_steps", 1) != 1
+    several = s.given("student_steps") not in (None, 1)
     if getattr(schedule, "starts_at_one", False) or (several and not isinstance(schedule, DiscreteVP)):
         return None  # they start at pure noise, as their stock schedulers do
     matched = MATCHED_EDM if isinstance(schedule, EDM) else MATCHED
@@ -234,9 +236,10 @@ def _student_lr(s: Situation) -> Derived | None:
 
 def _fake_scores(s: Situation) -> int:
     """How many fake scores take turns."""
-    if s.values.get("fake_scores") != "per_level":
+    if s.given("fake_scores") != "per_level":
         return 1
-    return len(s.values.get("levels") or ()) or int(s.given("student_steps"))
+    levels = len(s.values.get("levels") or ()) or int(s.given("student_steps"))
+    return levels - bool(s.given("anchor_weight"))  # the first of which is matched with nothing then
 
 
 def _fake_score_lr(s: Situation) -> Derived | None:

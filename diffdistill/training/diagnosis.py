@@ -6,10 +6,10 @@ would have without a stop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from diffdistill.training.looks import STILL, WORSE, Measures, faults
+from diffdistill.training.looks import REMEDIES, STILL, WORSE, Measures, faults
 
 LAGGING, BEHIND = 0.99, 1.2  # of the fake score's lag: it knows no more than the teacher, and less
 FAR = 0.1  # of the distance of a student that is not yet the teacher, and of what has moved
@@ -23,8 +23,9 @@ _OTHERS = ("nothing moved", "getting worse")  # which a look says where a tenth 
 class Diagnosis:
     """`add(line)` gives the warnings that a line of metrics.jsonl is a reason for, each kind once in a run."""
 
-    def __init__(self, steps: int, before: Measures, relearns: bool = False):
-        self.steps, self.before, self.relearns = steps, before, relearns
+    def __init__(self, steps: int, before: Measures, relearns: bool = False, options: Collection[str] = REMEDIES):
+        """`options`: the method's, of which alone something is advised."""
+        self.steps, self.before, self.relearns, self.options = steps, before, relearns, options
         self.said: set[str] = set()
         self.rows: dict[str, int] = {}  # of each kind, how many lines in a row had its signs
         self.norms: dict[str, float] = {}  # of each player, its first gradient
@@ -60,7 +61,8 @@ class Diagnosis:
         """Of a line with figures."""
         measures = Measures(*(float(line[f"look/{name}"]) for name in Measures._fields))
         signs = {}
-        for fault in faults(measures, self.before, first=True, relearns=self.relearns and step < self.steps / 10):
+        relearns = self.relearns and step < self.steps / 10
+        for fault in faults(measures, self.before, first=True, relearns=relearns, options=self.options):
             kind, _, text = fault.partition(": ")
             if kind not in _OTHERS:
                 signs[kind] = text

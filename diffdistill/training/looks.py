@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -29,6 +29,7 @@ BLANK = 0.3  # of the contrast
 COLLAPSED, SCATTERED = 0.4, 1.5  # of the spread
 NOISY = 1.7  # of the roughness
 STILL, FAR, WORSE = 0.02, 0.8, 1.5  # of what has moved, and of the distance
+REMEDIES = ("student_level", "update_ratio")  # the options that are advised, of methods that have them
 
 
 class Measures(NamedTuple):
@@ -130,13 +131,16 @@ def _energy(x: Tensor, y: Tensor) -> float:
     return float(2 * between(x, y) - between(x, x) - between(y, y)) / math.sqrt(x.shape[1])
 
 
-def faults(m: Measures, before: Measures, *, first: bool, relearns: bool = False) -> list[str]:
+def faults(
+    m: Measures, before: Measures, *, first: bool, relearns: bool = False, options: Collection[str] = REMEDIES
+) -> list[str]:
     """What is wrong, in words, with what to change; `first` at a tenth of the budget, else at its end.
 
     `before`: of the untrained student, whose samples are blurred, and so alike, to begin with. `relearns`: its output
-    is another than its teacher's, and at a tenth of the budget it has nothing else to show.
+    is another than its teacher's, and at a tenth of the budget it has nothing else to show. `options`: the method's,
+    of which alone something is said.
     """
-    lower = "take lower learning rates or a less noisy --student-level"
+    lower = "take lower learning rates" + " or a less noisy --student-level" * ("student_level" in options)
     if not all(map(math.isfinite, m)) or m.size > DIVERGED:
         return [f"divergence: samples are {m.size:.1f} times as large as the teacher's; {lower}"]
     if relearns and first:
@@ -153,7 +157,8 @@ def faults(m: Measures, before: Measures, *, first: bool, relearns: bool = False
         result.append(f"saturation: before they are clipped samples are {m.size:.1f} times the teacher's; {lower}")
     if m.spread < COLLAPSED * (min(1.0, before.spread / 0.5) if first else 1.0):
         alike = f"collapse: two samples differ by {m.spread:.2f} of what the teacher's do"
-        result.append(f"{alike}; {lower}, or more steps of the fake score, --update-ratio")
+        more = ", or more steps of the fake score, --update-ratio" * ("update_ratio" in options)
+        result.append(f"{alike}; {lower}{more}")
     if m.roughness > NOISY or m.spread > SCATTERED:
         rough = f"noise: neighbours differ {m.roughness:.1f} and samples {m.spread:.1f} times as much as the teacher's"
         result.append(f"{rough}; {lower}, or give more steps")
@@ -172,6 +177,7 @@ def watch(
     done: int = 0,
     drawing: bool = True,
     saving: bool = True,
+    options: Collection[str] = REMEDIES,
 ) -> Callable[[int], None]:
     """step -> looks at the student, prints what is wrong and adds a line to <out>/looks.jsonl.
 
@@ -179,7 +185,7 @@ def watch(
 
     Before that it prints what one pass of the teacher gives at the student's level, and draws it above what several
     passes give, <out>/samples/teacher.png, if `drawing`. Without `saving` samples are drawn, for another process that
-    cannot do it alone, and that is all.
+    cannot do it alone, and that is all. `options` are the method's.
     """
     if not saving:
         return lambda step: _drawn(look, sampler_now())
@@ -188,7 +194,7 @@ def watch(
 
     def now(step: int) -> None:
         m = look.measures(look.drawn(sampler_now()))
-        wrong = faults(m, before, first=step < steps, relearns=look.relearns)
+        wrong = faults(m, before, first=step < steps, relearns=look.relearns, options=options)
         file.write({"step": step, **m._asdict(), "faults": wrong})
         print(
             f"look at step {step}: {m.distance:.2f} as far from the teacher's {STEPS_OF_TEACHER} steps as its one pass"

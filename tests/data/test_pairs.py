@@ -255,7 +255,7 @@ def test_a_folder_that_is_none_of_ours_is_refused(tiny_teacher: Teachers, tmp_pa
     [
         (["--count", "0"], "count: 0 must be at least 1"),
         (["--solver", "euler"], "solver: 'euler' is not one of ddim, heun"),
-        (["--sampling-steps", "5000"], "steps: 5000 is more than the teacher's 1000 timesteps"),
+        (["--sampling-steps", "5000"], "sampling_steps: 5000 is more than the teacher's 1000 timesteps"),
         (["--teacher", "./nowhere"], "teacher: './nowhere' is not a folder"),
         (["--shards", "3"], "--shards: no such option of pairs; did you mean '--shard-size'?"),
     ],

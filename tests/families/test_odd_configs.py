@@ -64,6 +64,7 @@ def test_a_student_is_drawn_by_stock_diffusers_as_by_us(scheduler: Any, tmp_path
         ({"beta_end": "0.02"}, "beta_end is '0.02'"),
         ({"beta_end": 1.5}, "betas do not make noise of an image"),
         ({"beta_schedule": "laplace"}, "beta_schedule: 'laplace' is not supported"),
+        ({"trained_betas": [0.1, 0.0, 0.3]}, "betas do not make noise of an image"),
         ({"trained_betas": []}, r"trained_betas is \[\]; it must be a list"),
         ({"trained_betas": [[0.1, 0.2]]}, "trained_betas is"),
         ({"prediction_type": None}, "prediction_type None is not supported"),
@@ -82,8 +83,9 @@ def test_a_scheduler_that_says_nothing_usable(changes: dict[str, Any], message: 
 
 def test_numbers_that_are_not_read_may_be_null() -> None:
     unread = {"clip_sample": False, "clip_sample_range": None, "sample_max_value": None, "beta_start": None}
-    betas = {"trained_betas": [0.1, 0.2, 0.3]}
-    schedule_of({**DDPMScheduler().config, "_class_name": "DDPMScheduler", **unread, **betas})
+    for first in (0.1, 0.0):  # the first timestep may be clean data
+        betas = {"trained_betas": [first, 0.2, 0.3]}
+        schedule_of({**DDPMScheduler().config, "_class_name": "DDPMScheduler", **unread, **betas})
 
 
 def change(**values: Any) -> Callable[[dict[str, Any]], None]:

@@ -174,7 +174,7 @@ def test_guidance_needs_a_teacher_step(options: dict[str, Any], tiny_teacher: Te
 
 def test_a_grid_finer_than_the_schedule_is_refused(tiny_teacher: Teachers) -> None:
     flow = load_teacher(tiny_teacher("flow"))
-    with pytest.raises(UserError, match="grid_points: 1500 is more than the teacher's schedule"):
+    with pytest.raises(UserError, match="grid_points: 1500 points are more than the teacher's schedule"):
         Consistency(flow, Config(grid="native", grid_points=1500))
 
 

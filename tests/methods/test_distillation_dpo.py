@@ -17,7 +17,10 @@ from diffdistill.exact.checks import run_checks
 from diffdistill.families import student_record
 from diffdistill.methods.checks.distillation_dpo import verify
 from diffdistill.methods.distillation_dpo import Config, DistillationDPO
+from diffdistill.players.lora import is_lora
 from diffdistill.scaffold.method import Need
+from diffdistill.training.assemble import make_game
+from tests import tiny_a
 from tests.methods.short_runs import same_when_resumed
 from tests.methods.test_wiring_matching import injected, mean
 from tests.scaffold.straight import (
@@ -189,19 +192,47 @@ def test_a_student_begins_as_another_at_its_level_and_resumes_to_the_same_bits(
     begun, ended, other = (load_file(Path(p) / file) for p in (first.student, tmp_path / "run" / "student", teacher))
     near, far = (max(float((ended[k] - v[k]).abs().max()) for k in ended) for v in (begun, other))
     assert near < 1e-6 < far
+    game = make_game({"method": "pcm", "teacher": teacher, "start": str(first.student)})
+    assert game.method.student.schedule.t_max == game.teacher.denoiser.schedule.t_max  # its folder's own ends at 600
     shutil.rmtree(first.folder)  # which a run does not need again
     export(tmp_path / "run", out=tmp_path / "again")
     distill(resume=tmp_path / "run", steps=5)
 
 
-@pytest.mark.parametrize("option", ["start", "lora"])
-def test_a_start_that_cannot_be_is_refused(option: str, tiny_teacher: Teachers, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("start", "^start: .* has no model_index.json"),
+        ("lora", "start: a LoRA student begins as the teacher"),
+        ("noise", "start: .*edm' has another noise schedule than the teacher"),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused(option: str, message: str, tiny_teacher: Teachers, tmp_path: Path) -> None:
     other, teacher = str(tiny_teacher("edm")), str(tiny_teacher("vp"))
     more = {"lora": "student"} if option == "lora" else {}
-    message = "start: a LoRA student begins as the teacher" if more else "start: .* is missing|start|model_index"
     with pytest.raises(UserError, match=message):
-        start = other if more else str(tmp_path)
+        start = str(tmp_path) if option == "start" else other
         distill("dmd2", teacher=teacher, start=start, **more, **RUN, steps=1, out=tmp_path / "run")
+
+
+def test_both_scores_may_be_lora(tmp_path: Path) -> None:
+    tiny_a.unet2d_ddim().save_pretrained(tmp_path / "teacher")
+    options = {"method": "distillation_dpo", "teacher": str(tmp_path / "teacher"), "lora_rank": 2}
+    game = make_game(options | {"lora": "student,better,worse"})
+    assert all(is_lora(game.method.players[role].network) for role in ("student", "better", "worse"))
+
+
+def test_a_start_of_other_steps_is_said(
+    tiny_teacher: Teachers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = str(tiny_teacher("flow"))
+    run = RUN | {"teacher": teacher, "steps": 1, "data": "digits"}
+    first = distill("perflow", **run, options={"windows": 2, "student_steps": 2}, out=tmp_path / "first")
+    for method, said in (("reflow", False), ("dmd2", True)):
+        capsys.readouterr()
+        game = make_game({"method": method, "teacher": teacher, "start": str(first.student)})
+        assert ("goes from level to level by 'ddim'" in capsys.readouterr().err) is said
+        assert game.method.sampler().levels == student_record(first.student).levels
 
 
 def test_the_authors_weights_lead_away_from_what_the_reward_likes(tiny_teacher: Teachers, tmp_path: Path) -> None:

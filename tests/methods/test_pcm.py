@@ -88,7 +88,7 @@ def test_refusals(tiny_teacher: Teachers) -> None:
         Config(guidance_spread=2.0)
     teacher = load_teacher(tiny_teacher("vp"))
     teacher.denoiser.null = None
-    with pytest.raises(UserError, match="teacher: guidance needs one that was trained with a null condition"):
+    with pytest.raises(UserError, match=r"teacher: guidance_scale 2 \(1 is none\) needs one that was trained with"):
         PCM(teacher, Config(guidance_scale=2.0))
 
 

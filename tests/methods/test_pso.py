@@ -15,7 +15,7 @@ from diffdistill import UserError, distill
 from diffdistill.catalogue import describe_method
 from diffdistill.commands.cli import main
 from diffdistill.exact.checks import run_checks
-from diffdistill.families import student_record
+from diffdistill.families import load_teacher, student_record
 from diffdistill.methods import pso
 from diffdistill.methods.checks.pso import verify
 from diffdistill.methods.pso import PSO, Config
@@ -183,6 +183,32 @@ def test_it_makes_what_the_reward_likes(tiny_teacher: Teachers, tmp_path: Path) 
     rewards = [line["student/reward"] for line in lines if "student/reward" in line]
     margins = [line["student/margin"] for line in lines if "student/margin" in line]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.02 and margins[-1] > 0.01
+
+
+def test_a_level_beside_those_of_the_folder_is_refused(tiny_teacher: Teachers) -> None:
+    teacher = replace(load_teacher(tiny_teacher("vp")), levels=(999.0, 749.0))
+    assert PSO(teacher, Config(student_level=999.0)).levels == (999.0, 749.0)
+    with pytest.raises(UserError, match="student_level: the student to be tuned begins at 999; give student_steps"):
+        PSO(teacher, Config(student_level=600.0))
+
+
+def test_given_pairs_are_noised_as_the_sampler_would(tiny_teacher: Teachers) -> None:
+    """What a step keeps of the noise, from a prediction that is the image, is no distance from its mean."""
+    teacher = replace(load_teacher(tiny_teacher("vp")), levels=(999.0, 749.0, 499.0), move="gamma 0.3")
+    method = PSO(teacher, Config(preferences="pairs"))
+    x0 = torch.randn(4, 1, 64, 64, dtype=torch.float64)
+    batch = replace(batch_of(KEY), size=4, shape=(1, 64, 64), x0=x0, losers=-x0, total=4, key=(0, 0, 0))
+    path, _, _ = method.noised(batch)
+    images = torch.cat([x0, -x0])
+    for k, level in enumerate(method.levels[1:]):
+        t, s = (method.schedule.angle(method.levels[j]) for j in (k, k + 1))
+        r = method.sampler().leads(k)
+        eps = (path[k] - torch.cos(t) * images) / torch.sin(t)
+        kept = torch.cos(s) / torch.cos(r)
+        rest = path[k + 1] - kept * (torch.cos(r) * images + torch.sin(r) * eps)
+        assert float(rest.std() / method.step.spread(r, s)) == pytest.approx(1, abs=0.02), level
+        noise = (path[k + 1] - torch.cos(s) * images) / torch.sin(s)
+        assert float(noise.std()) == pytest.approx(1, abs=0.02)
 
 
 def test_pairs_are_given_as_two_folders_or_tensors(

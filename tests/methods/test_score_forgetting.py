@@ -20,10 +20,12 @@ from tests.methods.test_wiring_matching import Straight, mean
 from tests.scaffold.straight import (
     EDM_,
     FLOW,
+    KEY,
     SIZE,
     VP,
     Plain,
     agree,
+    batch_of,
     fold,
     gaussian,
     in_double,
@@ -116,7 +118,7 @@ def test_it_trains_every_parameterisation(parameterization: str, tiny_teacher: T
 
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
-    same_when_resumed(tmp_path, teacher=str(tiny_teacher("edm")), fake_score_lr=1e-2, **RUN)
+    same_when_resumed(tmp_path, teacher=str(tiny_teacher("edm")), fake_score_lr=1e-2, forget="3", **RUN)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +126,7 @@ def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path)
     [
         ({"forget": (10,)}, "forget: the teacher has the classes 0 to 9, and 10 is none of them"),
         ({"forget": ()}, "forget: nothing is forgotten; give some of the teacher's classes"),
+        ({"forget": (3,), "stand_in": 99}, "stand_in: the teacher has the classes 0 to 9, and 99 is none of them"),
         ({"forget": (3,), "stand_in": 3}, "forget: no other class stands in for what is forgotten"),
         ({"forget": tuple(range(10))}, "forget: no other class stands in"),
     ],
@@ -133,6 +136,12 @@ def test_classes_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         distill(**RUN, teacher=tiny_teacher("vp"), options=options, steps=1, out=tmp_path / "run")
+
+
+def test_a_class_that_is_said_twice_counts_as_one(tiny_teacher: Teachers) -> None:
+    teacher, batch = load_teacher(tiny_teacher("vp")), batch_of(KEY)
+    once, twice = (ScoreForgetting(teacher, Config(forget=labels)).asked(batch) for labels in ((2,), (2, 2)))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
 def test_a_teacher_without_classes_is_refused(tiny_teacher: Teachers) -> None:

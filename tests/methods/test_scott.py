@@ -56,9 +56,9 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refusals(tiny_teacher: Teachers) -> None:
     with pytest.raises(UserError, match=r"sde_steps: 3 do not divide skip \(4\) evenly"):
         Config(skip=4, sde_steps=3)
-    with pytest.raises(UserError, match=r"skip: 24 is more than all solver_steps \(8\)"):
+    with pytest.raises(UserError, match=r"skip: 12 is more than all solver_steps \(8\)"):
         Config(solver_steps=8)
-    with pytest.raises(UserError, match="steps: 2000 is more than the teacher's 1000 timesteps"):
+    with pytest.raises(UserError, match="solver_steps: 2000 is more than the teacher's 1000 timesteps"):
         SCott(load_teacher(tiny_teacher("vp")), Config(solver_steps=2000))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffdistill import UserError, distill
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import twin_flow
 from diffdistill.methods.checks.twin_flow import verify
@@ -65,3 +66,10 @@ def test_it_trains_every_parameterisation(
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
     same_when_resumed(tmp_path, teacher=str(tiny_teacher("vp")), self_guidance=0.5, **RUN)
+
+
+def test_a_batch_that_has_not_all_four_kinds_is_refused(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    run = RUN | {"teacher": str(tiny_teacher("vp")), "steps": 1}
+    with pytest.raises(UserError, match="batch_size: 3 samples in a step leave out some of twin_flow's four kinds"):
+        distill(**run | {"batch_size": 3}, out=str(tmp_path / "few"))
+    trains(tmp_path, **run, accumulate=4)  # a sample in each pass

@@ -72,7 +72,8 @@ MUTANTS = {
             "torch.where(~forgotten, others, labels)",
         ),
         ("all count alike", "torch.where(forgotten, weight, 1.0)", "torch.ones_like(weight * forgotten)"),
-        ("the weight is a sample's", "c.forget_weight * len(self.kept) / len(c.forget)", "c.forget_weight"),
+        ("the weight is a sample's", "c.forget_weight * len(self.kept) / len(set(c.forget))", "c.forget_weight"),
+        ("a class counts twice", "len(set(c.forget))", "len(c.forget)"),
         ("forgotten ones stand in", "if label not in config.forget]", "]"),
         ("the fake score has the stand-in", "self.fake_score(x_t, t, cond).x0", "self.fake_score(x_t, t, theirs).x0"),
         ("the teacher has the label", "self.teacher(x_t, t, theirs).x0", "self.teacher(x_t, t, cond).x0"),
@@ -83,6 +84,8 @@ MUTANTS = {
         ("samples are shared", "= False, False,", "= False, True,"),
     ],
     f"methods/pso.py | {_P}": [
+        ("given pairs: a step leads too far", "sampler.leads(k - 1)", "sampler.leads(k)"),
+        ("given pairs: every level anew", "            if not k:\n", "            if True:\n"),
         ("pairs need a reward", "self.needs = frozenset({Need.IMAGES, Need.LOSERS})", "pass"),
         ("dropout stays", "self.student.eval()", "self.student.train()"),
         (
@@ -158,6 +161,7 @@ MUTANTS = {
     f"diffdistill/training/starting.py | {_DPO}": [
         ("the start is left out", "teacher, student=student.denoiser, **of_student)", "teacher, **of_student)"),
         ("its level is left out", 'return {"levels": levels}', "return {}"),
+        ("its noise is another", "if not _same_noise(student", "if False and not _same_noise(student"),
     ],
     "diffdistill/scaffold/matching.py | tests/methods/test_dmd2.py": [
         (

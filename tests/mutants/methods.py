@@ -236,7 +236,7 @@ MUTANTS = {
     ],
     f"methods/lcm.py | {_F}": [
         ("no slow target", "slow_target=not lora", "slow_target=False"),
-        ("the grid begins at the noisiest level", "c.ddim_steps, c.student_level)", "c.ddim_steps)"),
+        ("the grid begins at the noisiest level", "c.ddim_steps, c.student_level, option", "c.ddim_steps, option"),
         ("the grid ends at zero", "torch.tensor([self.schedule.t_min]).double()", "torch.zeros(1).double()"),
         ("the sampler takes the last levels",
          "[self.levels[i] for i in indices]", "[self.levels[-1 - i] for i in indices][::-1]"),
@@ -269,7 +269,7 @@ MUTANTS = {
     f"methods/multistep_consistency.py | {_F}": [
         ("a slow target", "slow_target=False", "slow_target=True"),
         ("the distance is not in the data's units", "self.schedule.data_std, config.huber_c", "1.0, config.huber_c"),
-        ("the sampler adds noise", "self.config.segments).tolist(), DDIM())", "self.config.segments).tolist())"),
+        ("the sampler adds noise", "levels.tolist(), DDIM())", "levels.tolist())"),
         ("the teacher's steps do not grow", "done = min(step / c.anneal_steps, 1)", "done = 0"),
         ("the teacher's steps are the last ones", "done = min(step / c.anneal_steps, 1)", "done = 1"),
         ("they grow linearly", "c.teacher_steps_start ** (1 - done) * c.teacher_steps_end**done / c.segments",

@@ -57,6 +57,7 @@ MUTANTS = {
         ("policies: the noise is that of the angle", "schedule.init_scale(float(t[0])) * float(sizes[0])", "1.0"),
         ("the number of timesteps is the default", '    "num_train_timesteps",\n', ""),
         ("the first beta is the default", '    "beta_start",\n', ""),
+        ("several: steps of the whole chain", "chain.levels(steps), own)", "schedule.levels(steps), own)"),
         ("the last beta is the default", '    "beta_end",\n', ""),
         ("the betas' schedule is the default", '    "beta_schedule",\n', ""),
         ("trained betas are left out", '    "trained_betas",\n', ""),

@@ -22,7 +22,11 @@ MUTANTS = {
         ("the share of dropped conditions is ignored", '"student/drop") < share,', '"student/drop") < 0.1,'),
     ],
     f"diffdistill/scaffold/segments.py | {_S}": [
-        ("the sampler's first level is ignored", "config.solver_steps, config.student_level)", "config.solver_steps)"),
+        (
+            "the sampler's first level is ignored",
+            "config.solver_steps, config.student_level, option",
+            "config.solver_steps, option",
+        ),
         (
             "the heads are not trained",
             'self.players["discriminator"] = self.adversary.heads',
@@ -102,8 +106,18 @@ MUTANTS = {
         ("every player is small", 'if role == "student" and self.small is not None', "if self.small is not None"),
         ("the student is no network of its own", 'if role == "student" and self.small is not None', "if False"),
     ],
-    "diffdistill/training/assemble.py | tests/training/test_small_student.py": [
+    "diffdistill/training/starting.py | tests/training/test_small_student.py": [
         ("a student of another kind of output", "if its != wanted:", "if False:"),
+        ("a student that begins as two", "if teacher.small is not None:", "if False:"),
+    ],
+    "diffdistill/scaffold/matching.py | tests/training/test_small_student.py": [
+        (
+            "alignment: networks of two sizes",
+            "if self.alignment and not _of_one_kind(",
+            "if False and not _of_one_kind(",
+        ),
+    ],
+    "diffdistill/training/assemble.py | tests/training/test_small_student.py": [
         ("a LoRA student of its own", 'if "student" in lora:', "if False:"),
     ],
     f"diffdistill/scaffold/branches.py | {_W}": [
@@ -215,7 +229,11 @@ MUTANTS = {
             "frozen(teacher.denoiser)",
         ),
         ("another stream of times", '"student/t"', '"student/s"'),
-        ("the first level is ignored", "config.solver_steps, config.student_level)", "config.solver_steps)"),
+        (
+            "the first level is ignored",
+            "config.solver_steps, config.student_level, option",
+            "config.solver_steps, option",
+        ),
         ("the network is asked at s", "self.grid[0].to(s).expand(len(s))", "s"),
         (
             "y of t",

@@ -219,7 +219,7 @@ def test_levels_that_no_stock_scheduler_has_are_refused(tiny_teacher: Teachers) 
     teacher, flow = (replace(load_teacher(tiny_teacher(kind)), family="another") for kind in ("vp", "flow"))
     with pytest.raises(UserError, match=r"student_level: 399.5 is not a whole timestep from 0 to 999"):
         student_scheduler(teacher, Sampler(teacher.denoiser, [399.5]))
-    with pytest.raises(UserError, match="3 steps do not divide the teacher's 1000 timesteps"):
+    with pytest.raises(UserError, match="3 steps do not divide the 1000 timesteps up to the student's first"):
         student_scheduler(teacher, Sampler(teacher.denoiser, [999, 665, 332]))
     with pytest.raises(UserError, match="no stock scheduler takes 2 steps of the kind 'renoise'"):
         student_scheduler(flow, Sampler(flow.denoiser, [0.999, 0.5]))

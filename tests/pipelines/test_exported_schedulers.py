@@ -255,6 +255,21 @@ def test_a_student_of_policies_at_any_levels(kind: str, policy: str) -> None:
 
 
 @pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize("steps", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["ddpm", "ddpm v"])
+def test_even_steps_begin_inside_the_chain(kind: str, steps: int) -> None:
+    """84 timesteps of 100 or more: a stock scheduler of so many takes them, in whatever pipeline."""
+    teacher = replace(teacher_of(kind), family="dit")
+    levels = student_levels(teacher.denoiser.schedule, steps, 83).tolist()
+    sampler = Sampler(teacher.denoiser, levels, STEPS["ddim"])
+    scheduler = student_scheduler(teacher, sampler)
+    assert type(scheduler) is diffusers.DDIMScheduler
+    z = torch.randn(N, *SHAPE, generator=draw(steps, "z"))
+    assert same(trained(sampler, z, 0), stock(scheduler, teacher, z, steps, 0)) > 1.2
+    means_the_same(scheduler, sampler)
+
+
+@pytest.mark.usefixtures("_double")
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("move", ["renoise", "ddim"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])

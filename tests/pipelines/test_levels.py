@@ -33,7 +33,7 @@ STEPS: list[tuple[str, str, float | None]] = [
     ("consistency", "renoise", None),
     ("consistency", "ddim", 12.5),
     ("consistency", "gamma 0.5", None),
-    ("ddpm v", "ddim", 83),
+    ("ddpm v", "ddim", 82),
     ("zero snr", "gamma 0.4", None),
 ]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffdistill import UserError, distill
+from diffdistill import UserError, distill, load_student
 from diffdistill.core.denoiser import Extra
 from diffdistill.data.encoded import open_encoded
 from diffdistill.players.sampler import DDIM, Gamma, Renoise, Sampler
@@ -46,6 +46,10 @@ def test_a_stranger_draws_the_students_images(
     assert apart(drawn.reshape(image.shape), image) < 1e-3
     sampler = load_run(run)[0].method.sampler()
     assert sampler.step == {0.0: DDIM(), 1.0: Renoise()}.get(gamma, Gamma(gamma))
+    loaded, _ = load_student(student)
+    assert (loaded.levels, loaded.step) == (sampler.levels, sampler.step)
+    angles = [[each.denoiser.schedule.angle(level) for level in sampler.levels] for each in (sampler, loaded)]
+    assert torch.allclose(torch.stack(angles[0]), torch.stack(angles[1]), atol=1e-6)
 
 
 def test_one_network_of_one_time_makes_jumps_of_several_lengths(

@@ -13,7 +13,21 @@ from diffdistill.commands.cli import main
 from diffdistill.config import DERIVED
 from diffdistill.core.prediction import OUTPUTS, Output
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule
-from diffdistill.methods import consistency, ctm, dmd, dmd2, gdd, ladd, lcm, progressive, sana_sprint, scm, sid, sim
+from diffdistill.methods import (
+    consistency,
+    ctm,
+    dmd,
+    dmd2,
+    gdd,
+    ladd,
+    lcm,
+    phased_dmd,
+    progressive,
+    sana_sprint,
+    scm,
+    sid,
+    sim,
+)
 from diffdistill.players.lora import LoraSettings
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
@@ -107,6 +121,17 @@ def test_rates_fall_with_size_and_a_fake_score_keeps_up() -> None:
     long = derived_for(teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], 56_000_000), dmd2.Config, steps=100_000)
     assert 5e-6 < long["student_lr"].value < 2e-5  # SiD's CIFAR-10 network: 1e-5
     assert "update_ratio" not in long and long["fake_score_lr"].value == long["student_lr"].value
+
+
+def test_a_methods_own_defaults_count_as_if_they_were_said() -> None:
+    """phased_dmd has two steps, and a fake score for each."""
+    said = {"student_steps": 2, "fake_scores": "per_level"}
+    for teacher in (teacher_of(STOCK_DDPM, OUTPUTS["v_prediction"]), teacher_of(EDM(), OUTPUTS["edm"])):
+        plain, explicit = (derived_for(teacher, phased_dmd.Config, **values) for values in ({}, said))
+        assert plain == explicit and plain["update_ratio"].value == 2
+        assert "student_level" not in plain  # several steps start at pure noise
+    anchored = derived_for(teacher, dmd2.Config, student_steps=3, fake_scores="per_level", anchor_weight=0.1)
+    assert anchored["update_ratio"].value == 2  # the first step is matched with nothing
 
 
 def test_each_of_several_fake_scores_keeps_up_with_the_student() -> None:

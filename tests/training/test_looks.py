@@ -64,6 +64,15 @@ def test_a_fault_is_called_by_its_name_with_what_to_change(look: Look, fault: st
     assert all("take " in line and len(line) < 280 for line in said)
 
 
+def test_only_options_of_the_method_are_advised(look: Look) -> None:
+    m, before = look.measures(stripes(1).expand_as(look.before)), look.measures(look.before)
+    for options in ([], ["student_level"], ["update_ratio"], ["student_level", "update_ratio"]):
+        (said,) = (line for line in faults(m, before, first=True, options=options) if line.startswith("collapse"))
+        assert ("--student-level" in said, "--update-ratio" in said) == tuple(
+            name in options for name in ("student_level", "update_ratio")
+        )
+
+
 def test_a_guided_student_is_compared_with_the_guided_teacher() -> None:
     teacher = load_teacher("digits")
     sampler = Sampler(teacher.denoiser, [0.7])

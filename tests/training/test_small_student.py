@@ -114,3 +114,22 @@ def test_what_does_not_fit_is_refused(
     values = {**RUN, "method": "boot", "teacher": str(tiny_teacher("vp")), "student": student, "out": "", **options}
     with pytest.raises(UserError, match=message):
         make_game(values)
+
+
+def test_a_small_student_has_no_mean_with_the_fake_score(
+    tiny_teacher: Teachers, small: Callable[..., str], tmp_path: Path
+) -> None:
+    teacher = {"teacher": str(tiny_teacher("vp")), "student": small(), "out": str(tmp_path / "run")}
+    with pytest.raises(UserError, match="alignment: student and fake score are networks of different kinds"):
+        make_game(teacher | {"method": "dmd2", "alignment": 0.1})
+
+
+def test_a_folder_that_is_none_is_said_of_its_own_option(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^student: .*nowhere' is not a folder"):
+        make_game({"teacher": str(tiny_teacher("vp")), "student": str(tmp_path / "nowhere"), "method": "dmd2"})
+
+
+def test_a_student_begins_as_one_thing(tiny_teacher: Teachers, small: Callable[..., str]) -> None:
+    teacher = {"teacher": str(tiny_teacher("vp")), "student": small(), "start": str(tiny_teacher("vp"))}
+    with pytest.raises(UserError, match="start: --student says what the student begins as too; leave one of the two"):
+        make_game(teacher | {"method": "dmd2"})
