@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from diffdistill.data.images import open_data
     from diffdistill.families import Family, load_student, load_teacher, register_family
     from diffdistill.players.teacher import Teacher
+    from diffdistill.scaffold.score_distillation import ScoreDistillation
 
 _MODULES = {
     "distill": "commands.distill",
@@ -63,6 +64,7 @@ _MODULES = {
     "report": "commands.report",
     "export": "commands.export",
     "Run": "commands.run",
+    "ScoreDistillation": "scaffold.score_distillation",
     "Teacher": "players.teacher",
     "Example": "data.examples",
     "Examples": "data.examples",
@@ -89,6 +91,7 @@ __all__ = [
     "Family",
     "LinearFlow",
     "Run",
+    "ScoreDistillation",
     "Teacher",
     "TrigFlow",
     "UserError",

@@ -28,6 +28,7 @@ NOTEBOOKS = {
     "reading_the_curves": "Reading the curves",
     "choosing_a_method": "Choosing a method",
     "your_own_network": "Your own network and data",
+    "your_own_renderer": "A scene of your own",
     "text_to_image": "Text to image",
     "write_your_own_method": "Write your own method",
     "what_methods_do": "What methods do, in the plane",

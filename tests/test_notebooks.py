@@ -22,6 +22,7 @@ PICTURES = {
     "what_methods_do": 8,
     "write_your_own_method": 1,
     "your_own_network": 1,
+    "your_own_renderer": 1,
 }
 WITHOUT_PAIRS = ("diff_instruct", "dmd2", "sid", "sim")
 
@@ -60,6 +61,15 @@ def your_own_network(printed: str) -> None:
     assert "greatest difference: 0.0\n" in printed
 
 
+def your_own_renderer(printed: str) -> None:
+    """Both sides of the scene are read as the digits that were asked for."""
+    said = re.findall(
+        r"^(\w+): (\d) from the front, (\d) from the side; (\d) and (\d) were asked for$", printed, re.MULTILINE
+    )
+    assert [name for name, *_ in said] == ["SDS", "VSD"]
+    assert all((front, side) == (asked, other) for _, front, side, asked, other in said), said
+
+
 def reading_the_curves(printed: str) -> None:
     """Each run that is made to fail is warned of in its own words, and the one that goes well is not."""
     said = dict(re.findall(r"^([a-z' ]+):\n((?:    .*\n)+)", printed, re.MULTILINE))
@@ -93,6 +103,7 @@ SAYS: dict[str, Callable[[str], None]] = {
     "reading_the_curves": reading_the_curves,
     "what_methods_do": what_methods_do,
     "your_own_network": your_own_network,
+    "your_own_renderer": your_own_renderer,
 }
 
 

@@ -5,6 +5,17 @@ _T, _A = "tests/methods/test_wiring_tangent.py", "tests/methods/test_wiring_adve
 _H, _I = "tests/methods/test_wiring_halving.py", "tests/methods/test_wiring_imitating.py"
 
 MUTANTS = {
+    "diffdistill/scaffold/score_distillation.py | tests/scaffold/test_score_distillation.py": [
+        ("rendering: the push has another sign", "(theirs - own)", "(own - theirs)"),
+        ("rendering: no weight in time", "torch.sin(t) ** 2", "torch.sin(t) ** 0"),
+        ("rendering: the teacher is not guided", "guided(self.plain, guidance_scale)", "self.plain"),
+        ("rendering: samples are of unit variance", "return x / self.schedule.data_std", "return x"),
+        ("rendering: one noise for ever", "        self.steps[player] += 1\n", ""),
+        ("rendering: the fake score is told no view", "taking(self.views, view)", "taking(self.views, None)"),
+        ("rendering: SDS against nothing", "own = eps if self", "own = 0 * eps if self"),
+        ("rendering: the fake score does not move", "        self.optimizer.step()\n", ""),
+        ("rendering: the seed is not read", "generator(x.device, self.seed,", "generator(x.device, 0,"),
+    ],
     f"diffdistill/scaffold/matching.py | {_M}": [
         ("the teacher is not guided",
          "guided(frozen(teacher.denoiser), config.guidance_scale)", "guided(frozen(teacher.denoiser), 1.0)"),
