@@ -43,7 +43,7 @@ def test_passes_are_counted_with_guidance_and_backward() -> None:
 def test_no_pass_is_done_that_the_definition_does_not_need(name: str) -> None:
     info = describe_method(name)
     for preset in (p for p in info.presets if p.split("-")[0] == "digits"):
-        values = dict(preset_options(info, preset)) | {"method": name, "batch_size": 2}
+        values = dict(preset_options(info, preset)) | {"method": name, "batch_size": 4 if name == "twin_flow" else 2}
         passes, _ = passes_per_step(make_game(values))
         assert passes == pytest.approx(DIGITS.method(name).passes[preset], rel=0.15), preset
 

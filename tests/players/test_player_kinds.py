@@ -207,7 +207,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "tbcm": {"tangent_warmup": 1, "states": 3},
     "tdd": {"solver_steps": 8, "steps_min": 2, "steps_max": 4, "gamma": 0.2, "gan_weight": 0.1},
     "tscd": {"solver_steps": 4, "stages": [2, 1], "stage_steps": 1, "gan_weight": 0.1, "student_steps": 2},
-    "twin_flow": {"student_steps": 2},
+    "twin_flow": {"student_steps": 2, "batch_size": 4},
     "uni_instruct": {},
 }  # fmt: skip
 SAYS_SO = {
