@@ -83,7 +83,9 @@ def test_a_stream_that_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_scoreboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ["--methods", "dmd2:digits,consistency:digits", "--seed", "0", "--budget", "24"]
+    suite = tmp_path / "short.yaml"
+    suite.write_text("extends: digits\nteacher_steps: [1, 4]\n")
+    options = ["--suite", str(suite), "--methods", "dmd2:digits,consistency:digits", "--seed", "0", "--budget", "24"]
     options += ["--reference", "digits#test", "--threads", "1"]
     code = "import diffdistill.eval.bench as b, diffdistill.commands.cli as c; b.MOST_IMAGES = 200; exit(c.main())"
     together("-c", code, "bench", *options, "--out", str(tmp_path / "2"))

@@ -135,6 +135,8 @@ def test_a_board_is_made_and_taken_up_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffdistill.eval.bench.MOST_IMAGES", 400)
+    out, suite = tmp_path / "out", tmp_path / "short.yaml"
+    suite.write_text("extends: digits\nteacher_steps: [1, 2]\n")
     inside, most = [0], [0]  # threads that make or judge a model
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,25 +155,25 @@ def test_a_board_is_made_and_taken_up_again(
     made_as = nn.Module.register_parameter
 
     def run(methods: list[str]) -> list[str]:
-        bench("digits", methods=methods, seeds=[0], budget=40, reference="digits#test", out=tmp_path, jobs=2)
+        bench(suite, methods=methods, seeds=[0], budget=40, reference="digits#test", out=out, jobs=2)
         return capsys.readouterr().out.splitlines()
 
     run(["dmd2:digits"])
-    before = json.loads((tmp_path / "board.json").read_text())
-    note = (tmp_path / "runs" / "dmd2-seed0.json").stat().st_mtime_ns
+    before = json.loads((out / "board.json").read_text())
+    note = (out / "runs" / "dmd2-seed0.json").stat().st_mtime_ns
     run(["dmd2:digits", "guided"])
-    after = json.loads((tmp_path / "board.json").read_text())
-    assert (tmp_path / "runs" / "dmd2-seed0.json").stat().st_mtime_ns == note
+    after = json.loads((out / "board.json").read_text())
+    assert (out / "runs" / "dmd2-seed0.json").stat().st_mtime_ns == note
     rows = {(r["method"], r["steps"]): r for r in after["rows"]}
     assert {(r["method"], r["steps"]) for r in before["rows"]} < set(rows)
     for steps in (1, 2, 4):  # beside the teacher that it imitates
         assert {("guided", steps), ("teacher, guidance 1.5", steps)} <= set(rows)
     assert rows["dmd2", 1]["passes"] == rows["dmd2", 1]["least"] == 4 and rows["dmd2", 1]["peak MB"] > 100
-    assert (tmp_path / "board.md").read_text().endswith("\nCompared with the images of digits#test.\n")
-    board = {"methods": ["dmd2"], "seeds": [0], "budget": 40, "reference": "digits#test", "out": tmp_path}
+    assert (out / "board.md").read_text().endswith("\nCompared with the images of digits#test.\n")
+    board = {"methods": ["dmd2"], "seeds": [0], "budget": 40, "reference": "digits#test", "out": out}
     for changed in ({"budget": 50}, {"data": str(tmp_path)}, {"reference": "digits"}):
         with pytest.raises(UserError, match=f"{next(iter(changed))}: .* is not the board's"):
-            bench("digits", **board | changed)
+            bench(suite, **board | changed)
     assert most == [1] and nn.Module.register_parameter is made_as, "two loading at once leave networks without weights"
     for name in ("board.md", "quality.png", "samples.png", "report.html"):
-        assert (tmp_path / name).stat().st_size > 100
+        assert (out / name).stat().st_size > 100
