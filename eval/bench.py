@@ -13,14 +13,14 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import load_file, save
@@ -50,6 +50,9 @@ from diffdistill.players.teacher import Teacher
 MOST_IMAGES = 10000
 SEEDS = (100, 101, 102)
 """Of trainings and noise. The presets for digits were chosen by what came of other seeds, 0, 1 and 2 among them."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ class _Bench:
     def share(self, chosen: Sequence[Entry], plans: Mapping[str, TrainingPlan]) -> None:
         """Train and judge these entries; `board` finds all of it."""
         with self.at_a_time() as pool:
-            for entry, _ in zip(chosen, pool.map(lambda e: list(self.work(e, plans[e.name])), chosen), strict=True):
+            for entry, _ in zip(chosen, pool.map(lambda e: self.work(e, plans[e.name]), chosen), strict=True):
                 print(f"{entry.folder} is done", flush=True)
 
     def board(self, chosen: Sequence[Entry], plans: Mapping[str, TrainingPlan]) -> Board:
@@ -180,13 +183,9 @@ class _Bench:
         began = time.perf_counter()
         print(f"{len(chosen)} trainings of at most {self.budget} passes each, and the teacher, are judged", flush=True)
         with self.at_a_time() as pool:
-            own = [
-                pool.submit(self.judged_alone, "teacher", n, None, partial(teacher_images, self.teacher, n, 1.0))
-                for n in self.suite.teacher_steps
-            ]
-            waiting = [pool.submit(lambda e: list(self.work(e, plans[e.name])), entry) for entry in chosen]
-            for future in own:
-                collect(future.result())
+            own = [pool.submit(self.alone, partial(self.judged_teacher, n)) for n in self.suite.teacher_steps]
+            waiting = [pool.submit(self.work, entry, plans[entry.name]) for entry in chosen]
+            collect(future.result() for future in own)
             for done, (entry, future) in enumerate(zip(chosen, waiting, strict=True), 1):
                 collect(future.result())
                 self.write(results, pictures)
@@ -211,10 +210,19 @@ class _Bench:
         """The board of what is done so far; its rows."""
         return write_board(self.suite.name, results, pictures, self.budget, self.compared, self.out)
 
-    def judged_alone(self, *judged: Any) -> list[JudgedModel]:
-        """The same while no other model is made or judged."""
+    def alone(self, judge: Callable[[], T]) -> T:
+        """What that gives, while no other model is made or judged.
+
+        While diffusers loads a network, every network that another thread makes has no weights, for good if that
+        thread loads one too.
+        """
         with self.in_process:
-            return [self.judged(*judged)]
+            return judge()
+
+    def judged_teacher(self, steps: int, scale: float = 1.0) -> JudgedModel:
+        """The rows of the teacher in so many steps, with that guidance."""
+        key = "teacher" if scale == 1 else f"teacher, guidance {scale:g}"
+        return self.judged(key, steps, None, partial(teacher_images, self.teacher, steps, scale))
 
     def judged(self, key: str, steps: int, seed: int | None, draw: Draw, **more: Any) -> JudgedModel:
         """The rows of a model, those that are there already as they are."""
@@ -231,23 +239,17 @@ class _Bench:
         shown = self.judge.with_seed(self.options.seeds[0]).shown(model)
         return JudgedModel(rows, f"{key}, {steps} step{'s' if steps > 1 else ''}", shown)
 
-    def work(self, entry: Entry, plan: TrainingPlan) -> Iterator[JudgedModel]:
-        """Trains one entry, beside others, and judges its students, alone.
-
-        While diffusers loads a network, every network that another thread makes has no weights, for good if that
-        thread loads one too.
-        """
+    def work(self, entry: Entry, plan: TrainingPlan) -> list[JudgedModel]:
+        """Trains one entry, beside others, and judges its students, alone."""
         cost = train(entry, self.suite, plan.values | {"seed": entry.seed}, self.out / "runs")
-        with self.in_process:
-            yield from self.judged_students(entry, plan, cost)
+        return self.alone(lambda: list(self.judged_students(entry, plan, cost)))
 
     def judged_students(self, entry: Entry, plan: TrainingPlan, cost: Mapping[str, Any]) -> Iterator[JudgedModel]:
         """The judged students of a trained entry, and their guided teacher."""
         for sampler in students(entry, self.suite, self.out / "runs", self.judge.device):
             steps = len(sampler.levels)
             if plan.scale != 1:  # one pass a step against the guided teacher's two
-                draw = partial(teacher_images, self.teacher, steps, plan.scale)
-                yield self.judged(f"teacher, guidance {plan.scale:g}", steps, None, draw)
+                yield self.judged_teacher(steps, plan.scale)
             yield self.judged(
                 entry.name, steps, entry.seed, partial(sampler, self.teacher.shape),
                 **{"training s": cost["seconds"], "peak MB": cost["peak_mb"], "training steps": plan.values["steps"]},

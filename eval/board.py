@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -74,18 +72,6 @@ def write_board(
     ]
     html.page(f"Scoreboard of the suite {suite}", sections, out / "report.html")
     return rows
-
-
-def published(suite: str) -> dict[str, Any]:
-    """The board of a shipped suite as docs/results.md has it: `rows` with `COLUMNS`, `commit` and `seeds`.
-
-    Raises UserError for a suite without one.
-    """
-    file = files("diffdistill.eval").joinpath("suites", f"{suite}.board.json")
-    if not file.is_file():
-        raise UserError(f"suite: no board of {suite!r} is shipped; that of digits is")
-    board: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return board
 
 
 def quality_picture(rows: Sequence[dict[str, Any]], path: Path) -> None:

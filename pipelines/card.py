@@ -90,10 +90,8 @@ def model_card(
     theirs = card_of(base)
     adapted = isinstance(network, AdaptedNetwork)
     kind = (dtype if form != "lora" else None) or _stored(entry, teacher)
-    coded, policies = (
-        adapted or student_rows(teacher, sampler) is not None,
-        isinstance(sampler.denoiser, PolicyDenoiser),
-    )
+    coded = adapted or student_rows(teacher, sampler) is not None
+    policies = isinstance(sampler.denoiser, PolicyDenoiser)
     where = _Lines(entry, teacher, sampler, call, kind, place or "FOLDER", coded)
     both = form == "pipeline" and isinstance(network, LoraNetwork) and entry.loads_lora
     lora = both and (folder is None or (folder / "lora").is_dir())
@@ -199,11 +197,8 @@ class _Lines:
 
     def _loaded(self, place: str, more: str = "") -> str:
         """The arguments of `from_pretrained` that load a whole pipeline."""
-        source = (
-            f'"{place}"'
-            + (", trust_remote_code=True" if self.coded or isinstance(self.sampler.denoiser, PolicyDenoiser) else "")
-            + more
-        )
+        trusted = self.coded or isinstance(self.sampler.denoiser, PolicyDenoiser)
+        source = f'"{place}"' + (", trust_remote_code=True" if trusted else "") + more
         if self.entry.autoencoder is not None:  # the parts that the teacher has not
             index = read_json(local_folder(self.teacher.source) / "model_index.json")
             nulls = null_parts(diffusers_class(self.entry.pipelines[0]), index)

@@ -12,6 +12,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from diffdistill.core.prediction import x0_weights
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, check_levels, lcm_indices
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, diffusers_class
@@ -95,7 +96,7 @@ def policy_scheduler(teacher: Teacher, sampler: Sampler, student: PolicyDenoiser
     t = torch.stack([schedule.angle(level) for level in sampler.levels])
     native = schedule.native(t)
     a, b = student.output.at(native.alpha, native.sigma, schedule.data_std)
-    det = torch.cos(t) * b - torch.sin(t) * a * schedule.data_std
+    of_x, of_y = x0_weights(t, a * schedule.data_std, b)
     sizes = native.sigma / torch.sin(t)
     return PolicyScheduler(
         policy=settings.kind,
@@ -107,8 +108,8 @@ def policy_scheduler(teacher: Teacher, sampler: Sampler, student: PolicyDenoiser
         whole_times=isinstance(schedule, DiscreteVP),
         sizes=[*sizes.tolist(), schedule.data_std],
         inputs=(native.scale / sizes).tolist(),
-        of_x=(b / det).tolist(),
-        of_y=(-torch.sin(t) / det).tolist(),
+        of_x=of_x.tolist(),
+        of_y=of_y.tolist(),
         init_noise=schedule.init_scale(float(t[0])) * float(sizes[0]),
         num_train_timesteps=len(schedule.alphas_cumprod) if isinstance(schedule, DiscreteVP) else 1000,
         teacher=dict(teacher.scheduler),

@@ -10,8 +10,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from diffdistill.eval.board import COLUMNS, published
+from diffdistill.eval.board import COLUMNS
 from diffdistill.eval.report import markdown_table
+from diffdistill.eval.suites import published_board
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 PICTURES = {
@@ -87,7 +88,7 @@ def reading_the_curves(printed: str) -> None:
 
 def choosing_a_method(printed: str) -> None:
     """What is chosen is the best of the published board that the answers allow."""
-    rows = published("digits")["rows"]
+    rows = published_board("digits")["rows"]
     blocks = re.findall(r"^(the [^\n]+):\n(.*?)\n\n", printed, re.MULTILINE | re.DOTALL)
     first = {situation: table.splitlines()[2].split()[:2] for situation, table in blocks}
     assert len(first) == 4 and all(int(steps) <= 4 for _, steps in first.values())
@@ -140,6 +141,6 @@ def test_it_is_committed_without_outputs(path: Path) -> None:
 
 
 def test_the_published_board_is_the_one_in_the_docs() -> None:
-    board = published("digits")
+    board = published_board("digits")
     text = (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
     assert markdown_table(board["rows"], COLUMNS) in text and board["commit"] in text

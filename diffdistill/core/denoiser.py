@@ -189,6 +189,8 @@ class Denoiser(nn.Module):
 
     def features_of(self, layers: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
         """The same of several layers, which are named in the order in which they are computed."""
+        if experts_of(self.network) is None:
+            return self._features_of(layers, x_t, t, cond)
 
         def share(rows: Tensor | None) -> list[Tensor]:
             return self._features_of(layers, *_rows(rows, x_t, t, cond))

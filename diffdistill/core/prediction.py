@@ -96,6 +96,16 @@ def diffuse(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     return expand(torch.cos(t), x0) * x0 + expand(torch.sin(t), x0) * eps
 
 
+def _determinant(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.cos(t) * b - torch.sin(t) * a
+
+
+def x0_weights(t: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) and (B,) what x_t and y are multiplied by in x0, for an output y = a x0 + b eps at the angles t (B,)."""
+    det = _determinant(t, a, b)
+    return b / det, -torch.sin(t) / det
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A raw output y (B, ...) at x_t (B, ...); a, b, t are (B,) float64, in units where x0 has variance one.
@@ -111,7 +121,7 @@ class Prediction:
     b: Tensor
 
     def _combine(self, of_x: Tensor, of_y: Tensor) -> Tensor:
-        det = torch.cos(self.t) * self.b - torch.sin(self.t) * self.a
+        det = _determinant(self.t, self.a, self.b)
         return expand(of_x / det, self.x_t) * self.x_t + expand(of_y / det, self.x_t) * self.y
 
     @property

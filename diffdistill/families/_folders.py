@@ -114,6 +114,11 @@ def teacher_of(folder: Path, record: StudentRecord) -> str:
 # -- two networks ---------------------------------------------------------------------------------------------
 
 
+def networks_of(family: Family, index: Config) -> tuple[str, ...]:
+    """The sub-folders of the networks that the index has; UserError as `boundary_of` has it."""
+    return (family.component,) if boundary_of(family, index) is None else family.networks
+
+
 def boundary_of(family: Family, index: Config) -> float | None:
     """The part of the noise from which on the network is asked, and below which the second; None where there is one.
 

@@ -20,7 +20,7 @@ from torch import nn
 from diffdistill.core.experts import Experts
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.families._family import Family, Source, diffusers_class
-from diffdistill.families._folders import boundary_of, local_folder
+from diffdistill.families._folders import boundary_of, local_folder, networks_of
 from diffdistill.families._own import load_own
 from diffdistill.families._parts import (
     LOADING,
@@ -69,9 +69,8 @@ def load_teacher(
         scale = record.guidance.scale
     if null_class is None and isinstance(record, StudentRecord | TeacherRecord):
         null_class = record.null_class
-    told = read_json(folder / "scheduler" / "scheduler_config.json")
-    said = told if told.get("_class_name") == POLICIES else None
-    scheduler = _with_defaults(told if said is None else _teachers(told, folder))
+    told, said = _scheduler(folder)
+    scheduler = _with_defaults(told)
     network = _network(folder, family, index, scheduler, dtype, weights)
     size = coerce("resolution", resolution, Size | None, {"at_least": 1})
     pixels = None if size is None else height_width(size)
@@ -88,12 +87,14 @@ def load_teacher(
     return teacher
 
 
-def _teachers(told: Config, folder: Path) -> Config:
-    """The teacher's scheduler in the config of one of policies."""
-    config = told.get("teacher")
-    if not isinstance(config, dict):
+def _scheduler(folder: Path) -> tuple[Config, Config | None]:
+    """The config of a folder's scheduler, or of its teacher's and its own where that is one of policies."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    if config.get("_class_name") != POLICIES:
+        return config, None
+    if not isinstance(config.get("teacher"), dict):
         raise UserError(f"scheduler: {folder / 'scheduler'} does not say its teacher's; export the student again")
-    return config
+    return config["teacher"], config
 
 
 def _network(
@@ -102,7 +103,7 @@ def _network(
     """The network of a folder, or both where there are two; UserError where no network is for some of the noise."""
     model, made = diffusers_class(family.network), {}
     boundary = boundary_of(family, index)
-    for name in family.networks if boundary is not None else (family.component,):
+    for name in networks_of(family, index):
         kind = read_json(folder / name / "config.json").get("_class_name")
         if kind not in (None, model.__name__):
             raise UserError(f"teacher: {folder / name} holds a {kind}; {model.__name__} is expected")
@@ -204,10 +205,9 @@ def load_pipeline(
             parts[name] = (load_part if weights else empty_part)(own, folder / name, dtype)
             if weights and name in family.networks:
                 parts[name] = _with_lora(parts[name], folder, family, name)
-    told = read_json(folder / "scheduler" / "scheduler_config.json")
-    if told.get("_class_name") == POLICIES:  # whose code is not run here
-        config = _teachers(told, folder)
-        parts["scheduler"] = getattr(diffusers, str(config.get("_class_name"))).from_config(config)
+    told, said = _scheduler(folder)
+    if said is not None:  # whose code is not run here
+        parts["scheduler"] = getattr(diffusers, str(told.get("_class_name"))).from_config(told)
     settings = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     try:
         with _without_nulls(folder, kind, index) as view:
@@ -259,7 +259,7 @@ def check_weights(name: str) -> None:
     """UserError where a folder here is no pipeline, or has not the weights of its network; nothing is loaded."""
     if Path(name).is_dir():
         family, index = family_of(Path(name))
-        for part in family.networks if boundary_of(family, index) is not None else (family.component,):
+        for part in networks_of(family, index):
             weight_files(Path(name) / part)
 
 

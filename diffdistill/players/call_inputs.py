@@ -77,6 +77,19 @@ def add_to_bias(layer: nn.Linear, added: Tensor) -> None:
     layer.bias = nn.Parameter(added if layer.bias is None else layer.bias + added, requires_grad=False)
 
 
+def add_part(network: Any, name: str, in_place: type[InPlace], beside: type[Beside], *settings: Any) -> Any:
+    """The part that is made of the layer of that name: in its place, or beside it in a LoRA player's network."""
+    made: Any = in_place
+    if not hasattr(network, "add_input"):
+        part = made(layer_at(network, name), *settings)
+        network.set_submodule(name, part)
+        return part
+    made = beside
+    part = made(layer_at(network.base, name), *settings, name)
+    network.add_input(name, part)
+    return part
+
+
 @contextmanager
 def taking(parts: Sequence[CallInput], value: Tensor | None) -> Iterator[None]:
     """The parts are given that value inside the block, and after it what they were given before."""

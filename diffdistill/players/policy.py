@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
 from diffdistill.core.policies import Policy, policy_of, wide_channels
-from diffdistill.core.prediction import Prediction
+from diffdistill.core.prediction import Prediction, expand, x0_weights
 from diffdistill.errors import UserError
 from diffdistill.players.call_inputs import layer_at
 from diffdistill.players.lora import LoraNetwork, trained_like
@@ -52,9 +52,7 @@ class PolicyPrediction(Prediction):
     @property
     def eps(self) -> Tensor:
         """(B, ...) the noise that the policy sees in x_t."""
-        sin, cos = (
-            part(self.t).to(self.x_t).reshape(-1, *[1] * (self.x_t.ndim - 1)) for part in (torch.sin, torch.cos)
-        )
+        sin, cos = (expand(part(self.t), self.x_t) for part in (torch.sin, torch.cos))
         return (self.x_t - cos * self.policy.x0(self.x_t, self.t)) / sin
 
     @property
@@ -98,8 +96,7 @@ class PolicyDenoiser(Denoiser):
             raise UserError(
                 f"policy: the network gives {tuple(said.y.shape)} where {width} channels were made of its last layer"
             )
-        det = torch.cos(said.t) * said.b - torch.sin(said.t) * said.a
-        of_x, of_y = said.b / det, -torch.sin(said.t) / det
+        of_x, of_y = x0_weights(said.t, said.a, said.b)
         policy = policy_of(kind, components, said.y, x_t, said.t, self.ends(said.t), of_x, of_y)
         return PolicyPrediction(x_t, said.t, said.y, said.a, said.b, policy, self.settings.substeps)
 

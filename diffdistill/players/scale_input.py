@@ -16,7 +16,7 @@ from diffdistill.core.guidance import guide, require_null
 from diffdistill.core.prediction import Prediction
 from diffdistill.errors import UserError
 from diffdistill.options import ScaleRange, SegmentOptions
-from diffdistill.players.call_inputs import Beside, CallInput, InPlace, layer_at, taking, without_inputs
+from diffdistill.players.call_inputs import Beside, CallInput, InPlace, add_part, layer_at, taking, without_inputs
 from diffdistill.players.lora import LoraNetwork, merged, trained_like
 from diffdistill.players.teacher import Teacher
 from diffdistill.players.two_times import TIME_LAYERS, time_layers
@@ -180,10 +180,7 @@ def guidance_input(denoiser: Denoiser, *, default: float = 1.0) -> Denoiser:
         )
     twin = _own(denoiser)
     for name in names:
-        if isinstance(twin.network, LoraNetwork):
-            twin.network.add_input(name, AddedScale(layer_at(network, name), default, name))
-        else:
-            twin.network.set_submodule(name, TakesScale(layer_at(twin.network, name), default))
+        add_part(twin.network, name, TakesScale, AddedScale, default)
     inner_call = denoiser.call
 
     def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:

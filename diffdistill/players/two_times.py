@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.core.experts import Experts
 from diffdistill.errors import UserError
-from diffdistill.players.call_inputs import Beside, CallInput, InPlace, add_to_bias, layer_at, taking
+from diffdistill.players.call_inputs import Beside, CallInput, InPlace, add_part, add_to_bias, layer_at, taking
 from diffdistill.players.lora import LoraNetwork, trained_like
 
 TIME_LAYERS = ("time_embedding", "timestep_embedder", "time_embedder", "t_embedder", "time_step_proj")
@@ -80,8 +80,8 @@ class AddedTime(Beside, TimeGap):
 
     alone: ClassVar[bool] = True
 
-    def __init__(self, like: Tensor, default: float, name: str):
-        TimeGap.__init__(self, like, default)
+    def __init__(self, layer: nn.Linear, default: float, name: str):
+        TimeGap.__init__(self, trained_like(layer.weight), default)
         self.name = name
 
 
@@ -124,10 +124,7 @@ def time_input(denoiser: Denoiser, *, default: float) -> Denoiser:
         )
     twin = denoiser.with_network(denoiser.network, denoiser.feature_layer) if lora else copy.deepcopy(denoiser)
     for name in names:
-        if isinstance(twin.network, LoraNetwork):
-            twin.network.add_input(name, AddedTime(trained_like(layer_at(network, name).weight), default, name))
-        else:
-            twin.network.set_submodule(name, SecondTime(layer_at(twin.network, name), default))
+        add_part(twin.network, name, SecondTime, AddedTime, default)
     inner_call, inner_extra = denoiser.call, denoiser.extra_call
 
     def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:

@@ -26,7 +26,7 @@ from diffdistill.core.losses import denoising_loss, gradient_injection
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.times import native_uniform
 from diffdistill.errors import UserError
-from diffdistill.players.call_inputs import Beside, CallInput, InPlace, layer_at, taking
+from diffdistill.players.call_inputs import Beside, CallInput, InPlace, add_part, taking
 from diffdistill.players.lora import LoraNetwork, lora, trained_like
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.players.two_times import TIME_LAYERS, time_layers
@@ -66,9 +66,9 @@ class AddedView(Beside, ViewFeatures):
 
     alone: ClassVar[bool] = False
 
-    def __init__(self, like: Tensor, numbers: int, name: str):
+    def __init__(self, layer: nn.Linear, numbers: int, name: str):
         super().__init__()
-        self.begin(like, numbers)
+        self.begin(layer.weight, numbers)
         self.name = name
 
 
@@ -82,16 +82,7 @@ def view_input(denoiser: Denoiser, numbers: int) -> list[ViewFeatures]:
             f"view_numbers: {type(base).__name__} has no layer that embeds the time ({', '.join(TIME_LAYERS)}), to "
             "which a view could be added; leave the view out"
         )
-    parts: list[ViewFeatures] = []
-    for name in names:
-        if isinstance(network, LoraNetwork):
-            part: ViewFeatures = AddedView(layer_at(base, name).weight, numbers, name)
-            network.add_input(name, part)
-        else:
-            part = TakesView(layer_at(base, name), numbers)
-            network.set_submodule(name, part)
-        parts.append(part)
-    return parts
+    return [add_part(network, name, TakesView, AddedView, numbers) for name in names]
 
 
 class ScoreDistillation:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -53,6 +54,18 @@ def suite_names() -> list[str]:
 
 def _folder() -> Any:
     return files("diffdistill.eval").joinpath("suites")
+
+
+def published_board(suite: str) -> dict[str, Any]:
+    """The board of a shipped suite as docs/results.md has it: `rows` with `board.COLUMNS`, `commit` and `seeds`.
+
+    Raises UserError for a suite without one.
+    """
+    file = _folder().joinpath(f"{suite}.board.json")
+    if not file.is_file():
+        raise UserError(f"suite: no board of {suite!r} is shipped; that of digits is")
+    board: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return board
 
 
 def load_suite(name: str) -> Suite:

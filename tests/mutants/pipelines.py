@@ -50,8 +50,8 @@ MUTANTS = {
         ("comfyui: the card is not told", ", layout=saving.layout", ""),
     ],
     f"pipelines/schedulers.py | {_E}": [
-        ("policies: another output", "det = torch.cos(t) * b - torch.sin(t) * a * schedule.data_std",
-         "det = torch.cos(t) * b - torch.sin(t) * a"),
+        ("policies: another output", "x0_weights(t, a * schedule.data_std, b)",
+         "x0_weights(t, a, b)"),
         ("policies: samples of unit variance", "[*sizes.tolist(), schedule.data_std]", "[*sizes.tolist(), 1.0]"),
         ("policies: the input is the sample", "(native.scale / sizes).tolist()", "[1.0] * len(sizes)"),
         ("policies: the noise is that of the angle", "schedule.init_scale(float(t[0])) * float(sizes[0])", "1.0"),

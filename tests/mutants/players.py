@@ -26,8 +26,8 @@ MUTANTS = {
         ("lora: the gap is always its own", "self.default if self.given is None else self.given", "self.default"),
         (
             "lora: in the base's type",
-            "AddedTime(trained_like(layer_at(network, name).weight), default, name)",
-            "AddedTime(layer_at(network, name).weight, default, name)",
+            "TimeGap.__init__(self, trained_like(layer.weight), default)",
+            "TimeGap.__init__(self, layer.weight, default)",
         ),
         (
             "low rank: one component too few",
@@ -105,8 +105,8 @@ MUTANTS = {
         ),
         (
             "lora: another scale is the default",
-            "AddedScale(layer_at(network, name), default, name)",
-            "AddedScale(layer_at(network, name), 1.0, name)",
+            "self.begin(layer, trained_like(layer.weight).dtype, default)",
+            "self.begin(layer, trained_like(layer.weight).dtype, 1.0)",
         ),
         (
             "lora: the input is in the base's type",
