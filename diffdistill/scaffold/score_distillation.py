@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.experts import Experts
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import denoising_loss, gradient_injection
 from diffdistill.core.prediction import diffuse, expand
@@ -76,6 +77,8 @@ def view_input(denoiser: Denoiser, numbers: int) -> list[ViewFeatures]:
     """The parts by which the denoiser takes a view of so many numbers from here on; UserError where it has no place."""
     network: Any = denoiser.network
     base = network.base if isinstance(network, LoraNetwork) else network
+    if isinstance(base, Experts):  # each of which is called with some of the rows
+        raise UserError("view_numbers: the teacher's network is two, each for a part of the noise; leave the view out")
     names = time_layers(base)
     if not names:
         raise UserError(

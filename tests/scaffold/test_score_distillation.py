@@ -1,5 +1,6 @@
 """Score distillation on a renderer: closed forms, a linear renderer with a known optimum, particles, views."""
 
+import copy
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from diffdistill import LinearFlow, ScoreDistillation, Teacher, UserError
 from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.experts import Experts
 from diffdistill.exact.analytic import GaussianMixture, class_gaussians_teacher, gaussian_teacher
 from diffdistill.exact.checks import gauss_hermite
 from diffdistill.exact.plane import plane_teacher
@@ -214,6 +216,12 @@ def test_the_same_seed_gives_the_same_noise_and_what_makes_no_sense_is_refused()
     flat = Teacher.around(Flat(), (2,), LinearFlow(), "flow_prediction")
     with pytest.raises(UserError, match="view_numbers: Flat has no layer that embeds the time"):
         ScoreDistillation(flat, fake_score="full", view_numbers=2)
+    two = points()
+    parts = {name: copy.deepcopy(two.denoiser.network) for name in ("transformer", "transformer_2")}
+    two.denoiser.network = Experts(parts, 0.5)
+    for kind in ("full", "lora"):
+        with pytest.raises(UserError, match="view_numbers: the teacher's network is two"):
+            ScoreDistillation(two, fake_score=kind, view_numbers=2)  # type: ignore[arg-type]
 
 
 class Flat(nn.Module):
