@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import html
+import inspect
 import posixpath
 import re
 import sys
@@ -61,6 +62,17 @@ def test_every_family_recipe_and_public_name_has_its_place(pages: dict[str, str]
     listed = "\n".join(pages[f"python/{part}.md"] for part in ("index", "classes"))
     names = set(re.findall(r"^::: diffdistill\.\S*?(\w+)$", listed, re.MULTILINE))
     assert names == set(diffdistill.__all__) - {"__version__"}
+
+
+@pytest.mark.parametrize("name", sorted(set(diffdistill.__all__) - {"__version__"}))
+def test_a_docstring_names_the_arguments_that_there_are(name: str) -> None:
+    """mkdocs, which is strict, stops at any other."""
+    public = getattr(diffdistill, name)
+    members = [public, *(m for k, m in vars(public).items() if k[0] != "_")] if inspect.isclass(public) else [public]
+    for each in filter(callable, members):
+        told = re.search(r"^Args:\n((?: +.*\n?|\n)*)", inspect.getdoc(each) or "", re.MULTILINE)
+        listed = re.findall(r"^    (\S.*?):", told[1], re.MULTILINE) if told else []
+        assert set(listed) <= {word.lstrip("*") for word in inspect.signature(each).parameters}, each
 
 
 def test_a_method_on_the_board_shows_its_lines(pages: dict[str, str]) -> None:

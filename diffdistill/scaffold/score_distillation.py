@@ -104,7 +104,8 @@ class ScoreDistillation:
         fake_score: 'lora' on the teacher's own weights, 'full', a copy of it, or 'none', which is SDS.
         rank: of the LoRA.
         lr: AdamW's learning rate for the fake score.
-        time_low, time_high: the least and the greatest noise at which x is judged, fractions of the teacher's own time.
+        time_low: the least noise at which x is judged, a fraction of the teacher's own time.
+        time_high: the greatest.
         view_numbers: of a view, by which the fake score tells views apart; 0: it is told none.
         view_dropout: the share of views that it is not told.
         seed: of all noise, together with the number of calls.
