@@ -46,8 +46,7 @@ def train(entry: Entry, suite: Suite, values: dict[str, Any], out: Path) -> dict
         keep = {"sample_every": 0, "keep_checkpoints": 100, "out": str(run)}
         stage = [values[name] for name in suite.method(entry.info.name).scales]
         keep["checkpoint_every"] = stage[-1] if stage else 0
-        for name, value in (values | keep).items():
-            command += [f"--{name.replace('_', '-')}", str(value)]
+        command += ["--config", str(write_json(values | keep, out / f"{entry.folder}.options.json"))]
     started = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=alone())
     assert child.stderr is not None

@@ -1,11 +1,14 @@
 """The scoreboard: passes are counted, trainings share a budget, and what is done is not repeated."""
 
+import dataclasses
+import io
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +18,13 @@ from torch import nn
 from diffdistill import UserError
 from diffdistill.catalogue import describe_method, method_names
 from diffdistill.commands.bench import bench
+from diffdistill.commands.cli import main
 from diffdistill.eval.board import averaged, panels
 from diffdistill.eval.budget import Entry, entries, passes_per_step, planned, preset_options
 from diffdistill.eval.judge import score
 from diffdistill.eval.suites import load_suite
+from diffdistill.eval.trainings import train
+from diffdistill.options import build
 from diffdistill.training.assemble import load_run, make_game
 
 DIGITS = load_suite("digits")
@@ -66,6 +72,24 @@ def test_settings_of_a_strangers_board_are_derived(tiny_teacher: Callable[[str],
     game = make_game(values, deriving=True)
     counted, units = passes_per_step(game)
     assert game.derived and (passes, values["steps"]) == (counted, round(600 / units))
+
+
+@pytest.mark.parametrize("entry", entries(DIGITS, None, [0]), ids=lambda entry: entry.name)
+def test_a_training_gets_what_was_planned(entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: dict[str, Any] = {}
+
+    def started(command: list[str], **_: object) -> SimpleNamespace:
+        assert main(command[3:]) == 0
+        return SimpleNamespace(stderr=io.StringIO(), wait=lambda: None, returncode=0)
+
+    monkeypatch.setattr("diffdistill.eval.trainings.subprocess.Popen", started)
+    monkeypatch.setattr("diffdistill.commands.distill.run", taken.update)
+    values = planned(entry, DIGITS, 4000, {"teacher": "digits", "data": "digits"}).values
+    train(entry, DIGITS, values, tmp_path)
+    own = {field.name for field in dataclasses.fields(entry.info.config)}
+    got, wanted = (build(entry.info.config, {k: v for k, v in read.items() if k in own}) for read in (taken, values))
+    assert got == wanted
+    assert all(taken[name] == value for name, value in values.items() if name not in own)
 
 
 def test_the_passes_for_pairs_are_part_of_the_budget() -> None:
