@@ -19,7 +19,6 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from diffdistill.config import SavingConfig
-from diffdistill.core import policies
 from diffdistill.core.experts import Experts, asked, experts_of
 from diffdistill.errors import UserError
 from diffdistill.families import (
@@ -38,7 +37,6 @@ from diffdistill.families import (
 from diffdistill.families._own import own_record, save_weights
 from diffdistill.families._parts import LORA, LORA_2, copy_part, stored_dtypes, student_index, weight_files
 from diffdistill.files import atomic_folder
-from diffdistill.pipelines import policy_scheduler
 from diffdistill.pipelines.comfyui import check_comfyui, write_comfyui_lora
 from diffdistill.pipelines.origin import copy_licenses, remove_paths
 from diffdistill.pipelines.policy_scheduler import PolicyScheduler
@@ -109,7 +107,7 @@ def save_pipeline(
             _write_network(made, entry, network, scheduler, teacher, dtype, saving, kept)
             _write_call(made, entry, kept, others if form == "pipeline" else OWN_STEPS)
         if isinstance(scheduler, PolicyScheduler):
-            _add_policies(made)
+            _name_policies(made)
         copy_licenses(teacher, made)
         if saving.layout == "comfyui" and isinstance(network, LoraNetwork):
             write_comfyui_lora(made, entry.name, _lora_in(network, dtype))
@@ -177,15 +175,10 @@ def check_policies(entry: Family | None, saving: SavingConfig) -> None:
             )
 
 
-def _add_policies(folder: Path) -> None:
-    """The code of the scheduler, which stock diffusers runs from there."""
+def _name_policies(folder: Path) -> None:
+    """The scheduler's code, which lies in its folder, in the index of the pipeline."""
     index = read_json(folder / "model_index.json")
-    own = Path(inspect.getsourcefile(policy_scheduler) or "")
-    beside = Path(inspect.getsourcefile(policies) or "")
-    text = own.read_text(encoding="utf-8").replace(f"from {policies.__name__} import", f"from .{beside.stem} import")
-    (folder / "scheduler" / own.name).write_text(text, encoding="utf-8")
-    (folder / "scheduler" / beside.name).write_bytes(beside.read_bytes())
-    index["scheduler"] = [own.stem, PolicyScheduler.__name__]
+    index["scheduler"] = [PolicyScheduler.__module__, PolicyScheduler.__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,11 +1,13 @@
 """The scheduler of a student whose passes say policies: each step follows one to the student's next level.
 
-An exported folder holds a copy of this file and of `core/policies.py` in scheduler/, and the one imports the other from
-beside it: `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` runs them without diffdistill.
+A folder that holds one has a copy of this file and of `core/policies.py` in scheduler/, and the one imports the other
+from beside it: `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` runs them without diffdistill, and
+`save_pretrained` of what it gives writes such a folder again.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class PolicyScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
+    __module__ = Path(__file__).stem  # by which model_index.json finds the copy
 
     @register_to_config
     def __init__(
@@ -80,6 +83,14 @@ class PolicyScheduler(SchedulerMixin, ConfigMixin):
         angles = torch.tensor(self.config.angles, dtype=torch.float64)
         self.sigmas = torch.sin(angles) / (torch.sin(angles) + torch.cos(angles))
         self.num_inference_steps = own
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """What `save_pretrained` writes: the code goes along."""
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        for file in (__file__, policy_of.__code__.co_filename):
+            text = Path(file).read_text(encoding="utf-8")
+            text = text.replace("from diffdistill.core.policies import", "from .policies import")
+            (Path(save_directory) / Path(file).name).write_text(text, encoding="utf-8")
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """A step is found by its timestep."""

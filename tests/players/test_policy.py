@@ -17,6 +17,17 @@ from diffdistill.players.policy import PolicySettings, policy_player
 from diffdistill.players.scale_input import plain_network
 from tests.players import tiny
 from tests.players.tiny import SIZES, apart, drawn_by_a_stranger, ours
+from tests.stranger import stranger
+
+LOAD = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+"""
+DRAW = """
+images = pipe(class_labels=[1], num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images
+images[0].save(sys.argv[2])
+"""
 
 Encoded = Callable[[str], tuple[Path, Path]]
 LATENT = [name for name, family in FAMILIES.items() if family.autoencoder is not None]
@@ -122,6 +133,14 @@ def test_a_student_of_pixels_draws_the_same_in_its_stock_pipeline(
     assert apart(torch.as_tensor(images).permute(0, 3, 1, 2), ours) < 1e-4
     with pytest.raises(ValueError, match="num_inference_steps: this student makes 3 steps, and 2 were asked for"):
         pipeline(num_inference_steps=2)
+    for code, *argv in (
+        (LOAD + "pipe.save_pretrained(sys.argv[2])", student, tmp_path / "again"),
+        (LOAD + DRAW, student, tmp_path / "first.png"),
+        (LOAD + DRAW, tmp_path / "again", tmp_path / "second.png"),
+    ):
+        done = stranger(code, *argv)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
     assert json.loads((student / "diffdistill.json").read_text())["move"] == "ddim"
 
 
