@@ -11,7 +11,7 @@ SHAPES := runs/shapes
 EDITS := runs/edits
 STUDENTS := dmd2-1 dmd2-4 progressive-1 progressive-4
 
-.PHONY: demo demo-text demo-edit $(STUDENTS) bench docs test suite coverage lint format typecheck wheel clean
+.PHONY: demo demo-text demo-edit $(STUDENTS) bench docs test test-whole suite coverage lint format typecheck wheel clean
 
 # A run is never overwritten; the demo's own folder is the exception.
 demo: $(STAMP)
@@ -58,6 +58,10 @@ test: lint typecheck suite
 
 suite: $(STAMP)
 	$(TESTS) --durations=10
+
+# Also every cell of the matrices of families, of which `make test` runs a few in each row: some 15 minutes more.
+test-whole: $(STAMP)
+	$(TESTS) --durations=10 --whole
 
 # The site in build/site/html, without a network; a link that leads nowhere is an error.
 docs: $(STAMP)

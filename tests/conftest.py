@@ -1,5 +1,6 @@
 """What every test gets: two threads (unless told otherwise), no network, a fixed seed."""
 
+import gc
 import os
 import random
 from collections.abc import Callable
@@ -17,10 +18,28 @@ os.environ.update(
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="every cell of a matrix, not only a few of each row")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--whole"):
+        left_out = [item for item in items if item.get_closest_marker("whole")]
+        items[:] = [item for item in items if not item.get_closest_marker("whole")]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_configure() -> None:
+    # A seventh of the tests' seconds went into looking for garbage among what is imported.
+    gc.disable()
     import torch
 
+    import diffdistill.families  # noqa: F401
+
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

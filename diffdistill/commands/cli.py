@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import io
 import logging
@@ -185,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are no UTF-8, as on standard error
     # Which peft imports where it is installed; on a CPU it warns of a kernel that it can do without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    gc.disable()  # a fifth of the seconds that torch and diffusers take to be imported
     try:
         return _run(argv)
     except KeyboardInterrupt:
@@ -200,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"diffdistill: {one_line(f'rank {rank}: {message}' if several else message)}", file=sys.stderr, flush=True
         )
         return 2
+    finally:
+        gc.enable()
 
 
 def _message(error: Exception) -> str | None:
@@ -240,25 +244,19 @@ def _run(argv: list[str]) -> int:
     if command.distills:
         values = todays_values(values, _known(parser))
     if parsed.family:
-        from diffdistill.families import register_family
-
-        register_family(parsed.family)
+        importlib.import_module("diffdistill.families").register_family(parsed.family)
     if parsed.teacher_config:
-        from diffdistill.families import read_files_with
-
-        read_files_with(parsed.teacher_config)
+        importlib.import_module("diffdistill.families").read_files_with(parsed.teacher_config)
     module, _, function = command.function.partition(":")
     call = getattr(importlib.import_module(f"diffdistill.commands.{module}"), function)
-    if not command.resumes:
-        return call(values if command.distills else build(command.options, values)) or 0
-    for option in ("resume", "allow_change"):
+    given = values if command.distills or command.resumes else build(command.options, values)
+    for option in ("resume", "allow_change") if command.resumes else ():
         if option in values:
             raise UserError(f"{option}: give it on the command line, not in a config file")
-    if parsed.resume is not None:
-        values["resume"] = parsed.resume
-    if parsed.allow_change:
-        values["allow_change"] = parsed.allow_change
-    return call(values) or 0
+        if getattr(parsed, option) is not None:
+            values[option] = getattr(parsed, option)
+    gc.enable()
+    return call(given) or 0
 
 
 # -- parsers -----------------------------------------------------------------------------------------------

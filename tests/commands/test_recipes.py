@@ -36,8 +36,10 @@ def sized(family: str) -> list[str]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_plan_of_each_recipe_is_made_with_a_tiny_teacher_of_its_kind(
-    name: str, tiny: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    name: str, tiny: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("diffdistill.eval.plan._OCCURRENCES", 1)  # each turn once: nothing is read of what it costs
+    monkeypatch.setattr("diffdistill.eval.plan._STEPS", 1)
     family = describe_recipe(name).family
     options = ["--accumulate", "1", "--lora-rank", "2", *SMALL, *sized(family)]
     assert main(["plan", "--recipe", name, "--teacher", str(tiny(family)), *options]) == 0, capsys.readouterr().err

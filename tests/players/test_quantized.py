@@ -54,9 +54,11 @@ def test_layers_of_few_bits_give_nearly_the_same_with_a_gradient_and_take_less(b
 
 
 PAIRS = [pair for pair in zip(LATENT, itertools.cycle([4, 8]), strict=False) if pair[0] not in LIKE_OTHERS]
+# Those that tests/players/test_offload.py leaves to `make test-whole`.
+SOME = [pytest.param(*pair, marks=pytest.mark.whole if k % 4 < 2 else ()) for k, pair in enumerate(PAIRS)]
 
 
-@pytest.mark.parametrize(("name", "bits"), PAIRS)
+@pytest.mark.parametrize(("name", "bits"), SOME)
 def test_a_lora_student_learns_on_it_and_is_merged_into_the_teachers_own_weights(
     name: str, bits: Any, encoded: Encoded, tmp_path: Path
 ) -> None:
