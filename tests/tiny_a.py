@@ -111,12 +111,12 @@ def clip_config(width: int = 32, **settings: Any) -> CLIPTextConfig:
     )
 
 
-def vae(latent_channels: int = 4, **settings: Any) -> AutoencoderKL:
+def vae(latent_channels: int = 4, blocks: int = 2, **settings: Any) -> AutoencoderKL:
     """Of two blocks: images twice as wide as the latents."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * (blocks - 1) + (16,),
         norm_num_groups=4,
         sample_size=16,
         latent_channels=latent_channels,

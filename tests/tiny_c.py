@@ -21,6 +21,8 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SanaVideoPipeline,
@@ -219,6 +221,32 @@ def krea2(seed: int = 0, is_distilled: bool = False) -> Krea2Pipeline:
     )
 
 
+def lumina2(seed: int = 0) -> Lumina2Pipeline:
+    """Images are eight times as wide as the latents, which the pipeline takes for granted."""
+    torch.manual_seed(seed)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(256, 16, 16),
+        cap_feat_dim=32,
+    )
+    with torch.no_grad():  # its time is a number up to 1: it must be loud to be heard
+        transformer.time_caption_embed.timestep_embedder.linear_1.weight.mul_(10)
+    return Lumina2Pipeline(
+        transformer=denoiser(transformer, seed),
+        vae=vae(16, blocks=4, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=gemma_encoder(),
+        tokenizer=gemma_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )
+
+
 def sana_video(seed: int = 0) -> SanaVideoPipeline:
     torch.manual_seed(seed)
     transformer = SanaVideoTransformer3DModel(
@@ -283,6 +311,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "aura_flow": aura_flow,
     "pixart_alpha": pixart_alpha,
     "krea2": krea2,
+    "lumina2": lumina2,
     "sana_video": sana_video,
     "hunyuan_video15": hunyuan_video15,
 }
@@ -294,6 +323,7 @@ SIZES = {
     "aura_flow": 16,
     "pixart_alpha": 16,
     "krea2": 16,
+    "lumina2": 64,
     "sana_video": 32,
     "hunyuan_video15": 32,
 }

@@ -20,6 +20,9 @@ Cond = dict[str, Tensor]
 Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
 """(network, input, time, cond) -> raw output."""
 
+FeatureMap = Callable[[Any, Tensor, Cond], Tensor]
+"""(a layer's output, x_t, cond) -> a map (B, C, h, w)."""
+
 
 @dataclass(frozen=True)
 class Extra:
@@ -90,8 +93,8 @@ class Denoiser(nn.Module):
     Only this class knows the network's own time, scaling and output. `null` maps conditions to the
     null conditions of classifier-free guidance; `extra_call` is there where the network takes a second input (`Extra`),
     and is used in place of `call`; `feature_layer` names the sub-module whose output a
-    discriminator reads, `feature_map(output, x_t)` makes a map (B, C, h, w) of it where it is none. `rescale(guided,
-    conditional)` is what the family's pipeline does to a guided output. All are optional.
+    discriminator reads, `feature_map(output, x_t, cond)` makes a map (B, C, h, w) of it where it is none.
+    `rescale(guided, conditional)` is what the family's pipeline does to a guided output. All are optional.
 
     Of a network that is two, each for a part of the noise (`Experts`), every sample goes to the one for its time, which
     then is read from the device.
@@ -109,7 +112,7 @@ class Denoiser(nn.Module):
         extra_call: ExtraCall | None = None,
         null: Callable[[Cond], Cond] | None = None,
         feature_layer: str | None = None,
-        feature_map: Callable[[Any, Tensor], Tensor] | None = None,
+        feature_map: FeatureMap | None = None,
         rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__()
@@ -216,11 +219,11 @@ class Denoiser(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        return [self._map(output, x_t) for output in outputs]
+        return [self._map(output, x_t, cond) for output in outputs]
 
-    def _map(self, output: Any, x_t: Tensor) -> Tensor:
+    def _map(self, output: Any, x_t: Tensor, cond: Cond) -> Tensor:
         if self.feature_map is not None:
-            features = self.feature_map(output, x_t)
+            features = self.feature_map(output, x_t, cond)
         else:  # a UNet's way down gives what its way up takes, too
             features = output[0] if isinstance(output, tuple) else output
         return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features

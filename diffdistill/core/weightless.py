@@ -90,8 +90,9 @@ class Weightless(TorchDispatchMode):
                         self._bared[id(tensor)] = tensor, self._without(tensor)
                     tensors[name] = self._bared[id(tensor)][1]
             for name, value in vars(part).items():  # rotary tables, which some networks keep beside their buffers
-                if isinstance(value, Tensor) and value.is_meta and not isinstance(value, FakeTensor):
-                    vars(part)[name] = self._without(value)
+                table = value[0] if isinstance(value, list) and value else value
+                if isinstance(table, Tensor) and table.is_meta and not isinstance(table, FakeTensor):
+                    vars(part)[name] = tree_map_only(Tensor, self._without, value)
 
     def _without(self, tensor: Tensor) -> Any:
         # As on a CPU, where everything else is: kernels are chosen as there.

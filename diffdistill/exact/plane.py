@@ -150,7 +150,7 @@ class PlaneNet(nn.Module):
         return self.layers(self.first(x_t) + self.time_embedding(features) + self.class_embedding(class_labels))
 
 
-def _as_map(features: Tensor, x_t: Tensor) -> Tensor:
+def _as_map(features: Tensor, x_t: Tensor, cond: Cond) -> Tensor:
     return features.unflatten(1, (-1, 2, 2))
 
 

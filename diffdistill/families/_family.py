@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffdistill.core.denoiser import Call, Cond, Denoiser
+from diffdistill.core.denoiser import Call, Cond, Denoiser, FeatureMap
 from diffdistill.core.prediction import Output
 from diffdistill.core.schedule import Schedule
 from diffdistill.errors import UserError
@@ -257,7 +257,7 @@ ROWS = Packing(lambda x: x.flatten(2).transpose(1, 2), lambda y, shape: y.transp
 """(B, h w, C), row by row."""
 
 
-def token_map(output: Any, x: Tensor) -> Tensor:
+def token_map(output: Any, x: Tensor, cond: Cond) -> Tensor:
     """(B, D, h', w'): a transformer block's image tokens (B, L, D) on the grid of the sample x (B, C, h, w)."""
     tokens = output[-1] if isinstance(output, tuple) else output
     h, w = x.shape[-2:]
@@ -266,12 +266,12 @@ def token_map(output: Any, x: Tensor) -> Tensor:
     return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
 
 
-def last_tokens_map(patch: int) -> Callable[[Any, Tensor], Tensor]:
+def last_tokens_map(patch: int) -> FeatureMap:
     """`token_map` of a block that has other tokens before the image's, of so many latent pixels a side each."""
 
-    def features(output: Any, x: Tensor) -> Tensor:
+    def features(output: Any, x: Tensor, cond: Cond) -> Tensor:
         tokens = output[-1] if isinstance(output, tuple) else output
-        return token_map(tokens[:, -(x.shape[-2] * x.shape[-1] // patch**2) :], x)
+        return token_map(tokens[:, -(x.shape[-2] * x.shape[-1] // patch**2) :], x, cond)
 
     return features
 
@@ -314,6 +314,13 @@ def latent_size(family: str, factor: int, native: int | Sides, resolution: Sides
     return pixels[0] // factor, pixels[1] // factor
 
 
+def check_positions(size: Sides, most: int, factor: int) -> None:
+    """UserError for a side in latent pixels beyond the positions that a network has for `most`."""
+    if max(size) > most:  # beyond which the network takes positions of other places, or none
+        asked = "x".join(str(side * factor) for side in size)
+        raise UserError(f"resolution: {asked} is beyond this network's positions; use {most * factor} a side at most")
+
+
 # -- the teacher -------------------------------------------------------------------------------------------
 
 
@@ -341,7 +348,7 @@ def latent_teacher(
     *,
     num_classes: int | None = None,
     feature_layer: str | None = None,
-    feature_map: Callable[[Any, Tensor], Tensor] | None = None,
+    feature_map: FeatureMap | None = None,
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Teacher:
     """The teacher of a latent family; the null condition of one of text comes with its prompts (`with_null`)."""

@@ -35,11 +35,6 @@ NOT_YET = (
         "a sample is two latents, of video and sound, and a teacher's sample is one tensor",
     ),
     Missing(
-        "Lumina 2",
-        ("Lumina2Pipeline",),
-        "its image's tokens stand behind captions of any length, which the map of a discriminator is not told",
-    ),
-    Missing(
         "CogVideoX",
         ("CogVideoXPipeline",),
         "its latents have frames before channels, and its chain a shift (snr_shift_scale) that schedules do not have",

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond
-from diffdistill.errors import UserError
 from diffdistill.families._family import (
     ATTENTION,
     KL,
     Family,
     Prompt,
     Source,
+    check_positions,
     last_tokens_map,
     latent_size,
     latent_teacher,
@@ -35,10 +35,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
     factor = KL.factor(source.config("vae"))
     native = native_pixels(config.sample_size, factor, source.resolution)
     size = latent_size("aura_flow", factor, native, source.resolution, 2)
-    most = math.isqrt(config.pos_embed_max_size) * config.patch_size
-    if max(size) > most:  # beyond which the network takes positions of other places, or none
-        asked = "x".join(str(side * factor) for side in size)
-        raise UserError(f"resolution: {asked} is beyond this network's positions; use {most * factor} a side at most")
+    check_positions(size, math.isqrt(config.pos_embed_max_size) * config.patch_size, factor)
     return latent_teacher(
         "aura_flow",
         network,

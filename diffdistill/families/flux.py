@@ -62,10 +62,10 @@ def caller(takes_guidance: bool) -> Call:
     return call
 
 
-def sample_map(output: Any, x: Tensor) -> Tensor:
+def sample_map(output: Any, x: Tensor, cond: Cond) -> Tensor:
     """`token_map` of a block whose tokens of the sample are followed by those of another image."""
     tokens = output[-1] if isinstance(output, tuple) else output
-    return token_map(tokens[:, : x.shape[2] * x.shape[3] // 4], x)
+    return token_map(tokens[:, : x.shape[2] * x.shape[3] // 4], x, cond)
 
 
 def flux_teacher(name: str, network: Any, source: Source) -> Teacher:

@@ -78,7 +78,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
         flow_schedule(source.scheduler, "given"),
         _caller(config.image_embed_dim),
         feature_layer=f"transformer_blocks.{config.num_layers // 2}",
-        feature_map=lambda output, x: frame_map(output[0], x),  # the text's tokens come second
+        feature_map=lambda output, x, cond: frame_map(output[0], x, cond),  # the text's tokens come second
     )
     return replace(teacher, size={"num_frames": frames})
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffdistill.core.denoiser import Call, Cond
+from diffdistill.core.denoiser import Call, Cond, FeatureMap
 from diffdistill.families._family import (
     ATTENTION,
     PATCHES,
@@ -43,9 +42,7 @@ def _rescale(guided: Tensor, conditional: Tensor) -> Tensor:
     return unpack(tokens * norms, guided.shape[1:])
 
 
-def qwen_teacher(
-    name: str, network: Any, source: Source, call: Call, feature_map: Callable[[Any, Tensor], Tensor]
-) -> Teacher:
+def qwen_teacher(name: str, network: Any, source: Source, call: Call, feature_map: FeatureMap) -> Teacher:
     """The teacher of a family whose network is Qwen-Image's."""
     config = network.config
     factor = AUTOENCODER.factor(source.config("vae"))

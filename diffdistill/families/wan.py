@@ -38,9 +38,9 @@ def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return network(x, timestep=time, return_dict=False, **cond)[0]
 
 
-def frame_map(output: Tensor, x: Tensor) -> Tensor:
+def frame_map(output: Tensor, x: Tensor, cond: Cond) -> Tensor:
     """The mean of the frames (B, D, h', w'), since a discriminator's head is one of images."""
-    return token_map(output.unflatten(1, (x.shape[2], -1)).mean(1), x)
+    return token_map(output.unflatten(1, (x.shape[2], -1)).mean(1), x, cond)
 
 
 def latent_shape(family: str, config: Config, source: Source, pixels: int = 16) -> tuple[int, int, int, int]:

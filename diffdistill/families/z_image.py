@@ -36,9 +36,9 @@ def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return -torch.stack(output).squeeze(2)
 
 
-def _image_map(output: Tensor, x: Tensor) -> Tensor:
+def _image_map(output: Tensor, x: Tensor, cond: Cond) -> Tensor:
     # The image's tokens come first, then what fills them up to a multiple of 32, then the caption's.
-    return token_map(output[:, : x.shape[2] * x.shape[3] // 4], x)
+    return token_map(output[:, : x.shape[2] * x.shape[3] // 4], x, cond)
 
 
 def _teacher(network: Any, source: Source) -> Teacher:

@@ -24,7 +24,7 @@ from diffdistill.players.lora import LoraNetwork, trained_like
 
 Layer = nn.Linear | nn.Conv2d
 
-LAST = ("conv_out", "proj_out_2", "proj_out")
+LAST = ("conv_out", "proj_out_2", "proj_out", "norm_out.linear_2")
 """What diffusers calls the last layer of a network."""
 
 

@@ -96,7 +96,11 @@ def test_a_methods_own_turns_are_counted(name: str, tiny: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["stable_diffusion", "flux", "flux_kontext", "wan", "wan_i2v", "qwen_image", "qwen_image_edit", "z_image"]
+    "name",
+    [
+        *("stable_diffusion", "flux", "flux_kontext", "wan", "wan_i2v", "qwen_image", "qwen_image_edit", "z_image"),
+        "lumina2",
+    ],
 )
 def test_configs_alone_are_enough_and_prompts_are_not_needed(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

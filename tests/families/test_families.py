@@ -84,6 +84,7 @@ FLOW = (
     "chroma",
     "aura_flow",
     "krea2",
+    "lumina2",
     "sana",
     "sana_video",
     "z_image",
