@@ -29,7 +29,7 @@ from diffdistill.core.denoiser import Cond
 from diffdistill.core.losses import gradient_injection
 from diffdistill.core.prediction import diffuse
 from diffdistill.core.times import edm_log_normal
-from diffdistill.options import MatchingOptions, option
+from diffdistill.options import MatchingOptions, RewardOptions, option
 from diffdistill.scaffold.matching import MatchingMethod
 from diffdistill.scaffold.method import Batch, Outcome
 
@@ -46,7 +46,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(MatchingOptions, beta1=0.0):
+class Config(MatchingOptions, RewardOptions, beta1=0.0):
     """Diff-Instruct's options."""
 
     time_mean: float = option(-1.2, "mean of ln sigma, at data of standard deviation 0.5, in both losses")

@@ -28,7 +28,14 @@ from torch import Tensor
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.distances import distance
-from diffdistill.options import ImageDistance, MatchingOptions, MatchingTimes, NormaliserOptions, option
+from diffdistill.options import (
+    ImageDistance,
+    MatchingOptions,
+    MatchingTimes,
+    NormaliserOptions,
+    RewardOptions,
+    option,
+)
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
 from diffdistill.scaffold.method import Batch, Need, Outcome
@@ -51,7 +58,9 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(MatchingOptions, MatchingTimes, NormaliserOptions, ImageDistance, weight_decay=0.01, distance="l2"):
+class Config(
+    MatchingOptions, MatchingTimes, NormaliserOptions, ImageDistance, RewardOptions, weight_decay=0.01, distance="l2"
+):
     """DMD's options; the distance is the regression's, and the pairs have the teacher's guidance scale and level."""
 
     regression_weight: float = option(0.25, "weight of the regression on pairs; 0: none, and no pairs", at_least=0)
@@ -63,21 +72,23 @@ class DMD(MatchingMethod):
     def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
         super().__init__(teacher, config, **players)
         if config.regression_weight > 0:
-            self.needs = frozenset({Need.PAIRS})
+            self.needs = self.needs | {Need.PAIRS}
             self.distance = distance(config.distance, teacher.shape, self.schedule.data_std, config.huber_c)
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
-        pair, z, cond = batch.pair if self.needs else None, batch.randn("z"), batch.cond
+        pair, z, cond = batch.pair if Need.PAIRS in self.needs else None, batch.randn("z"), batch.cond
         if pair is not None:
             z = torch.cat([z, pair.z])
             cond = {key: torch.cat([value, pair.cond[key]]) for key, value in cond.items()}
         x, x_ref = self.sampler().one_step(z, cond).tensor_split([batch.size])
-        outcome = self.matching(x, self.times("student", batch), batch.randn("student/eps"), batch.cond)
+        weighted, shown = self.by_reward(x, batch)
+        outcome = self.matching(weighted, self.times("student", batch), batch.randn("student/eps"), batch.cond)
+        shown = {**outcome.shown, **shown}
         if pair is None:
-            return x, outcome
+            return x, Outcome(outcome.loss, shown)
         regression = self.regression(x_ref, pair.x0)
         loss = outcome.loss + self.config.regression_weight * regression
-        return x, Outcome(loss, {**outcome.shown, "regression": regression})
+        return x, Outcome(loss, {**shown, "regression": regression})
 
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         return dmd_loss(x, t, eps, cond, self.teacher, self.fake_score, normalise=self.config.normalise)

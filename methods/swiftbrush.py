@@ -26,7 +26,7 @@ from diffdistill.core.denoiser import Cond, Denoiser, choose
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import gradient_injection, per_sample_mean
 from diffdistill.core.prediction import diffuse, expand
-from diffdistill.options import FakeScoreGuidance, MatchingOptions, MatchingTimes
+from diffdistill.options import FakeScoreGuidance, MatchingOptions, MatchingTimes, RewardOptions
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.matching import MatchingMethod
 from diffdistill.scaffold.method import Batch, Outcome
@@ -47,7 +47,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(MatchingOptions, MatchingTimes, FakeScoreGuidance, student_lr=1e-6, fake_score_lr=1e-3):
+class Config(MatchingOptions, MatchingTimes, FakeScoreGuidance, RewardOptions, student_lr=1e-6, fake_score_lr=1e-3):
     """SwiftBrush's options; both the teacher and the fake score are guided."""
 
 

@@ -44,8 +44,16 @@ class Rewarded(Decoupled):
     def _dmd2(self, x: Tensor, t: Tensor, x_t: Tensor) -> dict[str, Tensor]:
         return self.rewarded(super()._dmd2, x, t, x_t)
 
+    _dmd = _disback = _dmd2
+
     def _decoupled_dmd(self, x: Tensor, t: Tensor, x_t: Tensor) -> dict[str, Tensor]:
         return self.rewarded(super()._decoupled_dmd, x, t, x_t)
+
+    def _diff_instruct(self, x: Tensor, t: Tensor, x_t: Tensor) -> dict[str, Tensor]:
+        return self.rewarded(super()._diff_instruct, x, t, x_t)
+
+    def _swiftbrush(self, x: Tensor, t: Tensor, x_t: Tensor) -> dict[str, Tensor]:
+        return self.rewarded(super()._swiftbrush, x, t, x_t)
 
     def rewarded(self, matched: Any, x: Tensor, t: Tensor, x_t: Tensor) -> dict[str, Tensor]:
         r = ((self.plain.std * x).detach().float().mean((1, 2, 3)) + 0.1 * self.labels).float()
@@ -64,6 +72,24 @@ def test_a_turn_with_a_reward_is_its_straight_line(name: str, plain: Plain) -> N
         straight = Rewarded(name, options | gan | {"student_steps": 2 if plain is VP else 1}, plain)
         assert play(straight) == ["student", "fake_score"]
         assert straight.method.needs == {Need.REWARD} | ({Need.IMAGES} if gan else set())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "plain"),
+    [
+        ("dmd", {"guidance_scale": 2.5, "regression_weight": 0.6}, EDM_),
+        ("dmd", {"regression_weight": 0.0}, VP),
+        ("disback", {"path_length": 0, "update_ratio": 1}, FLOW),
+        ("diff_instruct", {"student_level": 2.5}, EDM_),
+        ("swiftbrush", {"guidance_scale": 2.5, "label_dropout": 0.4}, VP),
+    ],
+)
+def test_methods_of_one_step_weight_their_matching_alone(name: str, options: dict[str, Any], plain: Plain) -> None:
+    """The regression on pairs, for one, counts once."""
+    with double():
+        straight = Rewarded(name, options | {"reward_beta": 0.3}, plain)
+        assert play(straight) == ["student", "fake_score"]
+        assert straight.method.needs == {Need.REWARD} | ({Need.PAIRS} if options.get("regression_weight") else set())
 
 
 RUN: dict[str, Any] = {"method": "dmd2", "batch_size": 4, "update_ratio": 1, "sample_every": 0, "log_every": 1}

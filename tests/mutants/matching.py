@@ -215,6 +215,16 @@ MUTANTS = {
         ),
         ("beta is ignored", "reward_weights(rewards, self.reward_beta)", "reward_weights(rewards, 1.0)"),
     ],
+    f"methods/dmd.py | {_W}": [
+        ("with pairs it needs no reward", "self.needs | {Need.PAIRS}", "frozenset({Need.PAIRS})"),
+        (
+            "a reward is taken for pairs",
+            "if Need.PAIRS in self.needs else None, batch.randn",
+            "if self.needs else None, batch.randn",
+        ),
+        ("its matching is not weighted", "self.matching(weighted, self.times", "self.matching(x, self.times"),
+        ("the reward of the pairs' samples", "self.by_reward(x, batch)", "self.by_reward(x_ref, batch)"),
+    ],
     f"diffdistill/scaffold/reward.py | {_W}": [
         ("images of unit variance", "x.detach() * self.data_std", "x.detach()"),
         ("beta multiplies", "torch.exp(rewards / beta)", "torch.exp(rewards * beta)"),

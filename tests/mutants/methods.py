@@ -6,7 +6,7 @@ _H, _I = "tests/methods/test_wiring_halving.py", "tests/methods/test_wiring_imit
 
 MUTANTS = {
     f"methods/dmd.py | {_M}": [
-        ("no pairs are needed", "self.needs = frozenset({Need.PAIRS})", "self.needs = frozenset({Need.IMAGES})"),
+        ("no pairs are needed", "self.needs | {Need.PAIRS}", "self.needs | {Need.IMAGES}"),
         ("the distance is not in the data's units", "self.schedule.data_std, config.huber_c", "1.0, config.huber_c"),
         ("c is ignored", "self.schedule.data_std, config.huber_c", "self.schedule.data_std, None"),
         ("pairs have fresh noise", "z = torch.cat([z, pair.z])", 'z = torch.cat([z, batch.randn("pairs")])'),
