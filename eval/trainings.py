@@ -84,5 +84,5 @@ def students(entry: Entry, suite: Suite, out: Path, device: torch.device) -> Ite
         if suite.method(entry.info.name).any_steps:
             schedule = sampler.denoiser.schedule
             for n in SHOWN_STEPS:
-                if n != len(sampler.levels):
+                if n not in last:  # which another stage's student makes, and was trained for
                     yield Sampler(sampler.denoiser, student_levels(schedule, n).tolist(), sampler.step)

@@ -64,6 +64,13 @@ class Config(TrajectoryOptions, TeacherGuidance, ConditionDropout, student_lr=8e
 
     windows: int = option(4, "K, the parts of the trajectory, each of which is made straight", at_least=1)
     solver_steps: int = option(8, "the teacher's DDIM steps in a window", at_least=1)
+    at_start: float = option(
+        0.0,
+        "share of samples at their window's very beginning, where one step a window reads the network and the window "
+        "before ends with another line",
+        at_least=0,
+        at_most=1,
+    )
     loss: Literal["epsilon", "velocity", "v"] = option(
         "v", "the squared error of the noise, of a flow's velocity, or of v, which weighs the two ends alike"
     )
@@ -107,7 +114,10 @@ class PeRFlow(StraighteningMethod):
         x_s = diffuse(batch.images, s, batch.randn("student/eps"))
         x0 = inverse_ddim(self.solved(x_s, window, cond), x_s, s, e)
         eps = (x_s - expand(torch.cos(s), x_s) * x0) / expand(torch.sin(s), x_s)
-        time = torch.lerp(self.schedule.fraction(s), self.schedule.fraction(e), batch.uniform("student/t"))
+        inside = batch.uniform("student/t")
+        if self.config.at_start:
+            inside = inside * (batch.uniform("student/at start") >= self.config.at_start)
+        time = torch.lerp(self.schedule.fraction(s), self.schedule.fraction(e), inside)
         return Line(x0, eps, self.schedule.at_fraction(time).clamp(max=s), cond)
 
     def error(self, prediction: Prediction, line: Line) -> Tensor:

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
-from diffdistill import UserError
+from diffdistill import UserError, distill
 from diffdistill.catalogue import describe_method, method_names
 from diffdistill.commands.bench import bench
 from diffdistill.commands.cli import main
@@ -23,7 +24,7 @@ from diffdistill.eval.board import averaged, panels
 from diffdistill.eval.budget import Entry, entries, passes_per_step, planned, preset_options
 from diffdistill.eval.judge import score
 from diffdistill.eval.suites import load_suite
-from diffdistill.eval.trainings import train
+from diffdistill.eval.trainings import students, train
 from diffdistill.options import build
 from diffdistill.training.assemble import load_run, make_game
 
@@ -90,6 +91,15 @@ def test_a_training_gets_what_was_planned(entry: Entry, tmp_path: Path, monkeypa
     got, wanted = (build(entry.info.config, {k: v for k, v in read.items() if k in own}) for read in (taken, values))
     assert got == wanted
     assert all(taken[name] == value for name, value in values.items() if name not in own)
+
+
+def test_each_number_of_steps_is_made_by_the_student_that_was_trained_for_it(tmp_path: Path) -> None:
+    (entry,) = entries(DIGITS, ["tscd"], [0])
+    more = {"steps": 3, "stage_steps": 1, "batch_size": 2, "sample_every": 0, "checkpoint_every": 1, "device": "cpu"}
+    distill("tscd", preset="digits", **more, keep_checkpoints=100, out=tmp_path / entry.folder)
+    made = list(students(entry, DIGITS, tmp_path, torch.device("cpu")))
+    assert [len(sampler.levels) for sampler in made] == [4, 2, 1]
+    assert [type(sampler.step).__name__ for sampler in made] == ["DDIM", "DDIM", "Renoise"]
 
 
 def test_the_passes_for_pairs_are_part_of_the_budget() -> None:

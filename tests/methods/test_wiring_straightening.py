@@ -123,7 +123,10 @@ class Straight:
         x0 = (fold(torch.sin(s)) * x - fold(torch.sin(e)) * x_s) / fold(torch.sin(s - e))
         eps = (fold(torch.cos(e)) * x_s - fold(torch.cos(s)) * x) / fold(torch.sin(s - e))
         low, high = (self.fraction(part) for part in (e, s))
-        t = torch.minimum(plain.at(high + uniform("student/t", self.key) * (low - high)), s)
+        inside = uniform("student/t", self.key)
+        if c.at_start:
+            inside = torch.where(uniform("student/at start", self.key) < c.at_start, 0.0, inside)
+        t = torch.minimum(plain.at(high + inside * (low - high)), s)
         own = self.said(self.student, noised(x0, t, eps), t)
         parts = {
             "epsilon": (0.0, 1.0),
@@ -150,7 +153,7 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("reflow", {"image_weight": 0.7, "image_over_time": True, "time_exponent": 2.0}, EDM_),
     ("perflow", {"windows": 2, "student_steps": 2, "solver_steps": 3, "guidance_scale": 2.5}, VP),
     ("perflow", {"windows": 3, "student_steps": 3, "solver_steps": 2, "loss": "velocity", "label_dropout": 0.5}, FLOW),
-    ("perflow", {"windows": 2, "student_steps": 4, "solver_steps": 2, "loss": "epsilon"}, TRIG),
+    ("perflow", {"windows": 2, "student_steps": 4, "solver_steps": 2, "loss": "epsilon", "at_start": 0.4}, TRIG),
 ]
 
 

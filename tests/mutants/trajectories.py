@@ -276,6 +276,9 @@ MUTANTS = {
         ("another stream of windows", '"student/window"', '"student/t"'),
         ("another stream of times", '"student/t"', '"student/window"'),
         ("another stream of noise", '"student/eps"', '"student/noise"'),
+        ("none at the beginning", ">= self.config.at_start", ">= 0.0"),
+        ("the others at the beginning", ">= self.config.at_start", "< self.config.at_start"),
+        ("the beginning by the time's own draw", '"student/at start"', '"student/t"'),
         ("windows are one step", "grid[window * n], grid[(window + 1) * n]", "grid[window * n], grid[window * n + 1]"),
         (
             "the noise is that of the data's",
