@@ -218,10 +218,12 @@ def traced(pipeline: Any) -> Iterator[list[Tensor]]:
     schedule, output = schedule_of({**scheduler.config, "_class_name": type(scheduler).__name__, **shifts})
 
     @wraps(own)  # the pipeline looks at its arguments
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def step(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        told = inspect.signature(own).bind(model_output, *args, **kwargs).arguments
+        timestep, sample = told["timestep"], told["sample"]
         # What the network read; flow matching's schedulers leave it as it is.
         x = getattr(scheduler, "scale_model_input", lambda x, t: x)(sample, timestep)
-        result = own(model_output, timestep, sample, *args, **kwargs)
+        result = own(model_output, *args, **kwargs)
         level = torch.as_tensor(timestep, dtype=torch.float64).cpu()
         if isinstance(schedule, LinearFlow):
             level = level / schedule.train_timesteps
@@ -247,10 +249,11 @@ def traced(pipeline: Any) -> Iterator[list[Tensor]]:
 def decoded(pipeline: Any, family: Family, latents: Tensor, call: dict[str, Any]) -> Tensor:
     """(1, 3, H, W) in [-1, 1] of latents of the pipeline's shape; a video's first frame."""
     assert family.autoencoder is not None
-    if family.packing is not None and latents.ndim == 3:
+    if family.packing is not None and latents.ndim == family.packing.dims:
         config = dict(pipeline.vae.config)
         sides = (_side(pipeline, call, side) // family.autoencoder.factor(config) for side in ("height", "width"))
-        latents = family.packing.unpack(latents, (family.autoencoder.channels(config), *sides))
+        shape = (family.autoencoder.channels(config), *sides) if latents.ndim == 3 else latents.shape[1:]
+        latents = family.packing.unpack(latents, shape)
     images = family.autoencoder.decode(pipeline.vae, latents.to(pipeline.vae.dtype)).float().clamp(-1, 1)
     return images[:, :, 0] if images.ndim == 5 else images
 

@@ -212,7 +212,9 @@ def _kept(teacher: Teacher, sampler: Sampler) -> dict[str, Any]:
         raise UserError(f"student_level: {level} is not a whole timestep from 0 to {noisiest}")
     kept = {k: teacher.scheduler[k] for k in _VP_KEYS if k in teacher.scheduler}
     kept["prediction_type"] = sampler.denoiser.output.name
-    if level == noisiest and kept.get("beta_schedule") != "sigmoid":  # which DDPM's scheduler has, and no student's
+    # Schedulers of students have neither DDPM's sigmoid nor CogVideoX's shift.
+    theirs = kept.get("beta_schedule") == "sigmoid" or teacher.scheduler.get("snr_shift_scale", 1.0) != 1
+    if level == noisiest and not theirs:
         return kept | {"num_train_timesteps": noisiest + 1} if kept.get("trained_betas") else kept
     # `steps_offset` would do for one step, but StableDiffusionPipeline sets it to 1.
     return _chain(schedule.alphas_cumprod[: int(level) + 1].double()) | {"prediction_type": kept["prediction_type"]}

@@ -7,11 +7,15 @@ import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
+    AutoencoderKLCogVideoX,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo15,
     ChromaPipeline,
     ChromaTransformer2DModel,
     ClassifierFreeGuidance,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -304,6 +308,45 @@ def hunyuan_video15(seed: int = 0) -> HunyuanVideo15Pipeline:
     )
 
 
+def cogvideox(seed: int = 0, **settings: Any) -> CogVideoXPipeline:
+    """As CogVideoX-5B with the shift of 2B; 2B itself is not rotary, and 1.5 has two frames in a patch."""
+    torch.manual_seed(seed)
+    rotary = {"use_rotary_positional_embeddings": True, "use_learned_positional_embeddings": False}
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=8,
+        out_channels=8,
+        time_embed_dim=16,
+        text_embed_dim=32,
+        num_layers=2,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=5,
+        **(rotary | settings),
+    )
+    with torch.no_grad():  # a prompt is a few of 226 tokens: it must be loud to be heard
+        transformer.patch_embed.text_proj.weight.mul_(30)
+    blocks = 3
+    autoencoder = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * blocks,
+        up_block_types=("CogVideoXUpBlock3D",) * blocks,
+        block_out_channels=(8, 8, 16),
+        latent_channels=8,
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    return CogVideoXPipeline(
+        transformer=denoiser(transformer, seed),
+        vae=autoencoder.eval(),
+        text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+        scheduler=CogVideoXDDIMScheduler(
+            clip_sample=False, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        ),
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux2": flux2,
     "flux2_dev": flux2_dev,
@@ -313,6 +356,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "krea2": krea2,
     "lumina2": lumina2,
     "sana_video": sana_video,
+    "cogvideox": cogvideox,
     "hunyuan_video15": hunyuan_video15,
 }
 # In pixels, of an image whose latents are 8x8.
@@ -325,5 +369,6 @@ SIZES = {
     "krea2": 16,
     "lumina2": 64,
     "sana_video": 32,
+    "cogvideox": 32,
     "hunyuan_video15": 32,
 }

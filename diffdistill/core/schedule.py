@@ -90,10 +90,14 @@ class DiscreteVP:
     def from_config(cls, config: dict[str, Any], data_std: float = 1.0) -> DiscreteVP:
         """Build from a diffusers scheduler's config (betas, their schedule, `rescale_betas_zero_snr`).
 
-        Raises UserError for a `beta_schedule` that diffusers does not have.
+        `snr_shift_scale` divides the chain's signal-to-noise ratio (CogVideoX). Raises UserError for a `beta_schedule`
+        that diffusers does not have.
         """
         betas = _betas(config)
         alphas_cumprod = torch.cumprod(1.0 - betas, 0)
+        shift = config.get("snr_shift_scale", 1.0)
+        if shift != 1:
+            alphas_cumprod = alphas_cumprod / (shift + (1 - shift) * alphas_cumprod)
         if config.get("rescale_betas_zero_snr"):
             alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
         return cls(alphas_cumprod, data_std)

@@ -28,7 +28,7 @@ from diffdistill.families import (
     prompt_of,
     with_null,
 )
-from diffdistill.families._family import OWN_NULL
+from diffdistill.families._family import OWN_NULL, stock_noise
 from diffdistill.families._parts import Config
 from diffdistill.options import Size
 from diffdistill.players.teacher import Teacher
@@ -37,7 +37,10 @@ LIMIT = 1e-4
 """The difference in float32, relative to the greatest value where that is above 1, above which latents are others."""
 GUIDANCE = 5.0
 """The scale of the guided comparison."""
-_FIRST_ORDER = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler")
+_FIRST_ORDER = (
+    *("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"),
+    "CogVideoXDDIMScheduler",
+)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ def _take_plain_steps(case: Case) -> None:
         if name in _FIRST_ORDER and spaced and not changes:
             return
         kept = {key: value for key, value in config.items() if key[:1] != "_"}
-        new = diffusers_class("DDIMScheduler").from_config(kept | wanted | {"timestep_spacing": "trailing"})
+        ddim = "CogVideoXDDIMScheduler" if "snr_shift_scale" in config else "DDIMScheduler"
+        new = diffusers_class(ddim).from_config(kept | wanted | {"timestep_spacing": "trailing"})
     elif name in _FIRST_ORDER:
         return
     elif isinstance(schedule, EDM):
@@ -183,8 +187,9 @@ def stock(case: Case, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
         del scheduler.step
     images = torch.as_tensor(result[0]) * 2 - 1
     x = outputs[-1][:1].float()
-    packed = case.family.packing is not None and x.ndim == 3
-    latents = case.family.packing.unpack(x, shape) if packed else x.reshape(1, *shape)  # type: ignore[union-attr]
+    packing = case.family.packing
+    packed = packing is not None and x.ndim == packing.dims
+    latents = packing.unpack(x, shape) if packed else x.reshape(1, *shape)  # type: ignore[union-attr]
     schedule = case.teacher.denoiser.schedule
     levels = scheduler.timesteps if isinstance(schedule, DiscreteVP) else scheduler.sigmas[:-1]
     grid = torch.cat([schedule.angle(levels.double().cpu()), torch.zeros(1, dtype=torch.float64)])
@@ -195,7 +200,7 @@ def stock(case: Case, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
 def ours(case: Case, guidance: float, grid: Tensor) -> Tensor:
     """(1, *shape) what the teacher makes of the same noise on the same grid."""
     denoiser, shape = case.teacher.denoiser, case.teacher.shape
-    z = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    z = stock_noise(case.family.packing, shape, torch.Generator().manual_seed(1))
     start = z * denoiser.schedule.init_scale(float(grid[0]))
     start, grid = (value.to(next(denoiser.parameters()).device) for value in (start, grid))
     return solve(ddim_step, guided(denoiser, guidance), start, grid, case.cond) * denoiser.schedule.data_std

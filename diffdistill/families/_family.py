@@ -131,10 +131,12 @@ def plain_text(
 
 
 class Packing(NamedTuple):
-    """Between samples (B, C, h, w) and the tokens of a stock pipeline's latents."""
+    """Between samples (B, C, ...) and a stock pipeline's latents, tokens (B, L, D) of most."""
 
     pack: Callable[[Tensor], Tensor]
-    unpack: Callable[[Tensor, Sequence[int]], Tensor]  #: (tokens, (C, h, w)) -> samples
+    unpack: Callable[[Tensor, Sequence[int]], Tensor]  #: (latents, (C, ...)) -> samples
+    dims: int = 3  #: of the pipeline's latents, by which they are known
+    drawn: bool = False  #: the pipeline draws its first noise so too; others draw it as a sample and pack it
 
 
 @dataclass(frozen=True)
@@ -319,6 +321,14 @@ def check_positions(size: Sides, most: int, factor: int) -> None:
     if max(size) > most:  # beyond which the network takes positions of other places, or none
         asked = "x".join(str(side * factor) for side in size)
         raise UserError(f"resolution: {asked} is beyond this network's positions; use {most * factor} a side at most")
+
+
+def stock_noise(packing: Packing | None, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """(1, *shape) the first noise of a stock pipeline, as it draws it."""
+    if packing is None or not packing.drawn:
+        return torch.randn(1, *shape, generator=generator)
+    laid_out = packing.pack(torch.empty(1, *shape)).shape
+    return packing.unpack(torch.randn(laid_out, generator=generator), shape)
 
 
 # -- the teacher -------------------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ NOT_YET = (
         "a sample is two latents, of video and sound, and a teacher's sample is one tensor",
     ),
     Missing(
-        "CogVideoX",
-        ("CogVideoXPipeline",),
-        "its latents have frames before channels, and its chain a shift (snr_shift_scale) that schedules do not have",
+        "CogVideoX, image to video",
+        ("CogVideoXImageToVideoPipeline",),
+        "its pipeline draws an image's latents from the autoencoder's posterior at each call, and data have one",
     ),
     Missing(
         "Kandinsky 5",

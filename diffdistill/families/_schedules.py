@@ -14,6 +14,7 @@ _VP = {
     *("DEISMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
     *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
     *("LMSDiscreteScheduler", "TCDScheduler", "LCMScheduler"),
+    *("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
 }
 _FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
 _EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler"}
@@ -23,6 +24,7 @@ _NUMBERS = {
     "num_train_timesteps": _VP | _FLOW,
     "beta_start": _VP,
     "beta_end": _VP,
+    "snr_shift_scale": _VP,
     "shift": _FLOW,
     "flow_shift": _VP,
     "sigma_min": _EDM,

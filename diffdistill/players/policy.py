@@ -26,6 +26,8 @@ Layer = nn.Linear | nn.Conv2d
 
 LAST = ("conv_out", "proj_out_2", "proj_out", "norm_out.linear_2")
 """What diffusers calls the last layer of a network."""
+PATCHES_LAST = ("CogVideoXTransformer3DModel",)
+"""Networks in whose last layer the pixels of a patch lie side by side, channel by channel."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def last_layer(network: nn.Module, channels: int) -> Place:
     taken = getattr(config, "in_channels", channels)
     packed = features == [taken] and taken > channels and taken % channels == 0
     made = channels if packed else getattr(config, "out_channels", None) or taken
+    packed |= type(network).__name__ in PATCHES_LAST
     if not features or made not in (channels, 2 * channels) or features[0] % made:
         raise UserError(
             f"policy: {type(network).__name__} has no last layer that is known, or no out_channels to make it wide by; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -170,7 +169,7 @@ def guidance_input(denoiser: Denoiser, *, default: float = 1.0) -> Denoiser:
     """
     lora = isinstance(denoiser.network, LoraNetwork)
     network: Any = denoiser.network.base if lora else denoiser.network
-    if "timestep_cond" in inspect.signature(network.forward).parameters:
+    if "time_cond_proj_dim" in getattr(network, "config", ()):
         return _condition_input(denoiser, default)
     names = [_CLASSES] if isinstance(getattr(network, _CLASSES, None), nn.Embedding) else time_layers(network)
     if not names:

@@ -59,6 +59,8 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "stable_diffusion sample": partial(tiny_a.stable_diffusion, prediction_type="sample"),
     "pixart_alpha sized": partial(tiny_c.pixart_alpha, sample_size=128),
     "krea2 distilled": partial(tiny_c.krea2, is_distilled=True),
+    "cogvideox sincos": partial(tiny_c.cogvideox, use_rotary_positional_embeddings=False),
+    "cogvideox pairs": partial(tiny_c.cogvideox, patch_size_t=2, patch_bias=False),
     "wan two": partial(tiny_b.wan, boundary=0.8),
     "wan_i2v inside": partial(tiny_d.wan_i2v, inside=True),
     "wan_i2v two": partial(tiny_d.wan_i2v, boundary=0.8),
@@ -255,6 +257,18 @@ def test_a_discriminator_can_read_features(made: Callable[..., Case], name: str)
     features = case.teacher.denoiser.features(*middle(case, 2))
     assert features.ndim == 4 and len(features) == 2 and features.isfinite().all()
     assert features.shape[2] == features.shape[3] > 1 or case.family.videos
+
+
+@pytest.mark.parametrize("name", ["chroma", "krea2", "lumina2", "z_image"])
+@torch.no_grad()
+def test_features_lie_where_the_image_has_them(made: Callable[..., Case], name: str) -> None:
+    """Of networks in which other tokens stand before or behind the image's."""
+    case = made(name)
+    x, t, cond = middle(case, 1)
+    changed = x.clone()
+    changed[:, :, 2:4, 4:6] += 3
+    moved = case.teacher.denoiser.features(changed, t, cond) - case.teacher.denoiser.features(x, t, cond)
+    assert divmod(int(moved.abs().sum(1).argmax()), moved.shape[3]) == (1, 2)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -45,6 +45,9 @@ TEACHERS: dict[str, Any] = {
     ),
     "trained betas": lambda: diffusers.DDPMScheduler(trained_betas=BETAS, prediction_type="v_prediction"),
     "sigmoid": lambda: diffusers.DDPMScheduler(50, beta_end=0.3, beta_schedule="sigmoid"),
+    "cogvideox": lambda: diffusers.CogVideoXDPMScheduler(
+        60, prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0
+    ),
     "edm": lambda: diffusers.EDMEulerScheduler(),
     "edm v": lambda: diffusers.EDMEulerScheduler(0.02, 30.0, 0.7, prediction_type="v_prediction", rho=5.0),
     "consistency": lambda: diffusers.CMStochasticIterativeScheduler(sigma_min=0.01, sigma_max=50.0, sigma_data=0.8),
@@ -79,7 +82,7 @@ def test_a_teacher_is_read_as_its_scheduler_says(kind: str) -> None:
     scheduler = TEACHERS[kind]()
     config, (schedule, _) = scheduler.config, schedule_of(scheduler_config(scheduler))
     if isinstance(schedule, DiscreteVP):
-        assert torch.allclose(schedule.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
+        assert torch.allclose(schedule.alphas_cumprod.float(), scheduler.alphas_cumprod.float(), rtol=1e-3, atol=1e-6)
     elif isinstance(schedule, EDM):
         read = (schedule.sigma_min, schedule.sigma_max, schedule.data_std, schedule.rho)
         assert read == (config.sigma_min, config.sigma_max, config.sigma_data, config.rho)

@@ -16,7 +16,7 @@ from tests.training.test_trainer import metrics, same
 
 Encoded = Callable[[str], tuple[Path, Path]]
 LIKE_OTHERS = (  # whose layers others have
-    *("aura_flow", "chroma", "flux2_dev", "lumina2", "pixart_alpha", "sana_video"),
+    *("aura_flow", "chroma", "cogvideox", "flux2_dev", "lumina2", "pixart_alpha", "sana_video"),
     *("flux_kontext", "instruct_pix2pix", "qwen_image_edit", "wan_i2v"),
 )
 LATENT = [n for n, family in FAMILIES.items() if family.autoencoder is not None]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from diffdistill.config import run_options
 from diffdistill.data.encoded import decoder
 from diffdistill.families import FAMILIES
+from diffdistill.families._family import stock_noise
 from diffdistill.training.assemble import load_run, make_game
 from tests import tiny, tiny_a
 from tests.stranger import stranger
@@ -28,7 +29,7 @@ DRAWN = ("dit", "flux2")  # are compared as images (`ours`)
 # Pipelines that hand their generator to the scheduler.
 HANDS = (
     *("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "PixArtAlphaPipeline"),
-    *("SanaPipeline", "SanaVideoPipeline", "StableDiffusionInstructPix2PixPipeline"),
+    *("SanaPipeline", "SanaVideoPipeline", "StableDiffusionInstructPix2PixPipeline", "CogVideoXPipeline"),
 )
 # Nothing of ours: what anybody has who was given the folders.
 STRANGER = """
@@ -78,12 +79,11 @@ def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], train
     game = load_run(run)[0] if trained else make_game(run_options(run))
     sampler, teacher = game.method.sampler(), game.teacher
     first = torch.Generator().manual_seed(3)
-    z = torch.randn(1, *shape, generator=first)
+    packing = FAMILIES[teacher.family].packing
+    z = stock_noise(packing, shape, first)
     pipeline = FAMILIES[teacher.family].pipelines[0]
     hands = pipeline in HANDS
     torch.manual_seed(5)
-
-    packing = FAMILIES[teacher.family].packing
 
     def noise(j: int) -> torch.Tensor:
         drawn = torch.randn(z.shape if packing is None else packing.pack(z).shape, generator=first if hands else None)
