@@ -62,6 +62,8 @@ MUTANTS = {
         ("the betas' schedule is the default", '    "beta_schedule",\n', ""),
         ("trained betas are left out", '    "trained_betas",\n', ""),
         ("zero SNR is left out", '    "rescale_betas_zero_snr",\n', ""),
+        ("the shift of CogVideoX's chain is left out",
+         ' or teacher.scheduler.get("snr_shift_scale", 1.0) != 1', ""),
         ("the prediction type is the default", '"prediction_type"] = sampler.denoiser.output.name',
          '"prediction_type"] = "epsilon"'),
         ("the prediction type is the teacher's", '"prediction_type"] = sampler.denoiser.output.name',
