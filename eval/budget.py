@@ -131,6 +131,8 @@ def any_batch(method: Method, teacher: Teacher, size: int, step: int) -> Batch:
     pair = Pair(torch.randn(x.shape, generator=draw), x, cond) if Need.PAIRS in method.needs else None
     if method.reward is None:  # of which nothing is counted
         method.reward = lambda x, batch: x.detach().flatten(1).sum(1)
+    if method.decode is None:  # nor of this, but that what reads the images is
+        method.decode = lambda x: torch.cat([x[:, :1]] * 3, 1).repeat_interleave(8, -1).repeat_interleave(8, -2)
     images, losers = (x if need in method.needs else None for need in (Need.IMAGES, Need.LOSERS))
     return Batch(size, teacher.shape, cond, images, x.device, (0, step, 0), pair, losers=losers)
 

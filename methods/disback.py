@@ -30,14 +30,7 @@ from torch import Tensor, nn
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guided
-from diffdistill.options import (
-    AdversarialOptions,
-    MatchingOptions,
-    MatchingTimes,
-    NormaliserOptions,
-    RewardOptions,
-    option,
-)
+from diffdistill.options import AdversarialOptions, DMDOptions, option
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
 from diffdistill.scaffold.method import Batch, Outcome
@@ -54,15 +47,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(
-    MatchingOptions,
-    MatchingTimes,
-    NormaliserOptions,
-    AdversarialOptions,
-    RewardOptions,
-    update_ratio=5,
-    weight_decay=0.01,
-):
+class Config(DMDOptions, AdversarialOptions, update_ratio=5):
     """DisBack's options."""
 
     path_length: int = option(5, "copies of the teacher on its way to the student's first samples; 0: none", at_least=0)

@@ -28,14 +28,7 @@ from torch import Tensor
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.distances import distance
-from diffdistill.options import (
-    ImageDistance,
-    MatchingOptions,
-    MatchingTimes,
-    NormaliserOptions,
-    RewardOptions,
-    option,
-)
+from diffdistill.options import DMDOptions, ImageDistance, option
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
 from diffdistill.scaffold.method import Batch, Need, Outcome
@@ -58,9 +51,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(
-    MatchingOptions, MatchingTimes, NormaliserOptions, ImageDistance, RewardOptions, weight_decay=0.01, distance="l2"
-):
+class Config(DMDOptions, ImageDistance, distance="l2"):
     """DMD's options; the distance is the regression's, and the pairs have the teacher's guidance scale and level."""
 
     regression_weight: float = option(0.25, "weight of the regression on pairs; 0: none, and no pairs", at_least=0)

@@ -35,6 +35,7 @@ LISTS = (
     "scaffold",
     "methods",
     "matching",
+    "pixels",
     "joined",
     "trajectories",
     "core",

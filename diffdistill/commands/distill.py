@@ -22,7 +22,7 @@ from diffdistill.commands.run import Run
 from diffdistill.config import TrainConfig
 from diffdistill.data.batches import batches
 from diffdistill.data.examples import Examples
-from diffdistill.data.seen import with_texts
+from diffdistill.data.seen import decoder_of, with_texts
 from diffdistill.environment import is_first_process
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.families import attention_of, check_weights, family_of, local_folder, public_name
@@ -33,7 +33,7 @@ from diffdistill.pipelines.record import imitated_guidance
 from diffdistill.players.quantized import bitsandbytes, quantize
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.method import Batch, Method
+from diffdistill.scaffold.method import Batch, Method, Need
 from diffdistill.scaffold.reward import Reward
 from diffdistill.training.assemble import Game, data_for, load_run, load_student_into, make_game, pairs_for
 from diffdistill.training.checkpoint import full_disk_said, load_checkpoint
@@ -251,6 +251,8 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: Allowed) -> bool:
     draw = batches(config, teacher, data, accelerator, pairs=pairs)
     if reward is not None:
         _set_reward(game, reward, draw)
+    if Need.DECODER in method.needs:
+        method.decode = decoder_of(teacher)
     player_bytes = sum(p.numel() * p.element_size() for m in method.players.values() for p in m.parameters())
     kept_bytes = sum(v.numel() * v.element_size() for m in method.state.values() for v in m.state_dict().values())
     export_bytes = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters()) + parts_bytes(game)

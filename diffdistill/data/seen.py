@@ -1,4 +1,4 @@
-"""What a reward sees of a latent teacher's samples: images, and the prompts that they are to show."""
+"""What a reward or a discriminator sees of a latent teacher's samples: images, and a reward their prompts too."""
 
 from __future__ import annotations
 
@@ -18,28 +18,38 @@ from diffdistill.families import FAMILIES, load_pipeline, local_folder
 from diffdistill.players.teacher import Teacher
 
 
+def decoder_of(teacher: Teacher) -> Callable[[Tensor], Tensor]:
+    """Latents (B, ...) in the teacher's units -> images (B, 3, H, W) or videos (B, 3, F, H, W), with a gradient.
+
+    The VAE is loaded at the first call and stays on the latents' device; its weights have no gradient.
+    """
+    autoencoder = FAMILIES[teacher.family].autoencoder
+    assert autoencoder is not None
+    held: list[Any] = []
+
+    def decode(latents: Tensor) -> Tensor:
+        if not held:
+            vae = load_pipeline(local_folder(teacher.source), only=("vae",), device=latents.device).vae
+            held.append(vae.requires_grad_(False).eval())
+        with torch.autocast(latents.device.type, enabled=False):
+            return autoencoder.decode(held[0], latents.to(next(held[0].parameters()).dtype)).float()
+
+    return decode
+
+
 def images_seen(teacher: Teacher) -> Callable[[Tensor], Tensor]:
     """Samples (B, ...) in the teacher's units -> images (B, 3, H, W) or videos (B, 3, F, H, W) in [-1, 1].
 
-    The VAE of a latent teacher is loaded at the first call and stays on the samples' device. Samples of a network of
-    one's own are given as they are.
+    Of a latent teacher as `decoder_of` gives them, without a gradient. Samples of a network of one's own are given as
+    they are.
     """
     family = FAMILIES.get(teacher.family)
     if family is None:
         return lambda samples: samples
-    autoencoder = family.autoencoder
-    if autoencoder is None:
+    if family.autoencoder is None:
         return lambda images: images.clamp(-1, 1)
-    held: list[Any] = []
-
-    @torch.no_grad()
-    def decode(latents: Tensor) -> Tensor:
-        if not held:
-            held.append(load_pipeline(local_folder(teacher.source), only=("vae",), device=latents.device).vae)
-        vae = held[0]
-        return autoencoder.decode(vae, latents.to(next(vae.parameters()).dtype)).float().clamp(-1, 1)
-
-    return decode
+    decode = torch.no_grad()(decoder_of(teacher))
+    return lambda latents: decode(latents).clamp(-1, 1)
 
 
 def with_texts(encoded: Encoded) -> Encoded:

@@ -77,7 +77,8 @@ def load_teacher(
     source = Source(folder, index, scheduler, null_class, scale, pixels, frames)
     with nullcontext() if said is None else seen_plain(network, said):
         made_of = _checked(family, network, source)
-    teacher = replace(made_of, family=family.name, source=fspath(path_or_hub_id))
+    latent = family.autoencoder is not None
+    teacher = replace(made_of, family=family.name, source=fspath(path_or_hub_id), latent=latent)
     if said is not None:
         teacher = replace(teacher, denoiser=policy_denoiser(teacher.denoiser, said))
     if family.conditions == "text":

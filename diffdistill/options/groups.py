@@ -268,6 +268,11 @@ class RewardOptions(Options):
 
 
 @dataclass(frozen=True)
+class DMDOptions(MatchingOptions, MatchingTimes, NormaliserOptions, RewardOptions, weight_decay=0.01):
+    """DMD's, and of what is built on it in one step."""
+
+
+@dataclass(frozen=True)
 class AlignmentOptions(Options):
     """A fake score that is drawn along by the student."""
 

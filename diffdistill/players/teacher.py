@@ -41,6 +41,7 @@ class Teacher:
     student: Denoiser | None = None  #: what the student begins as; None: as other players do
     levels: tuple[float, ...] = ()  #: of that student, or of the teacher where it is one: those that it is sampled at
     move: str = "renoise"  #: of such a student, the name of its step from a level to the next
+    latent: bool = False  #: whether its samples are latents of an autoencoder
 
     @property
     def frames(self) -> int | None:

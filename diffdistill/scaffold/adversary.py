@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.times import edm_log_normal, native_uniform
 from diffdistill.errors import UserError
 from diffdistill.options import HeadOptions, LatentAdversarialOptions
-from diffdistill.players.discriminator import DiscriminatorHead
+from diffdistill.players.discriminator import DiscriminatorHead, ImageDiscriminator
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.scaffold.method import Batch, Method, Need, Outcome
 
@@ -161,6 +161,35 @@ class EdgeAdversary(FrozenHeads):
         of_real = self.logits(real, e, t, batch.randn(f"{stream} real"), cond)
         of_fake = self.logits(fake, e, t, batch.randn(f"{stream} fake"), cond)
         gan = hinge_discriminator_loss(of_real, of_fake)
+        return Outcome(gan, {"gan": gan})
+
+
+class PixelAdversary:
+    """Tells real from generated images as they are, not noised, and without their conditions."""
+
+    def __init__(self, teacher: Teacher, as_images: Callable[[Tensor], Tensor]):
+        """`as_images`: samples (B, ...) of unit variance -> what is looked at, with a gradient."""
+        self.as_images = as_images
+        weight = next(itertools.chain(teacher.denoiser.parameters(), teacher.denoiser.buffers()))
+        self.discriminator = ImageDiscriminator(teacher.shape, teacher.latent).to(weight.device)
+        self.samples: dict[int, Tensor] = {}  # of the student's turn, by their place in the step
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B,) of samples x (B, ...) of unit variance."""
+        return self.discriminator(self.as_images(x).to(next(self.discriminator.parameters()).dtype))
+
+    def student_loss(self, x: Tensor, batch: Batch) -> Tensor:
+        """The student's samples x (B, ...) are to be taken for real; `turn` reads them too."""
+        self.samples[batch.first] = x.detach()
+        return gan_generator_loss(self.logits(x))
+
+    def turn(self, batch: Batch, draw: Callable[[], Tensor]) -> Outcome:
+        """The discriminator's move, on the samples (B, ...) of the student's turn, or where it had none on new ones."""
+        x = self.samples.pop(batch.first, None)
+        if x is None:
+            with torch.no_grad():
+                x = draw()
+        gan = gan_discriminator_loss(self.logits(batch.images), self.logits(x))
         return Outcome(gan, {"gan": gan})
 
 

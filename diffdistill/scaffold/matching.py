@@ -83,7 +83,6 @@ class MatchingMethod(Method):
         if isinstance(config, SimulationOptions):
             self.steps, self.per_level = config.student_steps, config.fake_scores == "per_level"
         self.anchor_weight = config.anchor_weight if isinstance(config, AnchorOptions) else 0.0
-        self.matched_from = 1 if self.anchor_weight else 0  # the first of the levels whose samples are matched
         if self.anchor_weight:
             if self.steps == 1:
                 raise UserError(
@@ -93,8 +92,7 @@ class MatchingMethod(Method):
         if self.per_level:
             if self.steps == 1:
                 raise UserError("fake_scores: per_level is for several levels, and student_steps is 1; use shared")
-            more = self.steps - 1 - self.matched_from
-            self.fake_scores += [trainable_copy(self.fake_score) for _ in range(more)]
+            self.fake_scores += [trainable_copy(self.fake_score) for _ in self.matched_levels()[1:]]
         self.players = {"student": self.student}
         self.adversaries: list[Adversary] = []
         if isinstance(config, AdversarialOptions) and config.gan_weight > 0:
@@ -148,6 +146,14 @@ class MatchingMethod(Method):
         """The conditions that the fake score is trained with."""
         return batch.cond
 
+    def matched_levels(self) -> range:
+        """Those of a student's levels whose samples are matched, of several; the others have other losses."""
+        return range(1 if self.anchor_weight else 0, self.steps)
+
+    def other_turns(self, step: int) -> Sequence[Turn]:
+        """The moves of further players in a training step, after the student's and the fake score's."""
+        return ()
+
     def rests(self, step: int) -> bool:
         """Whether the student rests in a training step that would be its own."""
         return False
@@ -180,7 +186,8 @@ class MatchingMethod(Method):
     def optimizer(self, player: str) -> Optimizer:
         """AdamW with a rate for each player."""
         c = self.config
-        return Optimizer(c.student_lr if player == "student" else c.fake_score_lr, (c.beta1, 0.999), c.weight_decay)
+        rate = c.student_lr if player == "student" else getattr(c, f"{player}_lr", c.fake_score_lr)
+        return Optimizer(rate, (c.beta1, 0.999), c.weight_decay)
 
     @final
     def turns(self, step: int) -> Sequence[Turn]:
@@ -189,8 +196,9 @@ class MatchingMethod(Method):
         student = Turn("student", partial(self.student_turn, drawn))
         fake_score = Turn(_fake_score_role(self._mine(step)), partial(self.fake_score_turn, drawn))
         if step % self.config.update_ratio or self.rests(step):
-            return [fake_score]
-        return [student, fake_score] if self.student_first else [fake_score, student]
+            return [fake_score, *self.other_turns(step)]
+        first, second = (student, fake_score) if self.student_first else (fake_score, student)
+        return [first, second, *self.other_turns(step)]
 
     @final
     def sampler(self) -> Sampler:
@@ -207,10 +215,14 @@ class MatchingMethod(Method):
         """
         sampler, batch = self.sampler(), batch if cond is None else replace(batch, cond=cond)
         if self.steps > 1:
-            k = self.level(batch)
-            x_t, t = self.simulated(k, batch)
-            return self.reached(self.student(x_t, t, batch.cond), k)
+            return self.generate_at(self.level(batch), batch)
         return sampler.one_step(batch.randn("z" if self.shares_samples else f"{player}/z"), batch.cond)
+
+    @final
+    def generate_at(self, k: int, batch: Batch) -> Tensor:
+        """x (B, ...) of level k of a student of several steps; gradients flow through its one pass."""
+        x_t, t = self.simulated(k, batch)
+        return self.reached(self.student(x_t, t, batch.cond), k)
 
     @final
     def by_reward(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -229,8 +241,8 @@ class MatchingMethod(Method):
         """Which of its sampler's levels the student is trained at in this step."""
         if self.steps == 1:
             return 0
-        first = self.matched_from
-        return first + (self._mine(batch.key[1]) if self.per_level else drawn_level(self.steps - first, batch))
+        levels = self.matched_levels()
+        return levels[self._mine(batch.key[1]) if self.per_level else drawn_level(len(levels), batch)]
 
     @final
     def with_anchor(self, outcome: Outcome, batch: Batch) -> Outcome:

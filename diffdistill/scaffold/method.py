@@ -27,6 +27,7 @@ class Need(enum.Enum):
     PAIRS = "noise-image pairs of the teacher"
     REWARD = "a reward"
     LOSERS = "the worse of each pair"
+    DECODER = "the autoencoder of its latents"
 
 
 class Pair(NamedTuple):
@@ -184,12 +185,23 @@ class Method(ABC):
         self.state: dict[str, nn.Module] = {}
         #: (samples x (B, ...) of unit variance, their batch) -> (B,), where it needs one: what trains it says it
         self.reward: Callable[[Tensor, Batch], Tensor] | None = None
+        #: latents (B, ...) in the teacher's units -> images, with a gradient, where it needs them; the same says it
+        self.decode: Callable[[Tensor], Tensor] | None = None
 
     @final
     def scored(self, x: Tensor, batch: Batch) -> Tensor:
         """(B,) the rewards of samples x (B, ...), without a gradient."""
         assert self.reward is not None, "the method does not say that it needs a reward"
         return self.reward(x, batch)
+
+    @final
+    def as_images(self, x: Tensor) -> Tensor:
+        """Samples x (B, ...) of unit variance in the teacher's units, and latents as images; a gradient passes."""
+        samples = x * self.schedule.data_std
+        if Need.DECODER not in self.needs:
+            return samples
+        assert self.decode is not None, "nothing has said how latents are decoded"
+        return self.decode(samples)
 
     @property
     def exported(self) -> str:

@@ -18,9 +18,9 @@ from diffdistill.rng import generator
 from diffdistill.scaffold.method import Batch
 
 
-def drawn_level(levels: int, batch: Batch) -> int:
+def drawn_level(levels: int, batch: Batch, purpose: str = "student/level") -> int:
     """Which of so many levels a step trains: drawn for the step, the same in all processes."""
-    draw = generator("cpu", *batch.key[:2], "student/level")  # without the rank
+    draw = generator("cpu", *batch.key[:2], purpose)  # without the rank
     return int(torch.randint(levels, (), generator=draw))
 
 

@@ -239,6 +239,8 @@ def _fake_scores(s: Situation) -> int:
     if s.given("fake_scores") != "per_level":
         return 1
     levels = len(s.values.get("levels") or ()) or int(s.given("student_steps"))
+    if any(f.name == "matched_steps" for f in dataclasses.fields(s.options)):
+        return int(s.given("matched_steps") or (levels + 1) // 2)
     return levels - bool(s.given("anchor_weight"))  # the first of which is matched with nothing then
 
 

@@ -184,8 +184,8 @@ MUTANTS = {
     "diffdistill/scaffold/matching.py | tests/methods/test_anchor.py": [
         (
             "anchor: the first step is matched",
-            "self.matched_from = 1 if self.anchor_weight else 0",
-            "self.matched_from = 0",
+            "range(1 if self.anchor_weight else 0, self.steps)",
+            "range(self.steps)",
         ),
         (
             "anchor: steps are noisy",
@@ -202,7 +202,7 @@ MUTANTS = {
         ),
         ("anchor: the distance of samples", "expand(torch.sin(t - s), ours)", "1.0"),
         ("anchor: another number of steps", "self.config.anchor_steps + 1", "self.config.anchor_steps + 2"),
-        ("anchor: a fake score too many", "more = self.steps - 1 - self.matched_from", "more = self.steps - 1"),
+        ("anchor: a fake score too many", "in self.matched_levels()[1:]]", "in range(self.steps - 1)]"),
     ],
     f"diffdistill/scaffold/matching.py | {_W}": [
         ("no reward is needed", "self.needs = self.needs | {Need.REWARD}", "pass"),
@@ -236,7 +236,7 @@ MUTANTS = {
     ],
     f"diffdistill/data/seen.py | {_W}": [
         ("the first prompts", "tuple(held[i] for i in indices.tolist())", "held[: len(indices)]"),
-        ("latents are not decoded", "autoencoder.decode(vae, latents.to(next(vae.parameters()).dtype))", "latents"),
+        ("latents are not decoded", "lambda latents: decode(latents).clamp(-1, 1)", "lambda latents: latents"),
         ("other prompts are taken", 'source != settings["source"] or', "False or"),
     ],
     f"diffdistill/data/batches.py | {_W}": [("prompts are lost", ", texts=example.texts, losers", ", losers")],

@@ -41,7 +41,8 @@ MUTANTS = {
          "moving.zero_grad(set_to_none=False)\n        return {**logs"),
     ],
     "diffdistill/scaffold/adversary.py | tests/training/test_held.py": [
-        ("samples stay", "self.samples.pop(batch.first, None)", "self.samples.get(batch.first)"),
+        ("samples stay", "own = self.samples.pop(batch.first, None)", "own = self.samples.get(batch.first)"),
+        ("pixels: samples stay", " x = self.samples.pop(batch.first, None)", " x = self.samples.get(batch.first)"),
     ],
     "diffdistill/scaffold/average.py | tests/training/test_held.py": [
         ("samples stay", "self.drawn.pop(batch.first)", "self.drawn[batch.first]"),

@@ -194,6 +194,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dmd": {},
     "dmd2": {"gan_weight": 0.01, "update_ratio": 1},
     "f_distill": {"update_ratio": 1},
+    "flash_dmd": {"update_ratio": 1, "student_steps": 2},
     "flow_map": {"student_steps": 2, "equal_share": 0.0, "matching_weight": 1.0, "rollout_steps": [2]},
     "gdd": {},
     "guided": {"guidance_min": 2.0, "guidance_max": 2.0, "start_steps": 4, "final_steps": 2, "stage_steps": 1,

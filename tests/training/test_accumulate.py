@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dmd": {"regression_weight": 0.25},
     "dmd2": {"gan_weight": 0.1, "update_ratio": 2, "student_steps": 2},
     "f_distill": {"update_ratio": 2, "ratio_ema": 0.5},
+    "flash_dmd": {"update_ratio": 2, "student_steps": 3, "fake_scores": "shared"},
     "flow_map": {"objective": "progressive", "matching_weight": 0.5},
     "lcm": {"guidance_max": 3.0, "ddim_steps": 8},
     "mean_flow": {"guidance_scale": 2.0},

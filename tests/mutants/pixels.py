@@ -1,0 +1,86 @@
+"""Mistakes in the matching whose discriminator looks at images."""
+
+_FL = "tests/methods/test_flash_dmd.py"
+
+MUTANTS = {
+    f"methods/flash_dmd.py | {_FL}": [
+        ("all but the last are matched", "or (self.steps + 1) // 2", "or self.steps - 1"),
+        (
+            "fewer are matched than is said",
+            "range(self.config.matched_steps or",
+            "range(self.config.matched_steps and 1 or",
+        ),
+        ("the last alone is judged", "min(self.matched_levels().stop, self.steps - 1)", "self.steps - 1"),
+        ("one draw of both levels", 'batch, "student/judged level")', "batch)"),
+        ("its weight is ignored", "self.config.gan_weight * gan", "gan"),
+        ("the matched samples are judged", "x if self.steps == 1 else self.judged(batch)", "x"),
+        (
+            "what is matched is what is judged",
+            "        return x, Outcome(outcome.loss",
+            "        return self.judged(batch), Outcome(outcome.loss",
+        ),
+        ("no images are needed", "frozenset({Need.IMAGES})", "frozenset()"),
+        ("latents are not decoded", "({Need.DECODER} if teacher.latent else set())", "set()"),
+        ("the normaliser is always there", "self.fake_score, self.config.normalise)", "self.fake_score, True)"),
+        ("it draws what is matched", "partial(self.judged, batch))", 'partial(self.generate, batch, "student"))'),
+    ],
+    f"diffdistill/scaffold/adversary.py | {_FL}": [
+        (
+            "pixels: the samples have a gradient",
+            "            with torch.no_grad():\n                x = draw()",
+            "            x = draw()",
+        ),
+        (
+            "pixels: the student's samples are drawn anew",
+            "self.samples.pop(batch.first, None)\n        if x is None:",
+            "None\n        if x is None:",
+        ),
+        (
+            "pixels: real and generated are swapped",
+            "self.logits(batch.images), self.logits(x)",
+            "self.logits(x), self.logits(batch.images)",
+        ),
+        (
+            "pixels: samples are looked at as they are",
+            "self.discriminator(self.as_images(x).to(",
+            "self.discriminator(x.to(",
+        ),
+    ],
+    f"diffdistill/scaffold/method.py | {_FL}": [
+        ("images are of unit variance", "samples = x * self.schedule.data_std", "samples = x"),
+        ("latents are no images", "return self.decode(samples)", "return samples"),
+    ],
+    f"diffdistill/scaffold/matching.py | {_FL}": [
+        ("a discriminator has the fake score's rate", 'getattr(c, f"{player}_lr", c.fake_score_lr)', "c.fake_score_lr"),
+        (
+            "further players rest where the student does",
+            "return [fake_score, *self.other_turns(step)]",
+            "return [fake_score]",
+        ),
+        (
+            "the matched levels are drawn from all",
+            "drawn_level(len(levels), batch)]",
+            "drawn_level(self.steps, batch) % len(levels)]",
+        ),
+    ],
+    f"diffdistill/players/discriminator.py | {_FL}": [
+        ("images: latents have the teacher's channels", "3 if latent else shape[0]", "shape[0]"),
+        ("images: the logit of one place", "reshape(len(images), -1).mean(1)", "reshape(len(images), -1)[:, 0]"),
+        ("images: no norm", "nn.GroupNorm(8, width) if k else", "nn.Identity() if k else"),
+    ],
+    f"diffdistill/data/seen.py | {_FL}": [
+        (
+            "no gradient to the student",
+            "            return autoencoder.decode(held[0], latents.to(",
+            "            return autoencoder.decode(held[0], latents.detach().to(",
+        ),
+        ("the vae is trained", "vae.requires_grad_(False).eval()", "vae.eval()"),
+    ],
+    f"diffdistill/training/derived.py | {_FL}": [
+        (
+            "a fake score for each of all levels",
+            'return int(s.given("matched_steps") or (levels + 1) // 2)',
+            "return levels",
+        ),
+    ],
+}
