@@ -18,6 +18,9 @@ Read in the authors' code. Deviations:
 - x_t lies on the line through x_s and x_e that DDIM steps stay on. With the authors it is linear in the network's
   units and timestep, for flows the same, for others another curve with the same ends, which needs their own scheduler.
 - Windows are those of the teacher's own sampler of K steps.
+- Half of the samples are at their window's beginning (`at_start`; with the authors none). One step a window reads the
+  network there alone, and just above it the window before ends, with another line: of evenly drawn times a network that
+  is smooth in time learns something between the two.
 - Where a condition is dropped, the teacher has none either; with the authors' fixed guidance it keeps its own.
 - Their "diff_eps", whose noise is that of a chain from e to s, is not there.
 """
@@ -65,7 +68,7 @@ class Config(TrajectoryOptions, TeacherGuidance, ConditionDropout, student_lr=8e
     windows: int = option(4, "K, the parts of the trajectory, each of which is made straight", at_least=1)
     solver_steps: int = option(8, "the teacher's DDIM steps in a window", at_least=1)
     at_start: float = option(
-        0.0,
+        0.5,
         "share of samples at their window's very beginning, where one step a window reads the network and the window "
         "before ends with another line",
         at_least=0,

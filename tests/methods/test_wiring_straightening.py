@@ -151,7 +151,7 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("reflow", {}, VP),
     ("reflow", {"time_exponent": 4.0, "velocity_loss": "huber"}, FLOW),
     ("reflow", {"image_weight": 0.7, "image_over_time": True, "time_exponent": 2.0}, EDM_),
-    ("perflow", {"windows": 2, "student_steps": 2, "solver_steps": 3, "guidance_scale": 2.5}, VP),
+    ("perflow", {"windows": 2, "student_steps": 2, "solver_steps": 3, "guidance_scale": 2.5, "at_start": 0.0}, VP),
     ("perflow", {"windows": 3, "student_steps": 3, "solver_steps": 2, "loss": "velocity", "label_dropout": 0.5}, FLOW),
     ("perflow", {"windows": 2, "student_steps": 4, "solver_steps": 2, "loss": "epsilon", "at_start": 0.4}, TRIG),
 ]
