@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffdistill import UserError
 from diffdistill.data.seen import decoder_of
+from diffdistill.eval.budget import any_batch
 from diffdistill.exact.checks import run_checks
 from diffdistill.families import load_teacher
 from diffdistill.methods import flash_dmd
@@ -231,6 +232,9 @@ def test_latents_are_decoded_with_a_gradient_and_the_vae_has_none(tmp_path: Path
     assert images.shape == (2, 3, 16, 16) and torch.allclose(images, expected, atol=1e-5)
     assert float(torch.autograd.grad(images.sum(), x)[0].abs().sum()) > 0
     assert not decode(x.detach()).requires_grad
+    method.decode = None  # as for a plan, which loads no autoencoder
+    counted = any_batch(method, teacher, 2, 0)
+    assert method.adversary.logits(counted.images).shape == (2,)
 
 
 RUN = {"method": "flash_dmd", "batch_size": 4, "sample_every": 0, "device": "cpu", "data": "digits"}
