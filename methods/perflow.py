@@ -117,9 +117,7 @@ class PeRFlow(StraighteningMethod):
         x_s = diffuse(batch.images, s, batch.randn("student/eps"))
         x0 = inverse_ddim(self.solved(x_s, window, cond), x_s, s, e)
         eps = (x_s - expand(torch.cos(s), x_s) * x0) / expand(torch.sin(s), x_s)
-        inside = batch.uniform("student/t")
-        if self.config.at_start:
-            inside = inside * (batch.uniform("student/at start") >= self.config.at_start)
+        inside = batch.uniform("student/t") * (batch.uniform("student/at start") >= self.config.at_start)
         time = torch.lerp(self.schedule.fraction(s), self.schedule.fraction(e), inside)
         return Line(x0, eps, self.schedule.at_fraction(time).clamp(max=s), cond)
 

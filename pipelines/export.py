@@ -39,7 +39,6 @@ from diffdistill.families._parts import LORA, LORA_2, copy_part, stored_dtypes, 
 from diffdistill.files import atomic_folder
 from diffdistill.pipelines.comfyui import check_comfyui, write_comfyui_lora
 from diffdistill.pipelines.origin import copy_licenses, remove_paths
-from diffdistill.pipelines.policy_scheduler import PolicyScheduler
 from diffdistill.pipelines.shipped import adapted_pipeline
 from diffdistill.pipelines.shipped.student_pipeline import FILE, pipeline_class, pipeline_file
 from diffdistill.pipelines.steps import OtherSteps
@@ -106,8 +105,6 @@ def save_pipeline(
         else:
             _write_network(made, entry, network, scheduler, teacher, dtype, saving, kept)
             _write_call(made, entry, kept, others if form == "pipeline" else OWN_STEPS)
-        if isinstance(scheduler, PolicyScheduler):
-            _name_policies(made)
         copy_licenses(teacher, made)
         if saving.layout == "comfyui" and isinstance(network, LoraNetwork):
             write_comfyui_lora(made, entry.name, _lora_in(network, dtype))
@@ -175,13 +172,6 @@ def check_policies(entry: Family | None, saving: SavingConfig) -> None:
             )
 
 
-def _name_policies(folder: Path) -> None:
-    """The scheduler's code, which lies in its folder, in the index of the pipeline."""
-    index = read_json(folder / "model_index.json")
-    index["scheduler"] = [PolicyScheduler.__module__, PolicyScheduler.__name__]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
 def _write_network(
     folder: Path,
     entry: Family,
@@ -220,7 +210,8 @@ def _write_network(
     names = [*(path.name for path in parts_there), *networks]
     if entry.second not in networks and index.get("boundary_ratio") is not None:
         index["boundary_ratio"] = None
-    index = student_index(kind, index, names, entry.component, type(scheduler).__name__)
+    stepped = type(scheduler)  # of diffusers, or with its code in its folder
+    index = student_index(kind, index, names, entry.component, (stepped.__module__.split(".")[0], stepped.__name__))
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file, values in entry.settings.items():
         text = json.dumps({**read_json(folder / file), **values}, indent=2)

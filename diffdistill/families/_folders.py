@@ -182,7 +182,7 @@ def _link_parts(folder: Path, view: Path) -> None:
     for path in (*folder.iterdir(), *(teacher / name for name in parts_of(index))):
         if path.exists() and not (view / path.name).exists():
             (view / path.name).symlink_to(path.resolve())
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+    scheduler = "diffusers", read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
     parts = [name for name in parts_of(index) if (view / name).is_dir()]
     whole = student_index(diffusers_class(family.pipelines[0]), index, parts, family.component, scheduler)
     (view / "model_index.json").write_text(json.dumps(whole), encoding="utf-8")

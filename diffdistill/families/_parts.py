@@ -103,17 +103,17 @@ def whole_index(kind: Any, index: Config) -> Config:
     return {name: [None, None] if value is None and name in parts else value for name, value in index.items()}
 
 
-def student_index(kind: Any, index: Config, parts: Sequence[str], component: str, scheduler: str) -> Config:
+def student_index(kind: Any, index: Config, parts: Sequence[str], component: str, scheduler: Sequence[str]) -> Config:
     """The model_index.json of a student: its teacher's with another network and scheduler, and the parts that it has.
 
-    `scheduler` is the name of its class.
+    `scheduler` is the library and the name of its class.
     """
     index = whole_index(kind, index)
     index |= {name: [None, None] for name in parts_of(index, kind) if name not in (*parts, component, "scheduler")}
     if index.get("safety_checker") == [None, None] and "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
     index.pop("_name_or_path", None)
-    return index | {"_class_name": kind.__name__, "scheduler": ["diffusers", scheduler]}
+    return index | {"_class_name": kind.__name__, "scheduler": [*scheduler]}
 
 
 def null_parts(kind: Any, index: Config) -> list[str]:

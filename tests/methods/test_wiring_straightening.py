@@ -123,9 +123,8 @@ class Straight:
         x0 = (fold(torch.sin(s)) * x - fold(torch.sin(e)) * x_s) / fold(torch.sin(s - e))
         eps = (fold(torch.cos(e)) * x_s - fold(torch.cos(s)) * x) / fold(torch.sin(s - e))
         low, high = (self.fraction(part) for part in (e, s))
-        inside = uniform("student/t", self.key)
-        if c.at_start:
-            inside = torch.where(uniform("student/at start", self.key) < c.at_start, 0.0, inside)
+        begins = uniform("student/at start", self.key) < c.at_start
+        inside = torch.where(begins, 0.0, uniform("student/t", self.key))
         t = torch.minimum(plain.at(high + inside * (low - high)), s)
         own = self.said(self.student, noised(x0, t, eps), t)
         parts = {
