@@ -52,6 +52,9 @@ SEEDS = (100, 101, 102)
 """Of trainings and noise. The presets for digits were chosen by what came of other seeds, 0, 1 and 2 among them."""
 
 
+_BETWEEN_BOARDS = 60.0
+"""Seconds. Its pictures take some, and of what was done before there may be forty entries at once."""
+
 T = TypeVar("T")
 
 
@@ -103,7 +106,7 @@ def threads_of_torch(count: int) -> Iterator[None]:
 
 
 def make_board(suite: Suite, options: BenchOptions, out: Path) -> Board:
-    """Trains and judges what is missing, writes the board after every entry, and returns it."""
+    """Trains and judges what is missing, writes the board at most once a minute and at the end, and returns it."""
     with threads_of_torch(options.threads):
         return _Bench(suite, options, out).run()
 
@@ -171,7 +174,7 @@ class _Bench:
                 print(f"{entry.folder} is done", flush=True)
 
     def board(self, chosen: Sequence[Entry], plans: Mapping[str, TrainingPlan]) -> Board:
-        """Train and judge what is missing of these entries, and write the board after each."""
+        """Train and judge what is missing of these entries, and write the board now and then."""
         results: list[dict[str, Any]] = []
         pictures: dict[str, Tensor] = {}
 
@@ -180,7 +183,7 @@ class _Bench:
                 results.extend(rows)
                 pictures.setdefault(label, shown)
 
-        began = time.perf_counter()
+        began = written = time.perf_counter()
         print(f"{len(chosen)} trainings of at most {self.budget} passes each, and the teacher, are judged", flush=True)
         with self.at_a_time() as pool:
             own = [pool.submit(self.alone, partial(self.judged_teacher, n)) for n in self.suite.teacher_steps]
@@ -188,7 +191,9 @@ class _Bench:
             collect(future.result() for future in own)
             for done, (entry, future) in enumerate(zip(chosen, waiting, strict=True), 1):
                 collect(future.result())
-                self.write(results, pictures)
+                if time.perf_counter() - written > _BETWEEN_BOARDS:
+                    self.write(results, pictures)
+                    written = time.perf_counter()
                 if self.processes.count == 1:  # it was said before
                     rest = rate_and_rest(done / (time.perf_counter() - began), len(chosen) - done, "training")
                     print(f"{entry.folder} is done, {done}/{len(chosen)}  {rest}", flush=True)

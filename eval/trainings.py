@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from diffdistill.config import run_options
 from diffdistill.core.schedule import student_levels
 from diffdistill.environment import alone
 from diffdistill.errors import UserError
@@ -29,13 +28,13 @@ SHOWN_STEPS = (1, 2, 4)
 
 def train(entry: Entry, suite: Suite, values: dict[str, Any], out: Path) -> dict[str, Any]:
     """Train (or resume) in a process of its own; seconds and peak memory are kept beside the run."""
-    run, note = out / entry.folder, out / f"{entry.folder}.json"
+    run, note, given = (out / f"{entry.folder}{ending}" for ending in ("", ".json", ".options.json"))
     before = json.loads(note.read_text()) if note.exists() else {"seconds": 0.0, "peak_mb": 0.0}
-    if (run / "config.yaml").exists():
-        made = run_options(run)
-        for name in values:
-            if made[name] != values[name]:
-                was = f"{name} {made[name]!r}, not {values[name]!r}"
+    if given.exists():  # as a preset writes them, not as the run's config.yaml has read them
+        made = json.loads(given.read_text())
+        for name, value in json.loads(json.dumps(values)).items():
+            if made.get(name) != value:
+                was = f"{name} {made.get(name)!r}, not {value!r}"
                 raise UserError(f"out: {str(run)!r} was made with {was}; choose another --out")
     if before.get("done"):
         return before
@@ -46,7 +45,7 @@ def train(entry: Entry, suite: Suite, values: dict[str, Any], out: Path) -> dict
         keep = {"sample_every": 0, "keep_checkpoints": 100, "out": str(run)}
         stage = [values[name] for name in suite.method(entry.info.name).scales]
         keep["checkpoint_every"] = stage[-1] if stage else 0
-        command += ["--config", str(write_json(values | keep, out / f"{entry.folder}.options.json"))]
+        command += ["--config", str(write_json(values | keep, given))]
     started = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=alone())
     assert child.stderr is not None

@@ -83,6 +83,7 @@ def test_a_training_gets_what_was_planned(entry: Entry, tmp_path: Path, monkeypa
         assert main(command[3:]) == 0
         return SimpleNamespace(stderr=io.StringIO(), wait=lambda: None, returncode=0)
 
+    monkeypatch.setattr("diffdistill.eval.budget.passes_per_step", lambda game: (3.0, 5.0))
     monkeypatch.setattr("diffdistill.eval.trainings.subprocess.Popen", started)
     monkeypatch.setattr("diffdistill.commands.distill.run", taken.update)
     values = planned(entry, DIGITS, 4000, {"teacher": "digits", "data": "digits"}).values
@@ -91,6 +92,10 @@ def test_a_training_gets_what_was_planned(entry: Entry, tmp_path: Path, monkeypa
     got, wanted = (build(entry.info.config, {k: v for k, v in read.items() if k in own}) for read in (taken, values))
     assert got == wanted
     assert all(taken[name] == value for name, value in values.items() if name not in own)
+    taken.clear()
+    assert train(entry, DIGITS, values, tmp_path)["done"] and not taken, "what is done is not done again"
+    with pytest.raises(UserError, match="was made with steps"):
+        train(entry, DIGITS, values | {"steps": 1}, tmp_path)
 
 
 def test_each_number_of_steps_is_made_by_the_student_that_was_trained_for_it(tmp_path: Path) -> None:
