@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
+from diffdistill.core.guidance import with_second_scale
 from diffdistill.data.shapes import HELD_OUT, draw_edits, draw_many
 from diffdistill.errors import UserError, shown
 from diffdistill.eval.image_folder import Model
@@ -248,10 +249,11 @@ def _rungs(
         judged = source if isinstance(source, Teacher) else load_teacher(_pipeline(source))
         identity = _teacher_fingerprint(judged)
         scale = 1.0 if sampling.guidance_scale is None else sampling.guidance_scale
-        negative = sampling.negative_prompt
+        negative, second = sampling.negative_prompt, sampling.guidance_scale_2
         if negative is not None:
             _check_negative(judged, scale)
-        return judged, identity, _teacher_rungs(judged, identity, steps, scale, negative)
+        with_second_scale(judged.denoiser, scale, second)  # which refuses what does not go
+        return judged, identity, _teacher_rungs(judged, identity, steps, scale, negative, second)
     refuse_for_student(sampling)
     origin = teacher or students[0].teacher
     if origin is None:
@@ -263,7 +265,7 @@ def _rungs(
         size: dict[str, Any] = {"resolution": first.resolution, "frames": first.frames}
         judged = load_teacher(model_folder(origin), null_class=first.null_class, **size)
     identity = _teacher_fingerprint(judged)
-    teachers: dict[tuple[float, str | None], list[_Rung]] = {}
+    teachers: dict[tuple[float, str | None, float | None], list[_Rung]] = {}
     drawn: list[_Rung] = []
     for student in students:
         if teacher is None and student.teacher != origin:
@@ -278,8 +280,8 @@ def _rungs(
             )
         # The student imitates the teacher as it was guided.
         scale = student.scale
-        negative = None if scale == 1 else student.negative
-        teachers.setdefault((scale, negative), _teacher_rungs(judged, identity, steps, scale, negative))
+        guidance = (scale, None if scale == 1 else student.negative, student.second)
+        teachers.setdefault(guidance, _teacher_rungs(judged, identity, steps, *guidance))
         sampler, described = student.loaded
         sampler.denoiser.to(sampling.device)
         name = "student" if len(students) == 1 else student.name
@@ -303,13 +305,20 @@ def _teacher_fingerprint(teacher: Teacher) -> str:
 
 
 def _teacher_rungs(
-    teacher: Teacher, identity: str, steps: Sequence[int], scale: float, negative: str | None = None
+    teacher: Teacher,
+    identity: str,
+    steps: Sequence[int],
+    scale: float,
+    negative: str | None = None,
+    second: float | None = None,
 ) -> list[_Rung]:
     name = "teacher" if scale == 1 else f"teacher, guidance {scale:g}"
+    name += "" if second is None else f" and {second:g}"
     if negative is not None and negative != _own_negative(teacher):
         name += f" away from {shown(negative)}"
     call = {"sampler": "DDIM", "guidance_scale": scale} | ({} if negative is None else {"negative_prompt": negative})
-    draw = partial(teacher_images, teacher)
+    call |= {} if second is None else {"guidance_scale_2": second}
+    draw = partial(teacher_images, teacher, second=second)
     return [
         _Rung(name, identity, n, {**call, "num_inference_steps": n}, partial(draw, n, scale), negative) for n in steps
     ]
@@ -328,6 +337,7 @@ class _LoadedStudent:
     teacher: str | None  #: where it was distilled from
     scale: float  #: of the guidance that it imitates
     negative: str | None  #: the negative prompt of that
+    second: float | None  #: the scale of the second of its teacher's two networks
     null_class: int | None  #: of its teacher
     loaded: Student
     resolution: Size | None = None  #: of a latent student; None: its teacher's own
@@ -339,7 +349,7 @@ def _students(source: ModelLike, needs_teacher: bool) -> list[_LoadedStudent] | 
     if isinstance(source, Teacher):
         return None
     if isinstance(source, tuple):
-        return [_LoadedStudent("student", loaded_fingerprint(source), None, 1.0, None, None, source)]
+        return [_LoadedStudent("student", loaded_fingerprint(source), None, 1.0, None, None, None, source)]
     folders = models_in(source)
     folders = folders or [_pipeline(source)]
     if not is_student(folders[0]):
@@ -350,7 +360,8 @@ def _students(source: ModelLike, needs_teacher: bool) -> list[_LoadedStudent] | 
         loaded = load_student(folder)
         identity, name = folder_fingerprint(local_folder(str(folder))), folder.parent.name
         origin = teacher_of(folder, record) if needs_teacher else record.teacher
-        imitated, null_class = (record.guidance.scale, record.guidance.negative_prompt), record.teacher_null_class
+        guidance, null_class = record.guidance, record.teacher_null_class
+        imitated = (guidance.scale, guidance.negative_prompt, guidance.second)
         size = (record.resolution, record.frames)
         students.append(_LoadedStudent(name, identity, origin, *imitated, null_class, loaded, *size))
     return students

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffdistill.core.attention_choice import check_attention
 from diffdistill.core.denoiser import Cond
-from diffdistill.core.guidance import guided
+from diffdistill.core.guidance import check_second_scale, guided, refuse_second_scale
 from diffdistill.core.ode import Denoise, Step, ddim_step, sample_ode
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.data.arrays import ARRAY_SUFFIXES
@@ -47,6 +47,7 @@ from diffdistill.families import (
     read_json,
     read_record,
 )
+from diffdistill.families._folders import boundary_of
 from diffdistill.families._parts import LORA, both_sides, one_side, part_config
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.sampler import Sampler
@@ -69,6 +70,7 @@ class SamplingOptions:
 
     steps: int | None = None
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None  #: of the second of two networks; None: the same
     negative_prompt: str | None = None  #: that guidance leads away from; None: what the family has
     dtype: str = "float32"
     attention: str = "auto"
@@ -132,7 +134,13 @@ def models_in(folder: str | os.PathLike[str]) -> list[Path]:
 
 @torch.no_grad()
 def teacher_images(
-    teacher: Teacher, steps: int, guidance_scale: float, cond: Cond, generators: Sequence[torch.Generator]
+    teacher: Teacher,
+    steps: int,
+    guidance_scale: float,
+    cond: Cond,
+    generators: Sequence[torch.Generator],
+    *,
+    second: float | None = None,
 ) -> Tensor:
     """DDIM (first order) on the teacher's own grid of `steps` steps, from its own initial noise.
 
@@ -142,7 +150,8 @@ def teacher_images(
     denoiser = teacher.denoiser
     parameter = next(denoiser.parameters())
     z = torch.stack([torch.randn(teacher.shape, generator=g) for g in generators]).to(parameter)
-    x0 = sample_ode(teacher_step(teacher), guided(denoiser, guidance_scale), denoiser.schedule, z, steps, cond)
+    denoise = guided(denoiser, guidance_scale, second=second)
+    x0 = sample_ode(teacher_step(teacher), denoise, denoiser.schedule, z, steps, cond)
     return x0 * denoiser.schedule.data_std
 
 
@@ -268,6 +277,8 @@ def _pixel_model(model: Path | Teacher | Student, name: str, fingerprint: str, s
     student = is_student(model) if isinstance(model, Path) else isinstance(model, tuple)
     if student:
         refuse_for_student(sampling)
+    if sampling.strict:
+        refuse_second_scale(sampling.guidance_scale_2, repr(name))
     scale = 1.0 if sampling.guidance_scale is None else sampling.guidance_scale
     draw, teacher, steps = pixel_sampler(model, sampling.steps, scale)
     teacher.denoiser.to(sampling.device)
@@ -281,11 +292,17 @@ def _pixel_model(model: Path | Teacher | Student, name: str, fingerprint: str, s
 
 
 def stock_call(
-    path: Path, family: Family | None, steps: int | None, guidance_scale: float | None, negative: str | None = None
+    path: Path,
+    family: Family | None,
+    steps: int | None,
+    guidance_scale: float | None,
+    negative: str | None = None,
+    second: float | None = None,
 ) -> dict[str, Any]:
     """Arguments of a stock pipeline's call: a student's own, or a number of steps with guidance off or in its units.
 
-    `negative` is the negative prompt of a guided one. Raises UserError where it would change nothing.
+    `negative` is the negative prompt of a guided one, `second` the scale of the second of two networks. Raises
+    UserError where they would change nothing.
     """
     record = read_record(path)
     size: Mapping[str, Any] = _own_size(path, family) if family is not None and record is None else {}
@@ -300,6 +317,11 @@ def stock_call(
         call |= guidance_call(family, guidance_scale, negative, true_cfg="true_cfg_scale" in call)
     elif negative is not None:
         call["negative_prompt"] = negative
+    if second is not None:
+        if family is None or boundary_of(family, read_json(path / "model_index.json")) is None:
+            refuse_second_scale(second, repr(str(path)))
+        check_second_scale(guidance_scale, second)
+        call["guidance_scale_2"] = second
     return call
 
 
@@ -355,7 +377,8 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
     student = is_student(path)
     if student:
         refuse_for_student(sampling)
-    own = (None, None, None) if student else (sampling.steps, sampling.guidance_scale, sampling.negative_prompt)
+    wishes = (sampling.steps, sampling.guidance_scale, sampling.negative_prompt, sampling.guidance_scale_2)
+    own = (None, None, None, None) if student else wishes
     call = stock_call(path, family, *own)
     dtype = getattr(torch, sampling.dtype)
     if family is None:
@@ -417,6 +440,6 @@ def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust:
 
 def refuse_for_student(sampling: SamplingOptions) -> None:
     """UserError for options that a student has of its own."""
-    for name in ("steps", "guidance_scale", "negative_prompt"):
+    for name in ("steps", "guidance_scale", "guidance_scale_2", "negative_prompt"):
         if sampling.strict and (value := getattr(sampling, name)) is not None:
             raise UserError(f"{name}: {shown(value)} was given, and a student has its own; leave it out")

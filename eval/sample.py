@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.core.attention_choice import check_attention
+from diffdistill.core.guidance import refuse_second_scale
 from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import LinearFlow
 from diffdistill.data.folder import condition_picture
@@ -52,6 +53,7 @@ class SampleRequest:
     classes: Sequence[int] = ()
     steps: int | None = None
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None  #: of the second of two networks; None: the same
     negative_prompt: str | None = None
     resolution: Size | None = None  #: of a latent teacher
     frames: int | None = None  #: of a teacher of videos
@@ -102,9 +104,10 @@ def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
     if request.images:
         raise UserError(f"image: {name!r} reads no image; leave it out")
     if is_student(model) if isinstance(model, Path) else isinstance(model, tuple):
-        for option, value in (("steps", request.steps), ("guidance_scale", request.guidance_scale)):
-            if value is not None:
+        for option in ("steps", "guidance_scale", "guidance_scale_2"):
+            if (value := getattr(request, option)) is not None:
                 raise UserError(f"{option}: {value} was given, and a student has its own; leave it out")
+    refuse_second_scale(request.guidance_scale_2, repr(name))
     scale = 1.0 if request.guidance_scale is None else request.guidance_scale
     draw, teacher, _ = pixel_sampler(model, request.steps, scale)
     teacher.denoiser.to(request.device)
@@ -132,14 +135,16 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
         _check_classes(classes, describe(folder).num_classes or 0)
     if not text and request.negative_prompt is not None:
         raise UserError(f"negative_prompt: {str(folder)!r} takes no prompts; leave it out")
-    for option in ("steps", "negative_prompt", "resolution", "frames") if is_student(folder) else ():
+    fixed = ("steps", "guidance_scale_2", "negative_prompt", "resolution", "frames")
+    for option in fixed if is_student(folder) else ():
         if (value := getattr(request, option)) is not None:
             raise UserError(f"{option}: {shown(value)} was given, and a student has its own; leave it out")
     if family.reads_image != bool(request.images):
         does = "begins with" if family.videos else "changes"
         right = f"{does} an image; give --image FILE" if family.reads_image else "reads no image; leave it out"
         raise UserError(f"image: {str(folder)!r} {right}")
-    call = stock_call(folder, family, request.steps, request.guidance_scale, request.negative_prompt)
+    guidance = (request.guidance_scale, request.negative_prompt, request.guidance_scale_2)
+    call = stock_call(folder, family, request.steps, *guidance)
     call |= _size(folder, family, request)
     pictures = [condition_picture(name, (call["height"], call["width"])) for name in request.images]
     pipeline = load_pipeline(folder, device=request.device)

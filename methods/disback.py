@@ -69,7 +69,8 @@ class DisBack(MatchingMethod):
         super().__init__(teacher, config, **players)
         copies = [copy.deepcopy(self.fake_score).requires_grad_(False).eval() for _ in range(config.path_length)]
         self.path = nn.ModuleList(copies)
-        self.targets = [*(guided(each, config.guidance_scale) for each in copies[-2::-1]), self.teacher]
+        scale, second = config.guidance_scale, config.guidance_scale_2
+        self.targets = [*(guided(each, scale, second=second) for each in copies[-2::-1]), self.teacher]
         self.shortest = config.recorded + (len(self.targets) - 1) * config.track_every + 1
         if copies:
             self.state = {"path": self.path}

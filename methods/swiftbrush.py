@@ -58,7 +58,7 @@ class SwiftBrush(MatchingMethod):
 
     def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
         super().__init__(teacher, config, **players)
-        self.guided_fake_score = guided(self.fake_score, config.guidance_scale)
+        self.guided_fake_score = guided(self.fake_score, config.guidance_scale, second=config.guidance_scale_2)
 
     def fake_score_cond(self, batch: Batch) -> Cond:
         return self.dropped(batch.cond, batch.uniform("lora/drop", torch.get_default_dtype()))

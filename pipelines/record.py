@@ -66,4 +66,5 @@ def imitated_guidance(student: Denoiser, options: Mapping[str, Any]) -> Guidance
     scale = float(parts[0].default) if parts else options.get("guidance_scale")
     if scale is None:  # of a range that is one scale
         scale = least
-    return Guidance(1.0 if scale is None else float(scale))
+    second = options.get("guidance_scale_2")
+    return Guidance(1.0 if scale is None else float(scale), second=second)

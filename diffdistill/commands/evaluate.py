@@ -81,6 +81,8 @@ def default_out(config: EvalConfig, model: ModelLike, protocol: str, *, laddered
         parts.append(f"{config.steps}steps")
     if config.guidance_scale is not None:
         parts.append(f"guidance{config.guidance_scale:g}")
+    if config.guidance_scale_2 is not None:
+        parts.append(f"second{config.guidance_scale_2:g}")
     return root / "-".join(parts)
 
 

@@ -37,6 +37,7 @@ def judge_options(
     sampling = SamplingOptions(
         steps=config.steps,
         guidance_scale=config.guidance_scale,
+        guidance_scale_2=config.guidance_scale_2,
         negative_prompt=config.negative_prompt,
         dtype=config.dtype,
         attention=config.attention,

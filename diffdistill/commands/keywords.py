@@ -140,6 +140,7 @@ class PairsOptions(MachineOptions, AttentionOptions, total=False):
     solver: Literal["ddim", "heun"]
     sampling_steps: int
     guidance_scale: float
+    guidance_scale_2: float | None
     seed: int
     batch_size: int
     shard_size: int
@@ -172,6 +173,7 @@ class JudgeOptions(DrawOptions, total=False):
     seed: int | None
     steps: int | None
     guidance_scale: float | None
+    guidance_scale_2: float | None
     batch_size: int | None
     reference: str | Path | None
     prompts: str | Path | None
@@ -218,6 +220,7 @@ class SampleOptions(MachineOptions, AttentionOptions, total=False):
     classes: Sequence[int]
     steps: int | None
     guidance_scale: float | None
+    guidance_scale_2: float | None
     negative_prompt: str | None
     resolution: Size | None
     frames: int | None

@@ -44,6 +44,7 @@ def _draw(config: SampleConfig, model: ModelLike, as_video: bool) -> Samples:
         classes=config.classes,
         steps=config.steps,
         guidance_scale=config.guidance_scale,
+        guidance_scale_2=config.guidance_scale_2,
         negative_prompt=config.negative_prompt,
         resolution=config.resolution,
         frames=config.frames,

@@ -32,6 +32,9 @@ class JudgeConfig(DrawConfig):
     guidance_scale: float | None = option(
         None, "classifier-free guidance of a teacher, in its pipeline's units; default: off", at_least=0
     )
+    guidance_scale_2: float | None = option(
+        None, "that of a teacher's second network, as of Wan 2.2 A14B; default: guidance_scale", at_least=0
+    )
     batch_size: int | None = option(
         None, "images drawn together, on which the last bits depend; default: the protocol's", at_least=1
     )

@@ -75,6 +75,9 @@ class PairsConfig(MachineConfig, AttentionConfig):
     solver: Literal["ddim", "heun"] = option("ddim", "ddim: first order; heun: second, two network passes a step")
     sampling_steps: int = option(50, "the solver's steps, at the teacher's own times", at_least=1)
     guidance_scale: float = option(1.0, "classifier-free guidance of the teacher (1: none)", at_least=0)
+    guidance_scale_2: float | None = option(
+        None, "that of a teacher's second network, as of Wan 2.2 A14B; default: guidance_scale", at_least=0
+    )
     seed: int = option(0, "pair i is a function of this seed and i, whatever the batch size", at_least=0)
     batch_size: int = option(256, "pairs made at a time", at_least=1)
     shard_size: int = option(1024, "pairs in a file; a stopped run goes on from the last whole file", at_least=1)

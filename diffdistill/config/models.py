@@ -109,6 +109,9 @@ class SampleConfig(MachineConfig, AttentionConfig):
         None, "sampling steps of a teacher; a student has its own; default: 16, latent models 20", at_least=1
     )
     guidance_scale: float | None = option(None, "classifier-free guidance of a teacher; default: off", at_least=0)
+    guidance_scale_2: float | None = option(
+        None, "that of a teacher's second network, as of Wan 2.2 A14B; default: guidance_scale", at_least=0
+    )
     negative_prompt: str | None = option(
         None, "the prompt that a guided teacher is led away from; default: what the family has"
     )

@@ -126,6 +126,7 @@ class Denoiser(nn.Module):
         self.feature_map = feature_map
         self.rescale = rescale
         self.default_scale: float | None = None  # of a network whose stock pipeline passes it the guidance scale
+        self.second_scale: float | None = None  # of guidance for the second of two networks; None: as for the first
         self._half: dict[torch.dtype, torch.dtype | None] = {}  # by the type of the first weight
 
     def with_network(self, network: nn.Module, feature_layer: str | None) -> Denoiser:
@@ -198,8 +199,18 @@ class Denoiser(nn.Module):
         def share(rows: Tensor | None) -> list[Tensor]:
             return self._features_of(layers, *_rows(rows, x_t, t, cond))
 
-        time = self.schedule.native(t.clamp(self.schedule.t_min, self.schedule.t_max)).time
-        return by_expert(self.network, _wide(time, x_t), share)
+        return by_expert(self.network, self._time(x_t, t), share)
+
+    def _time(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return _wide(self.schedule.native(t.clamp(self.schedule.t_min, self.schedule.t_max)).time, x_t)
+
+    def scales(self, x_t: Tensor, t: Tensor, scale: Tensor) -> Tensor:
+        """The guidance scales (B,) at the angles t (B,): `second_scale`, if there is one, where it is for the second
+        of two networks to say, else those that are given."""
+        experts = experts_of(self.network)
+        if self.second_scale is None or experts is None:
+            return scale
+        return torch.where(experts.is_first(self._time(x_t, t)), scale, self.second_scale)
 
     def _features_of(self, layers: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
         outputs: list[Any] = []

@@ -42,9 +42,13 @@ class Experts(nn.Module):
         """That layer of the first network, by its dotted name, in the one that is chosen."""
         return f"{self.chosen}.{name.partition('.')[2]}"
 
+    def is_first(self, time: Tensor) -> Tensor:
+        """Which of the times (B,) are the first network's, as booleans (B,)."""
+        return time.detach() >= self.boundary
+
     def rows(self, time: Tensor) -> list[tuple[str, Tensor]]:
         """Which of the times (B,) are whose, as indices (b,)."""
-        first = time.detach() >= self.boundary
+        first = self.is_first(time)
         return [(name, mask.nonzero()[:, 0]) for name, mask in zip(self.names, (first, ~first), strict=True)]
 
     @property

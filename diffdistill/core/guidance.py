@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
+from diffdistill.core.experts import experts_of
 from diffdistill.core.prediction import Prediction, expand
 from diffdistill.errors import UserError
 
@@ -15,7 +18,8 @@ def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor,
 
     `scale` (B,) is Imagen's and diffusers' (1 is no guidance; w of the papers that write (1 + w) is scale - 1).
     Any output kind gives the same guidance, since all are affine in one another at a fixed x_t. What the family's
-    pipeline does to a guided output (`rescale`) follows. The denoiser must have a null condition.
+    pipeline does to a guided output (`rescale`) follows. The denoiser must have a null condition. Its `second_scale` is
+    the scale of all samples whose times are the second of two networks'.
     """
     return guide_with_conditional(denoiser, x_t, t, cond, scale, extra)[0]
 
@@ -30,6 +34,7 @@ def guide_with_conditional(
     pred = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, extra.twice())
     y_cond, y_null = pred.y.chunk(2)
     half = len(x_t)
+    scale = denoiser.scales(x_t, t, scale)
     y = y_null + expand(scale, x_t) * (y_cond - y_null)
     if denoiser.rescale is not None:
         y = torch.where(expand(scale, x_t) == 1, y, denoiser.rescale(y, y_cond))
@@ -70,6 +75,42 @@ def require_null(denoiser: Denoiser, what: str) -> None:
         raise UserError(f"teacher: {what} needs one that was trained with a null condition, and this one has none")
 
 
-def guided(denoiser: Denoiser, scale: float, interval: tuple[float, float] | None = None) -> nn.Module:
-    """The denoiser itself at scale 1, which needs no second pass; else `Guided`."""
+def with_second_scale(denoiser: Denoiser, scale: float, second: float | None) -> Denoiser:
+    """The denoiser as it is guided by `scale` where the first of its two networks is asked, by `second` below.
+
+    It shares all weights; None: by one scale, the denoiser itself. UserError for one network, or a `scale` that is off.
+    """
+    if second is None:
+        return denoiser
+    if experts_of(denoiser.network) is None:
+        refuse_second_scale(second)
+    check_second_scale(scale, second)
+    denoiser = copy.copy(denoiser)
+    denoiser.second_scale = second
+    return denoiser
+
+
+def refuse_second_scale(second: float | None, model: str = "this one") -> None:
+    """UserError for the scale of the second network of a model that has one."""
+    if second is not None:
+        raise UserError(
+            f"guidance_scale_2: {second:g} is for the second network of a model of two, such as Wan 2.2 A14B, and "
+            f"{model} has one; leave it out"
+        )
+
+
+def check_second_scale(scale: float | None, second: float | None) -> None:
+    """UserError for a second scale beside a first that guides nothing, with which stock pipelines leave out both."""
+    if second is not None and (scale is None or scale <= 1):
+        off = "there is none" if scale is None else f"it is {scale:g}"
+        raise UserError(
+            f"guidance_scale_2: {second:g} needs a guidance_scale above 1, and {off}; give --guidance-scale too"
+        )
+
+
+def guided(
+    denoiser: Denoiser, scale: float, interval: tuple[float, float] | None = None, *, second: float | None = None
+) -> nn.Module:
+    """The denoiser itself at scale 1, which needs no second pass; else `Guided`. `second`: see `with_second_scale`."""
+    denoiser = with_second_scale(denoiser, scale, second)
     return denoiser if scale == 1 else Guided(denoiser, scale, interval)

@@ -44,7 +44,7 @@ from diffdistill.scaffold.method import Pair
 KIND = Kind("pairs", "pairs", "pair")
 _STEPS = {"ddim": ddim_step, "heun": heun_step}
 # What a pair depends on, and which pairs a shard holds.
-_RECIPE = ("count", "solver", "sampling_steps", "guidance_scale", "seed", "shard_size")
+_RECIPE = ("count", "solver", "sampling_steps", "guidance_scale", "guidance_scale_2", "seed", "shard_size")
 
 
 def described_schedule(teacher: Teacher) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def make_pairs(
     else:
         own, conditions = _teacher(config)
     own.denoiser.to(processes.device)
-    denoise = guided(own.denoiser, config.guidance_scale)
+    denoise = guided(own.denoiser, config.guidance_scale, second=config.guidance_scale_2)
     sampling_grid(own.denoiser.schedule, config.sampling_steps, option="sampling_steps")  # refuses too many steps now
     index = processes.start(KIND, out, _settings(own, config, conditions), {"teacher": own.source})
 

@@ -42,6 +42,7 @@ class Guidance:
     least: float | None = None
     greatest: float | None = None
     negative_prompt: str | None = None  #: of one of text; None: what the family has for "no prompt"
+    second: float | None = None  #: the scale of the second of a teacher's two networks; None: the same
 
     @property
     def is_input(self) -> bool:

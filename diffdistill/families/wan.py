@@ -105,5 +105,6 @@ FAMILY = Family(
     arguments=lambda steps: {"num_inference_steps": steps, "guidance_scale": 1.0},
     videos=True,
     second="transformer_2",
+    stock_guidance="u + g (c - u); of two networks the second may have a g of its own, guidance_scale_2",
     single_file=True,
 )

@@ -104,5 +104,6 @@ FAMILY = Family(
     reads_image=True,
     packages=("ftfy",),
     second="transformer_2",
+    stock_guidance="u + g (c - u); of two networks the second may have a g of its own, guidance_scale_2",
     single_file=True,
 )

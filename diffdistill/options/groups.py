@@ -53,6 +53,9 @@ class TeacherGuidance(Options):
     """A teacher that may be guided, at one scale."""
 
     guidance_scale: float = option(1.0, "classifier-free guidance of the teacher; 1 is none", at_least=0)
+    guidance_scale_2: float | None = option(
+        None, "that of a teacher's second network, as of Wan 2.2 A14B; default: guidance_scale", at_least=0
+    )
 
 
 @dataclass(frozen=True)

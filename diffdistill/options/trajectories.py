@@ -84,6 +84,10 @@ class SegmentOptions(StudentOptions, StudentLevel, TeacherGuidance, ElementDista
             raise UserError(
                 f"guidance_spread: {self.guidance_spread} leads below 0 from guidance_scale ({self.guidance_scale})"
             )
+        if self.guidance_spread and self.guidance_scale_2 is not None:
+            raise UserError(
+                f"guidance_scale_2: {self.guidance_scale_2:g} is one number, and guidance_spread draws them; use one"
+            )
 
     @property
     def guides(self) -> bool:

@@ -154,6 +154,7 @@ def trainable_copy(denoiser: Denoiser) -> Denoiser:
     another one on the same base.
     """
     twin = copy.deepcopy(denoiser)
+    twin.second_scale = None  # the teacher's guidance is no player's
     twin.network = without_lora(twin.network)
     twin.requires_grad_(True).train()
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters())

@@ -101,6 +101,7 @@ class ScoreDistillation:
     Args:
         teacher: of `load_teacher` or `Teacher.around`; its weights are frozen from here on.
         guidance_scale: classifier-free guidance of the teacher; 1 is none.
+        guidance_scale_2: that of the second of its two networks; default: the same.
         fake_score: 'lora' on the teacher's own weights, 'full', a copy of it, or 'none', which is SDS.
         rank: of the LoRA.
         lr: AdamW's learning rate for the fake score.
@@ -118,6 +119,7 @@ class ScoreDistillation:
         teacher: Teacher,
         *,
         guidance_scale: float = 1.0,
+        guidance_scale_2: float | None = None,
         fake_score: Literal["lora", "full", "none"] = "lora",
         rank: int = 16,
         lr: float = 1e-4,
@@ -133,7 +135,7 @@ class ScoreDistillation:
             raise UserError(f"time_low: {time_low} to time_high {time_high} must be fractions that rise, from 0 to 1")
         self.plain = frozen(teacher.denoiser)
         self.schedule, self.shape = self.plain.schedule, teacher.shape
-        self.teacher = guided(self.plain, guidance_scale)
+        self.teacher = guided(self.plain, guidance_scale, second=guidance_scale_2)
         self.span, self.seed, self.view_dropout = (time_low, time_high), seed, view_dropout
         self.fake_score: Denoiser | None = None
         self.views: list[ViewFeatures] = []

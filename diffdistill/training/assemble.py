@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffdistill.config import TrainConfig, run_options
 from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.guidance import with_second_scale
 from diffdistill.core.weightless import Weightless, filled
 from diffdistill.data.batches import check_data
 from diffdistill.data.encoded import (
@@ -115,6 +116,7 @@ def make_game(
         derived = derive(Situation(teacher, recipe.config, given, config.steps))
         shared, own = split({**values, **{n: d.value for n, d in derived.items()}}, TrainConfig, recipe.config)
         config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
+    teacher = _guided_at_two(teacher, method_config)
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     method = recipe.make(teacher, method_config)
     if config.start is not None:
@@ -188,6 +190,14 @@ def _teacher(config: TrainConfig, weights: bool, tuned: bool) -> tuple[Teacher, 
             raise UserError("lora: a student of its own (--student) is trained whole; leave student out of lora")
         teacher = dataclasses.replace(teacher, small=of_another_size(config.student, teacher, weights, **size))
     return dataclasses.replace(teacher, lora=lora), encoded
+
+
+def _guided_at_two(teacher: Teacher, own: Any) -> Teacher:
+    """The teacher, of two networks guided at two scales where the method's options say so."""
+    second = getattr(own, "guidance_scale_2", None)
+    if second is None:
+        return teacher
+    return dataclasses.replace(teacher, denoiser=with_second_scale(teacher.denoiser, own.guidance_scale, second))
 
 
 def _with_a_prompt(teacher: Teacher, folder: Path, family: Family) -> Teacher:
@@ -376,12 +386,21 @@ def pairs_for(game: Game, least: int) -> Examples | None:
     check_pairs(game.teacher, pairs)
     if len(pairs) < least:
         raise UserError(f"pairs: {folder!r} holds {len(pairs)} and a step takes {least}; make more")
-    scale, theirs = game.options().get("guidance_scale"), pairs.settings["guidance_scale"]
-    if game.encoded is not None and theirs != 1:
+    if game.encoded is not None and pairs.settings["guidance_scale"] != 1:
         check_negative(game.encoded, pairs.settings.get("negative_prompt"), folder)
-    if scale is not None and scale != theirs:
-        print(f"note: the pairs were made with guidance_scale {theirs:g} and {name}'s is {scale:g}", file=sys.stderr)
+    _note_other_guidance(game.options(), pairs.settings, name)
     return pairs
+
+
+def _note_other_guidance(options: Mapping[str, Any], settings: Mapping[str, Any], name: str) -> None:
+    """Say where pairs were made with another guidance than the method of that name has."""
+    if options.get("guidance_scale") is None:
+        return
+    for option in ("guidance_scale", "guidance_scale_2"):
+        own, theirs = options.get(option), settings.get(option)
+        if own != theirs:
+            said, other = ("none" if value is None else f"{value:g}" for value in (theirs, own))
+            print(f"note: the pairs were made with {option} {said} and {name}'s is {other}", file=sys.stderr)
 
 
 def load_run(run: str | Path, step: int | None = None, objects: Objects = NO_OBJECTS) -> tuple[Game, int]:

@@ -16,7 +16,7 @@ import torch
 
 from diffdistill.catalogue import describe_method
 from diffdistill.commands.cli import main
-from diffdistill.core.guidance import guided
+from diffdistill.core.guidance import guided, with_second_scale
 from diffdistill.core.schedule import sampling_grid, student_levels
 from diffdistill.data.encoded import decoder
 from diffdistill.errors import UserError
@@ -125,6 +125,16 @@ def test_same_samples_as_the_stock_pipeline(made: Callable[..., Case], name: str
     case = made(name)
     latents, _, grid = stock(case, guidance)
     assert gap(ours(case, guidance, grid), latents) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["wan two", "wan_i2v two"])
+def test_same_samples_with_a_scale_for_each_of_two_networks(made: Callable[..., Case], name: str) -> None:
+    case = made(name)
+    teacher = replace(case.teacher, denoiser=with_second_scale(case.teacher.denoiser, 5.0, 2.0))
+    two = replace(case, teacher=teacher, call=lambda guidance: {**case.call(guidance), "guidance_scale_2": 2.0})
+    latents, _, grid = stock(two, 5.0)
+    assert gap(ours(two, 5.0, grid), latents) < 1e-4
+    assert gap(ours(case, 5.0, grid), latents) > 1e-3
 
 
 @pytest.mark.parametrize("name", LATENT)

@@ -249,7 +249,7 @@ MUTANTS = {
         ("copies are trained", ".requires_grad_(False).eval() for", ".eval() for"),
         ("the path begins at its end", "copies[-2::-1])", "copies[::-1])"),
         ("the path is followed from the first", "copies[-2::-1])", "copies[:-1])"),
-        ("copies are not guided", "guided(each, config.guidance_scale)", "guided(each, 1.0)"),
+        ("copies are not guided", "guided(each, scale, second=second)", "guided(each, 1.0)"),
         ("the teacher is not the last", "copies[-2::-1]), self.teacher]", "copies[-2::-1]), copies[0]]"),
         ("the least is one less", "* config.track_every + 1", "* config.track_every"),
         ("the path is not kept", 'self.state = {"path": self.path}', "self.state = {}"),

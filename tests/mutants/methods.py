@@ -45,7 +45,7 @@ MUTANTS = {
     f"methods/swiftbrush.py | {_M}": [
         ("another stream", 'fake_score_stream = "lora"', 'fake_score_stream = "fake_score"'),
         ("the fake score is not guided",
-         "guided(self.fake_score, config.guidance_scale)", "guided(self.fake_score, 1.0)"),
+         "guided(self.fake_score, config.guidance_scale, ", "guided(self.fake_score, 1.0, "),
         ("labels are never dropped", "u < self.config.label_dropout", "u < 0"),
         ("labels are dropped where they should stay",
          "choose(u < self.config.label_dropout", "choose(u >= self.config.label_dropout"),

@@ -252,6 +252,46 @@ MUTANTS = {
         ("the second network always goes along", "any(time < experts.boundary for time in times)", "True"),
         ("the second network never goes along", "any(time < experts.boundary for time in times)", "False"),
     ],
+    f"diffdistill/core/denoiser.py | {_N}": [
+        (
+            "the scales are exchanged",
+            "self._time(x_t, t)), scale, self.second_scale",
+            "self._time(x_t, t)), self.second_scale, scale",
+        ),
+        ("the second scale is everywhere", "experts.is_first(self._time(x_t, t)), scale", "t < 0, scale"),
+        ("the first scale is everywhere", "if self.second_scale is None or", "if True or"),
+    ],
+    f"diffdistill/training/assemble.py | {_N}": [
+        (
+            "a training has one scale",
+            "    if second is None:\n        return teacher",
+            "    if True:\n        return teacher",
+        ),
+    ],
+    f"diffdistill/data/pairs.py | {_N}": [
+        ("pairs have one scale", "config.guidance_scale, second=config.guidance_scale_2)", "config.guidance_scale)"),
+        ("pairs of another second scale go on", '"guidance_scale", "guidance_scale_2", ', '"guidance_scale", '),
+    ],
+    f"diffdistill/players/teacher.py | {_N}": [
+        ("players have the teacher's second scale", "    twin.second_scale = None", "    pass"),
+    ],
+    f"methods/swiftbrush.py | {_N}": [
+        ("the fake score has one scale", ", second=config.guidance_scale_2", ""),
+    ],
+    f"methods/disback.py | {_N}": [
+        ("copies have one scale", "each, scale, second=second)", "each, scale)"),
+    ],
+    f"pipelines/record.py | {_N}": [
+        ("the record has one scale", "second=second)", "second=None)"),
+    ],
+    f"eval/ladder.py | {_N}": [
+        ("the teacher of a student has one scale", "student.negative, student.second)", "student.negative, None)"),
+        (
+            "the rows have one scale",
+            "partial(teacher_images, teacher, second=second)",
+            "partial(teacher_images, teacher)",
+        ),
+    ],
     f"pipelines/export.py | {_N}": [
         ("both LoRA files are the first network's", 'key.startswith(f"{name}.")', 'key.startswith("transformer.")'),
     ],

@@ -8,7 +8,7 @@ MUTANTS = {
     "diffdistill/scaffold/score_distillation.py | tests/scaffold/test_score_distillation.py": [
         ("rendering: the push has another sign", "(theirs - own)", "(own - theirs)"),
         ("rendering: no weight in time", "torch.sin(t) ** 2", "torch.sin(t) ** 0"),
-        ("rendering: the teacher is not guided", "guided(self.plain, guidance_scale)", "self.plain"),
+        ("rendering: the teacher is not guided", "guided(self.plain, guidance_scale, ", "guided(self.plain, 1.0, "),
         ("rendering: samples are of unit variance", "return x / self.schedule.data_std", "return x"),
         ("rendering: one noise for ever", "        self.steps[player] += 1\n", ""),
         ("rendering: the fake score is told no view", "taking(self.views, view)", "taking(self.views, None)"),

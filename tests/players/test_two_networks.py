@@ -12,15 +12,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffdistill import UserError, distill, encode, export
-from diffdistill.core.denoiser import Cond
+from diffdistill import UserError, distill, encode, export, make_pairs, sample
+from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.experts import Experts
 from diffdistill.core.guidance import guided
 from diffdistill.core.jvp import jvp
+from diffdistill.core.schedule import sampling_grid
 from diffdistill.data.encoded import open_encoded
-from diffdistill.families import load_student, load_teacher, with_null
+from diffdistill.data.pairs import open_pairs
+from diffdistill.eval.ladder import _rungs, ladder_models
+from diffdistill.eval.models import SamplingOptions, open_model, teacher_images
+from diffdistill.eval.protocol import load
+from diffdistill.families import load_student, load_teacher, student_record, with_null
 from diffdistill.pipelines.merged import merged_teacher
 from diffdistill.players.lora import LoraSettings, lora_view
+from diffdistill.training.assemble import make_game
 from diffdistill.training.sharding import shard
 from tests.players.test_player_kinds import METHODS
 from tests.players.tiny import apart, drawn_by_a_stranger, ours
@@ -176,6 +182,104 @@ def test_a_student_of_one_network_learns_from_two(folder: Path, prompts: Path, t
     assert "transformer=network, transformer_2=None, boundary_ratio=None" in (alone / "README.md").read_text()
     for each in (student, alone):
         assert not isinstance(load_student(each)[0].denoiser.network, Experts)
+
+
+def by_hand(
+    denoiser: Denoiser, x: torch.Tensor, t: torch.Tensor, cond: Cond, first: float, second: float
+) -> torch.Tensor:
+    """Predictions with the scales of sigmas from 0.8 on, and below."""
+    above = (denoiser.schedule.native(t).time >= 800).view(-1, 1, 1, 1, 1)
+    return torch.where(above, *(guided(denoiser, scale)(x, t, cond).x0 for scale in (first, second)))
+
+
+def test_each_network_has_its_own_scale_of_guidance(folder: Path, prompts: Path) -> None:
+    """Of the teacher, and of what a method guides like it; a fake score with a scale of its own is left alone."""
+    usual = {**options(folder, prompts, "dmd2", "full"), "guidance_scale": 5.0, "guidance_scale_2": 2.0}
+    sigma = torch.tensor([0.3, 0.9, 0.8, 0.79], dtype=torch.float64)
+    cond = open_encoded(prompts).get(torch.tensor([0, 1, 1, 0])).cond
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("swiftbrush", {"lora": "fake_score", "lora_rank": 2, "lora_targets": "to_q"}),
+        ("disback", {"path_length": 2, "record_every": 1, "track_every": 1, "steps": 4}),
+        ("sid", {"fake_score_guidance": 3.0}),
+    ]
+    for name, own in cases:
+        shared = {key: value for key, value in usual.items() if key not in METHODS["dmd2"]}
+        method: Any = make_game({**shared, **own, "method": name}).method
+        plain = load_teacher(folder, **SIZE).denoiser
+        with_null(plain, open_encoded(prompts).null)
+        t, x = plain.schedule.angle(sigma), torch.randn(4, *load_teacher(folder, **SIZE).shape)
+        expected = [(method.teacher, 5.0, 2.0)]
+        expected += [(method.guided_fake_score, 5.0, 2.0)] if name == "swiftbrush" else []
+        expected += [(method.targets[0], 5.0, 2.0)] if name == "disback" else []
+        expected += [(method.evaluated[0], 3.0, 3.0)] if name == "sid" else []
+        with torch.no_grad():
+            for denoise, *scales in expected:
+                assert apart(denoise(x, t, cond).x0, by_hand(plain, x, t, cond, *scales)) < 1e-4, name
+
+
+def test_pairs_and_rows_of_the_teacher_have_both_scales(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    both: dict[str, Any] = {"guidance_scale": 5.0, "guidance_scale_2": 2.0}
+    made = make_pairs(teacher=folder, prompts=prompts, count=2, sampling_steps=4, **both, out=tmp_path / "pairs")
+    pair = open_pairs(made).get(torch.tensor([1]))
+    teacher, data = load_teacher(folder, **SIZE), open_encoded(prompts)
+    with_null(teacher.denoiser, data.null)
+    assert pair.pair is not None
+    x, cond = pair.pair.z, data.get(torch.tensor([1])).cond
+    grid = sampling_grid(teacher.denoiser.schedule, 4)
+    assert (teacher.denoiser.schedule.native(grid[:-1]).time >= 800).tolist() == [True, True, False, False]
+    for scale, t, s in zip((5.0, 5.0, 2.0, 2.0), grid[:-1].split(1), grid[1:].split(1), strict=True):
+        with torch.no_grad():
+            x = guided(teacher.denoiser, scale)(x, t, cond).at(s)
+    assert apart(pair.pair.x0, x) < 1e-4
+    with pytest.raises(UserError, match=r"made with guidance_scale_2 2\.0, and None is asked for"):
+        make_pairs(teacher=folder, prompts=prompts, count=2, sampling_steps=4, guidance_scale=5.0, out=made)
+    run = distill(**options(folder, prompts, "dmd2", "full"), **both, out=tmp_path / "run")
+    record = student_record(run.student)
+    assert (record.guidance.scale, record.guidance.second) == (5.0, 2.0)
+    for model, sampling in ((folder, SamplingOptions(**both)), (run.student, SamplingOptions())):
+        drawn, _, rungs = _rungs(model, sampling, folder if model is not folder else None, (4,))
+        assert rungs[0].name == "teacher, guidance 5 and 2" and rungs[0].call["guidance_scale_2"] == 2
+    with_null(drawn.denoiser, data.null)
+    mine, once = (
+        teacher_images(teacher, 4, 5.0, cond, [torch.Generator().manual_seed(3)], second=second)
+        for second in (2.0, None)
+    )
+    row = rungs[0].draw(cond, [torch.Generator().manual_seed(3)])
+    assert apart(row, mine) < 1e-6 and apart(once, mine) > 1e-2
+
+
+def test_a_second_scale_that_does_not_go_is_one_line(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    wan(seed=3).save_pretrained(tmp_path / "one")
+    (tmp_path / "a.txt").write_text("video 1\nvideo 2\n")
+    of_one = encode(teacher=tmp_path / "one", prompts=tmp_path / "a.txt", **SIZE, out=tmp_path / "encoded")
+    usual, shapes = options(folder, prompts, "dmd2", "full"), load("shapes")
+    both: dict[str, Any] = {"guidance_scale": 5.0, "guidance_scale_2": 2.0}
+    one = {"teacher": tmp_path / "one", "prompts": of_one}
+    for make in (
+        lambda: distill(**{**usual, **both, **one}, out=tmp_path / "run"),
+        lambda: distill("dmd2", teacher="digits", **both, out=tmp_path / "run"),
+        lambda: make_pairs(**one, **both, out=tmp_path / "pairs"),
+        lambda: sample(tmp_path / "one", prompt="video 1", **both, out=tmp_path / "a.png"),
+        lambda: sample("digits", **both, out=tmp_path / "a.png"),
+        lambda: ladder_models(tmp_path / "one", SamplingOptions(**both), None, (2,), shapes),
+        lambda: open_model("digits", SamplingOptions(**both)),
+    ):
+        with pytest.raises(
+            UserError, match=r"^guidance_scale_2: 2 is for the second network of a model of two"
+        ) as error:
+            make()
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    alone = {"guidance_scale_2": 2.0}
+    for make in (
+        lambda: distill(**usual, **alone, out=tmp_path / "run"),
+        lambda: make_pairs(teacher=folder, prompts=prompts, **alone, out=tmp_path / "pairs"),
+        lambda: sample(folder, prompt="video 1", **alone, out=tmp_path / "a.png"),
+        lambda: ladder_models(folder, SamplingOptions(**alone), None, (2,), shapes),
+    ):
+        with pytest.raises(UserError, match=r"^guidance_scale_2: 2 needs a guidance_scale above 1, and"):
+            make()
+    with pytest.raises(UserError, match=r"^guidance_scale_2: 2 is one number, and guidance_spread draws them"):
+        distill("pcm", teacher="digits", **both, guidance_spread=1.0, out=tmp_path / "run")
 
 
 @pytest.mark.parametrize(
