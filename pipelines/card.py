@@ -91,7 +91,6 @@ def model_card(
     adapted = isinstance(network, AdaptedNetwork)
     kind = (dtype if form != "lora" else None) or _stored(entry, teacher)
     coded = adapted or student_rows(teacher, sampler) is not None
-    policies = isinstance(sampler.denoiser, PolicyDenoiser)
     where = _Lines(entry, teacher, sampler, call, kind, place or "FOLDER", coded)
     both = form == "pipeline" and isinstance(network, LoraNetwork) and entry.loads_lora
     lora = both and (folder is None or (folder / "lora").is_dir())
@@ -108,13 +107,22 @@ Distilled with diffdistill by {info.name} ({info.about.paper}), {step} steps.
 {where.code(form)}
 {where.lora() if lora else ""}{where.single_file() if file else ""}{comfy}
 {where.own_pipeline(form, subject, others) if own else ""}The call makes {steps} step{"s" if steps > 1 else ""}, \
-with the student's own scheduler in `scheduler/`{", and its code" if policies else ""}; the levels
+with the student's own scheduler in `scheduler/`{_code_of(sampler)}; the levels
 (timestep or sigma) are {levels}. {what} stored in {_lora_type(dtype) if form == "lora" else kind}. diffdistill need \
 not be installed. Image i
 of `diffdistill sample --seed S` is that of `generator=torch.Generator().manual_seed(1_000_000 * S + i)`.
 
 {license_note(teacher.source, base, theirs)}{_table(options)}
 """
+
+
+def _code_of(sampler: Sampler) -> str:
+    """What is said of the code of a scheduler that is not diffusers', and of the numbers of steps that it takes."""
+    if not isinstance(sampler.denoiser, PolicyDenoiser):
+        return ""
+    *others, last = sorted({len(sampler.levels), *sampler.denoiser.settings.passes})
+    listed = ", ".join(str(n) for n in others)
+    return ", and its code" + (f", which takes {listed} or {last} steps" if others else "")
 
 
 def _lora_type(dtype: str | None) -> str:

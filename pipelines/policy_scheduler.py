@@ -23,11 +23,11 @@ class PolicyScheduler(SchedulerMixin, ConfigMixin):
     """A step reads the network's wide output and a sample, and gives the sample at the next level.
 
     Args:
-        policy: "mixture" or "nodes".
-        components: Gaussians of a mixture, or values on the way.
+        policy: "mixture", "nodes" or "heads".
+        components: Gaussians of a mixture, or values on the way, or heads.
         substeps: small steps from a level to the next.
         channels: of a sample.
-        angles: of the levels, and 0; t = atan2(sigma, alpha * std of the data).
+        angles: of the levels, or of all heads, and 0; t = atan2(sigma, alpha * std of the data).
         times: what the network is told at the levels.
         whole_times: whether these are whole numbers.
         sizes: at the levels and at the end, what samples of unit variance are multiplied by in the pipeline.
@@ -35,6 +35,7 @@ class PolicyScheduler(SchedulerMixin, ConfigMixin):
         of_x: at the levels, x0 = of_x x + of_y y for samples of unit variance and the network's output y.
         of_y: see there.
         init_noise: the standard deviation of the noise that the pipeline begins with.
+        passes: of heads, the numbers of steps that may be taken, the first by default: each skips as many heads.
         teacher: the config of the teacher's scheduler, for diffdistill.
     """
 
@@ -57,6 +58,7 @@ class PolicyScheduler(SchedulerMixin, ConfigMixin):
         of_y: tuple[float, ...] = (-1.0,),
         init_noise: float = 1.0,
         num_train_timesteps: int = 1000,
+        passes: tuple[int, ...] = (),
         teacher: dict[str, Any] | None = None,
     ):
         self.init_noise_sigma = init_noise
@@ -71,18 +73,20 @@ class PolicyScheduler(SchedulerMixin, ConfigMixin):
         mu: Any = None,
     ) -> None:
         """Back to the first level. The levels are the student's own; ValueError for another number of them."""
-        own = len(self.config.times)
+        own = list(self.config.passes) or [len(self.config.times)]
         for given in (timesteps, sigmas):
             num_inference_steps = num_inference_steps if given is None else len(given)
-        if num_inference_steps not in (None, own):
-            raise ValueError(
-                f"num_inference_steps: this student makes {own} steps, and {num_inference_steps} were asked for"
-            )
+        steps = own[0] if num_inference_steps is None else num_inference_steps
+        if steps not in own:
+            made = " or ".join(str(n) for n in own)
+            raise ValueError(f"num_inference_steps: this student makes {made} steps, and {steps} were asked for")
+        self._stride = len(self.config.times) // steps
         kind = torch.int64 if self.config.whole_times else torch.float32
-        self.timesteps = torch.tensor(self.config.times, dtype=torch.float64).to(kind).to(device)
-        angles = torch.tensor(self.config.angles, dtype=torch.float64)
+        times = torch.tensor(self.config.times, dtype=torch.float64)[:: self._stride]
+        self.timesteps = times.to(kind).to(device)
+        angles = torch.tensor(self.config.angles, dtype=torch.float64)[:: self._stride]
         self.sigmas = torch.sin(angles) / (torch.sin(angles) + torch.cos(angles))
-        self.num_inference_steps = own
+        self.num_inference_steps = steps
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """What `save_pretrained` writes: the code goes along."""
@@ -96,7 +100,7 @@ class PolicyScheduler(SchedulerMixin, ConfigMixin):
         """A step is found by its timestep."""
 
     def _at(self, timestep: Any) -> int:
-        return int((self.timesteps - timestep).abs().argmin())
+        return int((self.timesteps - timestep).abs().argmin()) * self._stride
 
     def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
         """What the network reads."""
@@ -107,6 +111,7 @@ class PolicyScheduler(SchedulerMixin, ConfigMixin):
     ) -> Any:
         """The sample at the next level, after the last one the clean sample; no noise is drawn."""
         c, k = self.config, self._at(timestep)
+        end = k + self._stride
         # Channels first; of packed tokens (B, N, channels * n) each channel's n features are a position more.
         packed = sample.ndim == 3
         x, y = (part.float() for part in (sample, model_output))
@@ -115,11 +120,16 @@ class PolicyScheduler(SchedulerMixin, ConfigMixin):
             x, y = (part.unflatten(2, (-1, n)).movedim(2, 1) for part in (x, y))
         s, e, of_x, of_y = (
             torch.full((len(x),), value, dtype=torch.float64, device=x.device)
-            for value in (c.angles[k], c.angles[k + 1], c.of_x[k], c.of_y[k])
+            for value in (c.angles[k], c.angles[end], c.of_x[k], c.of_y[k])
         )
+        nodes = None
+        if c.policy == "heads":
+            nodes, of_x, of_y = (
+                torch.tensor(row, dtype=torch.float64, device=x.device) for row in (c.angles, c.of_x, c.of_y)
+            )
         x = x / c.sizes[k]
-        policy = policy_of(c.policy, c.components, y, x, s, e, of_x, of_y)
-        x = policy.roll(x, s, e, c.substeps) * c.sizes[k + 1]
+        policy = policy_of(c.policy, c.components, y, x, s, e, of_x, of_y, nodes)
+        x = policy.roll(x, s, e, c.substeps) * c.sizes[end]
         if packed:
             x = x.movedim(1, 2).flatten(2)
         x = x.to(sample.dtype)

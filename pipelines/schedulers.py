@@ -12,13 +12,12 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from diffdistill.core.prediction import x0_weights
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, check_levels, lcm_indices
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, diffusers_class
 from diffdistill.pipelines.policy_scheduler import PolicyScheduler
 from diffdistill.players.adapter_networks import AdaptedNetwork
-from diffdistill.players.policy import PolicyDenoiser
+from diffdistill.players.policy import PolicyDenoiser, weights_at
 from diffdistill.players.sampler import Gamma, Renoise, Sampler
 from diffdistill.players.teacher import Teacher
 
@@ -91,12 +90,12 @@ def _row(sampler: Sampler, k: int) -> Row:
 
 
 def policy_scheduler(teacher: Teacher, sampler: Sampler, student: PolicyDenoiser) -> PolicyScheduler:
-    """Of a student whose passes say policies: its levels in numbers, whatever its schedule."""
+    """Of a student whose passes say policies: its levels in numbers, whatever its schedule; of heads those of all."""
     schedule, settings = student.schedule, student.settings
-    t = torch.stack([schedule.angle(level) for level in sampler.levels])
+    heads, own = settings.kind == "heads", len(sampler.levels)
+    t = student.angles.cpu() if heads else torch.stack([schedule.angle(level) for level in sampler.levels])
     native = schedule.native(t)
-    a, b = student.output.at(native.alpha, native.sigma, schedule.data_std)
-    of_x, of_y = x0_weights(t, a * schedule.data_std, b)
+    of_x, of_y = weights_at(student, t)
     sizes = native.sigma / torch.sin(t)
     return PolicyScheduler(
         policy=settings.kind,
@@ -111,6 +110,7 @@ def policy_scheduler(teacher: Teacher, sampler: Sampler, student: PolicyDenoiser
         of_x=of_x.tolist(),
         of_y=of_y.tolist(),
         init_noise=schedule.init_scale(float(t[0])) * float(sizes[0]),
+        passes=[own, *(n for n in settings.passes if n != own)] if heads else [],
         num_train_timesteps=len(schedule.alphas_cumprod) if isinstance(schedule, DiscreteVP) else 1000,
         teacher=dict(teacher.scheduler),
     )

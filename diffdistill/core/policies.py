@@ -1,7 +1,8 @@
 """Policies: what one pass of a network says of x0 all along a stretch of a trajectory, at any x and t on it.
 
-Chen et al. 2025, arXiv:2510.14974. In the normal form x_t = cos(t) x0 + sin(t) eps: a pass at x_s gives a function
-x0(x, t) for the angles t from s down to e, which is cheap; its flow is integrated by DDIM steps without the network.
+Chen et al. 2025, arXiv:2510.14974; `Heads` are those of Shaul et al. 2026, arXiv:2607.26004. In the normal form x_t =
+cos(t) x0 + sin(t) eps: a pass at x_s gives a function x0(x, t) for the angles t from s down to e, which is cheap; its
+flow is integrated by DDIM steps without the network.
 
 This file needs nothing of this package: an exported folder holds a copy of it.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KINDS = ("mixture", "nodes")
+KINDS = ("mixture", "nodes", "heads")
 
 
 def wide_channels(kind: str, components: int, channels: int) -> int:
@@ -86,15 +87,55 @@ class Nodes(Policy):
         return torch.lerp(self.values[rows, low], self.values[rows, low + 1], _like(place - below, x))
 
 
+@dataclass(frozen=True)
+class Heads(Policy):
+    """K outputs of the network, each for the step from one angle to the next; x0 depends on the x of that angle."""
+
+    nodes: Tensor  #: (K + 1,) descending angles float64, the last of which is 0
+    of_x: Tensor  #: (K,) x0 = of_x x + of_y value at each angle
+    of_y: Tensor  #: (K,)
+
+    def _at(self, t: Tensor) -> Tensor:
+        """(B,) which of the angles t (B,) are."""
+        return (self.nodes[None] - t[:, None]).abs().argmin(1)
+
+    def x0(self, x: Tensor, t: Tensor) -> Tensor:
+        """At one of the angles, t (B,)."""
+        k = self._at(t)
+        value = self.values[torch.arange(len(k), device=k.device), k]
+        return _like(self.of_x[k], x) * x + _like(self.of_y[k], x) * value
+
+    def roll(self, x: Tensor, t: Tensor, r: Tensor, steps: int) -> Tensor:
+        """From one of the angles, t (B,), to another one, r (B,), by a DDIM step each between; `steps` is not read.
+
+        The steps are linear in x and in the outputs, and are summed as such.
+        """
+        here, there = self.nodes[:-1], self.nodes[1:]
+        shrunk = torch.sin(there) / torch.sin(here)
+        by_x0 = torch.cos(there) - shrunk * torch.cos(here)
+        parts = torch.arange(len(here), device=t.device)
+        inside = (self._at(t)[:, None] <= parts) & (parts < self._at(r)[:, None])
+        kept, moved = torch.where(inside, shrunk + by_x0 * self.of_x, 1.0), torch.where(inside, by_x0 * self.of_y, 0.0)
+        # Of what comes in at each angle, and of x, this much is left at the end.
+        left = torch.cat([kept.flip(1).cumprod(1).flip(1), torch.ones_like(kept[:, :1])], 1)
+        values = torch.einsum("bk,bkd->bd", (moved * left[:, 1:]).to(x), self.values.flatten(2))
+        return _like(left[:, 0], x) * x + values.reshape(x.shape)
+
+
 def policy_of(
-    kind: str, components: int, y: Tensor, x_s: Tensor, s: Tensor, e: Tensor, of_x: Tensor, of_y: Tensor
-) -> Policy:
+    kind: str, components: int, y: Tensor, x_s: Tensor, s: Tensor, e: Tensor, of_x: Tensor, of_y: Tensor,
+    nodes: Tensor | None = None,
+) -> Policy:  # fmt: skip
     """The policy that the output y (B, `wide_channels`, ...) of a pass at x_s (B, C, ...) and angles s (B,) says, to e.
 
-    A network's prediction y says x0 = of_x x_s + of_y y, both (B,); each component's is such a prediction.
+    A network's prediction y says x0 = of_x x_s + of_y y, both (B,); each component's is such a prediction. "heads" are
+    predictions at the angles `nodes` (K + 1,), and of_x and of_y (K,) are those there.
     """
     c = x_s.shape[1]
     means = y[:, : components * c].unflatten(1, (components, c))
+    if kind == "heads":
+        assert nodes is not None, "the heads have no angles"
+        return Heads(x_s, s, e, means, nodes, of_x, of_y)
     values = _like(of_x, means) * x_s[:, None] + _like(of_y, means) * means
     if kind == "nodes":
         return Nodes(x_s, s, e, values)

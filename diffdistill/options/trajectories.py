@@ -14,6 +14,7 @@ from diffdistill.options.groups import (
     LatentAdversarialOptions,
     Options,
     StudentLevel,
+    StudentLevels,
     StudentOptions,
     TeacherGuidance,
 )
@@ -97,3 +98,24 @@ class SegmentOptions(StudentOptions, StudentLevel, TeacherGuidance, ElementDista
     def drawn(self, u: Any) -> Any:
         """The guidance scales for u, uniform in [0, 1)."""
         return self.guidance_scale + self.guidance_spread * (2 * u - 1)
+
+
+@dataclass(frozen=True)
+class ImitationOptions(StudentOptions, StudentLevels, TeacherGuidance, student_lr=1e-4):
+    """A student whose passes say policies, which imitate the teacher where they lead; `student_steps` is to be said."""
+
+    substeps: int = option(32, "the policy's steps from a level to the next", at_least=1)
+    states: int = option(4, "states on the policy's path, at each of which the teacher is asked", at_least=1)
+    window: int = option(
+        1, "steps over which the policy's velocity is averaged; 1: it is that at the state", at_least=1
+    )
+    teacher_share: float = option(
+        0.0, "at the training's beginning, how much of the path is the teacher's", at_least=0, at_most=1
+    )
+    mixing_steps: int = option(2000, "training steps in which the teacher's share falls to none", at_least=1)
+    component_dropout: float = option(0.0, "the share of a policy's components that are left out", at_least=0, below=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.states > self.substeps:
+            raise UserError(f"states: {self.states} is more than the {self.substeps} substeps; give that or fewer")

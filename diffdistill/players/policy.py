@@ -35,8 +35,9 @@ class PolicySettings:
     """What a policy is made of."""
 
     kind: str  #: of `core.policies.KINDS`
-    components: int  #: Gaussians, or nodes
-    substeps: int  #: DDIM steps of the policy to where a pass leads
+    components: int  #: Gaussians, or nodes, or heads
+    substeps: int  #: DDIM steps of the policy to where a pass leads; of heads 1, from one to the next
+    passes: tuple[int, ...] = ()  #: the numbers of passes that a student of heads may take
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ class PolicyPrediction(Prediction):
 
 
 class PolicyDenoiser(Denoiser):
-    """A network whose output is wide, and the student's levels, by which a pass knows where its stretch ends."""
+    """A network whose output is wide, and the student's levels, by which a pass knows where its stretch ends.
+
+    Of heads `angles` are those of all of them, among which the levels are.
+    """
 
     def __init__(self, plain: Denoiser, network: nn.Module, settings: PolicySettings, angles: Tensor):
         super().__init__(
@@ -99,8 +103,19 @@ class PolicyDenoiser(Denoiser):
                 f"policy: the network gives {tuple(said.y.shape)} where {width} channels were made of its last layer"
             )
         of_x, of_y = x0_weights(said.t, said.a, said.b)
-        policy = policy_of(kind, components, said.y, x_t, said.t, self.ends(said.t), of_x, of_y)
+        nodes = None
+        if kind == "heads":
+            nodes = torch.cat([self.angles, torch.zeros(1, dtype=torch.float64)]).to(x_t.device)
+            of_x, of_y = (weight.to(x_t.device) for weight in weights_at(self, self.angles))
+        policy = policy_of(kind, components, said.y, x_t, said.t, self.ends(said.t), of_x, of_y, nodes)
         return PolicyPrediction(x_t, said.t, said.y, said.a, said.b, policy, self.settings.substeps)
+
+
+def weights_at(denoiser: Denoiser, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) and (n,) what x_t and the network's output are multiplied by in x0 at the angles t (n,)."""
+    native = denoiser.schedule.native(t)
+    a, b = denoiser.output.at(native.alpha, native.sigma, denoiser.schedule.data_std)
+    return x0_weights(t, a * denoiser.schedule.data_std, b)
 
 
 POLICIES = "PolicyScheduler"
@@ -121,7 +136,8 @@ def seen_plain(network: Any, config: Mapping[str, Any]) -> Iterator[None]:
 
 def policy_denoiser(plain: Denoiser, config: Mapping[str, Any]) -> PolicyDenoiser:
     """A student as it was exported, by the scheduler's config."""
-    settings = PolicySettings(config["policy"], config["components"], config["substeps"])
+    passes = tuple(config.get("passes") or ())
+    settings = PolicySettings(config["policy"], config["components"], config["substeps"], passes)
     angles = torch.tensor(config["angles"][:-1], dtype=torch.float64)
     return PolicyDenoiser(plain, plain.network, settings, angles)
 
@@ -166,7 +182,7 @@ def widened(layer: Layer, place: Place, settings: PolicySettings) -> Layer:
     """The layer with the channels of a policy; each component begins as what the layer gave, and the rest at zero.
 
     Components are apart by a twentieth of the weights' deviation, from torch's global generator: equal ones would stay
-    equal.
+    equal. Heads have each its own target, and begin as the layer.
     """
     c, k, q = place.channels, settings.components, place.parts
     features = q * wide_channels(settings.kind, k, c)
@@ -182,7 +198,8 @@ def widened(layer: Layer, place: Place, settings: PolicySettings) -> Layer:
 
     made = copy.deepcopy(layer)
     setattr(made, "out_features" if isinstance(layer, nn.Linear) else "out_channels", features)
-    made.weight = nn.Parameter(tiled(weight, 0.05 * trained_like(weight).std()))
+    spread = 0.0 if settings.kind == "heads" else 0.05 * trained_like(weight).std()
+    made.weight = nn.Parameter(tiled(weight, spread))
     made.bias = None if bias is None else nn.Parameter(tiled(bias.detach(), 0.0))
     return made
 

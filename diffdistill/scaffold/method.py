@@ -173,7 +173,7 @@ class Method(ABC):
     """
 
     needs: frozenset[Need] = frozenset()
-    trained_steps = range(0)  #: the numbers of sampling steps that the student may take besides its own
+    trained_steps: Sequence[int] = range(0)  #: the numbers of sampling steps that the student may take besides its own
     sampling_steps: int | None = None  #: of the sampler, where they are not those of the options
     whole: int | None = None  #: the training steps of all stages, of a method that has stages
     shortest: int | None = None  #: the fewest training steps with which the student comes to its teacher
@@ -268,5 +268,6 @@ class Method(ABC):
         if steps in self.trained_steps:
             self.sampling_steps = steps
             return
-        own = len(self.sampler().levels)
-        raise UserError(f"student_steps: this student is trained for {own} steps and no others; leave it out")
+        trained = self.trained_steps or [len(self.sampler().levels)]
+        listed = f"{trained[0]} to {trained[-1]}" if len(trained) > 8 else ", ".join(str(n) for n in trained)
+        raise UserError(f"student_steps: this student is trained for {listed} steps and no others; leave it out")

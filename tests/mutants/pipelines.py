@@ -27,7 +27,9 @@ MUTANTS = {
         ("a scale's input is read", ', "time_cond_proj_dim", None)', ', "nothing", None)'),
     ],
     f"pipelines/policy_scheduler.py | {_E}": [
-        ("policies: the step ends at the first level", "c.angles[k + 1], c.of_x[k]", "c.angles[1], c.of_x[k]"),
+        ("policies: the step ends at the first level", "c.angles[end], c.of_x[k]", "c.angles[1], c.of_x[k]"),
+        ("heads: a step is one head", "end = k + self._stride", "end = k + 1"),
+        ("heads: a step is found among all heads", "argmin()) * self._stride", "argmin())"),
         ("policies: the sample is of unit variance", "x = x / c.sizes[k]", "x = x / 1.0"),
         ("policies: one substep", "policy.roll(x, s, e, c.substeps)", "policy.roll(x, s, e, 1)"),
         ("policies: tokens are channels", "(part.unflatten(2, (-1, n)).movedim(2, 1)",
@@ -50,8 +52,7 @@ MUTANTS = {
         ("comfyui: the card is not told", ", layout=saving.layout", ""),
     ],
     f"pipelines/schedulers.py | {_E}": [
-        ("policies: another output", "x0_weights(t, a * schedule.data_std, b)",
-         "x0_weights(t, a, b)"),
+        ("heads: their number is that of the levels", "student.angles.cpu() if heads else", "student.angles if 0 else"),
         ("policies: samples of unit variance", "[*sizes.tolist(), schedule.data_std]", "[*sizes.tolist(), 1.0]"),
         ("policies: the input is the sample", "(native.scale / sizes).tolist()", "[1.0] * len(sizes)"),
         ("policies: the noise is that of the angle", "schedule.init_scale(float(t[0])) * float(sizes[0])", "1.0"),

@@ -2,6 +2,7 @@
 
 _W = "tests/methods/test_wiring_twin_flow.py"
 _P = "tests/methods/test_wiring_pi_flow.py"
+_D = "tests/methods/test_wiring_pdd.py"
 _S, _F = "tests/methods/test_wiring_segments.py", "tests/methods/test_wiring_following.py"
 
 MUTANTS = {
@@ -174,6 +175,10 @@ MUTANTS = {
         ("any steps add noise", 'Renoise() if self.config.sampling == "few" else DDIM()', "Renoise()"),
     ],
     f"methods/pi_flow.py | {_P}": [
+        ("Gaussians are kept", "or not self.config.component_dropout:", "or True:"),
+        ("the dropped policy leads nowhere", "-1e9", "0.0"),
+    ],
+    f"diffdistill/scaffold/policies.py | {_P}": [
         (
             "the teacher is not guided",
             "guided(frozen(teacher.denoiser), config.guidance_scale)",
@@ -191,9 +196,8 @@ MUTANTS = {
         ("a window of one", "range(self.config.window - 1)", "range(0)"),
         ("the window goes beyond the end", "torch.maximum(t - step, policy.e + step)", "t - step"),
         ("the window's sum is no mean", "total / self.config.window", "total"),
-        ("Gaussians are kept", "u < self.config.component_dropout", "u < 0"),
-        ("all Gaussians may go", "& (u < u.max(1, keepdim=True).values)", ""),
-        ("the dropped policy leads nowhere", "-1e9", "0.0"),
+        ("components are kept", "u < self.config.component_dropout", "u < 0"),
+        ("all components may go", "& (u < u.max(1, keepdim=True).values)", ""),
         ("the teacher is asked below its times", ".clamp(min=self.schedule.t_min)", ""),
     ],
     f"diffdistill/core/policies.py | {_P}": [
@@ -297,6 +301,41 @@ MUTANTS = {
         ),
         ("epsilon is v", 'if self.config.loss == "epsilon":', "if False:"),
         ("velocity is v", 'if self.config.loss == "velocity":', "if False:"),
+    ],
+    f"methods/pdd.py | {_D}": [
+        ("the first level is ignored", "config.intervals, config.student_level, option", "config.intervals, option"),
+        (
+            "more passes are not trained",
+            "passes = c.passes[drawn_level(len(c.passes), batch,",
+            "passes = c.passes[0 * drawn_level(len(c.passes), batch,",
+        ),
+        ("another stream of passes", '"student/passes"', '"student/level"'),
+        ("the other number of passes leads there", "self.in_passes(passes), k, batch)", "self.sampler(), k, batch)"),
+        ("another stream of heads", '"student/head"', '"student/t"'),
+        ("all heads are the first", "((i + u) * block / states)", "(u * block / states)"),
+        ("heads of the first pass", "head = k * block + (", "head = ("),
+        ("some heads are asked in place of all", "min(c.states or block, block)", "min(c.states or 1, block)"),
+        ("states of the noise", "            here = t\n", ""),
+        ("one step for several", "        if n == 1:", "        if n >= 1:"),
+        ("the last step for several", "end = ddim_step(self.teacher, end,", "end = ddim_step(self.teacher, x,"),
+        (
+            "sampled in the first number of passes",
+            "self.sampling_steps or self.config.student_steps",
+            "self.config.student_steps",
+        ),
+    ],
+    f"diffdistill/core/policies.py | {_D}": [
+        ("heads: all lead to the end", "& (parts < self._at(r)[:, None])", ""),
+        ("heads: all lead from the beginning", "(self._at(t)[:, None] <= parts) &", ""),
+        ("heads: what is left is that before", "moved * left[:, 1:]", "moved * left[:, :-1]"),
+        ("heads: x0 by the first weight", "_like(self.of_x[k], x) * x", "_like(self.of_x[0 * k], x) * x"),
+    ],
+    f"diffdistill/players/policy.py | {_D}": [
+        (
+            "heads: weights of the first",
+            "for weight in weights_at(self, self.angles))",
+            "for weight in weights_at(self, 0 * self.angles + self.angles[0]))",
+        ),
     ],
     f"methods/scott.py | {_F}": [
         ("no slow target", "slow_target=True", "slow_target=False"),

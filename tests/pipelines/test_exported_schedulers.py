@@ -258,6 +258,29 @@ def test_a_student_of_policies_at_any_levels(kind: str, policy: str) -> None:
 
 
 @pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize("steps", [2, 1, 4])
+@pytest.mark.parametrize("kind", [*TEACHERS, "latent flow"])
+def test_a_student_of_heads_in_any_number_of_passes(kind: str, steps: int) -> None:
+    """By one scheduler, whatever the number of passes that the student was saved with."""
+    teacher = teacher_of("flow" if kind == "latent flow" else kind)
+    if kind == "latent flow":
+        teacher.denoiser.schedule = LinearFlow(3.0, starts_at_one=True)
+    levels = student_levels(teacher.denoiser.schedule, 4)
+    angles = teacher.denoiser.schedule.angle(levels)
+    student = policy_player(teacher.player("student"), PolicySettings("heads", 4, 1, (2, 1, 4)), SHAPE[0], angles)
+    scatter(student, len(kind))
+    scheduler = student_scheduler(teacher, Sampler(student, levels.tolist()[::2], STEPS["ddim"]))
+    assert scheduler.config["passes"] == [2, 1, 4]
+    sampler, alone = Sampler(student, levels.tolist()[:: 4 // steps], STEPS["ddim"]), replace(teacher, denoiser=student)
+    z = torch.randn(N, *SHAPE, generator=draw(steps, "z"))
+    assert same(trained(sampler, z, 0), stock(scheduler, alone, z, steps, 0)) > 0.5
+    y, x = torch.randn(2, 4 * SHAPE[0], 4, 6), torch.randn(2, SHAPE[0], 4, 6)
+    plain = scheduler.step(y, scheduler.timesteps[0], x)[0]
+    packed = scheduler.step(PATCHES.pack(y), scheduler.timesteps[0], PATCHES.pack(x))[0]
+    assert torch.allclose(PATCHES.unpack(packed, x.shape[1:]), plain, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_double")
 @pytest.mark.parametrize("steps", [2, 3, 4])
 @pytest.mark.parametrize("kind", ["ddpm", "ddpm v"])
 def test_even_steps_begin_inside_the_chain(kind: str, steps: int) -> None:

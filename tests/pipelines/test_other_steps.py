@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from diffdistill import distill, export
 from tests.players.conftest import encoded
-from tests.players.test_player_kinds import OTHERS, options_for
+from tests.players.every_method import OTHERS
+from tests.players.test_player_kinds import options_for
 from tests.stranger import stranger
 
 __all__ = ["encoded"]

@@ -76,7 +76,10 @@ def unread(player: torch.nn.Module, y: torch.Tensor) -> set[str]:
 
 
 # Channels of a convolution, features of patches, and tokens that the pipeline packs.
-EXPORTED = [("sd_v", "full", "mixture"), ("sd3", "lora", "mixture"), ("qwen_image", "full", "nodes")]
+EXPORTED = [
+    ("sd_v", "full", "mixture"), ("sd3", "lora", "mixture"), ("qwen_image", "full", "nodes"),
+    ("flux", "lora", "heads"),
+]  # fmt: skip
 
 
 def test_stock_diffusers_draws_the_students_images_by_the_folders_scheduler(
@@ -87,12 +90,14 @@ def test_stock_diffusers_draws_the_students_images_by_the_folders_scheduler(
         tiny, "STRANGER", tiny.STRANGER.replace('from_pretrained(job["base"] or job["student"])', trusting)
     )
     jobs, expected = [], []
-    shared = {"method": "pi_flow", "batch_size": 2, "steps": 2, "sample_every": 0, "device": "cpu", "substeps": 4}
+    shared = {"batch_size": 2, "steps": 2, "sample_every": 0, "device": "cpu"}
     for name, kind, policy in EXPORTED:
         folder, prompts = encoded(name)
         options = shared | {"lora": "student", "lora_rank": 2, "lora_alpha": 6.0, "student_lr": 0.1}
         options = options if kind == "lora" else shared | {"student_lr": 1e-2}
-        own = {"policy": policy, "components": 3, "student_steps": 2, "states": 2}
+        own = {"method": "pi_flow", "policy": policy, "components": 3, "substeps": 4}
+        own = {"method": "pdd", "intervals": 4} if policy == "heads" else own
+        own |= {"student_steps": 2, "states": 2}
         run = tmp_path / name
         student = distill(
             **options, **own, teacher=str(folder), prompts=str(prompts), resolution=SIZES[name], out=str(run)
