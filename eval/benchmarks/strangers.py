@@ -37,6 +37,7 @@ from diffusers import (
 from torch import Tensor
 
 from diffdistill.data.images import open_data
+from diffdistill.data.progress import slow, speaking
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.eval.choice import held_out
@@ -133,17 +134,19 @@ def make_teacher(kind: str, settings: Settings) -> Path:
     average = copy.deepcopy(network).eval()
     network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
-    for step in range(settings.teacher_steps):
-        done = step / settings.teacher_steps
-        warm, cool = min(1, (step + 1) / 100), max(0.02, (1 + math.cos(math.pi * done)) / 2)
-        optimizer.param_groups[0]["lr"] = 1e-3 * warm * cool
-        x = data.get(torch.randint(len(data), (64,))).images
-        optimizer.zero_grad()
-        loss(network, x).backward()
-        optimizer.step()
-        with torch.no_grad():
-            decay = min(0.999, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    steps = settings.teacher_steps
+    with speaking(f"the {kind} teacher"):
+        for step in slow(range(steps), steps, "step"):
+            done = step / steps
+            warm, cool = min(1, (step + 1) / 100), max(0.02, (1 + math.cos(math.pi * done)) / 2)
+            optimizer.param_groups[0]["lr"] = 1e-3 * warm * cool
+            x = data.get(torch.randint(len(data), (64,))).images
+            optimizer.zero_grad()
+            loss(network, x).backward()
+            optimizer.step()
+            with torch.no_grad():
+                decay = min(0.999, (1 + step) / (10 + step))
+                torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder, "model_index.json") as partial:
         pipeline(average, scheduler).save_pretrained(partial)
@@ -198,16 +201,16 @@ def fitting_steps(options: Sequence[str], seconds: float, settings: Settings) ->
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         short = ["--steps", str(MEASURED), "--log-every", "2", "--sample-every", "0", "--out", str(run)]
-        _run(["train", *options, *short], settings)
+        _run(["train", *options, *short], settings, silent=True)
         taken = [float(values["seconds_per_step"]) for _, values in metrics_lines(run / "metrics.jsonl")]
     return max(1, int(MARGIN * seconds / statistics.median(taken[1:])))
 
 
-def _run(arguments: Sequence[str], settings: Settings) -> float:
-    """Seconds of a command of diffdistill in a process of its own; UserError where it fails."""
+def _run(arguments: Sequence[str], settings: Settings, silent: bool = False) -> float:
+    """Seconds of a command of diffdistill in a process of its own, which says where it is; UserError where it fails."""
     command = [sys.executable, "-m", "diffdistill", *arguments, "--threads", str(settings.threads)]
-    started = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    started, said = time.perf_counter(), subprocess.DEVNULL if silent else None
+    done = subprocess.run(command, stdout=said, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UserError(f"strangers: {' '.join(arguments[:3])} failed ({last})")
