@@ -20,6 +20,11 @@ GAP = 4  # pixels between tiles
 MARGIN = 16  # pixels around a labelled picture
 
 
+def opaque(images: Tensor) -> Tensor:
+    """Images (B, 4, ...) in [0, 1], whose last channel is how opaque they are, on white; (B, 3, ...) as they are."""
+    return images if images.shape[1] < 4 else images[:, :3] * images[:, 3:] + 1 - images[:, 3:]
+
+
 def image_grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
     """All images in rows of `columns`, each pixel drawn as `scale` x `scale`, no outer margin.
 

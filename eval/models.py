@@ -49,6 +49,7 @@ from diffdistill.families import (
 )
 from diffdistill.families._folders import boundary_of
 from diffdistill.families._parts import LORA, both_sides, one_side, part_config
+from diffdistill.pictures import opaque
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
@@ -412,7 +413,7 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
             output = pipeline(**inputs, **with_negatives(call, len(indices)), generator=generators, output_type="np")
         if not hasattr(output, "images"):
             raise UserError(f"eval: {name} makes videos, and the protocols are of images")
-        drawn = torch.as_tensor(output.images).float().permute(0, 3, 1, 2)
+        drawn = opaque(torch.as_tensor(output.images).float().permute(0, 3, 1, 2))
         refuse_non_finite(drawn, name)
         return rounded(drawn) if sampling.eight_bit else 2 * drawn - 1
 

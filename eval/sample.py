@@ -33,7 +33,7 @@ from diffdistill.families import (
     schedule_of,
 )
 from diffdistill.options import Size
-from diffdistill.pictures import image_grid, save_png
+from diffdistill.pictures import image_grid, opaque, save_png
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
@@ -176,7 +176,7 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
         if picture.ndim == 5:
             videos.append(2 * picture - 1)
             picture = picture[:, 0]
-        images.append(2 * (picture if text else picture.permute(0, 3, 1, 2)) - 1)
+        images.append(2 * opaque(picture if text else picture.permute(0, 3, 1, 2)) - 1)
     return Samples(torch.cat(images), columns, videos=torch.cat(videos) if videos else None)
 
 
@@ -265,10 +265,11 @@ def decoded(pipeline: Any, family: Family, latents: Tensor, call: dict[str, Any]
 
 def _side(pipeline: Any, call: dict[str, Any], name: str) -> int:
     """Height or width in pixels of a pipeline's call, its own where the call does not say it."""
-    usual = inspect.signature(pipeline.__call__).parameters[name].default
-    if isinstance(usual, int):
-        return int(call.get(name, usual))
-    return int(call.get(name, pipeline.default_sample_size * pipeline.vae_scale_factor))
+    if name in call:
+        return int(call[name])
+    usual = {key: each.default for key, each in inspect.signature(pipeline.__call__).parameters.items()}
+    own = usual[name] or usual.get("output_resolution")
+    return int(own or pipeline.default_sample_size * pipeline.vae_scale_factor)
 
 
 def _labels(teacher: Teacher, count: int, classes: Sequence[int]) -> Tensor | None:

@@ -4,18 +4,30 @@ from collections.abc import Callable
 
 import torch
 from diffusers import (
+    AutoencoderKLQwenImage21,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImageEditPipeline,
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
     WanImageToVideoPipeline,
 )
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, Qwen2VLImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
-from tests.tiny_a import STABLE_DIFFUSION_BETAS, UNET, clip_config, clip_tokenizer, ddim, noise_unet, vae
-from tests.tiny_b import flux, qwen_parts, qwen_tokenizer, wan_parts
-from tests.tiny_processor import IMAGE, make
+from tests.tiny_a import STABLE_DIFFUSION_BETAS, UNET, clip_config, clip_tokenizer, ddim, denoiser, noise_unet, vae
+from tests.tiny_b import VISION, flux, qwen_config, qwen_parts, qwen_tokenizer, wan_parts
+from tests.tiny_processor import IMAGE, make, make_of_texts
 
 
 def flux_kontext(seed: int = 0) -> FluxKontextPipeline:
@@ -60,6 +72,39 @@ def qwen_image_edit(seed: int = 0) -> QwenImageEditPipeline:
     return QwenImageEditPipeline(**parts, processor=make(reader, tokenizer))
 
 
+def qwen_image21(seed: int = 0) -> QwenImage21Pipeline:
+    """A latent pixel is 16 by 16 pixels, which the pipeline takes for granted."""
+    torch.manual_seed(seed)
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={**qwen_config(), "vocab_size": len(tokenizer), "head_dim": 16, "rope_parameters": rope},
+        vision_config={**VISION, "deepstack_visual_indexes": [0]},
+    )
+    moments = {"latents_mean": [0.1 * k for k in range(16)], "latents_std": [1 + 0.1 * k for k in range(16)]}
+    autoencoder = AutoencoderKLQwenImage21(
+        base_dim=4, decoder_base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1, **moments
+    )
+    return QwenImage21Pipeline(
+        transformer=denoiser(transformer, seed),
+        vae=autoencoder.eval(),
+        text_encoder=Qwen3VLForConditionalGeneration(config).eval(),
+        processor=make_of_texts(tokenizer),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        sample_sigmas=[1.0, 0.9, 0.5],
+    )
+
+
 def wan_i2v(seed: int = 0, inside: bool = False, boundary: float | None = None) -> WanImageToVideoPipeline:
     """As Wan 2.1; without an image encoder as Wan 2.2 TI2V, with the image `inside`, or A14B, with a `boundary`."""
     torch.manual_seed(seed)
@@ -79,7 +124,8 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux_kontext": flux_kontext,
     "instruct_pix2pix": instruct_pix2pix,
     "qwen_image_edit": qwen_image_edit,
+    "qwen_image21": qwen_image21,
     "wan_i2v": wan_i2v,
 }
 # In pixels, of an image whose latents are 8x8.
-SIZES = {"flux_kontext": 16, "instruct_pix2pix": 16, "qwen_image_edit": 16, "wan_i2v": 32}
+SIZES = {"qwen_image21": 64, "flux_kontext": 16, "instruct_pix2pix": 16, "qwen_image_edit": 16, "wan_i2v": 32}

@@ -13,6 +13,7 @@ from transformers import Qwen2Tokenizer
 from transformers.processing_utils import ProcessorMixin
 
 IMAGE = "<|image_pad|>"
+CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[0].text }}<|im_end|>\n{% endfor %}"
 
 
 class Processor(ProcessorMixin):
@@ -39,6 +40,37 @@ class Processor(ProcessorMixin):
         return cls(reader, Qwen2Tokenizer.from_pretrained(folder))
 
 
+class TextProcessor(ProcessorMixin):
+    """Of texts alone, as Qwen3VLProcessor where there is no image."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any):
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+
+    def __call__(self, **settings: Any) -> Any:
+        return self.tokenizer(**settings)
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **settings: Any) -> Any:
+        texts = [{"role": each["role"], "content": each["content"][0]["text"]} for each in conversation]
+        return [self.tokenizer.apply_chat_template(texts, **settings)]
+
+    def save_pretrained(self, folder: Any, **settings: Any) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, **settings: Any) -> "TextProcessor":
+        return cls(None, Qwen2Tokenizer.from_pretrained(folder))
+
+
+def make_of_texts(tokenizer: Any) -> Any:
+    """Qwen3VLProcessor, or ours in its place."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return transformers.Qwen3VLProcessor(
+            transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen3VLVideoProcessor(), CHAT_TEMPLATE
+        )
+    stand_in()
+    return TextProcessor(None, tokenizer)
+
+
 def make(image_processor: Any, tokenizer: Any) -> Any:
     """The processor of transformers where it can be made, else ours under its name."""
     if importlib.util.find_spec("torchvision") is not None:
@@ -53,6 +85,9 @@ def stand_in() -> None:
         Processor.__name__ = Processor.__qualname__ = "Qwen2VLProcessor"
         Processor.__module__ = "transformers.models.qwen2_vl.processing_qwen2_vl"
         transformers.Qwen2VLProcessor = Processor
+        TextProcessor.__name__ = TextProcessor.__qualname__ = "Qwen3VLProcessor"
+        TextProcessor.__module__ = "transformers.models.qwen3_vl.processing_qwen3_vl"
+        transformers.Qwen3VLProcessor = TextProcessor
     pipeline_qwenimage_edit.calculate_dimensions = small
 
 

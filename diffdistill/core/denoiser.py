@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffdistill.core.experts import by_expert, experts_of
 from diffdistill.core.prediction import Output, Prediction, expand
+from diffdistill.core.rows import by_length
 from diffdistill.core.schedule import Schedule
 
 Cond = dict[str, Tensor]
@@ -94,7 +95,8 @@ class Denoiser(nn.Module):
     null conditions of classifier-free guidance; `extra_call` is there where the network takes a second input (`Extra`),
     and is used in place of `call`; `feature_layer` names the sub-module whose output a
     discriminator reads, `feature_map(output, x_t, cond)` makes a map (B, C, h, w) of it where it is none.
-    `rescale(guided, conditional)` is what the family's pipeline does to a guided output. All are optional.
+    `rescale(guided, conditional)` is what the family's pipeline does to a guided output; `lengths(cond)` (B,) are those
+    of the prompts, of a network that takes prompts of one length in a call. All are optional.
 
     Of a network that is two, each for a part of the noise (`Experts`), every sample goes to the one for its time, which
     then is read from the device.
@@ -114,6 +116,7 @@ class Denoiser(nn.Module):
         feature_layer: str | None = None,
         feature_map: FeatureMap | None = None,
         rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
+        lengths: Callable[[Cond], Tensor] | None = None,
     ):
         super().__init__()
         self.network = network
@@ -125,6 +128,7 @@ class Denoiser(nn.Module):
         self.feature_layer = feature_layer
         self.feature_map = feature_map
         self.rescale = rescale
+        self.lengths = lengths
         self.default_scale: float | None = None  # of a network whose stock pipeline passes it the guidance scale
         self.second_scale: float | None = None  # of guidance for the second of two networks; None: as for the first
         self._half: dict[torch.dtype, torch.dtype | None] = {}  # by the type of the first weight
@@ -141,6 +145,7 @@ class Denoiser(nn.Module):
             feature_layer=feature_layer,
             feature_map=self.feature_map,
             rescale=self.rescale,
+            lengths=self.lengths,
         )
         twin.default_scale = self.default_scale
         return twin.train(self.training)
@@ -161,7 +166,20 @@ class Denoiser(nn.Module):
         def share(rows: Tensor | None) -> list[Tensor]:
             return [self._call(*_rows(rows, x, time, cond), extra.of(rows))]
 
-        return by_expert(self.network, time, share)[0]
+        return self._in_shares(time, cond, share)[0]
+
+    def _in_shares(self, time: Tensor, cond: Cond, compute: Callable[[Tensor | None], list[Tensor]]) -> list[Tensor]:
+        """What `compute` gives of the rows that it is told, each by the network for its time, and of one length."""
+        if self.lengths is None:
+            return by_expert(self.network, time, compute)
+        lengths = self.lengths(cond)
+
+        def of_expert(rows: Tensor | None) -> list[Tensor]:
+            if rows is None:
+                return by_length(lengths, compute)
+            return by_length(lengths[rows], lambda some: compute(rows if some is None else rows[some]))
+
+        return by_expert(self.network, time, of_expert)
 
     def _call(self, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
         if self.extra_call is not None:
@@ -193,13 +211,13 @@ class Denoiser(nn.Module):
 
     def features_of(self, layers: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
         """The same of several layers, which are named in the order in which they are computed."""
-        if experts_of(self.network) is None:
+        if experts_of(self.network) is None and self.lengths is None:
             return self._features_of(layers, x_t, t, cond)
 
         def share(rows: Tensor | None) -> list[Tensor]:
             return self._features_of(layers, *_rows(rows, x_t, t, cond))
 
-        return by_expert(self.network, self._time(x_t, t), share)
+        return self._in_shares(self._time(x_t, t), cond, share)
 
     def _time(self, x_t: Tensor, t: Tensor) -> Tensor:
         return _wide(self.schedule.native(t.clamp(self.schedule.t_min, self.schedule.t_max)).time, x_t)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from diffdistill.core.rows import joined
 
 
 class Experts(nn.Module):
@@ -102,7 +103,4 @@ def by_expert(network: nn.Module, time: Tensor, compute: Callable[[Tensor | None
     for name, rows in shares:
         with experts.only(name):
             outputs.append(compute(None if len(rows) == len(time) else rows))
-    if len(outputs) == 1:
-        return outputs[0]
-    order = torch.cat([rows for _, rows in shares]).argsort()
-    return [torch.cat(parts)[order] for parts in zip(*outputs, strict=True)]
+    return joined(outputs, [rows for _, rows in shares])

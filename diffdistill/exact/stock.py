@@ -31,6 +31,7 @@ from diffdistill.families import (
 from diffdistill.families._family import OWN_NULL, stock_noise
 from diffdistill.families._parts import Config
 from diffdistill.options import Size
+from diffdistill.pictures import opaque
 from diffdistill.players.teacher import Teacher
 
 LIMIT = 1e-4
@@ -185,7 +186,8 @@ def stock(case: Case, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
             outputs.append(case.pipe(**settings, generator=torch.Generator().manual_seed(1), output_type="latent")[0])
     finally:
         del scheduler.step
-    images = torch.as_tensor(result[0]) * 2 - 1
+    images = torch.as_tensor(result[0])
+    images = opaque(images.movedim(-1, 1)).movedim(1, -1) * 2 - 1
     x = outputs[-1][:1].float()
     packing = case.family.packing
     packed = packing is not None and x.ndim == packing.dims

@@ -161,6 +161,7 @@ class Family:
     steer: Callable[[Any, float], None] | None = None
     #: What files of a student's folder have otherwise than its teacher's, by their paths.
     settings: Mapping[str, Config] = field(default_factory=dict)
+    built_with: tuple[str, ...] = ()  #: parts without which its pipeline cannot be made, whatever is left out
     packing: Packing | None = None  #: how the stock pipeline lays its latents out, where that is not the sample's shape
     flow_grid: str = "own"  #: "given": the pipeline hands its flow scheduler 1, .., 1/n; "own": it takes its own row
     stock_guidance: str = "u + g (c - u)"  #: for the table
@@ -360,9 +361,16 @@ def latent_teacher(
     feature_layer: str | None = None,
     feature_map: FeatureMap | None = None,
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
+    lengths: Callable[[Cond], Tensor] | None = None,
 ) -> Teacher:
     """The teacher of a latent family; the null condition of one of text comes with its prompts (`with_null`)."""
     denoiser = Denoiser(
-        network, *schedule, call=call, feature_layer=feature_layer, feature_map=feature_map, rescale=rescale
+        network,
+        *schedule,
+        call=call,
+        feature_layer=feature_layer,
+        feature_map=feature_map,
+        rescale=rescale,
+        lengths=lengths,
     )
     return Teacher(denoiser, shape, num_classes, family, "", source.scheduler)

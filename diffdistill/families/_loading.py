@@ -193,7 +193,7 @@ def load_pipeline(
     for name in _named(folder, family, kind, index):
         if (
             name in leave_out
-            or (only is not None and name not in only)
+            or (only is not None and name not in (*only, *family.built_with))
             or (name not in (*family.needed_parts, *family.networks) and name in kind._optional_components)
         ):
             parts[name] = None

@@ -49,7 +49,6 @@ NOT_YET = (
         ("HiDreamImagePipeline",),
         "its folder lacks text_encoder_4, Llama 3.1, which its pipeline must be given beside the folder",
     ),
-    Missing("Qwen-Image 2.1", ("QwenImage21Pipeline",), "nothing stands in the way; its file is not written yet"),
     Missing("Z-Image Omni", ("ZImageOmniPipeline",), "a prompt may have several images, and a row of data has one"),
 )
 """In the order in which `diffdistill families` says them."""

@@ -78,6 +78,7 @@ class PolicyDenoiser(Denoiser):
         super().__init__(
             network, plain.schedule, plain.output, call=plain.call, extra_call=plain.extra_call, null=plain.null,
             feature_layer=plain.feature_layer, feature_map=plain.feature_map, rescale=plain.rescale,
+            lengths=plain.lengths,
         )  # fmt: skip
         self.default_scale = plain.default_scale
         self.settings = settings

@@ -34,6 +34,11 @@ def shard(modules: Iterable[nn.Module], device: torch.device, blocks: frozenset[
             "launcher: FSDP does not divide a network that is two, of which each process calls those for its times; "
             "leave it out, and use LoRA or --offload"
         )
+    if any(isinstance(part, Denoiser) and part.lengths is not None for part in parts):
+        raise UserError(
+            "launcher: FSDP does not divide a network that is called once for each length of prompt, of which each "
+            "process has its own; leave it out, and use LoRA or --offload"
+        )
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in parts:
         if isinstance(part, Denoiser):

@@ -17,7 +17,7 @@ from tests.families.test_families import LATENT
 made = test_families.made
 
 TOLD = ("stable_diffusion", "sdxl", "instruct_pix2pix")  # have an input of their own for it (test_player_kinds)
-NONE = ("chroma", "krea2")  # have no layer that it could be added to
+NONE = ("chroma", "krea2", "qwen_image21")  # have no layer that it could be added to
 SCALES = torch.tensor([2.0, 5.0])
 
 

@@ -244,10 +244,23 @@ MUTANTS = {
         ("levels come twice", "any(a <= b for", "any(a < b for"),
         ("levels do not say the steps", "object.__setattr__(self, name, value)", "pass"),
     ],
+    "diffdistill/core/rows.py | tests/core/test_rows.py": [
+        ("samples come back in the order of their lengths", "torch.cat(list(rows)).argsort()", "torch.cat(list(rows))"),
+        ("prompts of all lengths go in one call", "if len(kinds) == 1:", "if True:"),
+    ],
+    "diffdistill/core/denoiser.py | tests/core/test_rows.py": [
+        ("of two networks lengths are the batch's", "compute(rows if some is None else rows[some])", "compute(some)"),
+        ("a discriminator's prompts go in one call", "is None and self.lengths is None:", "is None:"),
+        ("another network's prompts go in one call", "            lengths=self.lengths,\n", ""),
+    ],
     f"diffdistill/core/experts.py | {_N}": [
         ("the boundary is the second network's", "time.detach() >= self.boundary", "time.detach() > self.boundary"),
         ("the networks are exchanged", "(first, ~first)", "(~first, first)"),
-        ("samples come back in another order", "for _, rows in shares]).argsort()", "for _, rows in shares])"),
+        (
+            "samples come back in another order",
+            "[rows for _, rows in shares])",
+            "[rows for _, rows in reversed(shares)])",
+        ),
         ("a discriminator reads the first network", 'f"{self.chosen}.{name', 'f"{self.names[0]}.{name'),
         ("the second network always goes along", "any(time < experts.boundary for time in times)", "True"),
         ("the second network never goes along", "any(time < experts.boundary for time in times)", "False"),
