@@ -13,6 +13,7 @@ from diffdistill import distill, sample
 from diffdistill.errors import UserError
 from diffdistill.eval.ladder import ladder_models
 from diffdistill.eval.models import SamplingOptions, open_model
+from diffdistill.eval.sample import SampleRequest, draw_samples
 from diffdistill.families import load_pipeline
 from diffdistill.rng import image_generators
 from tests.players.tiny import BUILDERS, SIZES, draw_small
@@ -137,3 +138,17 @@ def test_sana_is_drawn_without_its_default_instruction(saved: Callable[[str], Pa
         assert torch.allclose(drawn, expected, atol=1e-5)
         options = SamplingOptions(steps=chosen, eight_bit=False, strict=model == student)  # as eval, and as compare
         assert torch.allclose(open_model(model, options).draw([0], 0, None, [WORDS]), expected, atol=1e-5)
+
+
+def test_images_with_transparency_are_seen_on_white(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """By `sample` and by the judge, as by whoever opens the pipeline's own picture."""
+    folder = saved("qwen_image21")
+    pipeline = load_pipeline(folder)
+    call = {"sigmas": [1.0, 0.5], "height": 64, "width": 64, "output_type": "np"}
+    picture = pipeline(WORDS, generator=image_generators(0, [0]), **call).images[0]
+    assert picture.shape == (64, 64, 4) and picture[..., 3].min() < 0.9
+    expected = torch.tensor(picture[..., :3] * picture[..., 3:] + 1 - picture[..., 3:]).permute(2, 0, 1)[None]
+    drawn = draw_samples(folder, SampleRequest(prompts=[WORDS], count=1, steps=2, resolution=64)).images
+    assert drawn.shape == expected.shape and (drawn - (2 * expected - 1)).abs().max() < 1e-4
+    judged = open_model(folder, SamplingOptions(steps=2, eight_bit=False)).draw([0], 0, None, [WORDS])
+    assert judged.shape == expected.shape and (judged - (2 * expected - 1)).abs().max() < 1e-4

@@ -244,6 +244,9 @@ MUTANTS = {
         ("levels come twice", "any(a <= b for", "any(a < b for"),
         ("levels do not say the steps", "object.__setattr__(self, name, value)", "pass"),
     ],
+    "diffdistill/families/qwen_image21.py | tests/eval/test_negative_prompts.py": [
+        ("a folder's own sigmas are the steps", '"true_cfg_scale": 1.0, "sigmas": sigmas}', '"true_cfg_scale": 1.0}'),
+    ],
     "diffdistill/core/rows.py | tests/core/test_rows.py": [
         ("samples come back in the order of their lengths", "torch.cat(list(rows)).argsort()", "torch.cat(list(rows))"),
         ("prompts of all lengths go in one call", "if len(kinds) == 1:", "if True:"),

@@ -1,6 +1,5 @@
 """`--teacher-bits`: a frozen base of few bits under players that learn, and a student on the teacher's own weights."""
 
-import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from diffdistill.families import FAMILIES
 from diffdistill.players.lora import merged
 from diffdistill.players.quantized import quantizable, quantize, saved
 from diffdistill.training.assemble import load_run
-from tests.players.test_offload import LIKE_OTHERS, logged
+from tests.players.test_offload import logged, shared_out
 from tests.players.test_player_kinds import options_for
 from tests.training.test_trainer import same
 
@@ -53,12 +52,7 @@ def test_layers_of_few_bits_give_nearly_the_same_with_a_gradient_and_take_less(b
     assert not quantizable(network)
 
 
-PAIRS = [pair for pair in zip(LATENT, itertools.cycle([4, 8]), strict=False) if pair[0] not in LIKE_OTHERS]
-# Those that tests/players/test_offload.py leaves to `make test-whole`.
-SOME = [pytest.param(*pair, marks=pytest.mark.whole if k % 4 < 2 else ()) for k, pair in enumerate(PAIRS)]
-
-
-@pytest.mark.parametrize(("name", "bits"), SOME)
+@pytest.mark.parametrize(("name", "bits"), shared_out([4, 8], 1))
 def test_a_lora_student_learns_on_it_and_is_merged_into_the_teachers_own_weights(
     name: str, bits: Any, encoded: Encoded, tmp_path: Path
 ) -> None:

@@ -65,7 +65,8 @@ def draw_small(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in (getattr(diffusers, f"{name}Pipeline") for name in kinds):
         small = property(lambda pipeline: 8, lambda pipeline, value: None)
         monkeypatch.setattr(kind, "default_sample_size", small, raising=False)
-    for name, kind in (("sana", diffusers.SanaPipeline), ("krea2", diffusers.Krea2Pipeline)):
+    large = {"sana": "SanaPipeline", "krea2": "Krea2Pipeline", "qwen_image21": "QwenImage21Pipeline"}
+    for name, kind in ((name, getattr(diffusers, pipeline)) for name, pipeline in large.items()):
         call: Any = inspect.unwrap(kind.__call__)
         monkeypatch.setattr(call, "__defaults__", tuple(SIZES[name] if v == 1024 else v for v in call.__defaults__))
 
