@@ -51,7 +51,7 @@ def test_the_teachers_are_stock_pipelines(tmp_path: Path) -> None:
 
 
 def test_steps_fit_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(arguments: list[str], settings: strangers.Settings) -> float:
+    def run(arguments: list[str], settings: strangers.Settings, silent: bool = False) -> float:
         folder = Path(arguments[arguments.index("--out") + 1])
         folder.mkdir(parents=True)
         lines = [{"step": 2, "seconds_per_step": 9.0}, *({"step": i, "seconds_per_step": 0.5} for i in (4, 6, 8))]
