@@ -14,7 +14,7 @@ with x_t constant, so that the policy learns to come back from where its own err
 x_t too. For data that are such a mixture that is exact, at every x. "nodes" (their DX): K values of x0 on the way,
 linear between them.
 
-ArcFlow (arXiv:2602.09014) is the same loop with another policy, of momenta, which is not there.
+`arc_flow` is the same loop with another policy, of momenta.
 
 Read in the authors' code. Deviations:
 - States and small steps are evenly spaced in the angle, each state in a part of its own; theirs in the unshifted time.
@@ -27,19 +27,18 @@ Read in the authors' code. Deviations:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.losses import per_sample_mean
-from diffdistill.core.policies import Mixture, Policy
+from diffdistill.core.policies import Policy
 from diffdistill.core.prediction import Prediction
 from diffdistill.errors import UserError
 from diffdistill.options import ImitationOptions, option
 from diffdistill.players.policy import PolicySettings
-from diffdistill.scaffold.method import Batch
 from diffdistill.scaffold.policies import ImitationMethod
 
 ABOUT = About(
@@ -54,7 +53,7 @@ ABOUT = About(
             "PiFlow.error, scaffold.policies.ImitationMethod.student_turn, scaffold.policies.ImitationMethod.velocity"
         ),
         "mixing with the teacher's path": "scaffold.policies.ImitationMethod.share",
-        "dropout of components": "PiFlow.dropped",
+        "dropout of components": "scaffold.policies.ImitationMethod.dropped",
         "sampling": "scaffold.policies.PolicyMethod.sampler, players.policy.PolicyDenoiser",
     },
 )
@@ -82,15 +81,6 @@ class PiFlow(ImitationMethod):
 
     def settings(self) -> PolicySettings:
         return PolicySettings(self.config.policy, self.config.components, self.config.substeps)
-
-    def dropped(self, policy: Policy, batch: Batch) -> Policy:
-        """A mixture without some of its Gaussians, but not without all of them."""
-        if not isinstance(policy, Mixture) or not self.config.component_dropout:
-            return policy
-        out = self.lost(batch, policy.values.shape[1])
-        return replace(
-            policy, logits=policy.logits.masked_fill(out.reshape(*out.shape, *[1] * (policy.logits.ndim - 2)), -1e9)
-        )
 
     def error(self, policy: Policy, x: Tensor, t: Tensor, theirs: Prediction) -> Tensor:
         return per_sample_mean((self.velocity(policy, x, t) - theirs.v).square())

@@ -1,25 +1,26 @@
 """Policies: what one pass of a network says of x0 all along a stretch of a trajectory, at any x and t on it.
 
-Chen et al. 2025, arXiv:2510.14974; `Heads` are those of Shaul et al. 2026, arXiv:2607.26004. In the normal form x_t =
-cos(t) x0 + sin(t) eps: a pass at x_s gives a function x0(x, t) for the angles t from s down to e, which is cheap; its
-flow is integrated by DDIM steps without the network.
+Chen et al. 2025, arXiv:2510.14974; `Heads` are those of Shaul et al. 2026, arXiv:2607.26004, `Momenta` those of
+arXiv:2602.09014. In the normal form x_t = cos(t) x0 + sin(t) eps: a pass at x_s gives a function x0(x, t) for the
+angles t from s down to e, which is cheap; its flow is integrated without the network, by DDIM steps or in closed form.
 
 This file needs nothing of this package: an exported folder holds a copy of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-KINDS = ("mixture", "nodes", "heads")
+KINDS = ("mixture", "nodes", "heads", "momenta")
 
 
 def wide_channels(kind: str, components: int, channels: int) -> int:
     """Channels of a network's output that says a policy for samples of so many channels."""
-    return components * (channels + 1) + 1 if kind == "mixture" else components * channels
+    more = {"mixture": components + 1, "momenta": 2 * components}  # logits and a width, or logits and rates
+    return components * channels + more.get(kind, 0)
 
 
 def _like(coefficient: Tensor, x: Tensor) -> Tensor:
@@ -54,13 +55,24 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Mixture(Policy):
+class Weighted(Policy):
+    """A policy whose components have weights at each position."""
+
+    logits: Tensor  #: (B, K, 1, ...)
+
+    def without(self, out: Tensor) -> Weighted:
+        """The same without the components where out (B, K) is true."""
+        lost = out.reshape(*out.shape, *[1] * (self.logits.ndim - 2))
+        return replace(self, logits=self.logits.masked_fill(lost, -1e9))
+
+
+@dataclass(frozen=True)
+class Mixture(Weighted):
     """x0 given x_s is a mixture of Gaussians, of one width, at each position; at (x, t) it is conditioned on x too.
 
     N(m, var) times the ratio of the likelihoods of x and x_s, exp(x0 nu - zeta x0^2/2), is Gaussian again.
     """
 
-    logits: Tensor  #: (B, K, 1, ...)
     log_std: Tensor  #: (B, 1, 1, ...) of the width, in units of sin(s)
 
     def x0(self, x: Tensor, t: Tensor) -> Tensor:
@@ -122,6 +134,46 @@ class Heads(Policy):
         return _like(left[:, 0], x) * x + values.reshape(x.shape)
 
 
+def _flow_time(t: Tensor) -> Tensor:
+    """The time of a flow over data of unit variance, 0 to 1, at the angles t; there x is x_t/(cos(t) + sin(t))."""
+    return torch.sin(t) / (torch.sin(t) + torch.cos(t))
+
+
+@dataclass(frozen=True)
+class Momenta(Weighted):
+    """The velocity of a flow as K exponentials of its time, whatever x is: sum_k w_k m_k exp(rate_k (s - t)).
+
+    The components' x0 are those of the velocities m_k at x_s.
+    """
+
+    rates: Tensor  #: (B, K, 1, ...)
+
+    def _momenta(self) -> Tensor:
+        """(B, K, C, ...) w_k m_k."""
+        cos, sin = (_like(part(self.s), self.values) for part in (torch.cos, torch.sin))
+        return torch.softmax(self.logits, 1) * (self.x_s[:, None] - (cos + sin) * self.values) / sin
+
+    def _before(self, t: Tensor) -> Tensor:
+        """(B, K, 1, ...) exp(rate (s - t)) in the flow's time."""
+        return torch.exp(self.rates * _like(_flow_time(self.s) - _flow_time(t), self.rates))
+
+    def x0(self, x: Tensor, t: Tensor) -> Tensor:
+        """x - t u in the flow's coordinates."""
+        u = (self._momenta() * self._before(t)).sum(1)
+        return x / _like(torch.cos(t) + torch.sin(t), x) - _like(_flow_time(t), x) * u
+
+    def roll(self, x: Tensor, t: Tensor, r: Tensor, steps: int) -> Tensor:
+        """(B, C, ...) from x (B, C, ...) at the angles t (B,) to r (B,), in closed form; `steps` is not read."""
+        way = _like(_flow_time(t) - _flow_time(r), self.rates)
+        z = self.rates * way
+        near = z.abs() < 1e-2
+        far = torch.where(near, 1.0, z)
+        ratio = torch.where(near, 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5))), torch.expm1(far) / far)
+        moved = (self._momenta() * self._before(t) * way * ratio).sum(1)
+        size_t, size_r = (_like(torch.cos(angle) + torch.sin(angle), x) for angle in (t, r))
+        return size_r * (x / size_t - moved)
+
+
 def policy_of(
     kind: str, components: int, y: Tensor, x_s: Tensor, s: Tensor, e: Tensor, of_x: Tensor, of_y: Tensor,
     nodes: Tensor | None = None,
@@ -139,6 +191,9 @@ def policy_of(
     values = _like(of_x, means) * x_s[:, None] + _like(of_y, means) * means
     if kind == "nodes":
         return Nodes(x_s, s, e, values)
+    if kind == "momenta":
+        logits, rates = (part.unsqueeze(2) for part in y[:, components * c :].chunk(2, 1))
+        return Momenta(x_s, s, e, values, logits, torch.cat([0 * rates[:, :1], rates[:, 1:]], 1))
     logits = y[:, components * c : -1].unsqueeze(2)
     log_std = y[:, -1:].flatten(1).mean(1)
     return Mixture(x_s, s, e, values, logits, _like(log_std, means))

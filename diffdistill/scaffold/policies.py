@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.guidance import guided
-from diffdistill.core.policies import Policy
+from diffdistill.core.policies import Policy, Weighted
 from diffdistill.core.prediction import Prediction
 from diffdistill.players.policy import PolicySettings, policy_player
 from diffdistill.players.sampler import DDIM, Sampler
@@ -63,12 +63,8 @@ class PolicyMethod(Method):
 class ImitationMethod(PolicyMethod):
     """Policy imitation (pi-ID): the policy's velocity is to be the teacher's, along a path that it takes itself.
 
-    The options are `options.trajectories.ImitationOptions`. A subclass says `settings`, `dropped` and `error`.
+    The options are `options.trajectories.ImitationOptions`. A subclass says `settings` and `error`.
     """
-
-    @abstractmethod
-    def dropped(self, policy: Policy, batch: Batch) -> Policy:
-        """The policy without some of its components, by `component_dropout`."""
 
     @abstractmethod
     def error(self, policy: Policy, x: Tensor, t: Tensor, theirs: Prediction) -> Tensor:
@@ -79,13 +75,13 @@ class ImitationMethod(PolicyMethod):
         """How much of the way from a state to the next is the teacher's."""
         return self.config.teacher_share * max(0.0, 1 - step / self.config.mixing_steps)
 
-    @final
-    def lost(self, batch: Batch, components: int) -> Tensor:
-        """(B, components) which of a policy's components are left out, never all of them."""
-        u = batch.draw(
-            "student/components", lambda n, draw: torch.rand(n, components, generator=draw, device=draw.device)
-        )
-        return (u < self.config.component_dropout) & (u < u.max(1, keepdim=True).values)
+    def dropped(self, policy: Policy, batch: Batch) -> Policy:
+        """The policy without some of its components, by `component_dropout`, but not without all of them."""
+        if not isinstance(policy, Weighted) or not self.config.component_dropout:
+            return policy
+        k = policy.values.shape[1]
+        u = batch.draw("student/components", lambda n, draw: torch.rand(n, k, generator=draw, device=draw.device))
+        return policy.without((u < self.config.component_dropout) & (u < u.max(1, keepdim=True).values))
 
     def velocity(self, policy: Policy, x: Tensor, t: Tensor) -> Tensor:
         """(B, ...) the policy's at x (B, ...) and the angles t (B,), averaged over the window."""

@@ -1,4 +1,4 @@
-"""Whole turns of pi_flow, against a straight-line rewrite."""
+"""Whole turns of pi_flow and arc_flow, against a straight-line rewrite."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffdistill.methods.pi_flow import Config, PiFlow
+from diffdistill.methods import arc_flow, pi_flow
 from diffdistill.players.sampler import DDIM
 from tests.scaffold.straight import (
     EDM_,
@@ -36,22 +36,51 @@ Values = dict[str, Tensor]
 _double = pytest.fixture(autouse=True)(in_double)
 
 
+class Momenta:
+    """x0 as a function of x and t, where a flow's velocity is a sum of exponentials of its time."""
+
+    def __init__(self, x_s: Tensor, s: Tensor, values: Any, logits: Any, rates: Any, kept: Tensor | None):
+        weights = [logit.exp() for logit in logits]
+        if kept is not None:
+            weights = [weight * fold(there) for weight, there in zip(weights, kept.T, strict=True)]
+        total, self.begin = sum(weights), fold(torch.tan(s) / (1 + torch.tan(s)))
+        eps = [(x_s - fold(torch.cos(s)) * value) / fold(torch.sin(s)) for value in values]
+        self.parts = [
+            (weight / total * (e - value), 0.0 * rate if k == 0 else rate)
+            for k, (weight, e, value, rate) in enumerate(zip(weights, eps, values, rates, strict=True))
+        ]
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        time, total = fold(torch.tan(t) / (1 + torch.tan(t))), fold(torch.sin(t) + torch.cos(t))
+        return x / total - time * sum(m * torch.exp(rate * (self.begin - time)) for m, rate in self.parts)
+
+    def moved(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        (a, b), x = (fold(torch.tan(angle) / (1 + torch.tan(angle))) for angle in (t, r)), x / fold(t.sin() + t.cos())
+        for k, (m, rate) in enumerate(self.parts):
+            way = a - b if k == 0 else (torch.exp(rate * (self.begin - b)) - torch.exp(rate * (self.begin - a))) / rate
+            x = x - m * way
+        return x * fold(r.sin() + r.cos())
+
+
 class Straight:
     """A training step, line by line."""
 
     def __init__(self, options: dict[str, Any], plain: Plain, step: int = KEY[1]):
         self.plain, self.key, self.step = plain, (KEY[0], step, KEY[2]), step
-        self.c: Any = Config(**options)
-        self.method = PiFlow(plain.teacher(dropout=0.3), self.c)
+        own: Any = arc_flow if "momenta" in options else pi_flow
+        self.c: Any = own.Config(**options)
+        self.method: Any = own.METHOD(plain.teacher(dropout=0.3), self.c)
         scatter(self.method.student, 20)
         self.batch = batch_of(self.key, images=False)
         self.labels = self.batch.cond["class_labels"]
 
     def policy(self, x_s: Tensor, s: Tensor, e: Tensor, kept: Tensor | None = None) -> Any:
         """x0 as a function of x and t, all images of one channel."""
-        k, net = self.c.components, self.method.student.network
+        k, net = getattr(self.c, "momenta", None) or self.c.components, self.method.student.network
         y = self.plain.output(net, x_s, s, class_labels=self.labels)
         values = [self.plain.x0_eps(lambda *_, j=j, **__: y[:, j : j + 1], x_s, s)[0] for j in range(k)]
+        if "momenta" in vars(self.c):
+            return Momenta(x_s, s, values, y[:, k : 2 * k].split(1, 1), y[:, 2 * k :].split(1, 1), kept)
         if self.c.policy == "nodes":
 
             def on_the_way(x: Tensor, t: Tensor) -> Tensor:
@@ -79,6 +108,8 @@ class Straight:
         return mixture
 
     def moved(self, x0: Any, x: Tensor, t: Tensor, r: Tensor, steps: int) -> Tensor:
+        if isinstance(x0, Momenta):
+            return x0.moved(x, t, r)
         for j in range(steps):
             here, there = t + j / steps * (r - t), t + (j + 1) / steps * (r - t)
             clean = x0(x, here)
@@ -101,7 +132,14 @@ class Straight:
                 x, s = self.moved(self.policy(x, s, e), x, s, e, c.substeps), e
         e, kept = torch.full_like(s, angles[k + 1]), None
         if c.component_dropout:
-            u = mine(torch.rand(WHOLE, c.components, generator=step_draw("student/components", self.key)), self.key)
+            u = mine(
+                torch.rand(
+                    WHOLE,
+                    getattr(c, "momenta", None) or c.components,
+                    generator=step_draw("student/components", self.key),
+                ),
+                self.key,
+            )
             kept = (u >= c.component_dropout) | (u == u.max(1, keepdim=True).values)
         x0 = self.policy(x, s, e, kept)
         u, here, losses = uniform("student/t", self.key), s, []
@@ -138,6 +176,8 @@ CASES: list[tuple[dict[str, Any], Plain]] = [
     ({"student_steps": 2, "components": 4, "policy": "nodes", "substeps": 6, "states": 4, "window": 2}, EDM_),
     ({"levels": (0.9, 0.5, 0.2), "substeps": 4, "states": 2, "teacher_share": 0.8, "mixing_steps": 5}, FLOW),
     ({"student_steps": 2, "student_level": 19.0, "components": 2, "substeps": 3, "states": 3}, EPS),
+    ({"student_steps": 2, "momenta": 3, "substeps": 4, "states": 2, "window": 2, "component_dropout": 0.4}, VP),
+    ({"momenta": 2, "substeps": 6, "states": 3, "teacher_share": 0.8, "mixing_steps": 5}, FLOW),
 ]
 
 
@@ -151,9 +191,10 @@ def test_a_turn_is_its_straight_line(options: dict[str, Any], plain: Plain, step
     agree(straight.method, turn, straight.batch, straight.turn)
 
 
+@pytest.mark.parametrize("kind", ["components", "momenta"])
 @pytest.mark.parametrize("plain", [VP, EDM_, FLOW])
-def test_a_sample_is_where_the_policies_lead(plain: Plain) -> None:
-    straight = Straight({"student_steps": 3, "components": 3, "substeps": 4}, plain)
+def test_a_sample_is_where_the_policies_lead(plain: Plain, kind: str) -> None:
+    straight = Straight({"student_steps": 3, kind: 3, "substeps": 4}, plain)
     straight.method.student.eval()
     sampler = straight.method.sampler()
     assert sampler.step == DDIM() and sampler.levels == pytest.approx(plain.levels(3), rel=1e-12)

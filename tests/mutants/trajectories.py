@@ -175,8 +175,10 @@ MUTANTS = {
         ("any steps add noise", 'Renoise() if self.config.sampling == "few" else DDIM()', "Renoise()"),
     ],
     f"methods/pi_flow.py | {_P}": [
-        ("Gaussians are kept", "or not self.config.component_dropout:", "or True:"),
-        ("the dropped policy leads nowhere", "-1e9", "0.0"),
+        ("the window is one", "self.velocity(policy, x, t) - theirs.v", "policy.v(x, t) - theirs.v"),
+    ],
+    f"methods/arc_flow.py | {_P}": [
+        ("the window is one", "self.velocity(policy, x, t) - theirs.v", "policy.v(x, t) - theirs.v"),
     ],
     f"diffdistill/scaffold/policies.py | {_P}": [
         (
@@ -216,6 +218,28 @@ MUTANTS = {
         ("weights stay", "torch.softmax(logits, 1)", "torch.softmax(self.logits, 1)"),
         ("the width is of the first pixel", "y[:, -1:].flatten(1).mean(1)", "y[:, -1:].flatten(1)[:, 0]"),
         ("the nodes are turned", "(t - self.e) / (self.s - self.e)", "(self.s - t) / (self.s - self.e)"),
+        ("the dropped policy leads nowhere", "-1e9", "0.0"),
+        ("momenta: the first has a rate, too", "torch.cat([0 * rates[:, :1], rates[:, 1:]], 1)", "rates"),
+        (
+            "momenta: they wait for their time",
+            "self.rates * _like(_flow_time(self.s) - _flow_time(t), self.rates)",
+            "0 * self.rates",
+        ),
+        (
+            "momenta: a step in the angle",
+            "way = _like(_flow_time(t) - _flow_time(r), self.rates)",
+            "way = _like(t - r, self.rates)",
+        ),
+        (
+            "momenta: rates are logits",
+            "(part.unsqueeze(2) for part in y[:, components * c :].chunk(2, 1))",
+            "(part.unsqueeze(2) for part in reversed(y[:, components * c :].chunk(2, 1)))",
+        ),
+        (
+            "momenta: of the size where they begin",
+            "return size_r * (x / size_t - moved)",
+            "return size_t * (x / size_t - moved)",
+        ),
         ("components are the output", "_like(of_x, means) * x_s[:, None] + _like(of_y, means) * means", "means"),
     ],
     f"diffdistill/players/policy.py | {_P}": [

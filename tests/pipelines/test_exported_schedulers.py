@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffdistill.commands.export import export_student
 from diffdistill.core.denoiser import Denoiser
+from diffdistill.core.policies import wide_channels
 from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, student_levels
 from diffdistill.families import FAMILIES, load_student, schedule_of
@@ -230,7 +231,7 @@ def test_a_student_of_several_steps(kind: str, move: str, steps: int, points: in
 
 
 @pytest.mark.usefixtures("_double")
-@pytest.mark.parametrize("policy", ["mixture", "nodes"])
+@pytest.mark.parametrize("policy", ["mixture", "nodes", "momenta"])
 @pytest.mark.parametrize("kind", [*TEACHERS, "latent flow"])
 def test_a_student_of_policies_at_any_levels(kind: str, policy: str) -> None:
     """By the scheduler that travels with it, which is told its levels in numbers."""
@@ -250,7 +251,7 @@ def test_a_student_of_policies_at_any_levels(kind: str, policy: str) -> None:
     assert same(trained(sampler, z, seed), stock(scheduler, alone, z, 3, seed)) > 0.5
     # A channel's features side by side, as pipelines pack them.
     scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.1])
-    y = torch.randn(2, 3 * (SHAPE[0] + 1) + 1 if policy == "mixture" else 3 * SHAPE[0], 4, 6)
+    y = torch.randn(2, wide_channels(policy, 3, SHAPE[0]), 4, 6)
     x = torch.randn(2, SHAPE[0], 4, 6)
     plain = scheduler.step(y, scheduler.timesteps[1], x)[0]
     packed = scheduler.step(PATCHES.pack(y), scheduler.timesteps[1], PATCHES.pack(x))[0]

@@ -20,6 +20,7 @@ def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 OTHERS: dict[str, dict[str, Any]] = {
     "adapter_guidance": {},
+    "arc_flow": {"momenta": 2, "substeps": 4, "states": 2},
     "boot": {"solver_steps": 4},
     "consistency": METHODS["consistency"],
     "ctm": {"grid_points": 5, "student_steps": 2, "gamma": 0.3, "dsm_weight": 0.0, "guidance_scale": 2.0},

@@ -19,6 +19,7 @@ _double = pytest.fixture(autouse=True)(in_double)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "adapter_guidance": {"trajectory_steps": 4, "guidance_max": 3.0},
+    "arc_flow": {"momenta": 2, "substeps": 4, "component_dropout": 0.3, "teacher_share": 0.5},
     "boot": {"solver_steps": 4, "ramp_steps": 4, "guidance_scale": 2.0},
     "ctm": {"gan_weight": 0.5, "adaptive": False, "grid_points": 5, "solver_steps": 2},
     "decoupled_dmd": {"guidance_scale": 2.0, "update_ratio": 2, "student_steps": 2},
