@@ -79,10 +79,10 @@ class Config(TrajectoryOptions, TeacherGuidance, ConditionDropout, student_lr=8e
     )
 
     def check(self) -> None:
-        if self.student_steps % self.windows:
-            raise UserError(f"student_steps: {self.student_steps} is no multiple of the {self.windows} windows")
         if self.levels is not None:
             raise UserError("levels: the windows are those of evenly spaced steps; say student_steps instead")
+        if self.student_steps % self.windows:
+            raise UserError(f"student_steps: {self.student_steps} is no multiple of the {self.windows} windows")
 
 
 class PeRFlow(StraighteningMethod):

@@ -32,7 +32,7 @@ class Options:
         cls.__annotations__ = annotations | inspect.get_annotations(cls)
 
     def __post_init__(self) -> None:
-        """Groups whose options depend on one another check them here, after super().__post_init__()."""
+        """Groups whose options depend on one another check them, or say them, here, before super().__post_init__()."""
         self.check()
 
     def check(self) -> None:
@@ -71,7 +71,6 @@ class ScaleRange(Options):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         low, high = self.guidance_min, self.guidance_max
         if low > high:
             raise UserError(f"guidance_min: {low} must be at most guidance_max ({high})")
@@ -82,6 +81,7 @@ class ScaleRange(Options):
                 f"guidance_scale: {self.guidance_scale} is not in what is trained, {low} (guidance_min) to "
                 f"{high} (guidance_max)"
             )
+        super().__post_init__()
 
     def drawn(self, u: Any) -> Any:
         """The scales for u, uniform in [0, 1)."""
@@ -125,16 +125,18 @@ class StudentLevels(StudentLevel):
     )
 
     def __post_init__(self) -> None:
+        if self.levels is not None:
+            self._say_steps(self.levels)
         super().__post_init__()
-        if self.levels is None:
-            return
-        shown = ",".join(f"{level:g}" for level in self.levels)
-        if not self.levels or any(a <= b for a, b in pairwise(self.levels)):
+
+    def _say_steps(self, levels: tuple[float, ...]) -> None:
+        shown = ",".join(f"{level:g}" for level in levels)
+        if not levels or any(a <= b for a, b in pairwise(levels)):
             raise UserError(f"levels: {shown or 'nothing'} do not descend; give the noisiest first, as 999,749,499,249")
         own = {f.name: f.default for f in fields(self)}["student_steps"]
         for name, value, unsaid in (
-            ("student_steps", len(self.levels), own),
-            ("student_level", self.levels[0], None),
+            ("student_steps", len(levels), own),
+            ("student_level", levels[0], None),
         ):
             if (said := getattr(self, name)) not in (unsaid, value):
                 raise UserError(f"{name}: {said:g} was given, and levels {shown} make it {value:g}; leave {name} out")
@@ -184,9 +186,9 @@ class TimeRange(Options):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.time_low >= self.time_high:
             raise UserError(f"time_low: {self.time_low} must be less than time_high ({self.time_high})")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -239,13 +241,13 @@ class AdversarialOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.discriminator_depths is not None and self.gan_weight == 0:
             raise UserError(
                 "discriminator_depths: there is no discriminator without a gan_weight; give one, or leave it out"
             )
         if self.discriminator_depths == ():
             raise UserError("discriminator_depths: nothing is given; give fractions of the depth, as 0.5,0.75,0.99")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -347,12 +349,12 @@ class RatioOptions(AdversarialOptions, gan_weight=0.003):
     ratio_ema: float = option(0.9, "decay of these means, moving averages over training steps", at_least=0, below=1)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("gan_weight", "discriminator_weight"):
             if getattr(self, name) == 0:
                 raise UserError(
                     f"{name}: 0 leaves no discriminator to tell the ratio of the densities; give more, or train dmd2"
                 )
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

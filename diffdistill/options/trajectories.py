@@ -80,7 +80,6 @@ class SegmentOptions(StudentOptions, StudentLevel, TeacherGuidance, ElementDista
     gan_weight: float = option(0.0, "weight of the GAN loss at the segments' ends; 0: no discriminator", at_least=0)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.guidance_spread > self.guidance_scale:
             raise UserError(
                 f"guidance_spread: {self.guidance_spread} leads below 0 from guidance_scale ({self.guidance_scale})"
@@ -89,6 +88,7 @@ class SegmentOptions(StudentOptions, StudentLevel, TeacherGuidance, ElementDista
             raise UserError(
                 f"guidance_scale_2: {self.guidance_scale_2:g} is one number, and guidance_spread draws them; use one"
             )
+        super().__post_init__()
 
     @property
     def guides(self) -> bool:
@@ -116,6 +116,6 @@ class ImitationOptions(StudentOptions, StudentLevels, TeacherGuidance, student_l
     component_dropout: float = option(0.0, "the share of a policy's components that are left out", at_least=0, below=1)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.states > self.substeps:
             raise UserError(f"states: {self.states} is more than the {self.substeps} substeps; give that or fewer")
+        super().__post_init__()

@@ -269,5 +269,6 @@ class Method(ABC):
             self.sampling_steps = steps
             return
         trained = self.trained_steps or [len(self.sampler().levels)]
-        listed = f"{trained[0]} to {trained[-1]}" if len(trained) > 8 else ", ".join(str(n) for n in trained)
+        shown = list(trained) if len(trained) <= 8 else [*trained[:3], "..", trained[-1]]
+        listed = ", ".join(str(n) for n in shown)
         raise UserError(f"student_steps: this student is trained for {listed} steps and no others; leave it out")

@@ -16,6 +16,7 @@ import pytest
 from diffdistill import UserError
 from diffdistill.catalogue import method_names
 from diffdistill.families import load_teacher
+from diffdistill.options import ScaleRange, StudentLevels, option
 
 Teachers = Callable[..., Path]
 TO_SAY: dict[str, dict[str, Any]] = {"pso": {"student_steps": 2}, "score_forgetting": {"forget": (1,)}}  # by the user
@@ -83,3 +84,17 @@ def test_more_steps_than_timesteps_are_refused_by_their_own_name(
     said = "windows times solver_steps" if name == "perflow" else next(iter(options))
     with pytest.raises(UserError, match=f"^{said}: 20[04][08] is more than the teacher's 1000 timesteps"):
         own.METHOD(load_teacher(tiny_teacher("vp")), own.Config(**options)).sampler()
+
+
+def test_a_methods_own_check_sees_what_its_groups_say() -> None:
+    """Levels say how many steps there are, and a range of scales its middle, before `check` is asked."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(StudentLevels, ScaleRange):
+        student_steps: int = option(4, "steps")
+
+        def check(self) -> None:
+            raise UserError(f"check: {self.student_steps} {self.student_level} {self.guidance_scale}")
+
+    with pytest.raises(UserError, match=r"^check: 3 900.0 3.0$"):
+        Config(levels=(900.0, 500.0, 100.0))

@@ -57,7 +57,7 @@ def test_it_is_sampled_in_the_numbers_of_steps_that_it_is_trained_for(tiny_teach
     assert method.sampler().levels == (999, 751, 499, 251) and method.sampler().step.name == "gamma 0.2"
     method.in_steps(8)
     assert len(method.sampler().levels) == 8
-    with pytest.raises(UserError, match="student_steps: this student is trained for 8 steps and no others"):
+    with pytest.raises(UserError, match="student_steps: this student is trained for 4, 5, 6, 7, 8 steps and no others"):
         method.in_steps(2)
 
 

@@ -240,7 +240,7 @@ MUTANTS = {
         ),
     ],
     f"diffdistill/options/groups.py | {_O}": [
-        ("levels rise", "any(a <= b for a, b in pairwise(self.levels))", "False"),
+        ("levels rise", "any(a <= b for a, b in pairwise(levels))", "False"),
         ("levels come twice", "any(a <= b for", "any(a < b for"),
         ("levels do not say the steps", "object.__setattr__(self, name, value)", "pass"),
     ],
