@@ -21,7 +21,8 @@ scripts' grid of K steps up to 1000, for any schedule. Samplers take the network
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch import Tensor
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
 from diffdistill.core.distances import elementwise
+from diffdistill.core.ode import ddim_step, heun_step
 from diffdistill.core.prediction import expand
 from diffdistill.core.schedule import lcm_indices, student_levels
 from diffdistill.errors import UserError
@@ -46,7 +48,7 @@ ABOUT = About(
     needs=("images",),
     equations={
         "consistency distillation loss with guidance and skipping (section 4.3)": "LCM.following",
-        "guided probability-flow ODE, one DDIM step (section 4.2)": "LCM.less_noisy, players.scale_input.DrawnGuidance",
+        "guided probability-flow ODE, one step (section 4.2)": "LCM.less_noisy, players.scale_input.DrawnGuidance",
         "c_skip and c_out (section 4.1)": "LCM.scalings, LCM.f",
         "the scale drawn for each sample, and as an input (section 4.2)": (
             "options.ScaleRange.drawn, players.scale_input.guidance_input"
@@ -64,6 +66,7 @@ class Config(FollowingOptions, ScaleRange, ElementDistance, student_lr=1e-4, wei
     """LCM's options; sampling steps are evenly spaced among the K."""
 
     ddim_steps: int = option(50, "K, the teacher's steps of which each training sample takes one", at_least=1)
+    solver: Literal["ddim", "heun"] = option("ddim", "the teacher's step; heun: two passes, for few steps")
     timestep_scaling: float = option(10.0, "S: c_skip = 0.25/((S t)^2 + 0.25), t the timestep up to 1000", above=0)
 
 
@@ -108,9 +111,13 @@ class LCM(FollowingMethod[Skip]):
         return Skip(self.grid.to(i.device)[i], i, self.config.drawn(batch.uniform("student/scale")))
 
     def less_noisy(self, x_t: Tensor, x0: Tensor, eps: Tensor, interval: Skip, cond: Cond) -> Tensor:
-        """One DDIM step of the guided teacher down the grid; x0 and eps are guided alike."""
+        """One step of the guided teacher down the grid; x0 and eps are guided alike."""
         t, i, scale = interval
-        return self.guidance(x_t, t, cond, scale).at(self.grid.to(i.device)[i + 1])
+        r, guided = self.grid.to(i.device)[i + 1], partial(self.guidance, scale=scale)
+        if self.config.solver == "ddim":
+            return ddim_step(guided, x_t, t, r, cond)
+        # A network cannot tell the noise at its least time; so the last step is Euler's, to 0, as EDM's is.
+        return heun_step(guided, x_t, t, torch.where(i + 1 < self.config.ddim_steps, r, 0.0), cond)
 
     def following(self, x_t: Tensor, x_r: Tensor, interval: Skip, cond: Cond, seed: int = 0) -> Outcome:
         """Only f at the noisier point, x_t, gets a gradient."""

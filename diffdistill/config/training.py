@@ -205,7 +205,7 @@ class TrainConfig(SavingConfig, InTrainingConfig, FitConfig, AttentionConfig):
 
 DERIVED = (
     *("batch_size", "ema", "lr_schedule", "warmup_steps", "student_output", "student_level", "time_high"),
-    *("fake_score_loss", "ddim_steps", "grid", "grid_points", "update_ratio", "optimizer", "student_lr"),
+    *("fake_score_loss", "solver", "ddim_steps", "grid", "grid_points", "update_ratio", "optimizer", "student_lr"),
     *("regression_weight", "fake_score_lr", "beta1", "discriminator_lr", "path_length", "record_every", "track_every"),
 )
 """Options of a training without a preset that are derived from the teacher and the number of steps where there is a

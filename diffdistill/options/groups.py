@@ -134,10 +134,7 @@ class StudentLevels(StudentLevel):
         if not levels or any(a <= b for a, b in pairwise(levels)):
             raise UserError(f"levels: {shown or 'nothing'} do not descend; give the noisiest first, as 999,749,499,249")
         own = {f.name: f.default for f in fields(self)}["student_steps"]
-        for name, value, unsaid in (
-            ("student_steps", len(levels), own),
-            ("student_level", levels[0], None),
-        ):
+        for name, value, unsaid in (("student_steps", len(levels), own), ("student_level", levels[0], None)):
             if (said := getattr(self, name)) not in (unsaid, value):
                 raise UserError(f"{name}: {said:g} was given, and levels {shown} make it {value:g}; leave {name} out")
             object.__setattr__(self, name, value)

@@ -43,6 +43,7 @@ MATCHED_EDM = (2.5, 5.0)  # sigma 2.5 at a data_std of 0.5, as the authors'
 FOLLOWING = (8.0, 20.0)  # where a follower starts, which is to look like pure noise too
 COMPARED = 15.0  # where distributions are compared; Stable Diffusion's noisiest timestep is at 14.6
 RELEARNS = 100_000_000  # parameters of a network that learns another output in a short training, at most
+HEUN_STEPS = 10  # of a follower's teacher in a short training; they divide timesteps that twenty divides
 LONG = 10_000  # training steps from which on the authors' ratio of two players pays
 
 
@@ -151,6 +152,17 @@ def derive(situation: Situation) -> dict[str, Derived]:
         if name in names and name not in known and (result := rule(situation)) is not None:
             known[name], derived[name] = result.value, result
     return derived
+
+
+def _solver(s: Situation) -> Derived | None:
+    free = all(s.values.get(name) is None for name in ("ddim_steps", "levels"))
+    if s.given("solver") != "ddim" or not free or s.steps >= LONG or s.given("student_steps") > HEUN_STEPS:
+        return None
+    return Derived("heun", f"{HEUN_STEPS} of its steps are nearer to the trajectories than twenty of DDIM's")
+
+
+def _ddim_steps(s: Situation) -> Derived | None:
+    return _intervals(s, HEUN_STEPS if s.given("solver") == "heun" else 20)
 
 
 def _intervals(s: Situation, points: int) -> Derived | None:
@@ -340,7 +352,8 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "batch_size": _batch_size,
     "student_output": _student_output,
     "student_level": _student_level,
-    "ddim_steps": partial(_intervals, points=20),
+    "solver": _solver,
+    "ddim_steps": _ddim_steps,
     "grid": _grid,
     "grid_points": partial(_intervals, points=9),  # Heun's eight steps
     "time_high": _time_high,

@@ -127,18 +127,17 @@ class Straight:
         r = torch.atan(sigma / std)
         return t, torch.where(r < low, 0.0, r), 0.0
 
-    def solver_step(self, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        c, scale = self.c, float(self.c.guidance_scale)
+    def solver_step(self, x_t: Tensor, t: Tensor, r: Tensor, scale: float | Tensor, kind: str) -> Tensor:
         x0, eps = self.guided(x_t, t, scale)
         euler = noised(x0, r, eps)
-        if c.mode == "easy" or c.solver == "euler":
+        if kind in ("euler", "ddim"):
             return euler
         x0_r, eps_r = self.guided(euler, r, scale)
         eps = (eps + eps_r) / 2
         slope = fold(torch.cos(r) / torch.cos(t)) * (x_t - fold(torch.sin(t)) * eps) + fold(torch.sin(r)) * eps
         x0 = (x0 + x0_r) / 2  # close to pure noise
         other = fold(torch.cos(r)) * x0 + fold(torch.sin(r) / torch.sin(t)) * (x_t - fold(torch.cos(t)) * x0)
-        until = 0 if c.solver == "heun_x0" else math.atan(200)
+        until = 0 if kind == "heun_x0" else math.atan(200)
         return torch.where(fold(r) == 0, euler, torch.where(fold(t) > until, other, slope))
 
     def _consistency(self) -> Values:
@@ -147,7 +146,9 @@ class Straight:
         x_t = noised(self.image, t, self.eps)
         with torch.no_grad():
             by_teacher = c.mode == "distillation" or (c.mode == "easy" and c.easy_from == "teacher")
-            x_r = self.solver_step(x_t, t, r) if by_teacher else noised(self.image, r, self.eps)
+            kind = "euler" if c.mode == "easy" else c.solver
+            scale = float(c.guidance_scale)
+            x_r = self.solver_step(x_t, t, r, scale, kind) if by_teacher else noised(self.image, r, self.eps)
             self.dropped()
             other = self.plain.x0_eps(self.target, x_r, r, class_labels=self.labels)[0]
             target = torch.where(fold(r) <= end, x_r / fold(torch.cos(r)), other)
@@ -176,7 +177,8 @@ class Straight:
         scale = c.guidance_min + (c.guidance_max - c.guidance_min) * uniform("student/scale", self.key)
         x_t = noised(self.image, grid[i], self.eps)
         with torch.no_grad():
-            x_r = noised(*_spread(self.guided(x_t, grid[i], scale), grid[i + 1]))
+            r = torch.where((i + 1 == c.ddim_steps) & (c.solver == "heun"), 0.0, grid[i + 1])
+            x_r = self.solver_step(x_t, grid[i], r, scale, c.solver)
             self.dropped()
             target = self.f(self.target, x_r, i + 1, grid, scale)
         self.dropped()
@@ -277,6 +279,8 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("lcm", {"ddim_steps": 6, "guidance_min": 1.5, "guidance_max": 6.0, "huber_c": 0.2}, VP),
     ("lcm", {"ddim_steps": 3, "guidance_min": 2.5, "guidance_max": 2.5, "distance": "l2"}, EDM_),
     ("lcm", {"ddim_steps": 4, "timestep_scaling": 0.002, "student_steps": 2}, FLOW),
+    ("lcm", {"ddim_steps": 5, "solver": "heun", "guidance_min": 1.5, "guidance_max": 6.0}, VP),
+    ("lcm", {"ddim_steps": 4, "solver": "heun", "timestep_scaling": 0.002}, FLOW),
     ("lcm", {"ddim_steps": 4, "guidance_max": 3.0, "timestep_scaling": 0.002}, EPS),
     ("scott", {"solver_steps": 6, "skip": 4, "sde_steps": 2, "eta": 0.5, "guidance_scale": 2.5}, VP),
     ("scott", {"solver_steps": 5, "skip": 1, "sde_steps": 1, "distance": "huber", "huber_c": 0.2}, TRIG),

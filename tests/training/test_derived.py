@@ -150,6 +150,18 @@ def test_a_student_that_follows_its_own_copy_takes_half_the_rate() -> None:
     assert copied == tangent / 2 and 3e-4 <= copied <= 5e-4  # 4e-4 was the best of four at 1.1 million
 
 
+def test_a_short_training_follows_few_of_heuns_steps_and_else_twenty_of_ddims() -> None:
+    teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"])
+    short = derived_for(teacher, lcm.Config)
+    assert (short["solver"].value, short["ddim_steps"].value) == ("heun", 10)
+    for said in ({"solver": "ddim"}, {"levels": (999.0, 499.0)}, {"student_steps": 12}):
+        other = derived_for(teacher, lcm.Config, **said)
+        assert "solver" not in other and other["ddim_steps"].value == 20
+    assert not {"solver", "ddim_steps"} & set(derived_for(teacher, lcm.Config, ddim_steps=50))
+    assert not {"solver", "ddim_steps"} & set(derived_for(teacher, lcm.Config, steps=100_000))
+    assert "solver" not in derived_for(teacher, consistency.Config)
+
+
 def test_a_short_training_of_a_small_follower_takes_muon() -> None:
     teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], 1_000_000)
     for config in (consistency.Config, lcm.Config):
