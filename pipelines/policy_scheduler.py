@@ -23,8 +23,8 @@ class PolicyScheduler(SchedulerMixin, ConfigMixin):
     """A step reads the network's wide output and a sample, and gives the sample at the next level.
 
     Args:
-        policy: "mixture", "nodes" or "heads".
-        components: Gaussians of a mixture, or values on the way, or heads.
+        policy: "mixture", "nodes", "heads" or "momenta".
+        components: Gaussians of a mixture, values on the way, heads, or momenta.
         substeps: small steps from a level to the next.
         channels: of a sample.
         angles: of the levels, or of all heads, and 0; t = atan2(sigma, alpha * std of the data).

@@ -43,7 +43,7 @@ from diffdistill.families import (
     record_of,
     with_null,
 )
-from diffdistill.options import build, split
+from diffdistill.options import TeacherGuidance, build, split
 from diffdistill.players.adapter_networks import AdaptedNetwork
 from diffdistill.players.lora import LoraSettings, is_lora
 from diffdistill.players.recomputing import checkpoint_activations
@@ -194,10 +194,10 @@ def _teacher(config: TrainConfig, weights: bool, tuned: bool) -> tuple[Teacher, 
 
 def _guided_at_two(teacher: Teacher, own: Any) -> Teacher:
     """The teacher, of two networks guided at two scales where the method's options say so."""
-    second = getattr(own, "guidance_scale_2", None)
-    if second is None:
+    if not isinstance(own, TeacherGuidance):
         return teacher
-    return dataclasses.replace(teacher, denoiser=with_second_scale(teacher.denoiser, own.guidance_scale, second))
+    scales = (own.guidance_scale, own.guidance_scale_2)
+    return dataclasses.replace(teacher, denoiser=with_second_scale(teacher.denoiser, *scales))
 
 
 def _with_a_prompt(teacher: Teacher, folder: Path, family: Family) -> Teacher:
