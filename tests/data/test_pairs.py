@@ -282,6 +282,7 @@ def test_the_index_says_how_they_were_made(tiny_teacher: Teachers, folder: Path)
         "solver": "ddim",
         "sampling_steps": 2,
         "guidance_scale": 1.0,
+        "guidance_scale_2": None,
         "seed": 0,
         "shard_size": 4,
     }
