@@ -280,8 +280,8 @@ MUTANTS = {
     f"diffdistill/training/assemble.py | {_N}": [
         (
             "a training has one scale",
-            "    if second is None:\n        return teacher",
-            "    if True:\n        return teacher",
+            "    if not isinstance(own, TeacherGuidance):",
+            "    if True:",
         ),
     ],
     f"diffdistill/data/pairs.py | {_N}": [
