@@ -29,12 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from diffdistill.catalogue import About
-from diffdistill.core.losses import per_sample_mean
-from diffdistill.core.policies import Policy
-from diffdistill.core.prediction import Prediction
 from diffdistill.options import ImitationOptions, option
 from diffdistill.players.policy import PolicySettings
 from diffdistill.scaffold.policies import ImitationMethod
@@ -47,7 +42,7 @@ ABOUT = About(
         "the velocity of momenta": "core.policies.Momenta.x0",
         "integration in closed form": "core.policies.Momenta.roll",
         "imitation along the student's own path": (
-            "ArcFlow.error, scaffold.policies.ImitationMethod.student_turn, scaffold.policies.ImitationMethod.velocity"
+            "scaffold.policies.ImitationMethod.student_turn, scaffold.policies.ImitationMethod.velocity"
         ),
         "mixing with the teacher's path": "scaffold.policies.ImitationMethod.share",
         "dropout of components": "scaffold.policies.ImitationMethod.dropped",
@@ -69,9 +64,6 @@ class ArcFlow(ImitationMethod):
 
     def settings(self) -> PolicySettings:
         return PolicySettings("momenta", self.config.momenta, self.config.substeps)
-
-    def error(self, policy: Policy, x: Tensor, t: Tensor, theirs: Prediction) -> Tensor:
-        return per_sample_mean((self.velocity(policy, x, t) - theirs.v).square())
 
 
 METHOD = ArcFlow

@@ -30,12 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from diffdistill.catalogue import About
-from diffdistill.core.losses import per_sample_mean
-from diffdistill.core.policies import Policy
-from diffdistill.core.prediction import Prediction
 from diffdistill.errors import UserError
 from diffdistill.options import ImitationOptions, option
 from diffdistill.players.policy import PolicySettings
@@ -50,7 +45,7 @@ ABOUT = About(
         "the policy of values on the way (DX)": "core.policies.Nodes.x0",
         "integration without the network": "core.policies.Policy.roll",
         "policy imitation (pi-ID)": (
-            "PiFlow.error, scaffold.policies.ImitationMethod.student_turn, scaffold.policies.ImitationMethod.velocity"
+            "scaffold.policies.ImitationMethod.student_turn, scaffold.policies.ImitationMethod.velocity"
         ),
         "mixing with the teacher's path": "scaffold.policies.ImitationMethod.share",
         "dropout of components": "scaffold.policies.ImitationMethod.dropped",
@@ -81,9 +76,6 @@ class PiFlow(ImitationMethod):
 
     def settings(self) -> PolicySettings:
         return PolicySettings(self.config.policy, self.config.components, self.config.substeps)
-
-    def error(self, policy: Policy, x: Tensor, t: Tensor, theirs: Prediction) -> Tensor:
-        return per_sample_mean((self.velocity(policy, x, t) - theirs.v).square())
 
 
 METHOD = PiFlow

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.guidance import guided
+from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.policies import Policy, Weighted
-from diffdistill.core.prediction import Prediction
 from diffdistill.players.policy import PolicySettings, policy_player
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher, frozen
@@ -63,12 +63,8 @@ class PolicyMethod(Method):
 class ImitationMethod(PolicyMethod):
     """Policy imitation (pi-ID): the policy's velocity is to be the teacher's, along a path that it takes itself.
 
-    The options are `options.trajectories.ImitationOptions`. A subclass says `settings` and `error`.
+    The options are `options.trajectories.ImitationOptions`. A subclass says `settings`.
     """
-
-    @abstractmethod
-    def error(self, policy: Policy, x: Tensor, t: Tensor, theirs: Prediction) -> Tensor:
-        """(B,) of the policy at a state x (B, ...), t (B,), where `theirs` is what the teacher says."""
 
     @final
     def share(self, step: int) -> float:
@@ -107,7 +103,7 @@ class ImitationMethod(PolicyMethod):
             with torch.no_grad():
                 x = policy.roll(x, here, t, steps)
                 theirs = self.teacher(x, t, batch.cond)
-            losses.append(self.error(policy, x, t, theirs))
+            losses.append(per_sample_mean((self.velocity(policy, x, t) - theirs.v).square()))
             here = torch.lerp(t, e.expand_as(t), self.share(step) / c.states)
             if self.share(step):
                 x = theirs.at(here)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,11 +15,10 @@ from diffdistill.core.policies import Momenta
 from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import TrigFlow
 from diffdistill.exact.analytic import GaussianMixture, gaussian_teacher
-from diffdistill.exact.checks import Check, at_half_the_angle, differs, equal, gradient, mistake
+from diffdistill.exact.checks import Check, differs, equal, mistake
+from diffdistill.exact.policies import TOP, batch_at, imitation_checks, known_student, loss_at, noise
 from diffdistill.methods.arc_flow import ArcFlow, Config
-from diffdistill.players.policy import PolicyDenoiser, PolicySettings
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.method import Batch
 
 _SHARED = {"student_lr": 0.002, "guidance_scale": 1.5, "steps": 800, "momenta": 8}
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
@@ -29,7 +27,6 @@ PLANE = {
     "two passes": {**_SHARED, "student_steps": 2, "substeps": 16},
 }
 
-TOP = math.pi / 2
 MOMENTA = torch.tensor([[0.7, -0.4], [-1.1, 0.6], [0.2, 1.2]]).double()
 RATES = torch.tensor([0.0, 1.5, -2.0]).double()
 ROLL: Any = Momenta.roll
@@ -79,17 +76,7 @@ def _game(**options: Any) -> ArcFlow:
     teacher = Teacher(Denoiser(Field(), schedule, OUTPUTS["sample"]), (2,), None, "analytic", "field")
     config = Config(momenta=3, **{"student_steps": 2, "substeps": 12, **options})
     plain = Denoiser(network, schedule, OUTPUTS["sample"])
-    angles = TOP * (1 - torch.arange(config.student_steps).double() / config.student_steps)
-    settings = PolicySettings("momenta", 3, config.substeps)
-    return ArcFlow(teacher, config, student=PolicyDenoiser(plain, network, settings, angles))
-
-
-def _batch(step: int = 0, size: int = 40) -> Batch:
-    return Batch(size, (2,), {}, None, torch.device("cpu"), (0, step, 0))
-
-
-def _noise() -> Tensor:
-    return _batch().randn("z").double()
+    return ArcFlow(teacher, config, student=known_student(plain, "momenta", 3, config))
 
 
 def verify() -> Iterator[Check]:
@@ -101,12 +88,12 @@ def verify() -> Iterator[Check]:
 
 
 def _policy(s: float) -> Any:
-    return _game().student(_noise(), torch.full((40,), s, dtype=torch.float64), {}).policy
+    return _game().student(noise(), torch.full((40,), s, dtype=torch.float64), {}).policy
 
 
 def _integral_checks() -> Iterator[Check]:
     """From any x, and from anywhere on the way."""
-    x = 2 * _batch().randn("off").double()
+    x = 2 * batch_at().randn("off").double()
     for s, t, r in ((TOP, TOP, 0.0), (TOP, 1.1, 0.4), (0.9, 0.6, 0.5), (0.9, 0.5, 0.4999)):
         a, b = torch.full((40,), t, dtype=torch.float64), torch.full((40,), r, dtype=torch.float64)
         start = x / (torch.cos(a) + torch.sin(a))[:, None]
@@ -136,7 +123,7 @@ def _integral_checks() -> Iterator[Check]:
 
 def _sampling_checks() -> Iterator[Check]:
     """Whatever the number of passes."""
-    z, top, end = _noise(), torch.full((40,), TOP, dtype=torch.float64), torch.zeros(40).double()
+    z, top, end = noise(), torch.full((40,), TOP, dtype=torch.float64), torch.zeros(40).double()
     closed = z - moved(top, end)
     for passes in (1, 2, 4):
         sampler = _game(student_steps=passes).sampler()
@@ -144,37 +131,22 @@ def _sampling_checks() -> Iterator[Check]:
         yield equal(f"{passes} passes are the flow's own end", closed, sampler.denoiser(x, t, {}).x0, 1e-12)
 
 
-def _loss(game: ArcFlow, step: int = 0) -> Tensor:
-    return game.student_turn(step, _batch(step)).loss
-
-
 def _loss_checks() -> Iterator[Check]:
-    """At the exact momenta there is no loss and no gradient, whoever leads; the noise is in single precision."""
-    for step in (0, 1, 5):
-        for leads in (0.0, 1.0):
-            game = _game(teacher_share=leads, mixing_steps=10)
-            name = f"step {step}, {'the teacher leads' if leads else 'the policy leads'}"
-            loss = _loss(game, step)
-            yield equal(f"the loss of exact momenta, {name}", 0.0, loss, 1e-11, scale=1.0)
-            slope = gradient(loss, *game.student.network.parameters())
-            yield equal(f"... and its gradient, {name}", 0.0, slope, 1e-5, scale=1.0)
-    game = _game()
-    other: Any = at_half_the_angle(game.teacher)
-    game.teacher = other
-    yield differs("a teacher asked at another level is caught", 0.0, _loss(game), 1e-3, scale=1.0)
+    """At the exact momenta there is no loss and no gradient, whoever leads."""
+    yield from imitation_checks(_game, "momenta", 1e-5)
     game = _game()
     with mistake(Momenta, "_before", lambda self, t: torch.ones_like(self.rates)):
-        yield differs("momenta that stay are caught", 0.0, _loss(game), 1e-3, scale=1.0)
+        yield differs("momenta that stay are caught", 0.0, loss_at(game), 1e-3, scale=1.0)
     with mistake(Momenta, "roll", lambda self, x, t, r, n: ROLL(self, x, self.s, r, n)):
         yield differs("a second step from the beginning is caught", *_second(), 1e-3)
     yield equal("where a second step leads", *_second(), 1e-12)
-    window = _loss(_game(student_steps=1, substeps=64, window=3))
+    window = loss_at(_game(student_steps=1, substeps=64, window=3))
     yield differs("a window of three steps has a loss at the optimum", 0.0, window, 1e-5, scale=1.0)
 
 
 def _second() -> tuple[Tensor, Tensor]:
     """Where a path comes to in two steps, in closed form and as it is followed."""
-    x, s = _noise(), torch.full((40,), TOP, dtype=torch.float64)
+    x, s = noise(), torch.full((40,), TOP, dtype=torch.float64)
     policy = _game().student(x, s, {}).policy
     a, b = torch.full((40,), 1.2, dtype=torch.float64), torch.full((40,), 0.5, dtype=torch.float64)
     exact = (torch.cos(b) + torch.sin(b))[:, None] * (x - moved(s, b))

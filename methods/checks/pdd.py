@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -15,18 +14,11 @@ from diffdistill.core.ode import ddim_step, solve
 from diffdistill.core.policies import Heads
 from diffdistill.core.prediction import OUTPUTS
 from diffdistill.exact.analytic import gaussian_teacher, mixture_teacher
-from diffdistill.exact.checks import (
-    Check,
-    at_half_the_angle,
-    differs,
-    equal,
-    gradient,
-    mistake,
-)
+from diffdistill.exact.checks import Check, differs, equal, gradient, mistake
+from diffdistill.exact.policies import TOP, elsewhere_check, loss_at, noise
 from diffdistill.methods.pdd import PDD, Config
 from diffdistill.players.policy import PolicyDenoiser, PolicySettings
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.method import Batch
 
 _SHARED = {"student_lr": 0.002, "guidance_scale": 1.5, "intervals": 32, "states": 4}
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
@@ -35,7 +27,7 @@ PLANE = {
     "two or four passes": {**_SHARED, "student_steps": 2, "more_steps": (4,), "steps": 800},
 }
 
-TOP, N, STD = math.pi / 2, 16, 0.4
+N, STD = 16, 0.4
 MEANS = torch.tensor([[0.7, -0.4], [-1.1, 0.6], [0.2, 1.2]]).double()
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2]).double()
 NODES = TOP * (1 - torch.arange(N + 1).double() / N)
@@ -87,10 +79,6 @@ def _exact(**options: Any) -> PDD:
     return _game(teacher, TeachersSteps(teacher, options.get("solver_steps", 1)), **options)
 
 
-def _batch(step: int = 0, size: int = 40) -> Batch:
-    return Batch(size, (2,), {}, None, torch.device("cpu"), (0, step, 0))
-
-
 def verify() -> Iterator[Check]:
     """A pass makes the teacher's own steps, there and nowhere else there is no loss, and it is a closed form."""
     yield from _sampling_checks()
@@ -106,7 +94,7 @@ def _drawn(game: PDD, z: Tensor, passes: int) -> Tensor:
 
 def _sampling_checks() -> Iterator[Check]:
     """Whatever the number of passes: the teacher's N steps, or N times as many."""
-    z = _batch().randn("z").double()
+    z = noise()
     for several in (1, 3):
         game = _exact(solver_steps=several)
         grid = TOP * (1 - torch.arange(several * N + 1).double() / (several * N))
@@ -118,30 +106,23 @@ def _sampling_checks() -> Iterator[Check]:
     yield differs("a third of the steps is caught", closed, fewer, 1e-3)
 
 
-def _loss(game: PDD, step: int = 0) -> Tensor:
-    return game.student_turn(step, _batch(step)).loss
-
-
 def _rest_checks() -> Iterator[Check]:
     """The exact heads have no loss and no gradient, in every pass; the noise is in single precision."""
     for step in range(2):
         for options in ({}, {"more_steps": (4, 1)}, {"states": 3}, {"solver_steps": 3}):
             game = _exact(**options)
-            loss = _loss(game, step)
+            loss = loss_at(game, step)
             name = f"step {step}, {options or 'two passes'}"
             yield equal(f"the loss of exact heads, {name}", 0.0, loss, 1e-11, scale=1.0)
             slope = gradient(loss, game.student.network.offset)
             yield equal(f"... and its gradient, {name}", 0.0, slope, 1e-6, scale=1.0)
-    game = _exact()
-    other: Any = at_half_the_angle(game.teacher)
-    game.teacher = other
-    yield differs("a teacher asked at another level is caught", 0.0, _loss(game), 1e-3, scale=1.0)
+    yield elsewhere_check(_exact())
     game = _exact(solver_steps=3)
     game.student.network.solver_steps = 1
-    yield differs("one step for three is caught", 0.0, _loss(game), 1e-5, scale=1.0)
+    yield differs("one step for three is caught", 0.0, loss_at(game), 1e-5, scale=1.0)
     game = _exact()
     with mistake(Heads, "roll", lambda self, x, t, r, steps: x):
-        yield differs("states that stay where the pass began are caught", 0.0, _loss(game), 1e-3, scale=1.0)
+        yield differs("states that stay where the pass began are caught", 0.0, loss_at(game), 1e-3, scale=1.0)
 
 
 def _linear_checks() -> Iterator[Check]:
@@ -161,7 +142,7 @@ def _linear_checks() -> Iterator[Check]:
 
     def closed(factors: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and its gradient in the factors, states held."""
-        off, size = factors - g * states(factors), _batch().randn("z").double().square().mean()
+        off, size = factors - g * states(factors), noise().square().mean()
         return size * off.square().mean(), 2 * size * off / N
 
     own = [torch.ones((), dtype=torch.float64)]
@@ -172,11 +153,11 @@ def _linear_checks() -> Iterator[Check]:
     for name, factors in (("the optimum", exact), ("tilted heads", tilted)):
         game = _game(teacher, Multiples(factors), student_steps=1)
         loss, slope = closed(factors)
-        got = _loss(game)
+        got = loss_at(game)
         yield equal(f"the loss of {name}", loss, got, 1e-6, scale=1e-3)
         yield equal(f"the gradient of {name}", slope, gradient(got, game.student.network.factors), 1e-6, scale=0.1)
     with mistake(torch, "no_grad", nullcontext):
-        through = gradient(_loss(game), game.student.network.factors)
+        through = gradient(loss_at(game), game.student.network.factors)
         yield differs("a gradient through the states is caught", slope, through, 1e-2)
 
     def along(self: Any, x: Tensor, t: Tensor, r: Tensor, steps: int) -> Tensor:
@@ -185,11 +166,11 @@ def _linear_checks() -> Iterator[Check]:
         return solve(ddim_step, teacher.denoiser, x, NODES[first : last + 1], {}) if first < last else x
 
     with mistake(Heads, "roll", along):
-        yield differs("states of the teacher for the student's are caught", loss, _loss(game), 1e-2)
+        yield differs("states of the teacher for the student's are caught", loss, loss_at(game), 1e-2)
     # One head for all steps: states are p + h q, and the best h of a parabola has a loss.
     p, q = states(torch.zeros(N).double()), states(torch.ones(N).double()) - states(torch.zeros(N).double())
     best = ((g * p) * (1 - g * q)).sum() / (1 - g * q).square().sum()
     game = _game(teacher, Multiples(best.expand(N)), student_steps=1)
     least = closed(best.expand(N))[0]
-    yield equal("the least loss of one head for all steps", least, _loss(game), 1e-6)
-    yield differs("... which is not none", 0.0, _loss(game), 1e-3, scale=1.0)
+    yield equal("the least loss of one head for all steps", least, loss_at(game), 1e-6)
+    yield differs("... which is not none", 0.0, loss_at(game), 1e-3, scale=1.0)

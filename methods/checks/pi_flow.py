@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,10 +14,10 @@ from diffdistill.core.ode import ddim_step, solve
 from diffdistill.core.policies import Mixture, Nodes
 from diffdistill.core.prediction import OUTPUTS
 from diffdistill.exact.analytic import GaussianMixture, gaussian_teacher, mixture_teacher
-from diffdistill.exact.checks import Check, at_half_the_angle, differs, equal, gradient, mistake
+from diffdistill.exact.checks import Check, differs, equal, mistake
+from diffdistill.exact.policies import TOP, batch_at, imitation_checks, known_student, loss_at, noise
 from diffdistill.methods.pi_flow import Config, PiFlow
-from diffdistill.players.policy import PolicyDenoiser, PolicySettings
-from diffdistill.scaffold.method import Batch
+from diffdistill.players.policy import PolicyDenoiser
 
 _SHARED = {"student_lr": 0.002, "guidance_scale": 1.5, "steps": 800}
 # Its trainings in the plane, after each of which its student must be within the limits of exact/plane.py.
@@ -28,7 +27,6 @@ PLANE = {
     "four passes": {**_SHARED, "student_steps": 4, "substeps": 8},
 }
 
-TOP = math.pi / 2
 MEANS = torch.tensor([[0.7, -0.4], [-1.1, 0.6], [0.2, 1.2]]).double()
 WEIGHTS, STD = torch.tensor([0.5, 0.3, 0.2]).double(), 0.4
 X0: Any = Mixture.x0
@@ -57,17 +55,7 @@ def _game(keep: int = 3, **options: Any) -> PiFlow:
     config = Config(components=keep, **{"student_steps": 2, "substeps": 12, **options})
     network, schedule = Posterior(MEANS[:keep], WEIGHTS[:keep]), teacher.denoiser.schedule
     plain = Denoiser(network, schedule, OUTPUTS["sample"])
-    angles = TOP * (1 - torch.arange(config.student_steps).double() / config.student_steps)
-    settings = PolicySettings("mixture", keep, config.substeps)
-    return PiFlow(teacher, config, student=PolicyDenoiser(plain, network, settings, angles))
-
-
-def _batch(step: int = 0, size: int = 40) -> Batch:
-    return Batch(size, (2,), {}, None, torch.device("cpu"), (0, step, 0))
-
-
-def _noise() -> Tensor:
-    return _batch().randn("z").double()
+    return PiFlow(teacher, config, student=known_student(plain, "mixture", keep, config))
 
 
 def verify() -> Iterator[Check]:
@@ -82,10 +70,10 @@ def verify() -> Iterator[Check]:
 
 def _policy_checks() -> Iterator[Check]:
     """The velocity is the teacher's, also where no path leads."""
-    game, off = _game(), 2 * _batch().randn("off").double()
+    game, off = _game(), 2 * batch_at().randn("off").double()
 
     def policy(s: float) -> Any:
-        return game.student(_noise(), torch.full((40,), s).double(), {}).policy
+        return game.student(noise(), torch.full((40,), s).double(), {}).policy
 
     for s in (TOP, 0.8):
         for t in (s, 0.6 * s, 0.05):
@@ -115,7 +103,7 @@ def _policy_checks() -> Iterator[Check]:
 
 def _sampling_checks() -> Iterator[Check]:
     """Any number of passes is the teacher's DDIM with as many steps as the policies take in all."""
-    teacher, z = mixture_teacher(MEANS, STD, WEIGHTS), _noise()
+    teacher, z = mixture_teacher(MEANS, STD, WEIGHTS), noise()
     grid = TOP * (1 - torch.arange(25).double() / 24)
     closed = solve(ddim_step, teacher.denoiser, z, grid, {})
     for passes in (1, 2, 4):
@@ -128,29 +116,14 @@ def _sampling_checks() -> Iterator[Check]:
     yield differs("... nor is a mixture with a Gaussian too few", closed, short.one_step(z, {}), 1e-2)
 
 
-def _loss(game: PiFlow, step: int = 0) -> Tensor:
-    return game.student_turn(step, _batch(step)).loss
-
-
 def _loss_checks() -> Iterator[Check]:
-    """At the exact policies there is no loss and no gradient, whoever leads; the noise is in single precision."""
-    for step in (0, 1, 5):
-        for leads in (0.0, 1.0):
-            game = _game(teacher_share=leads, mixing_steps=10)
-            name = f"step {step}, {'the teacher leads' if leads else 'the policy leads'}"
-            loss = _loss(game, step)
-            yield equal(f"the loss of exact policies, {name}", 0.0, loss, 1e-11, scale=1.0)
-            slope = gradient(loss, *game.student.network.parameters())
-            yield equal(f"... and its gradient, {name}", 0.0, slope, 1e-6, scale=1.0)
+    """At the exact policies there is no loss and no gradient, whoever leads."""
+    yield from imitation_checks(_game, "policies", 1e-6)
     game = _game(keep=2)
-    yield differs("a mixture with a Gaussian too few has a loss", 0.0, _loss(game), 1e-3, scale=1.0)
-    game = _game()
-    other: Any = at_half_the_angle(game.teacher)
-    game.teacher = other
-    yield differs("a teacher asked at another level is caught", 0.0, _loss(game), 1e-3, scale=1.0)
+    yield differs("a mixture with a Gaussian too few has a loss", 0.0, loss_at(game), 1e-3, scale=1.0)
     game = _game()
     with mistake(Mixture, "x0", lambda self, x, t: X0(replace(self, x_s=0 * self.x_s), x, t)):
-        losses = torch.stack([_loss(game, step) for step in range(6)])  # from both levels
+        losses = torch.stack([loss_at(game, step) for step in range(6)])  # from both levels
         yield differs("policies that forget where they began are caught", 0.0, losses.max(), 1e-3, scale=1.0)
     game = _game()
     with (
@@ -158,17 +131,17 @@ def _loss_checks() -> Iterator[Check]:
         mistake(PiFlow, "dropped", lambda self, p, b: replace(p, s=p.s * 0 + 1.0)),
     ):
         yield differs(
-            "a policy that takes another angle for its beginning is caught", 0.0, _loss(game), 1e-3, scale=1.0
+            "a policy that takes another angle for its beginning is caught", 0.0, loss_at(game), 1e-3, scale=1.0
         )
 
 
 def _window_checks() -> Iterator[Check]:
     """A velocity averaged over a window is not the teacher's at its beginning: the loss has a floor."""
-    floors = [_loss(_game(student_steps=1, substeps=n, window=3)) for n in (64, 128)]
+    floors = [loss_at(_game(student_steps=1, substeps=n, window=3)) for n in (64, 128)]
     yield differs("a window of three steps has a loss at the optimum", 0.0, floors[0], 1e-5, scale=1.0)
     yield equal("... which falls by 4 for steps half as long", 4.0, floors[0] / floors[1], 0.15)
     game = _game(student_steps=1, substeps=64, window=3)
-    x, t = _noise(), torch.full((40,), 1.0).double()
+    x, t = noise(), torch.full((40,), 1.0).double()
     policy = game.student(x, torch.full((40,), TOP).double(), {}).policy
     h, said, y = TOP / 64, [], x
     for k in range(3):
@@ -182,7 +155,7 @@ def _window_checks() -> Iterator[Check]:
 def _node_checks() -> Iterator[Check]:
     """Values on the way are of second order in their distance, and exact at the nodes."""
     teacher = gaussian_teacher([0.7, -0.4], 0.5)
-    z, density = _noise(), GaussianMixture([[0.7, -0.4]], 0.5)
+    z, density = noise(), GaussianMixture([[0.7, -0.4]], 0.5)
     s, e = torch.full((40,), TOP).double(), torch.full((40,), 0.1).double()
 
     def exact(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +185,7 @@ def _node_checks() -> Iterator[Check]:
 def _option_checks() -> Iterator[Check]:
     """Gaussians are left out by their share, and never all; the teacher's share of the path falls to none."""
     game = _game(component_dropout=0.3)
-    batch = _batch(size=4000)
+    batch = batch_at(size=4000)
     policy = game.student(batch.randn("z").double(), torch.full((4000,), TOP).double(), {}).policy
     dropped = game.dropped(policy, batch)
     assert isinstance(dropped, Mixture)

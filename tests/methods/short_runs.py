@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from diffdistill import distill
+import torch
+
+from diffdistill import distill, load_student
 
 
 def trains(folder: Path, **options: Any) -> None:
@@ -23,3 +25,16 @@ def same_when_resumed(folder: Path, stop: int = 2, end: int = 4, **options: Any)
     assert {file.parts[0] for file in files} == {"student", "checkpoints"}
     for file in files:
         assert (whole / file).read_bytes() == (run / file).read_bytes(), file
+
+
+def stock_draws_the_same(pipeline: Any, student: Path) -> int:
+    """Stock diffusers' pipeline of pixels draws two images as our sampler of that folder, whose steps are returned."""
+    sampler, described = load_student(student)
+    drawn, ours = ([torch.Generator().manual_seed(k) for k in range(2)] for _ in range(2))
+    steps = len(sampler.levels)
+    images = pipeline(
+        batch_size=2, class_labels=[1, 3], num_inference_steps=steps, output_type="np", generator=drawn
+    ).images
+    expected = (sampler(described.shape, {"class_labels": torch.tensor([1, 3])}, ours) / 2 + 0.5).clamp(0, 1)
+    assert float((torch.as_tensor(images).permute(0, 3, 1, 2) - expected).abs().max()) < 1e-4
+    return steps

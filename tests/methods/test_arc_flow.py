@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from diffdistill import UserError, load_student
+from diffdistill import UserError
 from diffdistill.core.policies import Momenta
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods.arc_flow import ArcFlow, Config
 from diffdistill.methods.checks.arc_flow import verify
 from diffdistill.scaffold.method import Need
-from tests.methods.short_runs import same_when_resumed, trains
+from tests.methods.short_runs import same_when_resumed, stock_draws_the_same, trains
 
 Teachers = Callable[[str], Path]
 
@@ -62,13 +62,7 @@ def test_it_trains_every_parameterisation_and_stock_diffusers_draws_the_same(
     trains(tmp_path, teacher=str(tiny_teacher(parameterization)), **RUN, **options, student_lr=1e-3)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run" / "student", trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    sampler, described = load_student(tmp_path / "run" / "student")
-    draws = [[torch.Generator().manual_seed(k) for k in range(2)] for _ in range(2)]
-    drawn = pipeline(
-        batch_size=2, class_labels=[1, 3], num_inference_steps=len(sampler.levels), output_type="np", generator=draws[0]
-    ).images
-    ours = (sampler(described.shape, {"class_labels": torch.tensor([1, 3])}, draws[1]) / 2 + 0.5).clamp(0, 1)
-    assert float((torch.as_tensor(drawn).permute(0, 3, 1, 2) - ours).abs().max()) < 1e-4
+    stock_draws_the_same(pipeline, tmp_path / "run" / "student")
 
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:

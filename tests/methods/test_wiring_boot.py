@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffdistill.players.sampler import DDIM
 from tests.methods.test_wiring_tangent import Straight as OneGame
-from tests.scaffold.straight import EDM_, FLOW, TRIG, VP, Plain, agree, fold, in_double, noised, normal, uniform
+from tests.scaffold.straight import EDM_, FLOW, TRIG, VP, Plain, agree_alone, fold, in_double, noised, normal, uniform
 
 Values = dict[str, Tensor]
 _double = pytest.fixture(autouse=True)(in_double)
@@ -58,9 +58,7 @@ CASES: list[tuple[dict[str, Any], Plain]] = [
 @pytest.mark.parametrize(("options", "plain"), CASES)
 def test_a_turn_is_its_straight_line(options: dict[str, Any], plain: Plain, step: int) -> None:
     straight = Straight("boot", options, plain, step)
-    (turn,) = straight.method.turns(step)
-    assert (turn.player, turn.lr_factor, turn.restart) == ("student", 1.0, False)
-    agree(straight.method, turn, straight.batch, straight.turn)
+    agree_alone(straight.method, step, straight.batch, straight.turn)
 
 
 @pytest.mark.parametrize("plain", [VP, EDM_, FLOW])

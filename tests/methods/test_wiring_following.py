@@ -24,6 +24,7 @@ from tests.scaffold.straight import (
     WHOLE,
     Plain,
     agree,
+    agree_alone,
     batch_of,
     copies,
     draw,
@@ -302,9 +303,7 @@ def test_a_student_gives_the_output_of_its_options_and_the_teacher_its_own(name:
 @pytest.mark.parametrize(("name", "options", "plain"), CASES)
 def test_a_turn_is_its_straight_line(name: str, options: dict[str, Any], plain: Plain, step: int) -> None:
     straight = Straight(name, options, plain, step)
-    (turn,) = straight.method.turns(step)
-    assert (turn.player, turn.lr_factor, turn.restart) == ("student", 1.0, False)
-    agree(straight.method, turn, straight.batch, straight.turn)
+    agree_alone(straight.method, step, straight.batch, straight.turn)
 
 
 @pytest.mark.parametrize("step", [0, 3])

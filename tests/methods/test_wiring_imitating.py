@@ -18,7 +18,7 @@ from tests.scaffold.straight import (
     VP,
     WHOLE,
     Plain,
-    agree,
+    agree_alone,
     batch_of,
     fold,
     in_double,
@@ -151,9 +151,7 @@ def test_turns_are_their_straight_lines(name: str, options: dict[str, Any], plai
     straight = Straight(name, options, plain)
     for step in range(2, 12):
         batch = batch_at((5, step, 1))
-        (turn,) = straight.method.turns(step)
-        assert (turn.player, turn.lr_factor, turn.restart) == ("student", 1.0, False)
-        agree(straight.method, turn, batch, lambda batch=batch: straight.turn(batch))
+        agree_alone(straight.method, step, batch, lambda batch=batch: straight.turn(batch))
 
 
 @pytest.mark.parametrize(("name", "options", "plain"), CASES)

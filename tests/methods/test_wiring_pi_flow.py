@@ -19,7 +19,7 @@ from tests.scaffold.straight import (
     VP,
     WHOLE,
     Plain,
-    agree,
+    agree_alone,
     batch_of,
     draw,
     fold,
@@ -186,9 +186,7 @@ CASES: list[tuple[dict[str, Any], Plain]] = [
 def test_a_turn_is_its_straight_line(options: dict[str, Any], plain: Plain, step: int) -> None:
     straight = Straight(options, plain, step)
     straight.method.student.eval()  # dropout is that of one pass
-    (turn,) = straight.method.turns(step)
-    assert (turn.player, turn.lr_factor, turn.restart) == ("student", 1.0, False)
-    agree(straight.method, turn, straight.batch, straight.turn)
+    agree_alone(straight.method, step, straight.batch, straight.turn)
 
 
 @pytest.mark.parametrize("kind", ["components", "momenta"])

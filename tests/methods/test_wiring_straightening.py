@@ -21,6 +21,7 @@ from tests.scaffold.straight import (
     WHOLE,
     Plain,
     agree,
+    agree_alone,
     batch_of,
     copies,
     fold,
@@ -160,9 +161,7 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
 @pytest.mark.parametrize(("name", "options", "plain"), CASES)
 def test_a_turn_is_its_straight_line(name: str, options: dict[str, Any], plain: Plain, step: int) -> None:
     straight = Straight(name, options, plain, step)
-    (turn,) = straight.method.turns(step)
-    assert (turn.player, turn.lr_factor, turn.restart) == ("student", 1.0, False)
-    agree(straight.method, turn, straight.batch, straight.turn)
+    agree_alone(straight.method, step, straight.batch, straight.turn)
 
 
 STAGES = {"reflow_steps": 2, "distill_steps": 4, "ode_steps": 3}

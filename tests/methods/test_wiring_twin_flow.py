@@ -19,7 +19,7 @@ from tests.scaffold.straight import (
     VP,
     WHOLE,
     Plain,
-    agree,
+    agree_alone,
     batch_of,
     copies,
     fold,
@@ -158,9 +158,7 @@ def test_a_turn_is_its_straight_line(options: dict[str, Any], plain: Plain, plac
     straight.eps, images = normal("student/eps", straight.key), straight.batch.x0
     assert images is not None
     straight.image, straight.labels = images, straight.batch.cond["class_labels"]
-    (turn,) = straight.method.turns(3)
-    assert (turn.player, turn.lr_factor, turn.restart) == ("student", 1.0, False)
-    agree(straight.method, turn, straight.batch, straight.turn)
+    agree_alone(straight.method, 3, straight.batch, straight.turn)
 
 
 def test_the_average_follows_and_is_not_trained() -> None:

@@ -174,13 +174,8 @@ MUTANTS = {
         ("the matching is of the whole batch", "each.sum() * 4 / batch.size", "each.mean()"),
         ("any steps add noise", 'Renoise() if self.config.sampling == "few" else DDIM()', "Renoise()"),
     ],
-    f"methods/pi_flow.py | {_P}": [
-        ("the window is one", "self.velocity(policy, x, t) - theirs.v", "policy.v(x, t) - theirs.v"),
-    ],
-    f"methods/arc_flow.py | {_P}": [
-        ("the window is one", "self.velocity(policy, x, t) - theirs.v", "policy.v(x, t) - theirs.v"),
-    ],
     f"diffdistill/scaffold/policies.py | {_P}": [
+        ("the window is one", "self.velocity(policy, x, t) - theirs.v", "policy.v(x, t) - theirs.v"),
         (
             "the teacher is not guided",
             "guided(frozen(teacher.denoiser), config.guidance_scale)",

@@ -333,6 +333,13 @@ def agree(method: Method, turn: Turn, batch: Batch, expected: Callable[[], dict[
         assert torch.allclose(mine, other, rtol=1e-7, atol=1e-9 * size)
 
 
+def agree_alone(method: Method, step: int, batch: Batch, expected: Callable[[], dict[str, Tensor]]) -> None:
+    """`agree`, of a method whose student alone moves in a step."""
+    (turn,) = method.turns(step)
+    assert (turn.player, turn.lr_factor, turn.restart) == ("student", 1.0, False)
+    agree(method, turn, batch, expected)
+
+
 def nets(*denoisers: Any) -> list[Net]:
     """The networks under denoisers."""
     return [denoiser.network for denoiser in denoisers]
