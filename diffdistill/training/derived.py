@@ -25,6 +25,8 @@ from diffdistill.core.prediction import OUTPUTS
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow
 from diffdistill.core.times import edm_karras_angle
 from diffdistill.options import (
+    DMD2Options,
+    DMDOptions,
     EDMTimes,
     FollowingOptions,
     HalvingOptions,
@@ -227,19 +229,21 @@ def _rate(s: Situation, role: str) -> Derived:
     why = f"{factor}/sqrt({_count(s.parameters)} parameters) in {s.steps} steps"
     if role in s.teacher.lora:
         factor, why = 10 * factor, f"{why}, times 10 for LoRA"
-    if s.values.get("optimizer") == "muon":
+    if s.values.get("optimizer") == "muon" and not s.matches:
         factor, why = 2 * factor, f"{why}, times 2 for Muon"
     return Derived(float(f"{factor / math.sqrt(s.parameters):.2g}"), why)
 
 
 def _optimizer(s: Situation) -> Derived | None:
-    follows = issubclass(s.options, FollowingOptions) and not issubclass(s.options, LatentAdversarialOptions)
-    small = s.parameters <= RELEARNS and "student" not in s.teacher.lora
-    if not (follows and small) or s.steps >= LONG or s.values.get("offload", "none") != "none" or divides():
+    measured = issubclass(s.options, FollowingOptions | DMDOptions | DMD2Options)
+    small = s.parameters <= RELEARNS and not s.teacher.lora
+    if not measured or issubclass(s.options, LatentAdversarialOptions) or not small or s.steps >= LONG:
+        return None
+    if s.values.get("offload", "none") != "none" or divides():
         return None
     if "student_lr" in s.values:  # which was chosen for AdamW, whose first steps are five times as large
         return None
-    return Derived("muon", f"{s.steps} steps are few, and a student that follows gets further in them than with AdamW")
+    return Derived("muon", f"{s.steps} steps are few, and a student gets further in them than with AdamW")
 
 
 def _student_lr(s: Situation) -> Derived | None:
