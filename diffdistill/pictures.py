@@ -42,6 +42,13 @@ def image_grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
     return canvas
 
 
+def stills(samples: Tensor, columns: int) -> tuple[Tensor, int]:
+    """Images as they are and `columns`; of videos (N, C, F, H, W) their frames as images, and F, a row a video."""
+    if samples.ndim == 4:
+        return samples, columns
+    return samples.transpose(1, 2).flatten(0, 1), samples.shape[2]
+
+
 def side_by_side(rows: Sequence[tuple[str, Tensor]], scale: int = 1) -> Image.Image:
     """One labelled row of images per entry, e.g. teacher and student from the same noise, aligned in columns.
 

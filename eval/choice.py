@@ -23,6 +23,7 @@ from diffdistill.data.encoded import KIND as ENCODED
 from diffdistill.data.images import Data, open_data, open_pairs, part
 from diffdistill.data.prompts import all_prompts
 from diffdistill.data.shards import read_index
+from diffdistill.data.videos import open_videos
 from diffdistill.errors import UserError, shown
 from diffdistill.eval.features.digit_classifier import load_mnist_classifier
 from diffdistill.eval.judge import DRAWN, JudgeOptions
@@ -45,7 +46,7 @@ class Facts:
 
     name: str
     conditions: str  #: none, classes, prompts, or images: there is nothing to draw
-    shape: tuple[int, ...]  #: of its images, (C, H, W)
+    shape: tuple[int, ...]  #: of its images, (C, H, W), or videos, (C, F, H, W)
     classes: int | None = None
     count: int | None = None  #: of images
     latent: bool = False
@@ -53,9 +54,14 @@ class Facts:
     options: Mapping[str, Any] | None = None  #: of the training that made it
     teacher: str | None = None  #: where a student was distilled from
 
+    @property
+    def frames(self) -> int:
+        """Of its videos; 0 where it makes images."""
+        return self.shape[1] if len(self.shape) == 4 else 0
+
 
 def facts_of(model: ModelLike) -> Facts:
-    """UserError for what is no model, or makes what no protocol can judge: videos."""
+    """UserError for what is no model, or makes what no protocol can judge."""
     return _checked(_facts(model))
 
 
@@ -70,8 +76,6 @@ def _facts(model: ModelLike) -> Facts:
 
 
 def _checked(facts: Facts) -> Facts:
-    if len(facts.shape) != 3:
-        raise UserError(f"eval: {shown(facts.name)} makes videos, and the protocols are of images")
     channels = facts.shape[0]
     if channels not in (1, 3):
         raise UserError(f"eval: images of {shown(facts.name)} have {channels} channels; only grey and RGB are judged")
@@ -103,8 +107,8 @@ def _of_pipeline(name: str, folder: Path, family: Family) -> Facts:
     size = (student.resolution, student.frames) if student else (None, None)
     described = describe(folder, *size)
     shape, classes = described.shape, described.num_classes
-    if family.autoencoder is not None and len(shape) == 3:
-        shape = (3, *family.pixels(folder, shape))
+    if family.autoencoder is not None:
+        shape = (3, *([described.frames] if family.videos else []), *family.pixels(folder, shape))
     null = record.null_class if isinstance(record, StudentRecord | TeacherRecord) else None
     if classes is not None and null is not None:
         classes = min(classes, null)
@@ -172,6 +176,8 @@ def choose(facts: Facts, wishes: Wishes) -> Choice:
     that are needed are not known.
     """
     overrides, named = wishes.overrides, wishes.reference or wishes.data
+    if wishes.protocol is None and _moves(facts, wishes):
+        return Choice(load("moving-i2v" if facts.reads_image else "moving", frames=facts.shape[1], **overrides))
     if facts.reads_image:
         return _of_edits(facts, wishes)
     captions = _captions(facts, wishes) if facts.conditions == "prompts" and named != "shapes" else None
@@ -195,27 +201,28 @@ def choose(facts: Facts, wishes: Wishes) -> Choice:
 
 def _of_edits(facts: Facts, wishes: Wishes) -> Choice:
     """That of a model that changes images: what it changes, and what it is to make of it, are of the same data."""
+    does = "begins with images" if facts.frames else "changes images"
     if wishes.prompts is not None:
         raise UserError(
-            f"prompts: {shown(facts.name)} changes images; give images with captions and condition images by --data"
+            f"prompts: {shown(facts.name)} {does}; give images with captions and condition images by --data"
         )
     named, options = wishes.data or wishes.reference, facts.options or {}
     for spec in [named] if named else [*_names(_encoded_from(options).get("data")), *_names(options.get("data"))]:
         if wishes.protocol is None and spec.partition(":")[0] == "edits" and facts.shape == (3, *[shapes.SIDE] * 2):
             return Choice(load("edits", **wishes.overrides))
         try:
-            data = _fewer(open_pairs(spec, resolution=_pixels_of(facts), channels=facts.shape[0]))
+            data = _fewer(_opened(facts, spec))
         except UserError:
             if named:
                 raise
             continue
-        captions = data.get(torch.arange(min(len(data), LATENT["count"]))).captions
+        captions = _captions_of(data)
         if captions is None:
             raise UserError(f"data: {shown(spec)} has no captions, which say what is to be changed")
         first = part(data, list(range(len(captions))))
         return replace(_pixels(facts, wishes, data, spec, captions), conditions=first)
     raise UserError(
-        f"data: {shown(facts.name)} changes images, and none are known; give images with captions and condition images "
+        f"data: {shown(facts.name)} {does}, and none are known; give images with captions and condition images "
         "by --data"
     )
 
@@ -229,8 +236,8 @@ def _pixels(facts: Facts, wishes: Wishes, data: Data | None, spec: str | None, c
         captions = list(itertools.islice(itertools.cycle(captions), protocol.count))
     conditions = "none" if facts.conditions == "images" else facts.conditions
     protocol = replace(
-        protocol, resolution=size_of(*_pixels_of(facts)), channels=facts.shape[0], conditions=[conditions],
-        classes=facts.classes,
+        protocol, resolution=size_of(*_pixels_of(facts)), channels=facts.shape[0], frames=facts.frames,
+        conditions=[conditions], classes=facts.classes,
         labels="balanced", prompts="captions of the model's own data" if captions is not None else None,
         reference=spec or "samples of the teacher",
     )  # fmt: skip
@@ -252,6 +259,8 @@ def _better(facts: Facts) -> str | None:
     """A protocol of feature networks whose weights must be fetched; None for small or grey images."""
     if facts.shape[0] != 3:
         return None
+    if facts.frames:
+        return "--protocol videos --weights videomae=FOLDER"
     inception = "--weights inception=FILE"
     if facts.conditions == "prompts":
         return f"--protocol coco2017-5k {inception} --weights clip-score=FOLDER --weights clip=FOLDER"
@@ -264,16 +273,32 @@ def _better(facts: Facts) -> str | None:
 
 
 def _pixels_of(facts: Facts) -> tuple[int, int]:
-    return facts.shape[1], facts.shape[2]
+    return facts.shape[-2], facts.shape[-1]
+
+
+def _opened(facts: Facts, spec: str) -> Data:
+    """Images, or videos, of the model's size, with condition images where it reads them."""
+    if facts.frames:
+        return open_videos(spec, frames=facts.frames, size=_pixels_of(facts), conditioned=facts.reads_image)
+    opening = open_pairs if facts.reads_image else open_data
+    return opening(spec, resolution=_pixels_of(facts), channels=facts.shape[0])
+
+
+def _moves(facts: Facts, wishes: Wishes) -> bool:
+    """Whether a model makes videos of drawn shapes that move, of the size that can be read."""
+    specs = [wishes.data or wishes.reference, *_known_images(facts)]
+    spec = next(itertools.chain(*map(_names, specs)), "")
+    fits = (facts.shape[0], *_pixels_of(facts)) == (3, shapes.SIDE, shapes.SIDE)
+    return facts.frames > 0 and fits and spec.partition(":")[0] == "moving"
 
 
 def _real_images(facts: Facts, named: str | None) -> tuple[Data | None, str | None]:
     """Real images at the model's size, spread evenly where there are many, and how they are named."""
     if named is not None:
-        return _fewer(open_data(named, resolution=_pixels_of(facts), channels=facts.shape[0])), named
+        return _fewer(_opened(facts, named)), named
     for spec in _known_images(facts):
         try:
-            return _fewer(open_data(spec, resolution=_pixels_of(facts), channels=facts.shape[0])), spec
+            return _fewer(_opened(facts, spec)), spec
         except UserError:  # they have been moved since, or are on a hub that is out of reach
             continue
     return None, None
@@ -326,11 +351,10 @@ def _captions(facts: Facts, wishes: Wishes) -> list[str]:
     images = [wishes.data, wishes.reference, encoded.get("data"), (facts.options or {}).get("data")]
     for spec in itertools.chain(*map(_names, images)):
         try:
-            data = _fewer(open_data(spec))
+            data = _fewer(_opened(facts, spec) if facts.frames else open_data(spec))
         except UserError:  # which is said where the images themselves are needed
             continue
-        captions = data.get(torch.arange(min(len(data), LATENT["count"]))).captions
-        if captions:
+        if captions := _captions_of(data):
             return captions
     for spec in itertools.chain(_names(encoded.get("prompts")), _names((facts.options or {}).get("prompts"))):
         if Path(spec).exists() and not (Path(spec) / ENCODED.index).is_file():
@@ -339,6 +363,13 @@ def _captions(facts: Facts, wishes: Wishes) -> list[str]:
         f"prompts: {shown(facts.name)} is text-to-image, and no captions are known; give --prompts FILE (a prompt on "
         "each line), or a --protocol with its own"
     )
+
+
+def _captions_of(data: Data) -> list[str] | None:
+    """The first ones, read a few at a time, since videos are large."""
+    rows = torch.arange(min(len(data), LATENT["count"])).split(LATENT["batch"])
+    captions = [data.get(part).captions for part in rows]
+    return None if captions[0] is None else [text for each in captions for text in each or []]
 
 
 def _are_shapes(facts: Facts, named: str | None, captions: list[str] | None) -> bool:
@@ -389,6 +420,7 @@ def suggestion(run: Path) -> str:
         return f"look at its images: {shlex.join(['diffdistill', 'sample', str(run), *prompt])}"
     source = choice.reference.removesuffix("#test") if choice.reference else None
     drawn = choice.protocol.prompts in DRAWN
-    images = ["--data", source] if source else ["--data", str(choice.protocol.prompts)] if drawn else []
+    source = source or (str(choice.protocol.prompts).removesuffix("-i2v") if drawn else None)
+    images = ["--data", source] if source else []
     command = shlex.join(["diffdistill", "eval", str(run), *images])
     return f"compare it with its teacher: {command}\n  judges {choice.about}"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.images import Data, open_edits
+from diffdistill.data.moving import draw_moving, open_moving
 from diffdistill.data.processes import Processes
 from diffdistill.data.progress import speaking
 from diffdistill.data.prompts import all_prompts
@@ -30,9 +31,10 @@ from diffdistill.eval.metrics.registry import Inputs
 from diffdistill.eval.models import Model, SamplingOptions
 from diffdistill.eval.protocol import Protocol, ProtocolMetric, data_path, digest
 from diffdistill.eval.reference import Reference, open_reference
+from diffdistill.pictures import stills
 
 SHOWN = 20
-DRAWN = ("shapes", "edits")  #: what a protocol calls the captions of drawn pictures
+DRAWN = ("shapes", "edits", "moving", "moving-i2v")  #: what a protocol calls the captions of what is drawn
 REPLICATES = {"narrow": 200, "wide": 20}  # a wide covariance takes seconds a replicate
 WIDE = 512
 
@@ -53,6 +55,13 @@ class JudgeOptions:
     bootstrap: int | None = None  #: replicates of the intervals; 0: none; default: REPLICATES
     device: str = "auto"
     threads: int = 1  #: of the CPU, on which the last bits depend; 0: torch's own choice
+
+
+def drawn_samples(protocol: Protocol) -> Tensor:
+    """What the held-out captions of a protocol of drawn pictures or videos say, (count, ...) in [-1, 1]."""
+    if protocol.frames:
+        return draw_moving(HELD_OUT, protocol.count, protocol.frames)[0]
+    return (draw_edits if protocol.prompts == "edits" else draw_many)(HELD_OUT, protocol.count)[0]
 
 
 class Judge:
@@ -122,6 +131,11 @@ class Judge:
             self.said = [caption(*each) for each in edits.attributes.tolist()]
             self.changed = open_edits("edits", protocol.count, None, 3, HELD_OUT)
             return edits.captions
+        if file is None and protocol.prompts in ("moving", "moving-i2v"):
+            data = open_moving("moving", protocol.count, protocol.frames, protocol.pixels, True, HELD_OUT)
+            if protocol.prompts == "moving-i2v":
+                self.changed = data
+            return data.get(torch.arange(protocol.count)).captions
         path = Path(file) if file else data_path(str(protocol.prompts))
         if not path.exists():
             remedy = f"fetch {protocol.fetch}" if protocol.fetch else "make it, a prompt a line"
@@ -171,12 +185,12 @@ class Judge:
         return prepared(drawn, self.protocol, model.name)
 
     def shown(self, model: Model, count: int = SHOWN) -> Tensor:
-        """The first images in [-1, 1], for pictures."""
-        labels = self.labels(model)
-        batches = torch.arange(min(count, self.protocol.count)).split(self.protocol.batch)
+        """The first images (n, C, H, W) in [-1, 1], for pictures; of videos all frames of the first."""
+        labels, videos = self.labels(model), max(1, count // max(1, self.protocol.frames))
+        batches = torch.arange(min(videos, self.protocol.count)).split(self.protocol.batch)
         with torch.inference_mode():
             images = torch.cat([self.images(model, labels, batch.tolist()) for batch in batches])
-        return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+        return stills(images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images, count)[0]
 
     def check(self, model: Model) -> None:
         """UserError unless the model is one that the protocol can judge."""

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
 from diffdistill.core.guidance import with_second_scale
-from diffdistill.data.shapes import HELD_OUT, draw_edits, draw_many
+from diffdistill.data.shapes import HELD_OUT, draw_edits
 from diffdistill.errors import UserError, shown
 from diffdistill.eval.image_folder import Model
-from diffdistill.eval.judge import DRAWN, Judge, JudgeOptions, Score, score
+from diffdistill.eval.judge import DRAWN, Judge, JudgeOptions, Score, drawn_samples, score
 from diffdistill.eval.latency import latency
 from diffdistill.eval.measurements import rounded
 from diffdistill.eval.models import (
@@ -124,7 +124,8 @@ def _alone(source: ModelLike, judge: Judge, out: Path) -> Evaluation:
     evaluation.write()
     scale = max(1, 64 // max(judge.protocol.pixels))
     shown = torch.cat([each.shown for each in scores if each.shown is not None])
-    return replace(evaluation, pictures=[save_png(image_grid(shown, 10, scale), out / "samples.png")])
+    columns = judge.protocol.frames or 10
+    return replace(evaluation, pictures=[save_png(image_grid(shown, columns, scale), out / "samples.png")])
 
 
 def _run_name(source: ModelLike) -> str:
@@ -146,7 +147,7 @@ def _ladder(
         return evaluation
     evaluation.write()
     resolution = max(judge.protocol.pixels)
-    most = 20 if resolution <= 16 else 12
+    most = 2 * judge.protocol.frames or (20 if resolution <= 16 else 12)
     shown = [(_label(each), each.shown[:most]) for each in scores if each.shown is not None]
     picture = save_png(side_by_side(shown, scale=max(1, 64 // resolution)), out / "comparison.png")
     if isinstance(source, str | os.PathLike):
@@ -233,9 +234,10 @@ def ladder_models(
     latents = _Latents(judged, family, sampling)
     models = [latents.model(rung) for rung in rungs]
     if protocol.prompts in DRAWN:
-        models.insert(0, latents.pictures(identity, protocol.count))
+        models.insert(0, latents.drawn(identity, drawn_samples(protocol)))
     if protocol.prompts == "edits":
-        models.insert(0, latents.pictures(identity, protocol.count, unchanged=True))
+        unchanged = draw_edits(HELD_OUT, protocol.count).conditions
+        models.insert(0, latents.drawn(identity, unchanged, "unchanged"))
     return models
 
 
@@ -389,8 +391,6 @@ class _Latents:
     def decoded(self, latents: Tensor, name: str) -> Tensor:
         """Images as the judge takes them."""
         images = self.autoencoder.decode(self.pipeline.vae, latents).float().clamp(-1, 1).cpu()
-        if images.ndim == 5:
-            raise UserError(f"eval: {name} makes videos, and the protocols are of images")
         refuse_non_finite(images, name)
         return rounded((images + 1) / 2) if self.sampling.eight_bit else images
 
@@ -410,7 +410,7 @@ class _Latents:
         ) -> Tensor:  # fmt: skip
             cond: Cond = {} if labels is None else {"class_labels": labels.to(self.sampling.device)}
             if text is not None:
-                prompt = self.prompt._replace(images=pictures, negative=rung.negative)
+                prompt = self.prompt._replace(images=pictures, negative=rung.negative, frames=self.teacher.frames)
                 cond = text.encode(self.pipeline, list(captions or []), prompt)
                 self.lead_away_from(text, rung.negative)
             with attention_of(self.teacher.denoiser, self.sampling.attention):
@@ -424,19 +424,17 @@ class _Latents:
             rung.name, rung.fingerprint, conditions, classes, rung.steps, rung.call, draw, reads_image=reads_image
         )
 
-    def pictures(self, fingerprint: str, count: int, unchanged: bool = False) -> Model:
-        """The drawn pictures of the held-out captions, or those that are to be changed, encoded and decoded."""
-        edits = draw_edits(HELD_OUT, count) if self.family.reads_image else None
-        drawn = draw_many(HELD_OUT, count)[0] if edits is None else edits.conditions if unchanged else edits.images
-        name = f"{'unchanged' if unchanged else 'drawn'}, through the autoencoder"
+    def drawn(self, fingerprint: str, samples: Tensor, what: str = "drawn") -> Model:
+        """Those of the held-out captions, or what is to be changed, encoded and decoded."""
+        name = f"{what}, through the autoencoder"
 
         def images(
             indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None,
             pictures: Tensor | None = None,
         ) -> Tensor:  # fmt: skip
-            encoded = self.autoencoder.encode(self.pipeline.vae, drawn[list(indices)].to(self.sampling.device))
+            encoded = self.autoencoder.encode(self.pipeline.vae, samples[list(indices)].to(self.sampling.device))
             return self.decoded(encoded, name)
 
-        call, draw = {"drawn": not unchanged}, torch.no_grad()(images)
+        call, draw = {"drawn": what == "drawn"}, torch.no_grad()(images)
         reads_image = self.family.reads_image
-        return Model(name, fingerprint, "prompts", None, None, call, draw, count=count, reads_image=reads_image)
+        return Model(name, fingerprint, "prompts", None, None, call, draw, count=len(samples), reads_image=reads_image)

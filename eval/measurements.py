@@ -101,6 +101,8 @@ def prepared(images: Tensor, protocol: Protocol, whose: str, crop: bool = False)
     may not be resized. crop: of images of another ratio, the middle.
     """
     channels, (height, width) = protocol.channels, protocol.pixels
+    if images.ndim == 5 or protocol.frames:
+        return _prepared_videos(images, protocol, whose)
     if images.shape[1] != channels:
         kinds = {1: "grey", 3: "RGB"}
         kind = kinds.get(images.shape[1], f"of {images.shape[1]} channels")
@@ -124,3 +126,14 @@ def prepared(images: Tensor, protocol: Protocol, whose: str, crop: bool = False)
     small = [np.asarray(p.resize((width, height), _FILTERS[protocol.resize])) for p in pictures]
     whole = torch.from_numpy(np.stack(small)).reshape(len(small), height, width, channels)
     return whole.permute(0, 3, 1, 2).contiguous()
+
+
+def _prepared_videos(videos: Tensor, protocol: Protocol, whose: str) -> Tensor:
+    """Those of a protocol of videos, (B, C, F, H, W); UserError for others, since none are resized."""
+    if videos.ndim != 5 or not protocol.frames:
+        made, judged = ("videos", "images") if videos.ndim == 5 else ("images", "videos")
+        raise UserError(f"eval: {whose} makes {made}, and the protocol {protocol.name} is of {judged}")
+    if tuple(videos.shape[1:]) != protocol.shape:
+        there, right = ("x".join(map(str, shape)) for shape in (videos.shape[1:], protocol.shape))
+        raise UserError(f"eval: the videos of {whose} are {there} and the protocol's {right} (channels, frames, sides)")
+    return videos.float() / 127.5 - 1 if videos.dtype == torch.uint8 and not protocol.eight_bit else videos

@@ -307,8 +307,9 @@ def stock_call(
     """
     record = read_record(path)
     size: Mapping[str, Any] = _own_size(path, family) if family is not None and record is None else {}
-    if family is not None and family.reads_image and not isinstance(record, StudentRecord):
-        size = describe(path).size  # which the pipeline would take from its image
+    reads = family is not None and family.reads_image and not isinstance(record, StudentRecord)
+    if reads or (isinstance(record, TeacherRecord) and record.frames):
+        size = describe(path).size  # which the pipeline would take from its image, or its makers' defaults
     own = None if record is None or isinstance(record, TeacherRecord) else record.call
     others = {} if steps is None else {"num_inference_steps": steps}  # of a pipeline with a default of its own
     call = {**(own or (family.arguments(steps or LATENT_STEPS) if family else others)), **size}
@@ -392,6 +393,7 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
     takes = inspect.signature(pipeline.__call__).parameters
     conditions = "prompts" if "prompt" in takes else "classes" if "class_labels" in takes else "none"
     reads_image = family is not None and family.reads_image
+    begins_with_image = family is not None and family.reads_image and family.videos
     if "negative_prompt" in call and "negative_prompt" not in takes and "kwargs" not in takes:
         raise UserError(f"negative_prompt: the pipeline of {name} takes none; leave it out")
 
@@ -399,6 +401,10 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
         indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None,
         pictures: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        if begins_with_image and len(indices) > 1:  # the pipeline takes one for all prompts
+            assert captions is not None and pictures is not None
+            each = zip(indices, captions, pictures.split(1), strict=True)
+            return torch.cat([images([i], seed, None, [text], picture) for i, text, picture in each])
         inputs: dict[str, Any] = {"batch_size": len(indices)} if conditions == "none" else {}
         if conditions == "prompts":
             inputs = {"prompt": list(captions or [])}  # a new list: some pipelines write into it
@@ -407,13 +413,15 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
             inputs = {"class_labels": labels.tolist()}
         if reads_image:
             assert pictures is not None
-            inputs["image"] = Prompt((0, 0), images=pictures).pictures
+            seen = Prompt((0, 0), images=pictures).pictures
+            inputs["image"] = seen[0] if begins_with_image else seen
         generators = image_generators(seed, indices)
         with attention_of(pipeline, sampling.attention), seeded_steps(pipeline, generators):
             output = pipeline(**inputs, **with_negatives(call, len(indices)), generator=generators, output_type="np")
-        if not hasattr(output, "images"):
-            raise UserError(f"eval: {name} makes videos, and the protocols are of images")
-        drawn = opaque(torch.as_tensor(output.images).float().permute(0, 3, 1, 2))
+        if hasattr(output, "images"):
+            drawn = opaque(torch.as_tensor(output.images).float().permute(0, 3, 1, 2))
+        else:
+            drawn = torch.as_tensor(output.frames).float().permute(0, 4, 1, 2, 3)
         refuse_non_finite(drawn, name)
         return rounded(drawn) if sampling.eight_bit else 2 * drawn - 1
 

@@ -73,7 +73,10 @@ class Protocol:
     seed: int = 0  #: image i is drawn from seed 1000000 * seed + i
     classes: int | None = None
     labels: Literal["balanced", "reference"] = "balanced"  #: class i mod classes, or that of real image i
-    prompts: str | None = None  #: 'shapes', 'edits', or a file or data set below the data folder
+    frames: int = 0  #: of the videos that are measured; 0: images
+    prompts: str | None = (
+        None  #: 'shapes', 'edits', 'moving', 'moving-i2v', or a file or data set below the data folder
+    )
     reference: str | None = None  #: data as of `open_data`, or a statistics file; below the data folder
     fetch: str = ""  #: where data that are missing come from
     resize: str | None = None  #: images of another size: refused, or brought to `resolution` by this filter
@@ -93,9 +96,9 @@ class Protocol:
         return height_width(self.resolution)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that are measured."""
-        return (self.channels, *self.pixels)
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the images that are measured, (C, F, H, W) of videos."""
+        return (self.channels, *((self.frames,) if self.frames else ()), *self.pixels)
 
     @property
     def measures(self) -> list[str]:
@@ -166,6 +169,8 @@ def _check(protocol: Protocol, where: str) -> None:
         kind = find_metric(metric.kind, f"{where}: metrics")
         if not (metric.column or kind.reads):
             raise UserError(f"{where}: metrics: {metric.name!r} is a {metric.kind} and names no column")
+    if protocol.frames < 0:
+        raise UserError(f"{where}: frames: {protocol.frames} is negative; give 0 for images, or the frames of a video")
     if protocol.seed < 0:
         raise UserError(f"{where}: seed: {protocol.seed} is negative; give 0 or more")
     if any(metric.k < 1 for metric in protocol.metrics):

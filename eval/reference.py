@@ -6,6 +6,7 @@ A reference is measured once and kept in a cache by what it depends on.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from diffdistill.data.files import walk
 from diffdistill.data.images import Data, open_data
 from diffdistill.data.processes import Processes
 from diffdistill.data.texts import printable
+from diffdistill.data.videos import open_videos
 from diffdistill.errors import UserError
 from diffdistill.eval.features.measure import FittedMeasure, Measure
 from diffdistill.eval.measurements import Measurements, make_measurements, measured, prepared
@@ -33,7 +35,8 @@ from diffdistill.pictures import as_bytes
 
 LEAST = 10
 MANY = 5000  # images, whose measuring shows its progress
-FITTED = 5000  # images that a measure is fitted to
+FITTED = 5000  # images that a measure is fitted to ..
+MOST_BYTES = 16 * 10**9  # .. which are in memory together: fewer, where they are large
 FORMAT = "diffdistill reference"
 
 
@@ -124,7 +127,7 @@ def _fitted(m: FittedMeasure, data: Data, spec: str, protocol: Protocol, process
     """The measure fitted to images that are spread evenly over the data; from the cache if it was before."""
     file = _folder_of(_identity(data, spec, protocol) | {"fitted": m.fingerprint}) / "fitted.safetensors"
     if not file.is_file() and processes.rank == 0:
-        count = min(len(data), FITTED)
+        count = min(len(data), FITTED, max(LEAST, MOST_BYTES // math.prod(protocol.shape)))
         parts = (torch.arange(count) * len(data) // count).split(50)
         images = torch.cat([_as_measured(data.get(rows).images, spec, protocol) for rows in parts])
         state = m.fit(images, processes.device).state_dict()
@@ -147,6 +150,8 @@ def _own_reference(protocol: Protocol) -> str:
 
 def _open_images(spec: str, protocol: Protocol) -> Data:
     """Real images; where they differ in size, their middle squares are brought to the protocol's by its filter."""
+    if protocol.frames:
+        return open_videos(spec, frames=protocol.frames, size=protocol.pixels)
     try:
         return open_data(spec, channels=protocol.channels)
     except UserError as error:
@@ -160,8 +165,8 @@ def _open_images(spec: str, protocol: Protocol) -> Data:
 
 def _check_images(data: Data, spec: str, protocol: Protocol) -> None:
     height, width = protocol.pixels
-    if data.shape[1:] != (height, width) and protocol.resize is None:
-        size = f"{data.shape[2]}x{data.shape[1]}"
+    if data.shape[-2:] != (height, width) and protocol.resize is None:
+        size = f"{data.shape[-1]}x{data.shape[-2]}"
         raise UserError(
             f"reference: images of {spec} are {size} and the protocol's {width}x{height}; give those of that size"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.environment import environment
-from diffdistill.families import FAMILIES, Guidance, StudentRecord, public_name
+from diffdistill.families import FAMILIES, Guidance, StudentRecord, TeacherRecord, public_name, record_of
 from diffdistill.options import Size
 from diffdistill.pipelines.card import student_call
 from diffdistill.pipelines.origin import public_options
@@ -34,6 +34,9 @@ def new_student_record(
     """
     entry = FAMILIES.get(teacher.family)
     latent = entry is not None and entry.autoencoder is not None
+    own = record_of(teacher.source) if latent and teacher.source else None
+    if isinstance(own, TeacherRecord):
+        resolution, frames = resolution or own.resolution, frames or own.frames
     return StudentRecord(
         levels=sampler.levels,
         move=sampler.step.name,

@@ -92,11 +92,12 @@ class TrainOptions(SavingOptions, FitOptions, AttentionOptions, total=False):
 class TeacherOptions(FitOptions, total=False):
     """The options of `TeacherConfig`."""
 
-    architecture: Literal["unet2d", "stable-diffusion", "instruct-pix2pix"]
+    architecture: Literal["unet2d", "stable-diffusion", "instruct-pix2pix", "wan", "wan-i2v"]
     lr: float
     weight_decay: float
     data: str | Path
     resolution: int | None
+    frames: int
     channels: Literal[1, 3] | None
     parameterization: Literal["vp", "flow", "edm"]
     label_dropout: float

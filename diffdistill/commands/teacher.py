@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.commands.text_teacher import TextTeacher
+from diffdistill.commands.video_teacher import VIDEOS, VideoTeacher, open_training_videos
 from diffdistill.config import TeacherConfig
 from diffdistill.core.losses import denoising_loss
 from diffdistill.core.prediction import diffuse
@@ -125,9 +126,7 @@ def train_teacher(
 def _train(config: TeacherConfig, resumed: bool, allow_change: Allowed) -> Path:
     out = Path(config.out)
     accelerator = accelerator_for(config, out)
-    opening = open_pairs if config.architecture == "instruct-pix2pix" else open_data
-    data = opening(config.data, resolution=config.resolution, channels=config.channels)
-    data = skipping(data, config.skip_unreadable)
+    data = skipping(_opened(config), config.skip_unreadable)
     inputs = inputs_of(dataclasses.asdict(config), data=data)
     note = check_inputs(out, inputs, allow_change) if resumed else None
     if note and accelerator.is_main_process:
@@ -153,7 +152,8 @@ def _train(config: TeacherConfig, resumed: bool, allow_change: Allowed) -> Path:
         with trainer.evaluating(), trainer.offload.on_host():
             scheduler = teacher_scheduler(config.parameterization)
             recipe = public_options({**dataclasses.asdict(config), "data_fingerprint": data.fingerprint})
-            record = TeacherRecord(None if text else data.num_classes, recipe, environment())
+            size = {"resolution": data.shape[-1], "frames": data.shape[1]} if config.architecture in VIDEOS else {}
+            record = TeacherRecord(None if text else data.num_classes, recipe, environment(), **size)
             card = _card(config, data)
             if text:
                 text.save(out / "teacher", record, card)
@@ -162,6 +162,15 @@ def _train(config: TeacherConfig, resumed: bool, allow_change: Allowed) -> Path:
     accelerator.wait_for_everyone()  # the teacher is there, in all processes
     accelerator.end_training()
     return out / "teacher"
+
+
+def _opened(config: TeacherConfig) -> Data:
+    if config.architecture in VIDEOS:
+        return open_training_videos(config)
+    if config.frames != TeacherConfig.frames:
+        raise UserError(f"frames: {config.frames} is of videos, and {config.architecture} makes none; leave it out")
+    opening = open_pairs if config.architecture == "instruct-pix2pix" else open_data
+    return opening(config.data, resolution=config.resolution, channels=config.channels)
 
 
 def run(values: dict[str, Any]) -> int:
@@ -192,6 +201,8 @@ def _levels(config: TeacherConfig, size: int) -> tuple[tuple[int, ...], tuple[in
 
 def _text_teacher(config: TeacherConfig, data: Data) -> TextTeacher:
     vae_widths = _whole_numbers("vae_widths", config.vae_widths)
+    if config.architecture in VIDEOS:
+        return VideoTeacher(config, data, _whole_numbers("widths", config.widths), (), vae_widths)
     latent = data.shape[1] // 2 ** (len(vae_widths) - 1) if vae_widths else 1
     return TextTeacher(config, data, *_levels(config, latent), vae_widths)
 
@@ -218,17 +229,23 @@ parameterisation, {config.steps} steps, batch {config.batch_size}, seed {config.
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("FOLDER")
-image = pipeline({_arguments(config, data)}num_inference_steps=16).images[0]
+{_arguments(config, data)}
 ```
 """
 
 
 def _arguments(config: TeacherConfig, data: Data) -> str:
-    if config.architecture != "unet2d":
-        captions = data.get(torch.arange(1)).captions or [""]
-        image = "image=image, " if config.architecture == "instruct-pix2pix" else ""
-        return f"{captions[0]!r}, {image}guidance_scale=2.0, "
-    return "" if data.num_classes is None else "class_labels=[3], "
+    if config.architecture == "unet2d":
+        classes = "" if data.num_classes is None else "class_labels=[3], "
+        return f"image = pipeline({classes}num_inference_steps=16).images[0]"
+    first = data.get(torch.arange(1))
+    text = (first.captions or [""])[0]
+    image = "" if first.conditions is None else "image=image, "
+    if config.architecture in VIDEOS:
+        _, frames, height, width = data.shape
+        size = f"height={height}, width={width}, num_frames={frames}"
+        return f"video = pipeline({image}prompt={text!r}, {size}, guidance_scale=2.0, num_inference_steps=16).frames[0]"
+    return f"image = pipeline({text!r}, {image}guidance_scale=2.0, num_inference_steps=16).images[0]"
 
 
 def _whole_numbers(name: str, text: str) -> tuple[int, ...]:

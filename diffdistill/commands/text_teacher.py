@@ -37,7 +37,12 @@ from diffdistill.training.stopping import Interrupted
 from diffdistill.training.trainer import Accelerator, Trainer
 from diffdistill.training.unread import Unread
 
-FAMILIES_OF = {"stable-diffusion": "stable_diffusion", "instruct-pix2pix": "instruct_pix2pix"}
+FAMILIES_OF = {
+    "stable-diffusion": "stable_diffusion",
+    "instruct-pix2pix": "instruct_pix2pix",
+    "wan": "wan",
+    "wan-i2v": "wan_i2v",
+}
 KL_WEIGHT = 1e-6
 VAE_LR = 4e-3
 SHOWN_STEPS, SHOWN_GUIDANCE = 16, 2.0
@@ -72,7 +77,8 @@ class Autoencoding(Method):
         z = posterior.mean + posterior.std * noise.to(posterior.mean)
         error = self.vae.decode(z).sample - batch.images
         reconstruction = 5 * error.square().mean() + 0.3 * error.abs().mean()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        kl = posterior.kl()  # of videos a sum for each column of pixels
+        kl = kl.mean() / (posterior.mean[0].numel() / kl[0].numel())
         return Outcome(reconstruction + KL_WEIGHT * kl, {"reconstruction": reconstruction, "kl": kl})
 
     def sampler(self) -> Sampler:
@@ -101,6 +107,8 @@ class TextAndUNet(nn.Module):
 class TextTeacher:
     """The parts of such a training; once `prepare` has trained the autoencoder, these are examples of latents."""
 
+    parameterization = "vp"
+
     def __init__(
         self,
         config: TeacherConfig,
@@ -111,50 +119,78 @@ class TextTeacher:
     ):
         self.config, self.data, self.family = config, data, FAMILIES_OF[config.architecture]
         kind = config.architecture
-        least = max(8, 2 ** (len(widths) + len(vae_widths) - 2))
-        if config.parameterization != "vp":
-            raise UserError(f"parameterization: {config.parameterization} is for unet2d; {kind} takes vp")
-        if data.shape[0] != 3 or data.shape[1] != data.shape[2] or data.shape[1] % least:
-            right = f"3 channels and squares of a multiple of {least} pixels"
-            raise UserError(f"resolution: the images are {tuple(data.shape)}; {kind} needs {right}")
+        if config.parameterization != self.parameterization:
+            given, right = config.parameterization, self.parameterization
+            raise UserError(f"parameterization: {given} is not for {kind}; give {right}")
         if not vae_widths or any(w < 8 or w % 8 for w in vae_widths):
             raise UserError(f"vae_widths: {config.vae_widths!r} must be multiples of 8, separated by commas")
         if config.text_width % 16:
             raise UserError(f"text_width: {config.text_width} is not a multiple of 16")
+        self._check_sizes(widths, vae_widths)
         captions = data.get(torch.arange(len(data))).captions
         if captions is None:
             raise UserError(f"data: {data.name!r} has no captions, which {kind} is trained on; use unet2d")
-        self.pipeline = new_text_pipeline(
-            sorted({word for text in captions for word in text.lower().split() if word.isascii() and word.isalnum()}),
-            teacher_scheduler(config.parameterization),
-            pixels=data.shape[1],
-            widths=widths,
-            layers=config.layers,
-            attention=attention,
-            dropout=config.dropout,
-            vae_widths=vae_widths,
-            text_width=config.text_width,
-            seed=config.seed,
-            edits=self.edits,
-        )
-        self.ids, self.null = self._tokens(captions), self._tokens([""])
+        words = {word for text in captions for word in text.lower().split() if word.isascii() and word.isalnum()}
+        self.pipeline = self._new_pipeline(sorted(words), widths, attention, vae_widths)
+        tokens = self._tokens([*captions, ""])
+        self.ids, self.null = tokens[:-1], tokens[-1:]
         settings = scheduler_config(self.pipeline.scheduler)
-        network = TextAndUNet(self.pipeline.unet, self.pipeline.text_encoder)
-        denoiser = Denoiser(network, *schedule_of(settings)).train()
+        denoiser = Denoiser(self._network(), *schedule_of(settings)).train()
         with_null(denoiser, {"input_ids": self.null})
-        side = self.pipeline.unet.config.sample_size
-        self.teacher = Teacher(denoiser, (LATENT_CHANNELS, side, side), None, self.family, "", settings)
+        self.teacher = Teacher(denoiser, self._latent_shape(), None, self.family, "", settings)
         self.latents = self.conditions = torch.empty(0)
 
     @property
-    def edits(self) -> bool:
+    def reads_image(self) -> bool:
         """Whether it learns to change images."""
         return FAMILIES[self.family].reads_image
+
+    def _check_sizes(self, widths: tuple[int, ...], vae_widths: tuple[int, ...]) -> None:
+        """UserError for images, or a network, of a size that does not go."""
+        shape, least = self.data.shape, max(8, 2 ** (len(widths) + len(vae_widths) - 2))
+        if shape[0] != 3 or shape[1] != shape[2] or shape[1] % least:
+            right = f"3 channels and squares of a multiple of {least} pixels"
+            raise UserError(f"resolution: the images are {tuple(shape)}; {self.config.architecture} needs {right}")
+
+    def _new_pipeline(
+        self, words: Sequence[str], widths: tuple[int, ...], attention: tuple[int, ...], vae_widths: tuple[int, ...]
+    ) -> Any:
+        c = self.config
+        return new_text_pipeline(
+            words,
+            teacher_scheduler(c.parameterization),
+            pixels=self.data.shape[1],
+            widths=widths,
+            layers=c.layers,
+            attention=attention,
+            dropout=c.dropout,
+            vae_widths=vae_widths,
+            text_width=c.text_width,
+            seed=c.seed,
+            edits=self.reads_image,
+        )
+
+    def _network(self) -> nn.Module:
+        return TextAndUNet(self.pipeline.unet, self.pipeline.text_encoder)
+
+    def _latent_shape(self) -> tuple[int, ...]:
+        side = self.pipeline.unet.config.sample_size
+        return LATENT_CHANNELS, side, side
 
     def _tokens(self, texts: Sequence[str]) -> Tensor:
         tokenizer = self.pipeline.tokenizer
         settings = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
         return tokenizer(list(texts), return_tensors="pt", **settings).input_ids
+
+    def _measured(self, latents: Tensor) -> Tensor:
+        """The latents with unit variance; the autoencoder's config keeps what that takes."""
+        factor = round(1 / float(latents.std()), 6)
+        self.pipeline.vae.register_to_config(scaling_factor=factor)
+        return latents.mul_(factor)
+
+    def _image_latents(self, images: Tensor) -> Tensor:
+        """What the network reads of condition images (B, 3, H, W), which this pipeline does not scale."""
+        return self.pipeline.vae.encode(images).latent_dist.mode()
 
     def prepare(self, out: Path, accelerator: Accelerator, allow_change: Allowed, began: float) -> None:
         """Train the autoencoder, or what is left of it, and encode all images.
@@ -183,14 +219,12 @@ class TextTeacher:
         with torch.no_grad():
             parts = torch.arange(len(data)).split(128)
             latents = [vae.encode(data.get(part).images.to(accelerator.device)).latent_dist.mode() for part in parts]
-            self.latents = torch.cat(latents)
-            factor = round(1 / float(self.latents.std()), 6)
-            vae.register_to_config(scaling_factor=factor)
-            self.latents *= factor
-            if self.edits:  # which the pipeline does not scale
+            self.latents = self._measured(torch.cat(latents))
+            if self.reads_image:
                 images = (data.get(part).conditions for part in parts)
-                latents = [vae.encode(i.to(accelerator.device)).latent_dist.mode() for i in images if i is not None]
-                self.conditions = torch.cat(latents)
+                self.conditions = torch.cat(
+                    [self._image_latents(i.to(accelerator.device)) for i in images if i is not None]
+                )
 
     def __len__(self) -> int:
         return len(self.data)
@@ -201,7 +235,7 @@ class TextTeacher:
 
     def _cond(self, indices: Tensor) -> Cond:
         at = indices.to(self.latents.device)
-        return {"input_ids": self.ids[indices]} | ({"image_latents": self.conditions[at]} if self.edits else {})
+        return {"input_ids": self.ids[indices]} | ({"image_latents": self.conditions[at]} if self.reads_image else {})
 
     def batches(self, accelerator: Accelerator) -> Callable[[int], Batch]:
         """step -> Batch of latents and token numbers; a share of the captions is dropped for guidance."""
@@ -212,7 +246,7 @@ class TextTeacher:
 
     def grid_writer(self, out: Path) -> Callable[[int], None]:
         """step -> writes <out>/samples/step-<step>.png of the first captions, guided."""
-        from diffdistill.pictures import image_grid, save_png
+        from diffdistill.pictures import image_grid, save_png, stills
 
         denoiser, vae = self.teacher.denoiser, self.pipeline.vae
 
@@ -224,9 +258,10 @@ class TextTeacher:
             x0 = sample_ode(ddim_step, guided(denoiser, SHOWN_GUIDANCE), denoiser.schedule, z, SHOWN_STEPS, cond)
             autoencoder = FAMILIES[self.family].autoencoder
             assert autoencoder is not None
-            images = autoencoder.decode(vae, x0).clamp(-1, 1).cpu()
+            images, columns = stills(autoencoder.decode(vae, x0).clamp(-1, 1).cpu(), 8)
             save_png(
-                image_grid(images, 8, scale=max(1, 64 // images.shape[-1])), out / "samples" / f"step-{step:08d}.png"
+                image_grid(images, columns, scale=max(1, 64 // images.shape[-1])),
+                out / "samples" / f"step-{step:08d}.png",
             )
 
         return write

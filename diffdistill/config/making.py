@@ -23,7 +23,7 @@ class EncodeConfig(MachineConfig):
         None,
         "images with captions (or classes): a folder, .parquet, .tar shards or a pattern of them, "
         "a Hugging Face dataset, shapes; for a teacher of videos a folder of .mp4, .gif or folders of numbered images, "
-        "whose first frames are those that one of image to video reads; "
+        "or moving, whose first frames are those that one of image to video reads; "
         "for one that changes images each with a condition image (condition_image of a metadata.jsonl, or "
         "NAME.condition.png), or edits",
     )

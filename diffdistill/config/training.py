@@ -216,10 +216,11 @@ rule (`training.derived`), the method's and these defaults where there is none."
 class TeacherConfig(FitConfig):
     """Network and data."""
 
-    architecture: Literal["unet2d", "stable-diffusion", "instruct-pix2pix"] = option(
+    architecture: Literal["unet2d", "stable-diffusion", "instruct-pix2pix", "wan", "wan-i2v"] = option(
         "unet2d",
         "unet2d: a pixel model of classes; stable-diffusion: a latent model of captions, its autoencoder first; "
-        "instruct-pix2pix: one that changes images, from data with condition images",
+        "instruct-pix2pix: one that changes images, from data with condition images; wan, wan-i2v: one of videos with "
+        "captions, or one that begins with an image",
     )
     steps: int = option(10000, "iterations", at_least=1)
     batch_size: int = option(128, "samples of a training step in each process", at_least=1)
@@ -234,25 +235,30 @@ class TeacherConfig(FitConfig):
     lr: float = option(1e-3, "AdamW's learning rate", above=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
     data: str = option(
-        "digits", "digits, shapes, a folder, .npz, .npy, .safetensors, a Hugging Face dataset id or folder"
+        "digits",
+        "digits, shapes, a folder, .npz, .npy, .safetensors, a Hugging Face dataset id or folder; of videos a folder, "
+        "or moving, which are drawn",
     )
-    resolution: int | None = option(None, "resize images to this many pixels; default: as they are", at_least=1)
+    resolution: int | None = option(
+        None, "resize images to this many pixels; default: as they are, of videos 32", at_least=1
+    )
+    frames: int = option(9, "wan: frames of a video, one more than a multiple of 4", at_least=1)
     channels: Literal[1, 3] | None = option(None, "1: grey, 3: colour; default: as the data are")
     parameterization: Literal["vp", "flow", "edm"] = option(
         "vp",
         "vp: cosine schedule with zero terminal SNR and v; flow: linear flow matching; edm: Karras et al.",
     )
     label_dropout: float = option(0.1, "share of labels replaced by 'no class', for guidance", at_least=0, below=1)
-    widths: str = option("32,64", "channels of the UNet's levels, separated by commas")
-    layers: int = option(2, "residual blocks of a level", at_least=1)
+    widths: str = option("32,64", "channels of the UNet's levels, separated by commas; of wan one number")
+    layers: int = option(2, "residual blocks of a level; of wan all blocks", at_least=1)
     attention: str = option(
         "1", "levels with self-attention, from 0 (full resolution), separated by commas; '' for none"
     )
     dropout: float = option(0.0, "dropout of the UNet", at_least=0, below=1)
-    vae_steps: int = option(1000, "stable-diffusion: training steps of the autoencoder", at_least=1)
-    vae_batch_size: int = option(32, "stable-diffusion: images of a training step of the autoencoder", at_least=1)
-    vae_widths: str = option("16,32,32", "stable-diffusion: channels of the autoencoder's levels")
-    text_width: int = option(64, "stable-diffusion: width of the text encoder, a multiple of 16", at_least=16)
+    vae_steps: int = option(1000, "of captions: training steps of the autoencoder", at_least=1)
+    vae_batch_size: int = option(32, "of captions: images of a training step of the autoencoder", at_least=1)
+    vae_widths: str = option("16,32,32", "of captions: channels of the autoencoder's levels")
+    text_width: int = option(64, "of captions: width of the text encoder, a multiple of 16", at_least=16)
     out: str = option("runs/teacher", "the run folder; the diffusers folder is its sub-folder 'teacher'")
 
 

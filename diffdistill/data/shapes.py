@@ -66,7 +66,7 @@ class Edits(NamedTuple):
 def draw(seed: int, i: int) -> Drawing:
     """Picture i of the seed: every attribute uniform, with jitter in size, place and the background's brightness."""
     (colour, shape, position), mask, ground, _ = _plan(seed, i)
-    return Drawing(_coloured(mask, ground, colour), caption(colour, shape, position), (colour, shape, position))
+    return Drawing(coloured(mask, ground, colour), caption(colour, shape, position), (colour, shape, position))
 
 
 def draw_edits(seed: int, count: int) -> Edits:
@@ -75,7 +75,7 @@ def draw_edits(seed: int, count: int) -> Edits:
     for i in range(count):
         (colour, shape, position), mask, ground, g = _plan(seed, i)
         new = (colour + 1 + int(torch.randint(len(COLOURS) - 1, (), generator=g))) % len(COLOURS)
-        rows.append((_coloured(mask, ground, new), _coloured(mask, ground, colour), new, shape, position))
+        rows.append((coloured(mask, ground, new), coloured(mask, ground, colour), new, shape, position))
     return Edits(
         torch.stack([row[0] for row in rows]),
         torch.stack([row[1] for row in rows]),
@@ -84,7 +84,7 @@ def draw_edits(seed: int, count: int) -> Edits:
     )
 
 
-def _coloured(mask: Tensor, ground: float, colour: int) -> Tensor:
+def coloured(mask: Tensor, ground: float, colour: int) -> Tensor:
     """The picture (3, SIDE, SIDE) of a shape's mask in a colour, in [-1, 1]."""
     return 2 * (ground + mask * (torch.tensor(PALETTE[COLOURS[colour]]).view(3, 1, 1) - ground)) - 1
 
@@ -98,7 +98,7 @@ def _plan(seed: int, i: int) -> tuple[tuple[int, int, int], Tensor, float, torch
     size, dx, dy, brightness = torch.rand(4, generator=g).tolist()
     x, y = PLACES[POSITIONS[position]]
     radius = RADII[0] + (RADII[1] - RADII[0]) * size
-    mask = _mask(SHAPES[shape], SIDE, x + JITTER * (2 * dx - 1), y + JITTER * (2 * dy - 1), radius)
+    mask = mask_of(SHAPES[shape], SIDE, x + JITTER * (2 * dx - 1), y + JITTER * (2 * dy - 1), radius)
     return (colour, shape, position), mask, 0.3 * brightness, g
 
 
@@ -112,7 +112,7 @@ def draw_many(seed: int, count: int) -> tuple[Tensor, list[str], Tensor]:
     )
 
 
-def _mask(shape: str, side: int, x: float, y: float, radius: float) -> Tensor:
+def mask_of(shape: str, side: int, x: float, y: float, radius: float) -> Tensor:
     """(side, side) coverage of each pixel by the shape, from its signed distance; the middle is at (x, y)."""
     at = torch.arange(side) + 0.5
     u, v = at[None, :] - x, at[:, None] - y
@@ -135,7 +135,7 @@ def _mask(shape: str, side: int, x: float, y: float, radius: float) -> Tensor:
 def _templates() -> Tensor:
     """(shapes * sizes, 1, 19, 19), every shape at sizes a little beyond those that are drawn."""
     sizes = torch.linspace(RADII[0] - 0.5, RADII[1] + 0.5, 7).tolist()
-    return torch.stack([_mask(shape, 19, 9.5, 9.5, size)[None] for shape in SHAPES for size in sizes])
+    return torch.stack([mask_of(shape, 19, 9.5, 9.5, size)[None] for shape in SHAPES for size in sizes])
 
 
 class Reading(NamedTuple):

@@ -22,15 +22,18 @@ from diffdistill.data.beside import captions_beside, metadata_of, read_metadata
 from diffdistill.data.files import IMAGE_SUFFIXES
 from diffdistill.data.folder import pixels_of
 from diffdistill.data.images import Data, Samples
+from diffdistill.data.moving import open_moving
 from diffdistill.errors import UserError, first_line, shown
 
 _BY_FFMPEG = {".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v"}
 VIDEO_SUFFIXES = _BY_FFMPEG | {".gif"}
-_KINDS = "a folder of videos (.mp4, .gif, .webm, .mov, .mkv, .avi), or of folders of numbered images"
+_KINDS = "a folder of videos (.mp4, .gif, .webm, .mov, .mkv, .avi), or of folders of numbered images, or moving"
 
 
 def open_videos(spec: str, *, frames: int, size: tuple[int, int], conditioned: bool = False) -> Data:
     """The first `frames` frames of each video in a folder, at any depth, resized and cropped to `size`: height, width.
+
+    'moving' or 'moving:COUNT' are drawn ones (see moving.py), whose whole way takes that number of frames.
 
     A video is a file, or a folder that holds images, whose order is that of the numbers in their names. Frames are
     taken as they are, whatever their rate. Captions are those of images: of a metadata.jsonl, .csv or .parquet, whose
@@ -38,6 +41,8 @@ def open_videos(spec: str, *, frames: int, size: tuple[int, int], conditioned: b
     `conditioned`: their first frames are the condition images, which the videos begin with.
     Raises UserError for a folder without videos, a video with fewer frames, and what cannot be read.
     """
+    if drawn := re.fullmatch(r"moving(?::([1-9]\d{0,5}))?", spec):
+        return open_moving(spec, int(drawn[1] or 1000), frames, size, conditioned)
     root = Path(spec).expanduser()
     if not root.is_dir():
         raise UserError(f"data: {shown(spec)} is no folder, and this teacher makes videos; give {_KINDS}")

@@ -58,8 +58,9 @@ def load_teacher(
 
     `null_class` is the class label that the teacher learned as "no class"; a folder made by diffdistill
     says it itself. `resolution` (pixels a side, 'HEIGHTxWIDTH' or the pair) and `frames` choose the samples' size
-    where the family has more than one. Only the network is loaded, and only safetensors are read; without `weights`
-    configs alone, and the network lies on the meta device. Raises UserError for whatever cannot be used.
+    where the family has more than one; by default they are those that the folder's record says. Only the network is
+    loaded, and only safetensors are read; without `weights` configs alone, and the network lies on the meta device.
+    Raises UserError for whatever cannot be used.
     """
     folder = local_folder(fspath(path_or_hub_id), weights)
     family, index = family_of(folder)
@@ -69,6 +70,8 @@ def load_teacher(
         scale = record.guidance.scale
     if null_class is None and isinstance(record, StudentRecord | TeacherRecord):
         null_class = record.null_class
+    if isinstance(record, TeacherRecord):
+        resolution, frames = resolution or record.resolution, frames or record.frames
     told, said = _scheduler(folder)
     scheduler = _with_defaults(told)
     network = _network(folder, family, index, scheduler, dtype, weights)

@@ -88,6 +88,8 @@ class TeacherRecord:
     null_class: int | None = None  #: the class label that it learned as "no class"
     recipe: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    resolution: Size | None = None  #: pixels of its videos, where its family's own are others
+    frames: int | None = None
 
 
 @dataclass(frozen=True)

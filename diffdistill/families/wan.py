@@ -26,6 +26,7 @@ from diffdistill.players.teacher import Teacher
 
 _SIZE = (480, 832)  #: the pipeline's own, in pixels
 FRAMES = 81
+TOKENS = 512  #: of a prompt; the default of the pipeline's call, not that of its encode_prompt
 # wan/configs/shared_config.py of Wan-Video/Wan2.1. WanPipeline has "" where it is given none, and so has our teacher.
 ADVISED = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -77,8 +78,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
 
 def encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
     """The embeddings of prompts."""
-    # 512 is the default of the pipeline's call, not that of its encode_prompt.
-    embeds, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=512)
+    embeds, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=TOKENS)
     return {"encoder_hidden_states": embeds}
 
 

@@ -18,7 +18,7 @@ from diffdistill.players.teacher import Teacher
 _WORDS, _SEEN = "encoder_hidden_states", "encoder_hidden_states_image"
 
 
-def _beside(marks: int, read: tuple[str, ...], network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+def beside(marks: int, read: tuple[str, ...], network: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     """Wan 2.1: behind the sample's channels, `marks` that are 1 in the image's frame, and latents of it and grey."""
     image = cond["image_latents"].to(x)
     first = (torch.arange(x.shape[2], device=x.device) == 0).to(x).view(1, 1, -1, 1, 1)
@@ -57,7 +57,7 @@ def _call(config: Any, source: Source, channels: int) -> Call:
         )
     if inside:
         return partial(_inside, source.scheduler.get("num_train_timesteps", 1000), config.patch_size)
-    return partial(_beside, ratio, (_WORDS, _SEEN) if config.image_dim is not None else (_WORDS,))
+    return partial(beside, ratio, (_WORDS, _SEEN) if config.image_dim is not None else (_WORDS,))
 
 
 def _teacher(network: Any, source: Source) -> Teacher:
@@ -66,17 +66,22 @@ def _teacher(network: Any, source: Source) -> Teacher:
     return replace(teacher, shape=(channels, *teacher.shape[1:]))
 
 
+def first_and_grey(vae: Any, images: Tensor, grey: int) -> Tensor:
+    """Latents (B, C, F', h, w) of videos that are an image (B, 3, H, W), and so many frames of grey after it."""
+    parameter, latents = next(vae.parameters()), []
+    for image in images.unsqueeze(2).split(1):  # one by one: a convolution's last bits depend on their number
+        video = torch.cat([image, image.new_zeros(1, 3, grey, *image.shape[3:])], 2)
+        latents.append(AUTOENCODER.encode(vae, video.to(parameter)))
+    return torch.cat(latents)
+
+
 def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
     embeds = encode(pipe, prompts, prompt)
     if prompt.images is None:  # of "no prompt", which leaves the image as it is
         return embeds
     assert prompt.frames is not None
-    parameter, grey = next(pipe.vae.parameters()), 0 if pipe.config.expand_timesteps else prompt.frames - 1
-    latents = []
-    for image in prompt.images.unsqueeze(2).split(1):  # one by one: a convolution's last bits depend on their number
-        video = torch.cat([image, image.new_zeros(1, 3, grey, *image.shape[3:])], 2)
-        latents.append(AUTOENCODER.encode(pipe.vae, video.to(parameter)))
-    embeds |= {"image_latents": torch.cat(latents)}
+    grey = 0 if pipe.config.expand_timesteps else prompt.frames - 1
+    embeds |= {"image_latents": first_and_grey(pipe.vae, prompt.images, grey)}
     if pipe.image_encoder is not None:
         seen = [pipe.encode_image(picture) for picture in prompt.pictures]
         embeds |= {_SEEN: torch.cat(seen)}

@@ -1,8 +1,9 @@
 """Measures: what a network says of each image, in columns that metrics then read.
 
-Images are uint8 (B, 1 or 3, H, W) on the CPU, or float32 in [-1, 1] for a measure that takes such. Each measure's name
-states the network, its weights and every step of the preprocessing, since another resize or rounding gives other
-numbers; its fingerprint changes with any of them. All run in float32 (no TF32), in eval mode, without gradients.
+Images are uint8 (B, 1 or 3, H, W) on the CPU, or float32 in [-1, 1] for a measure that takes such; videos have their
+frames behind the channels. Each measure's name states the network, its weights and every step of the preprocessing,
+since another resize or rounding gives other numbers; its fingerprint changes with any of them. All run in float32 (no
+TF32), in eval mode, without gradients.
 
 `register` makes a measure of one's own known to protocols:
 
@@ -75,14 +76,20 @@ class NetworkMeasure:
     columns: Columns
     conditional: bool = False
     takes_floats: bool = False
+    takes_videos: bool = False
     fitted: bool = False  #: to the real images
 
     @torch.no_grad()
     def __call__(self, images: Tensor, captions: Sequence[str] | None, labels: Tensor | None) -> dict[str, Tensor]:
-        """Float32 columns, (B,) or (B, D), on the CPU, of images (B, C, H, W); ValueError or UserError for others."""
+        """Float32 columns, (B,) or (B, D), on the CPU, of images (B, C, H, W); ValueError or UserError for others.
+
+        Videos (B, C, F, H, W) are for a measure that takes them.
+        """
+        if images.ndim == 5 and not self.takes_videos:
+            raise UserError(f"protocol: {self.key!r} measures images, and these are videos; name another protocol")
         if images.dtype == torch.float32 and not self.takes_floats:
             raise UserError(f"eight_bit: {self.key!r} takes uint8 images; set it to true in the protocol")
-        if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4 or len(images) == 0:
+        if images.dtype not in (torch.uint8, torch.float32) or images.ndim not in (4, 5) or len(images) == 0:
             raise ValueError(f"want uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
         if images.shape[1] not in (1, 3):
             raise UserError(f"images: they have {images.shape[1]} channels, and {self.key!r} takes 1 (grey) or 3 (RGB)")
@@ -144,6 +151,7 @@ _SHIPPED = {
     "inception-pytorch-fid": "inception_measure:inception",
     "inception-clean": "inception_measure:inception",
     "dinov2": "transformers_networks:dinov2",
+    "videomae": "transformers_networks:videomae",
     "clip": "transformers_networks:clip",
     "clip-score": "transformers_networks:clip_score",
     "lite0": "lite0:lite0",
@@ -151,6 +159,7 @@ _SHIPPED = {
     "mnist": "classifiers:mnist",
     "lpips": "lpips:lpips",
     "attributes": "attributes:attributes",
+    "motion": "attributes:motion",
     "pixels": "pixels:pixels",
 }
 """Key -> module beside this one and function in it, imported when it is used."""

@@ -4,7 +4,8 @@ They are the projections on the first principal components of the real images, e
 over these, and the root mean square of what the components leave out, standardized likewise. So each counts alike in
 a Fréchet distance: in units of pixels the first few would be all that is seen of it. What is left out tells noise and
 blur, which hardly show in the components. Images above 32 pixels a side are averaged down to 32 for the components,
-which are smooth, and what these leave out is taken at full size. Texture and meaning it sees little of: where
+which are smooth, and what these leave out is taken at full size. A video's components are of all its frames together,
+so that they see motion. Texture and meaning it sees little of: where
 Inception, DINOv2 or CLIP can be had, they judge photographs better.
 """
 
@@ -34,7 +35,10 @@ def pixels(key: str, device: torch.device, weights: str | None) -> Measure:
 
 
 class Components(nn.Module):
-    """Images (B, C, H, W), uint8 or in [-1, 1] -> features (B, K + 1) float64."""
+    """Images (B, C, H, W) or videos (B, C, F, H, W), uint8 or in [-1, 1] -> features (B, K + 1) float64.
+
+    The frames of a video are as channels, and C is their number times C here.
+    """
 
     mean: Tensor
     axes: Tensor
@@ -69,6 +73,8 @@ def _projected(images: Tensor, mean: Tensor, axes: Tensor) -> tuple[Tensor, Tens
 
 
 def _units(images: Tensor) -> Tensor:
+    if images.ndim == 5:
+        images = images.flatten(1, 2)
     return images.double() / 127.5 - 1 if images.dtype == torch.uint8 else images.double().clamp(-1, 1)
 
 
@@ -114,4 +120,5 @@ def _measure(state: dict[str, Tensor], device: Device) -> Measure:
     def columns(images: Tensor, captions: object, labels: object) -> dict[str, Tensor]:
         return {"features": network(images)}
 
-    return NetworkMeasure("pixels", name, network_fingerprint(network, name), columns, takes_floats=True, fitted=True)
+    kinds = {"takes_floats": True, "takes_videos": True}
+    return NetworkMeasure("pixels", name, network_fingerprint(network, name), columns, fitted=True, **kinds)

@@ -1,4 +1,4 @@
-"""Measures that are networks of transformers: DINOv2, CLIP's image embeddings and the CLIP score."""
+"""Measures that are networks of transformers: DINOv2, VideoMAE, CLIP's image embeddings and the CLIP score."""
 
 from __future__ import annotations
 
@@ -81,6 +81,38 @@ def _positions(network: Any, patches: int) -> None:
         square = F.interpolate(square, scale_factor=(scale, scale), mode="bicubic")
         grid = square.permute(0, 2, 3, 1).flatten(1, 2)
     embeddings.position_embeddings = nn.Parameter(torch.cat([token, grid], 1), requires_grad=False)
+
+
+def videomae(key: str, device: torch.device, weights: str | None) -> Measure:
+    """Features of a Fréchet video distance: VideoMAE's (Tong et al. 2022, arXiv:2203.12602).
+
+    They see motion, where those of I3D see frames above all (Ge et al. 2024, arXiv:2404.12391). As many frames as the
+    network takes, evenly spread from the first to the last, whole ones at its size.
+    """
+    from transformers import VideoMAEForVideoClassification
+
+    source = weights or "MCG-NJU/videomae-base-finetuned-kinetics"
+    model = _pretrained(key, VideoMAEForVideoClassification, "videomae", source)
+    side, frames = model.config.image_size, model.config.num_frames
+    preprocessing = (
+        f"{frames} frames evenly spread, bicubic antialiased to {side} without rounding, ImageNet mean and deviation, "
+        "8 bit; mean of the last layer's tokens, normalised as its classifier reads it"
+    )
+    network = nn.ModuleDict({"encoder": model.videomae} | ({} if model.fc_norm is None else {"norm": model.fc_norm}))
+    fingerprint = network_fingerprint(network, preprocessing, model.config)
+    network.to(device)
+
+    def columns(videos: Tensor, captions: Sequence[str] | None, labels: Tensor | None) -> dict[str, Tensor]:
+        if videos.ndim != 5:
+            raise UserError(f"protocol: {key!r} measures videos, and these are images; name another protocol")
+        chosen = torch.linspace(0, videos.shape[2] - 1, frames).round().long()
+        stills = videos[:, :, chosen].transpose(1, 2).flatten(0, 1).to(device).float()
+        stills = F.interpolate(stills, (side, side), mode="bicubic", antialias=True)
+        clips = normalised(stills, IMAGENET).unflatten(0, (len(videos), frames))
+        tokens = network["encoder"](clips).last_hidden_state
+        return {"features": network["norm"](tokens.mean(1)) if "norm" in network else tokens[:, 0]}
+
+    return NetworkMeasure(key, f"VideoMAE {_called(source)}, {preprocessing}", fingerprint, columns, takes_videos=True)
 
 
 def clip(key: str, device: torch.device, weights: str | None) -> Measure:
