@@ -71,14 +71,15 @@ class DecoupledDMD(MatchingMethod):
         self.teacher = self.unguided = teacher.denoiser  # frozen by now
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
-        x, t, eps = self.generate(batch, "student"), self.times("student", batch), batch.randn("student/eps")
+        predicted, t, eps = self.predicted(batch, "student"), self.times("student", batch), batch.randn("student/eps")
+        x = self.samples(predicted, batch)
         weighted, shown = self.by_reward(x, batch)
         matched = self.matching(weighted, t, eps, batch.cond)
         if self.config.augmentation_times != "matching":
             t, eps = self.engine_times(batch), batch.randn("student/augmentation eps")
         pushed = self.engine(weighted, t, eps, batch.cond)
         outcome = Outcome(matched.loss + pushed.loss, {**matched.shown, **pushed.shown, **shown})
-        return x, self.with_anchor(outcome, batch)
+        return x, self.with_targets(outcome, predicted, batch)
 
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
         return dmd_loss(x, t, eps, cond, self.teacher, self.fake_score, self.config.normalise)

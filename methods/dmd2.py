@@ -25,6 +25,11 @@ It does not move the optimum (`verify`).
 `alignment` is SenseFlow's IDA (arXiv:2506.00523): the fake score's weights move a share of the way to the student's
 after each of its steps. `verify` has its bias, 4 to 75% of what lies between the two.
 
+`midpoint_weight` is its ISG: a step of the student is to come where the teacher's step to a point inside of it, and the
+student's own from there, come to; `verify` has its bias, 11 to 24% of what one step of the teacher is off by. The step
+begins where the student's own sampler does, with the authors half the time at noised images; guidance is one scale.
+The distance is that of the normal form, theirs of a flow's own; their discriminator, on DINOv2, is not here.
+
 `anchor_weight` is DP-DMD's (arXiv:2602.03139), for variety, which DMD loses in its first step: that step follows the
 teacher's trajectory to the second level, the others are matched, and all are deterministic. The teacher's last step
 ends at that level, where the authors' ends near it and the chord to there is followed.
@@ -62,6 +67,7 @@ ABOUT = About(
             "scaffold.adversary.Adversary, core.losses.gan_discriminator_loss, core.losses.gan_generator_loss"
         ),
         "implicit distribution alignment (SenseFlow, arXiv:2506.00523)": "scaffold.matching.align",
+        "intra-segment guidance (SenseFlow)": "scaffold.matching.MatchingMethod.with_midpoint",
         "diversity anchor (DP-DMD, arXiv:2602.03139)": "scaffold.matching.MatchingMethod.with_anchor",
         "weights by a reward (Re-DMD, arXiv:2512.04678)": "scaffold.matching.MatchingMethod.by_reward",
         "multi-step student and backward simulation (sections 4.4, 4.5)": "scaffold.simulation.simulated_input",

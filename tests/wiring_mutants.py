@@ -35,6 +35,7 @@ LISTS = (
     "scaffold",
     "methods",
     "matching",
+    "held",
     "pixels",
     "joined",
     "trajectories",

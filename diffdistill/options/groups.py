@@ -301,6 +301,21 @@ class AnchorOptions(Options):
 
 
 @dataclass(frozen=True)
+class MidpointOptions(Options):
+    """A student each of whose steps has a target by way of a point inside of it."""
+
+    midpoint_weight: float = option(
+        0.0,
+        "weight of a step's distance from where the teacher's step to a point inside of it, and the student's own from "
+        "there, come to (SenseFlow's ISG, 0.5 or 1 there); 0: none; it costs a pass of each; it biases long steps",
+        at_least=0,
+    )
+    midpoint_margin: float = option(
+        0.02, "how far that point stays from both ends, as a fraction of the teacher's time", at_least=0, below=0.5
+    )
+
+
+@dataclass(frozen=True)
 class DMD2Options(
     MatchingOptions,
     MatchingTimes,
@@ -310,6 +325,7 @@ class DMD2Options(
     RewardOptions,
     AlignmentOptions,
     AnchorOptions,
+    MidpointOptions,
     update_ratio=5,
     weight_decay=0.01,
 ):
@@ -419,30 +435,3 @@ class ImageDistance(Options):
         "huber", "huber: pseudo-Huber of the whole sample; l2: mean square; lpips: VGG features, with pip install lpips"
     )
     huber_c: float | None = option(None, "c of the pseudo-Huber distance; default: 0.00054 sqrt(dimensions)", above=0)
-
-
-@dataclass(frozen=True)
-class HalvingOptions(StudentOptions):
-    """Stages, each of which halves the sampling steps."""
-
-    start_steps: int = option(16, "teacher's DDIM steps in the first halving; final_steps times 2, 4 ..", at_least=1)
-    final_steps: int = option(1, "the sampling steps of the last stage's student", at_least=1)
-    stage_steps: int = option(1000, "training steps of each halving", at_least=1)
-    student_lr: float = option(5e-5, "AdamW's learning rate as a stage starts; it falls linearly to zero", above=0)
-    weight: Literal["truncated_snr", "snr_plus_one"] = option(
-        "truncated_snr", "weight of the error in x0; truncated_snr: max(1, SNR); snr_plus_one: the error in v"
-    )
-
-
-@dataclass(frozen=True)
-class OnePassSampling(StudentOptions):
-    """A student that says in one pass what took two, and leaves the number of steps as it is."""
-
-    sampling_steps: int = option(20, "DDIM steps of samples and of the export, one pass each", at_least=1)
-
-
-@dataclass(frozen=True)
-class GuidedSampling(OnePassSampling):
-    """The same for guidance, along guided trajectories."""
-
-    trajectory_steps: int = option(50, "DDIM steps of the guided trajectories that are trained on", at_least=1)

@@ -119,3 +119,30 @@ class ImitationOptions(StudentOptions, StudentLevels, TeacherGuidance, student_l
         if self.states > self.substeps:
             raise UserError(f"states: {self.states} is more than the {self.substeps} substeps; give that or fewer")
         super().__post_init__()
+
+
+@dataclass(frozen=True)
+class HalvingOptions(StudentOptions):
+    """Stages, each of which halves the sampling steps."""
+
+    start_steps: int = option(16, "teacher's DDIM steps in the first halving; final_steps times 2, 4 ..", at_least=1)
+    final_steps: int = option(1, "the sampling steps of the last stage's student", at_least=1)
+    stage_steps: int = option(1000, "training steps of each halving", at_least=1)
+    student_lr: float = option(5e-5, "AdamW's learning rate as a stage starts; it falls linearly to zero", above=0)
+    weight: Literal["truncated_snr", "snr_plus_one"] = option(
+        "truncated_snr", "weight of the error in x0; truncated_snr: max(1, SNR); snr_plus_one: the error in v"
+    )
+
+
+@dataclass(frozen=True)
+class OnePassSampling(StudentOptions):
+    """A student that says in one pass what took two, and leaves the number of steps as it is."""
+
+    sampling_steps: int = option(20, "DDIM steps of samples and of the export, one pass each", at_least=1)
+
+
+@dataclass(frozen=True)
+class GuidedSampling(OnePassSampling):
+    """The same for guidance, along guided trajectories."""
+
+    trajectory_steps: int = option(50, "DDIM steps of the guided trajectories that are trained on", at_least=1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.distances import elementwise
 from diffdistill.core.divided import approach
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import denoising_loss, gradient_injection, l1_normaliser, per_sample_mean
@@ -25,6 +26,7 @@ from diffdistill.options import (
     AnchorOptions,
     EDMTimes,
     MatchingOptions,
+    MidpointOptions,
     RatioOptions,
     RewardOptions,
     SimulationOptions,
@@ -73,7 +75,7 @@ class MatchingMethod(Method):
         fake_score: Denoiser | None = None,
     ):
         super().__init__(teacher, config)
-        self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
+        self.teacher = self.followed = guided(frozen(teacher.denoiser), config.guidance_scale)
         self.student = student or teacher.player("student")
         self.fake_score = fake_score or teacher.player("fake_score")
         self.fake_scores = [self.fake_score]
@@ -88,7 +90,7 @@ class MatchingMethod(Method):
                 raise UserError(
                     "anchor_weight: the first step of one alone cannot follow the teacher; use student_steps"
                 )
-            self.move, self.followed = STEPS["ddim"], self.teacher
+            self.move = STEPS["ddim"]
         if self.per_level:
             if self.steps == 1:
                 raise UserError("fake_scores: per_level is for several levels, and student_steps is 1; use shared")
@@ -113,6 +115,7 @@ class MatchingMethod(Method):
         self.reward_beta = config.reward_beta if isinstance(config, RewardOptions) else None
         if self.reward_beta is not None:
             self.needs = self.needs | {Need.REWARD}
+        self.midpoint_weight = config.midpoint_weight if isinstance(config, MidpointOptions) else 0.0
         self.alignment = config.alignment if isinstance(config, AlignmentOptions) else 0.0
         if self.alignment and any(map(is_lora, (self.student.network, self.fake_score.network))):
             raise UserError(
@@ -168,10 +171,11 @@ class MatchingMethod(Method):
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
         """Samples (B, ...) of the student, and its loss on them."""
-        x = self.generate(batch, "student")
+        predicted = self.predicted(batch, "student")
+        x = self.samples(predicted, batch)
         weighted, shown = self.by_reward(x, batch)
         outcome = self.matching(weighted, self.times("student", batch), batch.randn("student/eps"), batch.cond)
-        return x, self.with_anchor(Outcome(outcome.loss, {**outcome.shown, **shown}), batch)
+        return x, self.with_targets(Outcome(outcome.loss, {**outcome.shown, **shown}), predicted, batch)
 
     def after_step(self, step: int) -> None:
         """The means of ratios and weights take in the step's samples; the fake score is drawn along by the student."""
@@ -213,16 +217,31 @@ class MatchingMethod(Method):
 
         `cond` stands for the batch's conditions.
         """
-        sampler, batch = self.sampler(), batch if cond is None else replace(batch, cond=cond)
-        if self.steps > 1:
-            return self.generate_at(self.level(batch), batch)
-        return sampler.one_step(batch.randn("z" if self.shares_samples else f"{player}/z"), batch.cond)
+        batch = batch if cond is None else replace(batch, cond=cond)
+        return self.samples(self.predicted(batch, player), batch)
 
     @final
     def generate_at(self, k: int, batch: Batch) -> Tensor:
         """x (B, ...) of level k of a student of several steps; gradients flow through its one pass."""
+        return self.reached(self._predicted_at(k, batch), k)
+
+    @final
+    def predicted(self, batch: Batch, player: str) -> Prediction:
+        """What the student says in a player's turn, at the level of this step; gradients flow through its one pass."""
+        if self.steps > 1:
+            return self._predicted_at(self.level(batch), batch)
+        sampler = self.sampler()
+        x_t, t = sampler.start(batch.randn("z" if self.shares_samples else f"{player}/z"))
+        return sampler.predict(x_t, t, len(sampler.levels), batch.cond)
+
+    @final
+    def samples(self, predicted: Prediction, batch: Batch) -> Tensor:
+        """x (B, ...), of what the student says at the level of this step."""
+        return self.reached(predicted, self.level(batch)) if self.steps > 1 else predicted.x0
+
+    def _predicted_at(self, k: int, batch: Batch) -> Prediction:
         x_t, t = self.simulated(k, batch)
-        return self.reached(self.student(x_t, t, batch.cond), k)
+        return self.student(x_t, t, batch.cond)
 
     @final
     def by_reward(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -243,6 +262,37 @@ class MatchingMethod(Method):
             return 0
         levels = self.matched_levels()
         return levels[self._mine(batch.key[1]) if self.per_level else drawn_level(len(levels), batch)]
+
+    @final
+    def with_targets(self, outcome: Outcome, predicted: Prediction, batch: Batch) -> Outcome:
+        """The student's loss with what holds its steps besides, of what it says at this step's level: see both."""
+        return self.with_anchor(self.with_midpoint(outcome, predicted, batch), batch)
+
+    @final
+    def with_midpoint(self, outcome: Outcome, predicted: Prediction, batch: Batch) -> Outcome:
+        """The student's loss with its step's distance from the way by a point inside of it, if there is a weight.
+
+        The teacher steps from t to t_m, the student from there to s, the next level or clean data; the student's one
+        step from t to s is to come there (Ge et al. 2025, arXiv:2506.00523, intra-segment guidance).
+        """
+        if not self.midpoint_weight:
+            return outcome
+        t = predicted.t
+        s = Sampler(self.student, self.sampler().levels, STEPS["ddim"]).leads(self.level(batch)).to(t).expand_as(t)
+        with torch.no_grad():
+            t_m = self.midpoints(t, s, batch)
+            x_m = ddim_step(self.followed, predicted.x_t, t, t_m, batch.cond)
+            target = ddim_step(self.student, x_m, t_m, s, batch.cond)
+        distance = elementwise("huber", predicted.at(s), target, 0.001)
+        return Outcome(outcome.loss + self.midpoint_weight * distance, {**outcome.shown, "midpoint": distance})
+
+    @final
+    def midpoints(self, t: Tensor, s: Tensor, batch: Batch) -> Tensor:
+        """(B,) angles between s and t (B,), uniform in the teacher's own time; in a short step its middle."""
+        first, last = self.schedule.fraction(s), self.schedule.fraction(t)
+        margin = ((last - first) / 2).clamp(max=self.config.midpoint_margin)
+        u = torch.lerp(first + margin, last - margin, batch.uniform("midpoint/t"))
+        return torch.minimum(self.schedule.at_fraction(u), t)
 
     @final
     def with_anchor(self, outcome: Outcome, batch: Batch) -> Outcome:

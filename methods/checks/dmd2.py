@@ -25,6 +25,7 @@ from diffdistill.exact.checks import (
     matching_checks,
     mistake,
 )
+from diffdistill.exact.midpoints import midpoint_checks
 from diffdistill.methods.dmd2 import DMD2, Config
 from diffdistill.players.teacher import trainable_copy
 from diffdistill.scaffold import matching
@@ -89,6 +90,7 @@ def verify() -> Iterator[Check]:
         yield from _reward_checks(t)
     yield from _alignment_checks()
     yield from _anchor_checks()
+    yield from midpoint_checks(DMD2, Config)
     teacher = gaussian_teacher([0.0], 1.0)
     for ratio in (1, 3):
         method = DMD2(teacher, Config(update_ratio=ratio))
