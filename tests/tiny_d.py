@@ -1,13 +1,17 @@
 """Tiny pipelines of random weights in the real architectures: those that read an image beside a prompt."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLQwenImage21,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
     QwenImageEditPipeline,
@@ -20,6 +24,8 @@ from transformers import (
     CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -105,6 +111,51 @@ def qwen_image21(seed: int = 0) -> QwenImage21Pipeline:
     )
 
 
+def kandinsky5(seed: int = 0, **settings: Any) -> Kandinsky5T2VPipeline:
+    """Lines of its template are tokens, so that it has hardly more than the 128 that the pipeline cuts off."""
+    torch.manual_seed(seed)
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=8,
+        in_text_dim=32,
+        in_text_dim2=32,
+        time_dim=32,
+        out_visual_dim=8,
+        model_dim=32,
+        ff_dim=64,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
+        **settings,
+    )
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, "<|vision_start|>", "<|vision_end|>"]})
+    template = Kandinsky5T2VPipeline(*[None] * 7).prompt_template
+    tokenizer.add_tokens(template.split("\n")[1:6])
+    autoencoder = AutoencoderKLHunyuanVideo(
+        latent_channels=8,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        spatial_compression_ratio=4,
+    )
+    text = {**qwen_config(), "vocab_size": len(tokenizer)}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    config = Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rope}, vision_config={**VISION, "fullatt_block_indexes": [0]}
+    )
+    return Kandinsky5T2VPipeline(
+        transformer=denoiser(transformer, seed),
+        vae=autoencoder.eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+        tokenizer=make(Qwen2VLImageProcessor(), tokenizer),
+        text_encoder_2=CLIPTextModel(clip_config(32)).eval(),
+        tokenizer_2=clip_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+
+
 def wan_i2v(seed: int = 0, inside: bool = False, boundary: float | None = None) -> WanImageToVideoPipeline:
     """As Wan 2.1; without an image encoder as Wan 2.2 TI2V, with the image `inside`, or A14B, with a `boundary`."""
     torch.manual_seed(seed)
@@ -125,7 +176,15 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "instruct_pix2pix": instruct_pix2pix,
     "qwen_image_edit": qwen_image_edit,
     "qwen_image21": qwen_image21,
+    "kandinsky5": kandinsky5,
     "wan_i2v": wan_i2v,
 }
 # In pixels, of an image whose latents are 8x8.
-SIZES = {"qwen_image21": 64, "flux_kontext": 16, "instruct_pix2pix": 16, "qwen_image_edit": 16, "wan_i2v": 32}
+SIZES = {
+    "kandinsky5": 32,
+    "qwen_image21": 64,
+    "flux_kontext": 16,
+    "instruct_pix2pix": 16,
+    "qwen_image_edit": 16,
+    "wan_i2v": 32,
+}

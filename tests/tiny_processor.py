@@ -22,7 +22,10 @@ class Processor(ProcessorMixin):
     def __init__(self, image_processor: Any, tokenizer: Any):
         self.image_processor, self.tokenizer = image_processor, tokenizer
 
-    def __call__(self, text: list[str], images: Any, padding: bool, return_tensors: str) -> Any:
+    def __call__(self, text: list[str], images: Any, padding: Any, return_tensors: str, **settings: Any) -> Any:
+        if images is None:
+            settings.pop("videos", None)
+            return self.tokenizer(text, padding=padding, return_tensors=return_tensors, **settings)
         found = self.image_processor(images=images, return_tensors=return_tensors)
         words = int(found["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
         tokens = self.tokenizer([each.replace(IMAGE, IMAGE * words) for each in text], padding=padding,

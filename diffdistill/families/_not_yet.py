@@ -40,9 +40,9 @@ NOT_YET = (
         "its pipeline draws an image's latents from the autoencoder's posterior at each call, and data have one",
     ),
     Missing(
-        "Kandinsky 5",
-        ("Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline"),
-        "its file is not written yet; its network rounds queries and keys to bfloat16 in whatever type it is",
+        "Kandinsky 5, text to image",
+        ("Kandinsky5T2IPipeline",),
+        "its pipeline draws at seven sizes of a megapixel alone, and a teacher's size is the user's; videos are read",
     ),
     Missing(
         "HiDream",

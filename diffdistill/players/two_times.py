@@ -22,7 +22,10 @@ from diffdistill.errors import UserError
 from diffdistill.players.call_inputs import Beside, CallInput, InPlace, add_part, add_to_bias, layer_at, taking
 from diffdistill.players.lora import LoraNetwork, trained_like
 
-TIME_LAYERS = ("time_embedding", "timestep_embedder", "time_embedder", "t_embedder", "time_step_proj")
+TIME_LAYERS = (
+    *("time_embedding", "timestep_embedder", "time_embedder", "t_embedder", "time_step_proj"),
+    "time_embeddings",
+)
 """What diffusers' networks call the layers that embed the time, and each block of DiT its own."""
 
 

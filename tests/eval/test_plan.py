@@ -99,7 +99,7 @@ def test_a_methods_own_turns_are_counted(name: str, tiny: dict[str, Any]) -> Non
     "name",
     [
         *("stable_diffusion", "flux", "flux_kontext", "wan", "wan_i2v", "qwen_image", "qwen_image_edit", "z_image"),
-        *("lumina2", "cogvideox", "qwen_image21"),
+        *("lumina2", "cogvideox", "qwen_image21", "kandinsky5"),
     ],
 )
 def test_configs_alone_are_enough_and_prompts_are_not_needed(
