@@ -194,7 +194,7 @@ class Judge:
         if model.reads_image and self.changed is None:
             problem = f"{model.name} changes images, and the protocol {protocol.name} has none to be changed"
             raise UserError(f"eval: {problem}; give images with captions and condition images by --data")
-        if self.changed is not None and not model.reads_image:
+        if self.changed is not None and not (model.reads_image or model.several):
             raise UserError(f"eval: {model.name} reads no image, and {protocol.name} is of images that are changed")
         if model.classes is not None and protocol.classes is not None and model.classes != protocol.classes:
             problem = f"{model.name} has {model.classes} classes and the protocol {protocol.name} {protocol.classes}"

@@ -230,7 +230,7 @@ def ladder_models(
             f"eval: {name!r} is text-to-image, and the protocol {protocol.name} has no captions; give one that "
             "has (--protocol shapes, say), or images with captions by --data"
         )
-    latents = _Latents(judged, family, sampling)
+    latents = _Latents(judged, family, sampling, edits=protocol.prompts == "edits")
     models = [latents.model(rung) for rung in rungs]
     if protocol.prompts in DRAWN:
         models.insert(0, latents.pictures(identity, protocol.count))
@@ -378,8 +378,9 @@ def _pipeline(source: str | os.PathLike[str]) -> Path:
 class _Latents:
     """Models of latents, drawn in the normal form and decoded by the teacher's own autoencoder."""
 
-    def __init__(self, teacher: Teacher, family: Family, sampling: SamplingOptions) -> None:
+    def __init__(self, teacher: Teacher, family: Family, sampling: SamplingOptions, edits: bool) -> None:
         assert family.autoencoder is not None
+        self.edits = edits
         self.teacher, self.family, self.sampling, self.autoencoder = teacher, family, sampling, family.autoencoder
         folder = local_folder(teacher.source)
         self.pipeline = load_pipeline(folder, leave_out=family.networks, device=sampling.device)
@@ -421,12 +422,13 @@ class _Latents:
         conditions = "prompts" if text is not None else "none" if classes is None else "classes"
         draw, reads_image = torch.no_grad()(images), self.family.reads_image
         return Model(
-            rung.name, rung.fingerprint, conditions, classes, rung.steps, rung.call, draw, reads_image=reads_image
-        )
+            rung.name, rung.fingerprint, conditions, classes, rung.steps, rung.call, draw, reads_image=reads_image,
+            several=self.family.several,
+        )  # fmt: skip
 
     def pictures(self, fingerprint: str, count: int, unchanged: bool = False) -> Model:
         """The drawn pictures of the held-out captions, or those that are to be changed, encoded and decoded."""
-        edits = draw_edits(HELD_OUT, count) if self.family.reads_image else None
+        edits = draw_edits(HELD_OUT, count) if self.edits else None
         drawn = draw_many(HELD_OUT, count)[0] if edits is None else edits.conditions if unchanged else edits.images
         name = f"{'unchanged' if unchanged else 'drawn'}, through the autoencoder"
 
@@ -438,5 +440,4 @@ class _Latents:
             return self.decoded(encoded, name)
 
         call, draw = {"drawn": not unchanged}, torch.no_grad()(images)
-        reads_image = self.family.reads_image
-        return Model(name, fingerprint, "prompts", None, None, call, draw, count=count, reads_image=reads_image)
+        return Model(name, fingerprint, "prompts", None, None, call, draw, count=count, reads_image=self.edits)

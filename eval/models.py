@@ -392,6 +392,7 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
     takes = inspect.signature(pipeline.__call__).parameters
     conditions = "prompts" if "prompt" in takes else "classes" if "class_labels" in takes else "none"
     reads_image = family is not None and family.reads_image
+    several = family is not None and family.several
     if "negative_prompt" in call and "negative_prompt" not in takes and "kwargs" not in takes:
         raise UserError(f"negative_prompt: the pipeline of {name} takes none; leave it out")
 
@@ -399,18 +400,20 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
         indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None,
         pictures: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        if several and pictures is not None and len(indices) > 1:  # its call takes one list of images
+            parts = [(i, [(captions or [])[k]], pictures[k : k + 1]) for k, i in enumerate(indices)]
+            return torch.cat([images([i], seed, None, text, seen) for i, text, seen in parts])
         inputs: dict[str, Any] = {"batch_size": len(indices)} if conditions == "none" else {}
         if conditions == "prompts":
             inputs = {"prompt": list(captions or [])}  # a new list: some pipelines write into it
         elif conditions == "classes":
             assert labels is not None
             inputs = {"class_labels": labels.tolist()}
-        if reads_image:
-            assert pictures is not None
-            inputs["image"] = Prompt((0, 0), images=pictures).pictures
+        if pictures is not None and (reads_image or several):
+            inputs |= {"image": Prompt((0, 0), images=pictures).pictures, **own_size}
         generators = image_generators(seed, indices)
         with attention_of(pipeline, sampling.attention), seeded_steps(pipeline, generators):
-            output = pipeline(**inputs, **with_negatives(call, len(indices)), generator=generators, output_type="np")
+            output = pipeline(**inputs | with_negatives(call, len(indices)), generator=generators, output_type="np")
         if not hasattr(output, "images"):
             raise UserError(f"eval: {name} makes videos, and the protocols are of images")
         drawn = opaque(torch.as_tensor(output.images).float().permute(0, 3, 1, 2))
@@ -420,7 +423,8 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
     classes = describe(path).num_classes if family is not None and conditions == "classes" else None
     steps = call.get("num_inference_steps")
     draw = torch.no_grad()(images)
-    return Model(name, fingerprint, conditions, classes, steps, call, draw, reads_image=reads_image)
+    own_size = describe(path).size if several else {}  # which the pipeline would take from its images
+    return Model(name, fingerprint, conditions, classes, steps, call, draw, reads_image=reads_image, several=several)
 
 
 def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust: bool = False) -> Any:

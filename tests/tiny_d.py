@@ -15,6 +15,7 @@ from diffusers import (
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
     WanImageToVideoPipeline,
@@ -61,7 +62,7 @@ def instruct_pix2pix(seed: int = 0) -> StableDiffusionInstructPix2PixPipeline:
     )
 
 
-def qwen_image_edit(seed: int = 0) -> QwenImageEditPipeline:
+def qwen_image_edit(seed: int = 0, kind: Any = QwenImageEditPipeline, **settings: Any) -> Any:
     """Its template is longer than the 64 tokens that the pipeline cuts off. A patch of the encoder is 4 by 4 pixels."""
     tokenizer = qwen_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, "<|vision_start|>", "<|vision_end|>"]})
@@ -75,7 +76,14 @@ def qwen_image_edit(seed: int = 0) -> QwenImageEditPipeline:
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 1 << 20}
     )
     parts = qwen_parts(seed, tokenizer, {"patch_size": 4}, **tokens)
-    return QwenImageEditPipeline(**parts, processor=make(reader, tokenizer))
+    if settings:
+        parts["transformer"] = denoiser(type(parts["transformer"])(**{**parts["transformer"].config, **settings}), seed)
+    return kind(**parts, processor=make(reader, tokenizer))
+
+
+def qwen_image_edit_plus(seed: int = 0, **settings: Any) -> QwenImageEditPlusPipeline:
+    """Shows its text encoder images of another size than its autoencoder."""
+    return qwen_image_edit(seed, QwenImageEditPlusPipeline, **settings)
 
 
 def qwen_image21(seed: int = 0) -> QwenImage21Pipeline:
@@ -175,6 +183,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux_kontext": flux_kontext,
     "instruct_pix2pix": instruct_pix2pix,
     "qwen_image_edit": qwen_image_edit,
+    "qwen_image_edit_plus": qwen_image_edit_plus,
     "qwen_image21": qwen_image21,
     "kandinsky5": kandinsky5,
     "wan_i2v": wan_i2v,
@@ -186,5 +195,6 @@ SIZES = {
     "flux_kontext": 16,
     "instruct_pix2pix": 16,
     "qwen_image_edit": 16,
+    "qwen_image_edit_plus": 16,
     "wan_i2v": 32,
 }

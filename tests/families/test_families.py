@@ -64,6 +64,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "cogvideox sincos": partial(tiny_c.cogvideox, use_rotary_positional_embeddings=False),
     "cogvideox pairs": partial(tiny_c.cogvideox, patch_size_t=2, patch_bias=False),
     "kandinsky5 first": partial(tiny_d.kandinsky5, visual_cond=True),
+    "qwen_image_edit_plus zero": partial(tiny_d.qwen_image_edit_plus, zero_cond_t=True),
     "wan two": partial(tiny_b.wan, boundary=0.8),
     "wan_i2v inside": partial(tiny_d.wan_i2v, inside=True),
     "wan_i2v two": partial(tiny_d.wan_i2v, boundary=0.8),
@@ -167,7 +168,8 @@ def test_same_samples_away_from_a_negative_prompt(made: Callable[..., Case], nam
     latents, _, grid = stock(led, 5.0)
     assert gap(ours(led, 5.0, grid), latents) < 1e-4
     # "" is what most have for no prompt; Qwen-Image has a space, this SDXL zeros, and Kandinsky a sentence.
-    own = negative == "" and name not in ("qwen_image", "qwen_image_edit", "sdxl", "kandinsky5")
+    others = ("qwen_image", "qwen_image_edit", "qwen_image_edit_plus", "sdxl", "kandinsky5")
+    own = negative == "" and name not in others
     assert (gap(ours(case, 5.0, grid), latents) < 1e-4) == own
 
 
