@@ -23,6 +23,7 @@ from diffdistill.data.encoded import KIND as ENCODED
 from diffdistill.data.images import Data, open_data, open_pairs, part
 from diffdistill.data.prompts import all_prompts
 from diffdistill.data.shards import read_index
+from diffdistill.data.sources import conditions_named
 from diffdistill.data.videos import open_videos
 from diffdistill.errors import UserError, shown
 from diffdistill.eval.features.digit_classifier import load_mnist_classifier
@@ -51,6 +52,7 @@ class Facts:
     count: int | None = None  #: of images
     latent: bool = False
     reads_image: bool = False  #: it changes images
+    several: bool = False  #: it takes several images a prompt, or none where it does not read one anyway
     options: Mapping[str, Any] | None = None  #: of the training that made it
     teacher: str | None = None  #: where a student was distilled from
 
@@ -119,8 +121,9 @@ def _of_pipeline(name: str, folder: Path, family: Family) -> Facts:
     teacher = (made or {}).get("teacher", student.teacher) if student else None
     latent = family.autoencoder is not None
     return Facts(
-        name, conditions, shape, classes, latent=latent, reads_image=family.reads_image, options=made, teacher=teacher
-    )
+        name, conditions, shape, classes, latent=latent, reads_image=family.reads_image, options=made, teacher=teacher,
+        several=family.several,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def choose(facts: Facts, wishes: Wishes) -> Choice:
     overrides, named = wishes.overrides, wishes.reference or wishes.data
     if wishes.protocol is None and _moves(facts, wishes):
         return Choice(load("moving-i2v" if facts.reads_image else "moving", frames=facts.shape[1], **overrides))
-    if facts.reads_image:
+    if facts.reads_image or (facts.several and _names_images(facts, wishes)):
         return _of_edits(facts, wishes)
     captions = _captions(facts, wishes) if facts.conditions == "prompts" and named != "shapes" else None
     if wishes.protocol is None:
@@ -199,6 +202,17 @@ def choose(facts: Facts, wishes: Wishes) -> Choice:
     return _pixels(facts, wishes, data, spec, captions)
 
 
+def _names_images(facts: Facts, wishes: Wishes) -> bool:
+    """Whether the images that are named, or else those that a model was trained on, come with condition images."""
+    if named := wishes.data or wishes.reference:
+        return conditions_named(named)
+    options = facts.options or {}
+    source = _encoded_from(options)
+    prompts = [name for name in _names(source.get("prompts")) if wishes.prompts is None]
+    data = [*_names(source.get("data")), *_names(options.get("data"))]
+    return any(conditions_named(None, name) for name in prompts) or any(map(conditions_named, data))
+
+
 def _of_edits(facts: Facts, wishes: Wishes) -> Choice:
     """That of a model that changes images: what it changes, and what it is to make of it, are of the same data."""
     does = "begins with images" if facts.frames else "changes images"
@@ -216,11 +230,16 @@ def _of_edits(facts: Facts, wishes: Wishes) -> Choice:
             if named:
                 raise
             continue
-        captions = _captions_of(data)
+        captions, condition = _captions_of(data), data.get(torch.arange(1)).conditions
+        if condition is not None and condition.ndim == 5 and not facts.several:
+            raise UserError(
+                f"data: {shown(spec)} has {condition.shape[1]} condition images a row, and "
+                f"{shown(facts.name)} takes one; give one"
+            )
         if captions is None:
             raise UserError(f"data: {shown(spec)} has no captions, which say what is to be changed")
-        first = part(data, list(range(len(captions))))
-        return replace(_pixels(facts, wishes, data, spec, captions), conditions=first)
+        own = part(data, list(range(len(captions))))
+        return replace(_pixels(facts, wishes, data, spec, captions), conditions=own)
     raise UserError(
         f"data: {shown(facts.name)} {does}, and none are known; give images with captions and condition images "
         "by --data"

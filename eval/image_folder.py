@@ -39,6 +39,7 @@ class Model:
     draw: Callable[..., Tensor]
     count: int | None = None  #: images that there are; None: as many as one likes
     reads_image: bool = False  #: it changes pictures
+    several: bool = False  #: it may be given pictures, (B, 3, H, W) or several for each image (B, k, 3, H, W)
 
 
 def open_image_folder(path: Path) -> Model:

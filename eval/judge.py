@@ -35,6 +35,7 @@ from diffdistill.pictures import stills
 
 SHOWN = 20
 DRAWN = ("shapes", "edits", "moving", "moving-i2v")  #: what a protocol calls the captions of what is drawn
+CHANGED = ("edits", "moving-i2v")  #: those that a model reads images with
 REPLICATES = {"narrow": 200, "wide": 20}  # a wide covariance takes seconds a replicate
 WIDE = 512
 
@@ -208,7 +209,7 @@ class Judge:
         if model.reads_image and self.changed is None:
             problem = f"{model.name} changes images, and the protocol {protocol.name} has none to be changed"
             raise UserError(f"eval: {problem}; give images with captions and condition images by --data")
-        if self.changed is not None and not model.reads_image:
+        if self.changed is not None and not (model.reads_image or model.several):
             raise UserError(f"eval: {model.name} reads no image, and {protocol.name} is of images that are changed")
         if model.classes is not None and protocol.classes is not None and model.classes != protocol.classes:
             problem = f"{model.name} has {model.classes} classes and the protocol {protocol.name} {protocol.classes}"

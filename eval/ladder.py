@@ -21,7 +21,7 @@ from diffdistill.core.guidance import with_second_scale
 from diffdistill.data.shapes import HELD_OUT, draw_edits
 from diffdistill.errors import UserError, shown
 from diffdistill.eval.image_folder import Model
-from diffdistill.eval.judge import DRAWN, Judge, JudgeOptions, Score, drawn_samples, score
+from diffdistill.eval.judge import CHANGED, DRAWN, Judge, JudgeOptions, Score, drawn_samples, score
 from diffdistill.eval.latency import latency
 from diffdistill.eval.measurements import rounded
 from diffdistill.eval.models import (
@@ -231,7 +231,7 @@ def ladder_models(
             f"eval: {name!r} is text-to-image, and the protocol {protocol.name} has no captions; give one that "
             "has (--protocol shapes, say), or images with captions by --data"
         )
-    latents = _Latents(judged, family, sampling)
+    latents = _Latents(judged, family, sampling, changes=protocol.prompts in CHANGED)
     models = [latents.model(rung) for rung in rungs]
     if protocol.prompts in DRAWN:
         models.insert(0, latents.drawn(identity, drawn_samples(protocol)))
@@ -380,8 +380,9 @@ def _pipeline(source: str | os.PathLike[str]) -> Path:
 class _Latents:
     """Models of latents, drawn in the normal form and decoded by the teacher's own autoencoder."""
 
-    def __init__(self, teacher: Teacher, family: Family, sampling: SamplingOptions) -> None:
+    def __init__(self, teacher: Teacher, family: Family, sampling: SamplingOptions, changes: bool) -> None:
         assert family.autoencoder is not None
+        self.changes = changes
         self.teacher, self.family, self.sampling, self.autoencoder = teacher, family, sampling, family.autoencoder
         folder = local_folder(teacher.source)
         self.pipeline = load_pipeline(folder, leave_out=family.networks, device=sampling.device)
@@ -421,8 +422,9 @@ class _Latents:
         conditions = "prompts" if text is not None else "none" if classes is None else "classes"
         draw, reads_image = torch.no_grad()(images), self.family.reads_image
         return Model(
-            rung.name, rung.fingerprint, conditions, classes, rung.steps, rung.call, draw, reads_image=reads_image
-        )
+            rung.name, rung.fingerprint, conditions, classes, rung.steps, rung.call, draw, reads_image=reads_image,
+            several=self.family.several,
+        )  # fmt: skip
 
     def drawn(self, fingerprint: str, samples: Tensor, what: str = "drawn") -> Model:
         """Those of the held-out captions, or what is to be changed, encoded and decoded."""
@@ -436,5 +438,4 @@ class _Latents:
             return self.decoded(encoded, name)
 
         call, draw = {"drawn": what == "drawn"}, torch.no_grad()(images)
-        reads_image = self.family.reads_image
-        return Model(name, fingerprint, "prompts", None, None, call, draw, count=len(samples), reads_image=reads_image)
+        return Model(name, fingerprint, "prompts", None, None, call, draw, count=len(samples), reads_image=self.changes)

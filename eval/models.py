@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffdistill.core.attention_choice import check_attention
 from diffdistill.core.denoiser import Cond
-from diffdistill.core.guidance import check_second_scale, guided, refuse_second_scale
+from diffdistill.core.guidance import guided, refuse_second_scale
 from diffdistill.core.ode import Denoise, Step, ddim_step, sample_ode
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.data.arrays import ARRAY_SUFFIXES
@@ -26,15 +26,13 @@ from diffdistill.errors import UserError, first_line, shown
 from diffdistill.eval.features.measure import network_fingerprint
 from diffdistill.eval.image_folder import Model, open_image_file, open_image_folder
 from diffdistill.eval.measurements import rounded
+from diffdistill.eval.stock_call import steered, stock_call, with_negatives
 from diffdistill.families import (
     METADATA,
     Family,
     Prompt,
-    StudentRecord,
-    TeacherRecord,
     attention_of,
     describe,
-    diffusers_class,
     family_of,
     is_partial,
     is_single_file,
@@ -45,17 +43,15 @@ from diffdistill.families import (
     local_folder,
     parts_of,
     read_json,
-    read_record,
 )
-from diffdistill.families._folders import boundary_of
-from diffdistill.families._parts import LORA, both_sides, one_side, part_config
+from diffdistill.families._parts import LORA
 from diffdistill.pictures import opaque
 from diffdistill.pipelines.shipped.student_pipeline import seeded_steps
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 
-PIXEL_STEPS, LATENT_STEPS = 16, 20  # of a teacher, where the user says nothing
+PIXEL_STEPS = 16  # of a teacher, where the user says nothing
 
 Draw = Callable[[Cond, Sequence[torch.Generator]], Tensor]
 """(conditions, one generator an image) -> images (B, C, H, W) in the data's units."""
@@ -292,89 +288,6 @@ def _pixel_model(model: Path | Teacher | Student, name: str, fingerprint: str, s
     return pixel_model(name, fingerprint, draw, teacher, steps, call, sampling)
 
 
-def stock_call(
-    path: Path,
-    family: Family | None,
-    steps: int | None,
-    guidance_scale: float | None,
-    negative: str | None = None,
-    second: float | None = None,
-) -> dict[str, Any]:
-    """Arguments of a stock pipeline's call: a student's own, or a number of steps with guidance off or in its units.
-
-    `negative` is the negative prompt of a guided one, `second` the scale of the second of two networks. Raises
-    UserError where they would change nothing.
-    """
-    record = read_record(path)
-    size: Mapping[str, Any] = _own_size(path, family) if family is not None and record is None else {}
-    reads = family is not None and family.reads_image and not isinstance(record, StudentRecord)
-    if reads or (isinstance(record, TeacherRecord) and record.frames):
-        size = describe(path).size  # which the pipeline would take from its image, or its makers' defaults
-    own = None if record is None or isinstance(record, TeacherRecord) else record.call
-    others = {} if steps is None else {"num_inference_steps": steps}  # of a pipeline with a default of its own
-    call = {**(own or (family.arguments(steps or LATENT_STEPS) if family else others)), **size}
-    if negative is not None and guidance_scale is None and family is not None and own is None:
-        raise UserError("negative_prompt: without guidance it changes nothing; give --guidance-scale too")
-    if guidance_scale is not None:
-        call |= guidance_call(family, guidance_scale, negative, true_cfg="true_cfg_scale" in call)
-    elif negative is not None:
-        call["negative_prompt"] = negative
-    if second is not None:
-        if family is None or boundary_of(family, read_json(path / "model_index.json")) is None:
-            refuse_second_scale(second, repr(str(path)))
-        check_second_scale(guidance_scale, second)
-        call["guidance_scale_2"] = second
-    return call
-
-
-def _own_size(path: Path, family: Family) -> dict[str, int]:
-    """Height and width of a network made for another than a square, which not all stock pipelines read in its config.
-
-    UserError where the config leaves the pipeline without a size.
-    """
-    size = 1 if family.autoencoder is None else part_config(path / family.component).get("sample_size", 1)
-    if size is None:
-        file = path / family.component / "config.json"
-        raise UserError(
-            f"teacher: sample_size in {file} is null, so that its stock pipeline has no size; write a number"
-        )
-    if both_sides(size) is None or one_side(size) is not None:
-        return {}
-    height, width = family.pixels(path, both_sides(size) or ())
-    return {"height": height, "width": width}
-
-
-def guidance_call(
-    family: Family | None, scale: float, negative: str | None = None, *, true_cfg: bool | None = None
-) -> dict[str, Any]:
-    """Guidance by `scale`, in the units of the stock pipeline, away from a negative prompt, as arguments of its call.
-
-    `true_cfg`: by `true_cfg_scale`, which acts only where a negative prompt is given; None: where the pipeline has it.
-    Of one whose `guidance_scale` is an input of the network (Flux), a negative prompt needs it.
-    """
-    if family is not None:
-        has_it = "true_cfg_scale" in inspect.signature(diffusers_class(family.pipelines[0]).__call__).parameters
-        true_cfg = has_it and (true_cfg is not False or negative is not None)
-        if negative is None and family.text is not None:
-            negative = family.text.negative
-    if true_cfg:
-        return {"true_cfg_scale": scale, "negative_prompt": negative or ""}
-    return {"guidance_scale": scale} | ({} if negative is None else {"negative_prompt": negative})
-
-
-def steered(pipeline: Any, family: Family | None, call: dict[str, Any]) -> dict[str, Any]:
-    """The call without the guidance scale, where `Family.steer` gives that to the pipeline, as is done here."""
-    if family is None or family.steer is None or "guidance_scale" not in call:
-        return call
-    family.steer(pipeline, call["guidance_scale"])
-    return {name: value for name, value in call.items() if name != "guidance_scale"}
-
-
-def with_negatives(call: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The call for so many prompts: there must be as many negative ones."""
-    return {name: [value] * count if name == "negative_prompt" else value for name, value in call.items()}
-
-
 def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: str, sampling: SamplingOptions) -> Model:
     student = is_student(path)
     if student:
@@ -393,7 +306,8 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
     takes = inspect.signature(pipeline.__call__).parameters
     conditions = "prompts" if "prompt" in takes else "classes" if "class_labels" in takes else "none"
     reads_image = family is not None and family.reads_image
-    begins_with_image = family is not None and family.reads_image and family.videos
+    several = family is not None and family.several
+    begins_with_image = reads_image and family is not None and family.videos
     if "negative_prompt" in call and "negative_prompt" not in takes and "kwargs" not in takes:
         raise UserError(f"negative_prompt: the pipeline of {name} takes none; leave it out")
 
@@ -401,23 +315,21 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
         indices: Sequence[int], seed: int, labels: Tensor | None, captions: Sequence[str] | None,
         pictures: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        if begins_with_image and len(indices) > 1:  # the pipeline takes one for all prompts
-            assert captions is not None and pictures is not None
-            each = zip(indices, captions, pictures.split(1), strict=True)
-            return torch.cat([images([i], seed, None, [text], picture) for i, text, picture in each])
+        if (several or begins_with_image) and pictures is not None and len(indices) > 1:  # it takes those of one prompt
+            parts = [(i, [(captions or [])[k]], pictures[k : k + 1]) for k, i in enumerate(indices)]
+            return torch.cat([images([i], seed, None, text, seen) for i, text, seen in parts])
         inputs: dict[str, Any] = {"batch_size": len(indices)} if conditions == "none" else {}
         if conditions == "prompts":
             inputs = {"prompt": list(captions or [])}  # a new list: some pipelines write into it
         elif conditions == "classes":
             assert labels is not None
             inputs = {"class_labels": labels.tolist()}
-        if reads_image:
-            assert pictures is not None
+        if pictures is not None and (reads_image or several):
             seen = Prompt((0, 0), images=pictures).pictures
-            inputs["image"] = seen[0] if begins_with_image else seen
+            inputs |= {"image": seen[0] if begins_with_image else seen, **own_size}
         generators = image_generators(seed, indices)
         with attention_of(pipeline, sampling.attention), seeded_steps(pipeline, generators):
-            output = pipeline(**inputs, **with_negatives(call, len(indices)), generator=generators, output_type="np")
+            output = pipeline(**inputs | with_negatives(call, len(indices)), generator=generators, output_type="np")
         if hasattr(output, "images"):
             drawn = opaque(torch.as_tensor(output.images).float().permute(0, 3, 1, 2))
         else:
@@ -428,7 +340,8 @@ def _pipeline_model(path: Path, family: Family | None, name: str, fingerprint: s
     classes = describe(path).num_classes if family is not None and conditions == "classes" else None
     steps = call.get("num_inference_steps")
     draw = torch.no_grad()(images)
-    return Model(name, fingerprint, conditions, classes, steps, call, draw, reads_image=reads_image)
+    own_size = describe(path).size if several else {}  # which the pipeline would take from its images
+    return Model(name, fingerprint, conditions, classes, steps, call, draw, reads_image=reads_image, several=several)
 
 
 def any_pipeline(path: Path, *, device: torch.device, dtype: torch.dtype, trust: bool = False) -> Any:

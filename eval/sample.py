@@ -20,7 +20,8 @@ from diffdistill.core.prediction import Prediction
 from diffdistill.core.schedule import LinearFlow
 from diffdistill.data.folder import condition_picture
 from diffdistill.errors import UserError, first_line, shown
-from diffdistill.eval.models import ModelLike, model_folder, pixel_sampler, steered, stock_call
+from diffdistill.eval.models import ModelLike, model_folder, pixel_sampler
+from diffdistill.eval.stock_call import steered, stock_call
 from diffdistill.eval.videos import is_video, save_videos
 from diffdistill.families import (
     Family,
@@ -49,6 +50,7 @@ class SampleRequest:
 
     prompts: Sequence[str] = ()
     images: Sequence[str | os.PathLike[str]] = ()  #: files, in turn, of what a model changes
+    images_per_prompt: int = 1  #: how many of them go with one prompt
     count: int | None = None
     classes: Sequence[int] = ()
     steps: int | None = None
@@ -139,14 +141,16 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
     for option in fixed if is_student(folder) else ():
         if (value := getattr(request, option)) is not None:
             raise UserError(f"{option}: {shown(value)} was given, and a student has its own; leave it out")
-    if family.reads_image != bool(request.images):
-        does = "begins with" if family.videos else "changes"
-        right = f"{does} an image; give --image FILE" if family.reads_image else "reads no image; leave it out"
-        raise UserError(f"image: {str(folder)!r} {right}")
+    _check_images(folder, family, request)
     guidance = (request.guidance_scale, request.negative_prompt, request.guidance_scale_2)
     call = stock_call(folder, family, request.steps, *guidance)
     call |= _size(folder, family, request)
-    pictures = [condition_picture(name, (call["height"], call["width"])) for name in request.images]
+    if request.images:
+        call = {**describe(folder).size, **call}
+    pictures: list[Any] = [condition_picture(name, (call["height"], call["width"])) for name in request.images]
+    if family.several:
+        each = request.images_per_prompt
+        pictures = [pictures[k : k + each] for k in range(0, len(pictures), each)]
     pipeline = load_pipeline(folder, device=request.device)
     call = steered(pipeline, family, call)
     count = request.count or 4
@@ -178,6 +182,19 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
             picture = picture[:, 0]
         images.append(2 * opaque(picture if text else picture.permute(0, 3, 1, 2)) - 1)
     return Samples(torch.cat(images), columns, videos=torch.cat(videos) if videos else None)
+
+
+def _check_images(folder: Path, family: Family, request: SampleRequest) -> None:
+    """UserError for images that the model does not take, or another number of them."""
+    given, each = len(request.images), request.images_per_prompt
+    if (family.reads_image and not given) or (given and not (family.reads_image or family.several)):
+        does = "begins with" if family.videos else "changes"
+        right = f"{does} an image; give --image FILE" if family.reads_image else "reads no image; leave it out"
+        raise UserError(f"image: {str(folder)!r} {right}")
+    if each > 1 and not family.several:
+        raise UserError(f"images_per_prompt: {each} was given, and {str(folder)!r} takes one image a prompt; give 1")
+    if given % each or (each > 1 and not given):
+        raise UserError(f"image: {given} were given, and --images-per-prompt is {each}; give {each}, or a multiple")
 
 
 def _check_video(request: SampleRequest, name: str, videos: bool) -> None:

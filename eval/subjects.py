@@ -19,13 +19,11 @@ from diffdistill.eval.models import (
     Student,
     any_pipeline,
     family_or_none,
-    guidance_call,
     model_folder,
     models_in,
     pixel_sampler,
-    stock_call,
-    with_negatives,
 )
+from diffdistill.eval.stock_call import guidance_call, stock_call, with_negatives
 from diffdistill.eval.timing import SpeedOptions, Subject, allocated_mb
 from diffdistill.families import (
     Family,
@@ -207,8 +205,11 @@ def _stock_pipeline(family: Family | None, folder: Path, plan: ModelPlan, option
     call |= {name: value for name, value in plan.size if name in takes}
     classes = describe(folder).num_classes if family is not None and "class_labels" in takes else None
     reads_image = family is not None and family.reads_image
+    alone = reads_image and family is not None and family.several
 
     def draw(batch: int, resolution: Size | None) -> Any:
+        if alone and batch > 1:
+            raise UserError(f"batch_sizes: {batch} was given, and {plan.name}'s pipeline draws one at a time; give 1")
         inputs: dict[str, Any] = {"batch_size": batch}
         if "prompt" in takes:
             inputs = {"prompt": [PROMPTS[i % len(PROMPTS)] for i in range(batch)]}  # anew: some pipelines write into it

@@ -138,9 +138,14 @@ def _stored(entry: Family, teacher: Teacher) -> str:
     return str(stored_dtypes(local_folder(teacher.source) / entry.component)[1]).removeprefix("torch.")
 
 
-def _prompt(entry: Family) -> str:
+def _reads_image(entry: Family, teacher: Teacher) -> bool:
+    """Whether images come with its prompts, as a family needs them or as those of the training had them."""
+    return entry.reads_image or (entry.several and "image_latents" in teacher.example_cond)
+
+
+def _prompt(entry: Family, teacher: Teacher) -> str:
     """The prompt, by its name where it is not the first argument of the pipeline's call (FLUX.2 takes images first)."""
-    if entry.reads_image:
+    if _reads_image(entry, teacher):
         return 'image=image, prompt="a prompt"'
     names = list(inspect.signature(diffusers_class(entry.pipelines[0]).__call__).parameters)
     return '"a prompt"' if names[:2] == ["self", "prompt"] else 'prompt="a prompt"'
@@ -153,7 +158,7 @@ def _call(entry: Family, teacher: Teacher, sampler: Sampler) -> tuple[str, str]:
         subject = "" if teacher.num_classes is None else "batch_size=4, class_labels=[0, 1, 2, 3]"
         arguments = [*filter(None, [subject]), *([f"num_inference_steps={steps}"] if steps > 1 else [])]
     else:
-        subject = _prompt(entry) if entry.conditions == "text" else "class_labels=[0, 1, 2, 3]"
+        subject = _prompt(entry, teacher) if entry.conditions == "text" else "class_labels=[0, 1, 2, 3]"
         arguments = [subject, *(f"{name}={value!r}" for name, value in student_call(teacher, sampler).items())]
     if isinstance(network, AdaptedNetwork):
         arguments.append(f"guidance_scale={float(network.guidance_scale):g}")
@@ -244,11 +249,15 @@ class _Lines:
             ]
         head = [f"# pip install {name}" for name in self.entry.packages]
         head += ([] if self.dtype == "float32" else ["import torch"]) + [f"from diffusers import {', '.join(names)}"]
-        if self.entry.reads_image:
+        if _reads_image(self.entry, self.teacher):
             head.append("from diffusers.utils import load_image")
             size = f"({self.teacher.size['width']}, {self.teacher.size['height']})"
             use = "what the video begins with" if self.entry.videos else "what is to be changed"
-            lines.append(f'image = load_image("IMAGE").resize({size})  # {use}')
+            loaded = f'load_image("IMAGE").resize({size})'
+            if self.entry.several and (example := self.teacher.example_cond.get("image_latents")) is not None:
+                files = ", ".join(f'"IMAGE {k + 1}"' for k in range(example.shape[1]))
+                loaded = f"[load_image(file).resize({size}) for file in [{files}]]"
+            lines.append(f"image = {loaded}  # {use}")
         code = "\n".join(["```python", *head, "", *lines, self._draw, "```"])
         if form == "pipeline" or self._base != "TEACHER":
             return code

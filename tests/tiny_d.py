@@ -1,16 +1,21 @@
 """Tiny pipelines of random weights in the real architectures: those that read an image beside a prompt."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLQwenImage21,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
     WanImageToVideoPipeline,
@@ -20,6 +25,8 @@ from transformers import (
     CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -55,7 +62,7 @@ def instruct_pix2pix(seed: int = 0) -> StableDiffusionInstructPix2PixPipeline:
     )
 
 
-def qwen_image_edit(seed: int = 0) -> QwenImageEditPipeline:
+def qwen_image_edit(seed: int = 0, kind: Any = QwenImageEditPipeline, **settings: Any) -> Any:
     """Its template is longer than the 64 tokens that the pipeline cuts off. A patch of the encoder is 4 by 4 pixels."""
     tokenizer = qwen_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, "<|vision_start|>", "<|vision_end|>"]})
@@ -69,7 +76,14 @@ def qwen_image_edit(seed: int = 0) -> QwenImageEditPipeline:
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 1 << 20}
     )
     parts = qwen_parts(seed, tokenizer, {"patch_size": 4}, **tokens)
-    return QwenImageEditPipeline(**parts, processor=make(reader, tokenizer))
+    if settings:
+        parts["transformer"] = denoiser(type(parts["transformer"])(**{**parts["transformer"].config, **settings}), seed)
+    return kind(**parts, processor=make(reader, tokenizer))
+
+
+def qwen_image_edit_plus(seed: int = 0, **settings: Any) -> QwenImageEditPlusPipeline:
+    """Shows its text encoder images of another size than its autoencoder."""
+    return qwen_image_edit(seed, QwenImageEditPlusPipeline, **settings)
 
 
 def qwen_image21(seed: int = 0) -> QwenImage21Pipeline:
@@ -105,6 +119,51 @@ def qwen_image21(seed: int = 0) -> QwenImage21Pipeline:
     )
 
 
+def kandinsky5(seed: int = 0, **settings: Any) -> Kandinsky5T2VPipeline:
+    """Lines of its template are tokens, so that it has hardly more than the 128 that the pipeline cuts off."""
+    torch.manual_seed(seed)
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=8,
+        in_text_dim=32,
+        in_text_dim2=32,
+        time_dim=32,
+        out_visual_dim=8,
+        model_dim=32,
+        ff_dim=64,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
+        **settings,
+    )
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, "<|vision_start|>", "<|vision_end|>"]})
+    template = Kandinsky5T2VPipeline(*[None] * 7).prompt_template
+    tokenizer.add_tokens(template.split("\n")[1:6])
+    autoencoder = AutoencoderKLHunyuanVideo(
+        latent_channels=8,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        spatial_compression_ratio=4,
+    )
+    text = {**qwen_config(), "vocab_size": len(tokenizer)}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    config = Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rope}, vision_config={**VISION, "fullatt_block_indexes": [0]}
+    )
+    return Kandinsky5T2VPipeline(
+        transformer=denoiser(transformer, seed),
+        vae=autoencoder.eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+        tokenizer=make(Qwen2VLImageProcessor(), tokenizer),
+        text_encoder_2=CLIPTextModel(clip_config(32)).eval(),
+        tokenizer_2=clip_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+
+
 def wan_i2v(seed: int = 0, inside: bool = False, boundary: float | None = None) -> WanImageToVideoPipeline:
     """As Wan 2.1; without an image encoder as Wan 2.2 TI2V, with the image `inside`, or A14B, with a `boundary`."""
     torch.manual_seed(seed)
@@ -124,8 +183,18 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux_kontext": flux_kontext,
     "instruct_pix2pix": instruct_pix2pix,
     "qwen_image_edit": qwen_image_edit,
+    "qwen_image_edit_plus": qwen_image_edit_plus,
     "qwen_image21": qwen_image21,
+    "kandinsky5": kandinsky5,
     "wan_i2v": wan_i2v,
 }
 # In pixels, of an image whose latents are 8x8.
-SIZES = {"qwen_image21": 64, "flux_kontext": 16, "instruct_pix2pix": 16, "qwen_image_edit": 16, "wan_i2v": 32}
+SIZES = {
+    "kandinsky5": 32,
+    "qwen_image21": 64,
+    "flux_kontext": 16,
+    "instruct_pix2pix": 16,
+    "qwen_image_edit": 16,
+    "qwen_image_edit_plus": 16,
+    "wan_i2v": 32,
+}

@@ -8,7 +8,7 @@ import importlib.util
 from typing import Any
 
 import transformers
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from transformers import Qwen2Tokenizer
 from transformers.processing_utils import ProcessorMixin
 
@@ -17,16 +17,20 @@ CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[0
 
 
 class Processor(ProcessorMixin):
-    """Of one image and one text."""
+    """Of one text and its images."""
 
     def __init__(self, image_processor: Any, tokenizer: Any):
         self.image_processor, self.tokenizer = image_processor, tokenizer
 
-    def __call__(self, text: list[str], images: Any, padding: bool, return_tensors: str) -> Any:
+    def __call__(self, text: list[str], images: Any, padding: Any, return_tensors: str, **settings: Any) -> Any:
+        if images is None:
+            settings.pop("videos", None)
+            return self.tokenizer(text, padding=padding, return_tensors=return_tensors, **settings)
         found = self.image_processor(images=images, return_tensors=return_tensors)
-        words = int(found["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
-        tokens = self.tokenizer([each.replace(IMAGE, IMAGE * words) for each in text], padding=padding,
-                                return_tensors=return_tensors)  # fmt: skip
+        (first, *rest) = text[0].split(IMAGE)
+        for grid, part in zip(found["image_grid_thw"], rest, strict=True):
+            first += IMAGE * (int(grid.prod()) // self.image_processor.merge_size**2) + part
+        tokens = self.tokenizer([first], padding=padding, return_tensors=return_tensors)
         found.update(tokens)
         return found
 
@@ -89,9 +93,10 @@ def stand_in() -> None:
         TextProcessor.__module__ = "transformers.models.qwen3_vl.processing_qwen3_vl"
         transformers.Qwen3VLProcessor = TextProcessor
     pipeline_qwenimage_edit.calculate_dimensions = small
+    pipeline_qwenimage_edit_plus.calculate_dimensions = lambda area, ratio: small(area, ratio)[:2]
 
 
 def small(area: int, ratio: float) -> tuple[int, int, None]:
-    """Width and height for that ratio, of an area of 16 by 16 pixels, in multiples of 8."""
-    width = (256 * ratio) ** 0.5
+    """Width and height for that ratio, of an area of 16 by 16 pixels for a megapixel, in multiples of 8."""
+    width = (area / 4096 * ratio) ** 0.5
     return max(1, round(width / 8)) * 8, max(1, round(width / ratio / 8)) * 8, None

@@ -217,6 +217,7 @@ class SampleOptions(MachineOptions, AttentionOptions, total=False):
 
     prompt: str | Sequence[str]
     image: str | Sequence[str]
+    images_per_prompt: int
     count: int | None
     classes: Sequence[int]
     steps: int | None

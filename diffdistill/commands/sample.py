@@ -40,6 +40,7 @@ def _draw(config: SampleConfig, model: ModelLike, as_video: bool) -> Samples:
     request = SampleRequest(
         prompts=config.prompt,
         images=config.image,
+        images_per_prompt=config.images_per_prompt,
         count=config.count,
         classes=config.classes,
         steps=config.steps,

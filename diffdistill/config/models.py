@@ -101,6 +101,9 @@ class SampleConfig(MachineConfig, AttentionConfig):
         "an image that is to be changed, or that a video begins with, of the ratio that is made; may be repeated",
         repeated=True,
     )
+    images_per_prompt: int = option(
+        1, "how many of the images go with one prompt, of a model that takes several, as FLUX.2", at_least=1
+    )
     count: int | None = option(None, "number of images; default: 64, of latent models 4", at_least=1)
     classes: tuple[int, ...] = option(
         (), "class labels of the images, repeated as needed; default: all in turn", at_least=0

@@ -27,6 +27,11 @@ T = TypeVar("T")
 CONDITIONS = ("condition_image", "condition", "conditioning_image", "source_image", "input_image", "original_image")
 _BESIDE = ".condition"
 _TABLES = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
+_READERS: dict[str, Callable[[Path, str], Sequence[tuple[int, Any]]]] = {
+    **_TABLES,
+    ".ndjson": read_jsonl,
+    ".tsv": read_csv,
+}
 
 
 def metadata_of(root: Path) -> list[Path]:
@@ -59,7 +64,7 @@ def read_metadata(
             raise UserError(f"data: {path}, {unit} {number} has no 'file_name'; give {form}")
         if not exists(path.parent / row["file_name"]):
             raise UserError(f"data: {path}, {unit} {number}: the file {row['file_name']!r} does not exist")
-    named = {row["file_name"] for _, row in rows} | {condition_of(row) or "" for _, row in rows}
+    named = {name for _, row in rows for name in (row["file_name"], *conditions_of(row))}
     others = set(listed(path.parent)) - {os.path.normpath(name) for name in named}
     if others and rows:
         here = f"{len(others)} {what} beside it are not in it and passed over"
@@ -73,32 +78,52 @@ def read_metadata(
     )
 
 
-def condition_of(row: Any) -> str | None:
-    """The file of the condition image that a row of metadata names; None if it names none."""
+def conditions_of(row: Any) -> list[str]:
+    """The files of the condition images that a row of metadata names: one, or a list of several."""
     fields = {str(name).lower().removesuffix("_file_name"): value for name, value in dict(row).items()}
-    return next((fields[name] for name in CONDITIONS if isinstance(fields.get(name), str)), None)
+    for value in (fields.get(name) for name in CONDITIONS):
+        names = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
+        if names and all(isinstance(name, str) for name in names):
+            return names
+    return []
 
 
-def conditions_in(path: Path, field: str = "data") -> list[str]:
-    """The condition images of a metadata file or of prompts, in their order; UserError if one is not named or there."""
-    read: Callable[[Path, str], Sequence[tuple[int, Any]]] = (_TABLES | {".ndjson": read_jsonl, ".tsv": read_csv})[
-        path.suffix.lower()
-    ]
-    found, unit = [], "row" if path.suffix == ".parquet" else "line"
-    for number, row in read(path, field):
-        name = condition_of(row) if isinstance(row, dict) else None
-        if name is None:
+def names_conditions(path: Path) -> bool:
+    """Whether the first row of a metadata file or of prompts names a condition image."""
+    if path.suffix.lower() not in _READERS or not path.is_file():
+        return False
+    rows = _READERS[path.suffix.lower()](path, "data")
+    return bool(rows) and isinstance(rows[0][1], dict) and bool(conditions_of(rows[0][1]))
+
+
+def conditions_in(path: Path, field: str = "data") -> list[list[str]]:
+    """The condition images of each row of a metadata file or of prompts.
+
+    UserError if one is not named or there, or where a row has another number of them than the first: in a batch all
+    have the same.
+    """
+    found: list[list[str]] = []
+    unit = "row" if path.suffix == ".parquet" else "line"
+    for number, row in _READERS[path.suffix.lower()](path, field):
+        names = conditions_of(row) if isinstance(row, dict) else []
+        if not names:
             raise UserError(
                 f"{field}: {path}, {unit} {number} names no condition image, which this teacher reads; give one as "
                 f"{CONDITIONS[0]!r}"
             )
-        if not os.path.isfile(path.parent / name):
-            raise UserError(f"{field}: {path}, {unit} {number}: the condition image {name!r} does not exist")
-        found.append(name)
+        if found and len(names) != len(found[0]):
+            raise UserError(
+                f"{field}: {path}, {unit} {number} has {len(names)} condition images, and the first row has "
+                f"{len(found[0])}; give all rows as many"
+            )
+        for name in names:
+            if not os.path.isfile(path.parent / name):
+                raise UserError(f"{field}: {path}, {unit} {number}: the condition image {name!r} does not exist")
+        found.append(names)
     return found
 
 
-def conditions_beside(root: Path, files: list[str]) -> tuple[list[str], list[str]]:
+def conditions_beside(root: Path, files: list[str]) -> tuple[list[str], list[list[str]]]:
     """Images, and the condition image of each: of `a.png` it is `a.condition.png`, or another kind of image.
 
     UserError for an image without one.
@@ -113,7 +138,7 @@ def conditions_beside(root: Path, files: list[str]) -> tuple[list[str], list[str
                 f"data: {root / image} has no condition image, which this teacher reads; put {name}{_BESIDE}.png "
                 f"beside it, or name one in a metadata.jsonl as {CONDITIONS[0]!r}"
             )
-    return images, [condition for condition in conditions if condition is not None]
+    return images, [[condition] for condition in conditions if condition is not None]
 
 
 def captions_beside(root: Path, files: list[str]) -> list[str] | None:

@@ -40,7 +40,7 @@ from diffdistill.data.shards import (
     without_padding,
     write_index,
 )
-from diffdistill.data.sources import Source, open_source, prompts_of
+from diffdistill.data.sources import Source, has_conditions, open_source, prompts_of
 from diffdistill.errors import UserError, shown
 from diffdistill.families import (
     FAMILIES,
@@ -222,7 +222,7 @@ def _encode_buckets(out: Path, config: EncodeConfig, processes: Processes, encod
         wrong = "prompts alone have no ratio" if config.data is None else "a stream is read once, in order"
         wrong = wrong if encoder.frames is None else "videos are of one size"
         raise UserError(f"buckets: {wrong}; leave it out")
-    opening = open_pairs if encoder.family.reads_image else open_data
+    opening = open_pairs if has_conditions(encoder.family, config.data) else open_data
     whole = opening(config.data, resolution=encoder.size, channels=3)
     assert whole.stored is not None
     held = in_buckets(whole.stored()[: config.count], bucket_sizes(encoder.size))

@@ -11,7 +11,7 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -57,9 +57,10 @@ class Pictures(NamedTuple):
     num_classes: int | None
     texts: Callable[[list[int]], list[str]] | None
     fingerprint: str  #: 16 hex digits
-    #: The condition images of the samples, and names of them; None: they were not asked for.
+    #: The condition images of the samples, one after the other, and names of them; None: they were not asked for.
     conditions: Callable[[list[int]], list[Source]] | None = None
-    condition_title: Callable[[int], str] = str
+    condition_title: Callable[[int], str] = str  #: of those of all samples, one after the other
+    each: int = 1  #: how many condition images a sample has
 
 
 def open_folder(path: Path, split: str | None, conditioned: bool = False) -> Pictures:
@@ -108,7 +109,8 @@ def open_folder(path: Path, split: str | None, conditioned: bool = False) -> Pic
     if not files:
         raise UserError(f"data: {root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     digest = hashlib.blake2b(listing, digest_size=8)
-    for file, (size, tail) in zip([*files, *conditions], _ends(root, [*files, *conditions]), strict=True):
+    named = [*files, *chain.from_iterable(conditions)]
+    for file, (size, tail) in zip(named, _ends(root, named), strict=True):
         digest.update(os.fsencode(f"{file}\0{size}\n") + tail)  # where PNG has a checksum of the pixels
 
     def title(i: int) -> str:
@@ -120,11 +122,22 @@ def open_folder(path: Path, split: str | None, conditioned: bool = False) -> Pic
     classes, num_classes = class_numbers(labels, len(files), str(metadata or root))
     texts = None if captions is None else lambda indices: [captions[i] for i in indices]
     pictures = Pictures(len(files), fetch, title, classes, num_classes, texts, digest.hexdigest())
-    return _with_conditions(pictures, [str(root / name) for name in conditions]) if conditioned else pictures
+    return _with_conditions(pictures, root, conditions) if conditioned else pictures
 
 
-def _with_conditions(pictures: Pictures, places: list[str]) -> Pictures:
-    return pictures._replace(conditions=lambda rows: [places[i] for i in rows], condition_title=places.__getitem__)
+def _with_conditions(pictures: Pictures, root: Path, conditions: list[list[str]]) -> Pictures:
+    """The same with the condition images of each, files in `root`."""
+    places, each = [str(root / name) for name in chain.from_iterable(conditions)], len(conditions[0])
+    return pictures._replace(
+        conditions=lambda rows: [places[j] for j in of_each(rows, each)],
+        condition_title=places.__getitem__,
+        each=each,
+    )
+
+
+def of_each(rows: Iterable[int], each: int) -> list[int]:
+    """The places of the condition images of these samples, where each has so many, one after the other."""
+    return [each * i + k for i in rows for k in range(each)]
 
 
 def _inner_with_metadata(root: Path, files: list[str]) -> Path | None:
@@ -294,21 +307,27 @@ def _decode_one(source: Source, title: str, shape: tuple[int, int, int], resize:
 
 
 def decode_conditions(pictures: Pictures, indices: list[int], shape: tuple[int, int, int]) -> Tensor:
-    """The condition images (B, *shape), as `decode` gives the images themselves.
+    """The condition images (B, *shape), as `decode` gives the images themselves; of several each (B, k, *shape).
 
     UserError for one of another ratio than its image, which would be cut to another part of what both show.
     """
     assert pictures.conditions is not None
-    sources = pictures.conditions(indices)
-    for i, image, condition in zip(indices, pictures.fetch(indices), sources, strict=True):
+    sources, places = pictures.conditions(indices), of_each(indices, pictures.each)
+    images = [image for image in pictures.fetch(indices) for _ in range(pictures.each)]
+    for j, image, condition in zip(places, images, sources, strict=True):
         sizes = []
-        for source, title in ((image, pictures.title(i)), (condition, pictures.condition_title(i))):
+        for source, title in ((image, pictures.title(j // pictures.each)), (condition, pictures.condition_title(j))):
             with naming_image(title):
                 width, height, _ = using(source, _size_and_mode)
                 sizes.append((height, width))
-        check_ratio(pictures.condition_title(i), sizes[1], sizes[0], "its image")
+        check_ratio(pictures.condition_title(j), sizes[1], sizes[0], "its image")
     twin = pictures._replace(fetch=lambda rows: sources, title=pictures.condition_title)
-    return decode(twin, indices, shape, resize=True)
+    return in_lists(decode(twin, places, shape, resize=True), pictures.each)
+
+
+def in_lists(images: Tensor, each: int) -> Tensor:
+    """Condition images (B k, ...) as (B, k, ...); as they are where each sample has one."""
+    return images if each == 1 else images.unflatten(0, (-1, each))
 
 
 def condition_picture(path: str | os.PathLike[str], size: tuple[int, int]) -> Image.Image:

@@ -52,7 +52,8 @@ class Samples(Example):
 
     x0: Tensor
     captions: list[str] | None = None  #: B texts
-    conditions: Tensor | None = None  #: float32 (B, C, H, W) in [-1, 1], the images that these are made from
+    #: float32 (B, C, H, W) in [-1, 1], the images that these are made from; of k each (B, k, C, H, W).
+    conditions: Tensor | None = None
 
     @property
     def images(self) -> Tensor:
@@ -246,7 +247,7 @@ def open_edits(name: str, count: int, size: Sides | None, channels: int | None, 
 def _open_pictures(
     pictures: Pictures, name: str, size: Sides | None, channels: int | None, resample: str | None
 ) -> Data:
-    total, _, _, classes, num_classes, texts, fingerprint, conditions, _ = pictures
+    total, _, _, classes, num_classes, texts, fingerprint, conditions, *_ = pictures
     shape = find_shape(pictures, size, channels)
 
     def read(indices: list[int]) -> Samples:

@@ -118,7 +118,9 @@ def conditions(pipe: Any, folder: Path, family: Family, teacher: Teacher, prompt
         except Exception as error:  # whatever a family's own code raises
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"family: {family.name}'s text cannot encode a prompt ({reason})") from error
-        return cond, {"prompt": prompt} | ({} if size.images is None else {"image": size.pictures[0]})
+        if size.images is None:
+            return cond, {"prompt": prompt}
+        return cond, {"prompt": prompt, "image": size.lists[0] if family.several else size.pictures[0]}
     if teacher.num_classes is None:
         return {}, {}
     label = min(7, teacher.num_classes - 1)

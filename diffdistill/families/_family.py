@@ -52,7 +52,8 @@ class Prompt(NamedTuple):
     resolution: tuple[int, int]  #: height and width of the image in pixels
     guidance: float = 3.5  #: the scale that a network with an embedded guidance scale is given
     negative: str | None = None  #: stands in place of "no prompt"; None: what the family has for it
-    images: Tensor | None = None  #: (n, 3, H, W) in [-1, 1] of that size, what n prompts are to change, or begin with
+    #: (n, 3, H, W) in [-1, 1] of that size, what n prompts are to change, or begin with; of k each (n, k, 3, H, W).
+    images: Tensor | None = None
     frames: int | None = None  #: of a video
 
     @property
@@ -60,7 +61,15 @@ class Prompt(NamedTuple):
         """The images as the stock pipeline is given them."""
         assert self.images is not None
         bytes_ = (self.images.float().cpu() + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-        return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in bytes_]
+        return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in bytes_.flatten(0, -4)]
+
+    @property
+    def lists(self) -> list[list[Image.Image]]:
+        """The images of each prompt, as a stock pipeline that takes several is given them."""
+        assert self.images is not None
+        pictures = self.pictures
+        each = len(pictures) // len(self.images)
+        return [pictures[i : i + each] for i in range(0, len(pictures), each)]
 
 
 OWN_NULL = "null."
@@ -168,6 +177,7 @@ class Family:
     loads_lora: bool = True  #: the stock pipeline has `load_lora_weights`
     videos: bool = False  #: the samples are videos
     reads_image: bool = False  #: with each prompt comes an image, which the stock pipeline's call takes as `image`
+    several: bool = False  #: that call takes a list of images for a prompt; not `reads_image`: or none
     packages: tuple[str, ...] = ()  #: those that the stock pipeline imports, and diffusers does not bring
     #: The sub-folder of a second network of that class, for the noise below an index's `boundary_ratio`, if it has one.
     second: str | None = None

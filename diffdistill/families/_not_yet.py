@@ -15,11 +15,6 @@ class Missing(NamedTuple):
 
 NOT_YET = (
     Missing(
-        "Qwen-Image-Edit-Plus (2509)",
-        ("QwenImageEditPlusPipeline",),
-        "a prompt may have several images, of several sizes, and a row of data has one",
-    ),
-    Missing(
         "Stable Diffusion inpainting",
         ("StableDiffusionInpaintPipeline",),
         "it reads a mask beside an image, which data do not have yet",
@@ -40,16 +35,20 @@ NOT_YET = (
         "its pipeline draws an image's latents from the autoencoder's posterior at each call, and data have one",
     ),
     Missing(
-        "Kandinsky 5",
-        ("Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline"),
-        "its file is not written yet; its network rounds queries and keys to bfloat16 in whatever type it is",
+        "Kandinsky 5, text to image",
+        ("Kandinsky5T2IPipeline",),
+        "its pipeline draws at seven sizes of a megapixel alone, and a teacher's size is the user's; videos are read",
     ),
     Missing(
         "HiDream",
         ("HiDreamImagePipeline",),
         "its folder lacks text_encoder_4, Llama 3.1, which its pipeline must be given beside the folder",
     ),
-    Missing("Z-Image Omni", ("ZImageOmniPipeline",), "a prompt may have several images, and a row of data has one"),
+    Missing(
+        "Z-Image Omni",
+        ("ZImageOmniPipeline",),
+        "its file is not written yet; its network is given images by a third encoder, SigLIP, besides",
+    ),
 )
 """In the order in which `diffdistill families` says them."""
 

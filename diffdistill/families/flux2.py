@@ -1,4 +1,4 @@
-"""Flux2Transformer2DModel: FLUX.2 klein, the base models and those of four steps."""
+"""Flux2Transformer2DModel: FLUX.2 klein, the base models and those of four steps, from text, or with images too."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from diffdistill.core.denoiser import Cond
 from diffdistill.core.prediction import Output
 from diffdistill.core.schedule import LinearFlow, Schedule
+from diffdistill.errors import UserError, first_line
 from diffdistill.families._family import (
     ATTENTION,
     ROWS,
@@ -33,27 +34,41 @@ from diffdistill.players.teacher import Teacher
 
 TARGETS = (*ATTENTION, *ADDED_ATTENTION, "to_qkv_mlp_proj")
 _STEPS = 50  #: the pipeline's own number, on which its shift depends
+_APART = 10  #: times from one image to the next
 
 
-def _positions(rows: int, columns: int, words: int, device: torch.device) -> Tensor:
+def _positions(rows: int, columns: int, words: int, device: torch.device, at: int = 0) -> Tensor:
     """(rows columns words, 4) time, row, column and word of each token."""
     place = (torch.arange(n, device=device) for n in (1, rows, columns, words))
-    return torch.cartesian_prod(*place).float()
+    return torch.cartesian_prod(*place).float() + torch.tensor([at, 0, 0, 0], device=device)
+
+
+def _images(cond: Cond) -> tuple[Tensor, ...]:
+    """The latents (B, C, h, w) of each image that comes with the prompts."""
+    return cond["image_latents"].unbind(1) if "image_latents" in cond else ()
 
 
 def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     """The guidance scale is an input of the development model alone."""
     text = cond["encoder_hidden_states"]
+    seen = [x, *(image.to(x) for image in _images(cond))]
     output = network(
-        ROWS.pack(x),
+        torch.cat([ROWS.pack(image) for image in seen], 1),
         encoder_hidden_states=text,
         timestep=time / 1000,
-        img_ids=_positions(x.shape[2], x.shape[3], 1, x.device),
+        img_ids=torch.cat([_positions(y.shape[2], y.shape[3], 1, x.device, _APART * i) for i, y in enumerate(seen)]),
         txt_ids=_positions(1, 1, text.shape[1], x.device),
         guidance=cond.get("guidance"),
         return_dict=False,
     )[0]
-    return ROWS.unpack(output, x.shape[1:])
+    return ROWS.unpack(output[:, : x.shape[2] * x.shape[3]], x.shape[1:])
+
+
+def _features(output: Any, x: Tensor, cond: Cond) -> Tensor:
+    """Of the sample's tokens, which stand between the words and the images."""
+    tokens = output[-1] if isinstance(output, tuple) else output
+    behind = sum(image.shape[2] * image.shape[3] for image in _images(cond))
+    return last_tokens_map(1)(tokens[:, : tokens.shape[1] - behind], x, cond)
 
 
 def _schedule(config: Config, tokens: int) -> tuple[Schedule, Output]:
@@ -84,13 +99,32 @@ def teacher_named(family: str, network: Any, source: Source) -> Teacher:
         feature_layer=middle_block(
             ("transformer_blocks", config.num_layers), ("single_transformer_blocks", config.num_single_layers)
         ),
-        feature_map=last_tokens_map(1),
+        feature_map=_features,
     )
 
 
 def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
     # The network reads the padding too.
-    return {"encoder_hidden_states": pipe.encode_prompt(list(prompts))[0]}
+    return {"encoder_hidden_states": pipe.encode_prompt(list(prompts))[0]} | image_latents(pipe, prompt)
+
+
+def image_latents(pipe: Any, prompt: Prompt) -> Cond:
+    """The images of each prompt, as the pipeline reads them: latents (n, k, C, h, w); nothing where it has none."""
+    if prompt.images is None:
+        return {}
+    parameter, reader = next(pipe.vae.parameters()), pipe.image_processor
+    pictures = [reader._resize_if_exceeds_area(picture) for picture in prompt.pictures]
+    try:
+        reader.check_image_input(pictures[0])
+    except ValueError as error:
+        raise UserError(f"resolution: the pipeline takes no such image ({first_line(error)})") from None
+    multiple = 2 * pipe.vae_scale_factor
+    latents = []
+    for picture in pictures:  # one by one: the last bits of a convolution depend on how many there are
+        width, height = (side // multiple * multiple for side in picture.size)
+        pixels = reader.preprocess(picture, height=height, width=width, resize_mode="crop")
+        latents.append(_from_images(pipe.vae, pixels.to(parameter)))
+    return {"image_latents": torch.cat(latents).unflatten(0, (len(prompt.images), -1))}
 
 
 def _moments(vae: Any) -> tuple[Tensor, Tensor]:
@@ -133,5 +167,6 @@ FAMILY = Family(
     packing=ROWS,
     flow_grid="given",
     stock_guidance="u + g (c - u), of the base models alone",
+    several=True,
     single_file=True,
 )

@@ -9,18 +9,19 @@ import torch
 
 from diffdistill.core.denoiser import Cond
 from diffdistill.families._family import ROWS, Family, Prompt, Text
-from diffdistill.families.flux2 import AUTOENCODER, TARGETS, teacher_named
+from diffdistill.families.flux2 import AUTOENCODER, TARGETS, image_latents, teacher_named
 
 
 def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
     embeds, _ = pipe.encode_prompt(list(prompts))
     guidance = torch.full((len(prompts),), prompt.guidance, device=embeds.device)
-    return {"encoder_hidden_states": embeds, "guidance": guidance}
+    return {"encoder_hidden_states": embeds, "guidance": guidance} | image_latents(pipe, prompt)
 
 
 def _null(pipe: Any, prompt: Prompt) -> Cond:
     # Without the guidance, so that a prompt keeps its own.
-    return {"encoder_hidden_states": _encode(pipe, [prompt.negative or ""], prompt)["encoder_hidden_states"]}
+    plain = prompt._replace(images=None)
+    return {"encoder_hidden_states": _encode(pipe, [prompt.negative or ""], plain)["encoder_hidden_states"]}
 
 
 FAMILY = Family(
@@ -39,5 +40,6 @@ FAMILY = Family(
     packing=ROWS,
     flow_grid="given",
     stock_guidance="guidance_scale is an input of the network; there is no other",
+    several=True,
     single_file=True,
 )

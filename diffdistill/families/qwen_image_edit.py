@@ -27,18 +27,20 @@ from diffdistill.families.qwen_image import AUTOENCODER, qwen_teacher
 from diffdistill.players.teacher import Teacher
 
 _AREA = 1024 * 1024  #: pixels of the image that the pipeline shows to its encoders, whatever it makes
-_NEGATIVE = " "
+NEGATIVE = " "
 _WORDS = 512  #: tokens of a prompt at most, and of what the template has behind it
 
 
-def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    image = cond["image_latents"].to(x)
-    both = [(1, latents.shape[2] // 2, latents.shape[3] // 2) for latents in (x, image)]
+def edit_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    """With the image of each prompt behind the sample, or the k of it, `image_latents` (B, k, C, h, w)."""
+    images = cond["image_latents"].to(x)
+    seen = [x, *(images.unbind(1) if images.ndim == 5 else [images])]
+    shapes = [(1, latents.shape[2] // 2, latents.shape[3] // 2) for latents in seen]
     tokens = pack(x)
     output = network(
-        torch.cat([tokens, pack(image)], 1),
+        torch.cat([tokens, *map(pack, seen[1:])], 1),
         timestep=time / 1000,
-        img_shapes=[both] * len(x),
+        img_shapes=[shapes] * len(x),
         encoder_hidden_states=cond["encoder_hidden_states"],
         encoder_hidden_states_mask=cond["encoder_hidden_states_mask"],
         return_dict=False,
@@ -47,13 +49,18 @@ def _call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
 
 
 def _teacher(network: Any, source: Source) -> Teacher:
-    return qwen_teacher("qwen_image_edit", network, source, _call, sample_map)
+    return qwen_teacher("qwen_image_edit", network, source, edit_call, sample_map)
 
 
-def _words(pipe: Any, texts: list[str], pictures: list[Any]) -> Cond:
-    """The words of prompts, as the text encoder reads them beside their images; an image is many of them."""
-    reader, (width, height) = pipe.processor.image_processor, pictures[0].size
-    most = _WORDS + reader.get_number_of_image_patches(height, width) // reader.merge_size**2
+def words_of(pipe: Any, texts: list[str], pictures: list[Any]) -> Cond:
+    """The words of prompts, as the text encoder reads them beside their images; an image is many of them.
+
+    `pictures` has for each prompt what the pipeline's `encode_prompt` takes: an image, or a list.
+    """
+    first = pictures[0] if isinstance(pictures[0], list) else [pictures[0]]
+    reader, (width, height) = pipe.processor.image_processor, first[0].size
+    patches = reader.get_number_of_image_patches(height, width) // reader.merge_size**2
+    most = _WORDS + len(first) * patches
     rows = [pipe.encode_prompt([text], image=picture)[0][0] for text, picture in zip(texts, pictures, strict=True)]
     for text, row in zip(texts, rows, strict=True):
         if len(row) > most:
@@ -69,14 +76,15 @@ def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
     pictures = [pipe.image_processor.resize(picture, height, width) for picture in prompt.pictures]
     parameter = next(pipe.vae.parameters())
     pixels = [pipe.image_processor.preprocess(picture, height, width).to(parameter) for picture in pictures]
-    words = _words(pipe, prompts, pictures)
-    negative = _NEGATIVE if prompt.negative is None else prompt.negative
-    none = _words(pipe, [negative] * len(prompts), pictures)
-    return {
-        **words,
-        **{f"{OWN_NULL}{name}": value for name, value in none.items()},
-        "image_latents": torch.cat([AUTOENCODER.encode(pipe.vae, image) for image in pixels]),
-    }
+    latents = torch.cat([AUTOENCODER.encode(pipe.vae, image) for image in pixels])
+    return both_words(pipe, prompts, prompt, pictures) | {"image_latents": latents}
+
+
+def both_words(pipe: Any, prompts: list[str], prompt: Prompt, pictures: list[Any]) -> Cond:
+    """`words_of` the prompts, and of "no prompt" or the negative one beside the same images."""
+    negative = NEGATIVE if prompt.negative is None else prompt.negative
+    words, none = (words_of(pipe, texts, pictures) for texts in (prompts, [negative] * len(prompts)))
+    return words | {f"{OWN_NULL}{name}": value for name, value in none.items()}
 
 
 FAMILY = Family(
@@ -89,9 +97,9 @@ FAMILY = Family(
     _teacher,
     lora_targets=ATTENTION,
     autoencoder=AUTOENCODER,
-    text=Text(("tokenizer", "text_encoder", "processor"), _encode, lambda pipe, prompt: {}, negative=_NEGATIVE),
+    text=Text(("tokenizer", "text_encoder", "processor"), _encode, lambda pipe, prompt: {}, negative=NEGATIVE),
     arguments=lambda steps: {"num_inference_steps": steps, "true_cfg_scale": 1.0},
-    guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": _NEGATIVE},
+    guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": NEGATIVE},
     packing=PATCHES,
     flow_grid="given",
     stock_guidance="u + g (c - u), as long as c in every token; g is true_cfg_scale",

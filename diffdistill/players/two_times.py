@@ -22,7 +22,10 @@ from diffdistill.errors import UserError
 from diffdistill.players.call_inputs import Beside, CallInput, InPlace, add_part, add_to_bias, layer_at, taking
 from diffdistill.players.lora import LoraNetwork, trained_like
 
-TIME_LAYERS = ("time_embedding", "timestep_embedder", "time_embedder", "t_embedder", "time_step_proj")
+TIME_LAYERS = (
+    *("time_embedding", "timestep_embedder", "time_embedder", "t_embedder", "time_step_proj"),
+    "time_embeddings",
+)
 """What diffusers' networks call the layers that embed the time, and each block of DiT its own."""
 
 
@@ -88,8 +91,9 @@ class AddedTime(Beside, TimeGap):
 def time_layers(network: nn.Module) -> list[str]:
     """The names of the last linear layers of a network's embeddings of the time, a row of which is a sample."""
     names: list[str] = []
-    if getattr(getattr(network, "config", None), "causal_condition", False):
-        return names  # it embeds the time 0 of the words besides, one for all samples, in the same call
+    config = getattr(network, "config", None)
+    if getattr(config, "causal_condition", False) or getattr(config, "zero_cond_t", False):
+        return names  # it embeds the time 0 besides, of the words or images that come with a sample, in the same call
     for name, module in network.named_modules():
         if name.rpartition(".")[2] in TIME_LAYERS:
             inside = [part for part, layer in module.named_modules() if isinstance(layer, nn.Linear)]

@@ -20,6 +20,7 @@ from tests.players.tiny import BUILDERS, SIZES
 PADDED = (
     *("qwen_image", "z_image", "pixart_sigma", "pixart_alpha", "sana", "sana_video", "wan", "aura_flow", "krea2"),
     "qwen_image21",
+    "kandinsky5",
 )
 WORDS = ["a red square", "one", "two dogs that sleep below a tree", "three"]
 

@@ -98,8 +98,18 @@ def test_a_methods_own_turns_are_counted(name: str, tiny: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     "name",
     [
-        *("stable_diffusion", "flux", "flux_kontext", "wan", "wan_i2v", "qwen_image", "qwen_image_edit", "z_image"),
-        *("lumina2", "cogvideox", "qwen_image21"),
+        *(
+            "stable_diffusion",
+            "flux",
+            "flux_kontext",
+            "wan",
+            "wan_i2v",
+            "qwen_image",
+            "qwen_image_edit",
+            "qwen_image_edit_plus",
+            "z_image",
+        ),
+        *("lumina2", "cogvideox", "qwen_image21", "kandinsky5", "qwen_image_edit_plus"),
     ],
 )
 def test_configs_alone_are_enough_and_prompts_are_not_needed(

@@ -41,6 +41,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "hunyuan_video15": {"prompt": "a b", "num_frames": all_tiny.FRAMES},
     "flux_kontext": {"prompt": "a b", "image": PICTURE, "max_area": 16 * 16, "_auto_resize": False},
     "qwen_image_edit": {"prompt": "a b", "image": PICTURE},
+    "qwen_image_edit_plus": {"prompt": "a b", "image": [PICTURE, PICTURE]},
     "instruct_pix2pix": {"prompt": "a b", "image": PICTURE},
     "wan_i2v": {"prompt": "a b", "image": PICTURE, "num_frames": all_tiny.FRAMES},
 }

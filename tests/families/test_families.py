@@ -37,6 +37,7 @@ from diffdistill.families import (
     Source,
     StudentRecord,
     family_of,
+    kandinsky5,
     load_pipeline,
     load_teacher,
     prompt_of,
@@ -62,6 +63,8 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "krea2 distilled": partial(tiny_c.krea2, is_distilled=True),
     "cogvideox sincos": partial(tiny_c.cogvideox, use_rotary_positional_embeddings=False),
     "cogvideox pairs": partial(tiny_c.cogvideox, patch_size_t=2, patch_bias=False),
+    "kandinsky5 first": partial(tiny_d.kandinsky5, visual_cond=True),
+    "qwen_image_edit_plus zero": partial(tiny_d.qwen_image_edit_plus, zero_cond_t=True),
     "wan two": partial(tiny_b.wan, boundary=0.8),
     "wan_i2v inside": partial(tiny_d.wan_i2v, inside=True),
     "wan_i2v two": partial(tiny_d.wan_i2v, boundary=0.8),
@@ -164,8 +167,9 @@ def test_same_samples_away_from_a_negative_prompt(made: Callable[..., Case], nam
     led = replace(replaced(case, twin), call=lambda g: call, cond=cond)
     latents, _, grid = stock(led, 5.0)
     assert gap(ours(led, 5.0, grid), latents) < 1e-4
-    # "" is what most have for no prompt; Qwen-Image has a space, and this SDXL zeros.
-    own = negative == "" and name not in ("qwen_image", "qwen_image_edit", "sdxl")
+    # "" is what most have for no prompt; Qwen-Image has a space, this SDXL zeros, and Kandinsky a sentence.
+    others = ("qwen_image", "qwen_image_edit", "qwen_image_edit_plus", "sdxl", "kandinsky5")
+    own = negative == "" and name not in others
     assert (gap(ours(case, 5.0, grid), latents) < 1e-4) == own
 
 
@@ -333,6 +337,17 @@ def test_a_size_that_does_not_fit_names_one_that_does(made: Callable[..., Case],
         for small in ((size, 1), (1, size)):
             with pytest.raises(UserError, match=r"^resolution: .*use \d+"):
                 load_teacher(made(name).folder, resolution=small, frames=FRAMES)
+
+
+def test_attention_that_leaves_blocks_out_is_refused(tmp_path: Path) -> None:
+    tiny_d.kandinsky5(attention_type="nabla", attention_P=0.8).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="teacher: the network's attention_type is 'nabla', of which blocks are left"):
+        load_teacher(tmp_path, resolution=32, frames=FRAMES)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (480, 854), (512, 768), (479, 768), (512, 855), (1024, 1024)])
+def test_kandinskys_positions_are_divided_as_its_pipeline_divides_them(size: tuple[int, int]) -> None:
+    assert kandinsky5._scales(*size) == diffusers.Kandinsky5T2VPipeline(*[None] * 7)._get_scale_factor(*size)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.jvp import jvp
@@ -20,6 +22,20 @@ from tests.families import test_families
 from tests.families.test_families import NAMES
 
 made = test_families.made
+
+
+class Unrounded(TorchFunctionMode):
+    """Casts of float32 to bfloat16 round what is passed on, and neither its tangents nor its gradients.
+
+    Kandinsky 5 has its rotary queries and keys in bfloat16 and back. torch's derivative of that rounds too, and not the
+    same numbers in forward and in reverse mode; which sums it rounds is all that is left out of the comparison here.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.to and args[1:] == (torch.bfloat16,) and args[0].dtype is torch.float32:
+            x = args[0]
+            return x + (x.to(torch.bfloat16).to(x) - x).detach()
+        return func(*args, **(kwargs or {}))
 
 
 def layer_norm(
@@ -64,19 +80,24 @@ def test_the_tangent_and_its_gradient_are_those_of_double_vjp(made: Callable[...
     case = made(name)
     denoiser = case.teacher.player("student").eval()
     function, primals, tangents = problem(case, denoiser)
-    expected = double_vjp(function, primals, tangents)
-    output, tangent = jvp(function, primals, tangents)
-    assert apart(tangent, expected) < 1e-5
-    with sdpa_kernel(SDPBackend.MATH):
-        plain = function(*primals)
-    assert apart(output, plain) < 1e-5
-    weights = [p for p in denoiser.parameters() if p.requires_grad]
-    cotangents = torch.randn_like(output), torch.randn_like(output)
-    grads = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(outs, weights, cotangents, materialize_grads=True)])
-        for outs in ((output, tangent), (plain, expected))
-    ]
-    assert apart(grads[0], grads[1]) < 1e-5
+    with Unrounded() if name == "kandinsky5" else nullcontext():
+        expected = double_vjp(function, primals, tangents)
+        output, tangent = jvp(function, primals, tangents)
+        assert apart(tangent, expected) < 1e-5
+        with sdpa_kernel(SDPBackend.MATH):
+            plain = function(*primals)
+        assert apart(output, plain) < 1e-5
+        weights = [p for p in denoiser.parameters() if p.requires_grad]
+        cotangents = torch.randn_like(output), torch.randn_like(output)
+        grads = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(outs, weights, cotangents, materialize_grads=True)])
+            for outs in ((output, tangent), (plain, expected))
+        ]
+        assert apart(grads[0], grads[1]) < 1e-5
+    if name == "kandinsky5":  # with what its network rounds, too
+        rounded = jvp(function, primals, tangents)
+        assert torch.equal(rounded[0], output)
+        assert apart(rounded[1], double_vjp(function, primals, tangents)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "dit", "flux"])

@@ -2,6 +2,8 @@
 
 _B = "tests/data/test_buckets.py"
 _C = "tests/data/test_conditions.py"
+_L = "tests/data/test_image_lists.py"
+_LISTS = "tests/families/test_image_lists.py"
 _V = "tests/data/test_videos.py"
 _F = "tests/families/test_families.py"
 _W = "tests/families/test_wan_i2v.py"
@@ -66,8 +68,48 @@ MUTANTS = {
             "image.shape[3] // 2, x.device)",
         ),
     ],
+    f"diffdistill/data/folder.py | {_L}": [
+        (
+            "each has the images of the row before",
+            "each * i + k for i in rows",
+            "each * max(i - 1, 0) + k for i in rows",
+        ),
+        ("a list in another order", "for k in range(each)]", "for k in reversed(range(each))]"),
+        (
+            "one prompt's images are spread over two",
+            "unflatten(0, (-1, each))",
+            "unflatten(0, (each, -1)).transpose(0, 1)",
+        ),
+    ],
+    f"diffdistill/families/flux2.py | {_LISTS}": [
+        ("images at one time", "_APART * i) for i", "_APART * min(i, 1)) for i"),
+        ("images at the sample's time", "x.device, _APART * i)", "x.device)"),
+        (
+            "images of other prompts",
+            "unflatten(0, (len(prompt.images), -1))",
+            "unflatten(0, (-1, len(prompt.images))).transpose(0, 1)",
+        ),
+        ("features of the images", "tokens[:, : tokens.shape[1] - behind]", "tokens"),
+    ],
+    f"diffdistill/families/qwen_image_edit_plus.py | {_LISTS}": [
+        ("the text encoder's size for the autoencoder", "*larger[1::-1])", "*smaller[1::-1])"),
+        ("height and width swapped", "reader.resize(picture, *smaller[1::-1])", "reader.resize(picture, *smaller[:2])"),
+        ("the first image alone is shown", "for picture in row] for row", "for picture in row[:1]] for row"),
+        (
+            "images of other prompts",
+            "unflatten(0, (len(prompts), -1))",
+            "unflatten(0, (-1, len(prompts))).transpose(0, 1)",
+        ),
+    ],
+    f"eval/models.py | {_L}": [
+        ("every prompt is drawn from the first's images", "pictures[k : k + 1]) for k", "pictures[:1]) for k"),
+        ("of another seed", "images([i], seed, None, text, seen)", "images([0], seed, None, text, seen)"),
+    ],
+    f"eval/sample.py | {_L}": [
+        ("lists that overlap", "range(0, len(pictures), each)", "range(0, len(pictures) - each + 1)"),
+    ],
     f"diffdistill/data/folder.py | {_C}": [
-        ("the condition image of another row", "[places[i] for i in rows]", "[places[0] for _ in rows]"),
+        ("the condition image of another row", "[places[j] for j in of_each(rows", "[places[0] for _ in of_each(rows"),
         ("condition images that are the images", "fetch=lambda rows: sources, ", ""),
     ],
     f"diffdistill/data/webdataset.py | {_C}": [

@@ -17,7 +17,15 @@ from tests.training.test_trainer import metrics, same
 Encoded = Callable[[str], tuple[Path, Path]]
 LIKE_OTHERS = (  # whose layers others have
     *("aura_flow", "chroma", "cogvideox", "flux2_dev", "lumina2", "pixart_alpha", "sana_video"),
-    *("flux_kontext", "instruct_pix2pix", "qwen_image_edit", "qwen_image21", "wan_i2v"),
+    *(
+        "flux_kontext",
+        "instruct_pix2pix",
+        "qwen_image_edit",
+        "qwen_image_edit_plus",
+        "qwen_image21",
+        "kandinsky5",
+        "wan_i2v",
+    ),
 )
 LATENT = [n for n, family in FAMILIES.items() if family.autoencoder is not None]
 MEASURED = ("seconds_per_step", "peak_memory_mb")

@@ -31,7 +31,7 @@ images[0].save(sys.argv[2])
 
 Encoded = Callable[[str], tuple[Path, Path]]
 LATENT = [name for name, family in FAMILIES.items() if family.autoencoder is not None]
-NARROW = ("z_image", "krea2")
+NARROW = ("z_image", "krea2", "kandinsky5")
 """Families whose class of networks has no number of output channels."""
 ANGLES = torch.tensor([1.5, 0.7], dtype=torch.float64)
 
