@@ -110,7 +110,7 @@ def _of_pipeline(name: str, folder: Path, family: Family) -> Facts:
     described = describe(folder, *size)
     shape, classes = described.shape, described.num_classes
     if family.autoencoder is not None:
-        shape = (3, *([described.frames] if family.videos else []), *family.pixels(folder, shape))
+        shape = (3, *([] if described.frames is None else [described.frames]), *family.pixels(folder, shape))
     null = record.null_class if isinstance(record, StudentRecord | TeacherRecord) else None
     if classes is not None and null is not None:
         classes = min(classes, null)

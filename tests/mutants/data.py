@@ -7,6 +7,8 @@ _LISTS = "tests/families/test_image_lists.py"
 _V = "tests/data/test_videos.py"
 _F = "tests/families/test_families.py"
 _W = "tests/families/test_wan_i2v.py"
+_M = "tests/eval/test_moving.py"
+_MD = "tests/data/test_moving.py"
 
 MUTANTS = {
     f"diffdistill/data/buckets.py | {_B}": [
@@ -118,6 +120,41 @@ MUTANTS = {
             "[conditions[i].read() for i in rows]",
             "[conditions[0].read() for _ in rows]",
         ),
+    ],
+    f"diffdistill/data/moving.py | {_MD}": [
+        ("begins with the last frame", "rows[:, :, 0] if conditioned", "rows[:, :, -1] if conditioned"),
+        ("the first frame says where to", "x + gone *", "x + (gone - 8) *"),
+        ("frames and channels mixed", "videos.transpose(1, 2).flatten(0, 1)", "videos.reshape(-1, 3, SIDE, SIDE)"),
+        ("one frame is looked at", "torch.where((each == each[:, :1]).all(1), each[:, 0], NONE)", "each[:, 0]"),
+        ("any step is a direction", ">= TRAVEL / 2", ">= 0"),
+        ("captions of other videos", "captions[i] for i in indices", "captions[0] for i in indices"),
+    ],
+    f"diffdistill/commands/video_teacher.py | {_M}": [
+        ("padding is words", "* words.unsqueeze(-1)", ""),
+        ("words beyond the mask are seen", "self.text_encoder(input_ids, words)", "self.text_encoder(input_ids)"),
+        ("latents are not standardized", ".div_(latents.new_tensor(std).view(view))", ""),
+        ("their mean is not kept", "register_to_config(latents_mean=mean, latents_std=std)", "register_to_config()"),
+        ("images without grey frames", "self.data.shape[1] - 1)", "0).repeat(1, 1, 2, 1, 1)"),
+    ],
+    f"diffdistill/families/_loading.py | {_M}": [
+        (
+            "a teacher's own size is not read",
+            "resolution or record.resolution, frames or record.frames",
+            "resolution, frames",
+        ),
+    ],
+    f"pipelines/record.py | {_M}": [
+        ("nor told its students", "resolution or own.resolution, frames or own.frames", "resolution, frames"),
+    ],
+    f"eval/judge.py | {_M}": [
+        ("pictures that are not held out", "protocol.pixels, True, HELD_OUT)", "protocol.pixels, True, 0)"),
+        ("text to video is given pictures", 'protocol.prompts == "moving-i2v":', "True:"),
+    ],
+    f"eval/features/pixels.py | {_M}": [
+        ("the first frame alone", "images = images.flatten(1, 2)", "images = images[:, :, 0]"),
+    ],
+    f"eval/features/transformers_networks.py | {_M}": [
+        ("the first frames", "torch.linspace(0, videos.shape[2] - 1, frames).round().long()", "torch.arange(frames)"),
     ],
     "eval/judge.py | tests/eval/test_edits.py": [
         ("pictures of other rows", "[i % len(changed) for i in indices]", "[0 for _ in indices]"),
