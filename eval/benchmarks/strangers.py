@@ -78,6 +78,7 @@ class Settings:
     widths: Sequence[int] = (32, 64, 64)
     steps: int | None = None  #: of each training, in place of what fits the minutes
     seed: int = 0
+    judge_only: bool = False  #: the students that are there
 
 
 # -- the teachers ------------------------------------------------------------------------------------------
@@ -250,6 +251,8 @@ def _judged(kind: str, settings: Settings, judge: Judge) -> Iterator[tuple[dict[
         own.append(result)
         yield _row(kind, replace(result, model=f"teacher, {model.steps} steps"), own), _first(result)
     for method in settings.methods:
+        if settings.judge_only and not (settings.out / "runs" / f"{kind}-{method}.json").is_file():
+            continue
         cost = train_student(kind, method, teacher, settings)
         student = settings.out / "runs" / f"{kind}-{method}" / "student"
         model = ladder_models(student, judge.sampling, teacher, (), judge.protocol)[-1]
@@ -335,6 +338,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the teachers and of the trainings")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/strangers"), help="the folder; one that is there goes on"
+    )
+    parser.add_argument(
+        "--judge-only", action="store_true", help="train nothing, and judge the students that are there"
     )
     parser.add_argument("--docs", type=Path, help="a page whose marked part becomes the table and picture")
     options = vars(parser.parse_args(argv))
