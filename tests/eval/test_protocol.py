@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from diffdistill.errors import UserError
+from diffdistill.eval.judge import DRAWN
 from diffdistill.eval.protocol import load, names
 
 
@@ -15,7 +16,7 @@ def test_shipped_ones_are_whole(name: str) -> None:
     assert protocol.name == name and protocol.title
     # Data that are not in the package: the reader is told where they come from.
     for data in (protocol.reference, protocol.prompts):
-        assert data in (None, "digits", "shapes", "edits") or protocol.fetch
+        assert data in (None, "digits", *DRAWN) or protocol.fetch
     # Every published figure stands under a metric of the protocol, with its source.
     assert {p.metric for p in protocol.published} <= {m.name for m in protocol.metrics}
     assert all("abstract" in p.source or "Table" in p.source for p in protocol.published)
