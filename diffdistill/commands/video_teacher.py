@@ -61,6 +61,9 @@ class VideoTeacher(TextTeacher):
 
     def _check_sizes(self, widths: tuple[int, ...], vae_widths: tuple[int, ...]) -> None:
         c, (_, frames, side, _) = self.config, self.data.shape
+        for name in ("attention", "dropout"):
+            if (given := getattr(c, name)) != getattr(TeacherConfig, name):
+                raise UserError(f"{name}: {given!r} is of a UNet, and {c.architecture} has none; leave it out")
         if len(widths) != 1 or widths[0] % HEAD:
             raise UserError(f"widths: {c.widths!r} are of a UNet; {c.architecture} has one, a multiple of {HEAD}")
         if len(vae_widths) != 3 or any(w % vae_widths[0] for w in vae_widths):

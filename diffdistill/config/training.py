@@ -250,7 +250,7 @@ class TeacherConfig(FitConfig):
     )
     label_dropout: float = option(0.1, "share of labels replaced by 'no class', for guidance", at_least=0, below=1)
     widths: str = option("32,64", "channels of the UNet's levels, separated by commas; of wan one number")
-    layers: int = option(2, "residual blocks of a level; of wan all blocks", at_least=1)
+    layers: int = option(2, "residual blocks of a level; of wan its blocks", at_least=1)
     attention: str = option(
         "1", "levels with self-attention, from 0 (full resolution), separated by commas; '' for none"
     )

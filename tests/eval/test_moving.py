@@ -97,6 +97,7 @@ def test_students_are_judged_by_the_way_they_go(teacher: Path, prompts: Path) ->
         ({"widths": "32,64"}, "widths: '32,64' are of a UNet; wan has one, a multiple of 32"),
         ({"vae_widths": "8,16"}, "vae_widths: '8,16' do not go with videos; give three multiples of the first"),
         ({"frames": 6}, "frames: 6 is not one more than a multiple of 4, such as 9"),
+        ({"attention": "0"}, "attention: '0' is of a UNet, and wan has none; leave it out"),
         ({"channels": 1}, "channels: 1 is for images; videos are of 3"),
         ({"architecture": "unet2d", "data": "digits"}, "frames: 5 is of videos, and unet2d makes none; leave it out"),
     ],
