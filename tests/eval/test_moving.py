@@ -11,7 +11,8 @@ from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from diffdistill import distill, evaluate, load_student
 from diffdistill.commands.teacher import train_teacher
-from diffdistill.commands.video_teacher import TextAndTransformer
+from diffdistill.commands.video_teacher import TextAndTransformer, VideoTeacher, open_training_videos
+from diffdistill.config import TeacherConfig
 from diffdistill.data.encoded import encode, open_encoded
 from diffdistill.data.moving import draw_moving
 from diffdistill.data.shapes import HELD_OUT
@@ -23,7 +24,10 @@ from diffdistill.eval.measurements import measured
 from diffdistill.eval.models import SamplingOptions, open_model
 from diffdistill.eval.protocol import load
 from diffdistill.families import load_teacher
+from diffdistill.options import build
 from diffdistill.pictures import as_bytes, image_grid, save_png
+from diffdistill.training.folder import resumed_options
+from diffdistill.training.trainer import accelerator_for
 
 TINY: dict[str, Any] = {
     **{"parameterization": "flow", "data": "moving:8", "frames": 5, "widths": "32", "layers": 1, "batch_size": 2},
@@ -50,6 +54,13 @@ def test_it_is_trained_as_its_pipeline_draws(teacher: Path, prompts: Path) -> No
     assert rows.x0 is not None and rows.x0.shape == (8, 16, 2, 8, 8) and described.shape == rows.x0.shape[1:]
     assert float(rows.x0.mean((0, 2, 3, 4)).abs().max()) < 1e-3
     assert float((rows.x0.std((0, 2, 3, 4)) - 1).abs().max()) < 1e-3
+    config = build(TeacherConfig, resumed_options(teacher.parent, {}))
+    own = VideoTeacher(config, open_training_videos(config), (32,), (), (8, 8, 8))
+    own.prepare(teacher.parent / "vae", accelerator_for(config, teacher.parent), False, 0.0)  # which is trained already
+    seen = own.get(torch.arange(8))
+    assert seen.x0 is not None and torch.allclose(seen.x0, rows.x0, atol=1e-4)
+    for name in {"image_latents"} & set(rows.cond):
+        assert torch.allclose(seen.cond[name], rows.cond[name], atol=1e-4)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(teacher)
     network = TextAndTransformer(pipeline.transformer, pipeline.text_encoder).eval()
     captions = draw_moving(0, 8, 5)[1]
