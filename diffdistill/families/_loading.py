@@ -19,6 +19,7 @@ from torch import nn
 
 from diffdistill.core.experts import Experts
 from diffdistill.errors import UserError, first_line, shown
+from diffdistill.families._by_class import ByClass
 from diffdistill.families._family import Family, Source, diffusers_class
 from diffdistill.families._folders import boundary_of, local_folder, networks_of
 from diffdistill.families._own import load_own
@@ -39,6 +40,7 @@ from diffdistill.families._parts import (
 from diffdistill.families._record import METADATA, Record, StudentRecord, TeacherRecord, read_record
 from diffdistill.families._registry import family_of
 from diffdistill.options import Size, coerce, height_width
+from diffdistill.players.class_experts import of_classes
 from diffdistill.players.guidance_adapters import load_adapters
 from diffdistill.players.policy import POLICIES, policy_denoiser, seen_plain
 from diffdistill.players.sampler import Sampler, step_named
@@ -75,8 +77,11 @@ def load_teacher(
     size = coerce("resolution", resolution, Size | None, {"at_least": 1})
     pixels = None if size is None else height_width(size)
     source = Source(folder, index, scheduler, null_class, scale, pixels, frames)
+    several = list(network.networks) if isinstance(network, ByClass) else [network]
     with nullcontext() if said is None else seen_plain(network, said):
-        made_of = _checked(family, network, source)
+        made_of, *_ = [_checked(family, part, source) for part in several]
+    if isinstance(network, ByClass):
+        made_of = replace(made_of, denoiser=of_classes(made_of.denoiser, several, network.config["parts"]))
     latent = family.autoencoder is not None
     teacher = replace(made_of, family=family.name, source=fspath(path_or_hub_id), latent=latent)
     if said is not None:
@@ -106,6 +111,7 @@ def _network(
     boundary = boundary_of(family, index)
     for name in networks_of(family, index):
         kind = read_json(folder / name / "config.json").get("_class_name")
+        model = ByClass if kind == ByClass.__name__ and boundary is None else model
         if kind not in (None, model.__name__):
             raise UserError(f"teacher: {folder / name} holds a {kind}; {model.__name__} is expected")
         if weights:
