@@ -72,4 +72,4 @@ def by_class(networks: Sequence[Any], parts: Sequence[int]) -> ByClass:
     with torch.device("meta"):
         made = ByClass(type(networks[0]).__name__, config, tuple(parts))
     made.networks = nn.ModuleList(networks)
-    return made.eval()
+    return made

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.experts import Experts
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.families._by_class import ByClass
@@ -81,7 +82,7 @@ def load_teacher(
     with nullcontext() if said is None else seen_plain(network, said):
         made_of, *_ = [_checked(family, part, source) for part in several]
     if isinstance(network, ByClass):
-        made_of = replace(made_of, denoiser=of_classes(made_of.denoiser, several, network.config["parts"]))
+        made_of = replace(made_of, denoiser=_by_its_parts(made_of, network, folder))
     latent = family.autoencoder is not None
     teacher = replace(made_of, family=family.name, source=fspath(path_or_hub_id), latent=latent)
     if said is not None:
@@ -91,6 +92,17 @@ def load_teacher(
         teacher = replace(teacher, size={"height": height, "width": width} | teacher.size)
     teacher.denoiser.requires_grad_(False).eval()
     return teacher
+
+
+def _by_its_parts(one: Teacher, network: ByClass, folder: Path) -> Denoiser:
+    """The denoiser of all networks, of the teacher of one of them; UserError where a class has none."""
+    parts, known = network.config["parts"], range(len(network.networks))
+    if len(parts) <= (one.num_classes or 0) or not all(type(part) is int and part in known for part in parts):
+        raise UserError(
+            f"teacher: the config in {folder} says parts that are not one of {len(known)} networks for each of the "
+            f"{one.num_classes or 0} classes and for none; export the student again"
+        )
+    return of_classes(one.denoiser, list(network.networks), parts)
 
 
 def _scheduler(folder: Path) -> tuple[Config, Config | None]:
@@ -107,13 +119,16 @@ def _network(
     folder: Path, family: Family, index: Config, scheduler: Config, dtype: torch.dtype, weights: bool
 ) -> nn.Module:
     """The network of a folder, or both where there are two; UserError where no network is for some of the noise."""
-    model, made = diffusers_class(family.network), {}
+    model = expected = diffusers_class(family.network)
+    made: dict[str, nn.Module] = {}
     boundary = boundary_of(family, index)
     for name in networks_of(family, index):
-        kind = read_json(folder / name / "config.json").get("_class_name")
-        model = ByClass if kind == ByClass.__name__ and boundary is None else model
-        if kind not in (None, model.__name__):
-            raise UserError(f"teacher: {folder / name} holds a {kind}; {model.__name__} is expected")
+        config = read_json(folder / name / "config.json")
+        kind = config.get("_class_name")
+        if kind == ByClass.__name__ and boundary is None:
+            model, kind = ByClass, config.get("kind")
+        if kind not in (None, expected.__name__):
+            raise UserError(f"teacher: {folder / name} holds a {kind}; {expected.__name__} is expected")
         if weights:
             made[name] = _with_lora(load_part(model, folder / name, dtype), folder, family, name)
         else:
@@ -208,7 +223,7 @@ def load_pipeline(
                 f"teacher: {folder} has no {name}/, which {family.name} needs; give the whole pipeline"
                 + (f', or write "{name}": [null, null] in its model_index.json' if _optional(family, name) else "")
             )
-        elif isinstance(own := part_class(index[name]), type) and issubclass(own, nn.Module):
+        elif isinstance(own := _part_kind(index[name]), type) and issubclass(own, nn.Module):
             parts[name] = (load_part if weights else empty_part)(own, folder / name, dtype)
             if weights and name in family.networks:
                 parts[name] = _with_lora(parts[name], folder, family, name)
@@ -228,6 +243,11 @@ def load_pipeline(
     return pipeline.to(device) if weights else pipeline
 
 
+def _part_kind(entry: Sequence[str]) -> Any:
+    """The class of a part, of a network for each part of the classes ours, so that no code in the folder is run."""
+    return ByClass if [*entry] == [ByClass.__module__, ByClass.__name__] else part_class(entry)
+
+
 def _optional(family: Family, name: str) -> bool:
     return family.text is not None and name in family.text.optional
 
@@ -243,8 +263,13 @@ def _named(folder: Path, family: Family, kind: Any, index: Config) -> list[str]:
 
 @contextmanager
 def _without_nulls(folder: Path, kind: Any, index: Config) -> Iterator[Path]:
-    """The folder as diffusers reads it: one whose index has a plain null for a part is seen with [null, null]."""
+    """The folder as diffusers reads it: one whose index has a plain null for a part is seen with [null, null].
+
+    A network for each part of the classes is seen as any network of diffusers.
+    """
     whole = whole_index(kind, index)
+    own = [name for name, value in index.items() if value == [ByClass.__module__, ByClass.__name__]]
+    whole |= {name: ["diffusers", "ModelMixin"] for name in own}  # as which diffusers takes one that it is given
     if whole == index:
         yield folder
         return

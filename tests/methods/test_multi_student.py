@@ -16,7 +16,8 @@ from diffdistill.config import TeacherConfig
 from diffdistill.core.experts import ClassExperts
 from diffdistill.data.images import open_data
 from diffdistill.exact.checks import run_checks
-from diffdistill.families import TeacherRecord, load_teacher
+from diffdistill.families import TeacherRecord, load_pipeline, load_teacher
+from diffdistill.families._by_class import ByClass
 from diffdistill.methods import multi_student
 from diffdistill.methods.checks.multi_student import verify
 from diffdistill.methods.multi_student import Config, MultiStudent
@@ -159,6 +160,16 @@ def test_a_latent_student_keeps_its_pipeline(tmp_path: Path) -> None:
     classes = [0, labels - 1, 0, labels - 1, 1, 1]
     images = stock(folder, tmp_path, class_labels=classes, guidance_scale=1.0)
     alone = stock(folder, tmp_path, class_labels=classes[:2] * 3, guidance_scale=1.0)
+    assert isinstance(load_pipeline(folder).transformer, ByClass), "and our own loading runs none of its code"
+    config = folder / "transformer" / "config.json"
+    whole = json.loads(config.read_text())
+    for wrong, said in (
+        ({"parts": [0, 1]}, "says parts that are not"),
+        ({"kind": "UNet2DModel"}, "holds a UNet2DModel"),
+    ):
+        config.write_text(json.dumps(whole | wrong))
+        with pytest.raises(UserError, match=said):
+            load_teacher(folder)
     assert torch.allclose(images[:2], alone[:2], atol=1e-5) and not torch.allclose(images[0], images[1], atol=1e-3)
 
 
