@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffdistill.core.experts import asked, experts_of
+from diffdistill.core.experts import ClassExperts, asked, experts_of
 from diffdistill.families import FAMILIES, Family, diffusers_class, local_folder, public_name, read_json
 from diffdistill.families._folders import boundary_of
 from diffdistill.families._parts import LORA, LORA_2, null_parts, stored_dtypes
@@ -210,7 +210,8 @@ class _Lines:
 
     def _loaded(self, place: str, more: str = "") -> str:
         """The arguments of `from_pretrained` that load a whole pipeline."""
-        trusted = self.coded or isinstance(self.sampler.denoiser, PolicyDenoiser)
+        several = isinstance(self.sampler.denoiser.network, ClassExperts)
+        trusted = self.coded or several or isinstance(self.sampler.denoiser, PolicyDenoiser)
         source = f'"{place}"' + (", trust_remote_code=True" if trusted else "") + more
         if self.entry.autoencoder is not None:  # the parts that the teacher has not
             index = read_json(local_folder(self.teacher.source) / "model_index.json")

@@ -19,7 +19,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from diffdistill.config import SavingConfig
-from diffdistill.core.experts import Experts, asked, experts_of
+from diffdistill.core.experts import ClassExperts, Experts, asked, experts_of
 from diffdistill.errors import UserError
 from diffdistill.families import (
     FAMILIES,
@@ -34,6 +34,7 @@ from diffdistill.families import (
     read_json,
     write_record,
 )
+from diffdistill.families._by_class import ByClass, by_class
 from diffdistill.families._own import own_record, save_weights
 from diffdistill.families._parts import LORA, LORA_2, copy_part, stored_dtypes, student_index, weight_files
 from diffdistill.files import atomic_folder
@@ -150,6 +151,12 @@ def check_saving(entry: Family | None, network: nn.Module, saving: SavingConfig)
         )
     if saving.parts == "reference" and isinstance(network, AdaptedNetwork):
         raise UserError("parts: a student with guidance adapters is saved as a whole; give copy or link")
+    if isinstance(network, ClassExperts):
+        for name, value in (("parts", "reference"), ("layout", "comfyui")):
+            if getattr(saving, name) == value:
+                raise UserError(
+                    f"{name}: a student of several networks is saved as a whole diffusers folder; not {value}"
+                )
     if saving.layout == "comfyui":
         check_comfyui(entry, network)
 
@@ -188,7 +195,9 @@ def _write_network(
     """
     plain: Any = network.base if isinstance(network, AdaptedNetwork) else plain_network(network)
     networks = {entry.component: plain}
-    if isinstance(plain, Experts):
+    if isinstance(plain, ClassExperts):
+        networks = {entry.component: by_class(list(plain.children()), plain.parts)}
+    elif isinstance(plain, Experts):
         networks = {name: plain.get_submodule(name) for name in asked(plain, _times(record, scheduler))}
     if teacher is not None:
         networks = {name: as_stored(part, teacher / name, dtype) for name, part in networks.items()}
@@ -212,6 +221,8 @@ def _write_network(
         index["boundary_ratio"] = None
     stepped = type(scheduler)  # of diffusers, or with its code in its folder
     index = student_index(kind, index, names, entry.component, (stepped.__module__.split(".")[0], stepped.__name__))
+    if isinstance(networks.get(entry.component), ByClass):
+        index[entry.component] = [ByClass.__module__, ByClass.__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file, values in entry.settings.items():
         text = json.dumps({**read_json(folder / file), **values}, indent=2)

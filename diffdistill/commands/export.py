@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffdistill.config import SAVING, ExportConfig, SavingConfig
+from diffdistill.core.experts import ClassExperts
 from diffdistill.environment import use_machine
 from diffdistill.errors import UserError
 from diffdistill.families import local_folder
@@ -100,7 +101,7 @@ def check_exportable(game: Game, saving: SavingConfig = SAVED) -> None:
         check_policies(game.family, saving)
     if game.family is not None:
         student_scheduler(game.teacher, sampler)
-    elif isinstance(sampler.denoiser.network, AdaptedNetwork):
+    elif isinstance(sampler.denoiser.network, AdaptedNetwork | ClassExperts):
         raise UserError(
             f"method: a student of {game.recipe.name} is saved as a diffusers pipeline, and this teacher has none; "
             "give a teacher of diffusers"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.core.experts import by_expert, experts_of
+from diffdistill.core.experts import ClassExperts, by_expert, experts_of
 from diffdistill.core.prediction import Output, Prediction, expand
 from diffdistill.core.rows import by_length
 from diffdistill.core.schedule import Schedule
@@ -98,8 +98,8 @@ class Denoiser(nn.Module):
     `rescale(guided, conditional)` is what the family's pipeline does to a guided output; `lengths(cond)` (B,) are those
     of the prompts, of a network that takes prompts of one length in a call. All are optional.
 
-    Of a network that is two, each for a part of the noise (`Experts`), every sample goes to the one for its time, which
-    then is read from the device.
+    Of networks that are each for a part of the noise or of the classes (`Experts`), every sample goes to its own, and
+    its time or label is read from the device.
     """
 
     network: nn.Module
@@ -171,7 +171,7 @@ class Denoiser(nn.Module):
     def _in_shares(self, time: Tensor, cond: Cond, compute: Callable[[Tensor | None], list[Tensor]]) -> list[Tensor]:
         """What `compute` gives of the rows that it is told, each by the network for its time, and of one length."""
         if self.lengths is None:
-            return by_expert(self.network, time, compute)
+            return by_expert(self.network, time, cond, compute)
         lengths = self.lengths(cond)
 
         def of_expert(rows: Tensor | None) -> list[Tensor]:
@@ -179,7 +179,7 @@ class Denoiser(nn.Module):
                 return by_length(lengths, compute)
             return by_length(lengths[rows], lambda some: compute(rows if some is None else rows[some]))
 
-        return by_expert(self.network, time, of_expert)
+        return by_expert(self.network, time, cond, of_expert)
 
     def _call(self, x: Tensor, time: Tensor, cond: Cond, extra: Extra) -> Tensor:
         if self.extra_call is not None:
@@ -265,10 +265,11 @@ class Denoiser(nn.Module):
         """
         parent, _, last = (self.feature_layer or "").rpartition(".")
         layers = [] if self.feature_layer is None else [self.feature_layer]
+        network: Any = self.network.first if isinstance(self.network, ClassExperts) else self.network
         if last.isdigit():
-            layers = [f"{parent}.{k}" for k, _ in enumerate(self.network.get_submodule(parent).children())]
-        elif layers and hasattr(self.network, "down_blocks"):
-            down, up = (len(getattr(self.network, name)) for name in ("down_blocks", "up_blocks"))
+            layers = [f"{parent}.{k}" for k, _ in enumerate(network.get_submodule(parent).children())]
+        elif layers and hasattr(network, "down_blocks"):
+            down, up = (len(getattr(network, name)) for name in ("down_blocks", "up_blocks"))
             layers = [*(f"down_blocks.{k}" for k in range(down)), *layers, *(f"up_blocks.{k}" for k in range(up))]
         chosen = sorted({int(depth * len(layers)) for depth in depths})
         return [layers[k] for k in chosen if k < len(layers)]

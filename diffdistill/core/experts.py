@@ -1,11 +1,15 @@
-"""Two networks of one kind in the place of one, each for a part of the noise (Balaji et al. 2022, arXiv:2211.01324)."""
+"""Networks of one kind in the place of one, each for a part of the noise (Balaji et al. 2022, arXiv:2211.01324).
+
+Or each for a part of the classes (Song et al. 2024, arXiv:2410.23274).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffdistill.core.rows import joined
@@ -47,15 +51,20 @@ class Experts(nn.Module):
         """Which of the times (B,) are the first network's, as booleans (B,)."""
         return time.detach() >= self.boundary
 
-    def rows(self, time: Tensor) -> list[tuple[str, Tensor]]:
-        """Which of the times (B,) are whose, as indices (b,)."""
+    def rows(self, time: Tensor, cond: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """Which of the samples, by their times (B,), are whose, as indices (b,)."""
         first = self.is_first(time)
         return [(name, mask.nonzero()[:, 0]) for name, mask in zip(self.names, (first, ~first), strict=True)]
 
     @property
+    def first(self) -> Any:
+        """The first network."""
+        return self.get_submodule(self.names[0])
+
+    @property
     def config(self) -> Any:
         """The first network's."""
-        return self.get_submodule(self.names[0]).config
+        return self.first.config
 
     @property
     def _supports_gradient_checkpointing(self) -> bool:
@@ -63,17 +72,40 @@ class Experts(nn.Module):
 
     @property
     def _keep_in_fp32_modules(self) -> list[str]:
-        return getattr(self.get_submodule(self.names[0]), "_keep_in_fp32_modules", None) or []
+        return getattr(self.first, "_keep_in_fp32_modules", None) or []
 
     @property
     def _no_split_modules(self) -> list[str]:
-        return getattr(self.get_submodule(self.names[0]), "_no_split_modules", None) or []
+        return getattr(self.first, "_no_split_modules", None) or []
 
     def enable_gradient_checkpointing(self, call: Callable[..., Any]) -> None:
         """As diffusers' networks have it."""
         for name in self.names:
             network: Any = self.get_submodule(name)
             network.enable_gradient_checkpointing(call)
+
+
+class ClassExperts(Experts):
+    """Any number of networks by name, each for some of the classes.
+
+    `parts` (n,) says for each label which network is its own, by number.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], parts: Sequence[int]):
+        super().__init__(networks, 0.0)
+        self.parts = tuple(parts)
+
+    def layer(self, name: str) -> str:
+        """That layer of one such network, in the one that is chosen."""
+        return ".".join((str(self.chosen), name))
+
+    def rows(self, time: Tensor, cond: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """Which of the samples, by their labels (B,), are whose; without values, for a plan, as many are each one's."""
+        labels, n = cond["class_labels"], len(self.names)
+        if labels.is_meta:
+            return list(zip(self.names, torch.arange(len(labels), device="meta").tensor_split(n), strict=True))
+        whose = torch.tensor(self.parts, device=labels.device)[labels]
+        return [(name, (whose == k).nonzero()[:, 0]) for k, name in enumerate(self.names)]
 
 
 def experts_of(network: nn.Module) -> Experts | None:
@@ -90,15 +122,20 @@ def asked(network: nn.Module, times: Iterable[float]) -> tuple[str, ...]:
     return experts.names if any(time < experts.boundary for time in times) else experts.names[:1]
 
 
-def by_expert(network: nn.Module, time: Tensor, compute: Callable[[Tensor | None], list[Tensor]]) -> list[Tensor]:
-    """What `compute` gives (B, ...) of the rows that it is told, each row by the network for its time (B,).
+def by_expert(
+    network: nn.Module,
+    time: Tensor,
+    cond: Mapping[str, Tensor],
+    compute: Callable[[Tensor | None], list[Tensor]],
+) -> list[Tensor]:
+    """What `compute` gives (B, ...) of the rows that it is told, each by the network for its time (B,) or condition.
 
     `compute` is told None for all rows.
     """
     experts = experts_of(network)
     if experts is None or experts.chosen is not None:
         return compute(None)
-    shares = [share for share in experts.rows(time) if len(share[1])]
+    shares = [share for share in experts.rows(time, cond) if len(share[1])]
     outputs = []
     for name, rows in shares:
         with experts.only(name):

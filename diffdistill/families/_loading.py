@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.experts import Experts
 from diffdistill.errors import UserError, first_line, shown
+from diffdistill.families._by_class import ByClass
 from diffdistill.families._family import Family, Source, diffusers_class
 from diffdistill.families._folders import boundary_of, local_folder, networks_of
 from diffdistill.families._own import load_own
@@ -39,6 +41,7 @@ from diffdistill.families._parts import (
 from diffdistill.families._record import METADATA, Record, StudentRecord, TeacherRecord, read_record
 from diffdistill.families._registry import family_of
 from diffdistill.options import Size, coerce, height_width
+from diffdistill.players.class_experts import of_classes
 from diffdistill.players.guidance_adapters import load_adapters
 from diffdistill.players.policy import POLICIES, policy_denoiser, seen_plain
 from diffdistill.players.sampler import Sampler, step_named
@@ -78,8 +81,11 @@ def load_teacher(
     size = coerce("resolution", resolution, Size | None, {"at_least": 1})
     pixels = None if size is None else height_width(size)
     source = Source(folder, index, scheduler, null_class, scale, pixels, frames)
+    several = list(network.networks) if isinstance(network, ByClass) else [network]
     with nullcontext() if said is None else seen_plain(network, said):
-        made_of = _checked(family, network, source)
+        made_of, *_ = [_checked(family, part, source) for part in several]
+    if isinstance(network, ByClass):
+        made_of = replace(made_of, denoiser=_by_its_parts(made_of, network, folder))
     latent = family.autoencoder is not None
     teacher = replace(made_of, family=family.name, source=fspath(path_or_hub_id), latent=latent)
     if said is not None:
@@ -89,6 +95,17 @@ def load_teacher(
         teacher = replace(teacher, size={"height": height, "width": width} | teacher.size)
     teacher.denoiser.requires_grad_(False).eval()
     return teacher
+
+
+def _by_its_parts(one: Teacher, network: ByClass, folder: Path) -> Denoiser:
+    """The denoiser of all networks, of the teacher of one of them; UserError where a class has none."""
+    parts, known = network.config["parts"], range(len(network.networks))
+    if len(parts) <= (one.num_classes or 0) or not all(type(part) is int and part in known for part in parts):
+        raise UserError(
+            f"teacher: the config in {folder} says parts that are not one of {len(known)} networks for each of the "
+            f"{one.num_classes or 0} classes and for none; export the student again"
+        )
+    return of_classes(one.denoiser, list(network.networks), parts)
 
 
 def _scheduler(folder: Path) -> tuple[Config, Config | None]:
@@ -105,12 +122,16 @@ def _network(
     folder: Path, family: Family, index: Config, scheduler: Config, dtype: torch.dtype, weights: bool
 ) -> nn.Module:
     """The network of a folder, or both where there are two; UserError where no network is for some of the noise."""
-    model, made = diffusers_class(family.network), {}
+    model = expected = diffusers_class(family.network)
+    made: dict[str, nn.Module] = {}
     boundary = boundary_of(family, index)
     for name in networks_of(family, index):
-        kind = read_json(folder / name / "config.json").get("_class_name")
-        if kind not in (None, model.__name__):
-            raise UserError(f"teacher: {folder / name} holds a {kind}; {model.__name__} is expected")
+        config = read_json(folder / name / "config.json")
+        kind = config.get("_class_name")
+        if kind == ByClass.__name__ and boundary is None:
+            model, kind = ByClass, config.get("kind")
+        if kind not in (None, expected.__name__):
+            raise UserError(f"teacher: {folder / name} holds a {kind}; {expected.__name__} is expected")
         if weights:
             made[name] = _with_lora(load_part(model, folder / name, dtype), folder, family, name)
         else:
@@ -205,7 +226,7 @@ def load_pipeline(
                 f"teacher: {folder} has no {name}/, which {family.name} needs; give the whole pipeline"
                 + (f', or write "{name}": [null, null] in its model_index.json' if _optional(family, name) else "")
             )
-        elif isinstance(own := part_class(index[name]), type) and issubclass(own, nn.Module):
+        elif isinstance(own := _part_kind(index[name]), type) and issubclass(own, nn.Module):
             parts[name] = (load_part if weights else empty_part)(own, folder / name, dtype)
             if weights and name in family.networks:
                 parts[name] = _with_lora(parts[name], folder, family, name)
@@ -225,6 +246,11 @@ def load_pipeline(
     return pipeline.to(device) if weights else pipeline
 
 
+def _part_kind(entry: Sequence[str]) -> Any:
+    """The class of a part, of a network for each part of the classes ours, so that no code in the folder is run."""
+    return ByClass if [*entry] == [ByClass.__module__, ByClass.__name__] else part_class(entry)
+
+
 def _optional(family: Family, name: str) -> bool:
     return family.text is not None and name in family.text.optional
 
@@ -240,8 +266,13 @@ def _named(folder: Path, family: Family, kind: Any, index: Config) -> list[str]:
 
 @contextmanager
 def _without_nulls(folder: Path, kind: Any, index: Config) -> Iterator[Path]:
-    """The folder as diffusers reads it: one whose index has a plain null for a part is seen with [null, null]."""
+    """The folder as diffusers reads it: one whose index has a plain null for a part is seen with [null, null].
+
+    A network for each part of the classes is seen as any network of diffusers.
+    """
     whole = whole_index(kind, index)
+    own = [name for name, value in index.items() if value == [ByClass.__module__, ByClass.__name__]]
+    whole |= {name: ["diffusers", "ModelMixin"] for name in own}  # as which diffusers takes one that it is given
     if whole == index:
         yield folder
         return

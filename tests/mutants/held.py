@@ -1,4 +1,9 @@
-"""Mistakes in what holds the steps of a student besides its matching: the anchor, and points inside of steps."""
+"""Mistakes in what holds the steps of a student besides its matching: the anchor, and points inside of steps.
+
+And in which of several students has which classes.
+"""
+
+_MS = "tests/methods/test_multi_student.py"
 
 MUTANTS = {
     "diffdistill/scaffold/matching.py | tests/methods/test_midpoint.py": [
@@ -56,5 +61,61 @@ MUTANTS = {
         ("anchor: the distance of samples", "expand(torch.sin(t - s), ours)", "1.0"),
         ("anchor: another number of steps", "self.config.anchor_steps + 1", "self.config.anchor_steps + 2"),
         ("anchor: a fake score too many", "in self.matched_levels()[1:]]", "in range(self.steps - 1)]"),
+    ],
+    f"diffdistill/core/experts.py | {_MS}": [
+        (
+            "several: the first has all",
+            "whose == k).nonzero()[:, 0]) for k, name",
+            "whose * 0 == k).nonzero()[:, 0]) for k, name",
+        ),
+        (
+            "several: labels of other samples",
+            'cond["class_labels"], len(self.names)',
+            'cond["class_labels"].flip(0), len(self.names)',
+        ),
+        ("several: a layer of the first", "(str(self.chosen), name)", "(self.names[0], name)"),
+    ],
+    f"diffdistill/players/class_experts.py | {_MS}": [
+        ("several: parts in turn", "label * n // classes", "label % n"),
+        (
+            "several: one network for all",
+            "[trainable_copy(denoiser).network for _ in range(max(parts) + 1)]",
+            "[trainable_copy(denoiser).network] * (max(parts) + 1)",
+        ),
+        ("several: any parts go on", "or experts.parts != tuple(parts)", "or False"),
+    ],
+    f"diffdistill/families/_by_class.py | {_MS}": [
+        ("by class: the first has all", "(whose == k)", "(whose * 0 == k)"),
+        ("by class: rows stay in shares", "[torch.cat(there).argsort()]", ""),
+        ("by class: labels of all", "labels = class_labels[rows]", "labels = class_labels[: len(rows)]"),
+        (
+            "by class: the code stays",
+            "(Path(save_directory) / FILE).write_bytes",
+            "(Path(save_directory).parent / FILE).write_bytes",
+        ),
+        ("by class: one network is saved", "nn.ModuleList(networks)", "nn.ModuleList([networks[0]] * len(networks))"),
+    ],
+    f"diffdistill/families/_loading.py | {_MS}": [
+        (
+            "by class: they are loaded as one",
+            "several = list(network.networks) if",
+            "several = [network.networks[0]] * len(network.networks) if",
+        ),
+    ],
+    f"methods/multi_student.py | {_MS}": [
+        ("one fake score", "teacher.player(role), parts) for role", 'teacher.player("student"), parts) for role'),
+        ("the normaliser is always there", "self.fake_score, self.config.normalise)", "self.fake_score, True)"),
+        ("LoRA is not seen", "if teacher.lora:", "if False:"),
+    ],
+    f"pipelines/export.py | {_MS}": [
+        (
+            "by class: the index names the teacher's",
+            "if isinstance(networks.get(entry.component), ByClass):",
+            "if False:",
+        ),
+        ("by class: any layout", "if isinstance(network, ClassExperts):\n        for", "if False:\n        for"),
+    ],
+    f"pipelines/card.py | {_MS}": [
+        ("by class: the card trusts nothing", "self.coded or several or", "self.coded or"),
     ],
 }

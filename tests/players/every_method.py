@@ -40,6 +40,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "lcm": {"guidance_min": 2.0, "guidance_max": 2.0, "ddim_steps": 10, "student_steps": 2},
     "lora_guidance": {"trajectories": True, "trajectory_steps": 2, "sampling_steps": 2},
     "mean_flow": {"student_steps": 2, "mode": "distillation", "equal_share": 0.0},
+    "multi_student": {},
     "multistep_consistency": {},
     "phased_dmd": {"update_ratio": 1, "steps": 3},  # two phases take turns before a fake score says anything
     "pcm": {"solver_steps": 4, "phases": 2, "gan_weight": 0.1, "guidance_scale": 2.0, "guidance_spread": 0.5},
@@ -65,6 +66,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "uni_instruct": {},
 }  # fmt: skip
 SAYS_SO = {
+    ("multi_student", "full"): "4 students part the classes, and the teacher has none",
+    ("multi_student", "lora"): "4 students part the classes, and the teacher has none",
     ("score_forgetting", "full"): "forgets classes, and this teacher has none",
     ("score_forgetting", "lora"): "forgets classes, and this teacher has none",
     ("adapter_guidance", "full"): "class-conditional teacher",

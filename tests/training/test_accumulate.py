@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "flow_map": {"objective": "progressive", "matching_weight": 0.5},
     "lcm": {"guidance_max": 3.0, "ddim_steps": 8},
     "mean_flow": {"guidance_scale": 2.0},
+    "multi_student": {"students": 2, "update_ratio": 2, "gan_weight": 0.1},
     "multistep_consistency": {"anneal_steps": 4, "teacher_steps_start": 8, "teacher_steps_end": 16},
     "phased_dmd": {"update_ratio": 1},
     "pcm": {"solver_steps": 4, "phases": 2, "gan_weight": 0.1, "guidance_scale": 2.0, "guidance_spread": 0.5},
