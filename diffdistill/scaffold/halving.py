@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import NONE, Cond, Denoiser, Extra
+from diffdistill.core.guidance import require_null
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.ode import Denoise, ddim_step, inverse_ddim
 from diffdistill.core.prediction import Prediction, diffuse
@@ -89,14 +90,20 @@ class HalvingMethod(Method):
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.IMAGES})  # type: ignore[misc]
     stream: ClassVar[str] = "student/"  # of the halvings' randomness
+    guides: ClassVar[str | None] = None  # the method's name where it needs a null condition
 
-    def __init__(self, teacher: Teacher, config: HalvingOptions, student: Denoiser, *, first_steps: int = 0):
+    def __init__(
+        self, teacher: Teacher, config: HalvingOptions, student: Denoiser | None = None, *, first_steps: int = 0
+    ):
+        if self.guides is not None:
+            require_null(teacher.denoiser, self.guides)
         if teacher.denoiser.output.name == "epsilon":
             raise UserError(
                 "teacher: it predicts the noise, which says nothing of the image at the noisiest step of a few; "
                 "give one that predicts v, x0 or a flow velocity to a method that halves its steps"
             )
         super().__init__(teacher, config)
+        student = student or teacher.player("student")
         self.teacher = frozen(teacher.denoiser)
         self.first_steps = first_steps
         self.halving: Halving | None = None
@@ -122,6 +129,10 @@ class HalvingMethod(Method):
     def extra(self, batch: Batch) -> Extra:
         """A second input that both networks of a halving take."""
         return NONE
+
+    def step_loss(self, teacher: Denoise, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, batch: Batch) -> Outcome:
+        """What a student's step from t to s is taught, at x_t (B, ...); `halve` alone unless a method says more."""
+        return self.halve(teacher, x_t, t, mid, s, batch.cond, self.extra(batch))
 
     # -- the game --------------------------------------------------------------------------------------------
 
@@ -175,7 +186,7 @@ class HalvingMethod(Method):
         grid = self.grid.to(i.device)
         t, mid, s = grid[i], grid[i + stride // 2], grid[i + stride]
         x_t = diffuse(batch.images, t, batch.randn(f"{self.stream}eps"))
-        return self.halve(self.teacher_of(self.halving.stage(k)), x_t, t, mid, s, batch.cond, self.extra(batch))
+        return self.step_loss(self.teacher_of(self.halving.stage(k)), x_t, t, mid, s, batch)
 
     @final
     def halve(

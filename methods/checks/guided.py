@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,8 @@ from diffdistill.core.denoiser import Cond, Denoiser, call_by_keyword, scale_by_
 from diffdistill.core.guidance import guide
 from diffdistill.core.ode import Denoise, ddim_step, inverse_ddim
 from diffdistill.core.prediction import OUTPUTS, Prediction
-from diffdistill.core.schedule import student_grid
-from diffdistill.exact.analytic import class_gaussians_teacher
 from diffdistill.exact.checks import Check, differs, equal, gradient, mistake
+from diffdistill.exact.guided_steps import GuidedClass
 from diffdistill.methods import guided
 from diffdistill.methods.guided import Config, GuidedDistillation
 from diffdistill.players.sampler import Sampler
@@ -75,32 +73,8 @@ def _at_scale(scale: Tensor, network: nn.Module, x: Tensor, time: Tensor, cond: 
     return network(x, time, **cond, guidance_scale=scale)
 
 
-class _Plane:
-    """A class and "no class" of one variance: guidance is affine there. 64 points, each with its own scale."""
-
-    means, std = torch.tensor([[0.7, -0.4], [-1.1, 0.6]]).double(), torch.tensor([0.5, 1.3]).double()
-    n = 64
-
-    def __init__(self) -> None:
-        self.teacher, draw = class_gaussians_teacher(self.means, self.std), torch.Generator().manual_seed(0)
-        self.grid = student_grid(self.teacher.denoiser.schedule, 8)
-        self.x_t = torch.randn(self.n, 2, generator=draw, dtype=torch.float64)
-        self.scale = 1 + 4 * torch.rand(self.n, generator=draw, dtype=torch.float64)
-        self.cond = {"class_labels": torch.zeros(self.n).long()}
-        # Guided, the class is a Gaussian of this mean.
-        self.aim = self.means[1] + self.scale[:, None] * (self.means[0] - self.means[1])
-
-    def gain(self, t: Tensor) -> Tensor:
-        """rho in x0 = m + rho (x_t - cos(t) m)."""
-        return torch.cos(t) * self.std**2 / (torch.cos(t) ** 2 * self.std**2 + torch.sin(t) ** 2)
-
-    def landed(self, first: int, last: int, stride: int = 1) -> Tensor:
-        """Where guided DDIM steps over the grid end: each is affine, with the factor k about the mean."""
-        x = self.x_t
-        for t, s in pairwise(self.grid[first : last + 1 : stride]):
-            k = torch.cos(s) * self.gain(t) + torch.sin(s) * (1 - torch.cos(t) * self.gain(t)) / torch.sin(t)
-            x = torch.cos(s) * self.aim + k * (x - torch.cos(t) * self.aim)
-        return x
+class _Plane(GuidedClass):
+    """With the method."""
 
     def method(self, **options: object) -> tuple[GuidedDistillation, _PerNode]:
         """The method with a student of nothing, and the student's network."""
@@ -158,8 +132,7 @@ def _halving(plane: _Plane, method: GuidedDistillation, network: _PerNode, stage
     yield equal(f"halving {stage + 1} starts a new optimizer", 1.0, float(turn.restart), 0.0)
     yield equal(f"... at the full learning rate, halving {stage + 1}", 1.0, turn.lr_factor, 0.0)
     for i in range(0, 8, stride):
-        t, s = grid[i], grid[i + stride]
-        x0 = (torch.sin(t) * plane.landed(i, i + stride) - torch.sin(s) * x_t) / torch.sin(t - s)
+        x0 = plane.target(i, i + stride)
         angles = [grid[k].expand(n) for k in (i, i + stride // 2, i + stride)]
         half = partial(
             method.halve, method.previous, x_t, angles[0], angles[1], angles[2], cond, method.input_of(scale)

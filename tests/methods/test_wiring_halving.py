@@ -82,18 +82,42 @@ class Straight:
             x_t = noised(self.image, t, normal("student/eps", self.key))
             target = self.plain.guided(self.teacher, x_t, t, self.labels, scale)[0].detach()
             return self.weighted(self.plain.x0_eps(self.student, x_t, t, class_labels=labels)[0], target, t)
-        stream = "student/" if self.name == "guided" else ""
+        stream = "" if self.name == "progressive" else "student/"
         steps = 4 >> self.stage()
         stride = 8 // steps
         grid = torch.tensor([self.plain.angle(level) for level in self.plain.levels(8)] + [0.0])
         i = stride * whole(steps, f"{stream}i", self.key)
         t, mid, s = grid[i], grid[i + stride // 2], grid[i + stride]
         x_t = noised(self.image, t, normal(f"{stream}eps", self.key))
+        if self.name == "snap_fusion":
+            return self.mixed(x_t, t, mid, s)
         labels: Any = self.labels if self.name == "progressive" else self.taken()[1]
         with torch.no_grad():
             x_s = self.lead(self.lead(x_t, t, mid, labels), mid, s, labels)
             target = (fold(torch.sin(t)) * x_s - fold(torch.sin(s)) * x_t) / fold(torch.sin(t - s))
         return self.weighted(self.plain.x0_eps(self.student, x_t, t, class_labels=labels)[0], target, t)
+
+    def mixed(self, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor) -> Values:
+        """SnapFusion's: both guided, at scales of a share of the samples, and the error in v on the data."""
+        c, labels, teacher = self.c, self.labels, self.teacher if self.stage() == 0 else self.previous
+        drawn = c.compared_min + (c.compared_max - c.compared_min) * uniform("student/scale", self.key)
+        scale = torch.where(uniform("student/guided", self.key) < c.guided_share, drawn, torch.ones_like(drawn))
+        x = x_t
+        with torch.no_grad():
+            for start, end in ((t, mid), (mid, s)):
+                x0, eps = self.plain.guided(teacher, x, start, labels, scale)
+                x = noised(x0, end, eps)
+            target = (fold(torch.sin(t)) * x - fold(torch.sin(s)) * x_t) / fold(torch.sin(t - s))
+        distilled = self.weighted(self.plain.guided(self.student, x_t, t, labels, scale)[0], target, t)["loss"]
+        t = self.plain.at(uniform("student/diffusion t", self.key))
+        x_t = noised(self.image, t, normal("student/diffusion eps", self.key))
+        x0 = self.plain.x0_eps(self.student, x_t, t, class_labels=labels)[0]
+        diffusion = ((x0 - self.image).flatten(1).square().mean(1) / torch.sin(t) ** 2).mean()
+        return {
+            "loss": diffusion + c.distillation_weight * distilled,
+            "x0_error": distilled,
+            "diffusion": diffusion,
+        }
 
     def lead(self, x: Tensor, t: Tensor, s: Tensor, labels: Any) -> Tensor:
         """A DDIM step of the stage's teacher."""
@@ -111,6 +135,8 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("guided", {"guidance_min": 1.5, "guidance_max": 6.0}, VP),
     ("guided", {"guidance_min": 2.5, "guidance_max": 2.5, "weight": "snr_plus_one"}, EDM_),
     ("guided", {"guidance_max": 3.0}, TRIG),
+    ("snap_fusion", {"final_steps": 1, "distillation_weight": 0.3}, VP),
+    ("snap_fusion", {"final_steps": 1, "compared_max": 6.0, "weight": "snr_plus_one", "guided_share": 0.4}, FLOW),
 ]
 
 
@@ -172,7 +198,7 @@ def test_nobody_drops_units_and_the_student_alone_is_trained(
     (turn,) = straight.method.turns(step)
     calls = modes({k: v.dropout for k, v in parts.items()}, lambda: turn.loss(straight.batch))
     assert not any(dropping for _, dropping in calls)
-    first = straight.halving_step < 0 or (name == "progressive" and straight.stage() == 0)
+    first = straight.halving_step < 0 or (name != "guided" and straight.stage() == 0)
     assert {who for who, _ in calls} == {"student", "teacher" if first else "previous"}
     assert list(straight.method.players) == ["student"] and straight.method.needs == frozenset({Need.IMAGES})
     frozen = (straight.teacher, straight.previous)

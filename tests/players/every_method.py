@@ -58,6 +58,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sid": {},
     "sim": {},
     "sims": {"auxiliary_steps": 1, "sampling_steps": 2},
+    "snap_fusion": {"start_steps": 4, "final_steps": 2, "stage_steps": 1},
     "swiftbrush": {"guidance_scale": 2.0},
     "tbcm": {"tangent_warmup": 1, "states": 3},
     "tdd": {"solver_steps": 8, "steps_min": 2, "steps_max": 4, "gamma": 0.2, "gan_weight": 0.1},
