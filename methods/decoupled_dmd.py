@@ -36,7 +36,7 @@ from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.times import native_uniform
 from diffdistill.options import DMD2Options, option
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.matching import MatchingMethod, dmd_loss, injected
+from diffdistill.scaffold.matching import MatchingMethod, injected
 from diffdistill.scaffold.method import Batch, Outcome
 
 ABOUT = About(
@@ -80,9 +80,6 @@ class DecoupledDMD(MatchingMethod):
         pushed = self.engine(weighted, t, eps, batch.cond)
         outcome = Outcome(matched.loss + pushed.loss, {**matched.shown, **pushed.shown, **shown})
         return x, self.with_targets(outcome, predicted, batch)
-
-    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
-        return dmd_loss(x, t, eps, cond, self.teacher, self.fake_score, self.config.normalise)
 
     def engine_times(self, batch: Batch) -> Tensor:
         """(B,) the angles of the guidance term."""

@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from diffdistill.catalogue import About
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.options import AdversarialOptions, DMDOptions, option
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
+from diffdistill.scaffold.matching import MatchingMethod
 from diffdistill.scaffold.method import Batch, Outcome
 
 ABOUT = About(
@@ -92,9 +92,6 @@ class DisBack(MatchingMethod):
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
         self.teacher = self.target(batch.key[1])
         return super().student_loss(batch)
-
-    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
-        return dmd_loss(x, t, eps, cond, self.teacher, self.fake_score, self.config.normalise)
 
 
 METHOD = DisBack

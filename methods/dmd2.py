@@ -45,13 +45,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from diffdistill.catalogue import About
-from diffdistill.core.denoiser import Cond
 from diffdistill.options import DMD2Options
-from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
-from diffdistill.scaffold.method import Outcome
+from diffdistill.scaffold.matching import MatchingMethod
 
 ABOUT = About(
     paper="Yin et al. 2024, arXiv:2405.14867",
@@ -85,9 +81,6 @@ class DMD2(MatchingMethod):
 
     As with the authors, no network drops out: in one of the two it would be noise in their difference.
     """
-
-    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
-        return dmd_loss(x, t, eps, cond, self.teacher, self.fake_score, self.config.normalise)
 
 
 METHOD = DMD2

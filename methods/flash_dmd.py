@@ -36,12 +36,12 @@ from functools import partial
 from torch import Tensor
 
 from diffdistill.catalogue import About
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Denoiser
 from diffdistill.errors import UserError
 from diffdistill.options import AlignmentOptions, DMDOptions, SimulationOptions, option
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.adversary import PixelAdversary
-from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
+from diffdistill.scaffold.matching import MatchingMethod
 from diffdistill.scaffold.method import Batch, Need, Outcome, Turn
 from diffdistill.scaffold.simulation import drawn_level
 
@@ -103,9 +103,6 @@ class FlashDMD(MatchingMethod):
         x, outcome = super().student_loss(batch)
         gan = self.adversary.student_loss(x if self.steps == 1 else self.judged(batch), batch)
         return x, Outcome(outcome.loss + self.config.gan_weight * gan, {**outcome.shown, "gan": gan})
-
-    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
-        return dmd_loss(x, t, eps, cond, self.teacher, self.fake_score, self.config.normalise)
 
     def other_turns(self, step: int) -> Sequence[Turn]:
         return [Turn("discriminator", self.discriminator_turn)]

@@ -28,16 +28,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from diffdistill.catalogue import About
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Denoiser
 from diffdistill.errors import UserError
 from diffdistill.options import AdversarialOptions, DMDOptions, option
 from diffdistill.players.class_experts import copies_for_classes, parts_of_classes
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
-from diffdistill.scaffold.method import Outcome
+from diffdistill.scaffold.matching import MatchingMethod
 
 ABOUT = About(
     paper="Song et al. 2024, arXiv:2410.23274",
@@ -76,9 +73,6 @@ class MultiStudent(MatchingMethod):
             raise UserError("lora: each of several students is a network of its own, trained whole; leave lora out")
         parts = parts_of_classes(classes, config.students)
         return {role: copies_for_classes(teacher.player(role), parts) for role in ("student", "fake_score")}
-
-    def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
-        return dmd_loss(x, t, eps, cond, self.teacher, self.fake_score, self.config.normalise)
 
 
 METHOD = MultiStudent

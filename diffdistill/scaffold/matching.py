@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -127,9 +126,12 @@ class MatchingMethod(Method):
 
     # -- what a method says --------------------------------------------------------------------------------
 
-    @abstractmethod
     def matching(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Outcome:
-        """The student's loss on its samples x (B, ...), noised to the angles t (B,) with eps (B, ...)."""
+        """The student's loss on its samples x (B, ...), noised to the angles t (B,) with eps (B, ...).
+
+        DMD's, unless a method has another.
+        """
+        return dmd_loss(x, t, eps, cond, self.teacher, self.fake_score, self.config.normalise)
 
     def times(self, player: str, batch: Batch) -> Tensor:
         """(B,) the angles of a player's loss."""
