@@ -30,6 +30,7 @@ from torch import Tensor
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guide
+from diffdistill.core.ode import Denoise
 from diffdistill.core.prediction import Prediction, diffuse
 from diffdistill.core.times import native_uniform
 from diffdistill.errors import UserError
@@ -95,7 +96,8 @@ class SnapFusion(HalvingMethod):
         drawn = c.compared_min + (c.compared_max - c.compared_min) * u
         return torch.where(batch.uniform("student/guided") < c.guided_share, drawn, torch.ones_like(drawn))
 
-    def step_loss(self, teacher: Denoiser, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, batch: Batch) -> Outcome:
+    def step_loss(self, teacher: Denoise, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, batch: Batch) -> Outcome:
+        assert isinstance(teacher, Denoiser)  # as `teacher_of` gives it
         distilled = self.distillation_loss(teacher, x_t, t, mid, s, batch.cond, self.scales(batch))
         plain = self.diffusion_loss(batch)
         loss = plain + self.config.distillation_weight * distilled
