@@ -26,7 +26,6 @@ from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow
 from diffdistill.core.times import edm_karras_angle
 from diffdistill.options import (
     DMD2Options,
-    DMDOptions,
     EDMTimes,
     FollowingOptions,
     HalvingOptions,
@@ -235,7 +234,7 @@ def _rate(s: Situation, role: str) -> Derived:
 
 
 def _optimizer(s: Situation) -> Derived | None:
-    measured = issubclass(s.options, FollowingOptions | DMDOptions | DMD2Options)
+    measured = issubclass(s.options, FollowingOptions | DMD2Options)
     small = s.parameters <= RELEARNS and not s.teacher.lora
     if not measured or issubclass(s.options, LatentAdversarialOptions) or not small or s.steps >= LONG:
         return None
