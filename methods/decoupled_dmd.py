@@ -72,7 +72,7 @@ class DecoupledDMD(MatchingMethod):
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
         predicted, t, eps = self.predicted(batch, "student"), self.times("student", batch), batch.randn("student/eps")
-        x = self.samples(predicted, batch)
+        x = self.samples_of(predicted, batch)
         weighted, shown = self.by_reward(x, batch)
         matched = self.matching(weighted, t, eps, batch.cond)
         if self.config.augmentation_times != "matching":

@@ -174,7 +174,7 @@ class MatchingMethod(Method):
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
         """Samples (B, ...) of the student, and its loss on them."""
         predicted = self.predicted(batch, "student")
-        x = self.samples(predicted, batch)
+        x = self.samples_of(predicted, batch)
         weighted, shown = self.by_reward(x, batch)
         outcome = self.matching(weighted, self.times("student", batch), batch.randn("student/eps"), batch.cond)
         return x, self.with_targets(Outcome(outcome.loss, {**outcome.shown, **shown}), predicted, batch)
@@ -220,7 +220,7 @@ class MatchingMethod(Method):
         `cond` stands for the batch's conditions.
         """
         batch = batch if cond is None else replace(batch, cond=cond)
-        return self.samples(self.predicted(batch, player), batch)
+        return self.samples_of(self.predicted(batch, player), batch)
 
     @final
     def generate_at(self, k: int, batch: Batch) -> Tensor:
@@ -237,7 +237,7 @@ class MatchingMethod(Method):
         return sampler.predict(x_t, t, len(sampler.levels), batch.cond)
 
     @final
-    def samples(self, predicted: Prediction, batch: Batch) -> Tensor:
+    def samples_of(self, predicted: Prediction, batch: Batch) -> Tensor:
         """x (B, ...), of what the student says at the level of this step."""
         return self.reached(predicted, self.level(batch)) if self.steps > 1 else predicted.x0
 
