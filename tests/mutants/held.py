@@ -104,7 +104,6 @@ MUTANTS = {
     ],
     f"methods/multi_student.py | {_MS}": [
         ("one fake score", "teacher.player(role), parts) for role", 'teacher.player("student"), parts) for role'),
-        ("the normaliser is always there", "self.fake_score, self.config.normalise)", "self.fake_score, True)"),
         ("LoRA is not seen", "if teacher.lora:", "if False:"),
     ],
     f"pipelines/export.py | {_MS}": [

@@ -247,8 +247,6 @@ MUTANTS = {
         ("the target goes on in each step", "// self.config.track_every,", ","),
         ("the steps of the degradation count", "(step - self.config.recorded) //", "step //"),
         ("the teacher from the start", "self.teacher = self.target(batch.key[1])", "self.teacher = self.targets[-1]"),
-        ("the normaliser is always there", "self.fake_score, self.config.normalise)", "self.fake_score, True)"),
-        ("the fake score is the teacher", "self.teacher, self.fake_score,", "self.fake_score, self.teacher,"),
     ],
     f"diffdistill/training/assemble.py | {_B}": [
         ("too few steps are let through", "config.steps < method.shortest:", "False:"),
@@ -293,8 +291,6 @@ MUTANTS = {
         ("the engine has the matching's times", "t, eps = self.engine_times(batch),", "t, eps = t,"),
         ("the engine has the matching's noise", 'batch.randn("student/augmentation eps")', "eps"),
         ("the engine always has its own noise", 'if self.config.augmentation_times != "matching":', "if True:"),
-        ("the normaliser is always there", "self.fake_score, self.config.normalise)", "self.fake_score, True)"),
-        ("the fake score is the teacher", "self.teacher, self.fake_score,", "self.fake_score, self.teacher,"),
         ("noise at any level", 'if c.augmentation_times == "below":', "if False:"),
         ("noise below the level always", 'if c.augmentation_times == "below":', "if True:"),
         ("noise below the first level", "levels[self.level(batch)]", "levels[0]"),

@@ -27,9 +27,9 @@ MUTANTS = {
         ("the level is ignored", "self.sampler().one_step(z, cond)",
          "type(self.sampler())(self.student, [self.schedule.init_level]).one_step(z, cond)"),
     ],
-    f"methods/dmd2.py | {_M}": [
-        ("the normaliser is always there", "self.config.normalise)", "True)"),
-        ("the teacher is the fake score", "self.teacher, self.fake_score,", "self.fake_score, self.teacher,"),
+    f"diffdistill/scaffold/matching.py | {_M}": [
+        ("the normaliser is always there", "self.fake_score, self.config.normalise)", "self.fake_score, True)"),
+        ("the teacher is the fake score", "d, self.teacher, self.fake_score,", "d, self.fake_score, self.teacher,"),
     ],
     f"methods/diff_instruct.py | {_M}": [
         ("the mean is ignored", "mean, std = self.config.time_mean,", "mean, std = -1.2,"),

@@ -21,7 +21,6 @@ MUTANTS = {
         ),
         ("no images are needed", "frozenset({Need.IMAGES})", "frozenset()"),
         ("latents are not decoded", "({Need.DECODER} if teacher.latent else set())", "set()"),
-        ("the normaliser is always there", "self.fake_score, self.config.normalise)", "self.fake_score, True)"),
         ("it draws what is matched", "partial(self.judged, batch))", 'partial(self.generate, batch, "student"))'),
     ],
     f"diffdistill/scaffold/adversary.py | {_FL}": [
