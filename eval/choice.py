@@ -225,7 +225,7 @@ def _of_edits(facts: Facts, wishes: Wishes) -> Choice:
         if wishes.protocol is None and spec.partition(":")[0] == "edits" and facts.shape == (3, *[shapes.SIDE] * 2):
             return Choice(load("edits", **wishes.overrides))
         try:
-            data = _fewer(_opened(facts, spec))
+            data = _fewer(_opened(facts, spec, pairs=True))
         except UserError:
             if named:
                 raise
@@ -295,11 +295,11 @@ def _pixels_of(facts: Facts) -> tuple[int, int]:
     return facts.shape[-2], facts.shape[-1]
 
 
-def _opened(facts: Facts, spec: str) -> Data:
-    """Images, or videos, of the model's size, with condition images where it reads them."""
+def _opened(facts: Facts, spec: str, pairs: bool = False) -> Data:
+    """Images, or videos, of the model's size; `pairs`: with condition images."""
     if facts.frames:
-        return open_videos(spec, frames=facts.frames, size=_pixels_of(facts), conditioned=facts.reads_image)
-    opening = open_pairs if facts.reads_image else open_data
+        return open_videos(spec, frames=facts.frames, size=_pixels_of(facts), conditioned=pairs)
+    opening = open_pairs if pairs else open_data
     return opening(spec, resolution=_pixels_of(facts), channels=facts.shape[0])
 
 

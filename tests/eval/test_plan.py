@@ -30,7 +30,9 @@ def size_of(module: nn.Module) -> int:
 
 
 def test_each_player_takes_what_its_tensors_take(tiny: dict[str, Any]) -> None:
-    plan = diffdistill.plan("dmd2", teacher=tiny["teacher"], options={"update_ratio": 1}, batch_size=2, ema=0.9)
+    plan = diffdistill.plan(
+        "dmd2", teacher=tiny["teacher"], options={"update_ratio": 1}, batch_size=2, ema=0.9, optimizer="adamw"
+    )
     size = size_of(load_teacher(tiny["teacher"]).denoiser)
     teacher, student, fake = plan.players
     assert [p.name for p in plan.players] == ["teacher", "student", "fake_score"]

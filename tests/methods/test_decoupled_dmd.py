@@ -15,6 +15,7 @@ from diffdistill.exact.checks import run_checks
 from diffdistill.methods import decoupled_dmd
 from diffdistill.methods.checks.decoupled_dmd import verify
 from diffdistill.methods.decoupled_dmd import Config, DecoupledDMD
+from diffdistill.scaffold import matching
 from diffdistill.scaffold.method import Batch, Outcome
 from tests.methods.short_runs import same_when_resumed, trains
 
@@ -42,9 +43,9 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "opposite sign of the engine": (decoupled_dmd, "injected", lambda x, g, *rest: REAL_INJECTION(x, -g, *rest)),
     "the engine counts twice": (DecoupledDMD, "engine", doubled),
     "the matching's sign": (
-        decoupled_dmd,
+        matching,
         "dmd_loss",
-        lambda x, t, eps, c, p, q, n, f=decoupled_dmd.dmd_loss: f(x, t, eps, c, q, p, n),
+        lambda x, t, eps, c, p, q, n, f=matching.dmd_loss: f(x, t, eps, c, q, p, n),
     ),
     "the engine's noise is any": (DecoupledDMD, "level", lambda self, batch: 0),
 }

@@ -13,9 +13,9 @@ from diffdistill import UserError, distill
 from diffdistill.core.guidance import Guided
 from diffdistill.core.prediction import OUTPUTS
 from diffdistill.exact.checks import run_checks
-from diffdistill.methods import disback
 from diffdistill.methods.checks.disback import verify
 from diffdistill.methods.disback import Config, DisBack
+from diffdistill.scaffold import matching
 from diffdistill.training.checkpoint import load_newest
 from tests.methods.short_runs import same_when_resumed, trains
 from tests.methods.test_wiring_matching import Straight
@@ -38,9 +38,9 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "nothing is recorded": (DisBack, "after_step", lambda self, step: None),
     "it is recorded a step late": (DisBack, "after_step", lambda self, step: REAL_AFTER(self, step - 1)),
     "the matching's sign": (
-        disback,
+        matching,
         "dmd_loss",
-        lambda x, t, eps, c, p, q, n, f=disback.dmd_loss: f(x, t, eps, c, q, p, n),
+        lambda x, t, eps, c, p, q, n, f=matching.dmd_loss: f(x, t, eps, c, q, p, n),
     ),
 }
 

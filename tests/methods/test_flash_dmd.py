@@ -17,11 +17,11 @@ from diffdistill.data.seen import decoder_of
 from diffdistill.eval.budget import any_batch
 from diffdistill.exact.checks import run_checks
 from diffdistill.families import load_teacher
-from diffdistill.methods import flash_dmd
 from diffdistill.methods.checks.flash_dmd import verify
 from diffdistill.methods.flash_dmd import Config, FlashDMD
 from diffdistill.options import build
 from diffdistill.players.discriminator import ImageDiscriminator
+from diffdistill.scaffold import matching
 from diffdistill.scaffold.adversary import PixelAdversary
 from diffdistill.scaffold.method import Need
 from tests import tiny_a
@@ -50,9 +50,9 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
         lambda self, x, batch: F.softplus(self.logits(x)).mean(),
     ),
     "the matching's sign": (
-        flash_dmd,
+        matching,
         "dmd_loss",
-        lambda x, t, eps, c, p, q, n, f=flash_dmd.dmd_loss: f(x, t, eps, c, q, p, n),
+        lambda x, t, eps, c, p, q, n, f=matching.dmd_loss: f(x, t, eps, c, q, p, n),
     ),
 }
 

@@ -18,11 +18,11 @@ from diffdistill.data.images import open_data
 from diffdistill.exact.checks import run_checks
 from diffdistill.families import TeacherRecord, load_pipeline, load_teacher
 from diffdistill.families._by_class import ByClass
-from diffdistill.methods import multi_student
 from diffdistill.methods.checks.multi_student import verify
 from diffdistill.methods.multi_student import Config, MultiStudent
 from diffdistill.pipelines.export import save_pipeline
 from diffdistill.pipelines.schedulers import teacher_scheduler
+from diffdistill.scaffold import matching
 from diffdistill.training.assemble import make_game
 from tests.methods.short_runs import same_when_resumed
 from tests.methods.test_wiring_matching import GAN, Straight
@@ -37,10 +37,10 @@ def test_every_exact_check_holds() -> None:
     assert [c for c in run_checks(verify) if not c.ok] == []
 
 
-REAL = multi_student.dmd_loss
+REAL = matching.dmd_loss
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "all are the first's": (ClassExperts, "rows", lambda self, t, c: [(self.names[0], torch.arange(len(t)))]),
-    "the scores are swapped": (multi_student, "dmd_loss", lambda x, t, e, c, p, q, n: REAL(x, t, e, c, q, p, n)),
+    "the scores are swapped": (matching, "dmd_loss", lambda x, t, e, c, p, q, n: REAL(x, t, e, c, q, p, n)),
 }
 
 
