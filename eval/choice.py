@@ -23,7 +23,7 @@ from diffdistill.data.encoded import KIND as ENCODED
 from diffdistill.data.images import Data, open_data, open_pairs, part
 from diffdistill.data.prompts import all_prompts
 from diffdistill.data.shards import read_index
-from diffdistill.data.sources import conditions_named
+from diffdistill.data.sources import check_several, conditions_named
 from diffdistill.data.videos import open_videos
 from diffdistill.errors import UserError, shown
 from diffdistill.eval.features.digit_classifier import load_mnist_classifier
@@ -180,7 +180,7 @@ def choose(facts: Facts, wishes: Wishes) -> Choice:
     """
     overrides, named = wishes.overrides, wishes.reference or wishes.data
     if wishes.protocol is None and _moves(facts, wishes):
-        return Choice(load("moving-i2v" if facts.reads_image else "moving", frames=facts.shape[1], **overrides))
+        return Choice(load("moving-i2v" if facts.reads_image else "moving", frames=facts.frames, **overrides))
     if facts.reads_image or (facts.several and _names_images(facts, wishes)):
         return _of_edits(facts, wishes)
     captions = _captions(facts, wishes) if facts.conditions == "prompts" and named != "shapes" else None
@@ -231,11 +231,8 @@ def _of_edits(facts: Facts, wishes: Wishes) -> Choice:
                 raise
             continue
         captions, condition = _captions_of(data), data.get(torch.arange(1)).conditions
-        if condition is not None and condition.ndim == 5 and not facts.several:
-            raise UserError(
-                f"data: {shown(spec)} has {condition.shape[1]} condition images a row, and "
-                f"{shown(facts.name)} takes one; give one"
-            )
+        if condition is not None:
+            check_several(condition, f"data: {shown(spec)}", shown(facts.name), facts.several)
         if captions is None:
             raise UserError(f"data: {shown(spec)} has no captions, which say what is to be changed")
         own = part(data, list(range(len(captions))))

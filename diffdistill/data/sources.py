@@ -76,7 +76,7 @@ def open_source(config: EncodeConfig, encoder: Encoder, kept: list[int] | None =
     images = images if kept is None else part(images, kept)
     first = images.get(torch.arange(1))
     if first.conditions is not None:
-        check_several(family, first.conditions, f"data: {config.data!r}")
+        check_several(first.conditions, f"data: {config.data!r}", family.name, family.several)
     if (first.captions if family.text else first.labels) is None:
         where = f"; give {looked_for()} in a metadata.jsonl, or a .txt beside each image" if family.text else ""
         needed = "captions" if family.text else "class labels"
@@ -99,12 +99,10 @@ def conditions_named(data: str | None, prompts: str | None = None) -> bool:
     return drawn or any(names_conditions(file) for file in metadata[:1])
 
 
-def check_several(family: Family, conditions: Tensor, what: str) -> None:
-    """UserError for condition images (n, k, 3, H, W), k of each prompt, of a family that takes one."""
-    if conditions.ndim == 5 and not family.several:
-        raise UserError(
-            f"{what} has {conditions.shape[1]} condition images a row, and {family.name} takes one; give one"
-        )
+def check_several(conditions: Tensor, what: str, model: str, several: bool) -> None:
+    """UserError for condition images (n, k, 3, H, W), k of each prompt, of a model that takes one, not `several`."""
+    if conditions.ndim == 5 and not several:
+        raise UserError(f"{what} has {conditions.shape[1]} condition images a row, and {model} takes one; give one")
 
 
 def _conditioned_prompts(config: EncodeConfig, encoder: Encoder) -> Source:
@@ -129,7 +127,8 @@ def _conditioned_prompts(config: EncodeConfig, encoder: Encoder) -> Source:
     def conditions(rows: range) -> Tensor:
         return in_lists(decode(pictures, of_each(rows, each), (3, *encoder.size), resize=True), each)
 
-    check_several(encoder.family, conditions(range(1)), f"prompts: {shown(str(path))}")
+    family = encoder.family
+    check_several(conditions(range(1)), f"prompts: {shown(str(path))}", family.name, family.several)
     return Source(None, texts, count, digest, conditions)
 
 
