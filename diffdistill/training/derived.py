@@ -348,7 +348,7 @@ def _lr_schedule(s: Situation) -> Derived | None:
 
 
 def _warmup_steps(s: Situation) -> Derived | None:
-    return None if s.staged else Derived(20, "Adam's moments are poor at first")
+    return None if s.staged else Derived(max(1, min(20, s.steps // 10)), "Adam's moments are poor at first")
 
 
 RULES: dict[str, Callable[[Situation], Derived | None]] = {

@@ -27,6 +27,17 @@ from diffdistill.training.sharding import network_of
 Kind = Literal["none", "optimizer", "model", "group"]
 
 
+def settled(module: nn.Module, device: torch.device) -> None:
+    """Moves the module there, and gives its tensors the beginnings that an allocator gives.
+
+    A tensor that still lies in its file, as safetensors leaves it, begins anywhere, and a CPU's sums round by that: the
+    same weights gave other bits under another header, or once they had been away.
+    """
+    for tensor in (*module.to(device).parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
 class Stored:
     """Tensors that come and go together. They are away at first."""
 

@@ -44,7 +44,7 @@ from diffdistill.training.inputs import PROCESSES, Allowed, allows
 from diffdistill.training.judging import Judging, judged
 from diffdistill.training.launchers import check_launcher, without_plugin
 from diffdistill.training.metrics import MetricsFile, show, show_step
-from diffdistill.training.offload import Offload
+from diffdistill.training.offload import Offload, settled
 from diffdistill.training.optimizers import optimizer
 from diffdistill.training.sharding import divided_networks, gather_later, take_part
 from diffdistill.training.stopping import Interrupted, stopping
@@ -99,7 +99,7 @@ class Trainer:
         # Before anything is moved, for which the device may be too small.
         self.offload = Offload(self.config.offload, modules, self.accelerator.device)
         for module in modules:
-            module.to(self.accelerator.device)
+            settled(module, self.accelerator.device)
         self.divided = divided_networks([*self.method.players.values(), *self.method.state.values()])
         self.settings: dict[str, Optimizer] = {name: self.method.optimizer(name) for name in self.method.players}
         self.optimizers = {name: self._optimizer(name) for name in self.method.players}

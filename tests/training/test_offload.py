@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,13 +18,25 @@ from diffdistill.config import FitConfig
 from diffdistill.core import divided
 from diffdistill.core.schedule import LinearFlow
 from diffdistill.scaffold.method import Batch
-from diffdistill.training.offload import Offload
+from diffdistill.training.offload import Offload, settled
 from diffdistill.training.trainer import Interrupted, Trainer, accelerator_for
 from tests.scaffold.straight import VP
 from tests.training.test_accumulate import OPTIONS, SIZE, batch_of, score
 from tests.training.test_trainer import metrics, options, same, student
 
 STEPS = 4
+
+
+def test_weights_that_lie_in_their_file_get_a_beginning_of_their_own(tmp_path: Path) -> None:
+    """They begin where the file's header ends, and sums round by that: the same teacher would give other bits."""
+    save_file({"weight": torch.randn(4, 3), "bias": torch.randn(4)}, tmp_path / "layer", {"said": "of any length"})
+    layer = nn.Linear(3, 4, device="meta")
+    layer.load_state_dict(load_file(tmp_path / "layer"), assign=True)
+    parameters, values = list(layer.parameters()), [p.detach().clone() for p in layer.parameters()]
+    assert any(p.data_ptr() % 64 for p in parameters)
+    settled(layer, torch.device("cpu"))
+    for p, parameter, value in zip(layer.parameters(), parameters, values, strict=True):
+        assert p is parameter and torch.equal(p, value) and p.data_ptr() % 64 == 0
 
 
 @pytest.fixture(autouse=True)
