@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Processes of the tests, one thread each, which is quicker than one process with all threads.
 WORKERS := 2
-TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 1
 # `make CONSTRAINTS=` installs the newest versions that setup.cfg allows.
 CONSTRAINTS ?= constraints.txt
 
