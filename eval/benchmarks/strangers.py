@@ -77,6 +77,7 @@ class Settings:
     teacher_steps: int = 4000  #: of a teacher's training
     widths: Sequence[int] = (32, 64, 64)
     steps: int | None = None  #: of each training, in place of what fits the minutes
+    pairs: int | None = None  #: for `dmd`, made in two of the teacher's steps, in place of the defaults'
     seed: int = 0
     judge_only: bool = False  #: the students that are there
 
@@ -186,7 +187,7 @@ def train_student(kind: str, method: str, teacher: Path, settings: Settings) -> 
         pairs = settings.out / "pairs" / kind
         if pairs.exists():
             shutil.rmtree(pairs)
-        few = [] if settings.steps is None else ["--count", "64", "--sampling-steps", "2"]
+        few = [] if settings.pairs is None else ["--count", str(settings.pairs), "--sampling-steps", "2"]
         seconds = _run(["pairs", "--teacher", str(teacher), "--out", str(pairs), *few], settings)
         options += ["--pairs", str(pairs)]
     steps = settings.steps or fitting_steps(options, 60 * settings.minutes - seconds, settings)
@@ -335,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher-steps", type=int, default=4000, help="steps of each teacher's training")
     parser.add_argument("--widths", default="32,64,64", help="channels of the teachers' levels, separated by commas")
     parser.add_argument("--steps", type=int, help="steps of each training; default: as many as fit the minutes")
+    parser.add_argument("--pairs", type=int, help="for a trial of dmd: so many pairs, of two of the teacher's steps")
     parser.add_argument("--seed", type=int, default=0, help="of the teachers and of the trainings")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/strangers"), help="the folder; one that is there goes on"

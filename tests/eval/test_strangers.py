@@ -23,7 +23,8 @@ def test_a_tiny_benchmark_goes_on_and_writes_its_page(tmp_path: Path, monkeypatc
     page, out = tmp_path / "page.md", tmp_path / "out"
     page.write_text(f"before\n{strangers.BEGIN}\nnothing yet\n{strangers.END}\nafter\n")
     command = ["--images", str(tmp_path / "tiny.npz"), "--teachers", "edm", "--methods", "dmd", "--threads", "1"]
-    command += ["--widths", "8,8", "--teacher-steps", "2", "--steps", "1", "--count", "12", "--out", str(out)]
+    command += ["--widths", "8,8", "--teacher-steps", "2", "--steps", "1", "--pairs", "64"]
+    command += ["--count", "12", "--out", str(out)]
     assert strangers.main([*command, "--docs", str(page)]) == 0
     rows = json.loads((out / "results.json").read_text())["rows"]
     models = ["teacher, 8 steps", "teacher, 50 steps", "dmd"]
