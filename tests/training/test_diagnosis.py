@@ -58,7 +58,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a fake score's rate too high": (
         "diff_instruct", {"fake_score_lr": 0.1}, "learning rate too high: a step moves a weight of fake_score"),
     "a rate too low": ("diff_instruct", {"student_lr": 1e-8}, "learning rate too low: all 30 steps"),
-    "samples that become alike": (Alike, {"student_lr": 1e-3}, "collapse: "),
+    "samples that become alike": (Alike, {"student_lr": 5e-4}, "collapse: "),
     "samples that become large": (Large, {"student_lr": 3e-4}, "saturation: "),
 }  # fmt: skip
 
