@@ -33,7 +33,6 @@ from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.distances import distance
 from diffdistill.core.guidance import guided
 from diffdistill.core.ode import ddim_step, heun_step, heun_x0_step
 from diffdistill.core.prediction import diffuse, expand
@@ -112,7 +111,6 @@ class Consistency(FollowingMethod[Step]):
             self.grid(c.ramp_steps)  # one that is too fine is refused now, not later
         self.end = 0.0 if c.mode == "easy" else float(self.grid(0)[-1])
         self.inverse_step = c.loss_weight == "inverse_step" or (c.loss_weight == "auto" and c.mode == "easy")
-        self.distance = distance(c.distance, teacher.shape, self.schedule.data_std, c.huber_c)
 
     def points(self, step: int) -> int:
         """N at that training step."""
@@ -165,7 +163,7 @@ class Consistency(FollowingMethod[Step]):
         """w(t) d(f(x_t, t), sg f_target(x_r, r))."""
         t, r = interval
         x0, target = self.both(seed, x_t, lambda: self.student(x_t, t, cond).x0, lambda: self.target_x0(x_r, r, cond))
-        d = self.distance(x0, target)
+        d = self.image_distance(x0, target)
         gap = self.schedule.data_std * (torch.tan(t) - torch.tan(r))  # of sigma
         weighted = d / gap.to(d) if self.inverse_step else d
         return Outcome(weighted.mean(), {"distance": d.mean()})

@@ -38,7 +38,6 @@ from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser, Extra
-from diffdistill.core.distances import distance
 from diffdistill.core.guidance import guided
 from diffdistill.core.losses import denoising_loss, gradient_ratio
 from diffdistill.core.ode import heun_step
@@ -103,7 +102,6 @@ class CTM(FollowingMethod[Span]):
         self.grid = trajectory_grid(self.schedule, c.grid_points, c.grid, self.sampler().levels[0], c.student_level)
         self.grid[-1] = 0.0
         self.most = min(c.solver_steps, c.grid_points - 1)
-        self.distance = distance(c.distance, teacher.shape, self.schedule.data_std, c.huber_c)
 
     def sampler(self) -> Sampler:
         return Sampler(self.student, super().sampler().levels, gamma_step(self.config.gamma))
@@ -137,7 +135,7 @@ class CTM(FollowingMethod[Span]):
         """d of the ends to which x_t and x_u, here x_r, come by way of x_s."""
         t, u, s = interval.t, interval.path[-1], interval.s
         self.x, other = self.both(seed, x_t, lambda: self.end(x_t, t, s, cond), lambda: self.end(x_r, u, s, cond))
-        d = self.distance(self.x, other).mean()
+        d = self.image_distance(self.x, other).mean()
         return Outcome(d, {"consistency": d})
 
     def angles(self, n: int, draw: torch.Generator) -> Tensor:

@@ -22,12 +22,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.distances import distance
 from diffdistill.options import DMDOptions, ImageDistance, option
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.matching import MatchingMethod, dmd_loss
@@ -64,14 +62,10 @@ class DMD(MatchingMethod):
         super().__init__(teacher, config, **players)
         if config.regression_weight > 0:
             self.needs = self.needs | {Need.PAIRS}
-            self.distance = distance(config.distance, teacher.shape, self.schedule.data_std, config.huber_c)
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
-        pair, z, cond = batch.pair if Need.PAIRS in self.needs else None, batch.randn("z"), batch.cond
-        if pair is not None:
-            z = torch.cat([z, pair.z])
-            cond = {key: torch.cat([value, pair.cond[key]]) for key, value in cond.items()}
-        x, x_ref = self.sampler().one_step(z, cond).tensor_split([batch.size])
+        pair = batch.pair if Need.PAIRS in self.needs else None
+        x, x_ref = self.beside(batch, pair)
         weighted, shown = self.by_reward(x, batch)
         outcome = self.matching(weighted, self.times("student", batch), batch.randn("student/eps"), batch.cond)
         shown = {**outcome.shown, **shown}
@@ -86,7 +80,7 @@ class DMD(MatchingMethod):
 
     def regression(self, x_ref: Tensor, y_ref: Tensor) -> Tensor:
         """The mean distance of G(z_ref) from what the teacher's sampler makes of z_ref, both (B, ...)."""
-        return self.distance(x_ref, y_ref).mean()
+        return self.image_distance(x_ref, y_ref).mean()
 
 
 METHOD = DMD

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.core.distances import distance
 from diffdistill.core.guidance import guide_with_conditional, guided
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.ode import addim_step, inverse_ddim
@@ -94,7 +93,6 @@ class MultistepConsistency(FollowingMethod[Segment]):
                     f"guidance_scale: {config.guidance_scale} guides the teacher's step, and mode training has none"
                 )
             guided(self.teacher, config.guidance_scale)  # which refuses a teacher without a null condition
-        self.distance = distance(config.distance, teacher.shape, self.schedule.data_std, config.huber_c)
 
     def sampler(self) -> Sampler:
         levels = student_levels(self.schedule, self.config.segments, option="segments")
@@ -158,9 +156,9 @@ class MultistepConsistency(FollowingMethod[Segment]):
         )
         sin = torch.sin(interval.t)
         if self.config.loss_weight == "v":  # v is (cos(t) x_t - x0)/sin(t)
-            d = self.distance(x0 / expand(sin, x0), x_ref / expand(sin, x0))
+            d = self.image_distance(x0 / expand(sin, x0), x_ref / expand(sin, x0))
         else:
-            d = self.distance(x0, x_ref)
+            d = self.image_distance(x0, x_ref)
         weighted = (sin**-2).to(d) * d if self.config.loss_weight == "snr_plus_one" else d
         return Outcome(weighted.mean(), {"distance": d.mean()})
 

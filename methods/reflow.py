@@ -38,7 +38,6 @@ from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Denoiser
-from diffdistill.core.distances import distance
 from diffdistill.core.losses import pseudo_huber
 from diffdistill.core.ode import ddim_step, sample_ode
 from diffdistill.core.prediction import Prediction
@@ -85,7 +84,6 @@ class Reflow(StraighteningMethod):
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
         super().__init__(teacher, config, student)
-        self.distance = distance(config.distance, teacher.shape, self.schedule.data_std, config.huber_c)
         self.stage = Stage(frozen(copy.deepcopy(self.student)) if config.distill_steps else None)
         self.state = {"stage": self.stage}
         if config.distill_steps:
@@ -125,7 +123,7 @@ class Reflow(StraighteningMethod):
             size = math.prod(own.shape[1:])
             loss = (1 - sigma) * pseudo_huber(own, other, 0.00054 * size) / size
         if self.config.image_weight:
-            image = self.distance(prediction.x0, line.x0)
+            image = self.image_distance(prediction.x0, line.x0)
             loss = loss + self.config.image_weight * (image / sigma if self.config.image_over_time else image)
         return loss
 
@@ -139,7 +137,7 @@ class Reflow(StraighteningMethod):
         """The distance of one step from the end of the reflowed student's trajectory."""
         z = batch.randn("student/z")
         one = Sampler(self.student, self.levels_in(1), DDIM())
-        loss = self.distance(one.one_step(z, batch.cond), self.ends(z, batch)).mean()
+        loss = self.image_distance(one.one_step(z, batch.cond), self.ends(z, batch)).mean()
         return Outcome(loss, {"straightness": loss})
 
 

@@ -39,7 +39,14 @@ from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.times import edm_log_normal
 from diffdistill.errors import UserError
-from diffdistill.options import LatentAdversarialOptions, ScaleRange, TangentOptions, TangentTarget, option
+from diffdistill.options import (
+    AdaptiveWeightRate,
+    LatentAdversarialOptions,
+    ScaleRange,
+    TangentOptions,
+    TangentTarget,
+    option,
+)
 from diffdistill.players.adaptive_weight import AdaptiveWeight
 from diffdistill.players.scale_input import DrawnGuidance, scale_player, scale_taken
 from diffdistill.players.teacher import Teacher
@@ -71,13 +78,12 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(ScaleRange, TangentOptions, TangentTarget, LatentAdversarialOptions, guidance_max=1.0, time_mean=0.2,
-             time_std=1.6, tangent_warmup=4000, norm="l2", gan_time_mean=-0.6):  # fmt: skip
+class Config(ScaleRange, TangentOptions, TangentTarget, LatentAdversarialOptions, AdaptiveWeightRate, guidance_max=1.0,
+             time_mean=0.2, time_std=1.6, tangent_warmup=4000, norm="l2", gan_time_mean=-0.6):  # fmt: skip
     """SANA-Sprint's options; the mode is distillation."""
 
     gan_weight: float = option(0.5, "weight of the GAN loss in the student's", at_least=0)
     noisiest_share: float = option(0.5, "share of the GAN's samples that are drawn from noise", at_least=0, at_most=1)
-    weight_lr: float = option(1e-3, "AdamW's learning rate for the adaptive weight", above=0)
 
 
 class SanaSprint(ContinuousMethod):

@@ -38,7 +38,7 @@ from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.prediction import expand
 from diffdistill.core.times import edm_log_normal
 from diffdistill.errors import UserError
-from diffdistill.options import TangentOptions, TangentTarget, option
+from diffdistill.options import AdaptiveWeightRate, TangentOptions, TangentTarget, option
 from diffdistill.players.adaptive_weight import AdaptiveWeight
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.continuous import ContinuousMethod
@@ -68,11 +68,10 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(TangentOptions, TangentTarget, student_lr=1e-4):
+class Config(TangentOptions, TangentTarget, AdaptiveWeightRate, student_lr=1e-4):
     """The options of sCM."""
 
     adaptive: bool = option(True, "learn a weight of each time, which makes the losses of all times alike")
-    weight_lr: float = option(1e-3, "AdamW's learning rate for the adaptive weight", above=0)
     truncate_at: float | None = option(
         None, "TCM: the sigma, for data of deviation 0.5, below which nothing is trained; none: no such stage", above=0
     )

@@ -36,7 +36,7 @@ from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.schedule import LinearFlow
 from diffdistill.errors import UserError
-from diffdistill.options import ScaleRange, TangentNorm, TangentOptions, option
+from diffdistill.options import AdaptiveWeightRate, ScaleRange, TangentNorm, TangentOptions, option
 from diffdistill.players.adaptive_weight import AdaptiveWeight
 from diffdistill.players.scale_input import DrawnGuidance, scale_player, scale_taken
 from diffdistill.players.teacher import Teacher
@@ -65,7 +65,9 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(ScaleRange, TangentOptions, TangentNorm, guidance_max=1.0, tangent_warmup=4000, norm="l2"):
+class Config(
+    ScaleRange, TangentOptions, TangentNorm, AdaptiveWeightRate, guidance_max=1.0, tangent_warmup=4000, norm="l2"
+):
     """TBCM's options; the mode is distillation. A batch is of trajectories."""
 
     states: int = option(16, "times of a trajectory, of which all but the first are trained", at_least=2)
@@ -73,7 +75,6 @@ class Config(ScaleRange, TangentOptions, TangentNorm, guidance_max=1.0, tangent_
     final_share: float = option(1.0, "r at last; below 1 the student's samples spread less", at_least=0, at_most=1)
     calm_start: int = option(15000, "the training step from which r goes to final_share", at_least=0)
     calm_steps: int = option(2000, "training steps in which it does", at_least=1)
-    weight_lr: float = option(1e-3, "AdamW's learning rate for the adaptive weight", above=0)
 
 
 class TBCM(ContinuousMethod):

@@ -39,6 +39,29 @@ def elementwise(kind: str, x: Tensor, y: Tensor, huber_c: float) -> Tensor:
     return (torch.sqrt((x - y).square() + huber_c**2) - huber_c).mean()
 
 
+def dissimilarity(x: Tensor, y: Tensor, window: int = 7) -> Tensor:
+    """(B,) 1 - SSIM of feature maps x (B, C, ...) with given ones y, the mean over channels and places; 0: alike.
+
+    Wang et al. 2004 (IEEE TIP 13:4), eq. 13, over square windows of equal weights, on maps that are smaller than one or
+    not (B, C, H, W) over the whole, of vectors (B, C) over the vector. The constants are (0.01 L)^2 and (0.03 L)^2 with
+    L^2 the mean square of each of y's maps, since features have no range of their own.
+    """
+    x, y = (z.float() if z.dtype.itemsize < 4 else z for z in (x, y))
+    x, y = (z[:, None] if z.dim() == 2 else z for z in (x, y))
+
+    def mean(z: Tensor) -> Tensor:
+        whole = z.dim() != 4
+        return z.flatten(2).mean(2) if whole else F.avg_pool2d(z, [min(window, side) for side in z.shape[2:]], 1)
+
+    size = y.square().flatten(2).mean(2) + 1e-12
+    m_x, m_y = mean(x), mean(y)
+    size = size.view(*size.shape, *[1] * (m_x.dim() - 2))
+    v_x, v_y, both = mean(x * x) - m_x * m_x, mean(y * y) - m_y * m_y, mean(x * y) - m_x * m_y
+    c1, c2 = 1e-4 * size, 9e-4 * size
+    alike = (2 * m_x * m_y + c1) * (2 * both + c2) / ((m_x * m_x + m_y * m_y + c1) * (v_x + v_y + c2))
+    return 1 - alike.flatten(1).mean(1)
+
+
 def lpips_vgg(shape: tuple[int, ...], data_std: float = 1.0) -> Distance:
     """LPIPS with VGG features (Zhang et al. 2018, arXiv:1801.03924), images enlarged to 224 pixels if smaller.
 

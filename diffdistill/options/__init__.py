@@ -33,6 +33,7 @@ from diffdistill.options.groups import (
     TrajectoryOptions,
 )
 from diffdistill.options.trajectories import (
+    AdaptiveWeightRate,
     AdversarialTerm,
     ConditionDropout,
     ElementDistance,
@@ -60,6 +61,7 @@ from diffdistill.options.values import (
 )
 
 __all__ = [
+    "AdaptiveWeightRate",
     "AdversarialOptions",
     "AdversarialTerm",
     "AlignmentOptions",

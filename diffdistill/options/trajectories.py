@@ -36,6 +36,13 @@ class TangentNorm(Options):
 
 
 @dataclass(frozen=True)
+class AdaptiveWeightRate(Options):
+    """A player that learns the loss's weight at each time."""
+
+    weight_lr: float = option(1e-3, "AdamW's learning rate for the adaptive weight", above=0)
+
+
+@dataclass(frozen=True)
 class TangentTarget(TangentNorm):
     """sCM's times beside it."""
 

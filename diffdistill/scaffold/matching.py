@@ -34,7 +34,7 @@ from diffdistill.players.lora import is_lora
 from diffdistill.players.sampler import STEPS, Sampler, Step, one_step_sampler
 from diffdistill.players.teacher import Teacher, frozen, trainable_copy
 from diffdistill.scaffold.adversary import Adversary
-from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Turn
+from diffdistill.scaffold.method import Batch, Method, Need, Optimizer, Outcome, Pair, Turn
 from diffdistill.scaffold.ratio import RatioWeight
 from diffdistill.scaffold.reward import reward_weights, weighted_gradient
 from diffdistill.scaffold.simulation import drawn_level, simulated_input
@@ -240,6 +240,14 @@ class MatchingMethod(Method):
     def samples_of(self, predicted: Prediction, batch: Batch) -> Tensor:
         """x (B, ...), of what the student says at the level of this step."""
         return self.reached(predicted, self.level(batch)) if self.steps > 1 else predicted.x0
+
+    @final
+    def beside(self, batch: Batch, pair: Pair | None) -> tuple[Tensor, ...]:
+        """Samples (B, ...) of a one-step student and, of the same pass, those of a pair's noise, or none."""
+        z, cond = batch.randn("z"), batch.cond
+        if pair is not None:
+            z, cond = torch.cat([z, pair.z]), {key: torch.cat([value, pair.cond[key]]) for key, value in cond.items()}
+        return self.sampler().one_step(z, cond).tensor_split([batch.size])
 
     def _predicted_at(self, k: int, batch: Batch) -> Prediction:
         x_t, t = self.simulated(k, batch)

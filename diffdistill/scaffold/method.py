@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, choose
+from diffdistill.core.distances import distance
 from diffdistill.core.schedule import check_levels, student_levels
 from diffdistill.errors import UserError
-from diffdistill.options import StudentOptions
+from diffdistill.options import ImageDistance, StudentOptions
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import generator
@@ -183,6 +184,9 @@ class Method(ABC):
         self.schedule = teacher.denoiser.schedule
         self.players: dict[str, nn.Module] = {}
         self.state: dict[str, nn.Module] = {}
+        if isinstance(config, ImageDistance):
+            #: of two samples (B, ...) of unit variance, in the data's units -> (B,)
+            self.image_distance = distance(config.distance, teacher.shape, self.schedule.data_std, config.huber_c)
         #: (samples x (B, ...) of unit variance, their batch) -> (B,), where it needs one: what trains it says it
         self.reward: Callable[[Tensor, Batch], Tensor] | None = None
         #: latents (B, ...) in the teacher's units -> images, with a gradient, where it needs them; the same says it

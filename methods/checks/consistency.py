@@ -333,7 +333,7 @@ def _boundary_and_dropout() -> Iterator[Check]:
             yield differs("which plain EDM does not say", native, own, 1e-6)
     easy = Consistency(teacher, Config(mode="easy"))
     t = torch.full((len(x),), 1.0).double()
-    loss = easy.distance(easy.student(x, t, {}).x0, easy.target_x0(x, t, {})).mean()
+    loss = easy.image_distance(easy.student(x, t, {}).x0, easy.target_x0(x, t, {})).mean()
     yield differs("a network drops other units at each pass", 0.0, loss, 1e-3, scale=1.0)
     loss = easy.following(x, x, Step(t, t), {}, seed=7).shown["distance"]
     yield equal("and the same ones in both passes of the loss", 0.0, loss, 1e-12, scale=1.0)

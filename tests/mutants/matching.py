@@ -196,8 +196,8 @@ MUTANTS = {
         ("with pairs it needs no reward", "self.needs | {Need.PAIRS}", "frozenset({Need.PAIRS})"),
         (
             "a reward is taken for pairs",
-            "if Need.PAIRS in self.needs else None, batch.randn",
-            "if self.needs else None, batch.randn",
+            "batch.pair if Need.PAIRS in self.needs else",
+            "batch.pair if self.needs else",
         ),
         ("its matching is not weighted", "self.matching(weighted, self.times", "self.matching(x, self.times"),
         ("the reward of the pairs' samples", "self.by_reward(x, batch)", "self.by_reward(x_ref, batch)"),

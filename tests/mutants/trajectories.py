@@ -290,7 +290,6 @@ MUTANTS = {
         ),
         ("one step of the ODE", "z, self.config.ode_steps, batch.cond)", "z, 1, batch.cond)"),
         ("another stream of noise", 'batch.randn("student/z")', 'batch.randn("z")'),
-        ("the distance is not in the data's units", "teacher.shape, self.schedule.data_std", "teacher.shape, 1.0"),
     ],
     "methods/perflow.py | tests/methods/test_wiring_straightening.py": [
         ("the teacher is not guided", "guided(self.teacher, config.guidance_scale)", "self.teacher"),

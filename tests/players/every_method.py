@@ -55,6 +55,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "scm": {"tangent_warmup": 1},
     "score_forgetting": {},
     "scott": {"solver_steps": 6, "skip": 2, "sde_steps": 2, "gan_weight": 0.1, "student_steps": 2},
+    "sdxs": {},
     "sid": {},
     "sim": {},
     "sims": {"auxiliary_steps": 1, "sampling_steps": 2},
