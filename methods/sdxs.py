@@ -77,7 +77,7 @@ class SDXS(MatchingMethod):
 
     def __init__(self, teacher: Teacher, config: Config, **players: Denoiser):
         super().__init__(teacher, config, **players)
-        self.reader = frozen(teacher.denoiser)
+        self.reader = frozen(teacher.start or teacher.denoiser)
         self.layers = self.reader.layers_at(config.feature_depths)
         if not self.layers:
             raise UserError("feature_depths: this teacher's network has no layer at these depths; use dmd")

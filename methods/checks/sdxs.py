@@ -133,6 +133,8 @@ def _boundary_checks() -> Iterator[Check]:
     steps = (0, 3, STEPS, 5 * STEPS)
     closed = torch.tensor([1.0, 1 - 0.3 * (1 - BOUNDARY), BOUNDARY, BOUNDARY]).double()
     yield equal("alpha falls from 1 to its end", closed, torch.tensor([method.alpha(s) for s in steps]), 1e-6)
+    at_once = _sdxs(affine_game(MEAN, STD, M, B), Config(boundary=BOUNDARY, boundary_steps=0)).alpha(0)
+    yield equal("without steps to fall in it is there at once", BOUNDARY, at_once, 0.0)
     for step in steps:
         method, _, batch = _game(step)
         c, u = method.config, method.schedule.fraction(method.times("student", batch))
