@@ -44,7 +44,7 @@ MATCHED_EDM = (2.5, 5.0)  # sigma 2.5 at a data_std of 0.5, as the authors'
 FOLLOWING = (8.0, 20.0)  # where a follower starts, which is to look like pure noise too
 COMPARED = 15.0  # where distributions are compared; Stable Diffusion's noisiest timestep is at 14.6
 RELEARNS = 100_000_000  # parameters of a network that learns another output in a short training, at most
-HEUN_STEPS = 10  # of a follower's teacher in a short training; they divide timesteps that twenty divides
+HEUN_STEPS = 8  # of a follower's teacher in a short training; as near to the trajectories as ten, with fewer to hand on
 LONG = 10_000  # training steps from which on the authors' ratio of two players pays
 
 

@@ -153,7 +153,7 @@ def test_a_student_that_follows_its_own_copy_takes_half_the_rate() -> None:
 def test_a_short_training_follows_few_of_heuns_steps_and_else_twenty_of_ddims() -> None:
     teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"])
     short = derived_for(teacher, lcm.Config)
-    assert (short["solver"].value, short["ddim_steps"].value) == ("heun", 10)
+    assert (short["solver"].value, short["ddim_steps"].value) == ("heun", 8)
     for said in ({"solver": "ddim"}, {"levels": (999.0, 499.0)}, {"student_steps": 12}):
         other = derived_for(teacher, lcm.Config, **said)
         assert "solver" not in other and other["ddim_steps"].value == 20
