@@ -41,6 +41,7 @@ from diffdistill.options.trajectories import (
     ImitationOptions,
     OnePassSampling,
     SegmentOptions,
+    StagedOptions,
     TangentNorm,
     TangentTarget,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "Sides",
     "SimulationOptions",
     "Size",
+    "StagedOptions",
     "StudentLevel",
     "StudentLevels",
     "StudentOptions",
