@@ -125,7 +125,7 @@ class PeRFlow(StraighteningMethod):
         if self.config.loss == "epsilon":
             return squared(prediction.eps, line.eps)
         if self.config.loss == "velocity":
-            return squared(*self.velocities(prediction, line))
+            return super().error(prediction, line)
         cos, sin = (expand(part(line.t), line.x0) for part in (torch.cos, torch.sin))
         return squared(prediction.v, cos * line.eps - sin * line.x0)
 

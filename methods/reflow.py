@@ -27,27 +27,21 @@ Deviations:
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffdistill.catalogue import About
-from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.losses import pseudo_huber
 from diffdistill.core.ode import ddim_step, sample_ode
 from diffdistill.core.prediction import Prediction
 from diffdistill.core.times import u_shaped
-from diffdistill.options import ImageDistance, TrajectoryOptions, option
-from diffdistill.players.sampler import DDIM, Sampler
-from diffdistill.players.teacher import Teacher, frozen
-from diffdistill.scaffold.halving import Stage
-from diffdistill.scaffold.method import Batch, Need, Outcome, Turn
-from diffdistill.scaffold.straightening import Line, StraighteningMethod, squared
+from diffdistill.options import StagedOptions, option
+from diffdistill.scaffold.method import Batch, Outcome
+from diffdistill.scaffold.straightening import Line, StagedMethod, squared
 
 ABOUT = About(
     paper="Liu et al. 2022, arXiv:2209.03003; Liu et al. 2023, arXiv:2309.06380; Lee et al. 2024, arXiv:2405.20320",
@@ -65,53 +59,23 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(TrajectoryOptions, ImageDistance, student_lr=1e-4, distance="l2"):
+class Config(StagedOptions, student_lr=1e-4, distance="l2", distill_steps=0):
     """The options of reflow; the distance is that of images, in the second stage and beside the velocities."""
 
     time_exponent: float = option(0.0, "a of the U-shaped times, as e^(a t) and its mirror; 0: uniform", at_least=0)
     velocity_loss: Literal["l2", "huber"] = option("l2", "l2: mean square; huber: rf++'s weighted pseudo-Huber")
     image_weight: float = option(0.0, "weight of the distance of the image that the velocity leads to", at_least=0)
     image_over_time: bool = option(False, "divide that distance by t")
-    reflow_steps: int = option(50000, "training steps after which the second stage begins, if there is one", at_least=1)
-    distill_steps: int = option(0, "training steps of the second stage, which leaves one step; 0: none", at_least=0)
     ode_steps: int = option(25, "Euler steps of the reflowed student that make the second stage's images", at_least=1)
 
 
-class Reflow(StraighteningMethod):
-    """The second stage holds the student of the first."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.PAIRS})  # type: ignore[misc]
-
-    def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        super().__init__(teacher, config, student)
-        self.stage = Stage(frozen(copy.deepcopy(self.student)) if config.distill_steps else None)
-        self.state = {"stage": self.stage}
-        if config.distill_steps:
-            self.whole = config.reflow_steps + config.distill_steps
-        else:
-            self.trained_steps = range(1, 1001)
-
-    def turns(self, step: int) -> Sequence[Turn]:
-        first = self.config.reflow_steps
-        if not self.config.distill_steps or step < first:
-            return super().turns(step)
-        return [Turn("student", self.distill_turn, restart=step == first)]
-
-    def after_step(self, step: int) -> None:
-        self.stage.done.fill_(step + 1)
-        if self.stage.previous is not None and step + 1 == self.config.reflow_steps:
-            self.stage.previous.load_state_dict(self.student.state_dict())
-
-    def sampler(self) -> Sampler:
-        """`student_steps` of Euler's; one, after the second stage and before training, if there is one."""
-        distilled = self.config.distill_steps and not 0 < int(self.stage.done) <= self.config.reflow_steps
-        return Sampler(self.student, self.levels_in(self.sampling_steps or (1 if distilled else None)), DDIM())
+class Reflow(StagedMethod):
+    """The second stage follows the ODE of the student of the first."""
 
     def line(self, step: int, batch: Batch) -> Line:
-        assert batch.pair is not None, "the method says that it needs pairs"
-        a = self.config.time_exponent
+        a, pair = self.config.time_exponent, batch.paired
         t = batch.draw("student/t", lambda n, draw: u_shaped(self.schedule, n, draw, a))
-        return Line(batch.pair.x0, batch.pair.z, t, batch.pair.cond)
+        return Line(pair.x0, pair.z, t, pair.cond)
 
     def error(self, prediction: Prediction, line: Line) -> Tensor:
         own, other = self.velocities(prediction, line)
@@ -130,14 +94,12 @@ class Reflow(StraighteningMethod):
     @torch.no_grad()
     def ends(self, z: Tensor, batch: Batch) -> Tensor:
         """(B, ...) what the reflowed student's ODE makes of noise z (B, ...)."""
-        assert self.stage.previous is not None
-        return sample_ode(ddim_step, self.stage.previous, self.schedule, z, self.config.ode_steps, batch.cond)
+        return sample_ode(ddim_step, self.reflowed, self.schedule, z, self.config.ode_steps, batch.cond)
 
     def distill_turn(self, batch: Batch) -> Outcome:
         """The distance of one step from the end of the reflowed student's trajectory."""
         z = batch.randn("student/z")
-        one = Sampler(self.student, self.levels_in(1), DDIM())
-        loss = self.image_distance(one.one_step(z, batch.cond), self.ends(z, batch)).mean()
+        loss = self.image_distance(self.one_step(z, batch.cond), self.ends(z, batch)).mean()
         return Outcome(loss, {"straightness": loss})
 
 

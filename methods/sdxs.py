@@ -97,8 +97,7 @@ class SDXS(MatchingMethod):
         )
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Outcome]:
-        pair, alpha = batch.pair, self.alpha(batch.key[1])
-        assert pair is not None
+        pair, alpha = batch.paired, self.alpha(batch.key[1])
         x, x_ref = self.beside(batch, pair)
         matched = self.matching(x, self.times("student", batch), batch.randn("student/eps"), batch.cond)
         unlike = self.unlike(x_ref, pair.x0, batch.randn("features/eps"), pair.cond).mean()

@@ -102,10 +102,9 @@ class SIMS(Method):
 
     def noised(self, batch: Batch, player: str) -> tuple[Pair, Tensor, Tensor, Tensor]:
         """The pairs, their images noised x_t (B, ...) to the angles t (B,), and the noise (B, ...)."""
-        assert batch.pair is not None
         t = batch.draw(f"{player}/t", lambda n, draw: native_uniform(self.schedule, n, draw))
         eps = batch.randn(f"{player}/eps")
-        return batch.pair, diffuse(batch.pair.x0, t, eps), t, eps
+        return batch.paired, diffuse(batch.paired.x0, t, eps), t, eps
 
 
 METHOD = SIMS

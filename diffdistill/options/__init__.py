@@ -42,6 +42,7 @@ from diffdistill.options.trajectories import (
     ImitationOptions,
     OnePassSampling,
     SegmentOptions,
+    StagedOptions,
     TangentNorm,
     TangentTarget,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "Sides",
     "SimulationOptions",
     "Size",
+    "StagedOptions",
     "StudentLevel",
     "StudentLevels",
     "StudentOptions",

@@ -11,12 +11,14 @@ from typing import Any, Literal
 from diffdistill.errors import UserError
 from diffdistill.options.groups import (
     HeadOptions,
+    ImageDistance,
     LatentAdversarialOptions,
     Options,
     StudentLevel,
     StudentLevels,
     StudentOptions,
     TeacherGuidance,
+    TrajectoryOptions,
 )
 from diffdistill.options.values import option
 
@@ -72,6 +74,14 @@ class ElementDistance(Options):
 
     distance: Literal["huber", "l2"] = option("huber", "elementwise; huber: sqrt(d^2 + c^2) - c; l2: d^2")
     huber_c: float = option(0.001, "c of the elementwise Huber distance", above=0)
+
+
+@dataclass(frozen=True)
+class StagedOptions(TrajectoryOptions, ImageDistance):
+    """A student that learns straight lines, and one step of them after that; the distance is that of images."""
+
+    reflow_steps: int = option(50000, "training steps after which the second stage begins, if there is one", at_least=1)
+    distill_steps: int = option(50000, "training steps of the second stage, which leaves one step; 0: none", at_least=0)
 
 
 @dataclass(frozen=True)

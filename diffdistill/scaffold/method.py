@@ -71,6 +71,12 @@ class Batch:
         return self.losers
 
     @property
+    def paired(self) -> Pair:
+        """The noise-image pairs, for a method that needs them."""
+        assert self.pair is not None, "the method does not say that it needs pairs"
+        return self.pair
+
+    @property
     def first(self) -> int:
         """The index of the first of these samples among those of the step."""
         return self.key[2]

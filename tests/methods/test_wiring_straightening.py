@@ -50,7 +50,7 @@ class Straight:
         self.method: Any = module.METHOD(replace(plain.teacher(dropout=0.3), lora={}), self.c)
         scatter(self.method.student, 20)
         self.teacher, self.student = nets(self.method.teacher, self.method.student)
-        self.batch = batch_of(self.key, images=name == "perflow", pairs=name == "reflow")
+        self.batch = batch_of(self.key, images=name == "perflow", pairs=name != "perflow")
         self.labels = self.batch.cond["class_labels"]
 
     def said(self, net: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +105,41 @@ class Straight:
         loss = self.far(self.said(self.student, one, t)[0], x.detach()).mean()
         return {"loss": loss, "straightness": loss}
 
+    # -- slim_flow ---------------------------------------------------------------------------------------------------
+
+    def _slim_flow(self) -> Values:
+        c, std, pair = self.c, self.plain.std, self.batch.pair
+        assert pair is not None
+        self.labels = pair.cond["class_labels"]
+        beta = max(0.0, 1 - self.step / c.anneal_steps) if c.anneal_steps else 0.0
+        z = (1 - beta**2) ** 0.5 * pair.z + beta * normal("student/fresh", self.key)
+        t = self.plain.at(uniform("student/t", self.key))
+        x0, eps = self.said(self.student, noised(pair.x0, t, z), t)
+        loss = (eps - std * x0 - (z - std * pair.x0)).square().mean()
+        return {"loss": loss, "straightness": loss}
+
+    def jumped(self, z: Tensor) -> Tensor:
+        """The image of the student's one step from noise."""
+        one, t = self.plain.start(self.plain.levels(1)[0], z)
+        return self.said(self.student, one, t)[0]
+
+    def slim_distilled(self) -> Values:
+        """The second stage."""
+        c, std, pair, of_batch = self.c, self.plain.std, self.batch.pair, self.labels
+        assert pair is not None
+        self.labels = pair.cond["class_labels"]
+        paired = self.far(self.jumped(pair.z), pair.x0).mean()
+        if not c.guide_weight:
+            return {"loss": paired, "straightness": paired}
+        self.labels, z = of_batch, normal("student/z", self.key)
+        x = self.jumped(z)
+        s = 0.2 + 0.6 * uniform("student/middle", self.key)
+        t = torch.arctan(s / ((1 - s) * std))
+        with torch.no_grad():
+            end = self.said(self.method.stage.previous.network, noised(x, t, z), t)[0]
+        guided = self.far(x, end).mean()
+        return {"loss": paired + c.guide_weight * guided, "straightness": paired, "guided": guided}
+
     # -- perflow -----------------------------------------------------------------------------------------------------
 
     def _perflow(self) -> Values:
@@ -151,6 +186,9 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("reflow", {}, VP),
     ("reflow", {"time_exponent": 4.0, "velocity_loss": "huber"}, FLOW),
     ("reflow", {"image_weight": 0.7, "image_over_time": True, "time_exponent": 2.0}, EDM_),
+    ("slim_flow", {"anneal_steps": 4}, VP),
+    ("slim_flow", {"anneal_steps": 2}, EDM_),
+    ("slim_flow", {"anneal_steps": 0}, FLOW),
     ("perflow", {"windows": 2, "student_steps": 2, "solver_steps": 3, "guidance_scale": 2.5, "at_start": 0.0}, VP),
     ("perflow", {"windows": 3, "student_steps": 3, "solver_steps": 2, "loss": "velocity", "label_dropout": 0.5}, FLOW),
     ("perflow", {"windows": 2, "student_steps": 4, "solver_steps": 2, "loss": "epsilon", "at_start": 0.4}, TRIG),
@@ -180,6 +218,16 @@ def test_the_second_stage_is_its_straight_line_and_holds_the_first() -> None:
     method.after_step(1)
     assert all(torch.equal(p, q) for p, q in zip(copies(method.student), copies(method.stage.previous), strict=True))
     assert not any(p.requires_grad for p in method.stage.previous.parameters())
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+@pytest.mark.parametrize("plain", [TRIG, VP, EDM_, FLOW])
+def test_slim_flows_second_stage_is_its_straight_line(plain: Plain, weight: float) -> None:
+    options = {"reflow_steps": 2, "distill_steps": 4, "student_steps": 3, "guide_weight": weight}
+    straight = Straight("slim_flow", options, plain, 3)
+    scatter(straight.method.stage.previous, 21)
+    (turn,) = straight.method.turns(3)
+    agree(straight.method, turn, straight.batch, straight.slim_distilled)
 
 
 @pytest.mark.parametrize("plain", [VP, EDM_, FLOW])

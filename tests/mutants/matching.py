@@ -61,7 +61,7 @@ MUTANTS = {
             "self.student.eval()(x_t, t, batch.cond)",
         ),
         ("one stream of times", 'f"{player}/t"', '"student/t"'),
-        ("noise is the sample", "diffuse(batch.pair.x0, t, eps)", "diffuse(batch.pair.z, t, eps)"),
+        ("noise is the sample", "diffuse(batch.paired.x0, t, eps)", "diffuse(batch.paired.z, t, eps)"),
         ("too few steps are taken", "self.shortest = config.auxiliary_steps + 1", "self.shortest = None"),
         ("steps are noisy", ".tolist(), DDIM())", ".tolist())"),
     ],

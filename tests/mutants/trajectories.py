@@ -3,6 +3,7 @@
 _W = "tests/methods/test_wiring_twin_flow.py"
 _P = "tests/methods/test_wiring_pi_flow.py"
 _D = "tests/methods/test_wiring_pdd.py"
+_ST = "tests/methods/test_wiring_straightening.py"
 _S, _F = "tests/methods/test_wiring_segments.py", "tests/methods/test_wiring_following.py"
 
 MUTANTS = {
@@ -275,12 +276,16 @@ MUTANTS = {
     ],
     "methods/reflow.py | tests/methods/test_wiring_straightening.py": [
         ("uniform times", "self.schedule, n, draw, a)", "self.schedule, n, draw, 0.0)"),
-        ("the conditions of the batch", "t, batch.pair.cond)", "t, batch.cond)"),
-        ("the noise is the batch's", "batch.pair.z, t,", 'batch.randn("z"), t,'),
+        ("the conditions of the batch", "t, pair.cond)", "t, batch.cond)"),
+        ("the noise is the batch's", "pair.z, t,", 'batch.randn("z"), t,'),
         ("no weight in time", "(1 - sigma) * pseudo_huber", "pseudo_huber"),
         ("c is another", "0.00054 * size", "0.001 * size"),
         ("the image's weight is ignored", "loss + self.config.image_weight * (", "loss + 1.0 * ("),
         ("the image is not over t", "image / sigma if", "image if"),
+        ("one step of the ODE", "z, self.config.ode_steps, batch.cond)", "z, 1, batch.cond)"),
+        ("another stream of noise", 'batch.randn("student/z")', 'batch.randn("z")'),
+    ],
+    f"diffdistill/scaffold/straightening.py | {_ST}": [
         ("no new optimizer", "restart=step == first", "restart=False"),
         ("the second stage begins late", "or step < first:", "or step <= first:"),
         (
@@ -288,8 +293,46 @@ MUTANTS = {
             "step + 1 == self.config.reflow_steps",
             "step == self.config.reflow_steps",
         ),
-        ("one step of the ODE", "z, self.config.ode_steps, batch.cond)", "z, 1, batch.cond)"),
+        ("another stream of uniform times", '"student/t"', '"t"'),
+        ("the student guides itself", "        return self.stage.previous\n", "        return self.student\n"),
+    ],
+    f"methods/slim_flow.py | {_ST}": [
+        ("beta rises", "return 1 - min(1.0,", "return min(1.0,"),
+        ("no annealing", "if self.config.anneal_steps else 0.0", "if False else 0.0"),
+        ("a mean of both noises", "math.sqrt(1 - beta**2) * z", "(1 - beta) * z"),
+        ("another stream of fresh noise", '"student/fresh"', '"student/z"'),
+        (
+            "the conditions of the batch",
+            "self.uniform_times(batch), pair.cond)",
+            "self.uniform_times(batch), batch.cond)",
+        ),
+        ("the line's image is the batch's", "Line(pair.x0,", "Line(batch.images,"),
+        ("all of the line", "s = low + (high - low) *", "s = 0 + 1 *"),
+        ("another stream of middles", '"student/middle"', '"student/t"'),
+        ("the middle is an angle", "torch.atan2(s, (1 - s) * self.schedule.data_std)", "math.pi / 2 * s"),
+        ("data of variance 1", "(1 - s) * self.schedule.data_std)", "(1 - s))"),
+        ("the teacher guides", "self.reflowed(diffuse", "self.teacher(diffuse"),
+        ("the guide is asked for pairs", "t, batch.cond).x0", "t, batch.pair.cond).x0"),
+        ("noise of the pairs", 'z = batch.randn("student/z")', "z = batch.pair.z"),
         ("another stream of noise", 'batch.randn("student/z")', 'batch.randn("z")'),
+        (
+            "the pairs' step has other conditions",
+            "one_step(pair.z, pair.cond)",
+            "one_step(pair.z, batch.cond)",
+        ),
+        (
+            "the fresh step has the pairs' conditions",
+            "self.one_step(z, batch.cond)",
+            "self.one_step(z, batch.pair.cond)",
+        ),
+        ("the guide's weight is ignored", "paired + self.config.guide_weight * guided", "paired + guided"),
+        (
+            "the guide's weight is that of both",
+            "paired + self.config.guide_weight * guided",
+            "self.config.guide_weight * (paired + guided)",
+        ),
+        ("the pairs are always alone", "if not self.config.guide_weight:", "if True:"),
+        ("pairs are never alone", "if not self.config.guide_weight:", "if False:"),
     ],
     "methods/perflow.py | tests/methods/test_wiring_straightening.py": [
         ("the teacher is not guided", "guided(self.teacher, config.guidance_scale)", "self.teacher"),

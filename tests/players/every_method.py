@@ -59,6 +59,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sid": {},
     "sim": {},
     "sims": {"auxiliary_steps": 1, "sampling_steps": 2},
+    "slim_flow": {"reflow_steps": 1, "distill_steps": 1, "anneal_steps": 2},
     "snap_fusion": {"start_steps": 4, "final_steps": 2, "stage_steps": 1},
     "swiftbrush": {"guidance_scale": 2.0},
     "tbcm": {"tangent_warmup": 1, "states": 3},

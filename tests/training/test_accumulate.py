@@ -48,6 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "score_forgetting": {"forget": (1,)},
     "sdxs": {"boundary_steps": 0},
     "sid": {"fake_score_guidance": 2.0, "fake_score_training_guidance": 1.5},
+    "slim_flow": {"anneal_steps": 2, "reflow_steps": 2, "distill_steps": 2},
     "snap_fusion": {"start_steps": 4, "final_steps": 1, "stage_steps": 2},
     "tdd": {"solver_steps": 8, "steps_min": 2, "steps_max": 4, "gan_weight": 0.1, "guidance_scale": 2.0},
     "tscd": {"solver_steps": 4, "stages": [2, 1], "stage_steps": 2, "gan_weight": 0.1},

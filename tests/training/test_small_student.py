@@ -12,6 +12,7 @@ from diffdistill import UserError, distill, load_teacher
 from diffdistill.commands.teacher import new_teacher
 from diffdistill.config import TeacherConfig
 from diffdistill.data.images import open_data
+from diffdistill.data.pairs import make_pairs
 from diffdistill.families import TeacherRecord
 from diffdistill.pipelines.export import save_pipeline
 from diffdistill.pipelines.schedulers import teacher_scheduler
@@ -64,6 +65,24 @@ def test_the_student_alone_is_small_and_is_saved_so(
     assert any(not torch.equal(before[name], value) for name, value in network.state_dict().items())
     images = DiffusionPipeline.from_pretrained(run.student)(batch_size=2, class_labels=[1, 2], output_type="np").images
     assert images.shape == (2, 8, 8, 1)
+
+
+def test_slim_flow_makes_one_step_of_a_small_student(
+    tiny_teacher: Teachers, small: Callable[..., str], tmp_path: Path
+) -> None:
+    """In both stages, the second of which is guided by a network of the student's size."""
+    teacher, made, student = str(tiny_teacher("vp")), str(tmp_path / "pairs"), small()
+    make_pairs(teacher=teacher, count=8, sampling_steps=2, device="cpu", out=made)
+    stages = {"anneal_steps": 2, "reflow_steps": 2, "distill_steps": 1}
+    given = {k: v for k, v in RUN.items() if k != "data"} | {"teacher": teacher, "student": student, "pairs": made}
+    game = make_game({**given, "method": "slim_flow", **stages, "out": ""})
+    begun = load_teacher(student).denoiser.network
+    assert size(game.method.state["stage"].previous) == size(begun)  # type: ignore[arg-type, union-attr]
+    run = distill(**given, method="slim_flow", **stages, out=str(tmp_path / "run"))
+    network = DiffusionPipeline.from_pretrained(run.student).unet
+    assert size(network) == size(begun)
+    moved = network.state_dict()
+    assert any(not torch.equal(moved[name], value) for name, value in begun.state_dict().items())
 
 
 def test_it_begins_as_it_was_and_the_others_as_the_teacher(tiny_teacher: Teachers, small: Callable[..., str]) -> None:
