@@ -23,8 +23,8 @@ Deviations:
 - Lines are cos(t) x + sin(t) z in the normal form, as in `reflow`; a teacher of another schedule keeps its times.
 - The authors mirror half of their batches of pairs, noise and image alike. Here pairs are taken as they were made.
 - The frozen student is theirs averaged (EMA), and the trained one is not; here both begin as the trained weights.
-- The paper's guide has its first half-step from the frozen student. The authors' latest code, like this, has it from
-  the trained one, which asks the guide where the student is.
+- An older function of the authors' code makes y by the frozen student; the one that they call, and this, by the trained
+  one, which asks the guide where the student is.
 """
 
 from __future__ import annotations

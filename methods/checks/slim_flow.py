@@ -59,7 +59,7 @@ class Lines(nn.Module):
         return covariance, cos**2 * STD**2 + 2 * cos * sin * shared + sin**2
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """(B, 2) v, of which the velocity is z' - x: x_t = c x + s z' and u give (c - s)... by one solve."""
+        """(B, 2) v of the x and z' = x + u that x_t = cos(t) x + sin(t) z' and the best velocity u say."""
         cos, sin = torch.cos(t)[:, None], torch.sin(t)[:, None]
         covariance, variance = self.both(t)
         u = -MEAN + self.shift + (covariance / variance + self.slope) * (x_t - cos * MEAN)
@@ -168,8 +168,7 @@ def _reflow() -> Iterator[Check]:
     step = ANNEAL
     for label, network in (("a straight flow", Straight(MEAN + 0.1, STD)), ("another", Lines(0.4))):
         own = _method(network)
-        other = Reflow(own_teacher := gaussian_teacher(MEAN.tolist(), STD), ReflowConfig(), student=own.student)
-        assert own_teacher.shape == (2,)
+        other = Reflow(gaussian_teacher(MEAN.tolist(), STD), ReflowConfig(), student=own.student)
         parameters = list(own.student.parameters())
         mine, theirs = _loss(own, step), _loss(other, step)
         yield equal(f"reflow's loss, bit by bit, {label}", theirs, mine, 0.0)

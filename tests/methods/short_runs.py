@@ -5,13 +5,19 @@ from typing import Any
 
 import torch
 
-from diffdistill import distill, load_student
+from diffdistill import distill, load_student, make_pairs
 
 
 def trains(folder: Path, **options: Any) -> None:
     """Two steps leave a student in the layout of diffusers."""
     student = distill(**{"steps": 2, "out": str(folder / "run"), **options}).student
     assert (student / "model_index.json").is_file()
+
+
+def with_pairs(folder: Path, teacher: Path) -> dict[str, str]:
+    """Eight pairs of a teacher, and the options that name both."""
+    made = make_pairs(teacher=str(teacher), count=8, sampling_steps=2, device="cpu", out=str(folder / "pairs"))
+    return {"teacher": str(teacher), "pairs": str(made)}
 
 
 def same_when_resumed(folder: Path, stop: int = 2, end: int = 4, **options: Any) -> None:

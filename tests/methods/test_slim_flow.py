@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from diffdistill import UserError, load_teacher
-from diffdistill.data.pairs import make_pairs
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import slim_flow
 from diffdistill.methods.checks.slim_flow import verify
 from diffdistill.methods.slim_flow import Config, SlimFlow
-from tests.methods.short_runs import same_when_resumed, trains
+from tests.methods.short_runs import same_when_resumed, trains, with_pairs
 
 Teachers = Callable[[str], Path]
 
@@ -72,12 +71,7 @@ STAGES = {"anneal_steps": 2, "reflow_steps": 1, "distill_steps": 1}
 
 @pytest.fixture
 def pairs(tiny_teacher: Teachers, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
-    def made(kind: str) -> dict[str, Any]:
-        teacher, out = str(tiny_teacher(kind)), tmp_path / "pairs"
-        make_pairs(teacher=teacher, count=8, sampling_steps=2, device="cpu", out=str(out))
-        return {"teacher": teacher, "pairs": str(out)}
-
-    return made
+    return lambda kind: with_pairs(tmp_path, tiny_teacher(kind))
 
 
 @pytest.mark.parametrize("parameterization", ["vp", "edm", "flow"])
