@@ -81,9 +81,9 @@ def load_teacher(
     size = coerce("resolution", resolution, Size | None, {"at_least": 1})
     pixels = None if size is None else height_width(size)
     source = Source(folder, index, scheduler, null_class, scale, pixels, frames)
-    several = list(network.networks) if isinstance(network, ByClass) else [network]
+    one = network.networks[0] if isinstance(network, ByClass) else network  # all have one config
     with nullcontext() if said is None else seen_plain(network, said):
-        made_of, *_ = [_checked(family, part, source) for part in several]
+        made_of = _checked(family, one, source)
     if isinstance(network, ByClass):
         made_of = replace(made_of, denoiser=_by_its_parts(made_of, network, folder))
     latent = family.autoencoder is not None

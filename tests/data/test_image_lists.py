@@ -100,7 +100,8 @@ def test_the_student_is_drawn_from_lists_by_the_stock_pipeline_by_sample_and_by_
     names = [str(file) for file in files]
     both = sample(run, prompt=TEXTS[1], image=[*names, *names[::-1]], images_per_prompt=2, count=2).images
     first = sample(run, prompt=TEXTS[1], image=names, images_per_prompt=2, count=2).images
-    assert torch.equal(both[:1], first[:1]) and not torch.equal(both[1:], first[1:])
+    turned = sample(run, prompt=TEXTS[1], image=names[::-1], images_per_prompt=2, count=2).images
+    assert torch.equal(both, torch.cat([first[:1], turned[1:]])) and not torch.equal(first[1:], turned[1:])
     choice = choose(facts_of(run), Wishes(count=3))
     assert choice.conditions is not None and choice.protocol.count == 3
     _, captions, pictures = Judge(choice.options()).conditions(None, [0, 1])

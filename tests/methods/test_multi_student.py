@@ -199,7 +199,11 @@ def test_small_students_learn_the_teachers_output_first(tiny_teacher: Teachers, 
     gap = (student.eval()(x_t, t, cond).x0 - teacher(x_t, t, cond).x0).square().flatten(1).mean(1)
     loss = (gap * (1 / torch.tan(t) ** 2).clamp(min=1)).mean()
     assert torch.allclose(method.one_pass(x_t, t, cond, torch.ones(4)).loss, loss.float(), rtol=1e-4)
-    begun: Any = make_game({**RUN, **shared, "students": 2}).method.players["student"]
+    players: Any = make_game({**RUN, **shared, "students": 2}).method.players
+    begun, scores_of = players["student"], players["fake_score"]
+    own: Any = load_teacher(shared["teacher"]).denoiser.network
+    for part in scores_of.network.children():
+        assert [p.shape for p in part.parameters()] == [p.shape for p in own.parameters()], "as large as the teacher"
     ours = torch.cat([p.flatten() for p in network.parameters()])
     for part in begun.network.children():
         assert torch.equal(torch.cat([p.flatten() for p in part.parameters()]), ours)

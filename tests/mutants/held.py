@@ -98,8 +98,8 @@ MUTANTS = {
     f"diffdistill/families/_loading.py | {_MS}": [
         (
             "by class: they are loaded as one",
-            "several = list(network.networks) if",
-            "several = [network.networks[0]] * len(network.networks) if",
+            "of_classes(one.denoiser, list(network.networks), parts)",
+            "of_classes(one.denoiser, [network.networks[0]] * len(network.networks), parts)",
         ),
     ],
     f"methods/multi_student.py | {_MS}": [
