@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock_of_plus
 
 from diffdistill.errors import UserError
 from diffdistill.exact.stock import Case, gap, middle, ours, stock
-from diffdistill.families import FAMILIES, Prompt
+from diffdistill.families import FAMILIES, Prompt, qwen_image_edit
 from diffdistill.families._family import example_images
 from tests.families import test_families
 from tests.families.test_families import GUIDED, PROMPT, SIZES
@@ -56,6 +57,19 @@ def test_same_samples_with_a_list_of_images(made: Callable[..., Case], name: str
     both = denoiser(x, t, cond).x0
     assert gap(denoiser(x[1:], t[1:], rows[1]).x0, both[1:]) < 1e-4
     assert gap(denoiser.features(x[1:], t[1:], rows[1]), denoiser.features(x, t, cond)[1:]) < 1e-4
+
+
+@torch.no_grad()
+def test_the_text_encoder_is_shown_pictures_of_the_samples_shape(
+    made: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, seen = made("qwen_image_edit_plus", (1, 2)), []
+    monkeypatch.setattr(stock_of_plus, "calculate_dimensions", lambda area, ratio: (int(16 * ratio), 16))
+    monkeypatch.setattr(qwen_image_edit, "both_words", lambda pipe, prompts, prompt, shown: seen.extend(shown) or {})
+    size = case.family.pixels(case.folder, case.teacher.shape)
+    assert case.family.text is not None
+    case.family.text.encode(case.pipe, ["a", "b"], Prompt(size, images=spots(4, size).unflatten(0, (2, 2))))
+    assert len(seen) == 2 and all(picture.width == 2 * picture.height for row in seen for picture in row)
 
 
 @torch.no_grad()
