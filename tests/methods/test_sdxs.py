@@ -12,13 +12,12 @@ from torch import Tensor
 
 from diffdistill import UserError, distill
 from diffdistill.core import distances
-from diffdistill.data.pairs import make_pairs
 from diffdistill.exact.analytic import gaussian_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods import sdxs
 from diffdistill.methods.checks.sdxs import verify
 from diffdistill.methods.sdxs import SDXS, Config
-from tests.methods.short_runs import same_when_resumed
+from tests.methods.short_runs import same_when_resumed, with_pairs
 from tests.methods.test_wiring_matching import Straight, Values
 from tests.scaffold.straight import EDM_, FLOW, VP, Plain, agree, fold, in_double, noised, normal, uniform
 
@@ -100,18 +99,11 @@ def test_a_turn_is_its_straight_line(options: dict[str, Any], plain: Plain, step
             agree(straight.method, turn, straight.batch, mine)
 
 
-@pytest.fixture(scope="module")
-def pairs(tiny_teacher: Teachers, tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = tmp_path_factory.mktemp("pairs") / "vp"
-    make_pairs(teacher=str(tiny_teacher("vp")), count=10, sampling_steps=2, device="cpu", out=str(out))
-    return str(out)
-
-
 RUN = {"method": "sdxs", "batch_size": 4, "ema": 0.5, "sample_every": 0, "device": "cpu", "student_lr": 1e-3}
 
 
-def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, pairs: str, tmp_path: Path) -> None:
-    same_when_resumed(tmp_path, teacher=str(tiny_teacher("vp")), pairs=pairs, boundary_steps=4, **RUN)
+def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    same_when_resumed(tmp_path, **with_pairs(tmp_path, tiny_teacher("vp")), boundary_steps=4, **RUN)
 
 
 def test_what_it_cannot_do_is_one_line(tiny_teacher: Teachers, tmp_path: Path) -> None:
