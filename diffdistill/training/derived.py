@@ -32,6 +32,7 @@ from diffdistill.options import (
     LatentAdversarialOptions,
     MatchingOptions,
     PreferenceOptions,
+    StagedOptions,
     TimeRange,
     TrajectoryOptions,
 )
@@ -302,6 +303,36 @@ def _track_every(s: Situation) -> Derived | None:
     )
 
 
+def _part_of_budget(s: Situation, option: str, share: float) -> Derived | None:
+    """So many steps of a short training, where the method's own default is one of the authors' many."""
+    if s.steps >= LONG or not s.given(option):
+        return None
+    return Derived(max(1, int(share * s.steps)), f"{share:.0%} of {s.steps} steps")
+
+
+def _anneal_steps(s: Situation) -> Derived | None:
+    return _part_of_budget(s, "anneal_steps", 0.2 if issubclass(s.options, StagedOptions) else 0.5)
+
+
+def _ramp_steps(s: Situation) -> Derived | None:
+    return _part_of_budget(s, "ramp_steps", 1.0) if s.given("mode") == "training" else None
+
+
+def _stage_steps(s: Situation) -> Derived | None:
+    return _part_of_budget(s, "stage_steps", 1 / 8) if s.given("mode") == "easy" else None
+
+
+def _reflow_steps(s: Situation) -> Derived | None:
+    return None if "distill_steps" in s.values else _part_of_budget(s, "reflow_steps", 0.5)
+
+
+def _distill_steps(s: Situation) -> Derived | None:
+    """What a derived first stage leaves."""
+    if s.steps >= LONG or s.given("reflow_steps") != s.steps // 2:
+        return None
+    return Derived(s.steps - s.steps // 2, "the rest")
+
+
 def _regression_weight(s: Situation) -> Derived | None:
     if s.given("distance") != "l2":
         return None
@@ -362,6 +393,13 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "time_high": _time_high,
     "fake_score_loss": _fake_score_loss,
     "update_ratio": _update_ratio,
+    "tangent_warmup": partial(_part_of_budget, option="tangent_warmup", share=0.2),
+    "boundary_steps": partial(_part_of_budget, option="boundary_steps", share=0.5),
+    "reflow_steps": _reflow_steps,
+    "distill_steps": _distill_steps,
+    "anneal_steps": _anneal_steps,
+    "ramp_steps": _ramp_steps,
+    "stage_steps": _stage_steps,
     "path_length": _path_length,
     "record_every": _record_every,
     "track_every": _track_every,

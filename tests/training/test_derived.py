@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +15,24 @@ from diffdistill.config import DERIVED
 from diffdistill.core.prediction import OUTPUTS, Output
 from diffdistill.core.schedule import EDM, DiscreteVP, LinearFlow, Schedule
 from diffdistill.methods import (
+    boot,
     consistency,
     ctm,
     dmd,
     dmd2,
+    flow_map,
     gdd,
     ladd,
     lcm,
+    multistep_consistency,
     phased_dmd,
     progressive,
     sana_sprint,
     scm,
+    sdxs,
     sid,
     sim,
+    slim_flow,
 )
 from diffdistill.players.lora import LoraSettings
 from diffdistill.players.teacher import Teacher
@@ -148,6 +154,26 @@ def test_a_student_that_follows_its_own_copy_takes_half_the_rate() -> None:
     configs = (consistency.Config, scm.Config)
     copied, tangent = (derived_for(teacher, c, optimizer="adamw")["student_lr"].value for c in configs)
     assert copied == tangent / 2 and 3e-4 <= copied <= 5e-4  # 4e-4 was the best of four at 1.1 million
+
+
+def test_what_lasts_a_part_of_the_authors_training_lasts_a_part_of_a_short_one() -> None:
+    teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"])
+
+    def spans(options: Any, steps: int = 400, **given: Any) -> dict[str, int]:
+        known = ("tangent_warmup", "boundary_steps", "reflow_steps", "distill_steps", "anneal_steps", "ramp_steps",
+                 "stage_steps")  # fmt: skip
+        return {k: v.value for k, v in derived_for(teacher, options, steps=steps, **given).items() if k in known}
+
+    assert spans(scm.Config) == {"tangent_warmup": 80} and spans(sdxs.Config) == {"boundary_steps": 200}
+    assert spans(slim_flow.Config) == {"reflow_steps": 200, "distill_steps": 200, "anneal_steps": 80}
+    assert spans(slim_flow.Config, 401)["distill_steps"] == 201
+    assert spans(slim_flow.Config, reflow_steps=300, anneal_steps=0) == {}
+    assert spans(slim_flow.Config, distill_steps=0) == {"anneal_steps": 80}
+    assert spans(multistep_consistency.Config) == {"anneal_steps": 200}
+    assert spans(consistency.Config) == {} == spans(boot.Config) == spans(flow_map.Config) == spans(progressive.Config)
+    assert spans(consistency.Config, mode="easy") == {"stage_steps": 50}
+    assert spans(consistency.Config, mode="training") == {"ramp_steps": 400}
+    assert spans(scm.Config, 100_000) == {} == spans(slim_flow.Config, 100_000)
 
 
 def test_a_short_training_follows_few_of_heuns_steps_and_else_twenty_of_ddims() -> None:
