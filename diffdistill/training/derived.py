@@ -323,12 +323,13 @@ def _stage_steps(s: Situation) -> Derived | None:
 
 
 def _reflow_steps(s: Situation) -> Derived | None:
-    return None if "distill_steps" in s.values else _part_of_budget(s, "reflow_steps", 0.5)
+    staged = s.given("distill_steps") and "distill_steps" not in s.values  # without a second stage it says nothing
+    return _part_of_budget(s, "reflow_steps", 0.5) if staged else None
 
 
 def _distill_steps(s: Situation) -> Derived | None:
     """What a derived first stage leaves."""
-    if s.steps >= LONG or s.given("reflow_steps") != s.steps // 2:
+    if s.steps >= LONG or not s.given("distill_steps") or s.given("reflow_steps") != s.steps // 2:
         return None
     return Derived(s.steps - s.steps // 2, "the rest")
 

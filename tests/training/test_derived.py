@@ -27,6 +27,7 @@ from diffdistill.methods import (
     multistep_consistency,
     phased_dmd,
     progressive,
+    reflow,
     sana_sprint,
     scm,
     sdxs,
@@ -170,6 +171,7 @@ def test_what_lasts_a_part_of_the_authors_training_lasts_a_part_of_a_short_one()
     assert spans(slim_flow.Config, reflow_steps=300, anneal_steps=0) == {}
     assert spans(slim_flow.Config, distill_steps=0) == {"anneal_steps": 80}
     assert spans(multistep_consistency.Config) == {"anneal_steps": 200}
+    assert spans(reflow.Config) == {} == spans(reflow.Config, reflow_steps=200), "it has no second stage by itself"
     assert spans(consistency.Config) == {} == spans(boot.Config) == spans(flow_map.Config) == spans(progressive.Config)
     assert spans(consistency.Config, mode="easy") == {"stage_steps": 50}
     assert spans(consistency.Config, mode="training") == {"ramp_steps": 400}
