@@ -102,7 +102,7 @@ class SDXS(MatchingMethod):
         matched = self.matching(x, self.times("student", batch), batch.randn("student/eps"), batch.cond)
         unlike = self.unlike(x_ref, pair.x0, batch.randn("features/eps"), pair.cond).mean()
         loss = (1 - alpha) * matched.loss + alpha * self.config.feature_weight * unlike
-        return x, Outcome(loss, {**matched.shown, "features": unlike, "alpha": torch.tensor(alpha)})
+        return x, Outcome(loss, {**matched.shown, "features": unlike, "alpha": unlike.new_tensor(alpha)})
 
     def unlike(self, x: Tensor, y: Tensor, eps: Tensor, cond: Cond) -> Tensor:
         """(B,) 1 - SSIM of the features of x (B, ...) and of the teacher's y (B, ...), noised with eps (B, ...)."""

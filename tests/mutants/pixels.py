@@ -75,6 +75,15 @@ MUTANTS = {
         ),
         ("the vae is trained", "vae.requires_grad_(False).eval()", "vae.eval()"),
     ],
+    "diffdistill/training/derived.py | tests/training/test_derived.py": [
+        ("spans of a long training", "if s.steps >= LONG or not s.given(option):", "if not s.given(option):"),
+        ("spans that the method does not have", "if s.steps >= LONG or not s.given(option):", "if s.steps >= LONG:"),
+        ("a second stage where there is none", 'staged = s.given("distill_steps") and', "staged ="),
+        ("the stages overlap", "Derived(s.steps - s.steps // 2,", "Derived(s.steps // 2,"),
+        ("the rest of a stage that was given", ' or s.given("reflow_steps") != s.steps // 2:', ":"),
+        ("every mode has stages", 'if s.given("mode") == "easy" else None', "if True else None"),
+        ("every mode has a ramp", 'if s.given("mode") == "training" else None', "if True else None"),
+    ],
     f"diffdistill/training/derived.py | {_FL}": [
         (
             "a fake score for each of all levels",
