@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from diffdistill.eval.board import COLUMNS, quality_picture
+from diffdistill.eval.board import COLUMNS, in_order, quality_picture
 from diffdistill.eval.report import markdown_table, write_text
 from diffdistill.eval.suites import published_board
 
@@ -22,30 +22,29 @@ DOCS = Path(__file__).parent
 BEGIN, END = "<!-- written by docs/publish_board.py: begin -->", "<!-- written by docs/publish_board.py: end -->"
 
 
-def publish(folder: Path, *, docs: Path = DOCS) -> dict[str, Any]:
-    """The published board with the rows of the board in `folder`; writes the files in `docs` and eval/suites."""
+def publish(folder: Path, *, docs: Path = DOCS) -> None:
+    """Puts the rows of the board in `folder` among the published ones, in the files of `docs` and eval/suites."""
     other = json.loads((folder / "board.json").read_text(encoding="utf-8"))
     board = published_board(other["suite"])
     new = [row for row in other["rows"] if not row["method"].startswith("teacher")]
     methods = sorted({row["method"] for row in new})
     kept = [row for row in board["rows"] if row["method"] not in methods]
     rows = [*kept, *({key: _rounded(row[key]) for key in COLUMNS if key in row} for row in new)]
-    board["rows"] = sorted(
-        rows, key=lambda r: (not r["method"].startswith("teacher"), r["steps"], r["frechet distance"])
-    )
+    board["rows"] = in_order(rows)
     seeds = sorted({result["seed"] for result in other["results"] if result["seed"] is not None})
     commit = other["environment"]["commit"]
-    before = [part for part in board["newer"] if not set(part["methods"]) <= set(methods)]
-    for part in before:
+    for part in board["newer"]:
         part["methods"] = [name for name in part["methods"] if name not in methods]
-    board["newer"] = [*before, {"seeds": seeds, "commit": commit, "methods": methods}]
+    board["newer"] = [
+        *(part for part in board["newer"] if part["methods"]),
+        {"seeds": seeds, "commit": commit, "methods": methods},
+    ]
     write_text(json.dumps(board, indent=1) + "\n", docs.parent / "eval" / "suites" / f"{other['suite']}.board.json")
     page = docs / "results.md"
     first, rest = page.read_text(encoding="utf-8").split(BEGIN)
     table = markdown_table(board["rows"], COLUMNS)
     write_text(f"{first}{BEGIN}\n{table}\n{_said(board)}\n{END}{rest.split(END)[1]}", page)
     quality_picture(board["rows"], docs / "quality.png")
-    return board
 
 
 def _rounded(value: Any) -> Any:

@@ -47,6 +47,11 @@ def averaged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         distances = [fmean(r["frechet distance"] for r in same if r[by] == kind) for kind in kinds]
         row["+-"] = stdev(distances) if len(distances) > 1 else None
         rows.append(row)
+    return in_order(rows)
+
+
+def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a board: the teachers' first, then by steps, then by distance."""
     return sorted(rows, key=lambda r: (not r["method"].startswith("teacher"), r["steps"], r["frechet distance"]))
 
 

@@ -12,12 +12,11 @@ from diffdistill import UserError, distill, load_teacher
 from diffdistill.commands.teacher import new_teacher
 from diffdistill.config import TeacherConfig
 from diffdistill.data.images import open_data
-from diffdistill.data.pairs import make_pairs
 from diffdistill.families import TeacherRecord
 from diffdistill.pipelines.export import save_pipeline
 from diffdistill.pipelines.schedulers import teacher_scheduler
 from diffdistill.training.assemble import make_game
-from tests.methods.short_runs import same_when_resumed
+from tests.methods.short_runs import same_when_resumed, with_pairs
 
 Teachers = Callable[[str], Path]
 RUN: dict[str, Any] = {"data": "digits", "batch_size": 4, "sample_every": 0, "device": "cpu"}
@@ -71,10 +70,10 @@ def test_slim_flow_makes_one_step_of_a_small_student(
     tiny_teacher: Teachers, small: Callable[..., str], tmp_path: Path
 ) -> None:
     """In both stages, the second of which is guided by a network of the student's size."""
-    teacher, made, student = str(tiny_teacher("vp")), str(tmp_path / "pairs"), small()
-    make_pairs(teacher=teacher, count=8, sampling_steps=2, device="cpu", out=made)
+    student = small()
     stages = {"anneal_steps": 2, "reflow_steps": 2, "distill_steps": 1}
-    given = {k: v for k, v in RUN.items() if k != "data"} | {"teacher": teacher, "student": student, "pairs": made}
+    given = {k: v for k, v in RUN.items() if k != "data"} | {"student": student}
+    given |= with_pairs(tmp_path, tiny_teacher("vp"))
     game = make_game({**given, "method": "slim_flow", **stages, "out": ""})
     begun = load_teacher(student).denoiser.network
     assert size(game.method.state["stage"].previous) == size(begun)  # type: ignore[arg-type, union-attr]
