@@ -302,7 +302,7 @@ def _set_reward(game: Game, reward: str | Reward, draw: Callable[[int], Batch]) 
     """Let the method be told the reward, which is tried first; UserError where it does not give what it should."""
     game.method.reward = judge_of(reward, game.teacher)
     tried = draw(0).parts(game.config.accumulate)[0]
-    game.method.scored(tried.randn("reward"), tried)
+    game.method.scored(tried.randn("reward").requires_grad_(), tried)
 
 
 def _diagnose(game: Game, trainer: Trainer, look: Look, main: bool) -> None:

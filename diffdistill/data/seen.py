@@ -40,15 +40,14 @@ def decoder_of(teacher: Teacher) -> Callable[[Tensor], Tensor]:
 def images_seen(teacher: Teacher) -> Callable[[Tensor], Tensor]:
     """Samples (B, ...) in the teacher's units -> images (B, 3, H, W) or videos (B, 3, F, H, W) in [-1, 1].
 
-    Of a latent teacher as `decoder_of` gives them, without a gradient. Samples of a network of one's own are given as
-    they are.
+    Of a latent teacher as `decoder_of` gives them. Samples of a network of one's own are given as they are.
     """
     family = FAMILIES.get(teacher.family)
     if family is None:
         return lambda samples: samples
     if family.autoencoder is None:
         return lambda images: images.clamp(-1, 1)
-    decode = torch.no_grad()(decoder_of(teacher))
+    decode = decoder_of(teacher)
     return lambda latents: decode(latents).clamp(-1, 1)
 
 

@@ -98,9 +98,11 @@ class Jumps:
         return self.method.jump(self.method.student, x_t, at.t, at.e, self.cond), closed
 
 
-def fixed_point_checks(make: Make, scale: float, label: str, step: int = 0) -> Iterator[Check]:
+def fixed_point_checks(
+    make: Make, scale: float, label: str, step: int = 0, kind: type[Jumps] = Jumps
+) -> Iterator[Check]:
     """At the fixed point the student's jumps are the products of the guided teacher's steps, and the loss is zero."""
-    jumps = Jumps(make, scale)
+    jumps = kind(make, scale)
     jumps.minimise(step)
     n = len(jumps.grid) - 1
     losses = torch.stack([jumps.loss(i, step) for i in range(n)])
@@ -116,9 +118,9 @@ def fixed_point_checks(make: Make, scale: float, label: str, step: int = 0) -> I
         yield differs(f"... and elsewhere if the scale is 1 + a, {label}", closed, jumps.landing(n - 1, step)[0], 1e-2)
 
 
-def loss_checks(make: Make, scale: float, label: str, step: int = 0) -> Iterator[Check]:
+def loss_checks(make: Make, scale: float, label: str, step: int = 0, kind: type[Jumps] = Jumps) -> Iterator[Check]:
     """Value and gradient against their closed forms, at random parameters."""
-    jumps, draw = Jumps(make, scale), torch.Generator().manual_seed(0)
+    jumps, draw = kind(make, scale), torch.Generator().manual_seed(0)
     config, affine = jumps.method.config, jumps.affine
     for p in affine.parameters():
         p.data = torch.randn(p.shape, generator=draw, dtype=torch.float64)
@@ -157,6 +159,36 @@ def loss_checks(make: Make, scale: float, label: str, step: int = 0) -> Iterator
                 continue
             got = gradient(jumps.method.following(*wrong, jumps.cond).loss, affine.slope, affine.offset)
             yield differs(f"{name} is caught, step {i}, {label}", expected, got, 1e-6)
+
+
+def reward_checks(make: Make, scale: float, last: int, kind: type[Jumps] = Jumps) -> Iterator[Check]:
+    """With -|x - a|^2 as the reward of weight w, the squared distance leads to (x + w a)/(1 + w) of the target x.
+
+    `make` gives a method of distance l2 whose last stage has begun at the training step `last`, and not one before.
+    """
+    jumps, a = kind(make, scale), torch.tensor([1.5, -0.3]).double()
+    method, i = jumps.method, len(jumps.grid) - 2
+    method.reward = lambda x, batch, gradient=False: -(x if gradient else x.detach()).sub(a).square().mean(1)
+    w = float(method.config.reward_weight)
+
+    def pull(step: int) -> Tensor:
+        x_t, x_r, at = jumps.at(i, step)
+        followed = method.following(x_t, x_r, at, jumps.cond)
+        batch = Batch(len(x_t), (2,), jumps.cond, None, torch.device("cpu"), (0, step, 0))
+        return gradient(method.whole_loss(followed, batch).loss, jumps.affine.slope, jumps.affine.offset)
+
+    def settle(step: int, share: float) -> None:
+        x_t, x_r, _ = jumps.at(i, step)
+        jumps.affine.fit(i, x_t, (x_r + share * a) / (1 + share))
+
+    settle(last, w)
+    yield equal("a reward's minimum is between the target and its own", 0.0, pull(last), 1e-9, scale=1.0)
+    settle(last, -w)
+    yield differs("... and not on its other side", 0.0, pull(last), 1e-2, scale=1.0)
+    settle(last, 0.0)
+    yield differs("... nor at the target", 0.0, pull(last), 1e-2, scale=1.0)
+    settle(last - 1, 0.0)
+    yield equal("before the last stage it is the target", 0.0, pull(last - 1), 1e-9, scale=1.0)
 
 
 class _KnownHeads(EdgeAdversary):

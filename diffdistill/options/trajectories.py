@@ -118,6 +118,28 @@ class SegmentOptions(StudentOptions, StudentLevel, TeacherGuidance, ElementDista
 
 
 @dataclass(frozen=True)
+class MergingOptions(SegmentOptions, StudentLevels):
+    """Segments that merge stage by stage into one; solver_steps is a multiple of each number of them."""
+
+    student_steps: int = option(1, "sampling steps after the last stage; its training is the same for any", at_least=1)
+    stages: tuple[int, ...] = option((8, 4, 2, 1), "the segments of each stage, ending with 1", at_least=1)
+    stage_steps: int = option(1000, "training steps of each stage", at_least=1)
+    gamma: float = option(1.0, "the share of fresh noise between sampling steps", at_least=0, at_most=1)
+    reward_weight: float = option(
+        0.0, "weight of a reward of the student's clean samples in the last stage; it needs a gradient", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        shown = ",".join(map(str, self.stages))
+        if not self.stages or self.stages[-1] != 1:
+            raise UserError(f"stages: {shown or 'nothing'} do not end with 1 segment; give them as 8,4,2,1")
+        for number in self.stages:
+            if self.solver_steps % number:
+                raise UserError(f"stages: {number} segments do not divide solver_steps ({self.solver_steps})")
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
 class ImitationOptions(StudentOptions, StudentLevels, TeacherGuidance, student_lr=1e-4):
     """A student whose passes say policies, which imitate the teacher where they lead; `student_steps` is to be said."""
 

@@ -70,6 +70,10 @@ class FollowingMethod(Method, Generic[I]):
     def less_noisy(self, x_t: Tensor, x0: Tensor, eps: Tensor, interval: I, cond: Cond) -> Tensor:
         """(B, ...) x_r: by a teacher's step from x_t, or x0 under the same noise eps as x_t. No gradient passes."""
 
+    def noised(self, batch: Batch, interval: I, eps: Tensor) -> Tensor:
+        """(B, ...) x_t: the images under noise eps."""
+        return diffuse(batch.images, interval.t, eps)
+
     @abstractmethod
     def following(self, x_t: Tensor, x_r: Tensor, interval: I, cond: Cond, seed: int = 0) -> Outcome:
         """The loss of the student at x_t (B, ...) against the target at x_r (B, ...)."""
@@ -110,7 +114,7 @@ class FollowingMethod(Method, Generic[I]):
         """From noised images and what lies less noisy on their trajectories to the loss."""
         batch = self.prepared(step, batch)
         interval, eps = self.interval(step, batch), batch.randn("student/eps")
-        x_t = diffuse(batch.images, interval.t, eps)
+        x_t = self.noised(batch, interval, eps)
         with torch.no_grad():
             x_r = self.less_noisy(x_t, batch.images, eps, interval, batch.cond)
         followed = self.following(x_t, x_r, interval, batch.cond, seed_for(*batch.key, "student/dropout"))

@@ -27,6 +27,7 @@ class Need(enum.Enum):
     IMAGES = "real images"
     PAIRS = "noise-image pairs of the teacher"
     REWARD = "a reward"
+    GRADIENT = "the gradient of its reward"
     LOSERS = "the worse of each pair"
     DECODER = "the autoencoder of its latents"
 
@@ -115,6 +116,20 @@ class Batch:
             texts=None if self.texts is None else self.texts[rows],
         )
 
+    def repeated(self, n: int) -> Batch:
+        """Each of the samples n times, one after the other, without its data; draws differ from copy to copy."""
+        return replace(
+            self,
+            size=n * self.size,
+            cond={name: value.repeat_interleave(n, 0) for name, value in self.cond.items()},
+            x0=None,
+            key=(*self.key[:2], n * self.first),
+            pair=None,
+            total=n * self.whole,
+            losers=None,
+            texts=None if self.texts is None else tuple(text for text in self.texts for _ in range(n)),
+        )
+
     def draw(self, purpose: str, of: Callable[[int, torch.Generator], Tensor]) -> Tensor:
         """(B, ...) these samples' rows of `of(n, generator)` (n, ...), which draws for all n samples of the step.
 
@@ -194,15 +209,15 @@ class Method(ABC):
             #: of two samples (B, ...) of unit variance, in the data's units -> (B,)
             self.image_distance = distance(config.distance, teacher.shape, self.schedule.data_std, config.huber_c)
         #: (samples x (B, ...) of unit variance, their batch) -> (B,), where it needs one: what trains it says it
-        self.reward: Callable[[Tensor, Batch], Tensor] | None = None
+        self.reward: Callable[..., Tensor] | None = None
         #: latents (B, ...) in the teacher's units -> images, with a gradient, where it needs them; the same says it
         self.decode: Callable[[Tensor], Tensor] | None = None
 
     @final
     def scored(self, x: Tensor, batch: Batch) -> Tensor:
-        """(B,) the rewards of samples x (B, ...), without a gradient."""
+        """(B,) the rewards of samples x (B, ...), with a gradient if the method needs that, else without."""
         assert self.reward is not None, "the method does not say that it needs a reward"
-        return self.reward(x, batch)
+        return self.reward(x, batch, gradient=True) if Need.GRADIENT in self.needs else self.reward(x, batch)
 
     @final
     def as_images(self, x: Tensor) -> Tensor:

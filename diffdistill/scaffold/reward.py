@@ -1,4 +1,4 @@
-"""Rewards: what a function of the user's thinks of samples, without a gradient."""
+"""Rewards: what a function of the user's thinks of samples."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Judge:
         """`images`: samples (B, ...) in the teacher's units -> what the reward sees. `own`: its errors are raised."""
         self.reward, self.name, self.data_std, self.images, self.own = reward, name, data_std, images, own
 
-    @torch.no_grad()
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+    def __call__(self, x: Tensor, batch: Batch, *, gradient: bool = False) -> Tensor:
         """(B,) float32 rewards of samples x (B, ...) of unit variance under the batch's conditions.
 
-        Raises UserError where the reward gives anything else than a finite number for each.
+        Raises UserError where the reward gives anything else than a finite number for each, or no `gradient` to x.
         """
         try:
-            with torch.autocast(x.device.type, enabled=False):  # a reward is no network of the training
-                images = self.images(x.detach() * self.data_std).float()
+            # A reward is no network of the training.
+            with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(gradient):
+                images = self.images((x if gradient else x.detach()) * self.data_std).float()
                 given = self.reward(images, conditions_of(batch))
             scores = torch.as_tensor(given, dtype=torch.float32, device=x.device)
         except UserError:
@@ -52,9 +52,14 @@ class Judge:
             raise UserError(
                 f"reward: {shown(self.name)} gives {tuple(scores.shape)} for {len(x)} images; give one number for each"
             )
+        if gradient and not scores.requires_grad:
+            raise UserError(
+                f"reward: {shown(self.name)} gives numbers without a gradient, which reward_weight needs; give a "
+                "function of torch, or tune the student by pso, which needs none"
+            )
         if not bool(scores.isfinite().all()):
             raise UserError(
-                f"reward: {shown(self.name)} gives {float(scores[~scores.isfinite()][0])}; give finite numbers"
+                f"reward: {shown(self.name)} gives {float(scores.detach()[~scores.isfinite()][0])}; give finite numbers"
             )
         return scores
 

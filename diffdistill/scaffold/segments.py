@@ -13,12 +13,14 @@ from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.distances import elementwise
 from diffdistill.core.prediction import expand
 from diffdistill.core.schedule import student_levels
-from diffdistill.options import SegmentOptions
+from diffdistill.options import MergingOptions, SegmentOptions
+from diffdistill.players.sampler import DDIM, Sampler, gamma_step
 from diffdistill.players.scale_input import DrawnGuidance
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.adversary import EdgeAdversary
 from diffdistill.scaffold.following import FollowingMethod
-from diffdistill.scaffold.method import Batch, Outcome, Turn
+from diffdistill.scaffold.halving import Stage
+from diffdistill.scaffold.method import Batch, Need, Outcome, Turn
 
 
 class Jump(NamedTuple):
@@ -62,6 +64,18 @@ class SegmentMethod(FollowingMethod[Jump]):
         """Those of the distance and of the GAN in the student's loss."""
         return 1.0, self.config.gan_weight
 
+    def next(self, step: int, i: Tensor) -> Tensor:
+        """(B,) where in the grid the target lies of what takes the teacher's i-th step (B,)."""
+        return i + 1
+
+    def trained(self, batch: Batch) -> Batch:
+        """The samples that the student's turn makes of a batch, and the discriminator's turn takes."""
+        return batch
+
+    def reward_weight(self, step: int) -> float:
+        """That of the reward of the student's ends, which are clean then."""
+        return 0.0
+
     # -- the game --------------------------------------------------------------------------------------------
 
     @final
@@ -69,7 +83,7 @@ class SegmentMethod(FollowingMethod[Jump]):
         """One of the teacher's steps for each sample."""
         i, grid = batch.integers(self.config.solver_steps, "student/step"), self.grid.to(batch.device)
         scale = self.config.drawn(batch.uniform("student/scale"))
-        return Jump(grid[i], grid[i + 1], *self.ends(step, i, batch), scale)
+        return Jump(grid[i], grid[self.next(step, i)], *self.ends(step, i, batch), scale)
 
     def less_noisy(self, x_t: Tensor, x0: Tensor, eps: Tensor, interval: Jump, cond: Cond) -> Tensor:
         """One DDIM step of the guided teacher; x0 and eps are guided alike."""
@@ -106,13 +120,64 @@ class SegmentMethod(FollowingMethod[Jump]):
         distance, gan = self.weights(batch.key[1])
         assert self.reached is not None, "`following` calls `jumped`"
         (f, target, at), self.reached = self.reached, None
-        loss = distance * followed.loss
-        if not gan:
-            return Outcome(loss, followed.shown)
-        judged = self.adversary.student_loss(f, target, at.e, at.top, batch)
-        return Outcome(loss + gan * judged, {**followed.shown, "gan": judged})
+        loss, terms = distance * followed.loss, dict(followed.shown)
+        if gan:
+            terms["gan"] = self.adversary.student_loss(f, target, at.e, at.top, batch)
+            loss = loss + gan * terms["gan"]
+        if weight := self.reward_weight(batch.key[1]):
+            terms["reward"] = self.scored(f, batch).mean()
+            loss = loss - weight * terms["reward"]
+        return Outcome(loss, terms)
 
     @final
     def more_turns(self, step: int) -> Sequence[Turn]:
         """The discriminator's, on the ends of the student's turn."""
-        return [Turn("discriminator", self.adversary.turn)] if self.weights(step)[1] else []
+        turn = Turn("discriminator", lambda batch: self.adversary.turn(self.trained(batch)))
+        return [turn] if self.weights(step)[1] else []
+
+
+class MergingMethod(SegmentMethod):
+    """Segments that merge stage by stage, into one at last, in which the student jumps to clean data from anywhere.
+
+    It is then sampled in any number of steps. In a stage before, a grid of samples takes a deterministic step for each
+    segment. A reward counts in the last stage.
+    """
+
+    trained_steps = range(1, 1001)
+
+    def __init__(self, teacher: Teacher, config: MergingOptions, *, student: Denoiser | None = None):
+        super().__init__(teacher, config, student)
+        self.state = {"stage": Stage(None)}
+        self.whole = len(config.stages) * config.stage_steps
+        if config.reward_weight:
+            self.needs = self.needs | {Need.REWARD, Need.GRADIENT}  # type: ignore[misc]
+
+    def stage(self, step: int) -> int:
+        """That of a training step; the last one goes on."""
+        return min(step // self.config.stage_steps, len(self.config.stages) - 1)
+
+    def stepped(self, step: int) -> None:
+        """The sampler is that of the step's stage."""
+        self.state["stage"].done.fill_(step + 1)  # type: ignore[operator]
+
+    def segments(self, step: int) -> int:
+        """How many there are at a training step."""
+        return int(self.config.stages[self.stage(step)])
+
+    def sampler(self) -> Sampler:
+        """Before training that of the last stage, at whose end it is exported."""
+        done = int(self.state["stage"].done)  # type: ignore[arg-type]
+        number = self.segments(done - 1) if done else 1
+        if number == 1:
+            return Sampler(self.student, self.levels_in(self.sampling_steps), gamma_step(self.config.gamma))
+        return Sampler(self.student, self.levels[:: self.config.solver_steps // number], DDIM())
+
+    def ends(self, step: int, i: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A step that ends at a border belongs to the segment above it."""
+        n = self.config.solver_steps // self.segments(step)
+        grid, first = self.grid.to(i.device), i - i % n
+        return grid[first], grid[first + n]
+
+    def reward_weight(self, step: int) -> float:
+        """None before the segments are one."""
+        return float(self.config.reward_weight) if self.segments(step) == 1 else 0.0

@@ -9,7 +9,7 @@ import torch
 
 from diffdistill.core.denoiser import Denoiser
 from diffdistill.exact.checks import Check, differs, equal, mistake
-from diffdistill.exact.segments import Jumps, edge_checks, fixed_point_checks, loss_checks
+from diffdistill.exact.segments import Jumps, edge_checks, fixed_point_checks, loss_checks, reward_checks
 from diffdistill.methods.tscd import TSCD, Config
 from diffdistill.players.sampler import DDIM, Renoise
 from diffdistill.players.teacher import Teacher
@@ -49,6 +49,8 @@ def verify() -> Iterator[Check]:
     yield from _weights()
     yield from _sampling()
     yield from edge_checks()
+    rewarded = _made(reward_weight=0.4, distance="l2", last_distance=1.0)
+    yield from reward_checks(rewarded, SCALE, 10 * (len(STAGES) - 1))
 
 
 def _merging() -> Iterator[Check]:

@@ -46,11 +46,13 @@ class Straight:
         self.method: SegmentMethod = module.METHOD(replace(plain.teacher(dropout=0.3), lora={}), self.c)
         scatter(self.method.student, 20)
         self.teacher, self.student = nets(self.method.teacher, self.method.student)
-        self.batch = batch_of(self.key)
+        self.batch = batch_of(self.key, images=name != "mlcm")
         self.labels = self.batch.cond["class_labels"]
+        self.copies = getattr(self.c, "states", 1)
+        if getattr(self.c, "reward_weight", 0):
+            self.method.reward = lambda x, batch, gradient: self.reward(x, batch.cond["class_labels"])
         if self.c.gan_weight:
             scatter(self.method.adversary.heads, 22)
-        assert self.batch.x0 is not None
         self.image = self.batch.x0
         levels = plain.levels(self.c.solver_steps, self.c.student_level)
         self.grid = torch.tensor([plain.angle(level) for level in levels] + [0.0])
@@ -68,6 +70,8 @@ class Straight:
         n = self.c.solver_steps // stages[min(self.step // self.c.stage_steps, len(stages) - 1)]
         below = torch.tensor([n * (int(k) // n) for k in i])
         return self.grid[below], self.grid[below + n]
+
+    _mlcm = _tscd
 
     def _tdd(self, i: Tensor) -> tuple[Tensor, Tensor]:
         """One sample after the other, in timesteps or levels."""
@@ -102,12 +106,43 @@ class Straight:
     # -- the turn ----------------------------------------------------------------------------------------------------
 
     def jump(self, net: Any, x: Tensor, t: Tensor, e: Tensor) -> Tensor:
-        torch.manual_seed(draw(*self.key, "student/dropout").initial_seed())
+        torch.manual_seed(draw(*self.key[:2], self.copies * self.key[2], "student/dropout").initial_seed())
         x0, eps = self.plain.x0_eps(net, x, t, class_labels=self.labels)
         return noised(x0, e, eps)
 
+    def walked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """f, its target, the end and the segment's noisiest angle, on states of the teacher's trajectories."""
+        c, plain, labels = self.c, self.plain, self.batch.cond["class_labels"]
+        x = plain.start(plain.levels(1, c.student_level)[0], normal("z", self.key))[0]
+        states = [x]
+        with torch.no_grad():
+            scale = c.guidance_scale + c.guidance_spread * (2 * uniform("teacher/scale", self.key) - 1)
+            for t, s in zip(self.grid[:-1], self.grid[1:], strict=True):
+                x0, eps = plain.guided(self.teacher, states[-1], t.expand(len(x)), labels, scale)
+                states.append(noised(x0, s.expand(len(x)), eps))
+        i = whole(c.solver_steps, "student/step", self.key, self.copies)
+        row, self.labels = torch.arange(len(i)) // self.copies, labels.repeat_interleave(self.copies)
+        top, e = self._mlcm(i)
+        x_t, x_r = (torch.stack([states[k][n] for k, n in zip(at.tolist(), row, strict=True)]) for at in (i, i + 1))
+        if self.last():
+            return self.jump(self.student, x_t, self.grid[i], e), states[-1][row], e, top
+        with torch.no_grad():
+            r = self.grid[i + 1]
+            target = torch.where(fold(r) <= fold(e), x_r, self.jump(self.student, x_r, r, e))
+        return self.jump(self.student, x_t, self.grid[i], e), target, e, top
+
+    def last(self) -> bool:
+        """Whether the training step is of the last stage."""
+        return self.step >= self.c.stage_steps * (len(self.c.stages) - 1)
+
+    def reward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Of samples under their labels."""
+        return torch.sin(3 * x).flatten(1).mean(1) * (1 + labels)
+
     def ends(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """f, its target, the end and the segment's noisiest angle."""
+        if self.name == "mlcm":
+            return self.walked()
         c, plain = self.c, self.plain
         if getattr(c, "label_dropout", 0):
             dropped = uniform("student/drop", self.key) < c.label_dropout
@@ -140,10 +175,10 @@ class Straight:
 
     def logits(self, x: Tensor, e: Tensor, top: Tensor, stream: str, noise: str) -> Tensor:
         (head,) = self.method.adversary.heads
-        u = uniform(f"{stream} t", self.key)
+        u = uniform(f"{stream} t", self.key, self.copies)
         t = self.plain.at(self.fraction(e) + u * (self.fraction(top) - self.fraction(e)))
         kept = fold(torch.cos(t) / torch.cos(e))
-        x_t = kept * x + torch.sqrt(1 - kept**2) * normal(noise, self.key)
+        x_t = kept * x + torch.sqrt(1 - kept**2) * normal(noise, self.key, self.copies)
         time, _, _, factor = self.plain.native(t)
         return head(self.teacher.hidden(fold(factor) * x_t, time, self.labels))
 
@@ -156,6 +191,9 @@ class Straight:
         if gan:
             values["gan"] = torch.relu(1 - self.logits(f, e, top, "student/gan", "student/gan eps")).mean()
             loss = loss + gan * values["gan"]
+        if getattr(self.c, "reward_weight", 0) and self.last():
+            values["reward"] = self.reward(f, self.labels).mean()
+            loss = loss - self.c.reward_weight * values["reward"]
         return {"loss": loss, **values}
 
     def weights(self) -> tuple[float, float]:
@@ -177,6 +215,7 @@ class Straight:
 
 
 GAN = {"gan_weight": 0.7}
+SPREAD = {"guidance_scale": 2.5, "guidance_spread": 0.5}
 CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("pcm", {"solver_steps": 6, "phases": 3, "guidance_scale": 2.5, "guidance_spread": 0.5}, VP),
     ("pcm", {"solver_steps": 6, "phases": 2, "distance": "l2"}, EDM_),
@@ -185,6 +224,10 @@ CASES: list[tuple[str, dict[str, Any], Plain]] = [
     ("pcm", {"solver_steps": 6, "phases": 2, "student_level": 17.0, **GAN}, VP),
     ("tscd", {"solver_steps": 4, "stages": (4, 2, 1), "stage_steps": 2, "guidance_scale": 2.5}, EDM_),
     ("tscd", {"solver_steps": 4, "stages": (4, 1), "stage_steps": 2, "last_distance": 0.3, **GAN}, VP),
+    ("tscd", {"solver_steps": 4, "stages": (2, 1), "stage_steps": 2, "reward_weight": 0.6, **GAN}, TRIG),
+    ("mlcm", {"solver_steps": 4, "stages": (4, 2, 1), "stage_steps": 1, "guidance_scale": 2.5, "states": 3}, EDM_),
+    ("mlcm", {"solver_steps": 4, "stages": (4, 2, 1), "stage_steps": 2, "states": 2, **SPREAD, **GAN}, TRIG),
+    ("mlcm", {"solver_steps": 4, "stages": (2, 1), "stage_steps": 3, "states": 2, "reward_weight": 0.6, **GAN}, VP),
     ("tdd", {"solver_steps": 8, "steps_min": 2, "steps_max": 4, "guidance_scale": 2.5, **GAN}, TRIG),
     ("tdd", {"solver_steps": 8, "steps_min": 2, "steps_max": 3, "label_dropout": 0.5, "reach": 0.4, **GAN}, VP),
 ]

@@ -203,7 +203,7 @@ MUTANTS = {
         ("the reward of the pairs' samples", "self.by_reward(x, batch)", "self.by_reward(x_ref, batch)"),
     ],
     f"diffdistill/scaffold/reward.py | {_W}": [
-        ("images of unit variance", "x.detach() * self.data_std", "x.detach()"),
+        ("images of unit variance", "x.detach()) * self.data_std", "x.detach())"),
         ("beta multiplies", "torch.exp(rewards / beta)", "torch.exp(rewards * beta)"),
         ("one weight for all", "weights.to(x).reshape", "weights.mean().expand(len(x)).to(x).reshape"),
         ("no prompts", "if batch.texts is not None:", "if False:"),

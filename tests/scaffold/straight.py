@@ -40,21 +40,22 @@ def step_draw(purpose: str, key: tuple[int, ...] = KEY) -> torch.Generator:
     return draw(*key[:2], 0, purpose)
 
 
-def mine(of_the_step: Tensor, key: tuple[int, ...] = KEY) -> Tensor:
-    """The batch's rows."""
-    return of_the_step[key[2] : key[2] + SIZE]
+def mine(of_the_step: Tensor, key: tuple[int, ...] = KEY, copies: int = 1) -> Tensor:
+    """The batch's rows, of each sample so many."""
+    return of_the_step[copies * key[2] : copies * (key[2] + SIZE)]
 
 
-def normal(purpose: str, key: tuple[int, ...] = KEY) -> Tensor:
-    return mine(torch.randn(WHOLE, *SHAPE, generator=step_draw(purpose, key)), key)
+def normal(purpose: str, key: tuple[int, ...] = KEY, copies: int = 1) -> Tensor:
+    return mine(torch.randn(copies * WHOLE, *SHAPE, generator=step_draw(purpose, key)), key, copies)
 
 
-def uniform(purpose: str, key: tuple[int, ...] = KEY) -> Tensor:
-    return mine(torch.rand(WHOLE, generator=step_draw(purpose, key), dtype=torch.float64), key)
+def uniform(purpose: str, key: tuple[int, ...] = KEY, copies: int = 1) -> Tensor:
+    drawn = torch.rand(copies * WHOLE, generator=step_draw(purpose, key), dtype=torch.float64)
+    return mine(drawn, key, copies)
 
 
-def whole(n: int, purpose: str, key: tuple[int, ...] = KEY) -> Tensor:
-    return mine(torch.randint(n, (WHOLE,), generator=step_draw(purpose, key)), key)
+def whole(n: int, purpose: str, key: tuple[int, ...] = KEY, copies: int = 1) -> Tensor:
+    return mine(torch.randint(n, (copies * WHOLE,), generator=step_draw(purpose, key)), key, copies)
 
 
 def gaussian(purpose: str, key: tuple[int, ...] = KEY) -> Tensor:
