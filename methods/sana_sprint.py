@@ -38,7 +38,6 @@ from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.times import edm_log_normal
-from diffdistill.errors import UserError
 from diffdistill.options import (
     AdaptiveWeightRate,
     LatentAdversarialOptions,
@@ -89,9 +88,9 @@ class Config(ScaleRange, TangentOptions, TangentTarget, LatentAdversarialOptions
 class SanaSprint(ContinuousMethod):
     """f is the student's x0; players: student, discriminator, which is the heads, and the adaptive weight."""
 
+    untaught = "sana_sprint follows its teacher"
+
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        if config.mode != "distillation":
-            raise UserError("mode: sana_sprint follows its teacher; use distillation")
         super().__init__(teacher, config, student or scale_player(teacher, config))
         self.guidance = DrawnGuidance(teacher.denoiser, config)
         self.adversary, self.weight = LatentAdversary(teacher, config), AdaptiveWeight()

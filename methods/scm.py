@@ -82,7 +82,7 @@ class SCM(ContinuousMethod):
     """f is the student's x0; without a second time."""
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        super().__init__(teacher, config, student or teacher.player("student"))
+        super().__init__(teacher, config, student)
         refuse_unused_guidance(1.0 if self.from_teacher else config.guidance_scale, "mode training has none")
         self.weight = AdaptiveWeight()
         if config.adaptive:

@@ -35,7 +35,6 @@ from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.schedule import LinearFlow
-from diffdistill.errors import UserError
 from diffdistill.options import AdaptiveWeightRate, ScaleRange, TangentNorm, TangentOptions, option
 from diffdistill.players.adaptive_weight import AdaptiveWeight
 from diffdistill.players.scale_input import DrawnGuidance, scale_player, scale_taken
@@ -81,10 +80,9 @@ class TBCM(ContinuousMethod):
     """f is the student's x0; players: student, and the adaptive weight."""
 
     needs = frozenset()  # type: ignore[misc]
+    untaught = "tbcm follows its teacher's own trajectories"
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        if config.mode != "distillation":
-            raise UserError("mode: tbcm follows its teacher's own trajectories; use distillation")
         super().__init__(teacher, config, student or scale_player(teacher, config))
         self.guidance = DrawnGuidance(teacher.denoiser, config, "guidance")
         self.players["weight"] = self.weight = AdaptiveWeight()

@@ -53,17 +53,9 @@ class AverageMethod(TangentMethod):
         """t and r (B,), where r is t with the share `equal_share`."""
         return t, torch.where(batch.uniform("student/equal") < self.config.equal_share, t, r)
 
-    def rho(self, t: Tensor) -> Tensor:
-        """(B,) by how much an error of F is one of u, at the angles t (B,)."""
-        return self.std * torch.sin(t) + torch.cos(t)
-
     def rho_rate(self, t: Tensor) -> Tensor:
         """(B,) d rho/dt at the angles t (B,)."""
         return self.std * torch.cos(t) - torch.sin(t)
-
-    def flow_time(self, t: Tensor) -> Tensor:
-        """(B,) sigma/(alpha + sigma) at the angles t (B,)."""
-        return self.std * torch.sin(t) / self.rho(t)
 
     def dropped(self, batch: Batch) -> Tensor:
         """(B,) whose condition is left out."""

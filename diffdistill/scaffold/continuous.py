@@ -28,7 +28,7 @@ class ContinuousMethod(TangentMethod):
 
     weight: AdaptiveWeight
 
-    def __init__(self, teacher: Teacher, config: Any, student: Denoiser):
+    def __init__(self, teacher: Teacher, config: Any, student: Denoiser | None):
         super().__init__(teacher, config, student)
         # Those (B,) of the student's last turn, without a gradient, and their angles, by their place in the step.
         self.errors: dict[int, tuple[Tensor, Tensor]] = {}

@@ -60,9 +60,13 @@ class TangentMethod(Method):
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.IMAGES})  # type: ignore[misc]
     stream: ClassVar[str] = "student"  # of the noise and the dropout; another where the student plays a second game
+    untaught: ClassVar[str] = ""  # why there is no mode training, where there is none
 
-    def __init__(self, teacher: Teacher, config: Any, student: Denoiser):
+    def __init__(self, teacher: Teacher, config: Any, student: Denoiser | None):
+        if self.untaught and config.mode == "training":
+            raise UserError(f"mode: {self.untaught}; use distillation")
         super().__init__(teacher, config)
+        student = student or teacher.player("student")
         self.teacher: Any = frozen(teacher.denoiser)
         self.from_teacher = config.mode == "distillation"
         if self.from_teacher:
@@ -158,6 +162,14 @@ class TangentMethod(Method):
         times = (at.r.clamp(self.schedule.t_min, self.schedule.t_max - step), self.schedule.t_max)
         change = derivative(field, at.x_t, at.t, at.v, kind, step, times=times, seed=at.seed)
         return expand(speed, change) * change
+
+    def rho(self, t: Tensor) -> Tensor:
+        """(B,) by how much an error of F is one of the average velocity u, at the angles t (B,)."""
+        return self.schedule.data_std * torch.sin(t) + torch.cos(t)
+
+    def flow_time(self, t: Tensor) -> Tensor:
+        """(B,) sigma/(alpha + sigma) at the angles t (B,)."""
+        return self.schedule.data_std * torch.sin(t) / self.rho(t)
 
     @property
     def kind(self) -> Derivative:

@@ -148,7 +148,8 @@ def faults(
     if m.contrast < BLANK:
         return [f"blank: samples have {m.contrast:.2f} of the contrast of the teacher's; {lower}"]
     result = []
-    if m.distance > FAR and (m.moved < STILL or not first):
+    worse = m.distance > WORSE and m.moved >= STILL
+    if m.distance > FAR and not worse and (m.moved < STILL or not first):
         still = (
             f"nothing moved: samples have changed by {m.moved:.0%} and are {m.distance:.2f} as far from the teacher's"
         )
@@ -162,7 +163,7 @@ def faults(
     if m.roughness > NOISY or m.spread > SCATTERED:
         rough = f"noise: neighbours differ {m.roughness:.1f} and samples {m.spread:.1f} times as much as the teacher's"
         result.append(f"{rough}; {lower}, or give more steps")
-    if first and m.distance > WORSE:
+    if worse:
         far = f"getting worse: {m.distance:.1f} times as far from the teacher's samples as its one pass"
         result.append(f"{far}; {lower}")
     return result

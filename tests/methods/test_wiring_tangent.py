@@ -59,8 +59,8 @@ class Straight:
     def turn(self) -> Values:
         return getattr(self, f"_{self.name}")()
 
-    def dropped(self) -> None:
-        torch.manual_seed(draw(*self.key, "student/dropout").initial_seed())
+    def dropped(self, stream: str = "student") -> None:
+        torch.manual_seed(draw(*self.key, f"{stream}/dropout").initial_seed())
 
     def velocity(self, net: Any, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         x0, eps = self.plain.x0_eps(net, x_t, t, class_labels=labels)
@@ -69,8 +69,9 @@ class Straight:
     def data_velocity(self, t: Tensor) -> Tensor:
         return fold(torch.cos(t)) * self.eps - fold(torch.sin(t)) * self.image
 
-    def teachers_velocity(self, x_t: Tensor, t: Tensor) -> Tensor:
-        x0, eps = self.plain.guided(self.teacher, x_t, t, self.labels, float(self.c.guidance_scale))
+    def teachers_velocity(self, x_t: Tensor, t: Tensor, scale: float | None = None) -> Tensor:
+        scale = float(self.c.guidance_scale) if scale is None else scale
+        x0, eps = self.plain.guided(self.teacher, x_t, t, self.labels, scale)
         return fold(torch.cos(t)) * eps - fold(torch.sin(t)) * x0
 
     def change(self, field: Any, x_t: Tensor, t: Tensor, v: Tensor, speed: Tensor, r: Tensor) -> Tensor:
@@ -204,6 +205,49 @@ class Straight:
         weight = 1 / (square.detach() + c.weight_c) ** c.weight_power
         return {"loss": (weight * square).mean(), "error": square.mean()}
 
+    # -- mdt_dist ----------------------------------------------------------------------------------------------------
+
+    def flow_angles(self, stream: str) -> Tensor:
+        s = torch.sigmoid(self.c.time_mean + self.c.time_std * gaussian(stream, self.key))
+        return torch.atan2(s, (1 - s) * self.plain.std).clamp(*self.plain.ends())
+
+    def missed(self, x_t: Tensor, t: Tensor, v: Tensor, stream: str) -> tuple[Tensor, Tensor]:
+        """F times rho, and u - u_target, all in flow times and the data's units."""
+        std, c = self.plain.std, self.c
+
+        def field(x: Tensor, t: Tensor) -> Tensor:
+            self.dropped(stream)
+            return self.velocity(self.student, x, t, self.labels)
+
+        rho = std * torch.sin(t) + torch.cos(t)
+        s = std * torch.sin(t) / rho
+        moved = self.change(field, x_t, t, v, rho * torch.sin(t), torch.zeros_like(t))
+        f = field(x_t, t)
+        straight = fold(rho) * (f - v)
+        gap = fold(rho**2) * (fold(torch.cos(t)) * (f - v) + fold(torch.sin(t)) * x_t) + fold(rho) * moved
+        if c.derivative_c is not None:
+            d = (gap - straight) / fold(s)
+            gap = straight + fold(s) * d / (fold(d.square().flatten(1).sum(1).sqrt()) + c.derivative_c)
+        return fold(rho) * f, gap.detach()
+
+    def _mdt_dist(self) -> Values:
+        c, plain, t = self.c, self.plain, self.flow_angles("student/t")
+        x_t = noised(self.image, t, self.eps)
+        u, gap = self.missed(x_t, t, self.teachers_velocity(x_t, t), "student")
+        values = {"matching": (u - (u - gap).detach()).square().mean()}
+        loss = values["matching"]
+        if c.matching_weight:
+            z, top = plain.start(plain.levels(c.student_steps, c.student_level)[0], normal("matching/z", self.key))
+            self.dropped("matching")
+            x = plain.x0_eps(self.student, z, top, class_labels=self.labels)[0]
+            t = self.flow_angles("matching/t")
+            x_t = noised(x, t, normal("matching/eps", self.key)).detach()
+            scale = c.guidance_scale if c.matching_scale is None else c.matching_scale
+            gap = self.missed(x_t, t, self.teachers_velocity(x_t, t, scale), "matching")[1]
+            values["distillation"] = (plain.std * x - (plain.std * x + gap).detach()).square().mean()
+            loss = loss + c.matching_weight * values["distillation"]
+        return {"loss": loss, **values}
+
 
 SCM = {"derivative": "exact", "tangent_warmup": 6, "time_mean": 0.2, "time_std": 1.1, "norm_c": 0.3}
 DATA = {**SCM, "mode": "training"}
@@ -245,6 +289,28 @@ def test_a_turn_is_its_straight_line(name: str, options: dict[str, Any], plain: 
     assert (turn.player, turn.lr_factor, turn.restart) == ("student", 1.0, False)
     assert [other.player for other in others] == ["weight"] * getattr(straight.c, "adaptive", False)
     agree(straight.method, turn, straight.batch, straight.turn)
+
+
+MDT = {"derivative": "exact", "time_mean": 0.4, "time_std": 1.3}
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({**MDT, "guidance_scale": 2.5}, FLOW),
+        ({**MDT, "guidance_scale": 2.5, "matching_scale": 4.0, "matching_weight": 0.3}, EDM_),
+        ({**MDT, "matching_weight": 0.0, "derivative_c": 0.1}, VP),
+        ({**MDT, "derivative_c": 0.2, "student_steps": 2, "student_level": 0.8}, FLOW),
+        ({**MDT, "derivative": "central", "derivative_step": 0.11}, TRIG),
+    ],
+)
+def test_a_turn_of_mdt_dist_is_its_straight_line(options: dict[str, Any], plain: Plain) -> None:
+    straight = Straight("mdt_dist", options, plain)
+    (turn,) = straight.method.turns(3)
+    agree(straight.method, turn, straight.batch, straight.turn)
+    parts = {"teacher": straight.teacher.dropout, "student": straight.student.dropout}
+    calls = modes(parts, lambda: turn.loss(straight.batch))
+    assert all(dropping == (who != "teacher") for who, dropping in calls)
 
 
 @pytest.mark.parametrize("plain", [TRIG, EDM_])

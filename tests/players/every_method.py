@@ -40,6 +40,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "lcm": {"guidance_min": 2.0, "guidance_max": 2.0, "ddim_steps": 10, "student_steps": 2},
     "lora_guidance": {"trajectories": True, "trajectory_steps": 2, "sampling_steps": 2},
     "mean_flow": {"student_steps": 2, "mode": "distillation", "equal_share": 0.0},
+    "mdt_dist": {"student_steps": 2, "matching_scale": 2.0},
     "mlcm": {"solver_steps": 4, "stages": [2, 1], "stage_steps": 1, "states": 2, "gan_weight": 0.1},
     "multi_student": {},
     "multistep_consistency": {},

@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pcm": {"solver_steps": 4, "phases": 2, "gan_weight": 0.1, "guidance_scale": 2.0, "guidance_spread": 0.5},
     "pdd": {"intervals": 8, "more_steps": (4,), "states": 2, "guidance_scale": 2.0},
     "perflow": {"windows": 2, "student_steps": 2, "solver_steps": 2, "guidance_scale": 2.0, "label_dropout": 0.5},
+    "mdt_dist": {"guidance_scale": 2.0, "derivative_c": 0.1},
     "mlcm": {"solver_steps": 4, "stages": [2, 1], "stage_steps": 2, "states": 2, "gan_weight": 0.1},
     "pi_flow": {"components": 3, "student_steps": 2, "substeps": 4, "component_dropout": 0.3, "teacher_share": 0.5},
     "progressive": {"start_steps": 4, "final_steps": 1, "stage_steps": 2},
