@@ -172,7 +172,7 @@ MUTANTS = {
     f"methods/mdt_dist.py | {_T}": [
         ("one scale for both terms", "if config.matching_scale is None else config.matching_scale", ""),
         ("times: the mean is ignored", "shape = self.config.time_mean, self", "shape = 1.0, self"),
-        ("times: the deviation is ignored", "self.config.time_mean, self.config.time_std", "self.config.time_mean, 1.0"),
+        ("times: the spread is ignored", "self.config.time_mean, self.config.time_std", "self.config.time_mean, 1.0"),
         ("another stream of times", 'self.angles(batch, "student/t")', 'self.angles(batch, "matching/t")'),
         ("always divided", "if self.config.derivative_c is None:", "if False:"),
         ("never divided", "if self.config.derivative_c is None:", "if True:"),
