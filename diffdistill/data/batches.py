@@ -121,8 +121,8 @@ def _check_buckets(counts: Sequence[int], batch_size: int, rank: int, world: int
 
 
 def _known(teacher: Teacher, cond: Cond) -> Cond:
-    """The conditions without the class labels of data that a teacher without classes is trained on."""
-    if teacher.num_classes is not None:
+    """The conditions without the class labels of data that a teacher without them is trained on."""
+    if teacher.num_classes is not None or "class_labels" in teacher.example_cond:
         return cond
     return {name: value for name, value in cond.items() if name != "class_labels"}
 
@@ -149,6 +149,23 @@ def check_data(teacher: Teacher, examples: Examples) -> None:
         if classes is None:
             raise UserError(f"data: {name} has no labels and the teacher has {teacher.num_classes} classes")
         check_classes(name, classes, teacher.num_classes)
+    else:
+        _check_conditions(teacher, name, examples)
+
+
+def _check_conditions(teacher: Teacher, name: str, examples: Examples) -> None:
+    """UserError unless the conditions of the first example are those that a teacher without classes takes."""
+    first = {} if isinstance(examples, Data) else examples.get(torch.zeros(1, dtype=torch.int64)).cond
+    shapes, expected = (
+        {key: tuple(value.shape[1:]) for key, value in cond.items()}
+        for cond in (_known(teacher, first), teacher.example_cond)
+    )
+    if shapes.keys() != expected.keys():
+        its, theirs = (", ".join(sorted(names)) or "nothing" for names in (shapes, expected))
+        raise UserError(f"data: of conditions {name} has {its}; the teacher takes {theirs}")
+    for key, shape in expected.items():
+        if shapes[key] != shape:
+            raise UserError(f"data: {name} has {key!r} of shape {shapes[key]} for a sample; the teacher's is {shape}")
 
 
 def _described(examples: Examples) -> tuple[str, tuple[int, ...] | None, int | None]:

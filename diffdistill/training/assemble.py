@@ -310,6 +310,7 @@ def data_for(game: Game) -> Examples | None:
             _check_buckets(game)
         return encoded
     if not needed:
+        _check_drawn(game)
         return None
     if game.family is not None and game.family.autoencoder is not None:
         raise UserError(f"prompts: {name} needs images; give a folder made by `diffdistill encode --data`")
@@ -324,6 +325,13 @@ def data_for(game: Game) -> Examples | None:
     data = skipping(opened, game.config.skip_unreadable)
     check_data(game.teacher, data)
     return data
+
+
+def _check_drawn(game: Game) -> None:
+    """UserError where a training draws its conditions itself, and the teacher takes others than class labels."""
+    taken = "" if game.teacher.num_classes is not None else ", ".join(sorted(game.teacher.example_cond))
+    if taken and Need.PAIRS not in game.method.needs:
+        raise UserError(f"data: none say the conditions that the teacher takes ({taken}); give examples that have them")
 
 
 def _check_buckets(game: Game) -> None:
@@ -342,6 +350,7 @@ def _own_data(game: Game, data: Tensor | tuple[Tensor, Tensor] | Examples) -> Ex
     teacher, name = game.teacher, game.recipe.name
     images_alone = isinstance(data, Tensor | tuple | Data)  # other examples may be conditions or pairs
     if images_alone and Need.IMAGES not in game.method.needs:
+        _check_drawn(game)
         print(f"note: data: {name} with these options learns from the teacher alone and reads none", file=sys.stderr)
         return None
     if isinstance(data, tuple):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffdistill import UserError, load_teacher
+from diffdistill import LinearFlow, UserError, distill, load_teacher
 from diffdistill.config import FitConfig
 from diffdistill.data.batches import batch_indices, batches, check_data
 from diffdistill.data.examples import ClassLabels, Example, Examples, TensorExamples, as_examples
@@ -84,6 +84,37 @@ def test_data_that_are_not_the_teachers_are_refused(tiny_teacher: Callable[[str]
     ):
         with pytest.raises(UserError, match=f"^data: .*{says}"):
             check_data(teacher, examples)
+
+
+class Sided(nn.Module):
+    """A network of two dimensions that takes a side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, time: Tensor, side: Tensor) -> Tensor:
+        return self.layer(torch.cat([x, side[:, None]], 1))
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "says"),
+    [
+        ("consistency", torch.zeros(8, 2), "of conditions the TensorExamples has nothing; the teacher takes side"),
+        ("consistency", TensorExamples(torch.zeros(8, 2), {"sid": torch.ones(8)}), "has sid; the teacher takes side"),
+        ("consistency", TensorExamples(torch.zeros(8, 2), {"side": torch.ones(8, 3)}),
+         r"has 'side' of shape \(3,\) for a sample; the teacher's is \(\)"),
+        ("dmd2", torch.zeros(8, 2), r"none say the conditions that the teacher takes \(side\); give"),
+        ("dmd2", None, r"none say the conditions that the teacher takes \(side\); give examples that have them"),
+    ],
+)  # fmt: skip
+def test_conditions_of_ones_own_network_are_those_of_the_data(
+    method: str, data: Any, says: str, tmp_path: Path
+) -> None:
+    teacher = Teacher.around(Sided(), (2,), LinearFlow(time_scale=1.0), "flow_prediction", cond={"side": torch.ones(1)})
+    given = {} if data is None else {"data": data}
+    with pytest.raises(UserError, match=f"^data: .*{says}"):
+        distill(method, teacher=teacher, steps=1, batch_size=4, out=tmp_path / "run", **given)
 
 
 def test_without_data_classes_are_drawn_uniformly(
