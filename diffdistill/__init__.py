@@ -23,6 +23,7 @@ from diffdistill.version import __version__
 if TYPE_CHECKING:
     from diffdistill.commands.bench import bench
     from diffdistill.commands.compare import compare
+    from diffdistill.commands.decoder import train_decoder
     from diffdistill.commands.distill import distill
     from diffdistill.commands.evaluate import evaluate
     from diffdistill.commands.export import export
@@ -51,6 +52,7 @@ _MODULES = {
     "encode": "commands.shards",
     "make_pairs": "commands.shards",
     "prune": "commands.prune",
+    "train_decoder": "commands.decoder",
     "train_teacher": "commands.teacher",
     "evaluate": "commands.evaluate",
     "compare": "commands.compare",
@@ -115,6 +117,7 @@ __all__ = [
     "report",
     "sample",
     "speed",
+    "train_decoder",
     "train_teacher",
     "verify",
 ]

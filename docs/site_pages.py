@@ -12,7 +12,8 @@ from typing import Any
 
 import diffdistill
 from diffdistill.catalogue import MethodInfo, describe_method, method_names, recipes
-from diffdistill.commands.cli import COMMANDS, EXIT_CODES, GROUPS, parser_of
+from diffdistill.commands.cli import parser_of
+from diffdistill.commands.table import COMMANDS, EXIT_CODES, GROUPS
 from diffdistill.families import FAMILIES, NOT_YET
 from diffdistill.families._family import Family
 

@@ -15,7 +15,8 @@ Deviations: the paper's formulas are known here from summaries, not its code. Fe
 layers, lightly noised, where the paper's encoder reads images. F is a constant, and the integral over the lower part is
 its length. SSIM's constants and windows are ours (`core.distances.dissimilarity`). The matching has DMD's normaliser,
 where the paper builds on Diff-Instruct. The pairs are made beforehand (`diffdistill pairs`); the teacher's guidance and
-level are theirs. The tiny decoder and the ControlNet of the paper are other matters.
+level are theirs. The paper's tiny decoder is
+`diffdistill decoder`; its ControlNet is another matter.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 
 import diffdistill
 from diffdistill.catalogue import describe_method, method_names, recipes
-from diffdistill.commands.cli import COMMANDS, GROUPS
+from diffdistill.commands.table import COMMANDS, GROUPS
 from diffdistill.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]

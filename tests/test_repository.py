@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from diffdistill.catalogue import method_names
-from diffdistill.commands.cli import COMMANDS, parser_of
+from diffdistill.commands.cli import parser_of
+from diffdistill.commands.table import COMMANDS
 from diffdistill.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""The command line: a table of commands, each with its options in a dataclass and a function that takes them.
+"""The command line, which runs a command of the table (`table.py`).
 
 Nothing heavy is imported before a command runs. Options come from a YAML file (`--config`), overridden by the command
 line; both go through `options.build`, so that help, ranges and error messages are the same as in Python.
@@ -16,167 +16,15 @@ import os
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from diffdistill.catalogue import describe_method, describe_recipe
-from diffdistill.commands.check_config import FamilyCheckConfig, JvpCheckConfig, PlanConfig, VerifyConfig
 from diffdistill.commands.former_names import todays_arguments, todays_values
-from diffdistill.config import (
-    DERIVED,
-    EVERYTHING,
-    BenchConfig,
-    CompareConfig,
-    DiversityConfig,
-    EncodeConfig,
-    EvalConfig,
-    ExportConfig,
-    ListConfig,
-    MethodsConfig,
-    PairsConfig,
-    PruneConfig,
-    RecipesConfig,
-    ReportConfig,
-    SampleConfig,
-    SpeedConfig,
-    TeacherConfig,
-    TrainConfig,
-    WatchConfig,
-)
+from diffdistill.commands.table import COMMANDS, EXIT_CODES, GROUPS, Command
+from diffdistill.config import DERIVED, EVERYTHING, TrainConfig
 from diffdistill.errors import UserError, first_line, one_line
 from diffdistill.options import Size, build, coerce, nearest, optional, read_yaml
 from diffdistill.version import __version__
-
-
-@dataclass(frozen=True)
-class Command:
-    """What a command does, its options, and the function below `diffdistill.commands` that runs it.
-
-    The function takes the options as their dataclass and returns the exit code, None for 0. That of a command that
-    `resumes`, or has the options of a training, takes the values that were given, as a dict: those that were not come
-    from the run or from a preset.
-    """
-
-    help: str
-    options: type
-    function: str  #: "module:function"
-    positional: tuple[str, ...] = ()  #: options that are given by their place; one whose type is a tuple takes several
-    resumes: bool = False
-
-    @property
-    def distills(self) -> bool:
-        """Whether it has the options of a training, and those of a method."""
-        return issubclass(self.options, TrainConfig)
-
-
-COMMANDS: dict[str, Command] = {
-    "train": Command(
-        "distill a teacher into a few-step student, and export it", TrainConfig, "distill:run", resumes=True
-    ),
-    "plan": Command(
-        "say what a training would take in memory, operations and hours, from configs alone", PlanConfig, "plan:run"
-    ),
-    "watch": Command("show the curves and warnings of a run in the terminal", WatchConfig, "watch:run", ("run",)),
-    "report": Command(
-        "write a run as one HTML page: curves, samples over time, evaluation", ReportConfig, "report:run", ("run",)
-    ),
-    "sample": Command("draw images from a teacher or a student as one PNG", SampleConfig, "sample:run", ("model",)),
-    "eval": Command(
-        "judge a student beside its teacher at several numbers of steps, or any model by a protocol",
-        EvalConfig,
-        "evaluate:run",
-        ("model",),
-    ),
-    "compare": Command(
-        "judge several models by one protocol: table, differences, picture, same-noise grid",
-        CompareConfig,
-        "compare:run",
-        ("models",),
-    ),
-    "protocols": Command("list the protocols of eval and compare", ListConfig, "lists:protocols"),
-    "speed": Command(
-        "time models against their teacher: latency, throughput, network passes, memory",
-        SpeedConfig,
-        "speed:run",
-        ("models",),
-    ),
-    "export": Command(
-        "save a run's student from a checkpoint as a diffusers folder", ExportConfig, "export:run", ("run",)
-    ),
-    "diversity": Command(
-        "save a student of several steps with its teacher, which takes the first of them",
-        DiversityConfig,
-        "diversity:run",
-        ("student",),
-    ),
-    "teacher": Command(
-        "train a teacher from data and save it as a diffusers folder", TeacherConfig, "teacher:run", resumes=True
-    ),
-    "pairs": Command(
-        "make noise-image pairs of a teacher, for the methods that want them", PairsConfig, "shards:pairs"
-    ),
-    "prune": Command(
-        "make a smaller network of a teacher's own blocks, for train --student", PruneConfig, "prune:run", ("teacher",)
-    ),
-    "encode": Command(
-        "encode prompts, or images with captions, once for the training of a latent teacher",
-        EncodeConfig,
-        "shards:prompts",
-    ),
-    "families": Command("list the families of diffusers pipelines that can be distilled", ListConfig, "lists:families"),
-    "methods": Command(
-        "list the methods, or describe one: its options, presets and equations",
-        MethodsConfig,
-        "lists:methods",
-        ("method",),
-    ),
-    "recipes": Command(
-        "list the published settings of models, or print one with its sources",
-        RecipesConfig,
-        "lists:recipes",
-        ("recipe",),
-    ),
-    "bench": Command(
-        "train and judge every method on the same teacher, budget, seeds and evaluation", BenchConfig, "bench:run"
-    ),
-    "verify": Command(
-        "check a method against closed forms, and train it on a teacher known exactly",
-        VerifyConfig,
-        "verify:run",
-        ("method",),
-    ),
-    "jvp-check": Command(
-        "check that a teacher has a forward derivative, module by module, against two others",
-        JvpCheckConfig,
-        "jvp_check:run",
-        ("teacher",),
-    ),
-    "family-check": Command(
-        "check a family against the stock pipeline of a folder, or say what a family file for it must have",
-        FamilyCheckConfig,
-        "family_check:run",
-        ("model",),
-    ),
-}
-
-
-GROUPS = {
-    "distill": ("train", "plan", "watch", "report", "export", "diversity"),
-    "data and teachers": ("encode", "pairs", "teacher", "prune"),
-    "judge": ("eval", "compare", "speed", "sample", "bench", "verify", "jvp-check", "family-check"),
-    "explore": ("methods", "recipes", "families", "protocols"),
-}
-"""The commands by what they are for, each once."""
-
-EXIT_CODES = {
-    0: "it is done",
-    1: "verify, jvp-check or family-check has failed, or a fault of diffdistill with its traceback",
-    2: "bad input, a full disk or too little memory; one line says what",
-    75: "train, teacher: --max-hours are over; a checkpoint is written, and --resume goes on",
-    130: "SIGINT or Ctrl-C; train and teacher have written a checkpoint, and --resume goes on",
-    143: "SIGTERM, the same",
-}
-"""What each exit code means."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

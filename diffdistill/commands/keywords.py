@@ -112,6 +112,18 @@ class TeacherOptions(FitOptions, total=False):
     out: str | Path
 
 
+class DecoderOptions(FitOptions, total=False):
+    """The options of `DecoderConfig`."""
+
+    teacher: str | Path
+    prompts: str | Path
+    lr: float
+    width: int
+    blocks: int
+    gan_weight: float
+    out: str | Path
+
+
 class EncodeOptions(MachineOptions, total=False):
     """The options of `EncodeConfig` but for the teacher, which `encode` takes by itself."""
 

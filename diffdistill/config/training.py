@@ -263,6 +263,27 @@ class TeacherConfig(FitConfig):
     out: str = option("runs/teacher", "the run folder; the diffusers folder is its sub-folder 'teacher'")
 
 
+@dataclass(frozen=True)
+class DecoderConfig(FitConfig):
+    """For which model, from which latents, and how small."""
+
+    teacher: str = option("", "the folder or hub id of a latent model, a teacher or a student")
+    prompts: str = option("", "a folder of latents, made by `diffdistill encode --data` with that model")
+    steps: int = option(4000, "iterations", at_least=1)
+    batch_size: int = option(16, "images of a training step in each process", at_least=1)
+    ema: float = option(0.999, "decay of the moving average that is saved; 0: none", at_least=0, below=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", at_least=0)
+    warmup_steps: int = option(100, "steps over which the learning rate rises linearly at the start", at_least=0)
+    lr_schedule: Literal["constant", "cosine"] = option(
+        "cosine", "the learning rate after the warm-up; cosine: it falls to zero by the end"
+    )
+    lr: float = option(1e-3, "AdamW's learning rate for autoencoder and discriminator", above=0)
+    width: int = option(64, "channels of every layer", at_least=8)
+    blocks: int = option(3, "residual blocks at each size; at that of the image there is one", at_least=1)
+    gan_weight: float = option(0.0, "weight of a GAN's loss beside the absolute error; 0: none", at_least=0)
+    out: str = option("runs/decoder", "the run folder; the model's folder is its sub-folder 'model'")
+
+
 INPUTS = "inputs.json"
 """The file of a run that says what it reads, and where its teacher is."""
 

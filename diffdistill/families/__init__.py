@@ -36,7 +36,7 @@ from diffdistill.families._loading import (
 )
 from diffdistill.families._not_yet import NOT_YET
 from diffdistill.families._outside import report_unread, skeleton
-from diffdistill.families._parts import parts_of, read_json, weight_files
+from diffdistill.families._parts import part_config, parts_of, read_json, weight_files
 from diffdistill.families._record import (
     METADATA,
     DiversityRecord,
@@ -82,6 +82,7 @@ __all__ = [
     "load_teacher",
     "local_folder",
     "new_unet2d",
+    "part_config",
     "parts_of",
     "prompt_of",
     "public_name",

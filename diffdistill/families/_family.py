@@ -225,13 +225,17 @@ def prompt_of(family: Family, folder: Path, teacher: Teacher, count: int = 1, ne
 
 
 def _kl_encode(vae: Any, images: Tensor) -> Tensor:
-    z = vae.encode(images).latent_dist.mode()
+    z = vae.encode(images)
+    z = z.latents if hasattr(z, "latents") else z.latent_dist.mode()  # a small one's, see `diffdistill decoder`
     return (z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
 
 
 def _kl_decode(vae: Any, latents: Tensor) -> Tensor:
     return vae.decode(latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)).sample
 
+
+SMALL_AUTOENCODERS = {"AutoencoderKL": "AutoencoderTiny"}
+"""What may stand in an autoencoder's place, for the same latents."""
 
 KL = Autoencoder(
     lambda config: 2 ** (len(config["block_out_channels"]) - 1),

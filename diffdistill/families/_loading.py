@@ -21,7 +21,7 @@ from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.experts import Experts
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.families._by_class import ByClass
-from diffdistill.families._family import Family, Source, diffusers_class
+from diffdistill.families._family import SMALL_AUTOENCODERS, Family, Source, diffusers_class
 from diffdistill.families._folders import boundary_of, local_folder, networks_of
 from diffdistill.families._own import load_own
 from diffdistill.families._parts import (
@@ -180,7 +180,7 @@ def _check_vae(family: Family, source: Source) -> None:
         return
     config, known = source.config("vae"), family.autoencoder.network
     made = config.get("_class_name")
-    if known is not None and made not in (None, known):
+    if known is not None and made not in (None, known, SMALL_AUTOENCODERS.get(known)):
         raise UserError(f"teacher: {source.folder / 'vae'} holds {shown(made)}; {known} is expected")
     for name in family.autoencoder.numbers:
         if config.get(name) is None:

@@ -9,6 +9,19 @@ MUTANTS = {
         ("LoRA: the alphas are ignored", "network_alphas=alphas", "network_alphas=None"),
         ("LoRA: nothing is merged", "            network.fuse_lora(lora_scale=scale)\n", ""),
     ],
+    "diffdistill/commands/decoder.py | tests/commands/test_decoder.py": [
+        ("decoder: the images are not those of the latents", "self.decode_by_own(batch.images)",
+         "self.decode_by_own(batch.images.flip(0))"),
+        ("decoder: nothing is decoded", 'loss = terms["decoding"] + terms["encoding"]', 'loss = terms["encoding"]'),
+        ("decoder: nothing is encoded", 'loss = terms["decoding"] + terms["encoding"]', 'loss = terms["decoding"]'),
+        ("decoder: any autoencoder will do", 'if own != "AutoencoderKL":', "if own is None:"),
+        ("decoder: other weights at each start", 'torch.manual_seed(seed_for(config.seed, "initial weights"))', "pass"),
+        ("decoder: latents of any model", 'check_encoded(latents, folder, family, latents.settings["shape"])', "pass"),
+    ],
+    "pipelines/small_decoder.py | tests/commands/test_decoder.py": [
+        ("the index names the one before", '["diffusers", type(small).__name__]', '["diffusers", "AutoencoderKL"]'),
+        ("the card says nothing", '{line}".lstrip()', '".lstrip()'),
+    ],
     f"pipelines/comfyui.py | {_C}": [
         ("a UNet's keys have no prefix", 'f"unet.{name}"', "name"),
         ("Wan's keys begin as FLUX's do", '"wan": "diffusion_model"', '"wan": "transformer"'),
