@@ -232,7 +232,7 @@ def _check_options(game: Game, values: Mapping[str, Any], resumed: bool) -> None
 
 def _note_on_stages(game: Game) -> None:
     whole, steps = game.method.whole, game.config.steps
-    if whole is not None and steps != whole:
+    if whole is not None and steps != whole and "stage_steps" not in game.derived:
         end = "it stops at an earlier stage" if steps < whole else "the rest trains nothing"
         name = game.recipe.name
         print(f"note: all stages of {name} take {whole} steps and steps is {steps}: {end}", file=sys.stderr)

@@ -208,6 +208,7 @@ DERIVED = (
     *("fake_score_loss", "solver", "ddim_steps", "grid", "grid_points", "update_ratio", "optimizer", "student_lr"),
     *("regression_weight", "fake_score_lr", "beta1", "discriminator_lr", "path_length", "record_every", "track_every"),
     *("tangent_warmup", "boundary_steps", "reflow_steps", "distill_steps", "anneal_steps", "ramp_steps", "stage_steps"),
+    "guidance_steps",
 )
 """Options of a training without a preset that are derived from the teacher and the number of steps where there is a
 rule (`training.derived`), the method's and these defaults where there is none."""

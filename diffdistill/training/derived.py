@@ -31,6 +31,7 @@ from diffdistill.options import (
     HalvingOptions,
     LatentAdversarialOptions,
     MatchingOptions,
+    MergingOptions,
     PreferenceOptions,
     StagedOptions,
     TimeRange,
@@ -99,6 +100,13 @@ class Situation:
     def staged(self) -> bool:
         """Whether the method has stages, with a learning rate that falls in each."""
         return issubclass(self.options, HalvingOptions)
+
+    @property
+    def stages(self) -> int:
+        """How many the method has of `stage_steps` each."""
+        if issubclass(self.options, MergingOptions):
+            return len(self.given("stages"))
+        return int(self.given("start_steps") // self.given("final_steps")).bit_length() - 1 if self.staged else 0
 
     def given(self, name: str) -> Any:
         """The value of a method's option, or its default; None where the method has no such option."""
@@ -318,8 +326,21 @@ def _ramp_steps(s: Situation) -> Derived | None:
     return _part_of_budget(s, "ramp_steps", 1.0) if s.given("mode") == "training" else None
 
 
+def _guidance_steps(s: Situation) -> Derived | None:
+    """As many as each stage after it takes."""
+    if "steps" not in s.values or not s.given("guidance_steps"):
+        return None
+    return Derived(max(1, s.steps // (s.stages + 1)), f"the first of {s.stages + 1} stages in {s.steps} steps")
+
+
 def _stage_steps(s: Situation) -> Derived | None:
-    return _part_of_budget(s, "stage_steps", 1 / 8) if s.given("mode") == "easy" else None
+    """Without a number of steps, each stage has the method's own, and the training takes what they take."""
+    if s.given("mode") == "easy":
+        return _part_of_budget(s, "stage_steps", 1 / 8)
+    if "steps" not in s.values or not s.stages:
+        return None
+    left = s.steps - (s.given("guidance_steps") or 0)
+    return Derived(max(1, left // s.stages), f"{s.stages} stages in {left} steps")
 
 
 def _reflow_steps(s: Situation) -> Derived | None:
@@ -400,6 +421,7 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "distill_steps": _distill_steps,
     "anneal_steps": _anneal_steps,
     "ramp_steps": _ramp_steps,
+    "guidance_steps": _guidance_steps,
     "stage_steps": _stage_steps,
     "path_length": _path_length,
     "record_every": _record_every,

@@ -17,7 +17,7 @@ LARGE, GROWN = 0.05, 10.0  # of a step, in weights, and of a gradient, in what i
 REACH = 0.02  # of the weights, in all steps together
 BETTER = 0.98  # what counts as an improvement
 PATIENCE_OF_JUDGE, PATIENCE_OF_LOOKS = 5, 20
-_OTHERS = ("nothing moved", "getting worse")  # which a look says where a tenth of the steps is done
+_OTHERS = ("nothing moved", "no nearer", "getting worse")  # which a look says where a tenth of the steps is done
 
 
 class Diagnosis:

@@ -148,12 +148,11 @@ def faults(
     if m.contrast < BLANK:
         return [f"blank: samples have {m.contrast:.2f} of the contrast of the teacher's; {lower}"]
     result = []
-    worse = m.distance > WORSE and m.moved >= STILL
-    if m.distance > FAR and not worse and (m.moved < STILL or not first):
-        still = (
-            f"nothing moved: samples have changed by {m.moved:.0%} and are {m.distance:.2f} as far from the teacher's"
-        )
-        result.append(f"{still} as its one pass; take higher learning rates or more steps")
+    if m.distance > FAR and (m.moved < STILL or not first):
+        still = m.moved < STILL
+        figures = f"samples have changed by {m.moved:.0%} and are {m.distance:.2f} as far from the teacher's as its"
+        advice = "higher learning rates or more steps" if still else "more steps, or other learning rates"
+        result.append(f"{'nothing moved' if still else 'no nearer'}: {figures} one pass; take {advice}")
     if m.size > SATURATED:
         result.append(f"saturation: before they are clipped samples are {m.size:.1f} times the teacher's; {lower}")
     if m.spread < COLLAPSED * (min(1.0, before.spread / 0.5) if first else 1.0):
@@ -163,7 +162,7 @@ def faults(
     if m.roughness > NOISY or m.spread > SCATTERED:
         rough = f"noise: neighbours differ {m.roughness:.1f} and samples {m.spread:.1f} times as much as the teacher's"
         result.append(f"{rough}; {lower}, or give more steps")
-    if worse:
+    if first and m.distance > WORSE:
         far = f"getting worse: {m.distance:.1f} times as far from the teacher's samples as its one pass"
         result.append(f"{far}; {lower}")
     return result

@@ -81,7 +81,11 @@ MUTANTS = {
         ("a second stage where there is none", 'staged = s.given("distill_steps") and', "staged ="),
         ("the stages overlap", "Derived(s.steps - s.steps // 2,", "Derived(s.steps // 2,"),
         ("the rest of a stage that was given", ' or s.given("reflow_steps") != s.steps // 2:', ":"),
-        ("every mode has stages", 'if s.given("mode") == "easy" else None', "if True else None"),
+        ("every mode has stages", 'if s.given("mode") == "easy":', 'if s.given("mode") is not None:'),
+        ("stages without steps", 'if "steps" not in s.values or not s.stages:', "if not s.stages:"),
+        ("all steps for each stage", "max(1, left // s.stages)", "left"),
+        ("the first stage takes nothing from the others", 's.given("guidance_steps") or 0', "0"),
+        ("one more stage", "s.steps // (s.stages + 1)", "s.steps // (s.stages + 2)"),
         ("every mode has a ramp", 'if s.given("mode") == "training" else None', "if True else None"),
     ],
     f"diffdistill/training/derived.py | {_FL}": [

@@ -22,8 +22,10 @@ from diffdistill.methods import (
     dmd2,
     flow_map,
     gdd,
+    guided,
     ladd,
     lcm,
+    mlcm,
     multistep_consistency,
     phased_dmd,
     progressive,
@@ -34,6 +36,8 @@ from diffdistill.methods import (
     sid,
     sim,
     slim_flow,
+    snap_fusion,
+    tscd,
 )
 from diffdistill.players.lora import LoraSettings
 from diffdistill.players.teacher import Teacher
@@ -172,10 +176,28 @@ def test_what_lasts_a_part_of_the_authors_training_lasts_a_part_of_a_short_one()
     assert spans(slim_flow.Config, distill_steps=0) == {"anneal_steps": 80}
     assert spans(multistep_consistency.Config) == {"anneal_steps": 200}
     assert spans(reflow.Config) == {} == spans(reflow.Config, reflow_steps=200), "it has no second stage by itself"
-    assert spans(consistency.Config) == {} == spans(boot.Config) == spans(flow_map.Config) == spans(progressive.Config)
+    assert spans(consistency.Config) == {} == spans(boot.Config) == spans(flow_map.Config)
     assert spans(consistency.Config, mode="easy") == {"stage_steps": 50}
     assert spans(consistency.Config, mode="training") == {"ramp_steps": 400}
     assert spans(scm.Config, 100_000) == {} == spans(slim_flow.Config, 100_000)
+
+
+def test_stages_share_the_steps_that_are_given() -> None:
+    teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"])
+
+    def stages(options: Any, steps: int = 400, **given: Any) -> dict[str, int]:
+        said = derive(Situation(teacher, options, {"steps": steps, **given}, steps))
+        return {k: v.value for k, v in said.items() if k in ("stage_steps", "guidance_steps")}
+
+    assert stages(tscd.Config) == {"stage_steps": 100} == stages(progressive.Config)
+    assert stages(mlcm.Config, 400, stages=(4, 1)) == {"stage_steps": 200}
+    assert stages(progressive.Config, 3) == {"stage_steps": 1}
+    assert stages(snap_fusion.Config, 20_000) == {"stage_steps": 10_000}
+    assert stages(guided.Config, 500) == {"guidance_steps": 100, "stage_steps": 100}
+    assert stages(guided.Config, 500, guidance_steps=300) == {"stage_steps": 50}
+    assert stages(guided.Config, 500, start_steps=1, final_steps=1) == {"guidance_steps": 500}
+    assert stages(tscd.Config, stage_steps=7) == {}
+    assert "stage_steps" not in derived_for(teacher, tscd.Config, steps=1000), "the method's own stages say the steps"
 
 
 def test_a_short_training_follows_few_of_heuns_steps_and_else_twenty_of_ddims() -> None:
