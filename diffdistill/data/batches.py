@@ -148,7 +148,8 @@ def check_data(teacher: Teacher, examples: Examples) -> None:
     if teacher.num_classes is not None:
         if classes is None:
             raise UserError(f"data: {name} has no labels and the teacher has {teacher.num_classes} classes")
-        check_classes(name, classes, teacher.num_classes)
+        whole = isinstance(examples, Data | TensorExamples)  # of others the first example says but a lower bound
+        check_classes(name, classes if whole else max(classes, teacher.num_classes), teacher.num_classes)
     else:
         _check_conditions(teacher, name, examples)
 

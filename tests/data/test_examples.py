@@ -43,10 +43,11 @@ def drawn(tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("parameterization", ["vp", "edm"])
 def test_ones_own_examples_come_in_shuffled_epochs_and_in_unit_variance(
-    parameterization: str, tiny_teacher: Callable[[str], Path], drawn: Callable[..., Any]
+    parameterization: str, tiny_teacher: Callable[[str], Path], drawn: Callable[..., Any], capsys: Any
 ) -> None:
     teacher = load_teacher(tiny_teacher(parameterization))
     check_data(teacher, Numbered())
+    assert capsys.readouterr().err == "", "the first example's class is not the number of classes"
     batch = drawn(teacher, Numbered())
     for step in (0, 3, 9):
         order, x0 = batch_indices(20, 6, step, seed=0), batch(step).x0
