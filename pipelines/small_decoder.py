@@ -1,12 +1,13 @@
-"""The folder of a latent model with another autoencoder."""
+"""A small autoencoder for a latent model, and the model's folder with it."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderTiny
 
@@ -14,6 +15,22 @@ from diffdistill.families import read_json
 from diffdistill.files import atomic_folder
 
 INDEX = "model_index.json"
+LEAST = 1  # residual blocks at the size of the image
+
+
+def new_autoencoder(own: Mapping[str, Any], width: int, blocks: int) -> AutoencoderTiny:
+    """An untrained one with the latents of the autoencoder whose config `own` is, as the pipeline scales them."""
+    levels = len(own["block_out_channels"])
+    widths, inner = (width,) * levels, (blocks,) * (levels - 1)
+    return AutoencoderTiny(
+        in_channels=own["in_channels"],
+        out_channels=own["out_channels"],
+        latent_channels=own["latent_channels"],
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(LEAST, *inner),
+        num_decoder_blocks=(*inner, LEAST),
+    ).train()
 
 
 def with_autoencoder(source: Path, folder: Path, small: AutoencoderTiny, counts: Sequence[int]) -> Path:

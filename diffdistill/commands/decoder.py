@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from diffdistill.config import DecoderConfig
@@ -30,7 +29,7 @@ from diffdistill.errors import UserError, shown
 from diffdistill.families import Family, family_of, load_pipeline, local_folder, part_config
 from diffdistill.options import build
 from diffdistill.pictures import image_grid, save_png
-from diffdistill.pipelines.small_decoder import with_autoencoder
+from diffdistill.pipelines.small_decoder import new_autoencoder, with_autoencoder
 from diffdistill.players.discriminator import ImageDiscriminator
 from diffdistill.players.sampler import Sampler
 from diffdistill.players.teacher import Teacher
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
 
     from diffdistill.commands.keywords import DecoderOptions
 
-LEAST = 1  # residual blocks at the size of the image
-
 
 class SmallAutoencoding(Method):
     """Absolute errors of the small decoder's images and of the small encoder's latents, and the GAN's loss.
@@ -59,7 +56,7 @@ class SmallAutoencoding(Method):
 
     needs = frozenset({Need.IMAGES})
 
-    def __init__(self, small: AutoencoderTiny, decode: Callable[[Tensor], Tensor], config: DecoderConfig):
+    def __init__(self, small: Any, decode: Callable[[Tensor], Tensor], config: DecoderConfig):
         """`decode`: latents (B, C, h, w) -> images (B, 3, H, W) of the model's own autoencoder."""
         self.config, self.small, self.decode_by_own = config, small, decode
         self.players = {"autoencoder": small}
@@ -132,7 +129,7 @@ def _train(config: DecoderConfig, resumed: bool, allow_change: Allowed) -> Path:
         print(note, file=sys.stderr)
     vae = load_pipeline(folder, only=("vae",), device=accelerator.device).vae.requires_grad_(False)
     torch.manual_seed(seed_for(config.seed, "initial weights"))
-    small = new_autoencoder(part_config(folder / "vae"), config)
+    small = new_autoencoder(part_config(folder / "vae"), config.width, config.blocks)
     assert family.autoencoder is not None
     decode = family.autoencoder.decode
     method = SmallAutoencoding(small, lambda z: decode(vae, z), config)
@@ -179,21 +176,6 @@ def _read(config: DecoderConfig) -> tuple[Path, Family, Encoded]:
         )
     check_encoded(latents, folder, family, latents.settings["shape"])
     return folder, family, latents
-
-
-def new_autoencoder(own: Any, config: DecoderConfig) -> AutoencoderTiny:
-    """An untrained one with the latents of the autoencoder whose config `own` is, as the pipeline scales them."""
-    levels = len(own["block_out_channels"])
-    widths, blocks = (config.width,) * levels, (config.blocks,) * (levels - 1)
-    return AutoencoderTiny(
-        in_channels=own["in_channels"],
-        out_channels=own["out_channels"],
-        latent_channels=own["latent_channels"],
-        encoder_block_out_channels=widths,
-        decoder_block_out_channels=widths,
-        num_encoder_blocks=(LEAST, *blocks),
-        num_decoder_blocks=(*blocks, LEAST),
-    ).train()
 
 
 def run(values: dict[str, Any]) -> int:

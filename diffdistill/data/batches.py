@@ -155,18 +155,21 @@ def check_data(teacher: Teacher, examples: Examples) -> None:
 
 
 def _check_conditions(teacher: Teacher, name: str, examples: Examples) -> None:
-    """UserError unless the conditions of the first example are those that a teacher without classes takes."""
+    """UserError unless the conditions of the first example have those that a teacher without classes takes.
+
+    Further ones may be its network's too, which is asked.
+    """
     first = {} if isinstance(examples, Data) else examples.get(torch.zeros(1, dtype=torch.int64)).cond
-    shapes, expected = (
-        {key: tuple(value.shape[1:]) for key, value in cond.items()}
-        for cond in (_known(teacher, first), teacher.example_cond)
-    )
-    if shapes.keys() != expected.keys():
-        its, theirs = (", ".join(sorted(names)) or "nothing" for names in (shapes, expected))
-        raise UserError(f"data: of conditions {name} has {its}; the teacher takes {theirs}")
-    for key, shape in expected.items():
-        if shapes[key] != shape:
-            raise UserError(f"data: {name} has {key!r} of shape {shapes[key]} for a sample; the teacher's is {shape}")
+    given, expected = _known(teacher, first), teacher.example_cond
+    its = ", ".join(sorted(given)) or "nothing"
+    if missing := expected.keys() - given.keys():
+        raise UserError(f"data: of conditions {name} has {its}; the teacher takes {', '.join(sorted(missing))}")
+    for key, value in expected.items():
+        shapes = tuple(given[key].shape[1:]), tuple(value.shape[1:])
+        if shapes[0] != shapes[1]:
+            raise UserError(f"data: {name} has {key!r} of shape {shapes[0]} for a sample; the teacher's is {shapes[1]}")
+    if given.keys() - expected.keys():
+        replace(teacher, example_cond=given).check_call()
 
 
 def _described(examples: Examples) -> tuple[str, tuple[int, ...] | None, int | None]:

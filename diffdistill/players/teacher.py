@@ -104,10 +104,10 @@ class Teacher:
         recorded = {"predicts": predicts} if isinstance(predicts, str) and call is None else {}
         name = type(network).__name__
         teacher = cls(denoiser, tuple(shape), num_classes, "", name, recorded, example_cond=dict(cond or {}))
-        teacher._check_call()
+        teacher.check_call()
         return teacher
 
-    def _check_call(self) -> None:
+    def check_call(self) -> None:
         """UserError unless the network takes two samples and gives two."""
         weight = next(itertools.chain(self.denoiser.parameters(), self.denoiser.buffers()), torch.empty(0))
         x, t = torch.zeros(2, *self.shape).to(weight), torch.ones(2, dtype=torch.float64, device=weight.device)
