@@ -24,7 +24,8 @@ All that follows is for any teacher: in the normal form, with F the student's ve
 
 Deviations:
 - The authors divide du/ds by its norm plus 0.1, which moves the minimum away from the average velocity; `derivative_c`
-  does so, and by default nothing is divided. `verify` measures it.
+  does so. By default u - u_target is divided as a whole (`norm`), which leaves the minimum where it is, and du/ds
+  counts more and more over a warm-up, both as in `scm`: undivided, trainings of digits and of points diverged.
 - Their derivative is a difference backwards over 0.01 of the way; here `--derivative` chooses, as in every method.
 - Velocity distillation draws times and noise of its own; theirs reuses those of the images. Both terms of x are in the
   data's units: the authors' term is in u at pure noise, which is the same.
@@ -42,7 +43,7 @@ from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.guidance import guided
 from diffdistill.core.prediction import diffuse, expand
 from diffdistill.core.times import logit_normal
-from diffdistill.options import TangentOptions, option
+from diffdistill.options import TangentNorm, TangentOptions, option
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.rng import seed_for, seeded
@@ -65,7 +66,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Config(TangentOptions, student_lr=1e-5):
+class Config(TangentOptions, TangentNorm, student_lr=1e-5):
     """MDT-dist's options; the mode is distillation. Times are flow times sigma/(alpha + sigma)."""
 
     time_mean: float = option(1.0, "mean of the logit of the times, in both terms")
@@ -104,21 +105,24 @@ class MDTDist(TangentMethod):
         t = self.angles(batch, "student/t")
         return t, torch.zeros_like(t)
 
-    def gap(self, f: Tensor, at: Point) -> Tensor:
-        """(B, ...) u - u_target in the data's units, where the student says f and the path goes on by at.v."""
-        rho, sin, cos = self.rho(at.t), torch.sin(at.t), torch.cos(at.t)
+    def gap(self, f: Tensor, at: Point, share: float = 1.0) -> Tensor:
+        """(B, ...) u - u_target in the data's units, where the student says f and the path goes on by at.v.
+
+        `share`: of s du/ds, which counts.
+        """
+        own, rho, sin, cos = self.config, self.rho(at.t), torch.sin(at.t), torch.cos(at.t)
         along = expand(cos, f) * (f - at.v) + expand(sin, f) * at.x_t
-        gap = expand(rho, f) * (expand(rho, f) * along + self.derivative(at, rho * sin))
-        if self.config.derivative_c is None:
-            return gap
-        s, apart = self.flow_time(at.t), expand(rho, f) * (f - at.v)  # which is u - v
-        d = (gap - apart) / expand(s, gap)
-        return apart + expand(s, d) * normalised(d, "l2", self.config.derivative_c)
+        apart = expand(rho, f) * (f - at.v)  # u - v
+        change = expand(rho, f) * (expand(rho, f) * along + self.derivative(at, rho * sin)) - apart  # s du/ds
+        if own.derivative_c is not None:
+            s = expand(self.flow_time(at.t), f)
+            change = s * normalised(change / s, "l2", own.derivative_c)
+        return normalised(apart + share * change, own.norm, own.norm_c)
 
     def regression(self, step: int, at: Point) -> Outcome:
         """|u - sg u_target|^2, the mean over all elements."""
         f, rho = self.velocity(at), self.rho(at.t)
-        target = f.detach() - self.gap(f.detach(), at) / expand(rho, f)
+        target = f.detach() - self.gap(f.detach(), at, self.config.warm(step)) / expand(rho, f)
         loss = (expand(rho, f) * (f - target)).square().mean()
         return Outcome(loss, {"matching": loss})
 
@@ -134,7 +138,7 @@ class MDTDist(TangentMethod):
             x_t = diffuse(x, t, batch.randn("matching/eps"))
             v = self.judge(x_t, t, batch.cond).v
             at = Point(x_t, t, v, torch.zeros_like(t), batch.cond, seed)
-            gap = self.gap(self.velocity(at), at)
+            gap = self.gap(self.velocity(at), at, self.config.warm(batch.key[1]))
         x = self.schedule.data_std * x
         loss = (x - (x + gap).detach()).square().mean()
         return Outcome(self.config.matching_weight * loss, {"distillation": loss})

@@ -24,7 +24,10 @@ from diffdistill.scaffold.tangent import Point
 PLANE = {
     "both terms": {
         "guidance_scale": 1.5,
-        "time_std": 1.6,
+        "time_mean": 0.0,
+        "time_std": 2.2,
+        "matching_weight": 0.1,
+        "tangent_warmup": 200,
         "max_grad_norm": 1.0,
         "student_lr": 0.001,
         "steps": 2000,
@@ -39,6 +42,7 @@ REAL: dict[str, Any] = {"derivative": MDTDist.derivative}
 def verify() -> Iterator[Check]:
     """Section 7.5's sanity items, and the mistakes that they must catch."""
     yield from _exact_map()
+    yield from _warmed()
     yield from _as_the_paper()
     yield from _own_samples()
     yield from _scales()
@@ -49,7 +53,7 @@ def _method(
 ) -> Any:
     kind = "v_prediction" if schedule is None else "flow_prediction"
     student = Denoiser(network, schedule or TrigFlow(), OUTPUTS[kind])
-    own = Config(derivative="exact", **options)
+    own = Config(**{"derivative": "exact", "norm": "none", "tangent_warmup": 0, **options})
     return MDTDist(teacher or gaussian_teacher(MEAN.tolist(), STD), own, student=student)
 
 
@@ -90,8 +94,22 @@ def _exact_map() -> Iterator[Check]:
         still = lambda self, at, *rest: REAL["derivative"](self, at._replace(v=0 * at.v), *rest)  # noqa: E731
         with mistake(MDTDist, "derivative", still):
             yield differs(f"... and with the derivative in s alone {where}", 0.0, _gap(method, at), 1e-3, scale=1.0)
-        limited = _method(FlowToData(MEAN, STD), derivative_c=0.1)
+        limited, whole = (_method(FlowToData(MEAN, STD), **o) for o in ({"derivative_c": 0.1}, {"norm": "rms"}))
         yield differs(f"du/ds over its norm moves the minimum {where}", 0.0, _gap(limited, at), 1e-2, scale=1.0)
+        yield equal(f"... and the whole over its own does not {where}", 0.0, _gap(whole, at), 1e-9, scale=1.0)
+
+
+def _warmed() -> Iterator[Check]:
+    """The whole divided by its norm, and du/ds that counts more and more."""
+    plain, ruled = _method(AnyField()), _method(AnyField(), norm="rms", norm_c=0.3, tangent_warmup=10)
+    at = _at(plain, 0.9)
+    f = plain.velocity(at).detach()
+    apart = plain.rho(at.t)[:, None] * (f - at.v)
+    change = _gap(plain, at) - apart
+    for step, share in ((0, 0.0), (5, 0.5), (10, 1.0), (99, 1.0)):
+        gap = apart + share * change
+        gap = gap / (gap.square().mean(1, keepdim=True).sqrt() + 0.3)
+        yield equal(f"the loss of step {step}", gap.square().mean(), ruled.regression(step, at).loss, 1e-9)
 
 
 def _as_the_paper() -> Iterator[Check]:

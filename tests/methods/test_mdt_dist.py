@@ -35,7 +35,7 @@ def swapped(self: MDTDist, batch: Any) -> Any:
 
 
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "the gap has the other sign": (MDTDist, "gap", lambda self, f, at: -REAL["gap"](self, f, at)),
+    "the gap has the other sign": (MDTDist, "gap", lambda self, f, at, *share: -REAL["gap"](self, f, at, *share)),
     "no derivative": (MDTDist, "derivative", lambda self, at, speed: 0 * at.x_t),
     "half the derivative": (MDTDist, "derivative", lambda self, at, speed: REAL["derivative"](self, at, speed / 2)),
     "an error of F is one of u": (MDTDist, "rho", lambda self, t: torch.ones_like(t)),
@@ -43,7 +43,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "always divided by its norm": (
         MDTDist,
         "gap",
-        lambda self, f, at: REAL["gap"](_limited(self), f, at),
+        lambda self, f, at, *share: REAL["gap"](_limited(self), f, at, *share),
     ),
 }
 

@@ -224,10 +224,15 @@ class Straight:
         moved = self.change(field, x_t, t, v, rho * torch.sin(t), torch.zeros_like(t))
         f = field(x_t, t)
         straight = fold(rho) * (f - v)
-        gap = fold(rho**2) * (fold(torch.cos(t)) * (f - v) + fold(torch.sin(t)) * x_t) + fold(rho) * moved
+        bent = fold(rho**2) * (fold(torch.cos(t)) * (f - v) + fold(torch.sin(t)) * x_t) + fold(rho) * moved - straight
         if c.derivative_c is not None:
-            d = (gap - straight) / fold(s)
-            gap = straight + fold(s) * d / (fold(d.square().flatten(1).sum(1).sqrt()) + c.derivative_c)
+            d = bent / fold(s)
+            bent = fold(s) * d / (fold(d.square().flatten(1).sum(1).sqrt()) + c.derivative_c)
+        gap = straight + bent * (min(1.0, self.step / c.tangent_warmup) if c.tangent_warmup else 1.0)
+        if c.norm != "none":
+            square = gap.square().flatten(1)
+            size = square.mean(1) if c.norm == "rms" else square.sum(1)
+            gap = gap / (fold(size.sqrt()) + c.norm_c)
         return fold(rho) * f, gap.detach()
 
     def _mdt_dist(self) -> Values:
@@ -291,7 +296,7 @@ def test_a_turn_is_its_straight_line(name: str, options: dict[str, Any], plain: 
     agree(straight.method, turn, straight.batch, straight.turn)
 
 
-MDT = {"derivative": "exact", "time_mean": 0.4, "time_std": 1.3}
+MDT = {"derivative": "exact", "time_mean": 0.4, "time_std": 1.3, "tangent_warmup": 5, "norm_c": 0.3}
 
 
 @pytest.mark.parametrize(
@@ -300,12 +305,12 @@ MDT = {"derivative": "exact", "time_mean": 0.4, "time_std": 1.3}
         ({**MDT, "guidance_scale": 2.5}, FLOW),
         ({**MDT, "guidance_scale": 2.5, "matching_scale": 4.0, "matching_weight": 0.3}, EDM_),
         ({**MDT, "matching_weight": 0.0, "derivative_c": 0.1}, VP),
-        ({**MDT, "derivative_c": 0.2, "student_steps": 2, "student_level": 0.8}, FLOW),
-        ({**MDT, "derivative": "central", "derivative_step": 0.11}, TRIG),
+        ({**MDT, "derivative_c": 0.2, "norm": "none", "student_steps": 2, "student_level": 0.8}, FLOW),
+        ({**MDT, "derivative": "central", "derivative_step": 0.11, "norm": "l2", "tangent_warmup": 0}, TRIG),
     ],
 )
 def test_a_turn_of_mdt_dist_is_its_straight_line(options: dict[str, Any], plain: Plain) -> None:
-    straight = Straight("mdt_dist", options, plain)
+    straight = Straight("mdt_dist", options, plain, 3)
     (turn,) = straight.method.turns(3)
     agree(straight.method, turn, straight.batch, straight.turn)
     parts = {"teacher": straight.teacher.dropout, "student": straight.student.dropout}
