@@ -33,8 +33,8 @@ from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser
-from diffdistill.options import ImageDistance, StudentOptions, option
-from diffdistill.players.generators import equilibrium_student, of_all_iterations
+from diffdistill.options import EquilibriumOptions, ImageDistance, StudentOptions, option
+from diffdistill.players.generators import equilibrium_student, every_iteration
 from diffdistill.players.sampler import Sampler, one_step_sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
@@ -50,26 +50,15 @@ ABOUT = About(
             "players.equilibrium.EquilibriumTransformer.step, players.equilibrium.EquilibriumTransformer.states, "
             "players.equilibrium.Block"
         ),
-        "reconstruction loss, of all iterations": "GET.student_turn, GET.images, core.distances.distance",
+        "reconstruction loss, of all iterations": "GET.pairs_turn, GET.images, core.distances.distance",
     },
 )
 
 
 @dataclass(frozen=True)
-class Config(StudentOptions, ImageDistance, student_lr=1e-4, distance="l1"):
-    """GET's options: the size of its network and the loss; guidance scale and level are those of the pairs."""
+class Config(StudentOptions, EquilibriumOptions, ImageDistance, student_lr=1e-4, distance="l1"):
+    """GET's options; guidance scale and level are those of the pairs."""
 
-    width: int | None = option(
-        None, "numbers of a token; default: by the size of the samples, 256 for 3x32x32", at_least=4
-    )
-    heads: int | None = option(None, "heads of each attention; default: one for 64 of the width", at_least=1)
-    patch: int | None = option(
-        None, "side of the patches that are tokens; default: the least with 256 of them at most", at_least=1
-    )
-    depth: int = option(6, "blocks of the injection transformer, which are run once", at_least=1)
-    equilibrium_depth: int = option(3, "blocks of the equilibrium transformer, with tied weights", at_least=1)
-    equilibrium_ratio: int = option(6, "width of their perceptrons, in widths of a token; 4 in the others", at_least=1)
-    iterations: int = option(6, "n, how often the equilibrium transformer is applied", at_least=1)
     correction: float = option(
         0.8, "gamma: iteration k's image counts gamma^(n - k) in the loss; 0: the last one alone", at_least=0, at_most=1
     )
@@ -82,24 +71,23 @@ class GET(Method):
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
         super().__init__(teacher, config)
-        self.student = student or equilibrium_student(teacher, config)
-        self.players = {"student": self.student}
-        self.iterated = of_all_iterations(self.student)
+        self.players["student"] = self.student = student or equilibrium_student(teacher, config)
 
     def turns(self, step: int) -> list[Turn]:
-        return [Turn("student", self.student_turn)]
+        return [Turn("student", self.pairs_turn)]
 
     def sampler(self) -> Sampler:
         return one_step_sampler(self.student, None)
 
     def images(self, z: Tensor, cond: Cond) -> Tensor:
         """(n, B, ...) x_1 .. x_n of noise z (B, ...), as the sampler reads it; a gradient passes."""
-        return self.iterated(*self.sampler().start(z), cond).x0
+        with every_iteration(self.student.network):
+            return self.student(*self.sampler().start(z), cond).x0
 
-    def student_turn(self, batch: Batch) -> Outcome:
+    def pairs_turn(self, batch: Batch) -> Outcome:
         """The distance of the images of all iterations from the pairs', the later ones counting more."""
-        pair = batch.paired
-        errors = torch.stack([self.image_distance(x, pair.x0).mean() for x in self.images(pair.z, pair.cond)])
+        z, x0, cond = batch.paired
+        errors = torch.stack([self.image_distance(x, x0).mean() for x in self.images(z, cond)])
         weights = self.config.correction ** torch.arange(len(errors) - 1, -1, -1, device=errors.device)
         return Outcome((weights.to(errors) * errors).sum(), {"regression": errors[-1]})
 

@@ -19,8 +19,8 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 def distance(kind: str, shape: tuple[int, ...], data_std: float = 1.0, huber_c: float | None = None) -> Distance:
     """The distance of samples of a shape, measured in the data's own units.
 
-    'l1' is the mean of absolute values, 'l2' the mean square. 'huber' is `pseudo_huber` with c = `huber_c`, by default Song & Dhariwal's
-    0.00054 sqrt(dimensions) (2023, arXiv:2310.14189, section 3.3). 'lpips' is `lpips_vgg`.
+    'l1' is the mean of absolute values, 'l2' the mean square. 'huber' is `pseudo_huber` with c = `huber_c`, by default
+    Song & Dhariwal's 0.00054 sqrt(dimensions) (2023, arXiv:2310.14189, section 3.3). 'lpips' is `lpips_vgg`.
     """
     if kind == "l1":
         return lambda x, y: per_sample_mean((data_std * (x - y)).abs())

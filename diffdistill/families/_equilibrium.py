@@ -70,7 +70,7 @@ class Equilibrium(ModelMixin, ConfigMixin):
         return SimpleNamespace(sample=output) if return_dict else (output,)
 
 
-SOURCE = f'''{inspect.getsource(equilibrium)}
+SOURCE = f"""{inspect.getsource(equilibrium)}
 {_IMPORTS}
 FILE = {FILE!r}
 SOURCE = Path(__file__).read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")
 {inspect.getsource(Equilibrium)}
 
 Equilibrium.__module__ = FILE.removesuffix(".py")
-'''
+"""
 Equilibrium.__module__ = FILE.removesuffix(".py")  # by which model_index.json finds the file
 
 

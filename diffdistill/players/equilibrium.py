@@ -54,6 +54,8 @@ class EquilibriumTransformer(nn.Module):
         of_input, of_image: what a call gives is `of_input` x + `of_image` G(x), as its sampler takes outputs.
     """
 
+    every = False  #: whether a call gives what comes of each iteration
+
     def __init__(
         self, shape: Sequence[int] = (1, 8, 8), labels: int | None = None, width: int = 64, depth: int = 6,
         equilibrium_depth: int = 3, heads: int = 1, patch: int = 1, iterations: int = 6,
@@ -117,24 +119,22 @@ class EquilibriumTransformer(nn.Module):
         """G (B, channels, height, width) of tokens z (B, N, width)."""
         return F.pixel_shuffle(self.write(self.norm(z)).transpose(1, 2).unflatten(2, self.grid), self.patch)
 
-    def forward(
-        self, x: Tensor, time: Any = None, class_labels: Tensor | None = None, *, every: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, time: Any = None, class_labels: Tensor | None = None) -> Tensor:
         """The output (B, *shape) of noise x (B, *shape) and labels (B,), whatever the time.
 
-        `every`: those of all iterations, (iterations, B, *shape).
+        While `every` is set, those of all iterations, (iterations, B, *shape).
         """
         states = self.states(self.injected(x, class_labels))
         of_input, of_image = self.weights
-        images = torch.stack([self.image(z) for z in (states[1:] if every else states[-1:])])
+        images = torch.stack([self.image(z) for z in (states[1:] if self.every else states[-1:])])
         output = of_input * x + of_image * images.reshape(len(images), *x.shape)
-        return output if every else output[0]
+        return output if self.every else output[0]
 
 
 def positions(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
-    """(rows x columns, width) sines and cosines of the row and of the column, with periods of 2 pi to 10,000 times that.
+    """(rows x columns, width) sines and cosines of row and column, with periods from 2 pi to 10,000 times that.
 
-    As of DiT and MAE, by whom a quarter of the width goes to each.
+    A quarter of the width is for each, as in MAE and DiT.
     """
     rate = torch.exp(-math.log(1e4) * torch.arange(width // 4, device=device) / (width // 4))
     row, column = (torch.arange(n, device=device)[:, None] * rate for n in grid)

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffdistill.core.denoiser import Cond, Denoiser
+from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.prediction import OUTPUTS, Output
 from diffdistill.core.schedule import DiscreteVP, Schedule
 from diffdistill.errors import UserError
+from diffdistill.options import EquilibriumOptions
 from diffdistill.players.equilibrium import EquilibriumTransformer
 from diffdistill.players.teacher import Teacher, trainable_copy
-
-
-class EquilibriumSize(Protocol):
-    """The options of an equilibrium transformer; None: derived from the samples' shape."""
-
-    width: int | None
-    heads: int | None
-    patch: int | None
-    depth: int
-    equilibrium_depth: int
-    iterations: int
-    equilibrium_ratio: int
 
 
 def seen_as(denoiser: Denoiser, network: nn.Module, output: Output | None = None) -> Denoiser:
@@ -34,16 +25,17 @@ def seen_as(denoiser: Denoiser, network: nn.Module, output: Output | None = None
     return Denoiser(network, denoiser.schedule, output or denoiser.output, null=denoiser.null)
 
 
-def of_all_iterations(student: Denoiser) -> Denoiser:
-    """The same network, whose prediction is that of each of its iterations, (iterations, B, ...)."""
+@contextmanager
+def every_iteration(network: Any) -> Iterator[None]:
+    """While it lasts, a call gives what comes of each of the network's iterations, (iterations, B, ...)."""
+    network.every = True
+    try:
+        yield
+    finally:
+        network.every = False
 
-    def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        return network(x, time, every=True, **cond)
 
-    return Denoiser(student.network, student.schedule, student.output, call=call, null=student.null)
-
-
-def equilibrium_student(teacher: Teacher, size: EquilibriumSize) -> Denoiser:
+def equilibrium_student(teacher: Teacher, size: EquilibriumOptions) -> Denoiser:
     """A new equilibrium transformer in the teacher's place, or a copy of the one that the student is to begin as.
 
     What it predicts at the noisiest level is G, of unit variance, whatever the output that the teacher's kind of
@@ -64,7 +56,9 @@ def equilibrium_student(teacher: Teacher, size: EquilibriumSize) -> Denoiser:
             "use slim_flow or dmd"
         )
     if len(shape) not in (1, 3):
-        raise UserError(f"method: the student makes images, and the teacher's samples are {shape}; use slim_flow or dmd")
+        raise UserError(
+            f"method: the student makes images, and the teacher's samples are {shape}; use slim_flow or dmd"
+        )
     labels = None if teacher.num_classes is None else teacher.num_classes + (denoiser.null is not None)
     output = OUTPUTS["sample"] if isinstance(denoiser.schedule, DiscreteVP) else denoiser.output
     of_input, of_image = output_weights(denoiser.schedule, output)
@@ -84,7 +78,7 @@ def output_weights(schedule: Schedule, output: Output) -> tuple[float, float]:
     return float(b / (sin * native.scale)), float(a * schedule.data_std - b * cos / sin)
 
 
-def fitting(shape: tuple[int, ...], size: EquilibriumSize) -> dict[str, Any]:
+def fitting(shape: tuple[int, ...], size: EquilibriumOptions) -> dict[str, Any]:
     """Width, heads and patch: those that are given, or such that images of 3x32x32 get the paper's smallest network.
 
     That has 256 tokens of width 256; the width grows with the root of the image's numbers, and a head has 64 of it.
