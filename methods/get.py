@@ -20,8 +20,8 @@ Deviations:
 - h_0 is zero, where the authors draw it from a normal distribution in each call: G is a function of z and c.
 - The authors' solver may stop at the iterate of least residual; here all n iterations are made, in training and after.
 - At a level whose noise is not all (EDM's sigma of 80) z is what the network reads there, within 0.01% of a normal z.
-- O(1) memory is `gradient_checkpointing`'s matter in other methods, and not here. Prompts are not read.
-- LPIPS is the `lpips` package's on the unchanged image where it has 224 pixels, theirs is piq's; DISTS is not here.
+- The authors can recompute iterations in the backward pass to save memory; here all are kept.
+- LPIPS is the `lpips` package's, theirs is piq's; DISTS is not here. Prompts are not read.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def _as_teacher(one: Teacher, network: Equilibrium, folder: Path) -> Denoiser:
     if tuple(shape) != tuple(one.shape) or (labels is None) != (classes is None) or (labels or 0) < (classes or 0):
         raise UserError(
             f"teacher: the config in {folder} says samples {tuple(shape)} and {labels or 0} labels, and those of its "
-            f"pipeline are {tuple(one.shape)} and {classes or 0}; export the student again"
+            f"pipeline are {tuple(one.shape)} and {classes or 0} classes; export the student again"
         )
     return seen_as(one.denoiser, transformer)
 

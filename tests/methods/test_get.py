@@ -114,7 +114,8 @@ def test_what_its_sampler_draws_is_the_last_image(plain: Plain) -> None:
         scatter(method.student, 20)
         pair = batch_of(images=False, pairs=True).paired
         drawn = method.sampler().one_step(pair.z, pair.cond)
-        network = method.student.network
+        network, own = method.student.network, plain.teacher().denoiser.output
+        assert method.student.output.name == ("sample" if plain in (VP, EPS) else own.name), "x0 itself where it can be"
         x_t, t = plain.start(plain.levels(1)[0], pair.z)
         read = fold(plain.native(t)[3]) * x_t
         image = network.image(network.states(network.injected(read, pair.cond["class_labels"]))[-1])
@@ -185,6 +186,18 @@ def test_stock_diffusers_draws_the_same_images_without_diffdistill(
     assert isinstance(load_pipeline(folder).unet, Equilibrium), "and our own loading runs none of the folder's code"
 
 
+def damaged(place: Path, labels: int | None, said: str) -> None:
+    """With so many labels in the config the student is refused as it is loaded."""
+    config = place / "config.json"
+    before = config.read_text()
+    whole = json.loads(before)
+    whole["arguments"]["labels"] = labels
+    config.write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=said):
+        load_teacher(place.parent, weights=False)
+    config.write_text(before)
+
+
 def test_the_commands_make_judge_and_sample_one(tiny_teacher: Teachers, tmp_path: Path) -> None:
     folder, pairs, run = tiny_teacher("vp"), tmp_path / "pairs", tmp_path / "run"
     make_pairs(teacher=str(folder), count=8, sampling_steps=2, device="cpu", out=str(pairs))
@@ -214,6 +227,7 @@ def test_a_teacher_without_classes_has_a_student_without(tmp_path: Path) -> None
     drawn = sampler(described.shape, {}, [torch.Generator().manual_seed(k) for k in range(6)])
     images = stock(run.student, tmp_path / "images", batch_size=6).permute(0, 3, 1, 2)
     assert float((images - (drawn / 2 + 0.5).clamp(0, 1)).abs().max()) < 1e-5
+    damaged(run.student / "unet", 11, "11 labels, and those of its pipeline are .* and 0 classes")
 
 
 def test_a_latent_student_keeps_its_pipeline(tmp_path: Path) -> None:
@@ -228,13 +242,8 @@ def test_a_latent_student_keeps_its_pipeline(tmp_path: Path) -> None:
     alone = stock(run.student, tmp_path / "alone", **call | {"class_labels": [0, last] * 3})
     assert torch.allclose(images[:4], alone[:4], atol=1e-5) and not torch.allclose(images[4:], alone[4:], atol=1e-5)
     assert isinstance(load_pipeline(run.student).transformer, Equilibrium)
-    config = run.student / "transformer" / "config.json"
-    whole = json.loads(config.read_text())
-    whole["arguments"]["labels"] = None
-    config.write_text(json.dumps(whole))
-    (run.student / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"config in .* says samples .* and 0 labels"):
-        load_teacher(run.student, weights=False)
+    damaged(run.student / "transformer", None, f"0 labels, and those of its pipeline are .* and {last + 1} classes")
+    damaged(run.student / "transformer", 2, f"2 labels, and those of its pipeline are .* and {last + 1} classes")
 
 
 def test_a_resumed_run_has_the_same_bits_and_a_student_goes_on(tiny_teacher: Teachers, tmp_path: Path) -> None:
