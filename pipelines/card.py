@@ -18,6 +18,7 @@ from diffdistill.pipelines.origin import card_of, head, license_note, metadata, 
 from diffdistill.pipelines.schedulers import level_arguments, student_rows, student_scheduler
 from diffdistill.pipelines.shipped.student_pipeline import FILE
 from diffdistill.players.adapter_networks import AdaptedNetwork
+from diffdistill.players.equilibrium import EquilibriumTransformer
 from diffdistill.players.lora import LoraNetwork
 from diffdistill.players.policy import PolicyDenoiser
 from diffdistill.players.sampler import DDIM, Gamma, Sampler
@@ -210,7 +211,7 @@ class _Lines:
 
     def _loaded(self, place: str, more: str = "") -> str:
         """The arguments of `from_pretrained` that load a whole pipeline."""
-        several = isinstance(self.sampler.denoiser.network, ClassExperts)
+        several = isinstance(self.sampler.denoiser.network, ClassExperts | EquilibriumTransformer)
         trusted = self.coded or several or isinstance(self.sampler.denoiser, PolicyDenoiser)
         source = f'"{place}"' + (", trust_remote_code=True" if trusted else "") + more
         if self.entry.autoencoder is not None:  # the parts that the teacher has not

@@ -35,8 +35,9 @@ from diffdistill.families import (
     write_record,
 )
 from diffdistill.families._by_class import ByClass, by_class
+from diffdistill.families._equilibrium import Equilibrium, in_place_of
 from diffdistill.families._own import own_record, save_weights
-from diffdistill.families._parts import LORA, LORA_2, copy_part, stored_dtypes, student_index, weight_files
+from diffdistill.families._parts import LORA, LORA_2, copy_part, sized, stored_dtypes, student_index, weight_files
 from diffdistill.files import atomic_folder
 from diffdistill.pipelines.comfyui import check_comfyui, write_comfyui_lora
 from diffdistill.pipelines.origin import copy_licenses, remove_paths
@@ -45,6 +46,7 @@ from diffdistill.pipelines.shipped.student_pipeline import FILE, pipeline_class,
 from diffdistill.pipelines.steps import OtherSteps
 from diffdistill.players import adapter_networks
 from diffdistill.players.adapter_networks import AdaptedNetwork
+from diffdistill.players.equilibrium import EquilibriumTransformer
 from diffdistill.players.guidance_adapters import write_adapters
 from diffdistill.players.lora import LoraNetwork, lora_weights
 from diffdistill.players.scale_input import plain_network
@@ -151,11 +153,11 @@ def check_saving(entry: Family | None, network: nn.Module, saving: SavingConfig)
         )
     if saving.parts == "reference" and isinstance(network, AdaptedNetwork):
         raise UserError("parts: a student with guidance adapters is saved as a whole; give copy or link")
-    if isinstance(network, ClassExperts):
+    if isinstance(network, ClassExperts | EquilibriumTransformer):
         for name, value in (("parts", "reference"), ("layout", "comfyui")):
             if getattr(saving, name) == value:
                 raise UserError(
-                    f"{name}: a student of several networks is saved as a whole diffusers folder; not {value}"
+                    f"{name}: a student of a network of ours is saved as a whole diffusers folder; not {value}"
                 )
     if saving.layout == "comfyui":
         check_comfyui(entry, network)
@@ -197,6 +199,10 @@ def _write_network(
     networks = {entry.component: plain}
     if isinstance(plain, ClassExperts):
         networks = {entry.component: by_class(list(plain.children()), plain.parts)}
+    elif isinstance(plain, EquilibriumTransformer):
+        assert teacher is not None
+        config = sized(read_json(teacher / entry.component / "config.json"))
+        networks = {entry.component: in_place_of(diffusers_class(entry.network).__name__, config, plain)}
     elif isinstance(plain, Experts):
         networks = {name: plain.get_submodule(name) for name in asked(plain, _times(record, scheduler))}
     if teacher is not None:
@@ -221,8 +227,8 @@ def _write_network(
         index["boundary_ratio"] = None
     stepped = type(scheduler)  # of diffusers, or with its code in its folder
     index = student_index(kind, index, names, entry.component, (stepped.__module__.split(".")[0], stepped.__name__))
-    if isinstance(networks.get(entry.component), ByClass):
-        index[entry.component] = [ByClass.__module__, ByClass.__name__]
+    if isinstance(carried := networks.get(entry.component), ByClass | Equilibrium):
+        index[entry.component] = [type(carried).__module__, type(carried).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file, values in entry.settings.items():
         text = json.dumps({**read_json(folder / file), **values}, indent=2)

@@ -36,6 +36,7 @@ LISTS = (
     "methods",
     "matching",
     "held",
+    "own_networks",
     "pixels",
     "joined",
     "trajectories",

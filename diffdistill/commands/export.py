@@ -23,6 +23,7 @@ from diffdistill.pipelines.record import new_student_record
 from diffdistill.pipelines.schedulers import student_scheduler
 from diffdistill.pipelines.steps import other_steps
 from diffdistill.players.adapter_networks import AdaptedNetwork
+from diffdistill.players.equilibrium import EquilibriumTransformer
 from diffdistill.players.policy import PolicyDenoiser
 from diffdistill.training.assemble import Game, load_run
 from diffdistill.training.checkpoint import best_step
@@ -101,7 +102,7 @@ def check_exportable(game: Game, saving: SavingConfig = SAVED) -> None:
         check_policies(game.family, saving)
     if game.family is not None:
         student_scheduler(game.teacher, sampler)
-    elif isinstance(sampler.denoiser.network, AdaptedNetwork | ClassExperts):
+    elif isinstance(sampler.denoiser.network, AdaptedNetwork | ClassExperts | EquilibriumTransformer):
         raise UserError(
             f"method: a student of {game.recipe.name} is saved as a diffusers pipeline, and this teacher has none; "
             "give a teacher of diffusers"

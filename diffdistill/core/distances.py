@@ -19,9 +19,11 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 def distance(kind: str, shape: tuple[int, ...], data_std: float = 1.0, huber_c: float | None = None) -> Distance:
     """The distance of samples of a shape, measured in the data's own units.
 
-    'l2' is the mean square. 'huber' is `pseudo_huber` with c = `huber_c`, by default Song & Dhariwal's
-    0.00054 sqrt(dimensions) (2023, arXiv:2310.14189, section 3.3). 'lpips' is `lpips_vgg`.
+    'l1' is the mean of absolute values, 'l2' the mean square. 'huber' is `pseudo_huber` with c = `huber_c`, by default
+    Song & Dhariwal's 0.00054 sqrt(dimensions) (2023, arXiv:2310.14189, section 3.3). 'lpips' is `lpips_vgg`.
     """
+    if kind == "l1":
+        return lambda x, y: per_sample_mean((data_std * (x - y)).abs())
     if kind == "l2":
         return lambda x, y: per_sample_mean((data_std * (x - y)).square())
     if kind == "huber":
@@ -29,7 +31,7 @@ def distance(kind: str, shape: tuple[int, ...], data_std: float = 1.0, huber_c: 
         return lambda x, y: pseudo_huber(data_std * x, data_std * y, c)
     if kind == "lpips":
         return lpips_vgg(shape, data_std)
-    raise ValueError(f"distance {kind!r} is not 'l2', 'huber' or 'lpips'")
+    raise ValueError(f"distance {kind!r} is not 'l1', 'l2', 'huber' or 'lpips'")
 
 
 def elementwise(kind: str, x: Tensor, y: Tensor, huber_c: float) -> Tensor:

@@ -21,6 +21,7 @@ from diffdistill.core.denoiser import Denoiser
 from diffdistill.core.experts import Experts
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.families._by_class import ByClass
+from diffdistill.families._equilibrium import Equilibrium, stand_in
 from diffdistill.families._family import SMALL_AUTOENCODERS, Family, Source, diffusers_class
 from diffdistill.families._folders import boundary_of, local_folder, networks_of
 from diffdistill.families._own import load_own
@@ -42,10 +43,14 @@ from diffdistill.families._record import METADATA, Record, StudentRecord, Teache
 from diffdistill.families._registry import family_of
 from diffdistill.options import Size, coerce, height_width
 from diffdistill.players.class_experts import of_classes
+from diffdistill.players.generators import seen_as
 from diffdistill.players.guidance_adapters import load_adapters
 from diffdistill.players.policy import POLICIES, policy_denoiser, seen_plain
 from diffdistill.players.sampler import Sampler, step_named
 from diffdistill.players.teacher import Teacher
+
+CARRIED = (ByClass, Equilibrium)
+"""Classes of networks whose code is a file of a student's folder, for diffusers alone."""
 
 
 def load_teacher(
@@ -81,11 +86,17 @@ def load_teacher(
     size = coerce("resolution", resolution, Size | None, {"at_least": 1})
     pixels = None if size is None else height_width(size)
     source = Source(folder, index, scheduler, null_class, scale, pixels, frames)
-    one = network.networks[0] if isinstance(network, ByClass) else network  # all have one config
+    one = network
+    if isinstance(network, ByClass):
+        one = network.networks[0]  # all have one config
+    elif isinstance(network, Equilibrium):
+        one = stand_in(network)
     with nullcontext() if said is None else seen_plain(network, said):
         made_of = _checked(family, one, source)
     if isinstance(network, ByClass):
         made_of = replace(made_of, denoiser=_by_its_parts(made_of, network, folder))
+    elif isinstance(network, Equilibrium):
+        made_of = replace(made_of, denoiser=_as_teacher(made_of, network, folder))
     latent = family.autoencoder is not None
     teacher = replace(made_of, family=family.name, source=fspath(path_or_hub_id), latent=latent)
     if said is not None:
@@ -108,6 +119,18 @@ def _by_its_parts(one: Teacher, network: ByClass, folder: Path) -> Denoiser:
     return of_classes(one.denoiser, list(network.networks), parts)
 
 
+def _as_teacher(one: Teacher, network: Equilibrium, folder: Path) -> Denoiser:
+    """The denoiser of the network, of the teacher in whose place it stands; UserError where it makes other samples."""
+    transformer, classes = network.transformer, one.num_classes
+    shape, labels = transformer.described["shape"], transformer.described["labels"]
+    if tuple(shape) != tuple(one.shape) or (labels is None) != (classes is None) or (labels or 0) < (classes or 0):
+        raise UserError(
+            f"teacher: the config in {folder} says samples {tuple(shape)} and {labels or 0} labels, and those of its "
+            f"pipeline are {tuple(one.shape)} and {classes or 0} classes; export the student again"
+        )
+    return seen_as(one.denoiser, transformer)
+
+
 def _scheduler(folder: Path) -> tuple[Config, Config | None]:
     """The config of a folder's scheduler, or of its teacher's and its own where that is one of policies."""
     config = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -128,8 +151,9 @@ def _network(
     for name in networks_of(family, index):
         config = read_json(folder / name / "config.json")
         kind = config.get("_class_name")
-        if kind == ByClass.__name__ and boundary is None:
-            model, kind = ByClass, config.get("kind")
+        carried = next((own for own in CARRIED if own.__name__ == kind), None)
+        if carried is not None and boundary is None:
+            model, kind = carried, config.get("kind")
         if kind not in (None, expected.__name__):
             raise UserError(f"teacher: {folder / name} holds a {kind}; {expected.__name__} is expected")
         if weights:
@@ -247,8 +271,8 @@ def load_pipeline(
 
 
 def _part_kind(entry: Sequence[str]) -> Any:
-    """The class of a part, of a network for each part of the classes ours, so that no code in the folder is run."""
-    return ByClass if [*entry] == [ByClass.__module__, ByClass.__name__] else part_class(entry)
+    """The class of a part, of a network whose code is in the folder ours, so that none of that is run."""
+    return next((own for own in CARRIED if [*entry] == [own.__module__, own.__name__]), None) or part_class(entry)
 
 
 def _optional(family: Family, name: str) -> bool:
@@ -268,10 +292,11 @@ def _named(folder: Path, family: Family, kind: Any, index: Config) -> list[str]:
 def _without_nulls(folder: Path, kind: Any, index: Config) -> Iterator[Path]:
     """The folder as diffusers reads it: one whose index has a plain null for a part is seen with [null, null].
 
-    A network for each part of the classes is seen as any network of diffusers.
+    A network whose code is in the folder is seen as any network of diffusers.
     """
     whole = whole_index(kind, index)
-    own = [name for name, value in index.items() if value == [ByClass.__module__, ByClass.__name__]]
+    carried = [[own.__module__, own.__name__] for own in CARRIED]
+    own = [name for name, value in index.items() if value in carried]
     whole |= {name: ["diffusers", "ModelMixin"] for name in own}  # as which diffusers takes one that it is given
     if whole == index:
         yield folder

@@ -431,7 +431,9 @@ class TangentOptions(TrajectoryOptions, TeacherGuidance, DerivativeOptions):
 class ImageDistance(Options):
     """How far two images lie apart."""
 
-    distance: Literal["huber", "l2", "lpips"] = option(
-        "huber", "huber: pseudo-Huber of the whole sample; l2: mean square; lpips: VGG features, with pip install lpips"
+    distance: Literal["huber", "l1", "l2", "lpips"] = option(
+        "huber",
+        "huber: pseudo-Huber of the whole sample; l1: mean of absolute values; l2: mean square; lpips: VGG features, "
+        "with pip install lpips",
     )
     huber_c: float | None = option(None, "c of the pseudo-Huber distance; default: 0.00054 sqrt(dimensions)", above=0)

@@ -77,6 +77,23 @@ class ElementDistance(Options):
 
 
 @dataclass(frozen=True)
+class EquilibriumOptions(Options):
+    """The size of a student that is an equilibrium transformer of its own."""
+
+    width: int | None = option(
+        None, "numbers of a token; default: by the size of the samples, 256 for 3x32x32", at_least=4
+    )
+    heads: int | None = option(None, "heads of each attention; default: one for 64 of the width", at_least=1)
+    patch: int | None = option(
+        None, "side of the patches that are tokens; default: the least with 256 of them at most", at_least=1
+    )
+    depth: int = option(6, "blocks of the injection transformer, which are run once", at_least=1)
+    equilibrium_depth: int = option(3, "blocks of the equilibrium transformer, with tied weights", at_least=1)
+    equilibrium_ratio: int = option(6, "width of their perceptrons, in widths of a token; 4 in the others", at_least=1)
+    iterations: int = option(6, "n, how often the equilibrium transformer is applied", at_least=1)
+
+
+@dataclass(frozen=True)
 class StagedOptions(TrajectoryOptions, ImageDistance):
     """A student that learns straight lines, and one step of them after that; the distance is that of images."""
 

@@ -27,6 +27,7 @@ from diffdistill.core.times import edm_karras_angle
 from diffdistill.options import (
     DMD2Options,
     EDMTimes,
+    EquilibriumOptions,
     FollowingOptions,
     HalvingOptions,
     LatentAdversarialOptions,
@@ -243,7 +244,7 @@ def _rate(s: Situation, role: str) -> Derived:
 
 
 def _optimizer(s: Situation) -> Derived | None:
-    measured = issubclass(s.options, FollowingOptions | DMD2Options)
+    measured = issubclass(s.options, FollowingOptions | DMD2Options | EquilibriumOptions)
     small = s.parameters <= RELEARNS and not s.teacher.lora
     if not measured or issubclass(s.options, LatentAdversarialOptions) or not small or s.steps >= LONG:
         return None

@@ -13,16 +13,17 @@ from diffdistill import UserError
 from diffdistill.core.distances import distance
 
 
-def test_l2_and_huber_are_in_the_datas_units() -> None:
+def test_l1_l2_and_huber_are_in_the_datas_units() -> None:
     x, y = torch.zeros(2, 1, 2, 2), torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1).expand(2, 1, 2, 2)
     assert torch.allclose(distance("l2", (1, 2, 2), 0.5)(x, y), torch.tensor([0.25, 2.25]))
+    assert torch.allclose(distance("l1", (1, 2, 2), 0.5)(x, y), torch.tensor([0.5, 1.5]))
     huber = distance("huber", (1, 2, 2), 0.5, 0.3)(x, y)
     assert torch.allclose(huber, (torch.tensor([1.0, 3.0]) ** 2 + 0.09).sqrt() - 0.3)
     c = 0.00054 * 2
     default = distance("huber", (1, 2, 2))(x, y)
     assert torch.allclose(default, (torch.tensor([2.0, 6.0]) ** 2 + c**2).sqrt() - c)
-    with pytest.raises(ValueError, match="'l1' is not"):
-        distance("l1", (1, 2, 2))
+    with pytest.raises(ValueError, match="'l3' is not"):
+        distance("l3", (1, 2, 2))
 
 
 class Fake(nn.Module):

@@ -216,5 +216,5 @@ def test_what_makes_no_sense_is_refused(tiny_teacher: Teachers, tmp_path: Path) 
     run = RUN | {"teacher": str(tiny_teacher("vp")), "steps": 1, "out": str(tmp_path / "run")}
     with pytest.raises(UserError, match="lora: each of several students is a network of its own, trained whole"):
         distill(**run, lora="student")
-    with pytest.raises(UserError, match="layout: a student of several networks is saved as a whole diffusers folder"):
+    with pytest.raises(UserError, match="layout: a student of a network of ours is saved as a whole diffusers folder"):
         distill(**run, layout="comfyui")

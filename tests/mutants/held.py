@@ -109,10 +109,14 @@ MUTANTS = {
     f"pipelines/export.py | {_MS}": [
         (
             "by class: the index names the teacher's",
-            "if isinstance(networks.get(entry.component), ByClass):",
-            "if False:",
+            "if isinstance(carried := networks.get(entry.component), ByClass | Equilibrium):",
+            "if isinstance(carried := None, Equilibrium):",
         ),
-        ("by class: any layout", "if isinstance(network, ClassExperts):\n        for", "if False:\n        for"),
+        (
+            "by class: any layout",
+            "if isinstance(network, ClassExperts | EquilibriumTransformer):\n        for",
+            "if False:\n        for",
+        ),
     ],
     f"pipelines/card.py | {_MS}": [
         ("by class: the card trusts nothing", "self.coded or several or", "self.coded or"),

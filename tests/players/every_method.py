@@ -34,6 +34,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "flash_dmd": {"update_ratio": 1, "student_steps": 2},
     "flow_map": {"student_steps": 2, "equal_share": 0.0, "matching_weight": 1.0, "rollout_steps": [2]},
     "gdd": {},
+    "get": {},
     "guided": {"guidance_min": 2.0, "guidance_max": 2.0, "start_steps": 4, "final_steps": 2, "stage_steps": 1,
                "guidance_steps": 1},
     "ladd": {"student_steps": 2, "update_ratio": 1},
@@ -71,6 +72,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "uni_instruct": {},
 }  # fmt: skip
 SAYS_SO = {
+    ("get", "full"): "method: the student reads noise and class labels, and this teacher encoder_hidden_states",
+    ("get", "lora"): "method: the student reads noise and class labels, and this teacher encoder_hidden_states",
     ("multi_student", "full"): "4 students part the classes, and the teacher has none",
     ("multi_student", "lora"): "4 students part the classes, and the teacher has none",
     ("score_forgetting", "full"): "forgets classes, and this teacher has none",

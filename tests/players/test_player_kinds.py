@@ -189,7 +189,7 @@ def test_every_method_runs_with_both_kinds_or_says_why_not(
     options |= OTHERS[method]
     if kind == "lora" and describe_method(method).about.kind == "distribution" and method not in ("gdd", "ladd"):
         options["lora"] = "student,fake_score"
-    if method in ("dmd", "reflow", "sdxs", "sims", "slim_flow"):
+    if method in ("dmd", "get", "reflow", "sdxs", "sims", "slim_flow"):
         made = {"teacher": str(folder), "prompts": str(prompts), "count": 4, "sampling_steps": 2, "device": "cpu"}
         options["pairs"] = str(make_pairs(**made, out=str(tmp_path / "pairs")))
     if (method, kind) in SAYS_SO:

@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "f_distill": {"update_ratio": 2, "ratio_ema": 0.5},
     "flash_dmd": {"update_ratio": 2, "student_steps": 3, "fake_scores": "shared"},
     "flow_map": {"objective": "progressive", "matching_weight": 0.5},
+    "get": {"width": 8, "heads": 2, "depth": 1, "equilibrium_depth": 1, "iterations": 2},
     "lcm": {"guidance_max": 3.0, "ddim_steps": 8},
     "mean_flow": {"guidance_scale": 2.0},
     "multi_student": {"students": 2, "update_ratio": 2, "gan_weight": 0.1},

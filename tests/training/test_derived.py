@@ -22,6 +22,7 @@ from diffdistill.methods import (
     dmd2,
     flow_map,
     gdd,
+    get,
     guided,
     ladd,
     lcm,
@@ -214,7 +215,7 @@ def test_a_short_training_follows_few_of_heuns_steps_and_else_twenty_of_ddims() 
 
 def test_a_short_training_of_a_small_student_takes_muon() -> None:
     teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], 1_000_000)
-    for config, faster in ((consistency.Config, 2), (lcm.Config, 2), (dmd2.Config, 1)):
+    for config, faster in ((consistency.Config, 2), (lcm.Config, 2), (get.Config, 2), (dmd2.Config, 1)):
         names, plain = derived_for(teacher, config), derived_for(teacher, config, optimizer="adamw")
         assert names["optimizer"].value == "muon" and "optimizer" not in plain
         assert names["student_lr"].value == pytest.approx(faster * plain["student_lr"].value, rel=0.05)
