@@ -58,7 +58,7 @@ ABOUT = About(
     equations={
         "velocity matching": "MDTDist.regression, MDTDist.gap",
         "du/ds": "scaffold.tangent.TangentMethod.derivative, scaffold.tangent.normalised",
-        "velocity distillation": "MDTDist.second_term",
+        "velocity distillation": "MDTDist.second_term, MDTDist.missed",
         "times": "MDTDist.times, core.times.logit_normal",
         "Euler steps": "MDTDist.sampler, players.sampler.DDIM",
     },
@@ -126,6 +126,15 @@ class MDTDist(TangentMethod):
         loss = (expand(rho, f) * (f - target)).square().mean()
         return Outcome(loss, {"matching": loss})
 
+    @torch.no_grad()
+    def missed(self, x: Tensor, batch: Batch, seed: int) -> Tensor:
+        """(B, ...) u - u_target where samples x (B, ...) of the student are, noised anew."""
+        t = self.angles(batch, "matching/t")
+        x_t = diffuse(x, t, batch.randn("matching/eps"))
+        v = self.judge(x_t, t, batch.cond).v
+        at = Point(x_t, t, v, torch.zeros_like(t), batch.cond, seed)
+        return self.gap(self.velocity(at), at, self.config.warm(batch.key[1]))
+
     def second_term(self, batch: Batch) -> Outcome | None:
         """lambda |x - sg(x + u - u_target)|^2 of the student's one-step samples."""
         if not self.config.matching_weight:
@@ -133,13 +142,7 @@ class MDTDist(TangentMethod):
         seed, (z, start) = seed_for(*batch.key, "matching/dropout"), self.sampler().start(batch.randn("matching/z"))
         with seeded(seed, z.device):
             x = self.student(z, start, batch.cond).x0
-        with torch.no_grad():
-            t = self.angles(batch, "matching/t")
-            x_t = diffuse(x, t, batch.randn("matching/eps"))
-            v = self.judge(x_t, t, batch.cond).v
-            at = Point(x_t, t, v, torch.zeros_like(t), batch.cond, seed)
-            gap = self.gap(self.velocity(at), at, self.config.warm(batch.key[1]))
-        x = self.schedule.data_std * x
+        gap, x = self.missed(x.detach(), batch, seed), self.schedule.data_std * x
         loss = (x - (x + gap).detach()).square().mean()
         return Outcome(self.config.matching_weight * loss, {"distillation": loss})
 

@@ -192,7 +192,7 @@ MUTANTS = {
         ("judged by the guided teacher of the images", "v = self.judge(x_t, t, batch.cond).v",
          "v = self.teacher(x_t, t, batch.cond).v"),
         ("samples go the other way", "(x + gap).detach()", "(x - gap).detach()"),
-        ("units of the normal form", "x = self.schedule.data_std * x", "x = 1.0 * x"),
+        ("units of the normal form", "seed), self.schedule.data_std * x", "seed), 1.0 * x"),
         ("other units drop", '"matching/dropout"', '"student/dropout"'),
     ],
     f"methods/mean_flow.py | {_T}": [
