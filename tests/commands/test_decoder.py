@@ -9,8 +9,12 @@ import torch
 
 from diffdistill import UserError, distill, encode, sample, train_decoder
 from diffdistill.commands.cli import main
+from diffdistill.commands.decoder import SmallAutoencoding
+from diffdistill.config import DecoderConfig
 from diffdistill.data.encoded import open_encoded
 from diffdistill.families import FAMILIES, load_pipeline
+from diffdistill.pipelines.small_decoder import new_autoencoder
+from diffdistill.scaffold.method import Batch
 from tests import tiny
 
 FIT: dict[str, Any] = {"device": "cpu", "batch_size": 4, "width": 16, "blocks": 1, "sample_every": 0, "ema": 0.0}
@@ -65,6 +69,32 @@ def test_it_learns_the_images_and_stock_pipelines_draw_with_it(name: str, tmp_pa
     assert again.shape == z.shape
 
 
+def test_a_turn_is_its_straight_line() -> None:
+    torch.manual_seed(0)
+    small = new_autoencoder(
+        {"block_out_channels": [8, 8], "in_channels": 3, "out_channels": 3, "latent_channels": 4}, 8, 1
+    )
+    config = DecoderConfig(teacher="x", prompts="y", gan_weight=0.3)
+
+    def own(z: torch.Tensor) -> torch.Tensor:
+        return 2 * torch.nn.functional.interpolate(z[:, :3], scale_factor=2)  # some of it is beyond the range
+
+    method = SmallAutoencoding(small, own, config)
+    z = torch.randn(4, 4, 8, 8)
+    batch = Batch(4, (4, 8, 8), {}, z, torch.device("cpu"), (0, 0, 0))
+    generator, critic = method.turns(0)
+    image, drawn = own(z).clamp(-1, 1), small.decode(z).sample
+    terms = [(drawn - image).abs().mean(), (small.encode(image).latents - z).abs().mean()]
+    logits = [method.discriminator(x) for x in (drawn, image)]
+    outcome = generator.loss(batch)
+    expected = sum(terms) + 0.3 * torch.nn.functional.softplus(-logits[0]).mean()
+    torch.testing.assert_close(outcome.loss, expected)
+    assert {"decoding", "encoding", "gan"} == outcome.shown.keys()
+    judged = torch.nn.functional.softplus(-logits[1]).mean() + torch.nn.functional.softplus(logits[0]).mean()
+    torch.testing.assert_close(critic.loss(batch).loss, judged)
+    assert (generator.player, critic.player) == ("autoencoder", "discriminator") and not method.drawn
+
+
 def test_a_student_keeps_its_steps_and_draws(tmp_path: Path) -> None:
     given = latents_of("stable_diffusion", tmp_path)
     shared: dict[str, Any] = {"batch_size": 2, "steps": 1, "sample_every": 0, "device": "cpu"}
@@ -93,12 +123,16 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         teacher=given["teacher"], prompts=str(tmp_path / "prompts.txt"), device="cpu", out=tmp_path / "texts"
     )
     tiny.PIPELINES["sana"]().save_pretrained(tmp_path / "sana")
+    changed = tiny.PIPELINES["stable_diffusion"]()
+    changed.vae.decoder.conv_in.weight.data.mul_(2)
+    changed.save_pretrained(other := tmp_path / "other")
     for more, says in (
         ({"teacher": ""}, "teacher: none is given; give the folder of a latent model and one of `encode --data`"),
         (
             {"prompts": str(texts)},
             "prompts: .*texts' has no images; give a folder made by `diffdistill encode",
         ),
+        ({"teacher": str(other)}, "prompts: .*encoded' was made by another model"),
         ({"teacher": str(tmp_path / "sana")}, "teacher: .*sana' has the autoencoder AutoencoderDC, and a small one is"),
     ):
         with pytest.raises(UserError, match=says):
