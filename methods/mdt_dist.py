@@ -24,11 +24,13 @@ All that follows is for any teacher: in the normal form, with F the student's ve
 
 Deviations:
 - The authors divide du/ds by its norm plus 0.1, which moves the minimum away from the average velocity; `derivative_c`
-  does so. By default u - u_target is divided as a whole (`norm`), which leaves the minimum where it is, and du/ds
-  counts more and more over a warm-up, both as in `scm`: undivided, trainings of digits and of points diverged.
+  does so. By default velocity matching has u - u_target divided as a whole (`norm`), which leaves the minimum where it
+  is, and du/ds counts more and more over a warm-up, both as in `scm`: undivided, trainings of digits diverged.
 - Their derivative is a difference backwards over 0.01 of the way; here `--derivative` chooses, as in every method.
-- Velocity distillation draws times and noise of its own; theirs reuses those of the images. Both terms of x are in the
-  data's units: the authors' term is in u at pure noise, which is the same.
+- Velocity distillation draws times and noise of its own; theirs reuses those of the images, logit-normal (1, 1). Here
+  those of images reach further, to pure noise. Those of samples must not: where an error of u grows with the noise,
+  its pull in the mean over times has the right sign if their density falls towards pure noise.
+- Both terms of x are in the data's units; the authors' term is in u at pure noise, which is the same.
 """
 
 from __future__ import annotations
@@ -69,10 +71,12 @@ ABOUT = About(
 class Config(TangentOptions, TangentNorm, student_lr=1e-5):
     """MDT-dist's options; the mode is distillation. Times are flow times sigma/(alpha + sigma)."""
 
-    time_mean: float = option(1.0, "mean of the logit of the times, in both terms")
-    time_std: float = option(1.0, "standard deviation of the logit of the times", above=0)
+    time_mean: float = option(0.0, "mean of the logit of the images' times")
+    time_std: float = option(2.0, "standard deviation of the logit of the images' times", above=0)
     matching_weight: float = option(1.0, "lambda, the weight of velocity distillation; 0: velocity matching alone",
                                     at_least=0)  # fmt: skip
+    matching_mean: float = option(1.0, "mean of the logit of the times of the student's own samples")
+    matching_std: float = option(1.0, "standard deviation of the logit of these times", above=0, at_most=1.5)
     matching_scale: float | None = option(
         None, "guidance of the teacher in velocity distillation; default: guidance_scale", at_least=0
     )
@@ -95,14 +99,13 @@ class MDTDist(TangentMethod):
         """Euler's steps along the average velocity, which DDIM's are."""
         return Sampler(self.student, self.levels, DDIM())
 
-    def angles(self, batch: Batch, stream: str) -> Tensor:
+    def angles(self, batch: Batch, stream: str, mean: float, std: float) -> Tensor:
         """(B,) logit-normal flow times, within what the student's schedule has."""
-        shape = self.config.time_mean, self.config.time_std
-        t = batch.draw(stream, lambda n, draw: logit_normal(self.schedule, n, draw, *shape))
+        t = batch.draw(stream, lambda n, draw: logit_normal(self.schedule, n, draw, mean, std))
         return t.clamp(self.schedule.t_min, self.schedule.t_max)
 
     def times(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        t = self.angles(batch, "student/t")
+        t = self.angles(batch, "student/t", self.config.time_mean, self.config.time_std)
         return t, torch.zeros_like(t)
 
     def gap(self, f: Tensor, at: Point, share: float = 1.0) -> Tensor:
@@ -117,23 +120,24 @@ class MDTDist(TangentMethod):
         if own.derivative_c is not None:
             s = expand(self.flow_time(at.t), f)
             change = s * normalised(change / s, "l2", own.derivative_c)
-        return normalised(apart + share * change, own.norm, own.norm_c)
+        return apart + share * change
 
     def regression(self, step: int, at: Point) -> Outcome:
         """|u - sg u_target|^2, the mean over all elements."""
         f, rho = self.velocity(at), self.rho(at.t)
-        target = f.detach() - self.gap(f.detach(), at, self.config.warm(step)) / expand(rho, f)
+        gap = normalised(self.gap(f.detach(), at, self.config.warm(step)), self.config.norm, self.config.norm_c)
+        target = f.detach() - gap / expand(rho, f)
         loss = (expand(rho, f) * (f - target)).square().mean()
         return Outcome(loss, {"matching": loss})
 
     @torch.no_grad()
     def missed(self, x: Tensor, batch: Batch, seed: int) -> Tensor:
         """(B, ...) u - u_target where samples x (B, ...) of the student are, noised anew."""
-        t = self.angles(batch, "matching/t")
+        t = self.angles(batch, "matching/t", self.config.matching_mean, self.config.matching_std)
         x_t = diffuse(x, t, batch.randn("matching/eps"))
         v = self.judge(x_t, t, batch.cond).v
         at = Point(x_t, t, v, torch.zeros_like(t), batch.cond, seed)
-        return self.gap(self.velocity(at), at, self.config.warm(batch.key[1]))
+        return self.gap(self.velocity(at), at)
 
     def second_term(self, batch: Batch) -> Outcome | None:
         """lambda |x - sg(x + u - u_target)|^2 of the student's one-step samples."""

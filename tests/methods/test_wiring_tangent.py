@@ -207,8 +207,8 @@ class Straight:
 
     # -- mdt_dist ----------------------------------------------------------------------------------------------------
 
-    def flow_angles(self, stream: str) -> Tensor:
-        s = torch.sigmoid(self.c.time_mean + self.c.time_std * gaussian(stream, self.key))
+    def flow_angles(self, stream: str, mean: float, std: float) -> Tensor:
+        s = torch.sigmoid(mean + std * gaussian(stream, self.key))
         return torch.atan2(s, (1 - s) * self.plain.std).clamp(*self.plain.ends())
 
     def missed(self, x_t: Tensor, t: Tensor, v: Tensor, stream: str) -> tuple[Tensor, Tensor]:
@@ -228,15 +228,16 @@ class Straight:
         if c.derivative_c is not None:
             d = bent / fold(s)
             bent = fold(s) * d / (fold(d.square().flatten(1).sum(1).sqrt()) + c.derivative_c)
-        gap = straight + bent * (min(1.0, self.step / c.tangent_warmup) if c.tangent_warmup else 1.0)
-        if c.norm != "none":
+        matched = stream == "matching"
+        gap = straight + bent * (min(1.0, self.step / c.tangent_warmup) if c.tangent_warmup and not matched else 1.0)
+        if c.norm != "none" and not matched:
             square = gap.square().flatten(1)
             size = square.mean(1) if c.norm == "rms" else square.sum(1)
             gap = gap / (fold(size.sqrt()) + c.norm_c)
         return fold(rho) * f, gap.detach()
 
     def _mdt_dist(self) -> Values:
-        c, plain, t = self.c, self.plain, self.flow_angles("student/t")
+        c, plain, t = self.c, self.plain, self.flow_angles("student/t", self.c.time_mean, self.c.time_std)
         x_t = noised(self.image, t, self.eps)
         u, gap = self.missed(x_t, t, self.teachers_velocity(x_t, t), "student")
         values = {"matching": (u - (u - gap).detach()).square().mean()}
@@ -245,7 +246,7 @@ class Straight:
             z, top = plain.start(plain.levels(c.student_steps, c.student_level)[0], normal("matching/z", self.key))
             self.dropped("matching")
             x = plain.x0_eps(self.student, z, top, class_labels=self.labels)[0]
-            t = self.flow_angles("matching/t")
+            t = self.flow_angles("matching/t", c.matching_mean, c.matching_std)
             x_t = noised(x, t, normal("matching/eps", self.key)).detach()
             scale = c.guidance_scale if c.matching_scale is None else c.matching_scale
             gap = self.missed(x_t, t, self.teachers_velocity(x_t, t, scale), "matching")[1]
@@ -296,7 +297,15 @@ def test_a_turn_is_its_straight_line(name: str, options: dict[str, Any], plain: 
     agree(straight.method, turn, straight.batch, straight.turn)
 
 
-MDT = {"derivative": "exact", "time_mean": 0.4, "time_std": 1.3, "tangent_warmup": 5, "norm_c": 0.3}
+MDT = {
+    "derivative": "exact",
+    "time_mean": 0.4,
+    "time_std": 1.3,
+    "tangent_warmup": 5,
+    "norm_c": 0.3,
+    "matching_mean": 0.7,
+    "matching_std": 1.2,
+}
 
 
 @pytest.mark.parametrize(
