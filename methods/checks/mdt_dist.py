@@ -24,10 +24,10 @@ from diffdistill.scaffold.tangent import Point
 PLANE = {
     "both terms": {
         "guidance_scale": 1.5,
-        "tangent_warmup": 200,
+        "tangent_warmup": 700,
         "max_grad_norm": 1.0,
-        "student_lr": 0.001,
-        "steps": 2000,
+        "student_lr": 0.0005,
+        "steps": 3000,
     },
 }
 
@@ -50,7 +50,7 @@ def _method(
 ) -> Any:
     kind = "v_prediction" if schedule is None else "flow_prediction"
     student = Denoiser(network, schedule or TrigFlow(), OUTPUTS[kind])
-    own = Config(**{"derivative": "exact", "norm": "none", "tangent_warmup": 0, **options})
+    own = Config(**{"derivative": "exact", "norm": "none", "tangent_warmup": 0, "matching_weight": 1.0, **options})
     return MDTDist(teacher or gaussian_teacher(MEAN.tolist(), STD), own, student=student)
 
 
