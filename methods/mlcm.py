@@ -102,8 +102,10 @@ class MLCM(MergingMethod):
         return self.at_angle(interval.t)
 
     def less_noisy(self, x_t: Tensor, x0: Tensor, eps: Tensor, interval: Jump, cond: Cond) -> Tensor:
-        """Where the same trajectory passes later."""
-        return self.at_angle(interval.r)
+        """Where the same trajectory passes later; the states are not kept any longer."""
+        x_r = self.at_angle(interval.r)
+        del self.walked
+        return x_r
 
 
 METHOD = MLCM

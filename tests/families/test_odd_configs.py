@@ -95,7 +95,7 @@ def change(**values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "holds 'AutoencoderTiny'; AutoencoderKL is expected"),
+        ("vae/config.json", {"_class_name": "AutoencoderDC"}, "holds 'AutoencoderDC'; AutoencoderKL is expected"),
         ("vae/config.json", {"scaling_factor": None}, "vae/config.json has no scaling_factor, by which"),
         ("vae/config.json", {"block_out_channels": None}, "not those of stable_diffusion"),
         ("unet/config.json", {"in_channels": 36}, "takes 36 channels and the VAE gives 4"),

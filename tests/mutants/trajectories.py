@@ -98,7 +98,7 @@ MUTANTS = {
             "self.levels[self.steps_in - 1 :: self.steps_in]",
         ),
     ],
-    f"methods/mlcm.py | {_S}": [
+    f"methods/mlcm.py | {_S} tests/training/test_held.py": [
         ("the walk: another stream of scales", '"teacher/scale"', '"student/scale"'),
         ("the walk: another stream of noise", 'batch.randn("z")', 'batch.randn("student/eps")'),
         ("the walk: each step is of the first state", "self.guidance(states[-1],", "self.guidance(states[0],"),
@@ -109,7 +109,8 @@ MUTANTS = {
         ("the clean end in no stage", "last = self.segments(step) == 1", "last = False"),
         ("the clean end in every stage", "last = self.segments(step) == 1", "last = True"),
         ("x_t is x_r", "return self.at_angle(interval.t)", "return self.at_angle(interval.r)"),
-        ("x_r is x_t", "return self.at_angle(interval.r)", "return self.at_angle(interval.t)"),
+        ("x_r is x_t", "x_r = self.at_angle(interval.r)", "x_r = self.at_angle(interval.t)"),
+        ("the states are kept", "        del self.walked\n", ""),
     ],
     "diffdistill/scaffold/reward.py | tests/methods/test_mlcm.py": [
         ("no gradient is asked for", "if gradient and not scores.requires_grad:", "if False:"),
