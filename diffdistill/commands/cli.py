@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     gc.disable()  # a fifth of the seconds that torch and diffusers take to be imported
     try:
-        return _run(argv)
+        code = _run(argv)
+        _leave_group()
+        return code
     except KeyboardInterrupt:
         print("diffdistill: interrupted", file=sys.stderr)
         return 130
@@ -69,6 +71,13 @@ def _message(error: Exception) -> str | None:
         if isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error):
             return f"another process of this run has ended ({text})"
     return None
+
+
+def _leave_group() -> None:
+    """Ends the group of processes, if there is one: a thread of it that still runs at exit aborts the process."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _run(argv: list[str]) -> int:
