@@ -120,6 +120,9 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ).execute()
     shown = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
     assert sum("image/png" in out.get("data", {}) for out in shown) == PICTURES[path.stem]
+    films = [out["data"]["text/html"] for out in shown if "text/html" in out.get("data", {})]
+    frames = [len(re.findall(r"frames\[\d+\] = ", film)) for film in films]
+    assert frames == ([24] if path.stem == "what_methods_do" else []), frames
     if path.stem in SAYS:
         SAYS[path.stem]("".join(out.text for out in shown if out.output_type == "stream" and out.name == "stdout"))
 

@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -200,11 +200,14 @@ def fitted_start(steps: int = 3000) -> Denoiser:
 
 
 def train_on_the_plane(
-    info: MethodInfo, options: Mapping[str, Scalar], device: torch.device = CPU
+    info: MethodInfo,
+    options: Mapping[str, Scalar],
+    device: torch.device = CPU,
+    watch: Callable[[int, Trainer], None] | None = None,
 ) -> tuple[Method, Trainer]:
     """The method, trained on the device with its options and brought to the CPU, where the data are drawn too.
 
-    The trainer's `evaluating()` puts the average in place.
+    The trainer's `evaluating()` puts the average in place. `watch(step, trainer)` is called before each step.
     """
     defaults: dict[str, Scalar] = {"batch_size": 256, "ema": 0.99, "lr_schedule": "cosine", "max_grad_norm": 0.0}
     shared, own = split({**defaults, **info.about.defaults, **options}, TrainConfig, info.config)
@@ -234,7 +237,9 @@ def train_on_the_plane(
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(method, batches, config, Path(folder), accelerator_for(config, Path(folder)))
-        for _ in range(config.steps):
+        for step in range(config.steps):
+            if watch is not None:
+                watch(step, trainer)
             trainer.iteration()
     return method, trainer
 
