@@ -27,6 +27,7 @@ STEPS_OF_TEACHER = 8
 DIVERGED, SATURATED = 4.0, 1.6  # of the size
 BLANK = 0.3  # of the contrast
 COLLAPSED, SCATTERED = 0.4, 1.5  # of the spread
+LEAST_SPREAD = 0.2  # of the contrast; less than that counts as so much
 NOISY = 1.7  # of the roughness
 STILL, FAR, WORSE = 0.02, 0.8, 1.5  # of what has moved, and of the distance
 REMEDIES = ("student_level", "update_ratio")  # the options that are advised, of methods that have them
@@ -37,7 +38,7 @@ class Measures(NamedTuple):
 
     size: float  #: root mean square, before pixels are clipped
     contrast: float  #: standard deviation within a sample
-    spread: float  #: mean distance of two samples of the same conditions
+    spread: float  #: mean distance of two samples of the same conditions, or a fifth of the contrast if that is more
     roughness: float  #: mean difference of neighbours, over the deviation within a sample
     moved: float  #: root mean square of the change since training began, over the teacher's root mean square
     distance: float  #: energy distance of the samples from the teacher's, over that of the teacher's one pass
@@ -114,6 +115,7 @@ def _raw(samples: Tensor, groups: Tensor) -> tuple[float, float, float]:
     contrast = flat.std(1).mean()
     same = (groups[:, None] == groups[None]).fill_diagonal_(False)
     spread = torch.cdist(flat, flat)[same].mean() / math.sqrt(flat.shape[1])
+    spread = torch.maximum(spread, LEAST_SPREAD * contrast)  # an image that is read may leave next to nothing open
     neighbours = samples.diff(dim=-1).abs().mean() if samples.shape[-1] > 1 else contrast
     return float(contrast), float(spread), float(neighbours / contrast.clamp_min(1e-6))
 

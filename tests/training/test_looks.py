@@ -102,3 +102,27 @@ def test_a_resumed_run_counts_from_the_beginning(tmp_path: Path) -> None:
     distill(resume=part.folder, steps=4)
     last = [json.loads((run.folder / "looks.jsonl").read_text().splitlines()[-1]) for run in (whole, part)]
     assert last[0] == last[1] and last[0]["step"] == 4 and last[0]["moved"] > 0
+
+
+class OneImage(nn.Module):
+    """What an image that is read leaves of a sample: always the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1e-4))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        image = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+        return image.expand_as(x) + self.weight * x
+
+
+def test_samples_of_which_nothing_is_open_are_no_noise_where_they_differ_a_little() -> None:
+    teacher = Teacher.around(OneImage(), (1, 8, 8), TrigFlow(), "sample")
+    look = Look(teacher, Sampler(teacher.denoiser, [1.2]))
+    before, noise = (
+        look.measures(look.before),
+        torch.randn(look.before.shape, generator=torch.Generator().manual_seed(0)),
+    )
+    little, much = (look.measures(look.several + size * noise) for size in (0.02, 3.0))
+    assert not [line for line in faults(little, before, first=False) if line.startswith(("noise", "collapse"))]
+    assert [line for line in faults(much, before, first=False) if line.startswith("noise")]
