@@ -38,10 +38,11 @@ class About:
     equations: Mapping[
         str, str
     ]  #: equation of the paper -> dotted names in its own file or below diffdistill, by commas
-    #: what its student is to repeat of the teacher; preference: the teacher is a student, which is tuned
-    kind: Literal["distribution", "trajectory", "guidance", "preference"]
+    #: what its student is to repeat of the teacher; preference: the teacher is a student, which is tuned; restoration:
+    #: what is in an image that says too little of it, and is read beside the sample
+    kind: Literal["distribution", "trajectory", "guidance", "preference", "restoration"]
     #: what it cannot be trained without, whatever its options
-    needs: tuple[Literal["images", "pairs", "reward", "losers"], ...] = ()
+    needs: tuple[Literal["images", "pairs", "reward", "losers", "teacher_data"], ...] = ()
     defaults: Mapping[str, Scalar] = field(default_factory=dict)  #: training options that are others than usual
 
 

@@ -49,6 +49,7 @@ EVIDENCE = {
     "Results": "results.md",
     "Text-to-image results": "demo_text.md",
     "Strangers' teachers": "strangers.md",
+    "Super-resolution": "super_resolution.md",
     "Performance": "performance.md",
     "Verification": "verification.md",
     "Fidelity": "fidelity.md",

@@ -28,6 +28,7 @@ KINDS = {
     "trajectory": "the teacher's own map from noise to image",
     "guidance": "the guided teacher's answer, in one pass instead of two",
     "preference": "what is preferred of a student's own samples, in as many steps",
+    "restoration": "the image that a smaller or poorer one was made of, which it reads",
 }
 
 

@@ -53,7 +53,8 @@ class Entry:
 def entries(suite: Suite, methods: Sequence[str] | None, seeds: Sequence[int]) -> list[Entry]:
     """All trainings, seed by seed; a method is all its presets for the suite, or METHOD:PRESET is that one.
 
-    METHOD:derived goes with every method; a suite of that has all but those that tune a student. Raises UserError for a
+    METHOD:derived goes with every method; a suite of that has all but those that tune a student, or read an image that
+    is to be restored. Raises UserError for a
     method without such a preset.
     """
     trainings = []
@@ -66,7 +67,8 @@ def entries(suite: Suite, methods: Sequence[str] | None, seeds: Sequence[int]) -
             wanted = preset or suite.preset
             presets = [p for p in info.presets if p == preset or (not preset and p.split("-")[0] == suite.preset)]
             if wanted == DERIVED:
-                presets = [DERIVED] if methods or info.about.kind != "preference" else []
+                special = info.about.kind in ("preference", "restoration")
+                presets = [DERIVED] if methods or not special else []
             elif not presets and methods:
                 raise UserError(f"methods: {info.name} has no preset {wanted!r}; {info.name}:{DERIVED} needs none")
             trainings += [Entry(info, preset, seed) for preset in presets]
@@ -134,7 +136,8 @@ def any_batch(method: Method, teacher: Teacher, size: int, step: int) -> Batch:
     if method.decode is None:  # nor of this, but that what reads the images is
         method.decode = lambda x: torch.cat([x[:, :1]] * 3, 1).repeat_interleave(8, -1).repeat_interleave(8, -2)
     images, losers = (x if need in method.needs else None for need in (Need.IMAGES, Need.LOSERS))
-    return Batch(size, teacher.shape, cond, images, x.device, (0, step, 0), pair, losers=losers)
+    its = cond if Need.TEACHER_DATA in method.needs else None
+    return Batch(size, teacher.shape, cond, images, x.device, (0, step, 0), pair, losers=losers, teacher_cond=its)
 
 
 class TrainingPlan(NamedTuple):

@@ -22,24 +22,22 @@ Deviations:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser, Extra
-from diffdistill.core.guidance import guided
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.prediction import expand
 from diffdistill.core.schedule import sampling_grid
 from diffdistill.options import StudentLevel, StudentOptions, TeacherGuidance, option
 from diffdistill.players.sampler import DDIM, Sampler
-from diffdistill.players.teacher import Teacher, frozen
+from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for, seeded
-from diffdistill.scaffold.method import Batch, Method, Outcome, Turn
+from diffdistill.scaffold.method import Batch, Outcome
+from diffdistill.scaffold.solo import SoloMethod
 from diffdistill.scaffold.tangent import two_time_player
 
 ABOUT = About(
@@ -63,23 +61,16 @@ class Config(StudentOptions, StudentLevel, TeacherGuidance, student_lr=1e-4):
     ramp_steps: int = option(0, "training steps in which the grid opens from noise to data; 0: it is open", at_least=0)
 
 
-class Boot(Method):
+class Boot(SoloMethod):
     """One player, the student, which takes the time to jump to; it is its own target."""
 
     trained_steps = range(1, 2)
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        super().__init__(teacher, config)
-        self.student = student or two_time_player(teacher, 1, config.student_level)
-        self.players = {"student": self.student}
+        super().__init__(teacher, config, student=student or two_time_player(teacher, 1, config.student_level))
         self.top = self.schedule.init_level if config.student_level is None else config.student_level
-        self.teacher = guided(frozen(teacher.denoiser), config.guidance_scale)
         self.grid = sampling_grid(self.schedule, config.solver_steps, config.student_level, option="solver_steps")
         self.grid[0] = self.schedule.angle(self.top)  # where it starts
-
-    def turns(self, step: int) -> Sequence[Turn]:
-        """The student moves in every step."""
-        return [Turn("student", partial(self.student_turn, step))]
 
     def sampler(self) -> Sampler:
         """One jump from noise to data."""

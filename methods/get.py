@@ -37,7 +37,8 @@ from diffdistill.options import EquilibriumOptions, ImageDistance, StudentOption
 from diffdistill.players.generators import equilibrium_student, every_iteration
 from diffdistill.players.sampler import Sampler, one_step_sampler
 from diffdistill.players.teacher import Teacher
-from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
+from diffdistill.scaffold.method import Batch, Need, Outcome
+from diffdistill.scaffold.solo import SoloMethod
 
 ABOUT = About(
     paper="Geng, Pokle, Kolter 2023, arXiv:2401.08639",
@@ -50,7 +51,7 @@ ABOUT = About(
             "players.equilibrium.EquilibriumTransformer.step, players.equilibrium.EquilibriumTransformer.states, "
             "players.equilibrium.Block"
         ),
-        "reconstruction loss, of all iterations": "GET.pairs_turn, GET.images, core.distances.distance",
+        "reconstruction loss, of all iterations": "GET.student_turn, GET.images, core.distances.distance",
     },
 )
 
@@ -64,17 +65,13 @@ class Config(StudentOptions, EquilibriumOptions, ImageDistance, student_lr=1e-4,
     )
 
 
-class GET(Method):
+class GET(SoloMethod):
     """One player, a network that the teacher has no part in."""
 
     needs = frozenset({Need.PAIRS})
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        super().__init__(teacher, config)
-        self.players["student"] = self.student = student or equilibrium_student(teacher, config)
-
-    def turns(self, step: int) -> list[Turn]:
-        return [Turn("student", self.pairs_turn)]
+        super().__init__(teacher, config, student=student or equilibrium_student(teacher, config))
 
     def sampler(self) -> Sampler:
         return one_step_sampler(self.student, None)
@@ -84,7 +81,7 @@ class GET(Method):
         with every_iteration(self.student.network):
             return self.student(*self.sampler().start(z), cond).x0
 
-    def pairs_turn(self, batch: Batch) -> Outcome:
+    def student_turn(self, step: int, batch: Batch) -> Outcome:
         """The distance of the images of all iterations from the pairs', the later ones counting more."""
         z, x0, cond = batch.paired
         errors = torch.stack([self.image_distance(x, x0).mean() for x in self.images(z, cond)])

@@ -27,8 +27,6 @@ from diffdistill.catalogue import About
 from diffdistill.core.denoiser import Cond, Denoiser, Extra
 from diffdistill.core.guidance import guide, require_null
 from diffdistill.core.ode import Denoise
-from diffdistill.core.prediction import diffuse
-from diffdistill.core.times import native_uniform
 from diffdistill.options import HalvingOptions, ScaleRange, option
 from diffdistill.players.scale_input import scale_player, scale_taken
 from diffdistill.players.teacher import Teacher
@@ -82,9 +80,7 @@ class GuidedDistillation(HalvingMethod):
         return scale_taken(self.config, scale)
 
     def first_turn(self, batch: Batch) -> Outcome:
-        t = batch.draw("student/t", lambda n, draw: native_uniform(self.schedule, n, draw))
-        x_t = diffuse(batch.images, t, batch.randn("student/eps"))
-        return self.one_pass(x_t, t, batch.cond, self.scales(batch))
+        return self.one_pass(*self.noised_images(batch), batch.cond, self.scales(batch))
 
     def one_pass(self, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor) -> Outcome:
         """Stage one: the guided x0 at x_t (B, ...), with scales (B,), in one pass."""

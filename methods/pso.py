@@ -29,7 +29,6 @@ Deviations:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,8 +44,9 @@ from diffdistill.errors import UserError
 from diffdistill.options import PreferenceOptions, option
 from diffdistill.players.sampler import DDIM, Sampler, step_named
 from diffdistill.players.teacher import Teacher, frozen
-from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
+from diffdistill.scaffold.method import Batch, Need, Outcome
 from diffdistill.scaffold.simulation import sampled_path
+from diffdistill.scaffold.solo import SoloMethod
 
 ABOUT = About(
     paper="Miao et al. 2024, arXiv:2410.03190",
@@ -76,18 +76,16 @@ class Config(PreferenceOptions, weight_decay=1e-6):
     )
 
 
-class PSO(Method):
+class PSO(SoloMethod):
     """The student at `levels`, and the frozen reference."""
 
     needs = frozenset({Need.REWARD})
 
     def __init__(self, teacher: Teacher, config: Config, *, student: Denoiser | None = None):
-        super().__init__(teacher, config)
+        super().__init__(teacher, config, student=student)
         if config.preferences == "pairs":
             self.needs = frozenset({Need.IMAGES, Need.LOSERS})
         self.reference = frozen(teacher.denoiser)
-        self.student = student or teacher.player("student")
-        self.players = {"student": self.student}
         self.levels = self.levels_of(teacher)
         step = step_named(teacher.move)
         if len(self.levels) < 2 or step is None or isinstance(step, DDIM):
@@ -102,10 +100,7 @@ class PSO(Method):
         """As the student that is tuned."""
         return Sampler(self.student, self.levels, self.step)
 
-    def turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("student", self.student_turn)]
-
-    def student_turn(self, batch: Batch) -> Outcome:
+    def student_turn(self, step: int, batch: Batch) -> Outcome:
         """The loss of two ways (2B, ...) under each condition, and how many pairs count."""
         self.student.eval()  # likelihoods with dropout would be of many students
         path, better, shown = self.drawn(batch) if self.config.preferences == "reward" else self.noised(batch)

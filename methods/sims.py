@@ -32,7 +32,6 @@ from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.losses import denoising_loss
 from diffdistill.core.prediction import diffuse
 from diffdistill.core.schedule import student_levels
-from diffdistill.core.times import native_uniform
 from diffdistill.options import OnePassSampling, option
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher, frozen
@@ -102,7 +101,7 @@ class SIMS(Method):
 
     def noised(self, batch: Batch, player: str) -> tuple[Pair, Tensor, Tensor, Tensor]:
         """The pairs, their images noised x_t (B, ...) to the angles t (B,), and the noise (B, ...)."""
-        t = batch.draw(f"{player}/t", lambda n, draw: native_uniform(self.schedule, n, draw))
+        t = self.uniform_times(batch, f"{player}/t")
         eps = batch.randn(f"{player}/eps")
         return batch.paired, diffuse(batch.paired.x0, t, eps), t, eps
 

@@ -32,7 +32,6 @@ from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guide
 from diffdistill.core.ode import Denoise
 from diffdistill.core.prediction import Prediction, diffuse
-from diffdistill.core.times import native_uniform
 from diffdistill.errors import UserError
 from diffdistill.options import HalvingOptions, option
 from diffdistill.scaffold.halving import HalvingMethod, two_step_target, weighted_x0_loss
@@ -112,7 +111,7 @@ class SnapFusion(HalvingMethod):
 
     def diffusion_loss(self, batch: Batch) -> Tensor:
         """L_ori: |v - v_theta|^2 at times of its own."""
-        t = batch.draw("student/diffusion t", lambda n, draw: native_uniform(self.schedule, n, draw))
+        t = self.uniform_times(batch, "student/diffusion t")
         x_t = diffuse(batch.images, t, batch.randn("student/diffusion eps"))
         return weighted_x0_loss(self.student(x_t, t, batch.cond).x0, batch.images, t, "snr_plus_one")
 

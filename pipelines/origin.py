@@ -29,7 +29,7 @@ def public_options(options: Mapping[str, Any]) -> dict[str, Any]:
     def public(name: str, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        if name in ("pairs", "prompts", "losers", "reward") or (
+        if name in ("pairs", "prompts", "losers", "teacher_data", "reward") or (
             name == "method" and value.endswith(".py")
         ):  # which are files here
             return Path(value).name

@@ -38,6 +38,7 @@ LISTS = (
     "held",
     "own_networks",
     "pixels",
+    "restoration",
     "joined",
     "trajectories",
     "core",

@@ -51,6 +51,7 @@ from diffdistill.training.sharding import shard
 from diffdistill.training.stopping import Interrupted
 from diffdistill.training.trainer import Trainer, accelerator_for
 from diffdistill.training.underneath import teacher_check
+from diffdistill.training.views import in_two_views
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -70,6 +71,7 @@ def distill(
     data: str | PathLike[str] | Tensor | tuple[Tensor, Tensor] | Examples | None = None,
     pairs: str | PathLike[str] | Examples | None = None,
     losers: str | PathLike[str] | Tensor | Examples | None = None,
+    teacher_data: str | PathLike[str] | Examples | None = None,
     reward: str | Reward | None = None,
     options: Mapping[str, float | int | str | bool | None] | DataclassInstance | None = None,
     **training: Unpack[TrainOptions],
@@ -94,6 +96,8 @@ def distill(
             `get(indices) -> Example`. Without labels a class-conditional teacher is distilled as it is without a class.
         pairs: a folder made by `make_pairs`, or examples with pairs.
         losers: of pairs of which one is better, the worse, row by row as `data` or `prompts` has the better.
+        teacher_data: the samples of `data` or `prompts` once more, with the conditions that the teacher sees in place
+            of the student's.
         reward: a function (images, conditions) -> a number for each image, higher is better, or 'FILE.py:FUNCTION' (see
             `scaffold.reward.Reward`), for methods and options that need one.
         options: the method's own, by name, or an instance of its `Config`.
@@ -103,7 +107,7 @@ def distill(
     whatever cannot be used.
     """
     named = {"method": method, "preset": preset, "recipe": recipe, "teacher": teacher, "data": data, "pairs": pairs}
-    named |= {"losers": losers, "reward": reward}
+    named |= {"losers": losers, "teacher_data": teacher_data, "reward": reward}
     values, objects = Objects.split(named | dict(training), options)
     return distill_values(values, objects, None if resume is None else Path(resume), allow_change)
 
@@ -233,7 +237,9 @@ def _check_options(game: Game, values: Mapping[str, Any], resumed: bool) -> None
 def _note_on_stages(game: Game) -> None:
     whole, steps = game.method.whole, game.config.steps
     if whole is not None and steps != whole and "stage_steps" not in game.derived:
-        end = "it stops at an earlier stage" if steps < whole else "the rest trains nothing"
+        rests = all(turn.lr_factor == 0 for turn in game.method.turns(whole))
+        after = "the rest trains nothing" if rests else "the last stage goes on in the rest"
+        end = "it stops at an earlier stage" if steps < whole else after
         name = game.recipe.name
         print(f"note: all stages of {name} take {whole} steps and steps is {steps}: {end}", file=sys.stderr)
 
@@ -243,7 +249,7 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: Allowed) -> bool:
     config, method, teacher = game.config, game.method, game.teacher
     accelerator = accelerator_for(config, out, may_divide=True)
     main = accelerator.is_main_process
-    data = preferred(game, data_for(game))
+    data = in_two_views(game, preferred(game, data_for(game)))
     pairs = pairs_for(game, config.batch_size * accelerator.num_processes)
     reward = reward_for(game)
     if reward is not None and game.encoded is not None and game.encoded.null and data is game.encoded:
@@ -281,7 +287,7 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: Allowed) -> bool:
         if resumed:
             trainer.resume(allow_change)
         looks = (main or divides()) and trainer.step < config.steps
-        look = _look(game, first, shown) if looks else None
+        look = _look(game, first, shown, main) if looks else None
         sizes = {"kept_bytes": kept_bytes, "export_bytes": export_bytes}
         start_folder(out, game.options(), player_bytes, accelerator, inputs, resume=resumed, **sizes)
         trainer.on_look = lambda step: None
@@ -306,10 +312,8 @@ def _set_reward(game: Game, reward: str | Reward, draw: Callable[[int], Batch]) 
 
 
 def _diagnose(game: Game, trainer: Trainer, look: Look, main: bool) -> None:
-    """Say what was derived and what the teacher gives; looks, figures and warnings from here on."""
+    """Say what the teacher gives; looks, figures and warnings from here on."""
     config, method = game.config, game.method
-    for name, (value, reason) in game.derived.items() if main else ():
-        print(f"{name}: {value} ({reason})")
     drawing, done = config.sample_every > 0, trainer.step
     own = {f.name for f in fields(game.method_config)}
     trainer.on_look = watch(
@@ -346,8 +350,15 @@ def _export(game: Game, trainer: Trainer) -> None:
         export_student(game, out / "student", step, saving=config)
 
 
-def _look(game: Game, sampler: Sampler, shown: Examples | None) -> Look:
-    """Of a student as it is sampled at first. The first use of the teacher's network; UserError where it fails."""
+def _look(game: Game, sampler: Sampler, shown: Examples | None, main: bool) -> Look | None:
+    """Of a student as it is sampled at first; before it says what was derived. None of one that restores images.
+
+    The first use of the teacher's network; UserError where it fails.
+    """
+    for name, (value, reason) in game.derived.items() if main else ():
+        print(f"{name}: {value} ({reason})")
+    if game.recipe.about.kind == "restoration":  # to which the teacher's samples are no measure
+        return None
     scale = imitated_guidance(sampler.denoiser, game.options()).scale
     try:
         return Look(game.teacher, sampler, shown, scale)

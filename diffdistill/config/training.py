@@ -162,6 +162,11 @@ class TrainConfig(SavingConfig, InTrainingConfig, FitConfig, AttentionConfig):
         "of pairs of which one is better, the worse, as --data or --prompts has the better: row i of both is a pair; a "
         "method says if it needs them",
     )
+    teacher_data: str | None = option(
+        None,
+        "the samples of --data or --prompts once more, with the conditions that the teacher sees in place of the "
+        "student's, less reduced images say: row i of both is one sample; a method says if it needs them",
+    )
     reward: str | None = option(
         None,
         "FILE.py:FUNCTION, a function (images, conditions) -> a number for each image; or digits, shapes, "
@@ -208,7 +213,7 @@ DERIVED = (
     *("fake_score_loss", "solver", "ddim_steps", "grid", "grid_points", "update_ratio", "optimizer", "student_lr"),
     *("regression_weight", "fake_score_lr", "beta1", "discriminator_lr", "path_length", "record_every", "track_every"),
     *("tangent_warmup", "boundary_steps", "reflow_steps", "distill_steps", "anneal_steps", "ramp_steps", "stage_steps"),
-    "guidance_steps",
+    *("guidance_steps", "consistency_steps", "matching_steps", "renew_every"),
 )
 """Options of a training without a preset that are derived from the teacher and the number of steps where there is a
 rule (`training.derived`), the method's and these defaults where there is none."""

@@ -106,7 +106,10 @@ def batches(
         cond = _known(teacher, example.cond)
         if label_dropout:
             cond = _dropped(teacher, cond, samples.uniform("label dropout", torch.get_default_dtype()) < label_dropout)
-        return replace(samples, cond=cond, x0=x0, pair=pair, shape=shape, texts=example.texts, losers=losers)
+        its = _known(teacher, example.teacher_cond) or None
+        return replace(
+            samples, cond=cond, x0=x0, pair=pair, shape=shape, texts=example.texts, losers=losers, teacher_cond=its
+        )
 
     return batch
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Cond
 from diffdistill.data.texts import note
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, shown
 from diffdistill.scaffold.method import Pair
 
 
@@ -30,6 +30,7 @@ class Example:
     pair: Pair | None = None  #: noise and the image that the teacher makes of it, both of unit variance
     losers: Tensor | None = None  #: (B, ...) in the same units as x0, each worse than x0 under the same condition
     texts: tuple[str, ...] | None = None  #: the prompts that the conditions are of, where somebody reads them
+    teacher_cond: Cond = field(default_factory=dict)  #: what the teacher sees in place of `cond`, where that is another
 
 
 @runtime_checkable
@@ -106,6 +107,38 @@ class Preferred:
         return replace(self.winners.get(indices), losers=self.losers.get(indices).x0)
 
 
+@dataclass(frozen=True, eq=False)
+class TwoViews:
+    """Samples of which the teacher sees other conditions than the student: row i of both is the same sample."""
+
+    student: Examples
+    teacher: Examples
+
+    def __post_init__(self) -> None:
+        if len(self.student) != len(self.teacher):
+            raise UserError(
+                f"teacher_data: there are {len(self.teacher)} for {len(self.student)} samples; row i of both is one"
+            )
+        rows = torch.arange(min(16, len(self.student)))
+        seen, by_teacher = self.student.get(rows), self.teacher.get(rows)
+        if seen.x0 is None or by_teacher.x0 is None or not torch.equal(seen.x0, by_teacher.x0):
+            raise UserError("teacher_data: its samples are not those of the data; give the same, row by row")
+        shapes = [{name: tuple(value.shape) for name, value in each.cond.items()} for each in (seen, by_teacher)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"teacher_data: its conditions are {shown(shapes[1])}, and those of the data {shown(shapes[0])}"
+            )
+        if all(torch.equal(value, by_teacher.cond[name]) for name, value in seen.cond.items()):
+            raise UserError("teacher_data: its conditions are those of the data; give what the teacher sees more in")
+
+    def __len__(self) -> int:
+        return len(self.student)
+
+    def get(self, indices: Tensor) -> Example:
+        """The samples at int64 indices (B,), with the conditions of both."""
+        return replace(self.student.get(indices), teacher_cond=self.teacher.get(indices).cond)
+
+
 @dataclass(frozen=True)
 class ClassLabels:
     """The conditions of a training without data: an example for each class, or one without conditions."""
@@ -159,4 +192,5 @@ def to_device(example: Example, device: torch.device) -> Example:
         None if pair is None else Pair(pair.z.to(device), pair.x0.to(device), moved(pair.cond)),
         None if example.losers is None else example.losers.to(device),
         example.texts,
+        moved(example.teacher_cond),
     )

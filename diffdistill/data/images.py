@@ -39,6 +39,7 @@ from diffdistill.options import Sides
 
 ACCEPTED = (
     "'digits', 'shapes' or 'shapes:COUNT' (drawn, with captions), 'edits' (drawn, from one to another), "
+    "'reduced:TIMES:DATA' (other data, each image beside itself reduced so many times), "
     "a folder of images (png, jpg, jpeg, webp, bmp; classes in sub-folders, or metadata.jsonl, .csv, .parquet), "
     "WebDataset shards (.tar, a folder or pattern of them), a .npz, .npy, .safetensors or .parquet file, "
     "a save_to_disk folder, or a Hugging Face dataset (user/name)"
@@ -101,13 +102,13 @@ def _samples(images: Tensor, labels: Tensor | None, captions: list[str] | None) 
 def open_pairs(spec: str, *, resolution: int | Sides | None = None, channels: int | None = None) -> Data:
     """`open_data` of images that each come with a condition image; UserError for a kind of data that has none.
 
-    They are folders of images, WebDataset shards, and the drawn `edits`.
+    They are folders of images, WebDataset shards, the drawn `edits`, and `reduced:TIMES:DATA`.
     """
     data = open_data(spec, resolution=resolution, channels=channels, conditioned=True)
     if data.get(torch.arange(1)).conditions is None:
         raise UserError(
             f"data: {spec!r} has no condition images, which this teacher reads; give a folder of images with them, "
-            "WebDataset shards, or 'edits'"
+            "WebDataset shards, 'edits', or 'reduced:4:DATA' for super-resolution"
         )
     return data
 
@@ -140,6 +141,8 @@ def open_data(
         return digits if spec == "digits" else _digits_part(digits, test=spec.endswith("test"))
     if drawn := re.fullmatch(r"shapes(?::([1-9]\d{0,6}))?", spec):
         return _open_shapes(spec, int(drawn[1] or 4000), size, channels)
+    if reduced := re.fullmatch(r"reduced:([1-9]\d{0,3}):(.+)", spec):
+        return _reduced(open_data(reduced[2], resolution=size, channels=channels, resample=resample), int(reduced[1]))
     if drawn := re.fullmatch(r"edits(?::([1-9]\d{0,6}))?", spec):
         return open_edits(spec, int(drawn[1] or 4000), size, channels)
     base, split = spec, None
@@ -242,6 +245,31 @@ def open_edits(name: str, count: int, size: Sides | None, channels: int | None, 
 
     sizes = [_pair(edits.images.shape[2])] * count
     return Data(name, (channels, height, width), None, f"{digest}", count, read, lambda: sizes)
+
+
+def reduced(images: Tensor, times: int) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] made so many times smaller, of 8 bits, and brought back to their size.
+
+    Both ways bicubic, the first antialiased.
+    """
+    height, width = images.shape[2:]
+    small = F.interpolate(images, (height // times, width // times), mode="bicubic", antialias=True).clamp(-1, 1)
+    small = (127.5 * small + 127.5).round() / 127.5 - 1
+    return F.interpolate(small, (height, width), mode="bicubic").clamp(-1, 1)
+
+
+def _reduced(data: Data, times: int) -> Data:
+    """Each image beside itself `reduced`, its condition image, and without a caption, which would say what it shows."""
+    if times < 2 or any(side % times for side in data.shape[-2:]):
+        sides = f"images of {data.shape[-1]}x{data.shape[-2]} pixels"
+        raise UserError(f"data: {times} is no number of times that {sides} can be reduced; give one that divides both")
+
+    def read(indices: list[int]) -> Samples:
+        samples = data.read(indices)
+        return replace(samples, conditions=reduced(samples.images, times), captions=[""] * len(indices))
+
+    digest = hashlib.blake2b(f"{data.fingerprint} reduced {times}".encode(), digest_size=8).hexdigest()
+    return replace(data, name=f"reduced:{times}:{data.name}", fingerprint=digest, read=read)
 
 
 def _open_pictures(

@@ -92,10 +92,10 @@ def has_conditions(family: Family, data: str | None, prompts: str | None = None)
 
 
 def conditions_named(data: str | None, prompts: str | None = None) -> bool:
-    """Whether the first row of these data, or of a file of prompts, names a condition image; drawn `edits` have one."""
+    """Whether the first row of these data, or of a file of prompts, names an image to read; some kinds have one."""
     path = Path(str(prompts or data)).expanduser()
     metadata = [path] if prompts else metadata_of(path) if path.is_dir() else []
-    drawn = not prompts and str(data).partition(":")[0] == "edits"
+    drawn = not prompts and str(data).partition(":")[0] in ("edits", "reduced")
     return drawn or any(names_conditions(file) for file in metadata[:1])
 
 

@@ -94,6 +94,11 @@ class EquilibriumOptions(Options):
 
 
 @dataclass(frozen=True)
+class RestorationOptions(TrajectoryOptions, student_lr=5e-5):
+    """A student that reads an image of which it makes a better one."""
+
+
+@dataclass(frozen=True)
 class StagedOptions(TrajectoryOptions, ImageDistance):
     """A student that learns straight lines, and one step of them after that; the distance is that of images."""
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.guidance import guide
-from diffdistill.core.prediction import Prediction, diffuse
-from diffdistill.core.times import native_uniform
+from diffdistill.core.prediction import Prediction
 from diffdistill.players.teacher import Teacher, frozen
 from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Batch, Method, Need, Outcome, Turn
@@ -48,8 +47,7 @@ class ImitatingMethod(Method):
     @final
     def on_data(self, batch: Batch) -> Outcome:
         """The loss on noised images."""
-        t = batch.draw("student/t", lambda n, draw: native_uniform(self.schedule, n, draw))
-        return Outcome(self.imitation(diffuse(batch.images, t, batch.randn("student/eps")), t, batch.cond)[0])
+        return Outcome(self.imitation(*self.noised_images(batch), batch.cond)[0])
 
     @final
     def on_trajectories(self, batch: Batch) -> Outcome:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from diffdistill.core.denoiser import Cond, choose
 from diffdistill.core.distances import distance
+from diffdistill.core.prediction import diffuse
 from diffdistill.core.schedule import check_levels, student_levels
+from diffdistill.core.times import native_uniform
 from diffdistill.errors import UserError
 from diffdistill.options import ImageDistance, StudentOptions
 from diffdistill.players.sampler import Sampler
@@ -30,6 +32,7 @@ class Need(enum.Enum):
     GRADIENT = "the gradient of its reward"
     LOSERS = "the worse of each pair"
     DECODER = "the autoencoder of its latents"
+    TEACHER_DATA = "the conditions that its teacher sees"
 
 
 class Pair(NamedTuple):
@@ -58,6 +61,7 @@ class Batch:
     total: int | None = None  #: samples of the step in all processes; None: these are all
     losers: Tensor | None = None  #: (B, *shape) of unit variance, worse than x0, where the data are pairs
     texts: tuple[str, ...] | None = None  #: the prompts that the conditions are of, where a reward reads them
+    teacher_cond: Cond | None = None  #: what the teacher sees in place of `cond`, where that is another
 
     @property
     def images(self) -> Tensor:
@@ -70,6 +74,12 @@ class Batch:
         """(B, *shape) the worse of each pair, for a method that needs them."""
         assert self.losers is not None, "the method does not say that it needs losers"
         return self.losers
+
+    @property
+    def seen_by_teacher(self) -> Cond:
+        """The teacher's own conditions, for a method that needs them."""
+        assert self.teacher_cond is not None, "the method does not say that its teacher sees other conditions"
+        return self.teacher_cond
 
     @property
     def paired(self) -> Pair:
@@ -114,6 +124,7 @@ class Batch:
             total=self.whole,
             losers=None if self.losers is None else self.losers[rows],
             texts=None if self.texts is None else self.texts[rows],
+            teacher_cond=None if self.teacher_cond is None else cut(self.teacher_cond),
         )
 
     def repeated(self, n: int) -> Batch:
@@ -127,6 +138,7 @@ class Batch:
             pair=None,
             total=n * self.whole,
             losers=None,
+            teacher_cond=None,
             texts=None if self.texts is None else tuple(text for text in self.texts for _ in range(n)),
         )
 
@@ -227,6 +239,17 @@ class Method(ABC):
             return samples
         assert self.decode is not None, "nothing has said how latents are decoded"
         return self.decode(samples)
+
+    @final
+    def uniform_times(self, batch: Batch, purpose: str = "student/t") -> Tensor:
+        """(B,) angles, uniform in the schedule's own time."""
+        return batch.draw(purpose, lambda n, draw: native_uniform(self.schedule, n, draw))
+
+    @final
+    def noised_images(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """x_t (B, ...), the images under noise, and the angles t (B,), uniform in the schedule's own time."""
+        t = self.uniform_times(batch)
+        return diffuse(batch.images, t, batch.randn("student/eps")), t
 
     @property
     def exported(self) -> str:

@@ -17,7 +17,6 @@ from torch import Tensor
 from diffdistill.core.denoiser import Cond, Denoiser
 from diffdistill.core.losses import per_sample_mean
 from diffdistill.core.prediction import Prediction, diffuse
-from diffdistill.core.times import native_uniform
 from diffdistill.options import StagedOptions, TrajectoryOptions
 from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher, frozen
@@ -73,11 +72,6 @@ class StraighteningMethod(Method):
         prediction = self.student(diffuse(line.x0, line.t, line.eps), line.t, line.cond)
         loss = self.error(prediction, line).mean()
         return Outcome(loss, {"straightness": loss})
-
-    @final
-    def uniform_times(self, batch: Batch) -> Tensor:
-        """(B,) angles, uniform in the schedule's own time."""
-        return batch.draw("student/t", lambda n, draw: native_uniform(self.schedule, n, draw))
 
     @final
     def velocities(self, prediction: Prediction, line: Line) -> tuple[Tensor, Tensor]:

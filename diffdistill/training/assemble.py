@@ -53,7 +53,7 @@ from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Method, Need
 from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into, load_newest, step_of
 from diffdistill.training.derived import Derived, Situation, derive
-from diffdistill.training.recipe import Objects, Recipe, recorded, shallow
+from diffdistill.training.recipe import READ, Objects, Recipe, recorded, shallow
 from diffdistill.training.starting import levels_of_start, note_other_steps, of_another_size, with_start
 
 NO_OBJECTS = Objects()
@@ -97,9 +97,7 @@ def make_game(
     values = {**recipe.about.defaults, **values}
     shared, own = split(values, TrainConfig, recipe.config)
     config, method_config = build(TrainConfig, shared), objects.method_options(recipe, own)
-    objects.require_objects(
-        {name: value for name, value in values.items() if name not in ("data", "pairs", "losers", "reward")}
-    )
+    objects.require_objects({name: value for name, value in values.items() if name not in READ})
     if objects.teacher is None:
         teacher, encoded = _teacher(config, weights, tuned=recipe.about.kind == "preference")
     else:

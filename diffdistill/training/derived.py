@@ -34,6 +34,7 @@ from diffdistill.options import (
     MatchingOptions,
     MergingOptions,
     PreferenceOptions,
+    RestorationOptions,
     StagedOptions,
     TimeRange,
     TrajectoryOptions,
@@ -244,7 +245,7 @@ def _rate(s: Situation, role: str) -> Derived:
 
 
 def _optimizer(s: Situation) -> Derived | None:
-    measured = issubclass(s.options, FollowingOptions | DMD2Options | EquilibriumOptions)
+    measured = issubclass(s.options, FollowingOptions | DMD2Options | EquilibriumOptions | RestorationOptions)
     small = s.parameters <= RELEARNS and not s.teacher.lora
     if not measured or issubclass(s.options, LatentAdversarialOptions) or not small or s.steps >= LONG:
         return None
@@ -324,7 +325,7 @@ def _anneal_steps(s: Situation) -> Derived | None:
 
 
 def _ramp_steps(s: Situation) -> Derived | None:
-    return _part_of_budget(s, "ramp_steps", 1.0) if s.given("mode") == "training" else None
+    return _part_of_budget(s, "ramp_steps", 1.0) if s.given("mode") in ("training", None) else None
 
 
 def _guidance_steps(s: Situation) -> Derived | None:
@@ -344,16 +345,16 @@ def _stage_steps(s: Situation) -> Derived | None:
     return Derived(max(1, left // s.stages), f"{s.stages} stages in {left} steps")
 
 
-def _reflow_steps(s: Situation) -> Derived | None:
-    staged = s.given("distill_steps") and "distill_steps" not in s.values  # without a second stage it says nothing
-    return _part_of_budget(s, "reflow_steps", 0.5) if staged else None
+def _first_stage(s: Situation, option: str, share: float, second: str) -> Derived | None:
+    staged = s.given(second) and second not in s.values  # without a second stage it says nothing
+    return _part_of_budget(s, option, share) if staged else None
 
 
-def _distill_steps(s: Situation) -> Derived | None:
-    """What a derived first stage leaves."""
-    if s.steps >= LONG or not s.given("distill_steps") or s.given("reflow_steps") != s.steps // 2:
+def _second_stage(s: Situation, option: str, share: float, first: str) -> Derived | None:
+    """What a derived first stage of that share leaves."""
+    if s.steps >= LONG or not s.given(option) or s.given(first) != max(1, int(share * s.steps)):
         return None
-    return Derived(s.steps - s.steps // 2, "the rest")
+    return Derived(max(1, s.steps - s.given(first)), "the rest")
 
 
 def _regression_weight(s: Situation) -> Derived | None:
@@ -418,8 +419,11 @@ RULES: dict[str, Callable[[Situation], Derived | None]] = {
     "update_ratio": _update_ratio,
     "tangent_warmup": partial(_part_of_budget, option="tangent_warmup", share=0.2),
     "boundary_steps": partial(_part_of_budget, option="boundary_steps", share=0.5),
-    "reflow_steps": _reflow_steps,
-    "distill_steps": _distill_steps,
+    "reflow_steps": partial(_first_stage, option="reflow_steps", share=0.5, second="distill_steps"),
+    "distill_steps": partial(_second_stage, option="distill_steps", share=0.5, first="reflow_steps"),
+    "consistency_steps": partial(_first_stage, option="consistency_steps", share=0.9, second="matching_steps"),
+    "matching_steps": partial(_second_stage, option="matching_steps", share=0.9, first="consistency_steps"),
+    "renew_every": partial(_part_of_budget, option="renew_every", share=0.02),
     "anneal_steps": _anneal_steps,
     "ramp_steps": _ramp_steps,
     "guidance_steps": _guidance_steps,

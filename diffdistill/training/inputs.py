@@ -19,7 +19,7 @@ from typing import Any
 from diffdistill.config import EVERYTHING, SAVING
 from diffdistill.config import INPUTS as FILE
 from diffdistill.data import encoded, pairs
-from diffdistill.data.examples import Examples, Preferred, TensorExamples
+from diffdistill.data.examples import Examples, Preferred, TensorExamples, TwoViews
 from diffdistill.data.shards import Kind, bytes_of, read_index
 from diffdistill.errors import UserError, shown
 from diffdistill.files import atomic_write, json_object
@@ -55,7 +55,7 @@ MAY_CHANGE = {
 """Options that may be others when a run goes on; `accumulate` changes the last bits."""
 
 # Where they lie does not matter.
-_BY_CONTENT = {"out", "teacher", "student", "data", "pairs", "prompts", "losers", "start"}
+_BY_CONTENT = {"out", "teacher", "student", "data", "pairs", "prompts", "losers", "teacher_data", "start"}
 
 
 def inputs_of(
@@ -195,6 +195,8 @@ def _examples(examples: Examples | None) -> str | None:
         return None
     if isinstance(examples, Preferred):
         return f"{_examples(examples.winners)} over {_examples(examples.losers)}"
+    if isinstance(examples, TwoViews):
+        return f"{_examples(examples.student)} beside {_examples(examples.teacher)}"
     if isinstance(examples, encoded.Encoded | pairs.Pairs):
         content = _shards(encoded.KIND if isinstance(examples, encoded.Encoded) else pairs.KIND, examples.folder)
     elif isinstance(examples, TensorExamples):

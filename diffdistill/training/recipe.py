@@ -89,6 +89,10 @@ def marker(value: Any) -> str:
     return f"{OBJECT}{getattr(value, '__name__', type(value).__name__)}"
 
 
+READ = ("data", "pairs", "losers", "teacher_data", "reward")
+"""The options of what a training reads, in whose place Python may give objects."""
+
+
 @dataclass(frozen=True)
 class Objects:
     """What Python gave as objects, where the command line has a name or a path."""
@@ -99,6 +103,7 @@ class Objects:
     data: Tensor | tuple[Tensor, Tensor] | Examples | None = None
     pairs: Examples | None = None
     losers: Tensor | Examples | None = None
+    teacher_data: Examples | None = None
     reward: Reward | None = None
     named: Mapping[str, str] = field(default_factory=dict)  #: the option values that stand for them
 
@@ -113,9 +118,7 @@ class Objects:
         for name, value in values.items():
             if value is None:
                 continue
-            if name in ("method", "teacher", "data", "pairs", "losers", "reward") and not isinstance(
-                value, str | os.PathLike
-            ):
+            if name in ("method", "teacher", *READ) and not isinstance(value, str | os.PathLike):
                 objects[name] = value
             else:
                 plain[name] = os.fspath(value) if isinstance(value, os.PathLike) else value

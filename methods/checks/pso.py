@@ -131,7 +131,7 @@ def _gradient_checks(preferences: str) -> Iterator[Check]:
     method, own = _game(preferences=preferences, clip=0.5, beta=3.0)
     winners, losers = (torch.tensor(row).double().expand(16, 2) for row in ([0.4, -0.2], [-0.3, 0.5]))
     batch = _Pairs(16, (2,), {}, winners, torch.device("cpu"), (0, 0, 0), losers=losers)
-    outcome = method.student_turn(batch)
+    outcome = method.student_turn(0, batch)
     got = gradient(outcome.loss, own.offset).view(3, 2)
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 4)
     closed = torch.zeros(3, 2, dtype=torch.float64)
@@ -147,11 +147,11 @@ def _gradient_checks(preferences: str) -> Iterator[Check]:
     yield equal(f"the gradient {name} at the reference", closed, got, 1e-9)
     yield equal(f"the loss {name} there is log 2", math.log(2), outcome.loss, 1e-12)
     with mistake(pso, "pso_loss", lambda first, second, better, *rest: pso_loss(first, second, -better, *rest)):
-        wrong = gradient(method.student_turn(batch).loss, own.offset)
+        wrong = gradient(method.student_turn(0, batch).loss, own.offset)
     yield differs(f"the worse preferred is caught, {name}", closed, wrong, 1e-2)
     moved = _game(preferences=preferences, clip=0.5, beta=3.0)
     moved[1].offset.data -= 0.05 * got
-    margin = moved[0].student_turn(batch)
+    margin = moved[0].student_turn(0, batch)
     yield equal(f"a step against it makes the better likelier, {name}", 1.0, float(margin.shown["margin"] > 0), 0.0)
 
 

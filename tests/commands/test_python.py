@@ -35,6 +35,7 @@ from diffdistill.config import (
     TrainConfig,
 )
 from diffdistill.options import coerce
+from diffdistill.training.recipe import READ
 
 ROOT = Path(__file__).resolve().parents[2]
 Teachers = Callable[[str], Path]
@@ -83,7 +84,7 @@ def _without_path(hint: object) -> object:
     [
         (keywords.MachineOptions, MachineConfig, set()),
         (keywords.FitOptions, FitConfig, set()),
-        (keywords.TrainOptions, TrainConfig, {"method", "teacher", "data", "pairs", "losers", "reward"}),
+        (keywords.TrainOptions, TrainConfig, {"method", "teacher", *READ}),
         (keywords.TeacherOptions, TeacherConfig, set()),
         (keywords.EncodeOptions, EncodeConfig, {"teacher"}),
         (keywords.PairsOptions, PairsConfig, {"teacher"}),
@@ -225,3 +226,8 @@ def test_a_method_with_stages_takes_all_of_them_by_default(
     assert yaml.safe_load((run.folder / "config.yaml").read_text())["steps"] == 4
     distill("progressive", options=stages, steps=2, out=tmp_path / "short", **settings)
     assert "all stages of progressive take 4 steps and steps is 2" in capsys.readouterr().err
+    distill("progressive", options=stages, steps=5, out=tmp_path / "long", **settings)
+    assert "steps is 5: the rest trains nothing" in capsys.readouterr().err
+    merging = {"solver_steps": 4, "stages": [2, 1], "stage_steps": 1}
+    distill("tscd", options=merging, steps=3, out=tmp_path / "merged", **settings)
+    assert "take 2 steps and steps is 3: the last stage goes on in the rest" in capsys.readouterr().err

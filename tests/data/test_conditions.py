@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import diffdistill
@@ -184,3 +185,23 @@ def test_drawn_edits_are_of_the_same_shape_in_another_colour() -> None:
     data = open_data("edits:40")
     assert len(data) == 40
     assert torch.allclose(data.get(torch.arange(40)).images, edits.images.clamp(-1, 1))
+
+
+def test_reduced_images_lie_beside_those_they_were_made_of() -> None:
+    """For super-resolution: so many times smaller, as a file of 8 bits has it, and enlarged again; without captions."""
+    plain, data = open_data("shapes:4", resolution=32), open_data("reduced:4:shapes:4", resolution=32)
+    rows = torch.tensor([2, 0])
+    samples = data.get(rows)
+    assert torch.equal(samples.images, plain.get(rows).images) and samples.captions == ["", ""]
+    small = F.interpolate(samples.images, (8, 8), mode="bicubic", antialias=True).clamp(-1, 1)
+    small = ((small + 1) * 127.5).round() / 127.5 - 1
+    expected = F.interpolate(small, (32, 32), mode="bicubic").clamp(-1, 1)
+    assert samples.conditions is not None and torch.equal(samples.conditions, expected)
+    twice = open_data("reduced:2:shapes:4", resolution=32)
+    assert len({plain.fingerprint, data.fingerprint, twice.fingerprint}) == 3
+    assert (data.name, data.shape, len(data)) == ("reduced:4:shapes:4", (3, 32, 32), 4)
+    for wrong in ("reduced:3:shapes:4", "reduced:1:shapes:4"):
+        with pytest.raises(UserError, match="is no number of times that images of 32x32 pixels can be reduced"):
+            open_data(wrong)
+    with pytest.raises(UserError, match=r"'reduced:4:' does not exist"):
+        open_data("reduced:4:")

@@ -32,8 +32,9 @@ DIGITS = load_suite("digits")
 
 
 def test_every_method_has_a_preset_for_the_suite() -> None:
-    tuned = {name for name in method_names() if describe_method(name).about.kind == "preference"}  # from students
-    assert {e.info.name for e in entries(DIGITS, None, [0])} == set(method_names()) - tuned
+    special = ("preference", "restoration")  # from students; from images beside
+    others = {name for name in method_names() if describe_method(name).about.kind in special}
+    assert {e.info.name for e in entries(DIGITS, None, [0])} == set(method_names()) - others
     listed = entries(DIGITS, ["dmd2"], [0, 1])
     assert [(e.name, e.seed) for e in listed] == [("dmd2", 0), ("dmd2 4step", 0), ("dmd2", 1), ("dmd2 4step", 1)]
 
@@ -63,8 +64,8 @@ def test_the_budget_sets_the_steps_and_stages_keep_their_share() -> None:
 
 
 def test_settings_of_a_strangers_board_are_derived(tiny_teacher: Callable[[str], Path]) -> None:
-    suite, tuned = load_suite("mnist"), {"pso", "distillation_dpo"}
-    assert {e.info.name for e in entries(suite, None, [0])} == set(method_names()) - tuned
+    suite, others = load_suite("mnist"), {"pso", "distillation_dpo", "yonos", "ctmsr"}
+    assert {e.info.name for e in entries(suite, None, [0])} == set(method_names()) - others
     (entry,) = entries(DIGITS, ["dmd2:derived"], [0])
     assert (entry.name, entry.folder) == ("dmd2 derived", "dmd2-derived-seed0")
     shared = {"teacher": str(tiny_teacher("vp")), "data": "digits"}

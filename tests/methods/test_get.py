@@ -40,7 +40,7 @@ def test_every_exact_check_holds() -> None:
 REAL: dict[str, Any] = {
     "images": GET.images,
     "start": Sampler.start,
-    "turn": GET.pairs_turn,
+    "turn": GET.student_turn,
     "weights": generators.output_weights,
     "image": EquilibriumTransformer.image,
     "injected": EquilibriumTransformer.injected,
@@ -51,7 +51,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "images of the first iteration alone": (GET, "images", lambda self, *at: REAL["images"](self, *at)[:1]),
     "images of other noise": (GET, "images", lambda self, z, cond: REAL["images"](self, z.roll(1, 0), cond)),
     "the noise is not scaled": (Sampler, "start", lambda self, z: (80 * z, REAL["start"](self, z)[1])),
-    "a sum over pairs": (GET, "pairs_turn", lambda self, b: Outcome(b.size * REAL["turn"](self, b).loss)),
+    "a sum over pairs": (GET, "student_turn", lambda self, step, b: Outcome(b.size * REAL["turn"](self, step, b).loss)),
     "the output is taken for the image": (generators, "output_weights", lambda *of: (0.0, 1.0)),
     "the output's sign": (generators, "output_weights", lambda *of: tuple(-w for w in REAL["weights"](*of))),
     "the image is turned": (EquilibriumTransformer, "image", lambda self, z: REAL["image"](self, z.flip(1))),

@@ -118,7 +118,7 @@ MUTANTS = {
             "for k in range(len(sampler.levels) - 1):",
         ),
     ],
-    f"diffdistill/data/batches.py | {_P}": [("losers are lost", ", losers=losers)", ")")],
+    f"diffdistill/data/batches.py | {_P}": [("losers are lost", ", losers=losers, teacher_cond", ", teacher_cond")],
     f"diffdistill/scaffold/method.py | {_P} tests/training/test_accumulate.py": [
         ("a part has all losers", "else self.losers[rows]", "else self.losers"),
     ],

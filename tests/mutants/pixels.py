@@ -78,15 +78,21 @@ MUTANTS = {
     "diffdistill/training/derived.py | tests/training/test_derived.py": [
         ("spans of a long training", "if s.steps >= LONG or not s.given(option):", "if not s.given(option):"),
         ("spans that the method does not have", "if s.steps >= LONG or not s.given(option):", "if s.steps >= LONG:"),
-        ("a second stage where there is none", 'staged = s.given("distill_steps") and', "staged ="),
-        ("the stages overlap", "Derived(s.steps - s.steps // 2,", "Derived(s.steps // 2,"),
-        ("the rest of a stage that was given", ' or s.given("reflow_steps") != s.steps // 2:', ":"),
+        ("a second stage where there is none", "staged = s.given(second) and", "staged ="),
+        ("the stages overlap", "max(1, s.steps - s.given(first))", "s.given(first)"),
+        ("the rest of a stage that was given", " or s.given(first) != max(1, int(share * s.steps)):", ":"),
         ("every mode has stages", 'if s.given("mode") == "easy":', 'if s.given("mode") is not None:'),
         ("stages without steps", 'if "steps" not in s.values or not s.stages:', "if not s.stages:"),
         ("all steps for each stage", "max(1, left // s.stages)", "left"),
         ("the first stage takes nothing from the others", 's.given("guidance_steps") or 0', "0"),
         ("one more stage", "s.steps // (s.stages + 1)", "s.steps // (s.stages + 2)"),
-        ("every mode has a ramp", 'if s.given("mode") == "training" else None', "if True else None"),
+        ("every mode has a ramp", 'if s.given("mode") in ("training", None) else None', "if True else None"),
+        ("a ramp of the training alone", '("training", None)', '("training",)'),
+        (
+            "matching for half of the steps",
+            'option="consistency_steps", share=0.9',
+            'option="consistency_steps", share=0.5',
+        ),
     ],
     f"diffdistill/training/derived.py | {_FL}": [
         (

@@ -360,9 +360,6 @@ MUTANTS = {
     f"diffdistill/scaffold/imitating.py | {_I}": [
         ("chains have the data's steps", "config.trajectory_steps, *scales", "config.sampling_steps, *scales"),
         ("always on data", "self.on_data if self.chains is None", "self.on_data if True"),
-        ("images are not noised", "diffuse(batch.images, t, batch", "diffuse(batch.images, 0 * t, batch"),
-        ("noise of another stream", 'batch.randn("student/eps")', 'batch.randn("eps")'),
-        ("times of another stream", 'batch.draw("student/t"', 'batch.draw("t"'),
         ("chains are not moved", "self.chains.advance(batch, target)", "pass"),
         ("the target is not guided", "torch.full_like(t, self.config.guidance_scale) if", "torch.ones_like(t) if"),
         ("the chains' scales are ignored",

@@ -275,11 +275,6 @@ MUTANTS = {
         ),
     ],
     "methods/boot.py | tests/methods/test_wiring_boot.py": [
-        (
-            "the teacher is not guided",
-            "guided(frozen(teacher.denoiser), config.guidance_scale)",
-            "frozen(teacher.denoiser)",
-        ),
         ("another stream of times", '"student/t"', '"student/s"'),
         (
             "the first level is ignored",
@@ -321,7 +316,6 @@ MUTANTS = {
             "step + 1 == self.config.reflow_steps",
             "step == self.config.reflow_steps",
         ),
-        ("another stream of uniform times", '"student/t"', '"t"'),
         ("the student guides itself", "        return self.stage.previous\n", "        return self.student\n"),
     ],
     f"methods/slim_flow.py | {_ST}": [

@@ -24,6 +24,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "boot": {"solver_steps": 4},
     "consistency": METHODS["consistency"],
     "ctm": {"grid_points": 5, "student_steps": 2, "gamma": 0.3, "dsm_weight": 0.0, "guidance_scale": 2.0},
+    "ctmsr": {"consistency_steps": 1, "matching_steps": 1},
     "decoupled_dmd": {"guidance_scale": 2.0, "update_ratio": 1},
     "diff_instruct": {},
     "disback": {"path_length": 1, "record_every": 1, "update_ratio": 1},
@@ -70,6 +71,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "tscd": {"solver_steps": 4, "stages": [2, 1], "stage_steps": 1, "gan_weight": 0.1, "student_steps": 2},
     "twin_flow": {"student_steps": 2, "batch_size": 4},
     "uni_instruct": {},
+    "yonos": {"student_steps": 2},
 }  # fmt: skip
 SAYS_SO = {
     ("get", "full"): "method: the student reads noise and class labels, and this teacher encoder_hidden_states",

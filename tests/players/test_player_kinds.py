@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable, Collection
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ from diffdistill.catalogue import describe_method, method_names
 from diffdistill.commands.cli import main
 from diffdistill.core.denoiser import Extra
 from diffdistill.data.batches import batches
-from diffdistill.data.encoded import open_encoded
+from diffdistill.data.encoded import encode, open_encoded
 from diffdistill.data.pairs import make_pairs
 from diffdistill.errors import UserError
 from diffdistill.families import FAMILIES, load_teacher
@@ -192,6 +193,13 @@ def test_every_method_runs_with_both_kinds_or_says_why_not(
     if method in ("dmd", "get", "reflow", "sdxs", "sims", "slim_flow"):
         made = {"teacher": str(folder), "prompts": str(prompts), "count": 4, "sampling_steps": 2, "device": "cpu"}
         options["pairs"] = str(make_pairs(**made, out=str(tmp_path / "pairs")))
+    if method == "yonos":  # the same images under other prompts
+        shutil.copytree(prompts.parent / "images", tmp_path / "images")
+        (tmp_path / "images" / "metadata.jsonl").unlink()
+        for i in range(4):
+            (tmp_path / "images" / f"{i}.txt").write_text(f"number {i}")
+        made = {"teacher": str(folder), "data": str(tmp_path / "images"), "resolution": SIZES["sd_v"], "device": "cpu"}
+        options["teacher_data"] = str(encode(**made, out=str(tmp_path / "seen by the teacher")))
     if (method, kind) in SAYS_SO:
         with pytest.raises(UserError, match=SAYS_SO[method, kind]):
             distill(**options, out=str(tmp_path / "run"))

@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adapter_guidance": {"trajectory_steps": 4, "guidance_max": 3.0},
     "arc_flow": {"momenta": 2, "substeps": 4, "component_dropout": 0.3, "teacher_share": 0.5},
     "boot": {"solver_steps": 4, "ramp_steps": 4, "guidance_scale": 2.0},
+    "ctmsr": {"consistency_steps": 2, "matching_steps": 2, "ramp_steps": 4, "renew_every": 1},
     "ctm": {"gan_weight": 0.5, "adaptive": False, "grid_points": 5, "solver_steps": 2},
     "decoupled_dmd": {"guidance_scale": 2.0, "update_ratio": 2, "student_steps": 2},
     "disback": {"path_length": 1, "record_every": 1, "update_ratio": 1},
@@ -72,7 +73,8 @@ def batch_of(step: int) -> Batch:
     x0, z, end = (torch.randn(SIZE, *SHAPE, generator=made) for _ in range(3))
     labels = torch.randint(CLASSES, (2, SIZE), generator=made)
     pair = Pair(z, end, {"class_labels": labels[1]})
-    return Batch(SIZE, SHAPE, {"class_labels": labels[0]}, x0, torch.device("cpu"), (3, step, 0), pair)
+    seen = [{"class_labels": row} for row in labels]
+    return Batch(SIZE, SHAPE, seen[0], x0, torch.device("cpu"), (3, step, 0), pair, teacher_cond=seen[1])
 
 
 def trained(name: str, accumulate: int, out: Path) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -18,6 +18,7 @@ from diffdistill.methods import (
     boot,
     consistency,
     ctm,
+    ctmsr,
     dmd,
     dmd2,
     flow_map,
@@ -39,6 +40,7 @@ from diffdistill.methods import (
     slim_flow,
     snap_fusion,
     tscd,
+    yonos,
 )
 from diffdistill.players.lora import LoraSettings
 from diffdistill.players.teacher import Teacher
@@ -167,7 +169,7 @@ def test_what_lasts_a_part_of_the_authors_training_lasts_a_part_of_a_short_one()
 
     def spans(options: Any, steps: int = 400, **given: Any) -> dict[str, int]:
         known = ("tangent_warmup", "boundary_steps", "reflow_steps", "distill_steps", "anneal_steps", "ramp_steps",
-                 "stage_steps")  # fmt: skip
+                 "stage_steps", "consistency_steps", "matching_steps", "renew_every")  # fmt: skip
         return {k: v.value for k, v in derived_for(teacher, options, steps=steps, **given).items() if k in known}
 
     assert spans(scm.Config) == {"tangent_warmup": 80} and spans(sdxs.Config) == {"boundary_steps": 200}
@@ -180,6 +182,9 @@ def test_what_lasts_a_part_of_the_authors_training_lasts_a_part_of_a_short_one()
     assert spans(consistency.Config) == {} == spans(boot.Config) == spans(flow_map.Config)
     assert spans(consistency.Config, mode="easy") == {"stage_steps": 50}
     assert spans(consistency.Config, mode="training") == {"ramp_steps": 400}
+    restored = {"ramp_steps": 400, "consistency_steps": 360, "matching_steps": 40, "renew_every": 8}
+    assert spans(ctmsr.Config) == restored
+    assert spans(ctmsr.Config, consistency_steps=100) == {"ramp_steps": 400, "renew_every": 8}
     assert spans(scm.Config, 100_000) == {} == spans(slim_flow.Config, 100_000)
 
 
@@ -215,7 +220,14 @@ def test_a_short_training_follows_few_of_heuns_steps_and_else_twenty_of_ddims() 
 
 def test_a_short_training_of_a_small_student_takes_muon() -> None:
     teacher = teacher_of(STOCK_DDPM, OUTPUTS["epsilon"], 1_000_000)
-    for config, faster in ((consistency.Config, 2), (lcm.Config, 2), (get.Config, 2), (dmd2.Config, 1)):
+    for config, faster in (
+        (consistency.Config, 2),
+        (lcm.Config, 2),
+        (get.Config, 2),
+        (ctmsr.Config, 2),
+        (yonos.Config, 2),
+        (dmd2.Config, 1),
+    ):
         names, plain = derived_for(teacher, config), derived_for(teacher, config, optimizer="adamw")
         assert names["optimizer"].value == "muon" and "optimizer" not in plain
         assert names["student_lr"].value == pytest.approx(faster * plain["student_lr"].value, rel=0.05)
