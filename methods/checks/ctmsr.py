@@ -22,14 +22,14 @@ from diffdistill.scaffold.method import Batch
 PLANE = {
     "consistency training": {
         "start_scales": 10,
-        "end_scales": 80,
-        "ramp_steps": 2500,
+        "end_scales": 120,
+        "ramp_steps": 4000,
         "kappa": 1.0,
-        "consistency_steps": 3000,
+        "consistency_steps": 4500,
         "matching_steps": 0,
-        "huber_c": 0.03,
+        "huber_c": 0.1,
         "student_lr": 0.001,
-        "steps": 3000,
+        "steps": 4500,
     },
 }
 
