@@ -56,6 +56,14 @@ def test_no_pass_is_done_that_the_definition_does_not_need(name: str) -> None:
         assert passes == pytest.approx(DIGITS.method(name).passes[preset], rel=0.15), preset
 
 
+def test_the_suite_trains_by_the_preset_alone() -> None:
+    """As `train --preset` does: what is open in a preset would be derived in a board's training."""
+    for entry in entries(DIGITS, None, [0]):
+        values = {"steps": 100, **preset_options(entry.info, entry.preset), "method": entry.info.name}
+        game = make_game({name: value for name, value in values.items() if name != "pairs"}, deriving=True)
+        assert not game.derived, entry.name
+
+
 def test_the_budget_sets_the_steps_and_stages_keep_their_share() -> None:
     info = describe_method("progressive")
     values, passes, scale = planned(Entry(info, "digits", 0), DIGITS, 500, {})
