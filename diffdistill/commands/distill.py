@@ -287,11 +287,11 @@ def _train(game: Game, out: Path, resumed: bool, allow_change: Allowed) -> bool:
         if resumed:
             trainer.resume(allow_change)
         looks = (main or divides()) and trainer.step < config.steps
-        look = _look(game, first, shown, main) if looks else None
+        look = _look(game, first, shown) if looks else None
         sizes = {"kept_bytes": kept_bytes, "export_bytes": export_bytes}
         start_folder(out, game.options(), player_bytes, accelerator, inputs, resume=resumed, **sizes)
         trainer.on_look = lambda step: None
-        if look is not None:
+        if looks:
             _diagnose(game, trainer, look, main)
         if config.judge_every:
             trainer.judge = JudgedInTraining(game, out, accelerator)
@@ -311,9 +311,13 @@ def _set_reward(game: Game, reward: str | Reward, draw: Callable[[int], Batch]) 
     game.method.scored(tried.randn("reward").requires_grad_(), tried)
 
 
-def _diagnose(game: Game, trainer: Trainer, look: Look, main: bool) -> None:
-    """Say what the teacher gives; looks, figures and warnings from here on."""
+def _diagnose(game: Game, trainer: Trainer, look: Look | None, main: bool) -> None:
+    """Say what was derived and, with a look, what the teacher gives; looks, figures and warnings from here on."""
     config, method = game.config, game.method
+    for name, (value, reason) in game.derived.items() if main else ():
+        print(f"{name}: {value} ({reason})")
+    if look is None:
+        return
     drawing, done = config.sample_every > 0, trainer.step
     own = {f.name for f in fields(game.method_config)}
     trainer.on_look = watch(
@@ -350,13 +354,11 @@ def _export(game: Game, trainer: Trainer) -> None:
         export_student(game, out / "student", step, saving=config)
 
 
-def _look(game: Game, sampler: Sampler, shown: Examples | None, main: bool) -> Look | None:
-    """Of a student as it is sampled at first; before it says what was derived. None of one that restores images.
+def _look(game: Game, sampler: Sampler, shown: Examples | None) -> Look | None:
+    """Of a student as it is sampled at first; None of one that restores images.
 
     The first use of the teacher's network; UserError where it fails.
     """
-    for name, (value, reason) in game.derived.items() if main else ():
-        print(f"{name}: {value} ({reason})")
     if game.recipe.about.kind == "restoration":  # to which the teacher's samples are no measure
         return None
     scale = imitated_guidance(sampler.denoiser, game.options()).scale

@@ -23,6 +23,7 @@ from diffdistill.players.sampler import DDIM, Sampler
 from diffdistill.players.teacher import Teacher
 from diffdistill.rng import image_generators
 from diffdistill.scaffold import imitating
+from diffdistill.scaffold import method as scaffold_method
 from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Batch
 from tests.methods.short_runs import same_when_resumed
@@ -45,7 +46,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "the scale is w": (imitating, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s + 1)),
     "no guidance": (imitating, "guide", lambda d, x, t, c, s: guide(d, x, t, c, s**0)),
     "the target follows the student": (LoRAGuidance, "imitation", not_detached),
-    "all times are alike": (imitating, "native_uniform", lambda s, n, g: torch.full((n,), 1.0).double()),
+    "all times are alike": (scaffold_method, "native_uniform", lambda s, n, g: torch.full((n,), 1.0).double()),
     "all chains at the beginning": (
         GuidedChains,
         "_start",
