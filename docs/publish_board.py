@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from diffdistill.eval.board import COLUMNS, in_order, quality_picture
-from diffdistill.eval.report import markdown_table, write_text
+from diffdistill.eval.report import markdown_table, write_between, write_text
 from diffdistill.eval.suites import published_board
 
 DOCS = Path(__file__).parent
-BEGIN, END = "<!-- written by docs/publish_board.py: begin -->", "<!-- written by docs/publish_board.py: end -->"
+MARKS = ("<!-- written by docs/publish_board.py: begin -->", "<!-- written by docs/publish_board.py: end -->")
 
 
 def publish(folder: Path, *, docs: Path = DOCS) -> None:
@@ -40,10 +40,8 @@ def publish(folder: Path, *, docs: Path = DOCS) -> None:
         {"seeds": seeds, "commit": commit, "methods": methods},
     ]
     write_text(json.dumps(board, indent=1) + "\n", docs.parent / "eval" / "suites" / f"{other['suite']}.board.json")
-    page = docs / "results.md"
-    first, rest = page.read_text(encoding="utf-8").split(BEGIN)
     table = markdown_table(board["rows"], COLUMNS)
-    write_text(f"{first}{BEGIN}\n{table}\n{_said(board)}\n{END}{rest.split(END)[1]}", page)
+    write_between(docs / "results.md", f"{table}\n{_said(board)}", MARKS)
     quality_picture(board["rows"], docs / "quality.png")
 
 

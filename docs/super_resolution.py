@@ -39,7 +39,7 @@ from diffdistill.data.shapes import HELD_OUT, draw_many, read
 from diffdistill.environment import environment
 from diffdistill.errors import UserError
 from diffdistill.eval.features.digit_classifier import load_digit_classifier
-from diffdistill.eval.report import markdown_table, text_table, write_json, write_text
+from diffdistill.eval.report import markdown_table, text_table, write_between, write_json
 from diffdistill.families import load_teacher
 from diffdistill.files import atomic_write
 from diffdistill.options import nearest
@@ -51,7 +51,6 @@ from diffdistill.rng import image_generators
 TWICE, FOUR = 2, 4
 COLUMNS = ("images", "model", "learned from", "steps", "psnr", "read right %", "training steps")
 STEPS_OF_TEACHERS = (1, 16)
-BEGIN, END = "<!-- written by the benchmark: begin -->", "<!-- written by the benchmark: end -->"
 
 
 @dataclass(frozen=True)
@@ -161,12 +160,12 @@ def digits(settings: Settings) -> Task:
         return TensorExamples(learned, {"image": reduced(learned, times)})
 
     def teacher(times: int) -> Teacher:
-        network, file = Beside(), settings.out / "digits" / f"teacher-{times}.safetensors"
+        file = settings.out / "digits" / f"teacher-{times}.safetensors"
+        torch.manual_seed(settings.seed)
+        network = Beside()
         if file.is_file():
             network.load_state_dict(load_file(file))
         else:
-            torch.manual_seed(settings.seed)
-            network = Beside()
             _flow_matching(network, learned, reduced(learned, times), settings.steps(steps))
             atomic_write(file, save(network.state_dict()))
         schedule, cond = LinearFlow(data_std=float(learned.std()), time_scale=1.0), {"image": learned[:1]}
@@ -270,10 +269,8 @@ def benchmark(settings: Settings, tasks: Sequence[str]) -> dict[str, Any]:
 
 def write_page(results: dict[str, Any], out: Path, page: Path) -> None:
     """Puts table and pictures between the marks of a page."""
-    made, text = results["environment"], page.read_text()
+    made = results["environment"]
     names = list(dict.fromkeys(row["images"] for row in results["rows"]))
-    for name in names:
-        shutil.copyfile(out / f"{name}.png", page.parent / f"super_resolution_{name}.png")
     said = f"{made['platform']}, torch {made['torch']}, commit {made['commit']}, seed {results['seed']}"
     pictures = [f"![{name}, a row for each model](super_resolution_{name}.png)" for name in names]
     lines = [
@@ -282,8 +279,9 @@ def write_page(results: dict[str, Any], out: Path, page: Path) -> None:
         markdown_table(results["rows"], COLUMNS),
         *pictures,
     ]
-    before, rest = text.split(BEGIN)
-    write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.split(END)[1], page)
+    write_between(page, "\n".join(lines))
+    for name in names:
+        shutil.copyfile(out / f"{name}.png", page.parent / f"super_resolution_{name}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffdistill.environment import environment
+from diffdistill.errors import UserError
 from diffdistill.files import atomic_write
 
 
@@ -36,6 +37,20 @@ def write_json(value: object, path: str | os.PathLike[str]) -> Path:
 def write_text(text: str, path: str | os.PathLike[str]) -> Path:
     """A text file, whole or not at all."""
     return atomic_write(path, text)
+
+
+WRITTEN = ("<!-- written by the benchmark: begin -->", "<!-- written by the benchmark: end -->")
+"""The marks in a page between which a benchmark writes."""
+
+
+def write_between(page: Path, text: str, marks: tuple[str, str] = WRITTEN) -> None:
+    """Puts a text between the marks of a page, in place of what stands there; UserError for a page without them."""
+    begin, end = marks
+    whole = page.read_text(encoding="utf-8")
+    if begin not in whole or end not in whole:
+        raise UserError(f"docs: {page} has no lines '{begin}' and '{end}', between which the table goes")
+    before, rest = whole.split(begin)
+    write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", page)
 
 
 def publish(rows: Sequence[Mapping[str, object]], columns: Sequence[str], out: str | None, data: str | None) -> None:

@@ -45,7 +45,7 @@ from diffdistill.eval.judge import Judge, JudgeOptions, Score, score
 from diffdistill.eval.ladder import ladder_models
 from diffdistill.eval.metrics.bootstrap import interval
 from diffdistill.eval.protocol import load
-from diffdistill.eval.report import markdown_table, text_table, write_json, write_text
+from diffdistill.eval.report import markdown_table, text_table, write_between, write_json, write_text
 from diffdistill.files import atomic_folder
 from diffdistill.options import nearest
 from diffdistill.pictures import save_png, side_by_side
@@ -60,7 +60,6 @@ COLUMNS = (
 LEAST_RECALL = 0.7  # of the teacher's in 50 steps
 MEASURED = 12  # steps of the short run whose seconds a step say how many fit
 MARGIN = 0.95  # of the time: pictures, checkpoints and the export take the rest
-BEGIN, END = "<!-- written by the benchmark: begin -->", "<!-- written by the benchmark: end -->"
 
 
 @dataclass(frozen=True)
@@ -306,9 +305,6 @@ def _write(rows: list[dict[str, Any]], shown: list[tuple[str, Tensor]], settings
 
 def write_docs(page: Path, settings: Settings) -> None:
     """Puts the table of the benchmark, how it was made and its picture between the marks of a page."""
-    text = page.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise UserError(f"docs: {page} has no lines '{BEGIN}' and '{END}', between which the table goes")
     results = json.loads((settings.out / "results.json").read_text())
     made = results["environment"]
     lines = [
@@ -319,8 +315,7 @@ def write_docs(page: Path, settings: Settings) -> None:
         markdown_table(results["rows"], COLUMNS),
         f"![One row for each model, from the same noise]({page.stem}.png)",
     ]
-    before, rest = text.split(BEGIN)
-    write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.split(END)[1], page)
+    write_between(page, "\n".join(lines))
     shutil.copyfile(settings.out / "images.png", page.with_suffix(".png"))
 
 

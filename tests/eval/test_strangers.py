@@ -8,6 +8,7 @@ import pytest
 
 from diffdistill.commands.cli import main
 from diffdistill.eval.benchmarks import strangers
+from diffdistill.eval.report import WRITTEN
 from diffdistill.families import load_teacher
 
 
@@ -21,7 +22,7 @@ def test_a_tiny_benchmark_goes_on_and_writes_its_page(tmp_path: Path, monkeypatc
     images = random.randint(0, 256, (40, 28, 28)).astype(np.uint8)
     np.savez(tmp_path / "tiny.npz", train_images=images, test_images=images[::-1])
     page, out = tmp_path / "page.md", tmp_path / "out"
-    page.write_text(f"before\n{strangers.BEGIN}\nnothing yet\n{strangers.END}\nafter\n")
+    page.write_text(f"before\n{WRITTEN[0]}\nnothing yet\n{WRITTEN[1]}\nafter\n")
     command = ["--images", str(tmp_path / "tiny.npz"), "--teachers", "edm", "--methods", "dmd", "--threads", "1"]
     command += ["--widths", "8,8", "--teacher-steps", "2", "--steps", "1", "--pairs", "64"]
     command += ["--count", "12", "--out", str(out)]
