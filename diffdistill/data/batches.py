@@ -88,7 +88,9 @@ def batches(
             indices = bucket_batch(source.counts, size, step, seed=seed, rank=rank, world_size=world)
         else:
             indices = batch_indices(len(source), size, step, seed=seed, rank=rank, world_size=world)
-        return to_device(source.get(indices), device)
+        example = source.get(indices)
+        _check_labels(teacher, example.cond)
+        return to_device(example, device)
 
     def batch(step: int) -> Batch:
         samples = Batch(size, teacher.shape, {}, None, device, (config.seed, step, rank * size), total=size * world)
@@ -121,6 +123,18 @@ def _check_buckets(counts: Sequence[int], batch_size: int, rank: int, world: int
     if small and rank == 0:
         what = f"{len(small)} of {len(counts)} buckets ({sum(small)} of {sum(counts)} samples) have less than a batch"
         note(f"data: {what}, which is of one bucket, and are not trained on; a smaller batch_size reaches them")
+
+
+def _check_labels(teacher: Teacher, cond: Cond) -> None:
+    """UserError for a class label beyond those that the network reads: of a user's object the first says little."""
+    labels = cond.get("class_labels")
+    if teacher.num_classes is None or labels is None or labels.is_floating_point():
+        return
+    known = range(teacher.num_classes + (teacher.denoiser.null is not None))  # with that of "no class"
+    low, high = int(labels.min()), int(labels.max())
+    if low not in known or high not in known:
+        wrong = low if low not in known else high
+        raise UserError(f"data: a sample has the class {wrong}; the teacher's are 0 to {teacher.num_classes - 1}")
 
 
 def _known(teacher: Teacher, cond: Cond) -> Cond:

@@ -65,6 +65,26 @@ def test_a_tensor_is_data(tiny_teacher: Callable[[str], Path], drawn: Callable[.
     assert isinstance(Numbered(), Examples) and as_examples(open_data("digits")).get(torch.arange(2)).pair is None
 
 
+@pytest.mark.parametrize("classes", [17, -1])
+def test_a_class_that_the_teacher_lacks_is_said_where_it_comes(
+    classes: int, tiny_teacher: Callable[[str], Path], drawn: Callable[..., Any]
+) -> None:
+    class Mistaken(Numbered):
+        def get(self, indices: Tensor) -> Example:
+            made = super().get(indices)
+            return replace(made, cond={"class_labels": torch.where(indices == 19, classes, indices % 10)})
+
+    teacher = load_teacher(tiny_teacher("vp"))
+    check_data(teacher, Mistaken())
+    batch = drawn(teacher, Mistaken())
+    for step in range(4):  # more than an epoch
+        if 19 in batch_indices(20, 6, step, seed=0):
+            with pytest.raises(UserError, match=f"data: a sample has the class {classes}; the teacher's are 0 to 9"):
+                batch(step)
+        else:
+            batch(step)
+
+
 @pytest.mark.parametrize("wrong", [torch.arange(4), torch.zeros(3, 1, 8, 8, dtype=torch.uint8), [1, 2], "digits", None])
 def test_what_is_no_data_is_said_to_be_none(wrong: Any) -> None:
     with pytest.raises(UserError, match=r"^data: ") as error:
