@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import wraps
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from diffdistill.data.folder import condition_picture
 from diffdistill.errors import UserError, first_line, shown
 from diffdistill.eval.models import ModelLike, model_folder, pixel_sampler
 from diffdistill.eval.stock_call import steered, stock_call
-from diffdistill.eval.videos import is_video, save_videos
+from diffdistill.eval.videos import is_video, save_sounds, save_videos
 from diffdistill.families import (
     Family,
+    around_steps,
     attention_of,
     describe,
     family_of,
@@ -74,14 +74,22 @@ class Samples:
     columns: int
     enlarged: int = 1  #: pixels a side of one of the images' pixels, in the picture
     videos: Tensor | None = None  #: (N, F, C, H, W) in [-1, 1], of a model of videos
+    sounds: Tensor | None = None  #: (N, channels, samples) in [-1, 1], of a model of videos with sound
+    sound_rate: int = 0  #: samples of them a second
 
     def save(self, path: str | os.PathLike[str], fps: int = FPS) -> Path:
-        """As one PNG or, of videos under the name of an .mp4 or .gif, as one video of `fps` frames a second."""
+        """As one PNG or, of videos under the name of an .mp4 or .gif, as one video of `fps` frames a second.
+
+        Their sounds are in .wav files beside it.
+        """
         if not is_video(path):
             return save_png(image_grid(self.images, self.columns, scale=self.enlarged), Path(path))
         if self.videos is None:
             raise UserError(f"out: {shown(os.fspath(path))} is the name of a video, and these are images; give a .png")
-        return save_videos(self.videos, path, self.columns, fps)
+        saved = save_videos(self.videos, path, self.columns, fps)
+        if self.sounds is not None:
+            save_sounds(self.sounds, path, self.sound_rate)
+        return saved
 
 
 def draw_samples(model: ModelLike, request: SampleRequest) -> Samples:
@@ -131,31 +139,19 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
     """
     prompts, classes, text = request.prompts, request.classes, family.conditions == "text"
     _check_video(request, str(folder), family.videos)
+    if request.trace and family.first_noise is not None:
+        raise UserError(f"trace: a step of {shown(str(folder))} is seen in a part of its sample; leave it out")
     if text != bool(prompts) or (text and classes):
         raise UserError(f"prompt: {str(folder)!r} takes {'a prompt; give --prompt' if text else 'none; use --classes'}")
     if classes:
         _check_classes(classes, describe(folder).num_classes or 0)
     if not text and request.negative_prompt is not None:
         raise UserError(f"negative_prompt: {str(folder)!r} takes no prompts; leave it out")
-    fixed = ("steps", "guidance_scale_2", "negative_prompt", "resolution", "frames")
-    for option in fixed if is_student(folder) else ():
-        if (value := getattr(request, option)) is not None:
-            raise UserError(f"{option}: {shown(value)} was given, and a student has its own; leave it out")
-    _check_images(folder, family, request)
-    guidance = (request.guidance_scale, request.negative_prompt, request.guidance_scale_2)
-    call = stock_call(folder, family, request.steps, *guidance)
-    call |= _size(folder, family, request)
-    if request.images:
-        call = {**describe(folder).size, **call}
-    pictures: list[Any] = [condition_picture(name, (call["height"], call["width"])) for name in request.images]
-    if family.several:
-        each = request.images_per_prompt
-        pictures = [pictures[k : k + each] for k in range(0, len(pictures), each)]
-    pipeline = load_pipeline(folder, device=request.device)
-    call = steered(pipeline, family, call)
+    pipeline, call, pictures = _ready(folder, family, request)
     count = request.count or 4
     images: list[Tensor] = []
     videos: list[Tensor] = []
+    sounds: list[Tensor] = []
     columns = min(count, 4)
     for i, generator in enumerate(image_generators(request.seed, range(count))):
         labels = classes or range(10)
@@ -180,8 +176,33 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
         if picture.ndim == 5:
             videos.append(2 * picture - 1)
             picture = picture[:, 0]
+        if hasattr(output, "audio"):
+            sounds.append(output.audio.float().cpu())
         images.append(2 * opaque(picture if text else picture.permute(0, 3, 1, 2)) - 1)
-    return Samples(torch.cat(images), columns, videos=torch.cat(videos) if videos else None)
+    made = Samples(torch.cat(images), columns, videos=torch.cat(videos) if videos else None)
+    if not sounds:
+        return made
+    return replace(made, sounds=torch.cat(sounds), sound_rate=pipeline.vocoder.config.output_sampling_rate)
+
+
+def _ready(folder: Path, family: Family, request: SampleRequest) -> tuple[Any, dict[str, Any], list[Any]]:
+    """The stock pipeline, the arguments of its call, and the images that it is given in turn."""
+    fixed = ("steps", "guidance_scale_2", "negative_prompt", "resolution", "frames")
+    for option in fixed if is_student(folder) else ():
+        if (value := getattr(request, option)) is not None:
+            raise UserError(f"{option}: {shown(value)} was given, and a student has its own; leave it out")
+    _check_images(folder, family, request)
+    guidance = (request.guidance_scale, request.negative_prompt, request.guidance_scale_2)
+    call = stock_call(folder, family, request.steps, *guidance)
+    call |= _size(folder, family, request)
+    if request.images:
+        call = {**describe(folder).size, **call}
+    pictures: list[Any] = [condition_picture(name, (call["height"], call["width"])) for name in request.images]
+    if family.several:
+        each = request.images_per_prompt
+        pictures = [pictures[k : k + each] for k in range(0, len(pictures), each)]
+    pipeline = load_pipeline(folder, device=request.device)
+    return pipeline, steered(pipeline, family, call), pictures
 
 
 def _check_images(folder: Path, family: Family, request: SampleRequest) -> None:
@@ -235,17 +256,15 @@ def traced(pipeline: Any) -> Iterator[list[Tensor]]:
 
     They are latents of the pipeline's own shape. Raises UserError for a scheduler that is not supported.
     """
-    scheduler, own, expected = pipeline.scheduler, pipeline.scheduler.step, []
+    scheduler, expected = pipeline.scheduler, []
     shifts = {"use_dynamic_shifting": False}  # a shift moves the grid, never what a sigma means
     schedule, output = schedule_of({**scheduler.config, "_class_name": type(scheduler).__name__, **shifts})
 
-    @wraps(own)  # the pipeline looks at its arguments
-    def step(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
-        told = inspect.signature(own).bind(model_output, *args, **kwargs).arguments
+    def around(stepping: Any, own: Callable[[], Any], told: dict[str, Any]) -> Any:
         timestep, sample = told["timestep"], told["sample"]
         # What the network read; flow matching's schedulers leave it as it is.
         x = getattr(scheduler, "scale_model_input", lambda x, t: x)(sample, timestep)
-        result = own(model_output, *args, **kwargs)
+        result = own()
         level = torch.as_tensor(timestep, dtype=torch.float64).cpu()
         if isinstance(schedule, LinearFlow):
             level = level / schedule.train_timesteps
@@ -255,17 +274,12 @@ def traced(pipeline: Any) -> Iterator[list[Tensor]]:
         native = schedule.native(t)
         a, b = output.at(native.alpha, native.sigma, schedule.data_std)
         x_t = x.float() / float(native.scale)
-        x0 = Prediction(x_t, t, model_output.float(), a * schedule.data_std, b).x0
+        x0 = Prediction(x_t, t, told["model_output"].float(), a * schedule.data_std, b).x0
         expected.append(x0 * schedule.data_std)
         return result
 
-    before, scheduler.step = vars(scheduler).get("step"), step
-    try:
+    with around_steps(scheduler, around):
         yield expected
-    finally:
-        del scheduler.step
-        if before is not None:
-            scheduler.step = before
 
 
 def decoded(pipeline: Any, family: Family, latents: Tensor, call: dict[str, Any]) -> Tensor:

@@ -1,13 +1,15 @@
-"""Videos as files: MP4 by diffusers' own writer, GIF by Pillow."""
+"""Videos as files: MP4 by diffusers' own writer, GIF by Pillow; their sounds as WAV beside them."""
 
 from __future__ import annotations
 
 import io
 import os
+import wave
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from diffusers.utils import export_to_video
 from PIL import Image
 from torch import Tensor
@@ -51,6 +53,20 @@ def save_videos(videos: Tensor, path: str | os.PathLike[str], columns: int, fps:
         except Exception as error:  # whatever the writer's program says
             raise UserError(f"out: {shown(os.fspath(path))} cannot be written ({first_line(error)})") from error
         return atomic_write(path, made.read_bytes())
+
+
+def save_sounds(sounds: Tensor, path: str | os.PathLike[str], rate: int) -> list[Path]:
+    """Sounds (N, channels, samples) in [-1, 1] as 16-bit WAV files beside a video's; of several each has a number."""
+    written = []
+    for i, sound in enumerate(sounds.float().cpu().clamp(-1, 1)):
+        data, name = io.BytesIO(), f"-{i}" if len(sounds) > 1 else ""
+        with wave.open(data, "wb") as file:
+            file.setnchannels(len(sound))
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes((sound.T * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes())
+        written.append(atomic_write(Path(path).with_name(f"{Path(path).stem}{name}.wav"), data.getvalue()))
+    return written
 
 
 def _even(image: Image.Image) -> Image.Image:

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from tests import tiny_a, tiny_b, tiny_c, tiny_d
+from tests import tiny_a, tiny_b, tiny_c, tiny_d, tiny_e
 
 PIPELINES: dict[str, Callable[..., Any]] = {
     **tiny_a.PIPELINES,
     **tiny_b.PIPELINES,
     **tiny_c.PIPELINES,
     **tiny_d.PIPELINES,
+    **tiny_e.PIPELINES,
 }
-SIZES = {**tiny_a.SIZES, **tiny_b.SIZES, **tiny_c.SIZES, **tiny_d.SIZES}
+SIZES = {**tiny_a.SIZES, **tiny_b.SIZES, **tiny_c.SIZES, **tiny_d.SIZES, **tiny_e.SIZES}
 FRAMES = tiny_b.FRAMES

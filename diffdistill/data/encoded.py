@@ -163,6 +163,11 @@ def encode(*, teacher: str | PathLike[str] | Teacher | None = None, **values: An
         raise UserError(
             f"teacher: {config.teacher!r} works on pixels, where there is nothing to encode; give a latent teacher"
         )
+    if config.data is not None and not family.autoencoder.encodes:
+        raise UserError(
+            f"data: a sample of {family.name} has more than the images of data, and nothing encodes the rest; give "
+            "--prompts alone"
+        )
     described = describe(folder, config.resolution, config.frames)
     if isinstance(teacher, Teacher) and described.shape != teacher.shape:
         raise UserError(

@@ -30,6 +30,7 @@ from diffdistill.families import (
 )
 from diffdistill.families._family import OWN_NULL, stock_noise
 from diffdistill.families._parts import Config
+from diffdistill.families._schedules import around_steps
 from diffdistill.options import Size
 from diffdistill.pictures import opaque
 from diffdistill.players.teacher import Teacher
@@ -173,24 +174,22 @@ def stock(case: Case, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
     if case.family.steer is not None:
         case.family.steer(case.pipe, guidance)
     outputs: list[Tensor] = []
+    others: list[Tensor] = []  # of a copy of the scheduler, which makes the other part of each sample
 
-    def step(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        outputs.append(result[0])
+    def around(stepping: Any, own: Callable[[], Any], told: dict[str, Any]) -> Any:
+        result = own()
+        (outputs if stepping is scheduler else others).append(result[0])
         return result
 
-    original, scheduler.step = scheduler.step, step
     settings = {"num_inference_steps": case.steps, **case.teacher.size, **case.call(guidance)}
-    try:
+    with around_steps(scheduler, around):
         result = case.pipe(**settings, generator=torch.Generator().manual_seed(1), output_type="np")
         if case.family.reads_image and case.pipe.config.get("expand_timesteps"):
             # After the last step this pipeline puts the image's frame into the latents.
             outputs.append(case.pipe(**settings, generator=torch.Generator().manual_seed(1), output_type="latent")[0])
-    finally:
-        del scheduler.step
     images = torch.as_tensor(result[0])
     images = opaque(images.movedim(-1, 1)).movedim(1, -1) * 2 - 1
-    x = outputs[-1][:1].float()
+    x = torch.cat([part[-1][:1].float() for part in (outputs, others) if part], 1)
     packing = case.family.packing
     packed = packing is not None and x.ndim == packing.dims
     latents = packing.unpack(x, shape) if packed else x.reshape(1, *shape)  # type: ignore[union-attr]
@@ -203,8 +202,8 @@ def stock(case: Case, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def ours(case: Case, guidance: float, grid: Tensor) -> Tensor:
     """(1, *shape) what the teacher makes of the same noise on the same grid."""
-    denoiser, shape = case.teacher.denoiser, case.teacher.shape
-    z = stock_noise(case.family.packing, shape, torch.Generator().manual_seed(1))
+    denoiser = case.teacher.denoiser
+    z = stock_noise(case.family, case.teacher, torch.Generator().manual_seed(1))
     start = z * denoiser.schedule.init_scale(float(grid[0]))
     start, grid = (value.to(next(denoiser.parameters()).device) for value in (start, grid))
     return solve(ddim_step, guided(denoiser, guidance), start, grid, case.cond) * denoiser.schedule.data_std
@@ -373,6 +372,8 @@ def autoencoder_check(case: Case) -> Check:
         error = gap(decoded, theirs.float())
         if error > LIMIT:
             return Check("autoencoder", False, f"decode gives other images than the pipeline, off by {error:.1e}")
+        if not autoencoder.encodes:
+            return Check("autoencoder", True, f"decoded as by the pipeline, off by {error:.1e}; there is no way back")
         pictures = torch.rand_like(decoded[:1]).to(vae.device) * 2 - 1
         encoded = autoencoder.encode(vae, pictures)
         if tuple(encoded.shape[1:]) != tuple(case.teacher.shape):

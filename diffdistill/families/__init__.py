@@ -48,7 +48,7 @@ from diffdistill.families._record import (
     write_record,
 )
 from diffdistill.families._registry import FAMILIES, family_of, from_outside, register_family
-from diffdistill.families._schedules import schedule_of
+from diffdistill.families._schedules import around_steps, schedule_of
 from diffdistill.families._single import read_files_with
 from diffdistill.families.unet2d import new_unet2d, unet2d_teacher
 
@@ -67,6 +67,7 @@ __all__ = [
     "StudentRecord",
     "TeacherRecord",
     "Text",
+    "around_steps",
     "attention_of",
     "check_weights",
     "describe",

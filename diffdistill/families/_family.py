@@ -98,6 +98,7 @@ class Autoencoder:
     channels: Callable[[Config], int] = field(default=lambda config: config["latent_channels"])
     network: str | None = None  #: the name of its class; None: any
     numbers: tuple[str, ...] = ()  #: what its config must have besides
+    encodes: bool = True  #: False: a sample is more than an image or a video, and `encode` raises UserError
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,8 @@ class Family:
     settings: Mapping[str, Config] = field(default_factory=dict)
     built_with: tuple[str, ...] = ()  #: parts without which its pipeline cannot be made, whatever is left out
     packing: Packing | None = None  #: how the stock pipeline lays its latents out, where that is not the sample's shape
+    #: (1, *shape) as the stock pipeline draws it, of a teacher; None: as a sample, or packed (`Packing.drawn`).
+    first_noise: Callable[[Teacher, torch.Generator], Tensor] | None = None
     flow_grid: str = "own"  #: "given": the pipeline hands its flow scheduler 1, .., 1/n; "own": it takes its own row
     stock_guidance: str = "u + g (c - u)"  #: for the table
     loads_lora: bool = True  #: the stock pipeline has `load_lora_weights`
@@ -338,8 +341,11 @@ def check_positions(size: Sides, most: int, factor: int) -> None:
         raise UserError(f"resolution: {asked} is beyond this network's positions; use {most * factor} a side at most")
 
 
-def stock_noise(packing: Packing | None, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+def stock_noise(family: Family, teacher: Teacher, generator: torch.Generator) -> Tensor:
     """(1, *shape) the first noise of a stock pipeline, as it draws it."""
+    packing, shape = family.packing, teacher.shape
+    if family.first_noise is not None:
+        return family.first_noise(teacher, generator)
     if packing is None or not packing.drawn:
         return torch.randn(1, *shape, generator=generator)
     laid_out = packing.pack(torch.empty(1, *shape)).shape

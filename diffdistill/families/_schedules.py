@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from diffdistill.core.prediction import OUTPUTS, Output, edm_boundary
@@ -104,3 +108,23 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Output]:
         return schedule, OUTPUTS[kind]
     known = ", ".join(sorted(_VP | _FLOW | _EDM))
     raise UserError(f"scheduler: {shown(name) if name else 'no _class_name'} is not supported; supported are {known}")
+
+
+@contextmanager
+def around_steps(scheduler: Any, around: Callable[[Any, Callable[[], Any], dict[str, Any]], Any]) -> Iterator[None]:
+    """While it lasts, each step of a scheduler, and of the copies that a pipeline makes of it, is `around`'s.
+
+    `around(scheduler or copy, step, arguments by name)` gives the step's result, which `step()` makes.
+    """
+    kind = type(scheduler)
+
+    @wraps(kind.step)  # pipelines look at its arguments
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        told = inspect.signature(kind.step).bind(self, *args, **kwargs).arguments
+        return around(self, lambda: kind.step(self, *args, **kwargs), told)
+
+    scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
+    try:
+        yield
+    finally:
+        scheduler.__class__ = kind

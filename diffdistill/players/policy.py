@@ -165,6 +165,7 @@ def last_layer(network: nn.Module, channels: int) -> Place:
         names = list(layers)[-1:]
     else:
         names = [name for name in LAST if name in layers and "out_channels" in config][:1]
+        names = [name for name in names if not any(other.endswith(f"_{name}") for other in layers)]  # one of two
     last: Any = [layers[name] for name in names]
     features = [layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels for layer in last]
     taken = getattr(config, "in_channels", channels)
@@ -173,8 +174,8 @@ def last_layer(network: nn.Module, channels: int) -> Place:
     packed |= type(network).__name__ in PATCHES_LAST
     if not features or made not in (channels, 2 * channels) or features[0] % made:
         raise UserError(
-            f"policy: {type(network).__name__} has no last layer that is known, or no out_channels to make it wide by; "
-            "distil this teacher by another method"
+            f"policy: {type(network).__name__} has no single last layer that is known, or no out_channels to make it "
+            "wide by; distil this teacher by another method"
         )
     return Place(names[0], channels, made, features[0] // made, packed)
 

@@ -33,22 +33,21 @@ STEPS_FILE = "scheduler/steps.safetensors"  # in a folder of which diffusers loa
 @contextmanager
 def seeded_steps(pipeline: Any, generator: Any) -> Iterator[None]:
     """While it lasts, the scheduler's steps draw their noise from `generator`, one or a list, unless told otherwise."""
-    step, own = pipeline.scheduler.step, vars(pipeline.scheduler).get("step")
-    if generator is None or "generator" not in inspect.signature(step).parameters:
+    scheduler, kind = pipeline.scheduler, type(pipeline.scheduler)
+    if generator is None or "generator" not in inspect.signature(kind.step).parameters:
         yield
         return
 
-    @wraps(step)  # pipelines look at its arguments
-    def seeded(*args: Any, **kwargs: Any) -> Any:
-        return step(*args, **{"generator": generator, **kwargs})
+    @wraps(kind.step)  # pipelines look at its arguments
+    def seeded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return kind.step(self, *args, **{"generator": generator, **kwargs})
 
-    pipeline.scheduler.step = seeded
+    # By the class, which the copies have too that a pipeline makes of its scheduler.
+    scheduler.__class__ = type(kind.__name__, (kind,), {"step": seeded, "__module__": kind.__module__})
     try:
         yield
     finally:
-        del pipeline.scheduler.step
-        if own is not None:  # somebody else's
-            pipeline.scheduler.step = own
+        scheduler.__class__ = kind
 
 
 def steps_file(pipeline: Any) -> Path:
@@ -70,7 +69,9 @@ class LevelScheduler:
         self.set_timesteps()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_scheduler"], name)
+        if "_scheduler" not in self.__dict__:  # a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._scheduler, name)
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None) -> None:
         """Back to the first level."""

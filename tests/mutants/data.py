@@ -7,6 +7,7 @@ _LISTS = "tests/families/test_image_lists.py"
 _V = "tests/data/test_videos.py"
 _F = "tests/families/test_families.py"
 _W = "tests/families/test_wan_i2v.py"
+_X = "tests/families/test_ltx2.py"
 _M = "tests/eval/test_moving.py"
 _MD = "tests/data/test_moving.py"
 
@@ -51,6 +52,28 @@ MUTANTS = {
         ("the network reads the noise of the first frame", "held = torch.cat([image, x[:, :, 1:]], 2)", "held = x"),
         ("the first frame is what the network makes", "(x[:, :, :1] - image) / sigma", "output[:, :, :1]"),
         ("all see the first image", "for picture in prompt.pictures]", "for picture in prompt.pictures[:1] * 2]"),
+    ],
+    f"diffdistill/families/ltx2.py | {_X}": [
+        ("a token more of the sound", "return round(frames / _RATE * _TOKENS)", "return 1 + int(frames / 24 * 25)"),
+        ("the sound reads the video's tokens", "rest[:, :tokens],", "_rows(x)[:, :tokens],"),
+        ("places without a token are what they were", "nothing = rest[:, tokens:] / ", "nothing = rest[:, tokens:] * "),
+        ("the sound's own time is none", "sigma=time,", "sigma=0 * time,"),
+        ("the shift is that of both", "length * height * width)", "2 * length * height * width)"),
+        ("the sound's noise first", "_rows(video), sound", "sound.transpose(1, 2).flatten(2), sound"),
+        ("rows of the spectrogram for channels", "channels, tokens, c // channels", "c // channels, tokens, channels"),
+        ("decoded with the sound's frames", "latents[:, :, :frames] * std", "latents[:, :, -frames:] * std"),
+        ("the sound is not guided", 'for kind in ("", "audio_")', 'for kind in ("",)'),
+    ],
+    f"eval/videos.py | {_X}": [
+        ("channels after each other", "(sound.T * 32767)", "(sound * 32767)"),
+        ("another rate", "setframerate(rate)", "setframerate(24000)"),
+    ],
+    f"diffdistill/families/_schedules.py | {_X}": [
+        ("a copy's steps are the scheduler's", "kind.step(self, *args", "kind.step(scheduler, *args"),
+    ],
+    "diffdistill/data/batches.py | tests/data/test_examples.py": [
+        ("labels are not looked at", "if low not in known or high not in known:", "if False:"),
+        ("the lowest label is not", "if low not in known or high", "if high"),
     ],
     "diffdistill/data/folder.py | tests/data/test_data.py": [
         ("the middle of another ratio", "width * size[0] > height * size[1]", "width * size[1] > height * size[0]"),

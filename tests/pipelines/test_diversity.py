@@ -274,7 +274,7 @@ def test_other_schedulers_of_the_base(teachers: Folders, students: Folders, tmp_
 # -- the trace -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LATENT)
+@pytest.mark.parametrize("name", [name for name in LATENT if FAMILIES[name].first_noise is None])
 def test_the_trace_ends_with_the_image(name: str, teachers: Folders) -> None:
     family, pipeline = FAMILIES[name], load_pipeline(teachers(name))
     call = family.arguments(3)
@@ -296,7 +296,7 @@ def test_the_trace_ends_with_the_image(name: str, teachers: Folders) -> None:
     assert len(columns) == 3 and all(column.shape == image.shape for column in columns)
     assert (columns[-1] - (2 * image - 1)).abs().max() < 2e-3
     assert (columns[0] - columns[-1]).abs().max() > 0.01
-    assert "step" not in vars(pipeline.scheduler)
+    assert type(pipeline.scheduler) is getattr(diffusers, type(pipeline.scheduler).__name__)
 
 
 @pytest.mark.parametrize("settings", [{"use_flow_sigmas": True, "flow_shift": 3.0}, {}])

@@ -50,7 +50,11 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pat
                         colour = (60 * i, 200 - 50 * i, 50 * j)
                         Image.new("RGB", (32, 32), colour).save(root / "videos" / str(i) / f"{j}.png")
             options: dict[str, Any] = {"teacher": str(folder), "resolution": size or SIZES[name], "out": str(out)}
-            if name in FAMILIES and FAMILIES[name].videos:
+            autoencoder = FAMILIES[name].autoencoder if name in FAMILIES else None
+            if autoencoder is not None and not autoencoder.encodes:
+                (root / "prompts.txt").write_text("\n".join(PROMPTS))
+                encode(**options, prompts=str(root / "prompts.txt"), frames=5)
+            elif name in FAMILIES and FAMILIES[name].videos:
                 encode(**options, data=str(root / "videos"), frames=5)
             else:
                 edits = name in FAMILIES and FAMILIES[name].reads_image

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from diffdistill.config import run_options
 from diffdistill.data.encoded import decoder
+from diffdistill.data.seen import decoder_of
 from diffdistill.families import FAMILIES
 from diffdistill.families._family import stock_noise
 from diffdistill.training.assemble import load_run, make_game
@@ -25,7 +26,7 @@ BUILDERS = {
     "sd_v": partial(tiny_a.stable_diffusion, prediction_type="v_prediction", zero_snr=True),
 }
 SIZES = {**tiny.SIZES, "sd_v": tiny_a.SIZES["stable_diffusion"]}
-DRAWN = ("dit", "flux2")  # are compared as images (`ours`)
+DRAWN = ("dit", "flux2", "ltx2")  # are compared as images (`ours`)
 # Pipelines that hand their generator to the scheduler.
 HANDS = (
     *("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "PixArtAlphaPipeline"),
@@ -81,7 +82,7 @@ def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], train
     sampler, teacher = game.method.sampler(), game.teacher
     first = torch.Generator().manual_seed(3)
     packing = FAMILIES[teacher.family].packing
-    z = stock_noise(packing, shape, first)
+    z = stock_noise(FAMILIES[teacher.family], teacher, first)
     pipeline = FAMILIES[teacher.family].pipelines[0]
     hands = pipeline in HANDS
     torch.manual_seed(5)
@@ -93,6 +94,8 @@ def ours(run: Path, cond: dict[str, torch.Tensor], shape: tuple[int, ...], train
     with torch.no_grad():
         x, t = sampler.input_at(len(sampler.levels) - 1, z, cond, noise)
         x0 = sampler.predict(x, t, len(sampler.levels), cond).x0
+        if pipeline == "LTX2Pipeline":
+            return (decoder_of(teacher)(x0).movedim(1, -1) / 2 + 0.5).clamp(0, 1)
         if pipeline in ("DiTPipeline", "Flux2KleinPipeline"):  # they give images, or latents of another shape
             return (decoder(teacher)(x0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return x0 if packing is None else packing.pack(x0)
