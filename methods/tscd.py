@@ -7,11 +7,12 @@ the student learns to jump from wherever it is to the lower end of its segment, 
 4, 2 and 1 of them, each stage going on with the student of the one before. With one step of the guided teacher from
 x_t to x_r and the DDIM step f to the segment's end,
 
-    loss = w d(f(x_t, t), sg f(x_r, r)) + lambda GAN;
+    loss = w d(f(x_t, t), f-(x_r, r)) + lambda GAN,    f- the student's moving average;
 
 where few steps are between the two, distance is the better measure, and where there are many, the GAN: w falls from
 stage to stage, and lambda rises. After the last stage f is a consistency function to 0 from every noise level: one
-network, or LoRA, that is sampled in any number of steps, with fresh noise between (`gamma` 1, TCDScheduler's eta).
+network, or LoRA, that is sampled in any number of steps, with fresh noise between (`gamma`, TCDScheduler's eta, which
+the authors lower where there are more steps).
 
 Deviations:
 - The paper has no formulas for the weights of the stages: here both are linear in the stage. Nor does it say which
@@ -53,10 +54,13 @@ class Config(MergingOptions, student_lr=1e-6):
     """TSCD's options."""
 
     last_distance: float = option(0.5, "weight of the distance in the last stage; it is 1 in the first", at_least=0)
+    target_ema: float = option(0.95, "decay of the target, the student's moving average", at_least=0, below=1)
 
 
 class TSCD(MergingMethod):
-    """The student is its own target."""
+    """The target is a slow copy of the student, which lies in the checkpoint."""
+
+    slow_target = True
 
     def weights(self, step: int) -> tuple[float, float]:
         """From 1 to last_distance, and from a part of gan_weight to all of it."""

@@ -53,6 +53,7 @@ class Jumps:
 
         self.grid = make(self.teacher, of(torch.zeros(1))).grid
         self.method = make(self.teacher, of(self.grid[:-1]))
+        self.method.target = self.method.student  # which a slow copy comes to be
         self.affine: AffinePerAngle = self.method.student.network.affine  # type: ignore[assignment]
         self.scale, self.mu = scale, self.means[1] + scale * (self.means[0] - self.means[1])
         self.z, self.eps = two_points(2)

@@ -144,10 +144,11 @@ class MergingMethod(SegmentMethod):
     """
 
     trained_steps = range(1, 1001)
+    slow_target = False  #: whether the target is a copy, and no pass of the student
 
     def __init__(self, teacher: Teacher, config: MergingOptions, *, student: Denoiser | None = None):
-        super().__init__(teacher, config, student)
-        self.state = {"stage": Stage(None)}
+        super().__init__(teacher, config, student, slow_target=self.slow_target)
+        self.state = {**self.state, "stage": Stage(None)}
         self.whole = len(config.stages) * config.stage_steps
         if config.reward_weight:
             self.needs = self.needs | {Need.REWARD, Need.GRADIENT}  # type: ignore[misc]

@@ -46,6 +46,10 @@ class Straight:
         self.method: SegmentMethod = module.METHOD(replace(plain.teacher(dropout=0.3), lora={}), self.c)
         scatter(self.method.student, 20)
         self.teacher, self.student = nets(self.method.teacher, self.method.student)
+        self.slow = self.student
+        if self.method.target is not self.method.student:
+            scatter(self.method.target, 21)
+            _, self.slow = nets(self.method.teacher, self.method.target)
         self.batch = batch_of(self.key, images=name != "mlcm")
         self.labels = self.batch.cond["class_labels"]
         self.copies = getattr(self.c, "states", 1)
@@ -155,7 +159,7 @@ class Straight:
             scale = c.guidance_scale + c.guidance_spread * (2 * uniform("student/scale", self.key) - 1)
             x0, eps = plain.guided(self.teacher, x_t, t, self.labels, scale)
             x_r = noised(x0, r, eps)
-            target = torch.where(fold(r) <= fold(e), x_r, self.jump(self.student, x_r, r, e))
+            target = torch.where(fold(r) <= fold(e), x_r, self.jump(self.slow, x_r, r, e))
         return self.jump(self.student, x_t, t, e), target, e, top
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
@@ -241,6 +245,18 @@ def test_a_turn_is_its_straight_line(name: str, options: dict[str, Any], plain: 
     assert [turn.player for turn in turns] == ["student"] + ["discriminator"] * ("gan_weight" in options)
     for turn, expected in zip(turns, (straight.turn, straight.critic), strict=False):
         agree(straight.method, turn, straight.batch, expected)
+
+
+def test_the_target_is_the_students_average_or_the_student() -> None:
+    method = Straight("tscd", {"solver_steps": 4, "stages": (2, 1), "target_ema": 0.8}, VP).method
+    assert sorted(method.state) == ["stage", "target"] and method.state["target"] is method.target
+    before, student = ([p.detach().clone() for p in net.parameters()] for net in (method.target, method.student))
+    method.after_step(0)
+    for new, old, own in zip(method.target.parameters(), before, student, strict=True):
+        assert torch.allclose(new, 0.8 * old + 0.2 * own, rtol=1e-12, atol=1e-14) and not new.requires_grad
+    for name, options in (("mlcm", {"stages": (2, 1)}), ("pcm", {"phases": 2})):
+        method = Straight(name, {"solver_steps": 4, **options}, VP).method
+        assert method.target is method.student and "target" not in method.state
 
 
 @pytest.mark.parametrize("plain", [VP, EDM_, FLOW])

@@ -118,6 +118,7 @@ MUTANTS = {
         ("the gradient is cut", "(x if gradient else x.detach())", "x.detach()"),
     ],
     f"methods/tscd.py | {_S}": [
+        ("the student is its own target", "slow_target = True", "slow_target = False"),
         ("the distance's weight does not fall", "return 1 - fallen,", "return 1.0,"),
         ("the GAN's weight does not rise", "self.config.gan_weight * (k + 1) / n", "self.config.gan_weight"),
     ],
