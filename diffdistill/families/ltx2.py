@@ -121,15 +121,19 @@ def _encode(pipe: Any, prompts: list[str], prompt: Prompt) -> Cond:
     return {"encoder_hidden_states": seen, "audio_encoder_hidden_states": heard, "encoder_attention_mask": mask}
 
 
+def _halvings(vae: Config) -> int:
+    scaling = vae["spatio_temporal_scaling"]
+    return sum(scaling) if isinstance(scaling, list | tuple) else scaling * (len(vae["layers_per_block"]) - 1)
+
+
 def _ratio(vae: Config) -> int:
     """Frames of the video a frame of latents."""
-    halvings = sum(vae["spatio_temporal_scaling"])
-    return int(vae.get("temporal_compression_ratio") or vae["patch_size_t"] * 2**halvings)
+    return int(vae.get("temporal_compression_ratio") or vae["patch_size_t"] * 2 ** _halvings(vae))
 
 
 def _factor(vae: Config) -> int:
-    halvings = sum(vae["spatio_temporal_scaling"])
-    return int(vae.get("spatial_compression_ratio") or vae["patch_size"] * 2**halvings)
+    """Pixels a side of a latent pixel."""
+    return int(vae.get("spatial_compression_ratio") or vae["patch_size"] * 2 ** _halvings(vae))
 
 
 def _decode(vae: Any, latents: Tensor) -> Tensor:
