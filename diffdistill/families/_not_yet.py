@@ -17,7 +17,7 @@ NOT_YET = (
     Missing(
         "Stable Diffusion inpainting",
         ("StableDiffusionInpaintPipeline",),
-        "it reads a mask beside an image, which data do not have yet",
+        "it reads a mask beside an image, which data do not have, and draws the image's latents anew at each call",
     ),
     Missing(
         "SDXL's refiner",
