@@ -113,7 +113,7 @@ def test_each_number_of_steps_is_made_by_the_student_that_was_trained_for_it(tmp
     distill("tscd", preset="digits", **more, keep_checkpoints=100, out=tmp_path / entry.folder)
     made = list(students(entry, DIGITS, tmp_path, torch.device("cpu")))
     assert [len(sampler.levels) for sampler in made] == [4, 2, 1]
-    assert [type(sampler.step).__name__ for sampler in made] == ["DDIM", "DDIM", "Renoise"]
+    assert [type(sampler.step).__name__ for sampler in made] == ["DDIM", "DDIM", "Gamma"]
 
 
 def test_the_passes_for_pairs_are_part_of_the_budget() -> None:
