@@ -139,7 +139,7 @@ def _stock_samples(folder: Path, family: Family, request: SampleRequest) -> Samp
     """
     prompts, classes, text = request.prompts, request.classes, family.conditions == "text"
     _check_video(request, str(folder), family.videos)
-    if request.trace and family.first_noise is not None:
+    if request.trace and not (family.autoencoder and family.autoencoder.encodes):
         raise UserError(f"trace: a step of {shown(str(folder))} is seen in a part of its sample; leave it out")
     if text != bool(prompts) or (text and classes):
         raise UserError(f"prompt: {str(folder)!r} takes {'a prompt; give --prompt' if text else 'none; use --classes'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -124,10 +125,14 @@ def null_parts(kind: Any, index: Config) -> list[str]:
 
 
 def part_class(entry: Sequence[str]) -> Any:
-    """The class of a part that diffusers or transformers have; None of another library."""
-    if entry[0] not in ("diffusers", "transformers"):
+    """The class of a part that diffusers, one of its pipelines (a network) or transformers has; None of another."""
+    library, name = entry[0], entry[1]
+    if library in ("diffusers", "transformers"):
+        return getattr(importlib.import_module(library), name, None)
+    if not library.isidentifier() or importlib.util.find_spec(f"diffusers.pipelines.{library}") is None:
         return None
-    return getattr(importlib.import_module(entry[0]), entry[1], None)
+    kind = getattr(importlib.import_module(f"diffusers.pipelines.{library}"), name, None)
+    return kind if inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin) else None
 
 
 def one_of_each(folder: Path) -> tuple[list[Path], str | None]:

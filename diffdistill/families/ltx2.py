@@ -1,8 +1,8 @@
 """LTX2VideoTransformer3DModel: LTX-2, videos with their sound.
 
 A sample is both latents in one tensor (B, C, F + G, h, w): the F frames of the video's, and after them as many as the
-sound's tokens fill, (B, L, C) of its own autoencoder, row by row. What is left of the last frame is 0, in data and in
-noise.
+sound's tokens fill, (B, L, C) of its own autoencoder, row by row. What is left of the last frame is 0 in every clean
+sample.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _unpack(tokens: Tensor, shape: Any) -> Tensor:
     return F.pad(tokens, (0, 0, 0, rest)).transpose(1, 2).reshape(-1, c, *sides)
 
 
-def _call(ratio: int, network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+def _call(ratio: int, steps: int, network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     frames, tokens = _laid_out(x, ratio)
     rest = _rows(x[:, :, frames:])
     output = network(
@@ -88,8 +88,8 @@ def _call(ratio: int, network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -
         **cond,
     )
     # Where there is no token x0 is 0, and what is there is noise alone.
-    nothing = rest[:, tokens:] / (time / 1000).clamp(min=1e-6).to(rest)[:, None, None]
-    return _unpack(torch.cat([*output, nothing.to(output[0])], 1), x.shape[1:])
+    nothing = rest[:, tokens:].float() / (time / steps).clamp(min=1e-6)[:, None, None]
+    return _unpack(torch.cat([*output, nothing], 1), x.shape[1:])
 
 
 def _teacher(network: Any, source: Source) -> Teacher:
@@ -108,7 +108,7 @@ def _teacher(network: Any, source: Source) -> Teacher:
         source,
         (config.in_channels, length - (-tokens // (height * width)), height, width),
         flow_schedule(source.scheduler, "given", length * height * width),
-        partial(_call, ratio),
+        partial(_call, ratio, source.scheduler.get("num_train_timesteps", 1000)),
         feature_layer=f"transformer_blocks.{config.num_layers // 2}",
         feature_map=lambda output, x, cond: frame_map(output[0], x[:, :, : _laid_out(x, ratio)[0]], cond),
     )
@@ -155,9 +155,9 @@ def _first_noise(teacher: Teacher, generator: torch.Generator) -> Tensor:
 
 
 def _scales(scale: float) -> Config:
-    """Of video and sound alike; what else the pipeline guides by is off."""
-    pairs = {"guidance_scale": scale, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
-    return {f"{kind}{name}": value for name, value in pairs.items() for kind in ("", "audio_")}
+    """The sound's are None, which is the video's, by whatever scale that is called; other guidances are off."""
+    own = {"guidance_scale": scale, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
+    return own | {f"audio_{name}": None for name in own}
 
 
 def _encode_video(vae: Any, videos: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ from diffdistill.players.teacher import Teacher
 from diffdistill.rng import seed_for
 from diffdistill.scaffold.chains import GuidedChains
 from diffdistill.scaffold.method import Method, Need
-from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into, load_newest, step_of
+from diffdistill.training.checkpoint import checkpoints, load_checkpoint, load_into, load_newest, state_tensors, step_of
 from diffdistill.training.derived import Derived, Situation, derive
 from diffdistill.training.recipe import READ, Objects, Recipe, recorded, shallow
 from diffdistill.training.starting import levels_of_start, note_other_steps, of_another_size, with_start
@@ -441,7 +441,7 @@ def load_student_into(method: Method, tensors: Mapping[str, dict[str, Tensor]], 
     """What is exported, as the checkpoint at `path` with these tensors has it: averaged, in evaluation mode."""
     try:
         for name, module in method.state.items():
-            load_into(module, tensors[f"state.{name}"], path)
+            load_into(module, state_tensors(name, tensors), path)
         name = method.exported
         load_into(method.players[name].eval(), tensors[name] | tensors.get("average", {}), path)
     except KeyError as error:

@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -244,6 +244,12 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[
     if passed_over:
         raise UserError(f"{passed_over[0]}; no earlier checkpoint is whole, so that the run must be started anew")
     return None
+
+
+def state_tensors(name: str, tensors: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A state's in a checkpoint; the student's of a slow target that is not there, since the student was its own."""
+    whole = f"state.{name}"
+    return tensors["student"] if name == "target" and whole not in tensors else tensors[whole]
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:

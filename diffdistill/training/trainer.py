@@ -38,6 +38,7 @@ from diffdistill.training.checkpoint import (
     remove_old,
     save_checkpoint,
     set_aside,
+    state_tensors,
 )
 from diffdistill.training.figures import Figures
 from diffdistill.training.inputs import PROCESSES, Allowed, allows
@@ -399,7 +400,7 @@ class Trainer:
                 for name, module in self.method.players.items():
                     load_into(module, tensors[name], path)
                 for name, module in self.method.state.items():
-                    load_into(module, tensors[f"state.{name}"], path)
+                    load_into(module, state_tensors(name, tensors), path)
                 if self.average:
                     self.average.load(tensors["average"])
             for name, module in self.method.players.items():

@@ -34,7 +34,8 @@ STEPS_FILE = "scheduler/steps.safetensors"  # in a folder of which diffusers loa
 def seeded_steps(pipeline: Any, generator: Any) -> Iterator[None]:
     """While it lasts, the scheduler's steps draw their noise from `generator`, one or a list, unless told otherwise."""
     scheduler, kind = pipeline.scheduler, type(pipeline.scheduler)
-    if generator is None or "generator" not in inspect.signature(kind.step).parameters:
+    own = getattr(kind, "step", None)  # a wrapper may have it elsewhere
+    if generator is None or own is None or "generator" not in inspect.signature(own).parameters:
         yield
         return
 
@@ -137,7 +138,8 @@ def in_steps(
         raise ValueError(f"num_inference_steps: {steps} is none that this student takes; give one of {known}")
     before, values = pipeline.scheduler, others[steps]
     kind = getattr(diffusers, values.get("_class_name", type(before).__name__))
-    kept = {} if kind is not type(before) else {k: v for k, v in before.config.items() if k != "_use_default_values"}
+    same = kind.__name__ == type(before).__name__  # whose class another may stand for (`seeded_steps`)
+    kept = {k: v for k, v in before.config.items() if k != "_use_default_values"} if same else {}
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in load_file(steps_file(pipeline)).items():
         number, layer, part = name.split("/")

@@ -14,6 +14,7 @@ from diffdistill.commands.cli import main
 from diffdistill.core.schedule import sampling_grid
 from diffdistill.data.encoded import encode
 from diffdistill.errors import UserError
+from diffdistill.eval.stock_call import stock_call
 from diffdistill.exact.stock import stock, stock_case, stock_checks
 from diffdistill.families import FAMILIES, load_pipeline, load_teacher, ltx2
 from diffdistill.rng import image_generators
@@ -99,6 +100,28 @@ def test_the_sound_is_written_beside_the_video(folder: Path, tmp_path: Path) -> 
         assert np.abs(read - audio.clamp(-1, 1).numpy()).max() < 1e-3
     samples = diffdistill.sample(folder, prompt=["a dog barks"], steps=2, count=1, device="cpu", **SIZE)
     assert samples.sounds is not None and samples.sounds.shape == (1, 2, 68) and samples.sound_rate == 16000
+
+
+def test_a_guidance_scale_is_of_the_sound_too(folder: Path) -> None:
+    """Also as `sample` and `eval` give it, and on a part's weights nothing of a plan depends."""
+    family, size = FAMILIES["ltx2"], {"height": 32, "width": 32, "num_frames": 5}
+    pipeline = load_pipeline(folder)
+
+    def sound(call: dict[str, Any]) -> torch.Tensor:
+        made = pipeline("a dog", **{**call, **size}, generator=torch.Generator().manual_seed(0), output_type="latent")
+        return made.audio
+
+    guided = sound({**family.arguments(2), **family.guided(3.0)})
+    assert torch.equal(sound(stock_call(folder, family, 2, 3.0)), guided)
+    assert (guided - sound(stock_call(folder, family, 2, None))).abs().max() > 1e-3
+
+
+def test_a_plan_needs_no_weights_of_other_parts(tmp_path: Path) -> None:
+    tiny_e.ltx2().save_pretrained(tmp_path)
+    for part in ("connectors", "vocoder", "audio_vae", "text_encoder"):
+        for file in (tmp_path / part).glob("*.safetensors"):
+            file.unlink()
+    assert main(["plan", "--teacher", str(tmp_path), "--method", "dmd2", "--resolution", "32", "--frames", "5"]) == 0
 
 
 def test_what_cannot_be_done_is_said(folder: Path, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from diffdistill import UserError, load_teacher
+from diffdistill import UserError, distill, load_teacher
 from diffdistill.exact.checks import run_checks
 from diffdistill.methods.checks.tscd import verify
 from diffdistill.methods.tscd import TSCD, Config
+from diffdistill.training.assemble import load_run, load_student_into
+from diffdistill.training.checkpoint import checkpoints, load_checkpoint
 from tests.methods.short_runs import same_when_resumed, trains
 
 Teachers = Callable[[str], Path]
@@ -73,6 +75,19 @@ def test_it_trains_every_parameterisation(
     parameterization: str, options: dict[str, Any], tiny_teacher: Teachers, tmp_path: Path
 ) -> None:
     trains(tmp_path, teacher=str(tiny_teacher(parameterization)), **RUN, **options)
+
+
+def test_a_run_whose_student_was_its_own_target_is_exported(tiny_teacher: Teachers, tmp_path: Path) -> None:
+    distill(teacher=str(tiny_teacher("vp")), **RUN, **OWN, steps=2, out=tmp_path / "run")
+    path = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    tensors, _ = load_checkpoint(path)
+    method: Any = load_run(tmp_path / "run")[0].method
+    before = [p.clone() for p in method.target.parameters()]
+    del tensors["state.target"]
+    load_student_into(method, tensors, path)
+    after = method.target.state_dict()
+    assert any(not torch.equal(p, q) for p, q in zip(before, method.target.parameters(), strict=True))
+    assert all(torch.equal(after[name], q) for name, q in tensors["student"].items())
 
 
 def test_a_resumed_run_has_the_same_bits(tiny_teacher: Teachers, tmp_path: Path) -> None:

@@ -56,13 +56,13 @@ MUTANTS = {
     f"diffdistill/families/ltx2.py | {_X}": [
         ("a token more of the sound", "return round(frames / _RATE * _TOKENS)", "return 1 + int(frames / 24 * 25)"),
         ("the sound reads the video's tokens", "rest[:, :tokens],", "_rows(x)[:, :tokens],"),
-        ("places without a token are what they were", "nothing = rest[:, tokens:] / ", "nothing = rest[:, tokens:] * "),
+        ("places without a token are what they were", "rest[:, tokens:].float() / ", "rest[:, tokens:].float() * "),
         ("the sound's own time is none", "sigma=time,", "sigma=0 * time,"),
         ("the shift is that of both", "length * height * width)", "2 * length * height * width)"),
         ("the sound's noise first", "_rows(video), sound", "sound.transpose(1, 2).flatten(2), sound"),
         ("rows of the spectrogram for channels", "channels, tokens, c // channels", "c // channels, tokens, channels"),
         ("decoded with the sound's frames", "latents[:, :, :frames] * std", "latents[:, :, -frames:] * std"),
-        ("the sound is not guided", 'for kind in ("", "audio_")', 'for kind in ("",)'),
+        ("the sound is not guided", 'f"audio_{name}": None for', 'f"audio_{name}": 1.0 for'),
     ],
     f"eval/videos.py | {_X}": [
         ("channels after each other", "(sound.T * 32767)", "(sound * 32767)"),

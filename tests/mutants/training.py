@@ -150,7 +150,7 @@ MUTANTS = {
         ("players are not resumed", "load_into(module, tensors[name], path)", "pass"),
         ("optimizers are not resumed",
          'load_optimizer_state(module, self.optimizers[name], tensors[f"{name}.optimizer"])', "pass"),
-        ("the state is not resumed", 'load_into(module, tensors[f"state.{name}"], path)', "pass"),
+        ("the state is not resumed", 'load_into(module, state_tensors(name, tensors), path)', "pass"),
         ("the average is not resumed", 'self.average.load(tensors["average"])', "pass"),
         ("totals are not resumed",
          'for key, (total, count) in record["totals"].items()}', "for key, (total, count) in ()}"),
