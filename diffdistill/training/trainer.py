@@ -377,8 +377,7 @@ class Trainer:
         UserError if all are damaged, or if it was written by another number of processes, unless `allow_change`.
         """
         folder = self.out / "checkpoints"
-        newest = load_newest(folder)
-        if newest is None:
+        if (newest := load_newest(folder)) is None:
             return
         path, tensors, record = newest
         if record["world_size"] != self.accelerator.num_processes and not allows(allow_change, PROCESSES):
